@@ -1,0 +1,3 @@
+//! What drives a migration: the registry, one driver per migration, and the journal.
+
+pub mod journal;

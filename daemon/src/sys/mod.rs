@@ -1,0 +1,14 @@
+//! Every unsafe line of the daemon: system calls that no library covers, behind safe functions.
+//!
+//! Invariants: descriptors are `OwnedFd`/`BorrowedFd`, addresses are plain integers of *another*
+//! process (never dereferenced here), kernel structs have their size asserted at compile time.
+//! Absent: policy, logging, anything that decides.
+
+pub mod fdpass;
+pub mod namespace;
+pub mod pagemap;
+pub mod process_vm;
+pub mod ptrace;
+pub mod track;
+pub mod uffd;
+pub mod window;
