@@ -1,1 +1,47 @@
-//! Skeleton.
+//! The workload's network: read at the source, made again at the target, closed and opened by us.
+//!
+//! CRIU never touches links, addresses or routes. At the target a network namespace with the same
+//! links (name, MAC, MTU), addresses and routes is prepared while the workload still runs; its veth
+//! peers stay off the node's bridge until the hand-off is durable, so nothing of it can answer for
+//! the address. At the source the bridge port is blocked *before* the freeze: a kernel that has lost
+//! the socket would otherwise answer the peer's segments with a reset.
+//!
+//! Invariants: of one workload, at most one node's port forwards; every change is undone by
+//! [`port::Port::open`] at the source or by dropping the namespace at the target.
+//! Absent: parking packets instead of dropping them; links that are not veths into a bridge.
+
+pub mod announce;
+pub mod describe;
+pub mod netlink;
+pub mod port;
+pub mod prepare;
+
+use thiserror::Error;
+
+/// Why the workload's network could not be read, made or switched.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// A netlink request failed.
+    #[error("{action} {object}")]
+    Netlink {
+        /// What was tried.
+        action: &'static str,
+        /// On which link, address or route.
+        object: String,
+        /// The kernel's answer.
+        #[source]
+        source: rtnetlink::Error,
+    },
+    /// A namespace or socket could not be used.
+    #[error("{action}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The network has a shape that cannot be moved.
+    #[error("{0}")]
+    Unfit(String),
+}

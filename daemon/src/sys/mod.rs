@@ -6,6 +6,7 @@
 
 pub mod fdpass;
 pub mod namespace;
+pub mod packet;
 pub mod pagemap;
 pub mod process_vm;
 pub mod ptrace;

@@ -1,0 +1,178 @@
+//! This node's end of a workload's link: the veth that is a port of a bridge.
+
+use futures_util::TryStreamExt;
+use rtnetlink::packet_route::link::{BridgePortState, InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::{LinkBridgePort, LinkUnspec};
+
+use super::LinkError;
+use super::netlink::{Netlink, failed};
+
+/// One bridge port.
+///
+/// It is known by its index; the kernel never reuses an index while the link lives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Port {
+    index: u32,
+    name: String,
+    bridge: String,
+}
+
+impl Port {
+    /// Finds this node's end of the workload's link `inside`.
+    pub async fn behind(
+        node: &Netlink,
+        name: &str,
+        inside: &LinkMessage,
+    ) -> Result<Self, LinkError> {
+        let unfit = |why: &str| {
+            LinkError::Unfit(format!("link {name} of the workload {why}: only veths whose other \
+                 end is a port of this node's bridge can be moved"))
+        };
+        if !is_veth(inside) {
+            return Err(unfit("is not a veth"));
+        }
+        let peer = inside
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::Link(index) => Some(*index),
+                _ => None,
+            })
+            .ok_or_else(|| unfit("has no other end"))?;
+        let Some(message) = find(node, peer).await? else {
+            return Err(unfit("has its other end in another namespace"));
+        };
+        // The same index may belong to an unrelated link if the true peer is elsewhere.
+        let points_back = message.attributes.iter().any(
+            |attribute| matches!(attribute, LinkAttribute::Link(index) if *index == inside.header.index),
+        );
+        if !is_veth(&message) || !points_back {
+            return Err(unfit("has its other end in another namespace"));
+        }
+        let controller = message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::Controller(index) if *index != 0 => Some(*index),
+                _ => None,
+            })
+            .ok_or_else(|| unfit("is not attached to a bridge"))?;
+        let bridge = find(node, controller)
+            .await?
+            .and_then(|message| name_of(&message))
+            .ok_or_else(|| unfit("is attached to something unknown"))?;
+        let name = name_of(&message).ok_or_else(|| unfit("has a nameless other end"))?;
+        Ok(Self { index: peer, name, bridge })
+    }
+
+    /// A port known from a journal; `None` if the link is gone.
+    pub async fn named(node: &Netlink, name: &str, bridge: &str) -> Result<Option<Self>, LinkError> {
+        let index = match index_of(node, name).await {
+            Ok(index) => index,
+            Err(LinkError::Netlink { source: rtnetlink::Error::NetlinkError(_), .. }) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(Some(Self { index, name: name.to_owned(), bridge: bridge.to_owned() }))
+    }
+
+    /// The bridge it is a port of.
+    pub fn bridge(&self) -> &str {
+        &self.bridge
+    }
+
+    /// Its name at this node.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Blocks the port: from the kernel's answer on, no frame passes in either direction.
+    ///
+    /// `BLOCKING` and not `DISABLED`: the bridge turns a disabled port on again by itself when the
+    /// carrier changes (`br_port_carrier_check`).
+    pub async fn close(&self, node: &Netlink) -> Result<(), LinkError> {
+        self.set_state(node, BridgePortState::Blocking, "blocking port").await
+    }
+
+    /// Lets frames pass again.
+    pub async fn open(&self, node: &Netlink) -> Result<(), LinkError> {
+        self.set_state(node, BridgePortState::Forwarding, "opening port").await
+    }
+
+    /// Deletes the link, and with it the workload's end.
+    pub async fn delete(&self, node: &Netlink) -> Result<(), LinkError> {
+        match node.handle().link().del(self.index).execute().await {
+            Err(rtnetlink::Error::NetlinkError(error)) if error.raw_code() == -libc::ENODEV => {
+                Ok(())
+            }
+            result => result.map_err(failed("deleting link", &self.name)),
+        }
+    }
+
+    async fn set_state(
+        &self,
+        node: &Netlink,
+        state: BridgePortState,
+        action: &'static str,
+    ) -> Result<(), LinkError> {
+        node.handle()
+            .link()
+            .set_port(LinkBridgePort::new(self.index).state(state).build())
+            .execute()
+            .await
+            .map_err(failed(action, &self.name))
+    }
+}
+
+/// The index of the link called `name`.
+pub(super) async fn index_of(netlink: &Netlink, name: &str) -> Result<u32, LinkError> {
+    let found = netlink
+        .handle()
+        .link()
+        .get()
+        .match_name(name)
+        .execute()
+        .try_next()
+        .await
+        .map_err(failed("finding link", name))?;
+    found
+        .map(|message| message.header.index)
+        .ok_or_else(|| LinkError::Unfit(format!("there is no link {name} at this node")))
+}
+
+/// Makes the link `index` a port of the bridge `bridge`; it forwards at once.
+pub(super) async fn enslave(
+    node: &Netlink,
+    index: u32,
+    bridge: u32,
+    name: &str,
+) -> Result<(), LinkError> {
+    node.handle()
+        .link()
+        .set(LinkUnspec::new_with_index(index).controller(bridge).build())
+        .execute()
+        .await
+        .map_err(failed("attaching link", name))
+}
+
+async fn find(node: &Netlink, index: u32) -> Result<Option<LinkMessage>, LinkError> {
+    match node.handle().link().get().match_index(index).execute().try_next().await {
+        Err(rtnetlink::Error::NetlinkError(error)) if error.raw_code() == -libc::ENODEV => Ok(None),
+        result => result.map_err(failed("finding link", index.to_string())),
+    }
+}
+
+fn name_of(message: &LinkMessage) -> Option<String> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.clone()),
+        _ => None,
+    })
+}
+
+fn is_veth(message: &LinkMessage) -> bool {
+    message.attributes.iter().any(|attribute| {
+        matches!(attribute, LinkAttribute::LinkInfo(infos)
+            if infos.contains(&LinkInfo::Kind(InfoKind::Veth)))
+    })
+}

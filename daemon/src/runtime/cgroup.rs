@@ -1,0 +1,349 @@
+//! The freezer cgroup that holds a workload: the one thing that decides whether it runs.
+//!
+//! CRIU thaws a cgroup during its dump and holds the tasks by ptrace alone, so at its end the tasks
+//! would run if CRIU or this daemon died. Therefore the cgroup is ours, it is frozen again at
+//! post-dump, and a `Frozen` read back from the kernel is what a commit rests on.
+//!
+//! Invariants: a cgroup made here holds tasks of one workload only; it is removed when empty.
+//! Both kernels' interfaces are known: the freezer hierarchy of cgroup v1, and `cgroup.freeze` of
+//! cgroup v2. Absent: resource limits; the workload keeps those of its other hierarchies.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+/// How long a freeze may take before it is given up: tasks in uninterruptible sleep do not freeze.
+pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often the kernel is asked whether a freeze is complete; a freeze takes 0.1–2 ms.
+const FREEZE_POLL: Duration = Duration::from_micros(100);
+
+/// How often tasks are moved before giving up on a tree that forks faster than it is moved.
+const ADOPT_TRIES: usize = 50;
+
+/// Why a freezer cgroup could not do its work.
+#[derive(Debug, Error)]
+pub enum CgroupError {
+    /// No freezer hierarchy is mounted.
+    #[error("no cgroup freezer is mounted: mount the v1 freezer hierarchy or cgroup2")]
+    NoFreezer,
+    /// A file of a cgroup could not be used.
+    #[error("{action} {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The tasks did not freeze in time.
+    #[error("{path} did not freeze within {FREEZE_TIMEOUT:?}: a task may be in uninterruptible sleep")]
+    FreezeTimeout {
+        /// The cgroup.
+        path: PathBuf,
+    },
+    /// The tree kept forking while it was moved into the cgroup.
+    #[error("the tree forks faster than its tasks can be moved into {path}")]
+    Restless {
+        /// The cgroup.
+        path: PathBuf,
+    },
+    /// Tasks were still there when the cgroup had to be empty.
+    #[error("{path} still holds {left} tasks after they were killed")]
+    NotEmpty {
+        /// The cgroup.
+        path: PathBuf,
+        /// How many tasks were left.
+        left: usize,
+    },
+}
+
+/// Which interface the kernel offers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FreezerVersion {
+    /// `freezer.state` of the v1 freezer hierarchy.
+    V1,
+    /// `cgroup.freeze` of the unified hierarchy.
+    V2,
+}
+
+/// Where freezer cgroups are made on this node.
+#[derive(Debug, Clone)]
+pub struct FreezerRoot {
+    directory: PathBuf,
+    version: FreezerVersion,
+}
+
+impl FreezerRoot {
+    /// Finds the freezer this node offers: the v1 hierarchy if it is mounted, else cgroup v2.
+    pub fn detect() -> Result<Self, CgroupError> {
+        let path = PathBuf::from("/proc/self/mountinfo");
+        let mounts = fs::read_to_string(&path)
+            .map_err(|source| CgroupError::Io { action: "reading", path, source })?;
+        Self::from_mountinfo(&mounts).ok_or(CgroupError::NoFreezer)
+    }
+
+    fn from_mountinfo(mounts: &str) -> Option<Self> {
+        let mut unified = None;
+        for line in mounts.lines() {
+            let (left, right) = line.split_once(" - ")?;
+            let point = PathBuf::from(left.split(' ').nth(4)?);
+            let mut right = right.split(' ');
+            let (kind, options) = (right.next()?, right.nth(1)?);
+            if kind == "cgroup" && options.split(',').any(|option| option == "freezer") {
+                let directory = point.join("pageferry");
+                return Some(Self { directory, version: FreezerVersion::V1 });
+            }
+            if kind == "cgroup2" {
+                unified.get_or_insert(point.join("pageferry"));
+            }
+        }
+        unified.map(|directory| Self { directory, version: FreezerVersion::V2 })
+    }
+
+    /// Makes the cgroup `name`, empty and thawed.
+    pub fn create(&self, name: &str) -> Result<Freezer, CgroupError> {
+        let path = self.directory.join(name);
+        fs::create_dir_all(&path)
+            .map_err(|source| CgroupError::Io { action: "creating", path: path.clone(), source })?;
+        Ok(Freezer { path, version: self.version })
+    }
+
+    /// The cgroup that holds all of `pids` and nothing else, if it is one of ours.
+    pub fn holding(&self, pids: &[i32]) -> Option<Freezer> {
+        for entry in fs::read_dir(&self.directory).ok()?.flatten() {
+            let freezer = Freezer { path: entry.path(), version: self.version };
+            let Ok(held) = freezer.processes() else { continue };
+            if !held.is_empty() && held.iter().copied().eq(pids.iter().copied()) {
+                return Some(freezer);
+            }
+        }
+        None
+    }
+
+    /// The interface in use.
+    pub fn version(&self) -> FreezerVersion {
+        self.version
+    }
+}
+
+/// One workload's freezer cgroup.
+#[derive(Debug, Clone)]
+pub struct Freezer {
+    path: PathBuf,
+    version: FreezerVersion,
+}
+
+impl Freezer {
+    /// A cgroup known by its path, as written in a journal.
+    pub fn at(path: PathBuf) -> Self {
+        let version = if path.join("freezer.state").exists() {
+            FreezerVersion::V1
+        } else {
+            FreezerVersion::V2
+        };
+        Self { path, version }
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file into which a task writes its pid to join.
+    pub fn procs_file(&self) -> PathBuf {
+        self.path.join("cgroup.procs")
+    }
+
+    /// The file and the value that freeze it, for whoever must do so without this code.
+    pub fn freeze_file(&self) -> (PathBuf, &'static str) {
+        match self.version {
+            FreezerVersion::V1 => (self.path.join("freezer.state"), "FROZEN"),
+            FreezerVersion::V2 => (self.path.join("cgroup.freeze"), "1"),
+        }
+    }
+
+    /// Moves whole processes into the cgroup until `tree` finds none outside it.
+    ///
+    /// `tree` lists the pids of the workload afresh at each call; children of a moved process are
+    /// born inside.
+    pub fn adopt(&self, mut tree: impl FnMut() -> io::Result<Vec<i32>>) -> Result<(), CgroupError> {
+        for _ in 0..ADOPT_TRIES {
+            let pids = tree().map_err(|source| self.io("listing the tree for", source))?;
+            let held: BTreeSet<i32> = self.processes()?.into_iter().collect();
+            let outside: Vec<i32> = pids.into_iter().filter(|pid| !held.contains(pid)).collect();
+            if outside.is_empty() {
+                return Ok(());
+            }
+            for pid in outside {
+                match fs::write(self.procs_file(), pid.to_string()) {
+                    // It has ended meanwhile, or is ending.
+                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                    result => result.map_err(|source| self.io("moving a task into", source))?,
+                }
+            }
+        }
+        Err(CgroupError::Restless { path: self.path.clone() })
+    }
+
+    /// The processes in it, ascending.
+    pub fn processes(&self) -> Result<Vec<i32>, CgroupError> {
+        let text = fs::read_to_string(self.procs_file())
+            .map_err(|source| self.io("reading the tasks of", source))?;
+        let mut pids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+        pids.sort_unstable();
+        pids.dedup();
+        Ok(pids)
+    }
+
+    /// Freezes and waits until the kernel says that every task is frozen. Blocks, at most
+    /// [`FREEZE_TIMEOUT`]; on a time-out the cgroup is thawed again.
+    pub fn freeze(&self) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + FREEZE_TIMEOUT;
+        self.write_state(true)?;
+        while !self.is_frozen()? {
+            if Instant::now() > deadline {
+                self.write_state(false)?;
+                return Err(CgroupError::FreezeTimeout { path: self.path.clone() });
+            }
+            std::thread::sleep(FREEZE_POLL);
+        }
+        Ok(())
+    }
+
+    /// Thaws. A task with a pending SIGKILL dies now.
+    pub fn thaw(&self) -> Result<(), CgroupError> {
+        self.write_state(false)
+    }
+
+    /// What the kernel says of all its tasks together.
+    pub fn is_frozen(&self) -> Result<bool, CgroupError> {
+        let (file, frozen) = match self.version {
+            FreezerVersion::V1 => ("freezer.state", "FROZEN"),
+            FreezerVersion::V2 => ("cgroup.events", "frozen 1"),
+        };
+        let text = fs::read_to_string(self.path.join(file))
+            .map_err(|source| self.io("reading the state of", source))?;
+        Ok(text.lines().any(|line| line == frozen))
+    }
+
+    /// True when the directory is there.
+    pub fn exists(&self) -> bool {
+        self.path.is_dir()
+    }
+
+    /// Kills every task, thaws so that they can die, and waits until they have. Blocks, at most
+    /// `timeout`.
+    pub fn kill(&self, timeout: Duration) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let pids = self.processes()?;
+            if pids.is_empty() {
+                return Ok(());
+            }
+            for pid in &pids {
+                let pid = nix::unistd::Pid::from_raw(*pid);
+                // A task that is gone already is what is wanted.
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+            self.thaw()?;
+            if Instant::now() > deadline {
+                return Err(CgroupError::NotEmpty { path: self.path.clone(), left: pids.len() });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Removes the empty cgroup; one that still has tasks stays.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        match fs::remove_dir(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(self.io("removing", error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn write_state(&self, frozen: bool) -> Result<(), CgroupError> {
+        let (file, value) = match (self.version, frozen) {
+            (FreezerVersion::V1, true) => ("freezer.state", "FROZEN"),
+            (FreezerVersion::V1, false) => ("freezer.state", "THAWED"),
+            (FreezerVersion::V2, true) => ("cgroup.freeze", "1"),
+            (FreezerVersion::V2, false) => ("cgroup.freeze", "0"),
+        };
+        let action = if frozen { "freezing" } else { "thawing" };
+        fs::write(self.path.join(file), value).map_err(|source| self.io(action, source))
+    }
+
+    fn io(&self, action: &'static str, source: io::Error) -> CgroupError {
+        CgroupError::Io { action, path: self.path.clone(), source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command};
+
+    struct Reaped(Child);
+
+    impl Drop for Reaped {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn sleeper() -> Reaped {
+        Reaped(Command::new("sleep").arg("1000").spawn().expect("sleep starts"))
+    }
+
+    #[test]
+    fn a_frozen_cgroup_reads_back_frozen_and_thaws() {
+        let root = FreezerRoot::detect().expect("a freezer");
+        let freezer = root.create(&format!("test-freeze-{}", std::process::id())).expect("make");
+        let child = sleeper();
+        let pid = i32::try_from(child.0.id()).expect("pid");
+        freezer.adopt(|| Ok(vec![pid])).expect("adopt");
+        assert_eq!(freezer.processes().expect("list"), vec![pid]);
+        freezer.freeze().expect("freeze");
+        assert!(freezer.is_frozen().expect("state"));
+        freezer.thaw().expect("thaw");
+        assert!(!freezer.is_frozen().expect("state"));
+        assert_eq!(root.holding(&[pid]).expect("ours").path(), freezer.path());
+        drop(child);
+        freezer.remove().expect("remove");
+    }
+
+    #[test]
+    fn killing_a_frozen_cgroup_empties_it() {
+        let root = FreezerRoot::detect().expect("a freezer");
+        let freezer = root.create(&format!("test-kill-{}", std::process::id())).expect("make");
+        let mut child = sleeper();
+        let pid = i32::try_from(child.0.id()).expect("pid");
+        freezer.adopt(|| Ok(vec![pid])).expect("adopt");
+        freezer.freeze().expect("freeze");
+        let reaper = std::thread::spawn(move || child.0.wait());
+        freezer.kill(Duration::from_secs(5)).expect("kill");
+        assert!(!reaper.join().expect("join").expect("wait").success());
+        freezer.remove().expect("remove");
+    }
+
+    #[test]
+    fn the_v1_hierarchy_is_preferred_and_v2_is_the_fallback() {
+        let v2 = "30 24 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n";
+        let both = format!("{v2}31 24 0:27 / /cg/freezer rw - cgroup cgroup rw,freezer\n");
+        let root = FreezerRoot::from_mountinfo(v2).expect("v2");
+        assert_eq!(root.version(), FreezerVersion::V2);
+        let root = FreezerRoot::from_mountinfo(&both).expect("v1");
+        assert_eq!(root.version(), FreezerVersion::V1);
+        assert_eq!(root.directory, Path::new("/cg/freezer/pageferry"));
+        assert!(FreezerRoot::from_mountinfo("").is_none());
+    }
+}

@@ -1,0 +1,245 @@
+//! The files a workload has open or mapped: they are not moved, so they must be at the target.
+//!
+//! At the source each becomes a [`FileDescription`]; at the target [`check`] compares them with what
+//! is there. Size and build id are what CRIU compares at its restore; asking before the freeze turns
+//! a failed restore into a refusal. Absent: contents; a file of the same size and build id whose
+//! bytes differ is the operator's promise.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, Metadata};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use pageferry_proto::wire::code::ErrorCode;
+use pageferry_proto::wire::control::{FileDescription, FileKind};
+use procfs::process::{FDTarget, MMPermissions, MMapPath, Process};
+
+use super::{Refusal, build_id};
+
+/// Files named in one description; a large JVM has about a thousand.
+pub const FILES_MAX: usize = 16_384;
+
+/// Bytes of one deleted file that CRIU may carry along in its images (its `ghost_limit`).
+pub const DELETED_FILE_MAX: u64 = 16 << 20; // 16 MiB
+
+/// What is known of one open descriptor beyond its file.
+#[derive(Debug, Default)]
+pub struct Descriptors {
+    /// Files by path.
+    pub files: BTreeMap<PathBuf, FileDescription>,
+    /// Pipe ends by inode: readers, writers.
+    pub pipes: BTreeMap<u64, [usize; 2]>,
+    /// Sockets by inode, with the descriptor they were seen at.
+    pub sockets: BTreeMap<u64, (i32, i32)>,
+}
+
+impl Descriptors {
+    /// Adds what process `pid` has open and mapped.
+    pub fn add(&mut self, process: &Process, shared: &[PathBuf]) -> Result<(), Refusal> {
+        let unreadable = |error: procfs::ProcError| {
+            Refusal::new(
+                ErrorCode::UnsupportedWorkload,
+                format!("process {} cannot be inspected: {error}", process.pid),
+            )
+        };
+        for fd in process.fd().map_err(unreadable)? {
+            let fd = fd.map_err(unreadable)?;
+            let writes = fd.mode().contains(procfs::process::FDPermissions::WRITE);
+            match &fd.target {
+                FDTarget::Path(path) => {
+                    self.add_open(process.pid, fd.fd, path, writes, shared)?;
+                }
+                FDTarget::Pipe(inode) => {
+                    self.pipes.entry(*inode).or_default()[usize::from(writes)] += 1;
+                }
+                FDTarget::Socket(inode) => {
+                    self.sockets.insert(*inode, (process.pid, fd.fd));
+                }
+                FDTarget::Net(_)
+                | FDTarget::AnonInode(_)
+                | FDTarget::MemFD(_)
+                | FDTarget::Other(..) => {}
+            }
+        }
+        self.add_mapped(process, shared)
+    }
+
+    fn add_open(
+        &mut self,
+        pid: i32,
+        fd: i32,
+        path: &Path,
+        writes: bool,
+        shared: &[PathBuf],
+    ) -> Result<(), Refusal> {
+        let Ok(metadata) = fs::metadata(format!("/proc/{pid}/fd/{fd}")) else {
+            // Closed meanwhile: the workload runs.
+            return Ok(());
+        };
+        if is_terminal(path) && metadata.file_type().is_char_device() {
+            return Err(Refusal::new(
+                ErrorCode::StdioUnfit,
+                format!(
+                    "descriptor {fd} of process {pid} is the terminal {}: start the workload with \
+                     its input and output elsewhere (/dev/null or a pipe inside the tree)",
+                    path.display()
+                ),
+            ));
+        }
+        if !metadata.is_file() {
+            return Ok(());
+        }
+        if let Some(name) = deleted(path) {
+            if metadata.len() > DELETED_FILE_MAX {
+                return Err(Refusal::new(
+                    ErrorCode::FileDiffers,
+                    format!(
+                        "descriptor {fd} of process {pid} is the deleted file {name} of {} bytes; \
+                         deleted files go along up to {DELETED_FILE_MAX} bytes",
+                        metadata.len()
+                    ),
+                ));
+            }
+            return Ok(());
+        }
+        if writes && !is_shared(path, shared) {
+            return Err(Refusal::new(
+                ErrorCode::FileWritable,
+                format!(
+                    "descriptor {fd} of process {pid} writes to {}: files are not moved; name a \
+                     path that both nodes share with --shared",
+                    path.display()
+                ),
+            ));
+        }
+        self.add_file(pid, path, &metadata, writes, FileKind::Open)
+    }
+
+    fn add_mapped(&mut self, process: &Process, shared: &[PathBuf]) -> Result<(), Refusal> {
+        let pid = process.pid;
+        let maps = process.maps().map_err(|error| {
+            Refusal::new(
+                ErrorCode::UnsupportedWorkload,
+                format!("the mappings of process {pid} cannot be read: {error}"),
+            )
+        })?;
+        for map in maps.iter() {
+            let MMapPath::Path(path) = &map.pathname else { continue };
+            if self.files.contains_key(path) || deleted(path).is_some() {
+                continue;
+            }
+            let seen = Path::new("/proc").join(pid.to_string()).join("root");
+            let Ok(metadata) = fs::metadata(seen.join(path.strip_prefix("/").unwrap_or(path)))
+            else {
+                continue;
+            };
+            let writes = map.perms.contains(MMPermissions::WRITE | MMPermissions::SHARED);
+            if writes && metadata.is_file() && !is_shared(path, shared) {
+                return Err(Refusal::new(
+                    ErrorCode::FileWritable,
+                    format!(
+                        "process {pid} has {} mapped shared and writable: files are not moved; \
+                         name a path that both nodes share with --shared",
+                        path.display()
+                    ),
+                ));
+            }
+            if metadata.is_file() {
+                self.add_file(pid, path, &metadata, writes, FileKind::Mapped)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add_file(
+        &mut self,
+        pid: i32,
+        path: &Path,
+        metadata: &Metadata,
+        writable: bool,
+        kind: FileKind,
+    ) -> Result<(), Refusal> {
+        if self.files.len() >= FILES_MAX {
+            return Err(Refusal::new(
+                ErrorCode::UnsupportedWorkload,
+                format!("the workload has more than {FILES_MAX} files open or mapped"),
+            ));
+        }
+        let Some(name) = path.to_str() else {
+            return Err(Refusal::new(
+                ErrorCode::UnsupportedWorkload,
+                format!("process {pid} has {} open, whose name is not UTF-8", path.display()),
+            ));
+        };
+        let root = format!("/proc/{pid}/root");
+        let build_id = File::open(Path::new(&root).join(name.trim_start_matches('/')))
+            .and_then(|file| build_id::read(&file))
+            .unwrap_or_default();
+        self.files.entry(path.to_owned()).or_insert_with(|| FileDescription {
+            path: name.to_owned(),
+            size: metadata.len(),
+            build_id,
+            writable,
+            mode: metadata.mode(),
+            kind,
+        });
+        Ok(())
+    }
+
+    /// Refuses pipes that have an end outside the tree, which CRIU would refuse in the freeze.
+    pub fn check_pipes(&self) -> Result<(), Refusal> {
+        for (inode, [readers, writers]) in &self.pipes {
+            if *readers == 0 || *writers == 0 {
+                let missing = if *readers == 0 { "reader" } else { "writer" };
+                return Err(Refusal::new(
+                    ErrorCode::StdioUnfit,
+                    format!(
+                        "pipe {inode} of the workload has its {missing} outside the process tree; \
+                         start the workload with its input and output at /dev/null or in a file"
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Compares a file of the description with what this node has under `root`.
+pub fn check(file: &FileDescription, root: &Path) -> Result<(), Refusal> {
+    let differs = |why: String| {
+        Err(Refusal::new(
+            ErrorCode::FileDiffers,
+            format!("{} is not the same at the target: {why}", file.path),
+        ))
+    };
+    let here = root.join(file.path.trim_start_matches('/'));
+    let metadata = match fs::metadata(&here) {
+        Ok(metadata) => metadata,
+        Err(error) => return differs(error.to_string()),
+    };
+    if file.writable {
+        // It lives on storage both nodes share; its size may change until the freeze.
+        return Ok(());
+    }
+    if metadata.len() != file.size {
+        return differs(format!("{} bytes here, {} at the source", metadata.len(), file.size));
+    }
+    let build_id = File::open(&here).and_then(|opened| build_id::read(&opened)).unwrap_or_default();
+    if build_id != file.build_id {
+        return differs("another build of the same size".to_owned());
+    }
+    Ok(())
+}
+
+/// The name of a deleted file, as the kernel marks it in /proc.
+fn deleted(path: &Path) -> Option<&str> {
+    path.to_str()?.strip_suffix(" (deleted)")
+}
+
+fn is_terminal(path: &Path) -> bool {
+    path.starts_with("/dev/pts") || path == Path::new("/dev/tty") || path == Path::new("/dev/console")
+}
+
+fn is_shared(path: &Path, shared: &[PathBuf]) -> bool {
+    shared.iter().any(|prefix| path.starts_with(prefix))
+}

@@ -1,0 +1,283 @@
+//! A bare process tree, named by the pid of its root.
+//!
+//! [`describe`] looks at a running tree and answers with everything the target must know, or with a
+//! named refusal; it changes nothing. [`check`] is the target's half: what the tree needs is there,
+//! and nothing of its names is taken.
+//!
+//! Absent: container runtimes; terminals; sockets in the node's own network namespace.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use pageferry_proto::wire::code::ErrorCode;
+use pageferry_proto::wire::control::{SpaceDescription, WorkloadDescription};
+use procfs::process::Process;
+
+use super::Refusal;
+use super::files::{self, Descriptors};
+use crate::sys::namespace::{self, NamespaceKind};
+
+/// Processes and threads in one tree.
+pub const TASKS_MAX: usize = 16_384;
+
+/// What the source learned about a tree, network apart.
+#[derive(Debug)]
+pub struct Described {
+    /// For the target.
+    pub description: WorkloadDescription,
+    /// Namespaces the root has to itself, in the order in which CRIU must be started in them.
+    pub own: Vec<NamespaceKind>,
+}
+
+/// Every process of the tree below `root`, root first. Threads are not listed.
+pub fn tree(root: i32) -> io::Result<Vec<i32>> {
+    let mut found = vec![root];
+    let mut next = 0;
+    while next < found.len() {
+        let pid = found[next];
+        next += 1;
+        let tasks = match fs::read_dir(format!("/proc/{pid}/task")) {
+            Ok(tasks) => tasks,
+            // A child that has ended since it was listed.
+            Err(_) if pid != root => continue,
+            Err(error) => return Err(error),
+        };
+        for task in tasks.flatten() {
+            let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            found.extend(children.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+        }
+        if found.len() > TASKS_MAX {
+            return Err(io::Error::other(format!("more than {TASKS_MAX} processes")));
+        }
+    }
+    Ok(found)
+}
+
+/// Looks at the tree below `root`. Blocks for a few milliseconds.
+///
+/// `shared` are paths the operator says both nodes share.
+pub fn describe(root: i32, shared: &[PathBuf]) -> Result<Described, Refusal> {
+    let gone = |error: &dyn std::fmt::Display| {
+        Refusal::new(ErrorCode::UnsupportedWorkload, format!("there is no process {root}: {error}"))
+    };
+    let process = Process::new(root).map_err(|error| gone(&error))?;
+    refuse_ourselves(root)?;
+    let own = own_namespaces(root)?;
+    let pids = tree(root).map_err(|error| gone(&error))?;
+    let mut descriptors = Descriptors::default();
+    let mut spaces = Vec::new();
+    let mut tasks = BTreeSet::new();
+    for pid in &pids {
+        let Ok(member) = Process::new(*pid) else { continue };
+        let Some(space) = space(&member, &mut tasks)? else { continue };
+        descriptors.add(&member, shared)?;
+        spaces.push(space);
+    }
+    if tasks.len() > TASKS_MAX {
+        return Err(Refusal::new(
+            ErrorCode::UnsupportedWorkload,
+            format!("the tree has more than {TASKS_MAX} threads"),
+        ));
+    }
+    descriptors.check_pipes()?;
+    if !own.contains(&NamespaceKind::Net) {
+        refuse_inet_sockets(root, &descriptors)?;
+    }
+    check_session(&process, &tasks)?;
+    let (hostname, domainname) = names(root, &own)?;
+    if own.contains(&NamespaceKind::Ipc) {
+        refuse_ipc_objects(root)?;
+    }
+    let link = |name: &str| {
+        fs::read_link(format!("/proc/{root}/{name}"))
+            .map(|path| path.to_string_lossy().into_owned())
+            .unwrap_or_default()
+    };
+    let description = WorkloadDescription {
+        root_pid: root,
+        spaces,
+        tasks: tasks.into_iter().collect(),
+        own_namespaces: own.iter().map(|kind| kind.file().to_owned()).collect(),
+        hostname,
+        domainname,
+        links: Vec::new(),
+        routes: Vec::new(),
+        files: descriptors.files.into_values().collect(),
+        shared_paths: shared.iter().map(|path| path.to_string_lossy().into_owned()).collect(),
+        criu_version: String::new(),
+        kernel_release: kernel_release(),
+        cwd: link("cwd"),
+        root: link("root"),
+    };
+    Ok(Described { description, own })
+}
+
+/// Checks at the target that the tree can be restored here: pids free, files the same.
+pub fn check(description: &WorkloadDescription) -> Result<(), Refusal> {
+    for file in &description.files {
+        files::check(file, Path::new("/"))?;
+    }
+    check_pids(description)
+}
+
+/// Refuses a tree whose pids or thread ids are in use at this node.
+pub fn check_pids(description: &WorkloadDescription) -> Result<(), Refusal> {
+    if description.own_namespaces.iter().any(|kind| kind == NamespaceKind::Pid.file()) {
+        return Ok(());
+    }
+    for pid in &description.tasks {
+        // Threads have a directory too, though it is not listed.
+        if Path::new(&format!("/proc/{pid}")).exists() {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            return Err(Refusal::new(
+                ErrorCode::PidTaken,
+                format!(
+                    "pid {pid} is taken at the target by {}: give the workload its own pid \
+                     namespace, or free the pid",
+                    name.trim_end()
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn refuse_ourselves(root: i32) -> Result<(), Refusal> {
+    let mut pid = i32::try_from(std::process::id()).unwrap_or(1);
+    while pid > 0 {
+        if pid == root {
+            return Err(Refusal::new(
+                ErrorCode::UnsupportedWorkload,
+                format!("process {root} is this daemon or one of its ancestors"),
+            ));
+        }
+        pid = Process::new(pid).and_then(|process| process.stat()).map_or(0, |stat| stat.ppid);
+    }
+    Ok(())
+}
+
+fn own_namespaces(root: i32) -> Result<Vec<NamespaceKind>, Refusal> {
+    let unreadable = |error: io::Error| {
+        Refusal::new(
+            ErrorCode::UnsupportedWorkload,
+            format!("the namespaces of process {root} cannot be read: {error}"),
+        )
+    };
+    let user = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/user"));
+    if user(&root.to_string()).map_err(unreadable)? != user("self").map_err(unreadable)? {
+        return Err(Refusal::new(
+            ErrorCode::UnsupportedWorkload,
+            format!("process {root} is in a user namespace of its own, which is not moved"),
+        ));
+    }
+    let mut own = Vec::new();
+    for kind in NamespaceKind::ALL {
+        if namespace::differs(root, kind).map_err(unreadable)? {
+            own.push(kind);
+        }
+    }
+    Ok(own)
+}
+
+fn space(process: &Process, tasks: &mut BTreeSet<i32>) -> Result<Option<SpaceDescription>, Refusal> {
+    let (Ok(status), Ok(threads)) = (process.status(), process.tasks()) else { return Ok(None) };
+    // Zombies have no memory; CRIU restores them by itself.
+    let Some(resident) = status.vmrss else {
+        tasks.insert(process.pid);
+        return Ok(None);
+    };
+    let threads: Vec<i32> = threads.flatten().map(|task| task.tid).collect();
+    tasks.extend(&threads);
+    Ok(Some(SpaceDescription {
+        vpid: process.pid,
+        comm: status.name,
+        threads,
+        memory_bytes: (resident + status.vmswap.unwrap_or(0)) << 10, // KiB
+    }))
+}
+
+/// A session or process group whose leader is outside the tree cannot be made again.
+fn check_session(process: &Process, tasks: &BTreeSet<i32>) -> Result<(), Refusal> {
+    let Ok(stat) = process.stat() else { return Ok(()) };
+    if stat.session != 0 && !tasks.contains(&stat.session) {
+        return Err(Refusal::new(
+            ErrorCode::UnsupportedWorkload,
+            format!(
+                "process {} belongs to session {} of another process: start it with setsid",
+                process.pid, stat.session
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn names(root: i32, own: &[NamespaceKind]) -> Result<(String, String), Refusal> {
+    if !own.contains(&NamespaceKind::Uts) {
+        return Ok((String::new(), String::new()));
+    }
+    namespace::open(root, NamespaceKind::Uts).and_then(|uts| namespace::names(&uts)).map_err(
+        |error| {
+            Refusal::new(
+                ErrorCode::UnsupportedWorkload,
+                format!("the host name of process {root} cannot be read: {error}"),
+            )
+        },
+    )
+}
+
+/// Sockets of the node's own network namespace cannot follow the workload.
+fn refuse_inet_sockets(root: i32, descriptors: &Descriptors) -> Result<(), Refusal> {
+    for table in ["tcp", "tcp6", "udp", "udp6", "raw", "raw6", "packet"] {
+        let text = fs::read_to_string(format!("/proc/{root}/net/{table}")).unwrap_or_default();
+        for line in text.lines().skip(1) {
+            // The inode is the tenth column; in `packet` the ninth.
+            let column = if table == "packet" { 8 } else { 9 };
+            let inode = line.split_ascii_whitespace().nth(column).and_then(|word| word.parse().ok());
+            let held = inode.and_then(|inode: u64| descriptors.sockets.get(&inode));
+            if let Some((pid, fd)) = held {
+                return Err(Refusal::new(
+                    ErrorCode::NetworkUnfit,
+                    format!(
+                        "descriptor {fd} of process {pid} is a {table} socket in the node's own \
+                         network namespace, whose addresses cannot move: give the workload its own"
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The IPC namespace is made anew at the target, so it must be empty here.
+fn refuse_ipc_objects(root: i32) -> Result<(), Refusal> {
+    let unreadable = |error: io::Error| {
+        Refusal::new(
+            ErrorCode::UnsupportedWorkload,
+            format!("the IPC namespace of process {root} cannot be read: {error}"),
+        )
+    };
+    let ipc = namespace::open(root, NamespaceKind::Ipc).map_err(unreadable)?;
+    use std::os::fd::AsFd;
+    let objects = namespace::run_inside(&[(NamespaceKind::Ipc, ipc.as_fd())], || {
+        ["shm", "sem", "msg"].map(|kind| {
+            let text = fs::read_to_string(format!("/proc/sysvipc/{kind}")).unwrap_or_default();
+            (kind, text.lines().count().saturating_sub(1))
+        })
+    })
+    .map_err(unreadable)?;
+    for (kind, count) in objects {
+        if count > 0 {
+            return Err(Refusal::new(
+                ErrorCode::UnsupportedWorkload,
+                format!("the workload's IPC namespace holds {count} System V {kind} objects"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn kernel_release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim_end().to_owned()
+}
