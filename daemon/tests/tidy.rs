@@ -21,14 +21,32 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("cli", &["api", "args", "config", "net", "telemetry"]),
     ("config", &["args", "migration"]),
     ("link", &["sys"]),
-    ("migration", &["api", "config", "link", "net", "pager", "pages", "runtime", "sys"]),
+    (
+        "migration",
+        &[
+            "api", "config", "link", "net", "pager", "pages", "runtime", "sys",
+        ],
+    ),
     ("net", &["config", "sys"]),
     ("pager", &["sys"]),
     ("pages", &["sys"]),
     ("runtime", &["sys"]),
     ("sys", &[]),
     ("telemetry", &[]),
-    ("node", &["api", "args", "config", "link", "migration", "net", "pager", "runtime", "telemetry"]),
+    (
+        "node",
+        &[
+            "api",
+            "args",
+            "config",
+            "link",
+            "migration",
+            "net",
+            "pager",
+            "runtime",
+            "telemetry",
+        ],
+    ),
     ("lib", &[]),
 ];
 
@@ -39,7 +57,10 @@ fn sources(root: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![root.to_owned()];
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).expect("a folder of the workspace").flatten() {
+        for entry in fs::read_dir(&folder)
+            .expect("a folder of the workspace")
+            .flatten()
+        {
             let path = entry.path();
             if path.is_dir() {
                 if !path.ends_with("target") && !path.ends_with(".git") {
@@ -55,14 +76,21 @@ fn sources(root: &Path) -> Vec<PathBuf> {
 }
 
 fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace").to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("a workspace")
+        .to_owned()
 }
 
 fn uses(text: &str) -> impl Iterator<Item = &str> {
     text.lines()
         .filter(|line| !line.trim_start().starts_with("//"))
         .flat_map(|line| line.split("crate::").skip(1))
-        .map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or(""))
+        .map(|rest| {
+            rest.split(|c: char| !c.is_alphanumeric() && c != '_')
+                .next()
+                .unwrap_or("")
+        })
         .filter(|name| !name.is_empty())
 }
 
@@ -72,13 +100,18 @@ fn modules_use_only_the_modules_they_may() {
     let mut wrong = Vec::new();
     for path in sources(&root) {
         let inside = path.strip_prefix(&root).expect("below the root");
-        let module = inside.iter().next().and_then(|name| Path::new(name).file_stem());
+        let module = inside
+            .iter()
+            .next()
+            .and_then(|name| Path::new(name).file_stem());
         let module = module.and_then(|name| name.to_str()).expect("a name");
         if module == "bin" {
             continue;
         }
         let allowed = MAY_USE.iter().find(|(name, _)| *name == module);
-        let allowed = allowed.unwrap_or_else(|| panic!("module {module} is not in MAY_USE")).1;
+        let allowed = allowed
+            .unwrap_or_else(|| panic!("module {module} is not in MAY_USE"))
+            .1;
         let text = fs::read_to_string(&path).expect("a source file");
         for used in uses(&text) {
             if used != module && !allowed.contains(&used) {
@@ -95,12 +128,18 @@ fn only_the_drivers_of_the_roles_bring_data_and_control_together() {
     let mut wrong = Vec::new();
     for path in sources(&root) {
         let inside = path.strip_prefix(&root).expect("below the root");
-        let first = inside.iter().next().and_then(|name| name.to_str()).expect("a name");
+        let first = inside
+            .iter()
+            .next()
+            .and_then(|name| name.to_str())
+            .expect("a name");
         if first.starts_with("source") || first.starts_with("target") {
             continue;
         }
         let text = fs::read_to_string(&path).expect("a source file");
-        let met: Vec<&str> = uses(&text).filter(|used| CROSSROADS.contains(used)).collect();
+        let met: Vec<&str> = uses(&text)
+            .filter(|used| CROSSROADS.contains(used))
+            .collect();
         if met.iter().any(|used| *used == "pages") && met.len() > 1 {
             wrong.push(format!("{}: uses {met:?}", inside.display()));
         }
@@ -113,13 +152,19 @@ fn unsafe_stands_in_sys_and_in_the_view_only() {
     let root = workspace();
     let mut wrong = Vec::new();
     for path in sources(&root) {
-        let name = path.strip_prefix(&root).expect("below the root").display().to_string();
+        let name = path
+            .strip_prefix(&root)
+            .expect("below the root")
+            .display()
+            .to_string();
         let allowed = name.contains("/sys/")
             || name.ends_with("/sys.rs")
             || name.starts_with("criu-glue/view/")
             || name.ends_with("tests/tidy.rs");
         let text = fs::read_to_string(&path).expect("a source file");
-        let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        let code = text
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("//"));
         for (number, line) in code.enumerate() {
             let is_unsafe = line.contains("unsafe {")
                 || line.contains("unsafe fn")
@@ -138,7 +183,11 @@ fn files_and_lines_are_short_and_nothing_is_left_for_later() {
     let root = workspace();
     let mut wrong = Vec::new();
     for path in sources(&root) {
-        let name = path.strip_prefix(&root).expect("below the root").display().to_string();
+        let name = path
+            .strip_prefix(&root)
+            .expect("below the root")
+            .display()
+            .to_string();
         let text = fs::read_to_string(&path).expect("a source file");
         let lines = text.lines().count();
         if lines > FILE_LINES_MAX {
@@ -147,7 +196,9 @@ fn files_and_lines_are_short_and_nothing_is_left_for_later() {
         for (number, line) in text.lines().enumerate() {
             let number = number + 1;
             if line.chars().count() > LINE_COLUMNS_MAX && !line.contains("://") {
-                wrong.push(format!("{name}:{number}: longer than {LINE_COLUMNS_MAX} columns"));
+                wrong.push(format!(
+                    "{name}:{number}: longer than {LINE_COLUMNS_MAX} columns"
+                ));
             }
             let later = ["TO", "DO"].concat();
             let mend = ["FIX", "ME"].concat();

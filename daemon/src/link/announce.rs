@@ -9,15 +9,18 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
 
-use pageferry_proto::wire::control::Link;
+use pageferry_proto::wire::description::LinkDescription;
 
 use super::LinkError;
 use crate::sys::namespace::{NamespaceKind, run_inside};
 use crate::sys::packet::PacketSocket;
 
 /// Sends one announcement for each address of `links` from inside `net`. Blocks for microseconds.
-pub fn announce(net: BorrowedFd<'_>, links: &[Link]) -> Result<(), LinkError> {
-    let io = |source| LinkError::Io { action: "announcing the workload's addresses", source };
+pub fn announce(net: BorrowedFd<'_>, links: &[LinkDescription]) -> Result<(), LinkError> {
+    let io = |source| LinkError::Io {
+        action: "announcing the workload's addresses",
+        source,
+    };
     run_inside(&[(NamespaceKind::Net, net)], || {
         for link in links {
             let index = nix::net::if_::if_nametoindex(link.name.as_str())?;

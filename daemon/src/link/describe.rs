@@ -4,10 +4,10 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use futures_util::TryStreamExt;
-use pageferry_proto::wire::control::{Address, Link, Route};
+use pageferry_proto::wire::description::{LinkAddress, LinkDescription, RouteDescription};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage, LinkFlags};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType,
 };
@@ -21,9 +21,9 @@ use super::port::Port;
 #[derive(Debug)]
 pub struct Network {
     /// Every link but the loopback.
-    pub links: Vec<Link>,
+    pub links: Vec<LinkDescription>,
     /// Every route of the main table that no address brings by itself.
-    pub routes: Vec<Route>,
+    pub routes: Vec<RouteDescription>,
     /// This node's ends of the links, in the order of `links`.
     pub ports: Vec<Port>,
 }
@@ -44,7 +44,11 @@ async fn read(net: BorrowedFd<'_>) -> Result<Network, LinkError> {
         .try_collect()
         .await
         .map_err(failed("listing links of", "the workload"))?;
-    let mut network = Network { links: Vec::new(), routes: Vec::new(), ports: Vec::new() };
+    let mut network = Network {
+        links: Vec::new(),
+        routes: Vec::new(),
+        ports: Vec::new(),
+    };
     let mut names = Vec::new();
     for message in found {
         if message.header.flags.contains(LinkFlags::Loopback) {
@@ -52,7 +56,7 @@ async fn read(net: BorrowedFd<'_>) -> Result<Network, LinkError> {
         }
         let mut link = link(&message)?;
         let port = Port::behind(&node, &link.name, &message).await?;
-        link.bridge = port.bridge().to_owned();
+        link.bridge = Some(port.bridge().to_owned());
         names.push((message.header.index, link.name.clone()));
         network.links.push(link);
         network.ports.push(port);
@@ -64,13 +68,13 @@ async fn read(net: BorrowedFd<'_>) -> Result<Network, LinkError> {
     Ok(network)
 }
 
-fn link(message: &LinkMessage) -> Result<Link, LinkError> {
-    let mut link = Link {
+fn link(message: &LinkMessage) -> Result<LinkDescription, LinkError> {
+    let mut link = LinkDescription {
         name: String::new(),
         mac: [0; 6],
         mtu: 0,
         addresses: Vec::new(),
-        bridge: String::new(),
+        bridge: None,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -90,7 +94,7 @@ fn link(message: &LinkMessage) -> Result<Link, LinkError> {
 async fn addresses(
     inside: &Netlink,
     names: &[(u32, String)],
-    links: &mut [Link],
+    links: &mut [LinkDescription],
 ) -> Result<(), LinkError> {
     let mut stream = inside.handle().address().get().execute();
     while let Some(message) = stream
@@ -98,7 +102,9 @@ async fn addresses(
         .await
         .map_err(failed("listing addresses of", "the workload"))?
     {
-        let Some(position) = names.iter().position(|(index, _)| *index == message.header.index)
+        let Some(position) = names
+            .iter()
+            .position(|(index, _)| *index == message.header.index)
         else {
             continue;
         };
@@ -111,13 +117,19 @@ async fn addresses(
                 _ => None,
             })
             .or_else(|| {
-                message.attributes.iter().find_map(|attribute| match attribute {
-                    AddressAttribute::Address(ip) => Some(*ip),
-                    _ => None,
-                })
+                message
+                    .attributes
+                    .iter()
+                    .find_map(|attribute| match attribute {
+                        AddressAttribute::Address(ip) => Some(*ip),
+                        _ => None,
+                    })
             });
         if let Some(ip) = own {
-            links[position].addresses.push(Address { ip, prefix: message.header.prefix_len });
+            links[position].addresses.push(LinkAddress {
+                ip,
+                prefix: message.header.prefix_len,
+            });
         }
     }
     Ok(())
@@ -127,15 +139,17 @@ async fn routes(
     inside: &Netlink,
     version: IpVersion,
     names: &[(u32, String)],
-    routes: &mut Vec<Route>,
+    routes: &mut Vec<RouteDescription>,
 ) -> Result<(), LinkError> {
     let query = match version {
         IpVersion::V4 => RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
         IpVersion::V6 => RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
     };
     let mut stream = Box::pin(inside.handle().route().get(query).execute());
-    while let Some(message) =
-        stream.try_next().await.map_err(failed("listing routes of", "the workload"))?
+    while let Some(message) = stream
+        .try_next()
+        .await
+        .map_err(failed("listing routes of", "the workload"))?
     {
         // The kernel's own routes come back with the addresses.
         if message.header.protocol == RouteProtocol::Kernel
@@ -151,26 +165,31 @@ async fn routes(
     Ok(())
 }
 
-fn route(message: &RouteMessage, names: &[(u32, String)]) -> Result<Option<Route>, LinkError> {
+fn route(
+    message: &RouteMessage,
+    names: &[(u32, String)],
+) -> Result<Option<RouteDescription>, LinkError> {
     let unspecified = match message.header.address_family {
         AddressFamily::Inet => IpAddr::from([0; 4]),
         AddressFamily::Inet6 => IpAddr::from([0; 16]),
         _ => return Ok(None),
     };
-    let mut route = Route {
-        destination: unspecified,
-        prefix: message.header.destination_prefix_length,
+    let mut route = RouteDescription {
+        destination: LinkAddress {
+            ip: unspecified,
+            prefix: message.header.destination_prefix_length,
+        },
         gateway: None,
         device: String::new(),
-        metric: None,
+        metric: 0,
         source: None,
     };
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::Destination(to) => route.destination = ip(to).unwrap_or(unspecified),
+            RouteAttribute::Destination(to) => route.destination.ip = ip(to).unwrap_or(unspecified),
             RouteAttribute::Gateway(via) => route.gateway = ip(via),
             RouteAttribute::PrefSource(from) => route.source = ip(from),
-            RouteAttribute::Priority(metric) => route.metric = Some(*metric),
+            RouteAttribute::Priority(metric) => route.metric = *metric,
             RouteAttribute::Oif(index) => {
                 let Some((_, name)) = names.iter().find(|(link, _)| link == index) else {
                     return Ok(None);
@@ -180,7 +199,7 @@ fn route(message: &RouteMessage, names: &[(u32, String)]) -> Result<Option<Route
             RouteAttribute::MultiPath(_) => {
                 return Err(LinkError::Unfit(format!(
                     "route to {} has several next hops, which are not carried over",
-                    route.destination
+                    route.destination.ip
                 )));
             }
             _ => {}

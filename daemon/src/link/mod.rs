@@ -16,6 +16,9 @@ pub mod netlink;
 pub mod port;
 pub mod prepare;
 
+#[cfg(test)]
+mod tests;
+
 use thiserror::Error;
 
 /// Why the workload's network could not be read, made or switched.

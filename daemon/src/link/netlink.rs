@@ -31,8 +31,14 @@ impl Netlink {
             Some(net) => run_inside(&[(NamespaceKind::Net, net.as_fd())], connect).flatten(),
             None => connect(),
         }
-        .map_err(|source| LinkError::Io { action: "opening a netlink socket", source })?;
-        Ok(Self { handle, task: tokio::spawn(connection) })
+        .map_err(|source| LinkError::Io {
+            action: "opening a netlink socket",
+            source,
+        })?;
+        Ok(Self {
+            handle,
+            task: tokio::spawn(connection),
+        })
     }
 
     /// The handle requests are made with.
@@ -53,5 +59,9 @@ pub(super) fn failed(
     object: impl Into<String>,
 ) -> impl FnOnce(rtnetlink::Error) -> LinkError {
     let object = object.into();
-    move |source| LinkError::Netlink { action, object, source }
+    move |source| LinkError::Netlink {
+        action,
+        object,
+        source,
+    }
 }

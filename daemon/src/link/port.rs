@@ -1,7 +1,9 @@
 //! This node's end of a workload's link: the veth that is a port of a bridge.
 
 use futures_util::TryStreamExt;
-use rtnetlink::packet_route::link::{BridgePortState, InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::link::{
+    BridgePortState, InfoKind, LinkAttribute, LinkInfo, LinkMessage,
+};
 use rtnetlink::{LinkBridgePort, LinkUnspec};
 
 use super::LinkError;
@@ -25,8 +27,10 @@ impl Port {
         inside: &LinkMessage,
     ) -> Result<Self, LinkError> {
         let unfit = |why: &str| {
-            LinkError::Unfit(format!("link {name} of the workload {why}: only veths whose other \
-                 end is a port of this node's bridge can be moved"))
+            LinkError::Unfit(format!(
+                "link {name} of the workload {why}: only veths whose other \
+                 end is a port of this node's bridge can be moved"
+            ))
         };
         if !is_veth(inside) {
             return Err(unfit("is not a veth"));
@@ -62,19 +66,34 @@ impl Port {
             .and_then(|message| name_of(&message))
             .ok_or_else(|| unfit("is attached to something unknown"))?;
         let name = name_of(&message).ok_or_else(|| unfit("has a nameless other end"))?;
-        Ok(Self { index: peer, name, bridge })
+        Ok(Self {
+            index: peer,
+            name,
+            bridge,
+        })
     }
 
     /// A port known from a journal; `None` if the link is gone.
-    pub async fn named(node: &Netlink, name: &str, bridge: &str) -> Result<Option<Self>, LinkError> {
+    pub async fn named(
+        node: &Netlink,
+        name: &str,
+        bridge: &str,
+    ) -> Result<Option<Self>, LinkError> {
         let index = match index_of(node, name).await {
             Ok(index) => index,
-            Err(LinkError::Netlink { source: rtnetlink::Error::NetlinkError(_), .. }) => {
+            Err(LinkError::Netlink {
+                source: rtnetlink::Error::NetlinkError(_),
+                ..
+            }) => {
                 return Ok(None);
             }
             Err(error) => return Err(error),
         };
-        Ok(Some(Self { index, name: name.to_owned(), bridge: bridge.to_owned() }))
+        Ok(Some(Self {
+            index,
+            name: name.to_owned(),
+            bridge: bridge.to_owned(),
+        }))
     }
 
     /// The bridge it is a port of.
@@ -92,12 +111,14 @@ impl Port {
     /// `BLOCKING` and not `DISABLED`: the bridge turns a disabled port on again by itself when the
     /// carrier changes (`br_port_carrier_check`).
     pub async fn close(&self, node: &Netlink) -> Result<(), LinkError> {
-        self.set_state(node, BridgePortState::Blocking, "blocking port").await
+        self.set_state(node, BridgePortState::Blocking, "blocking port")
+            .await
     }
 
     /// Lets frames pass again.
     pub async fn open(&self, node: &Netlink) -> Result<(), LinkError> {
-        self.set_state(node, BridgePortState::Forwarding, "opening port").await
+        self.set_state(node, BridgePortState::Forwarding, "opening port")
+            .await
     }
 
     /// Deletes the link, and with it the workload's end.
@@ -157,17 +178,28 @@ pub(super) async fn enslave(
 }
 
 async fn find(node: &Netlink, index: u32) -> Result<Option<LinkMessage>, LinkError> {
-    match node.handle().link().get().match_index(index).execute().try_next().await {
+    match node
+        .handle()
+        .link()
+        .get()
+        .match_index(index)
+        .execute()
+        .try_next()
+        .await
+    {
         Err(rtnetlink::Error::NetlinkError(error)) if error.raw_code() == -libc::ENODEV => Ok(None),
         result => result.map_err(failed("finding link", index.to_string())),
     }
 }
 
 fn name_of(message: &LinkMessage) -> Option<String> {
-    message.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::IfName(name) => Some(name.clone()),
-        _ => None,
-    })
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name.clone()),
+            _ => None,
+        })
 }
 
 fn is_veth(message: &LinkMessage) -> bool {

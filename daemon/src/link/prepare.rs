@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-use pageferry_proto::wire::control::{Link, Route};
+use pageferry_proto::wire::description::{LinkDescription, RouteDescription};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
 use rtnetlink::packet_route::link::{InfoData, InfoVeth};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
@@ -23,7 +23,7 @@ pub struct PreparedNetwork {
     node_ends: Vec<String>,
     /// The bridge they will be ports of.
     bridge: String,
-    links: Vec<Link>,
+    links: Vec<LinkDescription>,
 }
 
 impl PreparedNetwork {
@@ -33,8 +33,8 @@ impl PreparedNetwork {
     /// most 15 characters.
     pub async fn build(
         net: &impl AsFd,
-        links: &[Link],
-        routes: &[Route],
+        links: &[LinkDescription],
+        routes: &[RouteDescription],
         bridge: &str,
         prefix: &str,
     ) -> Result<Self, LinkError> {
@@ -70,13 +70,23 @@ impl PreparedNetwork {
         for route in direct.into_iter().chain(through) {
             add_route(&inside, route).await?;
         }
-        Ok(Self { node_ends, bridge: bridge.to_owned(), links: links.to_vec() })
+        Ok(Self {
+            node_ends,
+            bridge: bridge.to_owned(),
+            links: links.to_vec(),
+        })
     }
 
     /// What [`PreparedNetwork::build`] made, known from a journal.
-    pub fn recovered(links: &[Link], bridge: &str, prefix: &str) -> Self {
-        let node_ends = (0..links.len()).map(|number| format!("{prefix}{number}")).collect();
-        Self { node_ends, bridge: bridge.to_owned(), links: links.to_vec() }
+    pub fn recovered(links: &[LinkDescription], bridge: &str, prefix: &str) -> Self {
+        let node_ends = (0..links.len())
+            .map(|number| format!("{prefix}{number}"))
+            .collect();
+        Self {
+            node_ends,
+            bridge: bridge.to_owned(),
+            links: links.to_vec(),
+        }
     }
 
     /// Attaches the links to the bridge and announces their addresses from inside `net`.
@@ -116,7 +126,7 @@ impl PreparedNetwork {
 async fn pair(
     node: &Netlink,
     net: BorrowedFd<'_>,
-    link: &Link,
+    link: &LinkDescription,
     node_end: &str,
 ) -> Result<(), LinkError> {
     let inside = LinkMessageBuilder::<LinkUnspec>::new()
@@ -134,7 +144,10 @@ async fn pair(
         .add(message)
         .execute()
         .await
-        .map_err(failed("creating link", format!("{} ({node_end} at this node)", link.name)))
+        .map_err(failed(
+            "creating link",
+            format!("{} ({node_end} at this node)", link.name),
+        ))
 }
 
 async fn up(netlink: &Netlink, name: &str) -> Result<(), LinkError> {
@@ -150,7 +163,7 @@ async fn up(netlink: &Netlink, name: &str) -> Result<(), LinkError> {
 
 async fn add_address(
     inside: &Netlink,
-    link: &Link,
+    link: &LinkDescription,
     ip: std::net::IpAddr,
     prefix: u8,
 ) -> Result<(), LinkError> {
@@ -159,27 +172,34 @@ async fn add_address(
     if ip.is_ipv6() {
         // Duplicate address detection would hold the address back for a second or more, and it
         // is in use at the source on purpose.
-        request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        request
+            .message_mut()
+            .attributes
+            .push(AddressAttribute::Flags(AddressFlags::Nodad));
     }
-    request
-        .execute()
-        .await
-        .map_err(failed("adding address", format!("{ip}/{prefix} to {}", link.name)))
+    request.execute().await.map_err(failed(
+        "adding address",
+        format!("{ip}/{prefix} to {}", link.name),
+    ))
 }
 
-async fn add_route(inside: &Netlink, route: &Route) -> Result<(), LinkError> {
-    let object = format!("{}/{} dev {}", route.destination, route.prefix, route.device);
+async fn add_route(inside: &Netlink, route: &RouteDescription) -> Result<(), LinkError> {
+    let object = format!(
+        "{}/{} dev {}",
+        route.destination.ip, route.destination.prefix, route.device
+    );
     let unfit = |error| LinkError::Unfit(format!("route {object} cannot be built: {error}"));
     let mut builder = RouteMessageBuilder::<std::net::IpAddr>::new()
-        .destination_prefix(route.destination, route.prefix)
+        .destination_prefix(route.destination.ip, route.destination.prefix)
         .map_err(unfit)?
         .output_interface(index_of(inside, &route.device).await?);
     match route.gateway {
         Some(gateway) => builder = builder.gateway(gateway).map_err(unfit)?,
         None => builder = builder.scope(rtnetlink::packet_route::route::RouteScope::Link),
     }
-    if let Some(metric) = route.metric {
-        builder = builder.priority(metric);
+    // The kernel's default for IPv4 is 0 and cannot be asked for; IPv6 chooses its own.
+    if route.metric > 0 {
+        builder = builder.priority(route.metric);
     }
     if let Some(source) = route.source {
         builder = builder.pref_source(source).map_err(unfit)?;

@@ -43,7 +43,9 @@ pub enum CgroupError {
         source: io::Error,
     },
     /// The tasks did not freeze in time.
-    #[error("{path} did not freeze within {FREEZE_TIMEOUT:?}: a task may be in uninterruptible sleep")]
+    #[error(
+        "{path} did not freeze within {FREEZE_TIMEOUT:?}: a task may be in uninterruptible sleep"
+    )]
     FreezeTimeout {
         /// The cgroup.
         path: PathBuf,
@@ -84,8 +86,11 @@ impl FreezerRoot {
     /// Finds the freezer this node offers: the v1 hierarchy if it is mounted, else cgroup v2.
     pub fn detect() -> Result<Self, CgroupError> {
         let path = PathBuf::from("/proc/self/mountinfo");
-        let mounts = fs::read_to_string(&path)
-            .map_err(|source| CgroupError::Io { action: "reading", path, source })?;
+        let mounts = fs::read_to_string(&path).map_err(|source| CgroupError::Io {
+            action: "reading",
+            path,
+            source,
+        })?;
         Self::from_mountinfo(&mounts).ok_or(CgroupError::NoFreezer)
     }
 
@@ -98,28 +103,45 @@ impl FreezerRoot {
             let (kind, options) = (right.next()?, right.nth(1)?);
             if kind == "cgroup" && options.split(',').any(|option| option == "freezer") {
                 let directory = point.join("pageferry");
-                return Some(Self { directory, version: FreezerVersion::V1 });
+                return Some(Self {
+                    directory,
+                    version: FreezerVersion::V1,
+                });
             }
             if kind == "cgroup2" {
                 unified.get_or_insert(point.join("pageferry"));
             }
         }
-        unified.map(|directory| Self { directory, version: FreezerVersion::V2 })
+        unified.map(|directory| Self {
+            directory,
+            version: FreezerVersion::V2,
+        })
     }
 
     /// Makes the cgroup `name`, empty and thawed.
     pub fn create(&self, name: &str) -> Result<Freezer, CgroupError> {
         let path = self.directory.join(name);
-        fs::create_dir_all(&path)
-            .map_err(|source| CgroupError::Io { action: "creating", path: path.clone(), source })?;
-        Ok(Freezer { path, version: self.version })
+        fs::create_dir_all(&path).map_err(|source| CgroupError::Io {
+            action: "creating",
+            path: path.clone(),
+            source,
+        })?;
+        Ok(Freezer {
+            path,
+            version: self.version,
+        })
     }
 
     /// The cgroup that holds all of `pids` and nothing else, if it is one of ours.
     pub fn holding(&self, pids: &[i32]) -> Option<Freezer> {
         for entry in fs::read_dir(&self.directory).ok()?.flatten() {
-            let freezer = Freezer { path: entry.path(), version: self.version };
-            let Ok(held) = freezer.processes() else { continue };
+            let freezer = Freezer {
+                path: entry.path(),
+                version: self.version,
+            };
+            let Ok(held) = freezer.processes() else {
+                continue;
+            };
             if !held.is_empty() && held.iter().copied().eq(pids.iter().copied()) {
                 return Some(freezer);
             }
@@ -189,7 +211,9 @@ impl Freezer {
                 }
             }
         }
-        Err(CgroupError::Restless { path: self.path.clone() })
+        Err(CgroupError::Restless {
+            path: self.path.clone(),
+        })
     }
 
     /// The processes in it, ascending.
@@ -210,7 +234,9 @@ impl Freezer {
         while !self.is_frozen()? {
             if Instant::now() > deadline {
                 self.write_state(false)?;
-                return Err(CgroupError::FreezeTimeout { path: self.path.clone() });
+                return Err(CgroupError::FreezeTimeout {
+                    path: self.path.clone(),
+                });
             }
             std::thread::sleep(FREEZE_POLL);
         }
@@ -254,7 +280,10 @@ impl Freezer {
             }
             self.thaw()?;
             if Instant::now() > deadline {
-                return Err(CgroupError::NotEmpty { path: self.path.clone(), left: pids.len() });
+                return Err(CgroupError::NotEmpty {
+                    path: self.path.clone(),
+                    left: pids.len(),
+                });
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -282,7 +311,11 @@ impl Freezer {
     }
 
     fn io(&self, action: &'static str, source: io::Error) -> CgroupError {
-        CgroupError::Io { action, path: self.path.clone(), source }
+        CgroupError::Io {
+            action,
+            path: self.path.clone(),
+            source,
+        }
     }
 }
 
@@ -301,13 +334,20 @@ mod tests {
     }
 
     fn sleeper() -> Reaped {
-        Reaped(Command::new("sleep").arg("1000").spawn().expect("sleep starts"))
+        Reaped(
+            Command::new("sleep")
+                .arg("1000")
+                .spawn()
+                .expect("sleep starts"),
+        )
     }
 
     #[test]
     fn a_frozen_cgroup_reads_back_frozen_and_thaws() {
         let root = FreezerRoot::detect().expect("a freezer");
-        let freezer = root.create(&format!("test-freeze-{}", std::process::id())).expect("make");
+        let freezer = root
+            .create(&format!("test-freeze-{}", std::process::id()))
+            .expect("make");
         let child = sleeper();
         let pid = i32::try_from(child.0.id()).expect("pid");
         freezer.adopt(|| Ok(vec![pid])).expect("adopt");
@@ -324,7 +364,9 @@ mod tests {
     #[test]
     fn killing_a_frozen_cgroup_empties_it() {
         let root = FreezerRoot::detect().expect("a freezer");
-        let freezer = root.create(&format!("test-kill-{}", std::process::id())).expect("make");
+        let freezer = root
+            .create(&format!("test-kill-{}", std::process::id()))
+            .expect("make");
         let mut child = sleeper();
         let pid = i32::try_from(child.0.id()).expect("pid");
         freezer.adopt(|| Ok(vec![pid])).expect("adopt");

@@ -10,11 +10,11 @@ use std::fs::{self, File, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use pageferry_proto::wire::code::ErrorCode;
-use pageferry_proto::wire::control::{FileDescription, FileKind};
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::description::{FileDescription, FileUse};
 use procfs::process::{FDTarget, MMPermissions, MMapPath, Process};
 
-use super::{Refusal, build_id};
+use super::build_id;
 
 /// Files named in one description; a large JVM has about a thousand.
 pub const FILES_MAX: usize = 16_384;
@@ -35,9 +35,9 @@ pub struct Descriptors {
 
 impl Descriptors {
     /// Adds what process `pid` has open and mapped.
-    pub fn add(&mut self, process: &Process, shared: &[PathBuf]) -> Result<(), Refusal> {
+    pub fn add(&mut self, process: &Process, shared: &[PathBuf]) -> Result<(), Failure> {
         let unreadable = |error: procfs::ProcError| {
-            Refusal::new(
+            Failure::new(
                 ErrorCode::UnsupportedWorkload,
                 format!("process {} cannot be inspected: {error}", process.pid),
             )
@@ -58,7 +58,8 @@ impl Descriptors {
                 FDTarget::Net(_)
                 | FDTarget::AnonInode(_)
                 | FDTarget::MemFD(_)
-                | FDTarget::Other(..) => {}
+                | FDTarget::Other(..)
+                | FDTarget::Unknown(..) => {}
             }
         }
         self.add_mapped(process, shared)
@@ -71,13 +72,13 @@ impl Descriptors {
         path: &Path,
         writes: bool,
         shared: &[PathBuf],
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), Failure> {
         let Ok(metadata) = fs::metadata(format!("/proc/{pid}/fd/{fd}")) else {
             // Closed meanwhile: the workload runs.
             return Ok(());
         };
         if is_terminal(path) && metadata.file_type().is_char_device() {
-            return Err(Refusal::new(
+            return Err(Failure::new(
                 ErrorCode::StdioUnfit,
                 format!(
                     "descriptor {fd} of process {pid} is the terminal {}: start the workload with \
@@ -91,7 +92,7 @@ impl Descriptors {
         }
         if let Some(name) = deleted(path) {
             if metadata.len() > DELETED_FILE_MAX {
-                return Err(Refusal::new(
+                return Err(Failure::new(
                     ErrorCode::FileDiffers,
                     format!(
                         "descriptor {fd} of process {pid} is the deleted file {name} of {} bytes; \
@@ -103,7 +104,7 @@ impl Descriptors {
             return Ok(());
         }
         if writes && !is_shared(path, shared) {
-            return Err(Refusal::new(
+            return Err(Failure::new(
                 ErrorCode::FileWritable,
                 format!(
                     "descriptor {fd} of process {pid} writes to {}: files are not moved; name a \
@@ -112,19 +113,21 @@ impl Descriptors {
                 ),
             ));
         }
-        self.add_file(pid, path, &metadata, writes, FileKind::Open)
+        self.add_file(pid, path, &metadata, writes, FileUse::Open)
     }
 
-    fn add_mapped(&mut self, process: &Process, shared: &[PathBuf]) -> Result<(), Refusal> {
+    fn add_mapped(&mut self, process: &Process, shared: &[PathBuf]) -> Result<(), Failure> {
         let pid = process.pid;
         let maps = process.maps().map_err(|error| {
-            Refusal::new(
+            Failure::new(
                 ErrorCode::UnsupportedWorkload,
                 format!("the mappings of process {pid} cannot be read: {error}"),
             )
         })?;
         for map in maps.iter() {
-            let MMapPath::Path(path) = &map.pathname else { continue };
+            let MMapPath::Path(path) = &map.pathname else {
+                continue;
+            };
             if self.files.contains_key(path) || deleted(path).is_some() {
                 continue;
             }
@@ -133,9 +136,11 @@ impl Descriptors {
             else {
                 continue;
             };
-            let writes = map.perms.contains(MMPermissions::WRITE | MMPermissions::SHARED);
+            let writes = map
+                .perms
+                .contains(MMPermissions::WRITE | MMPermissions::SHARED);
             if writes && metadata.is_file() && !is_shared(path, shared) {
-                return Err(Refusal::new(
+                return Err(Failure::new(
                     ErrorCode::FileWritable,
                     format!(
                         "process {pid} has {} mapped shared and writable: files are not moved; \
@@ -145,7 +150,7 @@ impl Descriptors {
                 ));
             }
             if metadata.is_file() {
-                self.add_file(pid, path, &metadata, writes, FileKind::Mapped)?;
+                self.add_file(pid, path, &metadata, writes, FileUse::Mapped)?;
             }
         }
         Ok(())
@@ -157,41 +162,46 @@ impl Descriptors {
         path: &Path,
         metadata: &Metadata,
         writable: bool,
-        kind: FileKind,
-    ) -> Result<(), Refusal> {
+        kind: FileUse,
+    ) -> Result<(), Failure> {
         if self.files.len() >= FILES_MAX {
-            return Err(Refusal::new(
+            return Err(Failure::new(
                 ErrorCode::UnsupportedWorkload,
                 format!("the workload has more than {FILES_MAX} files open or mapped"),
             ));
         }
         let Some(name) = path.to_str() else {
-            return Err(Refusal::new(
+            return Err(Failure::new(
                 ErrorCode::UnsupportedWorkload,
-                format!("process {pid} has {} open, whose name is not UTF-8", path.display()),
+                format!(
+                    "process {pid} has {} open, whose name is not UTF-8",
+                    path.display()
+                ),
             ));
         };
         let root = format!("/proc/{pid}/root");
         let build_id = File::open(Path::new(&root).join(name.trim_start_matches('/')))
             .and_then(|file| build_id::read(&file))
             .unwrap_or_default();
-        self.files.entry(path.to_owned()).or_insert_with(|| FileDescription {
-            path: name.to_owned(),
-            size: metadata.len(),
-            build_id,
-            writable,
-            mode: metadata.mode(),
-            kind,
-        });
+        self.files
+            .entry(path.to_owned())
+            .or_insert_with(|| FileDescription {
+                path: name.to_owned(),
+                size: metadata.len(),
+                build_id,
+                writable,
+                mode: metadata.mode(),
+                kind,
+            });
         Ok(())
     }
 
     /// Refuses pipes that have an end outside the tree, which CRIU would refuse in the freeze.
-    pub fn check_pipes(&self) -> Result<(), Refusal> {
+    pub fn check_pipes(&self) -> Result<(), Failure> {
         for (inode, [readers, writers]) in &self.pipes {
             if *readers == 0 || *writers == 0 {
                 let missing = if *readers == 0 { "reader" } else { "writer" };
-                return Err(Refusal::new(
+                return Err(Failure::new(
                     ErrorCode::StdioUnfit,
                     format!(
                         "pipe {inode} of the workload has its {missing} outside the process tree; \
@@ -205,9 +215,9 @@ impl Descriptors {
 }
 
 /// Compares a file of the description with what this node has under `root`.
-pub fn check(file: &FileDescription, root: &Path) -> Result<(), Refusal> {
+pub fn check(file: &FileDescription, root: &Path) -> Result<(), Failure> {
     let differs = |why: String| {
-        Err(Refusal::new(
+        Err(Failure::new(
             ErrorCode::FileDiffers,
             format!("{} is not the same at the target: {why}", file.path),
         ))
@@ -222,9 +232,15 @@ pub fn check(file: &FileDescription, root: &Path) -> Result<(), Refusal> {
         return Ok(());
     }
     if metadata.len() != file.size {
-        return differs(format!("{} bytes here, {} at the source", metadata.len(), file.size));
+        return differs(format!(
+            "{} bytes here, {} at the source",
+            metadata.len(),
+            file.size
+        ));
     }
-    let build_id = File::open(&here).and_then(|opened| build_id::read(&opened)).unwrap_or_default();
+    let build_id = File::open(&here)
+        .and_then(|opened| build_id::read(&opened))
+        .unwrap_or_default();
     if build_id != file.build_id {
         return differs("another build of the same size".to_owned());
     }
@@ -237,7 +253,9 @@ fn deleted(path: &Path) -> Option<&str> {
 }
 
 fn is_terminal(path: &Path) -> bool {
-    path.starts_with("/dev/pts") || path == Path::new("/dev/tty") || path == Path::new("/dev/console")
+    path.starts_with("/dev/pts")
+        || path == Path::new("/dev/tty")
+        || path == Path::new("/dev/console")
 }
 
 fn is_shared(path: &Path, shared: &[PathBuf]) -> bool {

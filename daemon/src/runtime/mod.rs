@@ -7,23 +7,3 @@ pub mod build_id;
 pub mod cgroup;
 pub mod files;
 pub mod process;
-
-use pageferry_proto::wire::code::ErrorCode;
-use thiserror::Error;
-
-/// A workload that cannot be moved, and why; it was not touched.
-#[derive(Debug, Clone, Error)]
-#[error("{text}")]
-pub struct Refusal {
-    /// The named reason.
-    pub code: ErrorCode,
-    /// What was found, on which object, and what to do.
-    pub text: String,
-}
-
-impl Refusal {
-    /// A refusal for `code`; `text` names the object.
-    pub fn new(code: ErrorCode, text: impl Into<String>) -> Self {
-        Self { code, text: text.into() }
-    }
-}

@@ -11,11 +11,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use pageferry_proto::wire::code::ErrorCode;
-use pageferry_proto::wire::control::{SpaceDescription, WorkloadDescription};
+use pageferry_proto::id::SpaceId;
+use pageferry_proto::page::PAGE_SIZE;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::description::{Namespaces, SpaceDescription, WorkloadDescription};
 use procfs::process::Process;
 
-use super::Refusal;
 use super::files::{self, Descriptors};
 use crate::sys::namespace::{self, NamespaceKind};
 
@@ -46,7 +47,11 @@ pub fn tree(root: i32) -> io::Result<Vec<i32>> {
         };
         for task in tasks.flatten() {
             let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            found.extend(children.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+            found.extend(
+                children
+                    .split_ascii_whitespace()
+                    .filter_map(|pid| pid.parse::<i32>().ok()),
+            );
         }
         if found.len() > TASKS_MAX {
             return Err(io::Error::other(format!("more than {TASKS_MAX} processes")));
@@ -58,9 +63,12 @@ pub fn tree(root: i32) -> io::Result<Vec<i32>> {
 /// Looks at the tree below `root`. Blocks for a few milliseconds.
 ///
 /// `shared` are paths the operator says both nodes share.
-pub fn describe(root: i32, shared: &[PathBuf]) -> Result<Described, Refusal> {
+pub fn describe(root: i32, shared: &[PathBuf]) -> Result<Described, Failure> {
     let gone = |error: &dyn std::fmt::Display| {
-        Refusal::new(ErrorCode::UnsupportedWorkload, format!("there is no process {root}: {error}"))
+        Failure::new(
+            ErrorCode::UnsupportedWorkload,
+            format!("there is no process {root}: {error}"),
+        )
     };
     let process = Process::new(root).map_err(|error| gone(&error))?;
     refuse_ourselves(root)?;
@@ -70,13 +78,17 @@ pub fn describe(root: i32, shared: &[PathBuf]) -> Result<Described, Refusal> {
     let mut spaces = Vec::new();
     let mut tasks = BTreeSet::new();
     for pid in &pids {
-        let Ok(member) = Process::new(*pid) else { continue };
-        let Some(space) = space(&member, &mut tasks)? else { continue };
+        let Ok(member) = Process::new(*pid) else {
+            continue;
+        };
+        let Some(space) = space(&member, &mut tasks)? else {
+            continue;
+        };
         descriptors.add(&member, shared)?;
         spaces.push(space);
     }
     if tasks.len() > TASKS_MAX {
-        return Err(Refusal::new(
+        return Err(Failure::new(
             ErrorCode::UnsupportedWorkload,
             format!("the tree has more than {TASKS_MAX} threads"),
         ));
@@ -98,15 +110,21 @@ pub fn describe(root: i32, shared: &[PathBuf]) -> Result<Described, Refusal> {
     let description = WorkloadDescription {
         root_pid: root,
         spaces,
-        tasks: tasks.into_iter().collect(),
-        own_namespaces: own.iter().map(|kind| kind.file().to_owned()).collect(),
+        pids: tasks.into_iter().collect(),
+        own_namespaces: own
+            .iter()
+            .fold(Namespaces::NONE, |all, kind| all.with(wire_kind(*kind))),
         hostname,
         domainname,
         links: Vec::new(),
         routes: Vec::new(),
         files: descriptors.files.into_values().collect(),
-        shared_paths: shared.iter().map(|path| path.to_string_lossy().into_owned()).collect(),
-        criu_version: String::new(),
+        shared_paths: shared
+            .iter()
+            .map(|path| path.to_string_lossy().into_owned())
+            .collect(),
+        criu_version: 0,
+        page_size: PAGE_SIZE as u32,
         kernel_release: kernel_release(),
         cwd: link("cwd"),
         root: link("root"),
@@ -115,7 +133,7 @@ pub fn describe(root: i32, shared: &[PathBuf]) -> Result<Described, Refusal> {
 }
 
 /// Checks at the target that the tree can be restored here: pids free, files the same.
-pub fn check(description: &WorkloadDescription) -> Result<(), Refusal> {
+pub fn check(description: &WorkloadDescription) -> Result<(), Failure> {
     for file in &description.files {
         files::check(file, Path::new("/"))?;
     }
@@ -123,15 +141,15 @@ pub fn check(description: &WorkloadDescription) -> Result<(), Refusal> {
 }
 
 /// Refuses a tree whose pids or thread ids are in use at this node.
-pub fn check_pids(description: &WorkloadDescription) -> Result<(), Refusal> {
-    if description.own_namespaces.iter().any(|kind| kind == NamespaceKind::Pid.file()) {
+pub fn check_pids(description: &WorkloadDescription) -> Result<(), Failure> {
+    if description.own_namespaces.contains(Namespaces::PID) {
         return Ok(());
     }
-    for pid in &description.tasks {
+    for pid in &description.pids {
         // Threads have a directory too, though it is not listed.
         if Path::new(&format!("/proc/{pid}")).exists() {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            return Err(Refusal::new(
+            return Err(Failure::new(
                 ErrorCode::PidTaken,
                 format!(
                     "pid {pid} is taken at the target by {}: give the workload its own pid \
@@ -144,30 +162,32 @@ pub fn check_pids(description: &WorkloadDescription) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn refuse_ourselves(root: i32) -> Result<(), Refusal> {
+fn refuse_ourselves(root: i32) -> Result<(), Failure> {
     let mut pid = i32::try_from(std::process::id()).unwrap_or(1);
     while pid > 0 {
         if pid == root {
-            return Err(Refusal::new(
+            return Err(Failure::new(
                 ErrorCode::UnsupportedWorkload,
                 format!("process {root} is this daemon or one of its ancestors"),
             ));
         }
-        pid = Process::new(pid).and_then(|process| process.stat()).map_or(0, |stat| stat.ppid);
+        pid = Process::new(pid)
+            .and_then(|process| process.stat())
+            .map_or(0, |stat| stat.ppid);
     }
     Ok(())
 }
 
-fn own_namespaces(root: i32) -> Result<Vec<NamespaceKind>, Refusal> {
+fn own_namespaces(root: i32) -> Result<Vec<NamespaceKind>, Failure> {
     let unreadable = |error: io::Error| {
-        Refusal::new(
+        Failure::new(
             ErrorCode::UnsupportedWorkload,
             format!("the namespaces of process {root} cannot be read: {error}"),
         )
     };
     let user = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/user"));
     if user(&root.to_string()).map_err(unreadable)? != user("self").map_err(unreadable)? {
-        return Err(Refusal::new(
+        return Err(Failure::new(
             ErrorCode::UnsupportedWorkload,
             format!("process {root} is in a user namespace of its own, which is not moved"),
         ));
@@ -181,8 +201,13 @@ fn own_namespaces(root: i32) -> Result<Vec<NamespaceKind>, Refusal> {
     Ok(own)
 }
 
-fn space(process: &Process, tasks: &mut BTreeSet<i32>) -> Result<Option<SpaceDescription>, Refusal> {
-    let (Ok(status), Ok(threads)) = (process.status(), process.tasks()) else { return Ok(None) };
+fn space(
+    process: &Process,
+    tasks: &mut BTreeSet<i32>,
+) -> Result<Option<SpaceDescription>, Failure> {
+    let (Ok(status), Ok(threads)) = (process.status(), process.tasks()) else {
+        return Ok(None);
+    };
     // Zombies have no memory; CRIU restores them by itself.
     let Some(resident) = status.vmrss else {
         tasks.insert(process.pid);
@@ -191,7 +216,7 @@ fn space(process: &Process, tasks: &mut BTreeSet<i32>) -> Result<Option<SpaceDes
     let threads: Vec<i32> = threads.flatten().map(|task| task.tid).collect();
     tasks.extend(&threads);
     Ok(Some(SpaceDescription {
-        vpid: process.pid,
+        vpid: SpaceId(u32::try_from(process.pid).unwrap_or(0)),
         comm: status.name,
         threads,
         memory_bytes: (resident + status.vmswap.unwrap_or(0)) << 10, // KiB
@@ -199,10 +224,12 @@ fn space(process: &Process, tasks: &mut BTreeSet<i32>) -> Result<Option<SpaceDes
 }
 
 /// A session or process group whose leader is outside the tree cannot be made again.
-fn check_session(process: &Process, tasks: &BTreeSet<i32>) -> Result<(), Refusal> {
-    let Ok(stat) = process.stat() else { return Ok(()) };
+fn check_session(process: &Process, tasks: &BTreeSet<i32>) -> Result<(), Failure> {
+    let Ok(stat) = process.stat() else {
+        return Ok(());
+    };
     if stat.session != 0 && !tasks.contains(&stat.session) {
-        return Err(Refusal::new(
+        return Err(Failure::new(
             ErrorCode::UnsupportedWorkload,
             format!(
                 "process {} belongs to session {} of another process: start it with setsid",
@@ -213,31 +240,34 @@ fn check_session(process: &Process, tasks: &BTreeSet<i32>) -> Result<(), Refusal
     Ok(())
 }
 
-fn names(root: i32, own: &[NamespaceKind]) -> Result<(String, String), Refusal> {
+fn names(root: i32, own: &[NamespaceKind]) -> Result<(String, String), Failure> {
     if !own.contains(&NamespaceKind::Uts) {
         return Ok((String::new(), String::new()));
     }
-    namespace::open(root, NamespaceKind::Uts).and_then(|uts| namespace::names(&uts)).map_err(
-        |error| {
-            Refusal::new(
+    namespace::open(root, NamespaceKind::Uts)
+        .and_then(|uts| namespace::names(&uts))
+        .map_err(|error| {
+            Failure::new(
                 ErrorCode::UnsupportedWorkload,
                 format!("the host name of process {root} cannot be read: {error}"),
             )
-        },
-    )
+        })
 }
 
 /// Sockets of the node's own network namespace cannot follow the workload.
-fn refuse_inet_sockets(root: i32, descriptors: &Descriptors) -> Result<(), Refusal> {
+fn refuse_inet_sockets(root: i32, descriptors: &Descriptors) -> Result<(), Failure> {
     for table in ["tcp", "tcp6", "udp", "udp6", "raw", "raw6", "packet"] {
         let text = fs::read_to_string(format!("/proc/{root}/net/{table}")).unwrap_or_default();
         for line in text.lines().skip(1) {
             // The inode is the tenth column; in `packet` the ninth.
             let column = if table == "packet" { 8 } else { 9 };
-            let inode = line.split_ascii_whitespace().nth(column).and_then(|word| word.parse().ok());
+            let inode = line
+                .split_ascii_whitespace()
+                .nth(column)
+                .and_then(|word| word.parse().ok());
             let held = inode.and_then(|inode: u64| descriptors.sockets.get(&inode));
             if let Some((pid, fd)) = held {
-                return Err(Refusal::new(
+                return Err(Failure::new(
                     ErrorCode::NetworkUnfit,
                     format!(
                         "descriptor {fd} of process {pid} is a {table} socket in the node's own \
@@ -251,9 +281,9 @@ fn refuse_inet_sockets(root: i32, descriptors: &Descriptors) -> Result<(), Refus
 }
 
 /// The IPC namespace is made anew at the target, so it must be empty here.
-fn refuse_ipc_objects(root: i32) -> Result<(), Refusal> {
+fn refuse_ipc_objects(root: i32) -> Result<(), Failure> {
     let unreadable = |error: io::Error| {
-        Refusal::new(
+        Failure::new(
             ErrorCode::UnsupportedWorkload,
             format!("the IPC namespace of process {root} cannot be read: {error}"),
         )
@@ -269,7 +299,7 @@ fn refuse_ipc_objects(root: i32) -> Result<(), Refusal> {
     .map_err(unreadable)?;
     for (kind, count) in objects {
         if count > 0 {
-            return Err(Refusal::new(
+            return Err(Failure::new(
                 ErrorCode::UnsupportedWorkload,
                 format!("the workload's IPC namespace holds {count} System V {kind} objects"),
             ));
@@ -278,6 +308,20 @@ fn refuse_ipc_objects(root: i32) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// The bit of the wire's set for a kind of namespace.
+pub const fn wire_kind(kind: NamespaceKind) -> Namespaces {
+    match kind {
+        NamespaceKind::Ipc => Namespaces::IPC,
+        NamespaceKind::Uts => Namespaces::UTS,
+        NamespaceKind::Net => Namespaces::NET,
+        NamespaceKind::Pid => Namespaces::PID,
+        NamespaceKind::Mount => Namespaces::MNT,
+    }
+}
+
 fn kernel_release() -> String {
-    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim_end().to_owned()
+    fs::read_to_string("/proc/sys/kernel/osrelease")
+        .unwrap_or_default()
+        .trim_end()
+        .to_owned()
 }

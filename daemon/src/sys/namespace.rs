@@ -90,7 +90,9 @@ pub fn run_inside<T: Send>(
 ///
 /// They live as long as the descriptors, or a process that enters them.
 pub fn create(kinds: &[NamespaceKind]) -> io::Result<Vec<OwnedFd>> {
-    let flags = kinds.iter().fold(CloneFlags::empty(), |flags, kind| flags | kind.flag());
+    let flags = kinds
+        .iter()
+        .fold(CloneFlags::empty(), |flags, kind| flags | kind.flag());
     std::thread::scope(|scope| {
         scope
             .spawn(|| {
@@ -127,7 +129,14 @@ pub fn names(uts: &impl AsFd) -> io::Result<(String, String)> {
                 .map(|name| name.trim_end().to_owned())
         };
         let domainname = read("domainname")?;
-        Ok((read("hostname")?, if domainname == "(none)" { String::new() } else { domainname }))
+        Ok((
+            read("hostname")?,
+            if domainname == "(none)" {
+                String::new()
+            } else {
+                domainname
+            },
+        ))
     })?
 }
 
@@ -140,7 +149,10 @@ mod tests {
         let outside = nix::unistd::gethostname().expect("a host name");
         let fds = create(&[NamespaceKind::Uts]).expect("root may unshare");
         set_names(&fds[0], "ferry", "example").expect("set");
-        assert_eq!(names(&fds[0]).expect("read"), ("ferry".to_owned(), "example".to_owned()));
+        assert_eq!(
+            names(&fds[0]).expect("read"),
+            ("ferry".to_owned(), "example".to_owned())
+        );
         assert_eq!(nix::unistd::gethostname().expect("a host name"), outside);
     }
 
@@ -153,7 +165,10 @@ mod tests {
         })
         .expect("enter");
         assert_ne!(inside, before);
-        assert_eq!(std::fs::read_link("/proc/thread-self/ns/net").expect("proc"), before);
+        assert_eq!(
+            std::fs::read_link("/proc/thread-self/ns/net").expect("proc"),
+            before
+        );
     }
 
     #[test]

@@ -36,7 +36,11 @@ impl PacketSocket {
                 size_of::<libc::sockaddr_ll>() as libc::socklen_t,
             )
         };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(Self { fd }) }
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(Self { fd })
+        }
     }
 
     /// Sends one whole frame, link-layer header included.

@@ -1,0 +1,163 @@
+//! The whole way of a network, on real links in namespaces of the test's own.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use futures_util::TryStreamExt;
+use pageferry_proto::wire::description::{LinkAddress, LinkDescription};
+use rtnetlink::packet_route::link::{
+    BridgePortState, InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo,
+};
+use rtnetlink::{LinkBridge, LinkUnspec};
+
+use super::LinkError;
+use super::describe::describe;
+use super::netlink::Netlink;
+use super::port::index_of;
+use super::prepare::PreparedNetwork;
+use crate::sys::namespace::{NamespaceKind, create, run_inside};
+
+/// Runs `test` on a thread that lives in a network namespace of its own: the test's node.
+fn at_a_node(test: impl AsyncFnOnce() + Send) {
+    let node = create(&[NamespaceKind::Net]).expect("root may unshare");
+    run_inside(&[(NamespaceKind::Net, node[0].as_fd())], || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime.expect("a runtime").block_on(test());
+    })
+    .expect("enter");
+}
+
+fn workload_links() -> Vec<LinkDescription> {
+    let address = |text: &str, prefix| LinkAddress {
+        ip: text.parse().expect("ip"),
+        prefix,
+    };
+    vec![LinkDescription {
+        name: "eth0".to_owned(),
+        mac: [0x02, 0, 0, 0, 0, 0x65],
+        mtu: 1400,
+        addresses: vec![address("10.90.0.101", 24), address("fd00::65", 64)],
+        bridge: None,
+    }]
+}
+
+async fn bridge(name: &str) {
+    let node = Netlink::open(None).expect("netlink");
+    let message = LinkBridge::new(name).up().build();
+    node.handle()
+        .link()
+        .add(message)
+        .execute()
+        .await
+        .expect("a bridge");
+    let lo = index_of(&node, "lo").await.expect("lo");
+    let up = LinkUnspec::new_with_index(lo).up().build();
+    node.handle().link().set(up).execute().await.expect("lo up");
+}
+
+async fn workload(prefix: &str) -> (OwnedFd, PreparedNetwork) {
+    let net = create(&[NamespaceKind::Net])
+        .expect("a namespace")
+        .remove(0);
+    let prepared = PreparedNetwork::build(&net, &workload_links(), &[], "br0", prefix)
+        .await
+        .expect("build");
+    (net, prepared)
+}
+
+/// The state of the port of the first test workload.
+async fn state(node: &Netlink) -> BridgePortState {
+    let mut query = node.handle().link().get().match_name("pfa0").execute();
+    let message = query.try_next().await.expect("a link").expect("a link");
+    let infos = message
+        .attributes
+        .into_iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(infos) => Some(infos),
+            _ => None,
+        });
+    let ports = infos
+        .expect("link info")
+        .into_iter()
+        .find_map(|info| match info {
+            LinkInfo::PortData(InfoPortData::BridgePort(port)) => Some(port),
+            _ => None,
+        });
+    let state = ports
+        .expect("a bridge port")
+        .into_iter()
+        .find_map(|info| match info {
+            InfoBridgePort::State(state) => Some(state),
+            _ => None,
+        });
+    state.expect("a state")
+}
+
+#[test]
+fn what_was_built_and_attached_is_described_as_it_was_asked_for() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let (net, prepared) = workload("pfa").await;
+        prepared.attach(&net).await.expect("attach");
+        let found = describe(&net).await.expect("describe");
+        assert_eq!(found.links.len(), 1);
+        let link = &found.links[0];
+        assert_eq!((link.name.as_str(), link.mtu), ("eth0", 1400));
+        assert_eq!(link.mac, workload_links()[0].mac);
+        assert_eq!(link.bridge.as_deref(), Some("br0"));
+        for address in &workload_links()[0].addresses {
+            assert!(link.addresses.contains(address), "{address:?}");
+        }
+        let again = create(&[NamespaceKind::Net])
+            .expect("a namespace")
+            .remove(0);
+        let copy = PreparedNetwork::build(&again, &found.links, &found.routes, "br0", "pfb").await;
+        copy.expect("the description can be built again")
+            .delete()
+            .await
+            .expect("delete");
+    });
+}
+
+#[test]
+fn a_link_that_is_not_attached_to_a_bridge_is_refused() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let (net, _prepared) = workload("pfa").await;
+        let refused = describe(&net).await.expect_err("not attached");
+        assert!(matches!(refused, LinkError::Unfit(_)), "{refused}");
+    });
+}
+
+#[test]
+fn a_missing_bridge_is_refused_by_name_before_anything_is_made() {
+    at_a_node(async || {
+        let net = create(&[NamespaceKind::Net])
+            .expect("a namespace")
+            .remove(0);
+        let refused = PreparedNetwork::build(&net, &workload_links(), &[], "br7", "pfa").await;
+        assert!(refused.expect_err("no bridge").to_string().contains("br7"));
+    });
+}
+
+#[test]
+fn a_closed_port_opens_again_and_a_deleted_one_stays_deleted() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let (net, prepared) = workload("pfa").await;
+        prepared.attach(&net).await.expect("attach");
+        let node = Netlink::open(None).expect("netlink");
+        let port = describe(&net).await.expect("describe").ports.remove(0);
+        assert_eq!(state(&node).await, BridgePortState::Forwarding);
+        port.close(&node).await.expect("close");
+        assert_eq!(state(&node).await, BridgePortState::Blocking);
+        port.open(&node).await.expect("open");
+        assert_eq!(state(&node).await, BridgePortState::Forwarding);
+        port.delete(&node).await.expect("delete");
+        port.delete(&node)
+            .await
+            .expect("deleting twice does no harm");
+        assert!(index_of(&node, "pfa0").await.is_err());
+    });
+}

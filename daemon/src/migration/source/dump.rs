@@ -1,0 +1,250 @@
+//! One CRIU dump at the source: started before the freeze, held at its first notification, and held
+//! again at its last one until the hand-off is decided.
+//!
+//! ```text
+//! prepare ── CRIU starts, probes, opens its images ──► pre-dump (held: the workload runs)
+//! run ────── cgroup frozen by us, view published ────► post-dump (held: everything is in images)
+//! commit ─── answered true: CRIU kills the tree        rollback ─ answered false: CRIU lets go
+//! ```
+//!
+//! Invariants: between `pre-dump` and `post-dump` CRIU alone touches the tasks; at `post-dump` they
+//! are held by ptrace *and*, once the caller has frozen the cgroup again, by the cgroup; dropping a
+//! `Dump` closes CRIU's socket, which CRIU takes as a failed dump.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use criu_glue::options::{
+    AfterDump, Directories, DumpOptions, Log, LogLevel, ManageCgroups, NetworkLock, Request,
+};
+use criu_glue::report;
+use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError, ViewFds};
+use criu_glue::view::Feed;
+use thiserror::Error;
+
+use crate::runtime::cgroup::Freezer;
+use crate::runtime::files::DELETED_FILE_MAX;
+
+/// CRIU's start-up, with its kernel probing cached, takes tens of milliseconds.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A dump without page contents takes milliseconds; with shared memory forced in, seconds.
+const RUN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// After the last answer CRIU kills or releases the tasks and ends.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
+
+const LOG_FILE: &str = "dump.log";
+
+/// Why a dump did not come to its end.
+#[derive(Debug, Error)]
+pub enum DumpError {
+    /// A folder or a log could not be made.
+    #[error("{action} {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The worker could not be started or spoken to.
+    #[error("talking to criu")]
+    Swrk(#[from] SwrkError),
+    /// CRIU gave up; `cause` is the first error in its log.
+    #[error("criu could not dump the workload: {cause} (log: {log})")]
+    Failed {
+        /// The first error CRIU logged, or what its answer said.
+        cause: String,
+        /// Its log.
+        log: PathBuf,
+    },
+    /// CRIU did not come to the next point in time.
+    #[error("criu did not reach {point} within {limit:?} (log: {log})")]
+    Timeout {
+        /// What was waited for.
+        point: &'static str,
+        /// For how long.
+        limit: Duration,
+        /// Its log.
+        log: PathBuf,
+    },
+}
+
+/// What a dump is made of.
+#[derive(Debug)]
+pub struct DumpPlan {
+    /// The `criu` program.
+    pub criu: PathBuf,
+    /// The preload library, or `None` to let CRIU copy every page itself.
+    pub view_library: PathBuf,
+    /// Namespaces CRIU is started in: the workload's own network, UTS and IPC namespaces.
+    pub namespaces: Vec<OwnedFd>,
+    /// Root of the tree.
+    pub root_pid: i32,
+    /// The migration's folder on a tmpfs; images go to `images` in it, the log stays in it.
+    pub directory: PathBuf,
+    /// The cgroup that holds the tree.
+    pub freezer: Freezer,
+}
+
+/// A dump under way.
+#[derive(Debug)]
+pub struct Dump {
+    swrk: Swrk,
+    feed: Feed,
+    images: PathBuf,
+    log: PathBuf,
+}
+
+impl Dump {
+    /// Starts CRIU and brings it to `pre-dump`; the workload is not touched.
+    pub async fn prepare(plan: DumpPlan) -> Result<Self, DumpError> {
+        let images = plan.directory.join("images");
+        let log = plan.directory.join(LOG_FILE);
+        let io = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| DumpError::Io { action, path, source }
+        };
+        // A round that was retried has left its images.
+        match fs::remove_dir_all(&images) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io("removing", &images)(error));
+            }
+            _ => {}
+        }
+        fs::create_dir_all(&images).map_err(io("creating", &images))?;
+        let feed = Feed::new().map_err(io("making the view of", &images))?;
+        let feed_fd = feed.fd().map_err(io("passing the view of", &images))?;
+        let mut swrk = Swrk::spawn(SwrkConfig {
+            criu: plan.criu,
+            namespaces: plan.namespaces,
+            cgroup_procs: Vec::new(),
+            view: Some(ViewFds { library: plan.view_library, feed: feed_fd }),
+            output: plan.directory.join("dump.out"),
+            env: Vec::new(),
+            inherited: Vec::new(),
+        })?;
+        let open = |path: &Path| -> Result<OwnedFd, DumpError> {
+            Ok(fs::File::open(path).map_err(io("opening", path))?.into())
+        };
+        let request = Request::dump(DumpOptions {
+            pid: plan.root_pid,
+            directories: Directories {
+                images: open(&images)?,
+                work: Some(open(&plan.directory)?),
+            },
+            log: Log { file: LOG_FILE.to_owned(), level: LogLevel::Warning },
+            freeze_cgroup: Some(plan.freezer.path().to_string_lossy().into_owned()),
+            freeze_timeout: None,
+            after: AfterDump::Kill,
+            tcp_established: true,
+            file_locks: true,
+            ext_unix_sk: false,
+            shell_job: false,
+            link_remap: true,
+            ghost_limit: Some(u32::try_from(DELETED_FILE_MAX).unwrap_or(u32::MAX)),
+            network_lock: NetworkLock::Skip,
+            manage_cgroups: ManageCgroups::Ignore,
+            external: Vec::new(),
+            root: None,
+            notify: true,
+            page_server: None,
+        });
+        swrk.request(request).await?;
+        let mut dump = Self { swrk, feed, images, log };
+        dump.advance(&NotifyScript::PreDump, "pre-dump", PREPARE_TIMEOUT).await?;
+        Ok(dump)
+    }
+
+    /// What CRIU is to see of memory; fill and publish it before [`Dump::run`].
+    pub fn feed(&mut self) -> &mut Feed {
+        &mut self.feed
+    }
+
+    /// Lets CRIU dump the frozen tree and brings it to `post-dump`.
+    pub async fn run(&mut self) -> Result<(), DumpError> {
+        self.swrk.answer(true).await?;
+        self.advance(&NotifyScript::PostDump, "post-dump", RUN_TIMEOUT).await
+    }
+
+    /// The folder of images, complete once [`Dump::run`] has returned.
+    pub fn images(&self) -> &Path {
+        &self.images
+    }
+
+    /// Answers `post-dump` with success: SIGKILL is now pending on every task. Thaw the cgroup, then
+    /// call [`Dump::end`].
+    pub async fn commit(&mut self) -> Result<(), DumpError> {
+        Ok(self.swrk.answer(true).await?)
+    }
+
+    /// Answers the held notification with failure: CRIU lets go of the tasks, which then are held by
+    /// the cgroup alone. Waits until CRIU has ended.
+    pub async fn rollback(mut self) -> Result<(), DumpError> {
+        // CRIU may have ended by itself, having failed; then there is nothing to answer.
+        if self.swrk.answer(false).await.is_err() {
+            self.swrk.close();
+        }
+        self.end().await
+    }
+
+    /// Waits until CRIU has ended, by force after a while.
+    pub async fn end(mut self) -> Result<(), DumpError> {
+        let drained = async {
+            while let Ok(event) = self.swrk.next().await {
+                if let Event::Notify { .. } = event {
+                    self.swrk.answer(true).await?;
+                }
+            }
+            self.swrk.wait().await
+        };
+        match tokio::time::timeout(END_TIMEOUT, drained).await {
+            Ok(result) => result.map(drop).map_err(DumpError::from),
+            Err(_) => {
+                self.swrk.kill()?;
+                self.timed_out("its end", END_TIMEOUT)
+            }
+        }
+    }
+
+    /// Answers notifications until `point`, which is left unanswered.
+    async fn advance(
+        &mut self,
+        point: &NotifyScript,
+        name: &'static str,
+        limit: Duration,
+    ) -> Result<(), DumpError> {
+        let advanced = async {
+            loop {
+                match self.swrk.next().await? {
+                    Event::Notify { script, .. } if script == *point => return Ok(None),
+                    Event::Notify { .. } => self.swrk.answer(true).await?,
+                    Event::Response(response) => return Ok(Some(response.message)),
+                }
+            }
+        };
+        match tokio::time::timeout(limit, advanced).await {
+            Ok(Ok(None)) => Ok(()),
+            Ok(Ok(Some(message))) => Err(self.failed(message)),
+            Ok(Err(SwrkError::Closed)) => Err(self.failed(None)),
+            Ok(Err(error)) => Err(DumpError::Swrk(error)),
+            Err(_) => self.timed_out(name, limit),
+        }
+    }
+
+    fn failed(&self, message: Option<String>) -> DumpError {
+        let cause = report::first_error(&self.log).map(|error| error.text).or(message);
+        let cause = cause.unwrap_or_else(|| "it ended without a word".to_owned());
+        DumpError::Failed { cause, log: self.log.clone() }
+    }
+
+    fn timed_out<T>(&self, point: &'static str, limit: Duration) -> Result<T, DumpError> {
+        Err(DumpError::Timeout { point, limit, log: self.log.clone() })
+    }
+}
