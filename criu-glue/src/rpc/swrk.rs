@@ -33,6 +33,7 @@ use tokio::io::unix::AsyncFd;
 use super::message::{CriuRequest, CriuResponse, RequestType};
 use crate::options::Request;
 use crate::sys::{self, ChildSetup, FailedStep};
+use crate::view::FEED_VARIABLE;
 
 /// How a worker is started.
 #[derive(Debug)]
@@ -520,9 +521,6 @@ const PACKET_MAX: usize = 1 << 20; // 1 MiB
 
 /// For a daemon started without `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// Environment variable with the number of the feed's descriptor.
-const FEED_VARIABLE: &str = "CRIU_VIEW_FEED";
 
 #[cfg(test)]
 mod tests {
