@@ -1,15 +1,16 @@
-//! The only unsafe code of this crate: what a worker does between `fork` and `exec`, and sockets
-//! given to the runtime.
+//! The only unsafe code of this crate: what a worker does between `fork` and `exec`, sockets given
+//! to the runtime, and descriptors taken from a socket.
 
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::Command;
 
 use nix::fcntl::OFlag;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use tokio::io::unix::AsyncFd;
 use tokio::process::Child;
 
@@ -21,6 +22,8 @@ pub(crate) struct ChildSetup {
     pub namespaces: Vec<OwnedFd>,
     /// Descriptors that stay open across `exec`, at the number they have in the parent.
     pub inherited: Vec<OwnedFd>,
+    /// Whether memory may come in huge pages; inherited by everything the child starts.
+    pub huge_pages: bool,
 }
 
 /// The step of [`ChildSetup`] that failed; the number is the index in its list.
@@ -29,6 +32,7 @@ pub(crate) enum FailedStep {
     Cgroup(usize),
     Namespace(usize),
     Inherit(usize),
+    HugePages,
     /// `fork` or `exec` itself.
     Exec,
 }
@@ -36,12 +40,38 @@ pub(crate) enum FailedStep {
 const STEP_CGROUP: u8 = 1;
 const STEP_NAMESPACE: u8 = 2;
 const STEP_INHERIT: u8 = 3;
+const STEP_HUGE_PAGES: u8 = 4;
 
 /// Lets the runtime watch a non-blocking socket.
 pub(crate) fn register(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` keeps its number open and unchanged for as long as the `AsyncFd` owns it.
     let registered = unsafe { AsyncFd::register(socket) };
     registered.map_err(io::Error::from)
+}
+
+/// Receives at most `buffer.len()` bytes and the descriptor that came with them.
+pub(crate) fn receive(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> io::Result<(usize, Option<OwnedFd>)> {
+    let mut control = nix::cmsg_space!([RawFd; DESCRIPTORS_MAX]);
+    let mut parts = [io::IoSliceMut::new(buffer)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let mut received = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(numbers) = control {
+            // SAFETY: the kernel has just made these descriptors for us, and nobody else has seen
+            // their numbers.
+            received.extend(
+                numbers
+                    .iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }),
+            );
+        }
+    }
+    // More than one is not what was agreed on: the others are closed here.
+    Ok((message.bytes, received.into_iter().next()))
 }
 
 /// Starts `command` with `setup` done in the child.
@@ -77,6 +107,7 @@ fn failed_step(mut report: File) -> FailedStep {
         STEP_CGROUP => FailedStep::Cgroup(index),
         STEP_NAMESPACE => FailedStep::Namespace(index),
         STEP_INHERIT => FailedStep::Inherit(index),
+        STEP_HUGE_PAGES => FailedStep::HugePages,
         _ => FailedStep::Exec,
     }
 }
@@ -94,6 +125,12 @@ fn prepare_child(setup: &ChildSetup, report: RawFd) -> io::Result<()> {
         // SAFETY: fcntl(F_SETFD) takes a descriptor, open as long as `setup` lives, and flags.
         let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) };
         check(result.into()).or_else(|error| fail(report, STEP_INHERIT, index, error))?;
+    }
+    if !setup.huge_pages {
+        let (on, unused): (libc::c_ulong, libc::c_ulong) = (1, 0);
+        // SAFETY: numbers only, each as wide as the kernel reads it.
+        let result = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, on, unused, unused, unused) };
+        check(result.into()).or_else(|error| fail(report, STEP_HUGE_PAGES, 0, error))?;
     }
     Ok(())
 }
@@ -124,3 +161,6 @@ fn fail(report: RawFd, step: u8, index: usize, error: io::Error) -> io::Result<(
     unsafe { libc::write(report, bytes.as_ptr().cast(), bytes.len()) };
     Err(error)
 }
+
+/// Room for descriptors in one message. One is expected; the kernel closes what does not fit.
+const DESCRIPTORS_MAX: usize = 4;

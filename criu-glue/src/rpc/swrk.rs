@@ -33,6 +33,7 @@ use tokio::io::unix::AsyncFd;
 use super::message::{CriuRequest, CriuResponse, RequestType};
 use crate::options::Request;
 use crate::sys::{self, ChildSetup, FailedStep};
+use crate::view::FEED_VARIABLE;
 
 /// How a worker is started.
 #[derive(Debug)]
@@ -51,6 +52,9 @@ pub struct SwrkConfig {
     pub env: Vec<(OsString, OsString)>,
     /// Descriptors the worker keeps, at the numbers they have here.
     pub inherited: Vec<OwnedFd>,
+    /// Off for lazy restores, see [`crate::image::pagemap`]: the worker and the tasks it makes run
+    /// without huge pages until CRIU gives each task its own setting back.
+    pub huge_pages: bool,
 }
 
 /// The preload library and the memory it is fed through.
@@ -180,6 +184,8 @@ pub enum SwrkError {
         #[source]
         source: io::Error,
     },
+    #[error("cannot turn huge pages off for criu")]
+    HugePages(#[source] io::Error),
     #[error("cannot start {criu}")]
     Exec {
         criu: PathBuf,
@@ -206,6 +212,23 @@ pub enum SwrkError {
     Wait(#[source] io::Error),
     #[error("cannot kill criu")]
     Kill(#[source] Errno),
+}
+
+impl SwrkConfig {
+    /// A worker in our own namespaces and cgroups that sees everything as it is.
+    #[must_use]
+    pub fn new(criu: PathBuf, output: PathBuf) -> Self {
+        Self {
+            criu,
+            output,
+            namespaces: Vec::new(),
+            cgroup_procs: Vec::new(),
+            view: None,
+            env: Vec::new(),
+            inherited: Vec::new(),
+            huge_pages: true,
+        }
+    }
 }
 
 impl Swrk {
@@ -408,6 +431,7 @@ fn start(
             .collect::<Result<_, _>>()?,
         namespaces: config.namespaces,
         inherited,
+        huge_pages: config.huge_pages,
     };
     sys::spawn(command, setup).map_err(|(step, source)| match step {
         FailedStep::Cgroup(index) => SwrkError::Cgroup {
@@ -416,6 +440,7 @@ fn start(
         },
         FailedStep::Namespace(index) => SwrkError::Namespace { index, source },
         FailedStep::Inherit(index) => SwrkError::Inherit { index, source },
+        FailedStep::HugePages => SwrkError::HugePages(source),
         FailedStep::Exec => SwrkError::Exec {
             criu: config.criu.clone(),
             source,
@@ -520,9 +545,6 @@ const PACKET_MAX: usize = 1 << 20; // 1 MiB
 
 /// For a daemon started without `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// Environment variable with the number of the feed's descriptor.
-const FEED_VARIABLE: &str = "CRIU_VIEW_FEED";
 
 #[cfg(test)]
 mod tests {
