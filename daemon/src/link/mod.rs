@@ -3,7 +3,7 @@
 //! CRIU never touches links, addresses or routes. At the target a network namespace with the same
 //! links (name, MAC, MTU), addresses and routes is prepared while the workload still runs; its veth
 //! peers stay off the node's bridge until the hand-off is durable, so nothing of it can answer for
-//! the address. At the source the bridge port is blocked *before* the freeze: a kernel that has lost
+//! the address. At the source the bridge port is closed *before* the freeze: a kernel that has lost
 //! the socket would otherwise answer the peer's segments with a reset.
 //!
 //! Invariants: of one workload, at most one node's port forwards; every change is undone by

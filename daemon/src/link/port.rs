@@ -106,12 +106,13 @@ impl Port {
         &self.name
     }
 
-    /// Blocks the port: from the kernel's answer on, no frame passes in either direction.
+    /// Closes the port: from the kernel's answer on, no frame passes in either direction.
     ///
-    /// `BLOCKING` and not `DISABLED`: the bridge turns a disabled port on again by itself when the
-    /// carrier changes (`br_port_carrier_check`).
+    /// `DISABLED` and not `BLOCKING`: without STP the bridge selects states anew after each change
+    /// and makes every port forward that is not disabled (`br_port_state_selection`). A disabled
+    /// port is turned on again by a carrier change, which a frozen workload cannot cause.
     pub async fn close(&self, node: &Netlink) -> Result<(), LinkError> {
-        self.set_state(node, BridgePortState::Blocking, "blocking port")
+        self.set_state(node, BridgePortState::Disabled, "closing port")
             .await
     }
 
