@@ -108,11 +108,12 @@ impl Port {
 
     /// Closes the port: from the kernel's answer on, no frame passes in either direction.
     ///
-    /// `DISABLED` and not `BLOCKING`: without STP the bridge selects states anew after each change
-    /// and makes every port forward that is not disabled (`br_port_state_selection`). A disabled
-    /// port is turned on again by a carrier change, which a frozen workload cannot cause.
+    /// `LISTENING`, because without STP it is the only closed state that stays: each change makes the
+    /// bridge select states anew, which turns `BLOCKING` into `FORWARDING`
+    /// (`br_port_state_selection`), and each event of the link turns a `DISABLED` port on again
+    /// (`br_port_carrier_check`). In all three no frame is received or sent.
     pub async fn close(&self, node: &Netlink) -> Result<(), LinkError> {
-        self.set_state(node, BridgePortState::Disabled, "closing port")
+        self.set_state(node, BridgePortState::Listening, "closing port")
             .await
     }
 

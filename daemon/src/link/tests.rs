@@ -151,7 +151,7 @@ fn a_closed_port_opens_again_and_a_deleted_one_stays_deleted() {
         let port = describe(&net).await.expect("describe").ports.remove(0);
         assert_eq!(state(&node).await, BridgePortState::Forwarding);
         port.close(&node).await.expect("close");
-        assert_eq!(state(&node).await, BridgePortState::Disabled);
+        assert_eq!(state(&node).await, BridgePortState::Listening);
         port.open(&node).await.expect("open");
         assert_eq!(state(&node).await, BridgePortState::Forwarding);
         port.delete(&node).await.expect("delete");
