@@ -1,3 +1,9 @@
 //! What drives a migration: the registry, one driver per migration, and the journal.
 
+pub mod clock;
 pub mod journal;
+pub mod log;
+pub mod session;
+pub mod source;
+pub mod target;
+pub mod text;

@@ -118,18 +118,27 @@ impl FreezerRoot {
         })
     }
 
-    /// Makes the cgroup `name`, empty and thawed.
-    pub fn create(&self, name: &str) -> Result<Freezer, CgroupError> {
-        let path = self.directory.join(name);
-        fs::create_dir_all(&path).map_err(|source| CgroupError::Io {
-            action: "creating",
-            path: path.clone(),
-            source,
+    /// The cgroup `name`, which need not exist yet.
+    pub fn plan(&self, name: &str) -> Freezer {
+        Freezer { path: self.directory.join(name), version: self.version }
+    }
+
+    /// The cgroup that `pid` is in now, if this node can see it.
+    pub fn current_of(&self, pid: i32) -> Option<PathBuf> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        let path = text.lines().find_map(|line| {
+            let mut fields = line.splitn(3, ':');
+            let (number, controllers) = (fields.next()?, fields.next()?);
+            let ours = match self.version {
+                FreezerVersion::V1 => controllers.split(',').any(|name| name == "freezer"),
+                FreezerVersion::V2 => number == "0",
+            };
+            ours.then(|| fields.next()).flatten()
         })?;
-        Ok(Freezer {
-            path,
-            version: self.version,
-        })
+        let inside = path.trim_start_matches('/');
+        // A path that leaves the cgroup namespace names nothing that can be written here.
+        let visible = !inside.split('/').any(|part| part == "..");
+        visible.then(|| self.directory.parent().map(|root| root.join(inside))).flatten()
     }
 
     /// The cgroup that holds all of `pids` and nothing else, if it is one of ours.
@@ -171,6 +180,11 @@ impl Freezer {
             FreezerVersion::V2
         };
         Self { path, version }
+    }
+
+    /// Makes it, empty and thawed, if it does not exist.
+    pub fn make(&self) -> Result<(), CgroupError> {
+        fs::create_dir_all(&self.path).map_err(|source| self.io("creating", source))
     }
 
     /// Its directory.
@@ -333,6 +347,12 @@ mod tests {
         }
     }
 
+    fn made(root: &FreezerRoot, name: &str) -> Freezer {
+        let freezer = root.plan(&format!("{name}-{}", std::process::id()));
+        freezer.make().expect("make");
+        freezer
+    }
+
     fn sleeper() -> Reaped {
         Reaped(
             Command::new("sleep")
@@ -345,9 +365,7 @@ mod tests {
     #[test]
     fn a_frozen_cgroup_reads_back_frozen_and_thaws() {
         let root = FreezerRoot::detect().expect("a freezer");
-        let freezer = root
-            .create(&format!("test-freeze-{}", std::process::id()))
-            .expect("make");
+        let freezer = made(&root, "test-freeze");
         let child = sleeper();
         let pid = i32::try_from(child.0.id()).expect("pid");
         freezer.adopt(|| Ok(vec![pid])).expect("adopt");
@@ -364,9 +382,7 @@ mod tests {
     #[test]
     fn killing_a_frozen_cgroup_empties_it() {
         let root = FreezerRoot::detect().expect("a freezer");
-        let freezer = root
-            .create(&format!("test-kill-{}", std::process::id()))
-            .expect("make");
+        let freezer = made(&root, "test-kill");
         let mut child = sleeper();
         let pid = i32::try_from(child.0.id()).expect("pid");
         freezer.adopt(|| Ok(vec![pid])).expect("adopt");

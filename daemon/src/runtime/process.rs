@@ -20,7 +20,7 @@ use procfs::process::Process;
 use super::files::{self, Descriptors};
 use crate::sys::namespace::{self, NamespaceKind};
 
-/// Processes and threads in one tree.
+/// Threads in one tree; the description of one must fit a control message.
 pub const TASKS_MAX: usize = 16_384;
 
 /// What the source learned about a tree, network apart.
@@ -32,38 +32,11 @@ pub struct Described {
     pub own: Vec<NamespaceKind>,
 }
 
-/// Every process of the tree below `root`, root first. Threads are not listed.
-pub fn tree(root: i32) -> io::Result<Vec<i32>> {
-    let mut found = vec![root];
-    let mut next = 0;
-    while next < found.len() {
-        let pid = found[next];
-        next += 1;
-        let tasks = match fs::read_dir(format!("/proc/{pid}/task")) {
-            Ok(tasks) => tasks,
-            // A child that has ended since it was listed.
-            Err(_) if pid != root => continue,
-            Err(error) => return Err(error),
-        };
-        for task in tasks.flatten() {
-            let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            found.extend(
-                children
-                    .split_ascii_whitespace()
-                    .filter_map(|pid| pid.parse::<i32>().ok()),
-            );
-        }
-        if found.len() > TASKS_MAX {
-            return Err(io::Error::other(format!("more than {TASKS_MAX} processes")));
-        }
-    }
-    Ok(found)
-}
-
-/// Looks at the tree below `root`. Blocks for a few milliseconds.
+/// Looks at the tree of `pids`, `root` first. Blocks for a few milliseconds.
 ///
-/// `shared` are paths the operator says both nodes share.
-pub fn describe(root: i32, shared: &[PathBuf]) -> Result<Described, Failure> {
+/// `shared` are paths the operator says both nodes share. Links, routes, the addresses spaces go by
+/// and CRIU's version are left for the caller, who knows them.
+pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
     let gone = |error: &dyn std::fmt::Display| {
         Failure::new(
             ErrorCode::UnsupportedWorkload,
@@ -73,11 +46,10 @@ pub fn describe(root: i32, shared: &[PathBuf]) -> Result<Described, Failure> {
     let process = Process::new(root).map_err(|error| gone(&error))?;
     refuse_ourselves(root)?;
     let own = own_namespaces(root)?;
-    let pids = tree(root).map_err(|error| gone(&error))?;
     let mut descriptors = Descriptors::default();
     let mut spaces = Vec::new();
     let mut tasks = BTreeSet::new();
-    for pid in &pids {
+    for pid in pids {
         let Ok(member) = Process::new(*pid) else {
             continue;
         };
@@ -324,4 +296,9 @@ fn kernel_release() -> String {
         .unwrap_or_default()
         .trim_end()
         .to_owned()
+}
+
+/// The kinds in the wire's set, in the order in which they are entered.
+pub fn kinds(own: Namespaces) -> Vec<NamespaceKind> {
+    NamespaceKind::ALL.into_iter().filter(|kind| own.contains(wire_kind(*kind))).collect()
 }

@@ -21,8 +21,8 @@ use criu_glue::options::{
     AfterDump, Directories, DumpOptions, Log, LogLevel, ManageCgroups, NetworkLock, Request,
 };
 use criu_glue::report;
-use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError, ViewFds};
-use criu_glue::view::Feed;
+use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError};
+use criu_glue::view::{Feed, FeedError};
 use thiserror::Error;
 
 use crate::runtime::cgroup::Freezer;
@@ -56,6 +56,9 @@ pub enum DumpError {
     /// The worker could not be started or spoken to.
     #[error("talking to criu")]
     Swrk(#[from] SwrkError),
+    /// The view of memory could not be made or published.
+    #[error("making criu's view of memory")]
+    View(#[from] FeedError),
     /// CRIU gave up; `cause` is the first error in its log.
     #[error("criu could not dump the workload: {cause} (log: {log})")]
     Failed {
@@ -81,7 +84,7 @@ pub enum DumpError {
 pub struct DumpPlan {
     /// The `criu` program.
     pub criu: PathBuf,
-    /// The preload library, or `None` to let CRIU copy every page itself.
+    /// The preload library through which CRIU sees memory.
     pub view_library: PathBuf,
     /// Namespaces CRIU is started in: the workload's own network, UTS and IPC namespaces.
     pub namespaces: Vec<OwnedFd>,
@@ -119,16 +122,16 @@ impl Dump {
             _ => {}
         }
         fs::create_dir_all(&images).map_err(io("creating", &images))?;
-        let feed = Feed::new().map_err(io("making the view of", &images))?;
-        let feed_fd = feed.fd().map_err(io("passing the view of", &images))?;
+        let feed = Feed::create()?;
         let mut swrk = Swrk::spawn(SwrkConfig {
             criu: plan.criu,
             namespaces: plan.namespaces,
             cgroup_procs: Vec::new(),
-            view: Some(ViewFds { library: plan.view_library, feed: feed_fd }),
+            view: Some(feed.share(plan.view_library)?),
             output: plan.directory.join("dump.out"),
             env: Vec::new(),
             inherited: Vec::new(),
+            huge_pages: false,
         })?;
         let open = |path: &Path| -> Result<OwnedFd, DumpError> {
             Ok(fs::File::open(path).map_err(io("opening", path))?.into())
@@ -239,7 +242,8 @@ impl Dump {
     }
 
     fn failed(&self, message: Option<String>) -> DumpError {
-        let cause = report::first_error(&self.log).map(|error| error.text).or(message);
+        let logged = report::first_error(&self.log).ok().flatten().map(|error| error.text);
+        let cause = logged.or(message);
         let cause = cause.unwrap_or_else(|| "it ended without a word".to_owned());
         DumpError::Failed { cause, log: self.log.clone() }
     }

@@ -1,0 +1,332 @@
+//! The source's half of a migration, performed: a loop around the machine of `proto`.
+//!
+//! The machine decides; the loop carries out its actions and reports what came of them. At most one
+//! operation works on the [`Site`] at a time; a thaw that is asked for meanwhile cuts it short and
+//! follows it. Control messages of a connection are sent in order by a task of their own, so that a
+//! slow peer cannot hold up a thaw.
+//!
+//! Invariant: every action that asks for an answer is answered by exactly one event, whatever
+//! happens; the machine's timers bound how long that may take.
+
+pub mod dump;
+pub mod rounds;
+pub mod site;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use pageferry_proto::id::NodeName;
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::record::Record;
+use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine};
+use pageferry_proto::migration::status::Status;
+use pageferry_proto::page::PageCount;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::control::SourceMessage;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::clock::Clock;
+use super::journal::Journal;
+use super::log::Log;
+use super::session::{self, Session};
+use crate::net::endpoint::Endpoint;
+use crate::net::lanes::{self, SourceSession};
+use crate::net::stream::DataSender;
+use super::text::chain;
+use site::Site;
+
+/// Events that may wait to be handled; each producer has at most a few under way.
+const EVENTS_MAX: usize = 64;
+
+/// What an operator asks of a migration under way.
+#[derive(Debug, Clone, Copy)]
+pub enum SourceRequest {
+    /// Keep the workload here, if that is still possible.
+    Abort,
+    /// A side is dead for certain.
+    Fence(Side),
+}
+
+/// Everything a source driver is made of.
+#[derive(Debug)]
+pub struct SourceDriver {
+    machine: SourceMachine,
+    clock: Clock,
+    /// `None` while an operation has it.
+    site: Option<Box<Site>>,
+    operation: Option<JoinHandle<(Box<Site>, SourceEvent)>>,
+    /// Operations asked for while another has the site.
+    waiting: VecDeque<SourceAction>,
+    cancel: watch::Sender<bool>,
+    connection: Option<Connection>,
+    /// Counts connections, so that a message of an old one is not taken for one of the new.
+    connections: u64,
+    events: mpsc::Sender<Incoming>,
+    incoming: mpsc::Receiver<Incoming>,
+    requests: mpsc::Receiver<SourceRequest>,
+    status: watch::Sender<Arc<Status>>,
+    log: Log,
+    endpoint: Arc<Endpoint>,
+    peer: NodeName,
+    lanes: u8,
+}
+
+/// What the driver needs besides machine and site.
+#[derive(Debug)]
+pub struct SourceParts {
+    /// The machine, new or recovered.
+    pub machine: SourceMachine,
+    /// The clock the machine was made with.
+    pub clock: Clock,
+    /// The workload.
+    pub site: Site,
+    /// Turns true to cut an operation short; the site holds the other end.
+    pub cancel: watch::Sender<bool>,
+    /// What operators ask.
+    pub requests: mpsc::Receiver<SourceRequest>,
+    /// Where the status goes.
+    pub status: watch::Sender<Arc<Status>>,
+    /// The migration's journal.
+    pub journal: Journal,
+    /// Dials.
+    pub endpoint: Arc<Endpoint>,
+    /// The target.
+    pub peer: NodeName,
+    /// Connections per migration.
+    pub lanes: u8,
+}
+
+#[derive(Debug)]
+enum Incoming {
+    Event(SourceEvent),
+    /// Dialling ended.
+    Dialled(u64, Result<Box<SourceSession>, Failure>),
+    /// From the connection of this number.
+    Of(u64, SourceEvent),
+}
+
+/// A connection to the target.
+#[derive(Debug)]
+struct Connection {
+    session: Session<SourceMessage>,
+    data: DataSender,
+}
+
+impl SourceDriver {
+    /// A driver for `parts`; nothing happens before [`SourceDriver::run`].
+    pub fn new(parts: SourceParts) -> Self {
+        let (events, incoming) = mpsc::channel(EVENTS_MAX);
+        let log = {
+            let events = events.clone();
+            Log::start(parts.journal, move |record, written| {
+                let event = match written {
+                    Ok(()) => SourceEvent::Journalled(record),
+                    Err(()) => SourceEvent::JournalFailed(record),
+                };
+                // The driver outlives its journal; a closed channel means it is ending.
+                drop(events.blocking_send(Incoming::Event(event)));
+            })
+        };
+        Self {
+            machine: parts.machine,
+            clock: parts.clock,
+            site: Some(Box::new(parts.site)),
+            operation: None,
+            waiting: VecDeque::new(),
+            cancel: parts.cancel,
+            connection: None,
+            connections: 0,
+            events,
+            incoming,
+            requests: parts.requests,
+            status: parts.status,
+            log,
+            endpoint: parts.endpoint,
+            peer: parts.peer,
+            lanes: parts.lanes,
+        }
+    }
+
+    /// Runs the migration to its end.
+    pub async fn run(mut self) {
+        loop {
+            while let Some(action) = self.machine.poll_action() {
+                self.perform(action).await;
+            }
+            if self.machine.is_finished() && self.operation.is_none() {
+                break;
+            }
+            tokio::select! {
+                Some(incoming) = self.incoming.recv() => self.take_in(incoming),
+                Some(request) = self.requests.recv() => self.requested(request),
+                ended = session::ended(&mut self.operation) => self.operation_ended(ended),
+                () = self.clock.until(self.machine.poll_timeout()) => {
+                    self.machine.handle_timeout(self.clock.now());
+                }
+            }
+        }
+        if let Some(connection) = self.connection.take() {
+            connection.session.close().await;
+        }
+    }
+
+    fn handle(&mut self, event: SourceEvent) {
+        if let SourceEvent::Failure(failure) = &event {
+            tracing::warn!(migration = %self.machine.id(), %failure, "failed");
+        }
+        self.machine.handle(self.clock.now(), event);
+    }
+
+    fn requested(&mut self, request: SourceRequest) {
+        self.handle(match request {
+            SourceRequest::Abort => SourceEvent::AbortRequested,
+            SourceRequest::Fence(side) => SourceEvent::Fenced(side),
+        });
+    }
+
+    fn take_in(&mut self, incoming: Incoming) {
+        match incoming {
+            Incoming::Event(event) => self.handle(event),
+            Incoming::Of(number, event) if number == self.connections => {
+                if event == SourceEvent::PeerLost {
+                    self.connection = None;
+                }
+                self.handle(event);
+            }
+            // Of a connection that has been replaced.
+            Incoming::Of(..) => {}
+            Incoming::Dialled(number, _) if number != self.connections => {}
+            Incoming::Dialled(number, Ok(session)) => {
+                self.connection = Some(self.open(number, *session));
+                self.handle(SourceEvent::PeerConnected);
+            }
+            Incoming::Dialled(_, Err(failure)) => {
+                tracing::warn!(migration = %self.machine.id(), peer = %self.peer, %failure,
+                    "cannot reach the target");
+                self.handle(SourceEvent::PeerLost);
+            }
+        }
+    }
+
+    async fn perform(&mut self, action: SourceAction) {
+        match action {
+            SourceAction::Connect => self.connect(),
+            SourceAction::Journal(record) => self.write(record).await,
+            SourceAction::Report(status) => {
+                tracing::debug!(migration = %status.id, phase = %status.phase.name(), "status");
+                self.status.send_replace(Arc::new(status));
+            }
+            SourceAction::Send(message) => {
+                // Without a session the machine hears `PeerLost`, which says it all.
+                if let Some(connection) = &self.connection
+                    && !connection.session.say(message)
+                {
+                    self.connection = None;
+                    let lost = Incoming::Of(self.connections, SourceEvent::PeerLost);
+                    drop(self.events.send(lost).await);
+                }
+            }
+            SourceAction::CompareSmaps
+            | SourceAction::Finish { .. }
+            | SourceAction::Freeze { .. }
+            | SourceAction::Release
+            | SourceAction::SendRound { .. }
+            | SourceAction::Thaw { .. }
+            | SourceAction::Track => self.operate(action),
+        }
+    }
+
+    async fn write(&self, record: Record) {
+        tracing::debug!(migration = %record.migration, record = record.entry.name(), "journal");
+        self.log.write(record).await;
+    }
+
+    /// Begins an operation on the site, or puts it behind the one that has the site.
+    fn operate(&mut self, action: SourceAction) {
+        if matches!(action, SourceAction::Thaw { .. } | SourceAction::Release) {
+            self.cancel.send_replace(true);
+        }
+        self.waiting.push_back(action);
+        self.next_operation();
+    }
+
+    fn next_operation(&mut self) {
+        if self.operation.is_some() {
+            return;
+        }
+        let Some(action) = self.waiting.pop_front() else { return };
+        let Some(mut site) = self.site.take() else { return };
+        self.cancel.send_replace(false);
+        site.data = self.connection.as_ref().map(|connection| connection.data.clone());
+        self.operation = Some(tokio::spawn(async move {
+            let event = operation(&mut site, action).await;
+            (site, event)
+        }));
+    }
+
+    fn operation_ended(&mut self, ended: Result<(Box<Site>, SourceEvent), tokio::task::JoinError>) {
+        self.operation = None;
+        match ended {
+            Ok((site, event)) => {
+                self.site = Some(site);
+                self.handle(event);
+            }
+            // A panic has taken the site with it; what the kernel holds is found again from the
+            // journal by the next daemon, which is safer than going on here.
+            Err(error) => {
+                tracing::error!("an operation panicked: {error}");
+                std::process::abort();
+            }
+        }
+        self.next_operation();
+    }
+
+    fn connect(&mut self) {
+        self.connection = None;
+        self.connections += 1;
+        let (number, events) = (self.connections, self.events.clone());
+        let (endpoint, peer, lanes) = (Arc::clone(&self.endpoint), self.peer.clone(), self.lanes);
+        let id = self.machine.id();
+        tokio::spawn(async move {
+            let dialled = lanes::dial(&endpoint, &peer, id, lanes).await;
+            let dialled = dialled.map(Box::new);
+            let dialled = dialled.map_err(|error| Failure::new(error.code(), chain(&error)));
+            drop(events.send(Incoming::Dialled(number, dialled)).await);
+        });
+    }
+
+    fn open(&self, number: u64, session: SourceSession) -> Connection {
+        let SourceSession { version: _, sender, receiver, data, lanes } = session;
+        let events = self.events.clone();
+        let session = Session::open(sender, receiver, lanes, move |said| {
+            let events = events.clone();
+            async move {
+                let event = said.map_or(SourceEvent::PeerLost, SourceEvent::Message);
+                events.send(Incoming::Of(number, event)).await.is_ok()
+            }
+        });
+        Connection { session, data }
+    }
+}
+
+async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
+    let done = match action {
+        SourceAction::Track => site.track().await.map(|()| SourceEvent::TrackingReady {
+            memory: PageCount::covering(site.memory_bytes),
+        }),
+        SourceAction::SendRound { round } => site.round(round).await.map(SourceEvent::RoundSent),
+        SourceAction::Freeze { .. } => site.freeze().await.map(|()| SourceEvent::Frozen),
+        SourceAction::Finish { round, .. } => Ok(site.finish(round).await),
+        SourceAction::CompareSmaps => site.compare_smaps().map(|()| SourceEvent::SmapsEqual),
+        SourceAction::Thaw { untrack } => site.thaw(untrack).await.map(|()| SourceEvent::Thawed),
+        SourceAction::Release => site.release().await.map(|()| SourceEvent::Released),
+        SourceAction::Connect
+        | SourceAction::Journal(_)
+        | SourceAction::Report(_)
+        | SourceAction::Send(_) => {
+            Err(Failure::new(ErrorCode::Internal, "an action that is no operation"))
+        }
+    };
+    done.unwrap_or_else(SourceEvent::Failure)
+}

@@ -1,0 +1,340 @@
+//! What a site sends: rounds while the workload runs, and the final one while it stands still.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use bytes::Bytes;
+use pageferry_proto::id::{Round, SpaceId};
+use pageferry_proto::migration::policy::RoundReport;
+use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent};
+use pageferry_proto::page::PageCount;
+use pageferry_proto::set::PageSet;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::stream::{
+    DIGESTS_PAGES_MAX, ImageFileHeader, ImageName, SetHeader, StreamKind, seal,
+};
+use tokio::task::block_in_place;
+
+use super::site::{Site, criu_failed, failed_to_track, freeze_failed};
+use crate::migration::text::{chain, internal};
+use crate::net::stream::{DataSender, SendStreamError};
+use crate::pages::digest;
+use crate::pages::send::{ParcelSink, RoundSent, SendError, Sender};
+use crate::pages::track::tree::Tree;
+use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
+
+/// Bytes of an image file given to the network at once.
+const IMAGE_PIECE: usize = 256 << 10; // 256 KiB
+
+/// Parcels on one connection are data streams of it.
+struct Parcels<'a>(&'a DataSender);
+
+impl ParcelSink for Parcels<'_> {
+    type Error = SendStreamError;
+
+    async fn send(&self, parcel: Bytes) -> Result<(), SendStreamError> {
+        self.0.send_stream(StreamKind::Parcel, parcel).await
+    }
+}
+
+/// The sums of what was sent in one round, over all spaces.
+#[derive(Debug, Default)]
+struct Sums {
+    parcels: u64,
+    pages: u64,
+    raw_bytes: u64,
+    wire_bytes: u64,
+}
+
+impl Sums {
+    fn add(&mut self, sent: &RoundSent) {
+        self.parcels += sent.parcels;
+        self.pages += sent.pages.0;
+        self.raw_bytes += sent.raw_bytes;
+        self.wire_bytes += sent.wire_bytes;
+    }
+}
+
+impl Site {
+    /// Sends what is pending and finds what became dirty meanwhile.
+    pub async fn round(&mut self, round: Round) -> Result<RoundReport, Failure> {
+        let began = Instant::now();
+        let last_scan = self.scanned;
+        let pending = std::mem::take(&mut self.pending);
+        let sums = self.send_pages(&pending, round).await?;
+        block_in_place(|| {
+            self.attach_new()?;
+            self.scan()
+        })?;
+        let dirtied = self.pending.values().map(|pages| pages.len().0).sum::<u64>();
+        tracing::debug!(%round, pages = sums.pages, dirtied, wire_bytes = sums.wire_bytes,
+            took = ?began.elapsed(), since_scan = ?last_scan.elapsed(), "round sent");
+        Ok(RoundReport {
+            round,
+            parcels: u32::try_from(sums.parcels).map_err(|error| internal(&error))?,
+            pages_sent: PageCount(sums.pages),
+            pages_dirtied_estimate: PageCount(dirtied),
+            raw_bytes: sums.raw_bytes,
+            wire_bytes: sums.wire_bytes,
+            duration: began.elapsed(),
+            eager_bytes: self.eager_bytes,
+        })
+    }
+
+    /// Sends pages of each space; what could not be read is put back as dirty.
+    async fn send_pages(
+        &mut self,
+        wanted: &BTreeMap<SpaceId, PageSet>,
+        round: Round,
+    ) -> Result<Sums, Failure> {
+        let data = self.data()?;
+        let mut sums = Sums::default();
+        for (id, pages) in wanted {
+            let Some(space) = self.spaces.get_mut(id) else { continue };
+            if pages.is_empty() {
+                continue;
+            }
+            let reader = space.reader();
+            let mut cancelled = self.cancelled.clone();
+            let sent = tokio::select! {
+                sent = self.sender.round(*id, &reader, pages, round, &Parcels(&data)) => sent,
+                _ = cancelled.wait_for(|cancelled| *cancelled) => Err(SendError::Cut),
+            };
+            match sent {
+                Ok(sent) => {
+                    space.put_back(&sent.unread);
+                    sums.add(&sent);
+                }
+                Err(SendError::Read { .. }) if !super::site::alive(space.pid()) => {}
+                Err(error) => return Err(send_failed(&error)),
+            }
+        }
+        Ok(sums)
+    }
+
+    /// The final round: everything the target still lacks, with the tree frozen.
+    pub async fn finish(&mut self, round: Round) -> SourceEvent {
+        match self.try_finish(round).await {
+            Ok(event) => event,
+            Err(failure) => SourceEvent::Failure(failure),
+        }
+    }
+
+    async fn try_finish(&mut self, round: Round) -> Result<SourceEvent, Failure> {
+        let began = Instant::now();
+        let scans = match block_in_place(|| self.final_scans())? {
+            Ok(scans) => scans,
+            Err(reason) => {
+                return Ok(SourceEvent::Retry(RetryReport {
+                    parcels: 0,
+                    pages: PageCount::ZERO,
+                    reason,
+                }));
+            }
+        };
+        let scanned = began.elapsed();
+        let mut dump = self.take_dump()?;
+        for (id, scan) in &scans {
+            let Some(space) = self.spaces.get(id) else { continue };
+            let feed = dump.feed();
+            feed.set_ranges(space.pid(), &scan.hidden).map_err(|error| internal(&error))?;
+            feed.set_smaps(space.pid(), &scan.smaps);
+        }
+        dump.feed().publish().map_err(|error| internal(&error))?;
+        let dirty = scans.iter().map(|(id, scan)| (*id, scan.dirty.clone())).collect();
+        let in_criu = Instant::now();
+        let (dumped, sent) = tokio::join!(
+            async {
+                let dumped = dump.run().await;
+                (dumped, in_criu.elapsed())
+            },
+            self.send_final(&dirty, &scans, round)
+        );
+        self.return_dump(dump);
+        let (dumped, frozen_in_criu) = dumped;
+        dumped.map_err(criu_failed)?;
+        self.frozen_in_criu = Some(frozen_in_criu);
+        // CRIU has thawed the cgroup and holds the tasks by ptrace alone: from here on they stay
+        // frozen whoever dies.
+        block_in_place(|| self.freezer.freeze()).map_err(freeze_failed)?;
+        let mut sums = sent?;
+        let frozen_again = began.elapsed();
+        let digests = if self.policy.verify { self.send_digests(&scans).await? } else { 0 };
+        let (images, image_bytes) = self.send_images().await?;
+        sums.wire_bytes += image_bytes;
+        self.image_bytes = image_bytes;
+        tracing::info!(%round, pages = sums.pages, wire_bytes = sums.wire_bytes, ?scanned,
+            ?frozen_in_criu, ?frozen_again, images_sent = ?began.elapsed(), image_bytes,
+            "final round sent");
+        Ok(SourceEvent::Finished(FinalReport {
+            parcels: u32::try_from(sums.parcels).map_err(|error| internal(&error))?,
+            pages: PageCount(sums.pages),
+            live_sets: u32::try_from(scans.len()).map_err(|error| internal(&error))?,
+            images,
+            digests,
+            raw_bytes: sums.raw_bytes,
+            wire_bytes: sums.wire_bytes,
+        }))
+    }
+
+    /// Scans every tracked space; the inner error is a reason for another round.
+    fn final_scans(&mut self) -> Result<Result<BTreeMap<SpaceId, FinalScan>, String>, Failure> {
+        let tree = Tree::read(self.root)
+            .map_err(|error| Failure::new(ErrorCode::WorkloadGone, chain(&error)))?;
+        for found in &tree.spaces {
+            let tracked = self.spaces.get(&found.id).is_some_and(|s| s.pid() == found.leader);
+            let bytes = resident_bytes(found.leader);
+            // CRIU copies a small one by itself; see design: late births.
+            if !tracked && bytes > LATE_BIRTH_BYTES_MAX {
+                return Ok(Err(format!(
+                    "process {} with {bytes} bytes was born after the last round",
+                    found.leader
+                )));
+            }
+        }
+        self.spaces.retain(|id, space| {
+            tree.spaces.iter().any(|found| found.id == *id && found.leader == space.pid())
+        });
+        let mut scans = BTreeMap::new();
+        let mut replaced = Vec::new();
+        for (id, space) in &mut self.spaces {
+            match space.final_scan() {
+                Ok(scan) => {
+                    scans.insert(*id, scan);
+                }
+                Err(error @ TrackError::LateBirth { .. }) => return Ok(Err(chain(&error))),
+                Err(error @ TrackError::Exec { .. }) => {
+                    if resident_bytes(space.pid()) > LATE_BIRTH_BYTES_MAX {
+                        return Ok(Err(chain(&error)));
+                    }
+                    replaced.push(*id);
+                }
+                Err(error) => return Err(failed_to_track(&error)),
+            }
+        }
+        for id in replaced {
+            self.spaces.remove(&id);
+        }
+        Ok(Ok(scans))
+    }
+
+    async fn send_final(
+        &mut self,
+        dirty: &BTreeMap<SpaceId, PageSet>,
+        scans: &BTreeMap<SpaceId, FinalScan>,
+        round: Round,
+    ) -> Result<Sums, Failure> {
+        let data = self.data()?;
+        let mut sums = self.send_pages(dirty, round).await?;
+        for (id, scan) in scans {
+            let set = scan.live.to_wire();
+            let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
+            let mut body = SetHeader { space: *id, length }.encode().to_vec();
+            body.extend(set);
+            seal(&mut body);
+            sums.wire_bytes += body.len() as u64;
+            let sent = data.send_stream(StreamKind::LiveSet, body.into()).await;
+            sent.map_err(|error| lost(&error))?;
+        }
+        Ok(sums)
+    }
+
+    /// Hashes every live page, one stream for each piece of a space.
+    async fn send_digests(&self, scans: &BTreeMap<SpaceId, FinalScan>) -> Result<u32, Failure> {
+        let data = self.data()?;
+        let mut streams = 0;
+        for (id, scan) in scans {
+            let Some(space) = self.spaces.get(id) else { continue };
+            for piece in scan.live.partition(PageCount(DIGESTS_PAGES_MAX)) {
+                let reader = space.reader();
+                let hashed = block_in_place(|| digest::of_process(&reader, &piece));
+                let hashed = hashed.map_err(|error| internal(&error))?;
+                if !hashed.unread.is_empty() {
+                    return Err(Failure::new(
+                        ErrorCode::VerifyMismatch,
+                        format!("{} pages of space {id} cannot be read", hashed.unread.len().0),
+                    ));
+                }
+                let set = piece.to_wire();
+                let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
+                let mut body = SetHeader { space: *id, length }.encode().to_vec();
+                body.extend(set);
+                body.extend(hashed.digests.iter().flat_map(|digest| digest.to_le_bytes()));
+                seal(&mut body);
+                let sent = data.send_stream(StreamKind::Digests, body.into()).await;
+                sent.map_err(|error| lost(&error))?;
+                streams += 1;
+            }
+        }
+        Ok(streams)
+    }
+
+    /// Sends every image file; answers with how many and how many bytes.
+    async fn send_images(&mut self) -> Result<(u32, u64), Failure> {
+        let data = self.data()?;
+        let folder = self.dump()?.images().to_owned();
+        let unreadable = |path: &PathBuf, error: std::io::Error| {
+            Failure::new(ErrorCode::CriuFailed, format!("image {}: {error}", path.display()))
+        };
+        let (mut files, mut bytes) = (0, 0);
+        let entries = fs::read_dir(&folder).map_err(|error| unreadable(&folder, error))?;
+        for entry in entries {
+            let path = entry.map_err(|error| unreadable(&folder, error))?.path();
+            if !path.is_file() {
+                continue;
+            }
+            let content = fs::read(&path).map_err(|error| unreadable(&path, error))?;
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let name = ImageName::new(name).map_err(|error| internal(&error))?;
+            let header = ImageFileHeader::new(name, content.len() as u64);
+            let mut body = header.map_err(|error| internal(&error))?.encode();
+            body.extend(&content);
+            seal(&mut body);
+            bytes += body.len() as u64;
+            files += 1;
+            send_pieces(&data, body.into()).await.map_err(|error| lost(&error))?;
+        }
+        Ok((files, bytes))
+    }
+
+    fn data(&self) -> Result<DataSender, Failure> {
+        self.data
+            .clone()
+            .ok_or_else(|| Failure::new(ErrorCode::PeerLost, "there is no connection to the target"))
+    }
+}
+
+async fn send_pieces(data: &DataSender, mut body: Bytes) -> Result<(), SendStreamError> {
+    if body.len() <= IMAGE_PIECE {
+        return data.send_stream(StreamKind::ImageFile, body).await;
+    }
+    let mut writer = data.open(StreamKind::ImageFile).await?;
+    while !body.is_empty() {
+        let piece = body.split_to(IMAGE_PIECE.min(body.len()));
+        writer.write(piece).await?;
+    }
+    writer.finish();
+    Ok(())
+}
+
+fn resident_bytes(pid: i32) -> u64 {
+    let pages = fs::read_to_string(format!("/proc/{pid}/statm"))
+        .ok()
+        .and_then(|text| text.split(' ').nth(1).and_then(|word| word.parse::<u64>().ok()));
+    PageCount(pages.unwrap_or(0)).bytes()
+}
+
+fn send_failed(error: &SendError<SendStreamError>) -> Failure {
+    let code = match error {
+        SendError::Read { .. } => ErrorCode::WorkloadGone,
+        SendError::Send { .. } => ErrorCode::PeerLost,
+        SendError::Cut => ErrorCode::Aborted,
+    };
+    Failure::new(code, chain(error))
+}
+
+fn lost(error: &SendStreamError) -> Failure {
+    Failure::new(ErrorCode::PeerLost, chain(error))
+}

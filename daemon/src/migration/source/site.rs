@@ -1,0 +1,565 @@
+//! The workload at the source, and what is done to it: tracked, copied, frozen, dumped, given away
+//! or given back.
+//!
+//! A `Site` is owned by one operation at a time; the driver hands it out and gets it back with the
+//! event that came of it. It holds everything that must be undone, so that [`Site::thaw`] can undo it
+//! from any point, and [`Site::recover`] can make one from the journal that thaws or releases what a
+//! dead daemon has left.
+//!
+//! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the cgroup
+//! is frozen again after CRIU's dump and read back; nothing here decides.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pageferry_proto::id::{MigrationId, SpaceId};
+use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::record::DriverState;
+use pageferry_proto::set::PageSet;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::description::WorkloadDescription;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, block_in_place};
+
+use super::dump::{Dump, DumpError, DumpPlan};
+use crate::migration::text::{chain, internal};
+use crate::link::describe::describe as describe_network;
+use crate::link::netlink::Netlink;
+use crate::link::port::Port;
+use crate::net::stream::DataSender;
+use crate::pages::send::Sender;
+use crate::pages::track::tree::Tree;
+use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
+use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::process;
+use crate::sys::namespace::{self, NamespaceKind};
+
+/// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
+const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long a dead daemon's CRIU may take to let go of the tasks.
+const LET_GO_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How fast CRIU copies memory in the freeze, in bytes per second: 64 MiB of shared memory took
+/// 276 ms. With the budget for downtime it says how much of such memory is accepted.
+const EAGER_BYTES_PER_SECOND: u64 = 240 << 20; // 240 MiB/s
+
+/// What every source of this node shares.
+#[derive(Debug, Clone)]
+pub struct SourceNode {
+    /// The `criu` program.
+    pub criu: PathBuf,
+    /// The preload library for dumps.
+    pub view_library: PathBuf,
+    /// CRIU's version as the wire carries it.
+    pub criu_version: u32,
+    /// A tmpfs folder in which each migration has one of its own.
+    pub migrations: PathBuf,
+    /// Where freezer cgroups are made.
+    pub freezers: FreezerRoot,
+    /// What the kernel offers for tracking.
+    pub support: Support,
+    /// Threads that read and encode.
+    pub workers: usize,
+}
+
+/// What a restarted daemon needs to know of a workload: kept in the journal.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct SiteState {
+    root: i32,
+    freezer: PathBuf,
+    /// The freezer cgroup the tree came from, if it was moved.
+    origin: Option<PathBuf>,
+    /// Names of this node's link ends, with their bridges.
+    ports: Vec<(String, String)>,
+}
+
+/// CRIU's dump, which is prepared while rounds are sent.
+#[derive(Debug, Default)]
+enum Dumping {
+    #[default]
+    No,
+    Preparing(JoinHandle<Result<Dump, DumpError>>),
+    Prepared(Box<Dump>),
+}
+
+/// A workload at its source.
+#[derive(Debug)]
+pub struct Site {
+    pub(super) node: SourceNode,
+    pub(super) policy: Policy,
+    pub(super) root: i32,
+    own: Vec<NamespaceKind>,
+    pub(super) freezer: Freezer,
+    origin: Option<PathBuf>,
+    ports: Vec<Port>,
+    directory: PathBuf,
+    pub(super) spaces: BTreeMap<SpaceId, Space>,
+    /// Pages found dirty that the next round sends.
+    pub(super) pending: BTreeMap<SpaceId, PageSet>,
+    /// When the last scan was, for the rate of dirtying.
+    pub(super) scanned: Instant,
+    dumping: Dumping,
+    /// Bytes of memory, for progress.
+    pub(super) memory_bytes: u64,
+    /// How long CRIU held the tasks, from being let in to post-dump.
+    pub(super) frozen_in_criu: Option<Duration>,
+    /// Opens data streams of the present session.
+    pub(super) data: Option<DataSender>,
+    /// Turns true when what is under way should end early.
+    pub(super) cancelled: watch::Receiver<bool>,
+}
+
+/// A surveyed workload: nothing of it has been touched.
+#[derive(Debug)]
+pub struct Survey {
+    /// For the target.
+    pub description: WorkloadDescription,
+    /// For the journal.
+    pub state: DriverState,
+    /// For the driver.
+    pub site: Site,
+}
+
+impl Site {
+    /// Looks at the tree below `root` and says what the target must know, or why it cannot move.
+    pub async fn survey(
+        node: SourceNode,
+        id: MigrationId,
+        root: i32,
+        policy: Policy,
+        shared: &[PathBuf],
+        cancelled: watch::Receiver<bool>,
+    ) -> Result<Survey, Failure> {
+        let gone = |error: &dyn std::fmt::Display| {
+            Failure::new(ErrorCode::WorkloadGone, format!("process {root}: {error}"))
+        };
+        let tree = block_in_place(|| Tree::read(root)).map_err(|error| gone(&error))?;
+        let pids = tree.pids();
+        let described = block_in_place(|| process::describe(root, &pids, shared))?;
+        for pid in &pids {
+            let found = block_in_place(|| refuse::find(*pid)).map_err(|error| failed_to_track(&error))?;
+            if let Some(failure) = found {
+                return Err(failure);
+            }
+        }
+        let mut description = described.description;
+        description.criu_version = node.criu_version;
+        let mut ports = Vec::new();
+        if described.own.contains(&NamespaceKind::Net) {
+            let net = namespace::open(root, NamespaceKind::Net).map_err(|error| gone(&error))?;
+            let network = describe_network(&net).await.map_err(network_unfit)?;
+            description.links = network.links;
+            description.routes = network.routes;
+            ports = network.ports;
+        }
+        let (freezer, origin) = match node.freezers.holding(&pids) {
+            Some(freezer) => (freezer, None),
+            None => {
+                let origin = node.freezers.current_of(root);
+                (node.freezers.plan(&id.to_string()), origin)
+            }
+        };
+        let state = SiteState {
+            root,
+            freezer: freezer.path().to_owned(),
+            origin: origin.clone(),
+            ports: ports
+                .iter()
+                .map(|port| (port.name().to_owned(), port.bridge().to_owned()))
+                .collect(),
+        };
+        let memory_bytes = description.spaces.iter().map(|space| space.memory_bytes).sum();
+        let workers = node.workers;
+        let site = Self {
+            directory: node.migrations.join(id.to_string()),
+            node,
+            policy,
+            root,
+            own: described.own,
+            freezer,
+            origin,
+            ports,
+            spaces: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            scanned: Instant::now(),
+            dumping: Dumping::No,
+            memory_bytes,
+            eager_bytes: 0,
+            image_bytes: 0,
+            sender: Arc::new(Sender::new(workers)),
+            frozen_in_criu: None,
+            data: None,
+            cancelled,
+        };
+        Ok(Survey { description, state: encode_state(&state)?, site })
+    }
+
+    /// A site for a migration that a dead daemon has left: it can be thawed or released.
+    pub async fn recover(
+        node: SourceNode,
+        id: MigrationId,
+        policy: Policy,
+        state: &DriverState,
+        cancelled: watch::Receiver<bool>,
+    ) -> Result<Self, Failure> {
+        let state: SiteState = serde_json::from_slice(state.as_bytes()).map_err(|error| {
+            Failure::new(ErrorCode::Internal, format!("the journal of {id} is not readable: {error}"))
+        })?;
+        let netlink = Netlink::open(None).map_err(network_unfit)?;
+        let mut ports = Vec::new();
+        for (name, bridge) in &state.ports {
+            let port = Port::named(&netlink, name, bridge).await.map_err(network_unfit)?;
+            ports.extend(port);
+        }
+        let workers = node.workers;
+        Ok(Self {
+            directory: node.migrations.join(id.to_string()),
+            node,
+            policy,
+            root: state.root,
+            own: Vec::new(),
+            freezer: Freezer::at(state.freezer),
+            origin: state.origin,
+            ports,
+            spaces: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            scanned: Instant::now(),
+            dumping: Dumping::No,
+            memory_bytes: 0,
+            eager_bytes: 0,
+            image_bytes: 0,
+            sender: Arc::new(Sender::new(workers)),
+            frozen_in_criu: None,
+            data: None,
+            cancelled,
+        })
+    }
+
+    /// Puts the tree into its cgroup, attaches to every space, and lets CRIU get ready.
+    pub async fn track(&mut self) -> Result<(), Failure> {
+        block_in_place(|| {
+            self.freezer.make().map_err(freeze_failed)?;
+            let root = self.root;
+            let adopted = self.freezer.adopt(|| {
+                Tree::read(root).map(|tree| tree.pids()).map_err(std::io::Error::other)
+            });
+            adopted.map_err(freeze_failed)?;
+            self.attach_new()?;
+            self.scan()
+        })?;
+        self.prepare_dump()
+    }
+
+    /// Attaches to the spaces that are not yet tracked and forgets those that are gone.
+    pub(super) fn attach_new(&mut self) -> Result<(), Failure> {
+        let tree = Tree::read(self.root)
+            .map_err(|error| Failure::new(ErrorCode::WorkloadGone, error.to_string()))?;
+        let pids = tree.pids();
+        self.spaces.retain(|id, space| {
+            tree.spaces.iter().any(|found| found.id == *id && found.leader == space.pid())
+        });
+        self.pending.retain(|id, _| self.spaces.contains_key(id));
+        for found in tree.spaces {
+            if self.spaces.contains_key(&found.id) {
+                continue;
+            }
+            if let Some(failure) = refuse::find(found.leader).map_err(|error| failed_to_track(&error))? {
+                return Err(failure);
+            }
+            let options = TrackOptions {
+                support: self.node.support,
+                tree: pids.clone(),
+                stop_max: crate::pages::track::STOP_MAX,
+                attempts: crate::pages::track::ATTEMPTS,
+            };
+            match Space::attach(found.leader, &options) {
+                Ok(space) => {
+                    tracing::debug!(pid = found.leader, stopped = ?space.attached().stopped,
+                        threads = space.attached().threads, "attached");
+                    self.spaces.insert(found.id, space);
+                }
+                // It has ended since the tree was read; whoever is left is in the next round.
+                Err(_) if found.leader != self.root && !alive(found.leader) => {}
+                Err(error) => return Err(failed_to_track(&error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds what the next round has to send.
+    pub(super) fn scan(&mut self) -> Result<(), Failure> {
+        let mut eager = Eager::default();
+        let mut gone = Vec::new();
+        for (id, space) in &mut self.spaces {
+            let scan = match space.record_smaps().and_then(|()| space.scan()) {
+                Ok(scan) => scan,
+                Err(_) if space.pid() != self.root && !alive(space.pid()) => {
+                    gone.push(*id);
+                    continue;
+                }
+                // A program that replaced itself is a new space with the same name.
+                Err(TrackError::Exec { .. }) => {
+                    gone.push(*id);
+                    continue;
+                }
+                Err(error) => return Err(failed_to_track(&error)),
+            };
+            self.pending.entry(*id).or_default().union_with(&scan.dirty);
+            eager.merge(scan.eager);
+        }
+        for id in gone {
+            self.spaces.remove(&id);
+            self.pending.remove(&id);
+        }
+        self.scanned = Instant::now();
+        self.eager_bytes = eager.bytes();
+        self.check_budget(&eager)
+    }
+
+    fn check_budget(&self, eager: &Eager) -> Result<(), Failure> {
+        let budget = self.policy.downtime_max.as_millis() as u64 * EAGER_BYTES_PER_SECOND / 1000;
+        if eager.bytes() <= budget || self.policy.force_eager {
+            return Ok(());
+        }
+        let largest = eager.shared.iter().max_by_key(|object| object.bytes);
+        let which = largest.map_or(String::new(), |object| {
+            format!(", the largest {} of {} bytes", object.name, object.bytes)
+        });
+        Err(Failure::new(
+            ErrorCode::SharedMemoryBudget,
+            format!(
+                "{} bytes of shared, locked or executable memory can only be copied in the \
+                 freeze{which}; within {:?} of downtime {budget} bytes are: allow more downtime, or \
+                 use --force-eager",
+                eager.bytes(),
+                self.policy.downtime_max
+            ),
+        ))
+    }
+
+    /// Starts CRIU and brings it to its first notification, in the background.
+    pub(super) fn prepare_dump(&mut self) -> Result<(), Failure> {
+        let mut namespaces = Vec::new();
+        for kind in [NamespaceKind::Ipc, NamespaceKind::Uts, NamespaceKind::Net] {
+            if self.own.contains(&kind) {
+                namespaces.push(namespace::open(self.root, kind).map_err(|error| {
+                    Failure::new(
+                        ErrorCode::WorkloadGone,
+                        format!("the {} namespace of process {}: {error}", kind.file(), self.root),
+                    )
+                })?);
+            }
+        }
+        let plan = DumpPlan {
+            criu: self.node.criu.clone(),
+            view_library: self.node.view_library.clone(),
+            namespaces,
+            root_pid: self.root,
+            directory: self.directory.clone(),
+            freezer: self.freezer.clone(),
+        };
+        self.dumping = Dumping::Preparing(tokio::spawn(Dump::prepare(plan)));
+        Ok(())
+    }
+
+    /// Closes the ports and freezes the tree. CRIU stands ready before either.
+    pub async fn freeze(&mut self) -> Result<(), Failure> {
+        if let Dumping::Preparing(task) = std::mem::take(&mut self.dumping) {
+            let prepared = task.await.map_err(|error| internal(&error))?;
+            self.dumping = Dumping::Prepared(Box::new(prepared.map_err(criu_failed)?));
+        }
+        for (id, pages) in std::mem::take(&mut self.pending) {
+            if let Some(space) = self.spaces.get_mut(&id) {
+                space.put_back(&pages);
+            }
+        }
+        if !self.ports.is_empty() {
+            let netlink = Netlink::open(None).map_err(network_unfit)?;
+            for port in &self.ports {
+                port.close(&netlink).await.map_err(network_unfit)?;
+            }
+        }
+        block_in_place(|| self.freezer.freeze()).map_err(freeze_failed)
+    }
+
+    /// The prepared dump; there is one from the freeze to the thaw.
+    pub(super) fn dump(&mut self) -> Result<&mut Dump, Failure> {
+        match &mut self.dumping {
+            Dumping::Prepared(dump) => Ok(dump),
+            Dumping::No | Dumping::Preparing(_) => {
+                Err(Failure::new(ErrorCode::Internal, "there is no prepared dump"))
+            }
+        }
+    }
+
+    /// Takes the prepared dump out, for an operation that needs the site beside it.
+    pub(super) fn take_dump(&mut self) -> Result<Box<Dump>, Failure> {
+        match std::mem::take(&mut self.dumping) {
+            Dumping::Prepared(dump) => Ok(dump),
+            Dumping::No | Dumping::Preparing(_) => {
+                Err(Failure::new(ErrorCode::Internal, "there is no prepared dump"))
+            }
+        }
+    }
+
+    /// Puts it back.
+    pub(super) fn return_dump(&mut self, dump: Box<Dump>) {
+        self.dumping = Dumping::Prepared(dump);
+    }
+
+    /// Compares what CRIU was shown with the truth. The tree must be frozen.
+    pub fn compare_smaps(&self) -> Result<(), Failure> {
+        block_in_place(|| {
+            self.spaces.values().try_for_each(|space| {
+                space
+                    .compare_smaps()
+                    .map_err(|error| Failure::new(ErrorCode::SmapsDiffer, chain(&error)))
+            })
+        })
+    }
+
+    /// Undoes everything down to a running workload; with `untrack`, tracking too.
+    pub async fn thaw(&mut self, untrack: bool) -> Result<(), Failure> {
+        match std::mem::take(&mut self.dumping) {
+            Dumping::No => {}
+            Dumping::Preparing(task) => task.abort(),
+            Dumping::Prepared(dump) => {
+                // A CRIU that fails here has let go of the tasks all the same, by its end.
+                if let Err(error) = dump.rollback().await {
+                    tracing::warn!("criu did not end well: {}", chain(&error));
+                }
+            }
+        }
+        self.wait_untraced().await?;
+        if self.freezer.exists() {
+            self.freezer.thaw().map_err(freeze_failed)?;
+        }
+        if !self.ports.is_empty() {
+            let netlink = Netlink::open(None).map_err(network_unfit)?;
+            for port in &self.ports {
+                port.open(&netlink).await.map_err(network_unfit)?;
+            }
+        }
+        if untrack {
+            block_in_place(|| self.spaces.clear());
+            self.pending.clear();
+            self.leave_cgroup();
+            drop(std::fs::remove_dir_all(&self.directory));
+        } else {
+            self.prepare_dump()?;
+        }
+        Ok(())
+    }
+
+    /// Moves the tree back to the cgroup it came from, as far as that still exists.
+    fn leave_cgroup(&self) {
+        let Some(origin) = &self.origin else { return };
+        if !self.freezer.exists() {
+            return;
+        }
+        let moved = self.freezer.processes().and_then(|pids| {
+            Freezer::at(origin.clone()).adopt(|| Ok(pids.clone()))?;
+            self.freezer.remove()
+        });
+        if let Err(error) = moved {
+            // It runs, thawed, in a cgroup of ours; the next migration finds it there.
+            tracing::warn!("the workload stays in its cgroup: {}", chain(&error));
+        }
+    }
+
+    /// A CRIU that lost its daemon lets go by itself; a thaw before that would do nothing.
+    async fn wait_untraced(&self) -> Result<(), Failure> {
+        let deadline = Instant::now() + LET_GO_TIMEOUT;
+        while let Some(tracer) = tracer(self.root) {
+            if Instant::now() > deadline {
+                return Err(Failure::new(
+                    ErrorCode::Traced,
+                    format!("process {} is still held by process {tracer}", self.root),
+                ));
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Ok(())
+    }
+
+    /// Ends the frozen copy: it runs elsewhere now.
+    pub async fn release(&mut self) -> Result<(), Failure> {
+        // First the links: whatever the dying sockets say reaches nobody.
+        if !self.ports.is_empty() {
+            let netlink = Netlink::open(None).map_err(network_unfit)?;
+            for port in &self.ports {
+                port.delete(&netlink).await.map_err(network_unfit)?;
+            }
+        }
+        let dump = match std::mem::take(&mut self.dumping) {
+            Dumping::Prepared(dump) => Some(dump),
+            Dumping::No | Dumping::Preparing(_) => None,
+        };
+        if let Some(mut dump) = dump {
+            if let Err(error) = dump.commit().await {
+                tracing::warn!("criu is gone before its end: {}", chain(&error));
+            }
+            self.freezer.thaw().map_err(freeze_failed)?;
+            if let Err(error) = dump.end().await {
+                tracing::warn!("criu did not end well: {}", chain(&error));
+            }
+        }
+        self.spaces.clear();
+        if self.freezer.exists() {
+            block_in_place(|| self.freezer.kill(KILL_TIMEOUT)).map_err(freeze_failed)?;
+            self.freezer.remove().map_err(freeze_failed)?;
+        }
+        drop(std::fs::remove_dir_all(&self.directory));
+        Ok(())
+    }
+}
+
+fn encode_state(state: &SiteState) -> Result<DriverState, Failure> {
+    let bytes = serde_json::to_vec(state).map_err(|error| internal(&error))?;
+    DriverState::new(bytes).map_err(|error| internal(&error))
+}
+
+pub(super) fn alive(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .ok()
+        .and_then(|stat| stat.rsplit_once(") ").map(|(_, rest)| !rest.starts_with(['Z', 'X'])))
+        .unwrap_or(false)
+}
+
+fn tracer(pid: i32) -> Option<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?;
+    line.trim().parse().ok().filter(|tracer| *tracer != 0)
+}
+
+pub(super) fn criu_failed(error: DumpError) -> Failure {
+    Failure::new(ErrorCode::CriuFailed, chain(&error))
+}
+
+pub(super) fn failed_to_track(error: &TrackError) -> Failure {
+    let code = match error {
+        TrackError::Gone { .. } | TrackError::Exec { .. } => ErrorCode::WorkloadGone,
+        TrackError::Unsupported(_) | TrackError::Probe { .. } => ErrorCode::NodeUnfit,
+        TrackError::LateBirth { .. } => ErrorCode::RetryRound,
+        TrackError::SmapsChanged { .. } => ErrorCode::SmapsDiffer,
+        TrackError::Inspect { .. }
+        | TrackError::Inject { .. }
+        | TrackError::Foreign { .. }
+        | TrackError::Register { .. }
+        | TrackError::Scan { .. }
+        | TrackError::Smaps { .. } => ErrorCode::Untrackable,
+    };
+    Failure::new(code, chain(error))
+}
+
+pub(super) fn freeze_failed(error: crate::runtime::cgroup::CgroupError) -> Failure {
+    Failure::new(ErrorCode::FreezeFailed, chain(&error))
+}
+
+fn network_unfit(error: crate::link::LinkError) -> Failure {
+    Failure::new(ErrorCode::NetworkUnfit, chain(&error))
+}

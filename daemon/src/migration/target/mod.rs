@@ -1,0 +1,328 @@
+//! The target's half of a migration, performed: a loop around the machine of `proto`.
+//!
+//! As at the source, at most one operation works on the [`Site`] at a time. Waiting for rounds goes
+//! on beside it, since streams arrive while control messages do.
+//!
+//! A target never dials: a session is handed to it whenever the source comes, and takes the place of
+//! an older one.
+
+pub mod intake;
+pub mod site;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::status::Status;
+use pageferry_proto::migration::target::{TargetAction, TargetEvent, TargetMachine};
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::control::TargetMessage;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::clock::Clock;
+use super::journal::Journal;
+use super::log::Log;
+use super::session::{self, Session};
+use crate::net::lanes::TargetSession;
+use intake::Intake;
+use site::Site;
+
+/// Events that may wait to be handled.
+const EVENTS_MAX: usize = 64;
+
+/// What others ask of a migration under way.
+#[derive(Debug)]
+pub enum TargetRequest {
+    /// Keep the workload from coming here, if that is still possible.
+    Abort,
+    /// A side is dead for certain.
+    Fence(Side),
+    /// The source has connected.
+    Connected(Box<TargetSession>),
+}
+
+/// Everything a target driver is made of.
+#[derive(Debug)]
+pub struct TargetDriver {
+    machine: TargetMachine,
+    clock: Clock,
+    site: Option<Box<Site>>,
+    intake: Arc<Intake>,
+    operation: Option<JoinHandle<(Box<Site>, TargetEvent)>>,
+    waiting: VecDeque<Operation>,
+    session: Option<Session<TargetMessage>>,
+    connections: u64,
+    /// Waits for rounds of the present connection.
+    awaiting: Vec<JoinHandle<()>>,
+    events: mpsc::Sender<Incoming>,
+    incoming: mpsc::Receiver<Incoming>,
+    requests: mpsc::Receiver<TargetRequest>,
+    status: watch::Sender<Arc<Status>>,
+    log: Log,
+}
+
+/// What the driver needs besides machine and site.
+#[derive(Debug)]
+pub struct TargetParts {
+    /// The machine, new or recovered.
+    pub machine: TargetMachine,
+    /// The clock the machine was made with.
+    pub clock: Clock,
+    /// The workload's place.
+    pub site: Site,
+    /// What others ask.
+    pub requests: mpsc::Receiver<TargetRequest>,
+    /// Where the status goes.
+    pub status: watch::Sender<Arc<Status>>,
+    /// The migration's journal.
+    pub journal: Journal,
+}
+
+#[derive(Debug)]
+enum Operation {
+    Action(TargetAction),
+    /// Wait for the end of the fill: follows a successful `LetGo` by itself.
+    Fill,
+}
+
+#[derive(Debug)]
+enum Incoming {
+    Event(TargetEvent),
+    Of(u64, TargetEvent),
+}
+
+impl TargetDriver {
+    /// A driver for `parts`; nothing happens before [`TargetDriver::run`].
+    pub fn new(parts: TargetParts) -> Self {
+        let (events, incoming) = mpsc::channel(EVENTS_MAX);
+        let log = {
+            let events = events.clone();
+            Log::start(parts.journal, move |record, written| {
+                let event = match written {
+                    Ok(()) => TargetEvent::Journalled(record),
+                    Err(()) => TargetEvent::JournalFailed(record),
+                };
+                drop(events.blocking_send(Incoming::Event(event)));
+            })
+        };
+        Self {
+            machine: parts.machine,
+            clock: parts.clock,
+            intake: parts.site.intake(),
+            site: Some(Box::new(parts.site)),
+            operation: None,
+            waiting: VecDeque::new(),
+            session: None,
+            connections: 0,
+            awaiting: Vec::new(),
+            events,
+            incoming,
+            requests: parts.requests,
+            status: parts.status,
+            log,
+        }
+    }
+
+    /// Runs the migration to its end.
+    pub async fn run(mut self) {
+        loop {
+            while let Some(action) = self.machine.poll_action() {
+                self.perform(action).await;
+            }
+            if self.machine.is_finished() && self.operation.is_none() {
+                break;
+            }
+            tokio::select! {
+                Some(incoming) = self.incoming.recv() => self.take_in(incoming),
+                Some(request) = self.requests.recv() => self.requested(request),
+                ended = session::ended(&mut self.operation) => self.operation_ended(ended),
+                () = self.clock.until(self.machine.poll_timeout()) => {
+                    self.machine.handle_timeout(self.clock.now());
+                }
+            }
+        }
+        if let Some(session) = self.session.take() {
+            session.close().await;
+        }
+    }
+
+    fn handle(&mut self, event: TargetEvent) {
+        if let TargetEvent::Failure(failure) = &event {
+            tracing::warn!(migration = %self.machine.id(), %failure, "failed");
+        }
+        self.machine.handle(self.clock.now(), event);
+    }
+
+    fn requested(&mut self, request: TargetRequest) {
+        match request {
+            TargetRequest::Abort => self.handle(TargetEvent::AbortRequested),
+            TargetRequest::Fence(side) => self.handle(TargetEvent::Fenced(side)),
+            TargetRequest::Connected(session) => self.connected(*session),
+        }
+    }
+
+    fn connected(&mut self, session: TargetSession) {
+        if self.session.take().is_some() {
+            self.lost();
+        }
+        self.connections += 1;
+        let number = self.connections;
+        let TargetSession { sender, receiver, data, lanes, .. } = session;
+        let events = self.events.clone();
+        let (failures, mut failed) = mpsc::channel(1);
+        let serving = self.intake.serve(data, failures);
+        let failing = {
+            let events = events.clone();
+            tokio::spawn(async move {
+                while let Some(failure) = failed.recv().await {
+                    let event = TargetEvent::Failure(failure);
+                    drop(events.send(Incoming::Of(number, event)).await);
+                }
+            })
+        };
+        let mut session = Session::open(sender, receiver, lanes, move |said| {
+            let events = events.clone();
+            async move {
+                let event = said.map_or(TargetEvent::PeerLost, TargetEvent::Message);
+                events.send(Incoming::Of(number, event)).await.is_ok()
+            }
+        });
+        session.own([serving, failing]);
+        self.session = Some(session);
+        self.handle(TargetEvent::PeerConnected);
+    }
+
+    fn lost(&mut self) {
+        self.session = None;
+        for task in self.awaiting.drain(..) {
+            task.abort();
+        }
+        self.handle(TargetEvent::PeerLost);
+    }
+
+    fn take_in(&mut self, incoming: Incoming) {
+        match incoming {
+            Incoming::Event(event) => self.handle(event),
+            // Of a connection that has been replaced.
+            Incoming::Of(number, _) if number != self.connections => {}
+            Incoming::Of(_, TargetEvent::PeerLost) => {
+                if self.session.is_some() {
+                    self.lost();
+                }
+            }
+            Incoming::Of(_, event) => self.handle(event),
+        }
+    }
+
+    async fn perform(&mut self, action: TargetAction) {
+        match action {
+            TargetAction::AwaitFinal(last) => {
+                let intake = Arc::clone(&self.intake);
+                self.await_streams(async move {
+                    intake.complete(&last).await.map(|()| TargetEvent::FinalStored)
+                });
+            }
+            TargetAction::AwaitRound(end) => {
+                let intake = Arc::clone(&self.intake);
+                self.await_streams(async move {
+                    let stored = intake.round(end.round, end.parcels, end.pages).await;
+                    stored.map(|()| TargetEvent::RoundStored { round: end.round })
+                });
+            }
+            TargetAction::Journal(record) => {
+                tracing::debug!(migration = %record.migration, record = record.entry.name(),
+                    "journal");
+                self.log.write(record).await;
+            }
+            TargetAction::Report(status) => {
+                tracing::debug!(migration = %status.id, phase = %status.phase.name(), "status");
+                self.status.send_replace(Arc::new(status));
+            }
+            TargetAction::Send(message) => {
+                // Without a session the source asks again when it is back.
+                if let Some(session) = &self.session
+                    && !session.say(message)
+                {
+                    self.lost();
+                }
+            }
+            TargetAction::Discard
+            | TargetAction::LetGo { .. }
+            | TargetAction::Prepare(_)
+            | TargetAction::Restore { .. } => {
+                self.waiting.push_back(Operation::Action(action));
+                self.next_operation();
+            }
+        }
+    }
+
+    fn await_streams(
+        &mut self,
+        waiting: impl Future<Output = Result<TargetEvent, Failure>> + Send + 'static,
+    ) {
+        let (events, number) = (self.events.clone(), self.connections);
+        self.awaiting.retain(|task| !task.is_finished());
+        self.awaiting.push(tokio::spawn(async move {
+            let event = waiting.await.unwrap_or_else(TargetEvent::Failure);
+            drop(events.send(Incoming::Of(number, event)).await);
+        }));
+    }
+
+    fn next_operation(&mut self) {
+        if self.operation.is_some() {
+            return;
+        }
+        let Some(next) = self.waiting.pop_front() else { return };
+        let Some(mut site) = self.site.take() else { return };
+        self.operation = Some(tokio::spawn(async move {
+            let event = operation(&mut site, next).await;
+            (site, event)
+        }));
+    }
+
+    fn operation_ended(&mut self, ended: Result<(Box<Site>, TargetEvent), tokio::task::JoinError>) {
+        self.operation = None;
+        match ended {
+            Ok((site, event)) => {
+                self.site = Some(site);
+                if event == TargetEvent::Resumed {
+                    self.waiting.push_back(Operation::Fill);
+                }
+                self.handle(event);
+            }
+            // What the kernel and the pager hold is found again from the journal.
+            Err(error) => {
+                tracing::error!("an operation panicked: {error}");
+                std::process::abort();
+            }
+        }
+        self.next_operation();
+    }
+}
+
+async fn operation(site: &mut Site, operation: Operation) -> TargetEvent {
+    let done = match operation {
+        Operation::Fill => site.filled().await.map(|()| TargetEvent::Filled),
+        Operation::Action(TargetAction::Prepare(offer)) => {
+            site.prepare(&offer).await.map(|state| TargetEvent::Prepared { state })
+        }
+        Operation::Action(TargetAction::Restore { .. }) => {
+            site.restore().await.map(|state| TargetEvent::Restored { state })
+        }
+        Operation::Action(TargetAction::LetGo { .. }) => {
+            site.let_go().await.map(|()| TargetEvent::Resumed)
+        }
+        Operation::Action(TargetAction::Discard) => {
+            site.discard().await.map(|()| TargetEvent::Discarded)
+        }
+        Operation::Action(
+            TargetAction::AwaitFinal(_)
+            | TargetAction::AwaitRound(_)
+            | TargetAction::Journal(_)
+            | TargetAction::Report(_)
+            | TargetAction::Send(_),
+        ) => Err(Failure::new(ErrorCode::Internal, "an action that is no operation")),
+    };
+    done.unwrap_or_else(TargetEvent::Failure)
+}

@@ -1,0 +1,407 @@
+//! The place a workload comes to: its namespaces, network, cgroup, pager, and what it is restored
+//! from.
+//!
+//! Invariants: until [`Site::let_go`] nothing here can be reached from outside and nothing of the
+//! workload has run; [`Site::discard`] leaves nothing behind from any point before; a [`Site`] that
+//! was recovered can let go or discard what a dead daemon has prepared, since the pager that holds
+//! the workload has outlived it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use criu_glue::image::pagemap;
+use pageferry_proto::id::{MigrationId, SpaceId};
+use pageferry_proto::migration::record::DriverState;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::control::Offer;
+use pageferry_proto::wire::description::{LinkAddress, LinkDescription};
+use serde::{Deserialize, Serialize};
+use tokio::task::block_in_place;
+
+use super::intake::Intake;
+use crate::link::prepare::PreparedNetwork;
+use crate::migration::text::{chain, internal};
+use crate::pager::client::PagerClient;
+use crate::pager::message::{Namespace, RestoreRequest};
+use crate::pages::store::{Store, StoreLimits};
+use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::process;
+use crate::sys::namespace::{self, NamespaceKind};
+
+/// How long killed tasks may take to end.
+const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Announcements after the first, for switches that were busy: at these times after attaching.
+const ANNOUNCEMENTS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(500)];
+
+/// What every target of this node shares.
+#[derive(Debug, Clone)]
+pub struct TargetNode {
+    /// The `criu` program.
+    pub criu: PathBuf,
+    /// CRIU's version as the wire carries it.
+    pub criu_version: u32,
+    /// The pager program.
+    pub pager: PathBuf,
+    /// A tmpfs folder in which each migration has one of its own.
+    pub migrations: PathBuf,
+    /// Where freezer cgroups are made.
+    pub freezers: FreezerRoot,
+    /// The bridge that links become ports of.
+    pub bridge: String,
+    /// How much memory incoming workloads may have.
+    pub limits: StoreLimits,
+    /// Threads that decode.
+    pub workers: usize,
+}
+
+/// What a restarted daemon needs to find: kept in the journal.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct SiteState {
+    freezer: PathBuf,
+    bridge: String,
+    links: Vec<LinkState>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct LinkState {
+    name: String,
+    mac: [u8; 6],
+    mtu: u32,
+    addresses: Vec<(std::net::IpAddr, u8)>,
+}
+
+/// A workload's place at its target.
+#[derive(Debug)]
+pub struct Site {
+    node: TargetNode,
+    id: MigrationId,
+    directory: PathBuf,
+    freezer: Freezer,
+    namespaces: Vec<(NamespaceKind, OwnedFd)>,
+    network: Option<PreparedNetwork>,
+    links: Vec<LinkDescription>,
+    pager: Option<PagerClient>,
+    intake: Arc<Intake>,
+    /// From the request to CRIU's post-restore.
+    pub(super) restore_time: Option<Duration>,
+}
+
+impl Site {
+    /// A place with nothing in it but a folder.
+    pub fn new(node: TargetNode, id: MigrationId) -> Result<Self, Failure> {
+        let directory = node.migrations.join(id.to_string());
+        let store = Arc::new(Store::new(node.limits));
+        let intake = Intake::new(store, directory.join("images"), node.workers)?;
+        Ok(Self {
+            freezer: node.freezers.plan(&id.to_string()),
+            node,
+            id,
+            directory,
+            namespaces: Vec::new(),
+            network: None,
+            links: Vec::new(),
+            pager: None,
+            intake: Arc::new(intake),
+            restore_time: None,
+        })
+    }
+
+    /// The place a dead daemon has left.
+    pub async fn recover(
+        node: TargetNode,
+        id: MigrationId,
+        state: &DriverState,
+    ) -> Result<Self, Failure> {
+        let mut site = Self {
+            freezer: node.freezers.plan(&id.to_string()),
+            directory: node.migrations.join(id.to_string()),
+            intake: Arc::new(Intake::detached(Arc::new(Store::new(node.limits)))),
+            node,
+            id,
+            namespaces: Vec::new(),
+            network: None,
+            links: Vec::new(),
+            pager: None,
+            restore_time: None,
+        };
+        if state.as_bytes().is_empty() {
+            return Ok(site);
+        }
+        let state: SiteState = serde_json::from_slice(state.as_bytes()).map_err(|error| {
+            Failure::new(
+                ErrorCode::Internal,
+                format!("the journal of {id} is not readable: {error}"),
+            )
+        })?;
+        site.freezer = Freezer::at(state.freezer);
+        site.links = state.links.into_iter().map(from_state).collect();
+        let prefix = link_prefix(id);
+        site.network = Some(PreparedNetwork::recovered(&site.links, &state.bridge, &prefix));
+        // A pager that is gone has taken its workload with it, or has filled it and ended.
+        match PagerClient::connect(&site.directory).await {
+            Ok(pager) => site.pager = Some(pager),
+            Err(error) => tracing::info!(migration = %id, "no pager: {}", chain(&error)),
+        }
+        Ok(site)
+    }
+
+    /// Where streams of pages and images go.
+    pub fn intake(&self) -> Arc<Intake> {
+        Arc::clone(&self.intake)
+    }
+
+    /// Compares the offer with this node and makes what the workload needs.
+    pub async fn prepare(&mut self, offer: &Offer) -> Result<DriverState, Failure> {
+        let description = &offer.description;
+        if description.criu_version > self.node.criu_version {
+            return Err(Failure::new(
+                ErrorCode::NodeUnfit,
+                format!(
+                    "the source's criu {} is newer than the target's {}: images may not be readable",
+                    version_text(description.criu_version),
+                    version_text(self.node.criu_version)
+                ),
+            ));
+        }
+        block_in_place(|| process::check(description))?;
+        let kinds = process::kinds(description.own_namespaces);
+        if let Some(kind) = kinds
+            .iter()
+            .find(|kind| matches!(kind, NamespaceKind::Pid | NamespaceKind::Mount))
+        {
+            return Err(Failure::new(
+                ErrorCode::UnsupportedWorkload,
+                format!("the workload has its own {} namespace, which is not moved yet", kind.file()),
+            ));
+        }
+        let made = block_in_place(|| namespace::create(&kinds)).map_err(|error| {
+            Failure::new(ErrorCode::NodeUnfit, format!("cannot make namespaces: {error}"))
+        })?;
+        self.namespaces = kinds.into_iter().zip(made).collect();
+        if let Some(uts) = self.namespace(NamespaceKind::Uts) {
+            let named = namespace::set_names(uts, &description.hostname, &description.domainname);
+            named.map_err(|error| {
+                Failure::new(ErrorCode::NodeUnfit, format!("cannot set the host name: {error}"))
+            })?;
+        }
+        if let Some(net) = self.namespace(NamespaceKind::Net) {
+            let prefix = link_prefix(self.id);
+            let network = PreparedNetwork::build(
+                net,
+                &description.links,
+                &description.routes,
+                &self.node.bridge,
+                &prefix,
+            );
+            self.network = Some(network.await.map_err(network_unfit)?);
+            self.links.clone_from(&description.links);
+        }
+        self.freezer.make().map_err(|error| Failure::new(ErrorCode::NodeUnfit, chain(&error)))?;
+        let pager = PagerClient::spawn(&self.node.pager, &self.directory, self.id).await;
+        self.pager = Some(pager.map_err(pager_failed)?);
+        self.state()
+    }
+
+    /// Restores the workload and holds it before its first instruction.
+    pub async fn restore(&mut self) -> Result<DriverState, Failure> {
+        let images = self.directory.join("images");
+        let spaces = block_in_place(|| self.make_images_lazy(&images))?;
+        // Late births are only known from the images; they have no pages to be filled.
+        let mut plan = Vec::with_capacity(spaces.len());
+        let pager = self.pager.as_mut().ok_or_else(no_pager)?;
+        for id in spaces {
+            let space = self.intake.store().space(id).map_err(|error| internal(&error))?;
+            let memory = space.descriptor().try_clone_to_owned().map_err(|e| internal(&e))?;
+            pager.space(id, memory).await.map_err(pager_failed)?;
+            plan.push((id, space.held().data));
+        }
+        pager.plan(&plan).await.map_err(pager_failed)?;
+        let mut namespaces = Vec::new();
+        let mut descriptors = Vec::new();
+        for (kind, fd) in &self.namespaces {
+            namespaces.push(pager_kind(*kind)?);
+            descriptors.push(fd.try_clone().map_err(|error| internal(&error))?);
+        }
+        let request = RestoreRequest {
+            criu: self.node.criu.clone(),
+            images_dir: images,
+            work_dir: self.directory.clone(),
+            log_level: 2,
+            cgroup_procs: vec![self.freezer.procs_file()],
+            freezer: self.freezer.path().to_owned(),
+            spaces: u32::try_from(plan.len()).map_err(|error| internal(&error))?,
+            namespaces,
+            tcp_established: true,
+            file_locks: true,
+            link_remap: true,
+            ..RestoreRequest::default()
+        };
+        let restored = pager.restore(request, descriptors).await.map_err(pager_failed)?;
+        self.restore_time = Some(Duration::from_millis(restored.restore_ms));
+        tracing::info!(migration = %self.id, root = restored.root_pid,
+            took = ?self.restore_time, "restored and held");
+        self.state()
+    }
+
+    /// Rewrites the page maps for a lazy restore and lists the spaces that CRIU will make.
+    fn make_images_lazy(&self, images: &Path) -> Result<BTreeSet<SpaceId>, Failure> {
+        let mut spaces = BTreeSet::new();
+        let entries = fs::read_dir(images).map_err(|error| internal(&error))?;
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            // Only a process that has memory has this image: zombies have none.
+            let space = name
+                .to_str()
+                .and_then(|name| name.strip_prefix("mm-")?.strip_suffix(".img")?.parse().ok());
+            if let Some(vpid) = space {
+                pagemap::rewrite(images, vpid)
+                    .map_err(|error| Failure::new(ErrorCode::CriuFailed, chain(&error)))?;
+                spaces.insert(SpaceId(vpid));
+            }
+        }
+        Ok(spaces)
+    }
+
+    /// Attaches the network and lets the workload run. Only when `Running` is durable; doing it
+    /// again does no harm.
+    pub async fn let_go(&mut self) -> Result<(), Failure> {
+        let status = self.pager.as_mut().ok_or_else(no_pager)?.status().await;
+        let status = status.map_err(pager_failed)?;
+        if self.namespace(NamespaceKind::Net).is_none()
+            && let (Some(root), false) = (status.root_pid, self.links.is_empty())
+        {
+            let net = namespace::open(root, NamespaceKind::Net).map_err(|e| internal(&e))?;
+            self.namespaces.push((NamespaceKind::Net, net));
+        }
+        if let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) {
+            network.attach(net).await.map_err(network_unfit)?;
+        }
+        self.pager.as_mut().ok_or_else(no_pager)?.go().await.map_err(pager_failed)?;
+        self.announce_again();
+        Ok(())
+    }
+
+    /// Repeats the announcements in the background.
+    fn announce_again(&self) {
+        let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) else {
+            return;
+        };
+        let (network, Ok(net)) = (network.clone(), net.try_clone()) else { return };
+        tokio::spawn(async move {
+            for pause in ANNOUNCEMENTS {
+                tokio::time::sleep(pause).await;
+                if let Err(error) = network.announce(&net) {
+                    // The workload may have moved on or ended.
+                    tracing::debug!("announcing again: {}", chain(&error));
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Waits until all memory of the running workload is in place.
+    pub async fn filled(&mut self) -> Result<(), Failure> {
+        let Some(pager) = &mut self.pager else { return Ok(()) };
+        let report = pager.filled().await.map_err(pager_failed)?;
+        tracing::info!(migration = %self.id, ?report, "filled");
+        self.pager = None;
+        self.namespaces.clear();
+        drop(fs::remove_dir_all(&self.directory));
+        Ok(())
+    }
+
+    /// Undoes everything down to nothing.
+    pub async fn discard(&mut self) -> Result<(), Failure> {
+        if let Some(mut pager) = self.pager.take()
+            && let Err(error) = pager.discard().await
+        {
+            // A pager that is gone has closed CRIU's socket, and CRIU has killed the tree.
+            tracing::warn!(migration = %self.id, "discarding: {}", chain(&error));
+        }
+        if self.freezer.exists() {
+            let killed = block_in_place(|| self.freezer.kill(KILL_TIMEOUT));
+            killed.and_then(|()| self.freezer.remove()).map_err(|error| internal(&error))?;
+        }
+        if let Some(network) = self.network.take() {
+            network.delete().await.map_err(network_unfit)?;
+        }
+        self.namespaces.clear();
+        drop(fs::remove_dir_all(&self.directory));
+        Ok(())
+    }
+
+    fn namespace(&self, kind: NamespaceKind) -> Option<&OwnedFd> {
+        self.namespaces.iter().find(|(found, _)| *found == kind).map(|(_, fd)| fd)
+    }
+
+    fn state(&self) -> Result<DriverState, Failure> {
+        let state = SiteState {
+            freezer: self.freezer.path().to_owned(),
+            bridge: self.node.bridge.clone(),
+            links: self.links.iter().map(to_state).collect(),
+        };
+        let bytes = serde_json::to_vec(&state).map_err(|error| internal(&error))?;
+        DriverState::new(bytes).map_err(|error| internal(&error))
+    }
+}
+
+/// Names of this node's link ends begin with this: `pf`, nine digits of the migration, and a number
+/// of at most two follows, 13 characters of the 15 that a name may have.
+fn link_prefix(id: MigrationId) -> String {
+    let digits: String = id.to_string().chars().take(9).collect();
+    format!("pf{digits}n")
+}
+
+fn version_text(version: u32) -> String {
+    format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+}
+
+fn to_state(link: &LinkDescription) -> LinkState {
+    LinkState {
+        name: link.name.clone(),
+        mac: link.mac,
+        mtu: link.mtu,
+        addresses: link.addresses.iter().map(|address| (address.ip, address.prefix)).collect(),
+    }
+}
+
+fn from_state(link: LinkState) -> LinkDescription {
+    let addresses = link.addresses.into_iter();
+    LinkDescription {
+        name: link.name,
+        mac: link.mac,
+        mtu: link.mtu,
+        addresses: addresses.map(|(ip, prefix)| LinkAddress { ip, prefix }).collect(),
+        bridge: None,
+    }
+}
+
+fn pager_kind(kind: NamespaceKind) -> Result<Namespace, Failure> {
+    match kind {
+        NamespaceKind::Ipc => Ok(Namespace::Ipc),
+        NamespaceKind::Uts => Ok(Namespace::Uts),
+        NamespaceKind::Net => Ok(Namespace::Net),
+        NamespaceKind::Mount => Ok(Namespace::Mount),
+        NamespaceKind::Pid => Err(Failure::new(
+            ErrorCode::UnsupportedWorkload,
+            "a pid namespace cannot be entered by a restore",
+        )),
+    }
+}
+
+fn no_pager() -> Failure {
+    Failure::new(ErrorCode::FillLost, "the pager of the workload is gone")
+}
+
+fn network_unfit(error: crate::link::LinkError) -> Failure {
+    Failure::new(ErrorCode::NetworkUnfit, chain(&error))
+}
+
+fn pager_failed(error: crate::pager::client::ClientError) -> Failure {
+    Failure::new(error.code(), chain(&error))
+}
