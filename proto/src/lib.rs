@@ -17,6 +17,7 @@
 #![warn(missing_docs)]
 
 pub mod id;
+#[deny(clippy::wildcard_enum_match_arm)]
 pub mod migration;
 pub mod page;
 pub mod set;
