@@ -6,8 +6,14 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 
 /// An error with all its causes, in one line.
 pub fn chain(error: &dyn Error) -> String {
-    let causes = std::iter::successors(error.source(), |error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 /// A failure that no operator can have caused.

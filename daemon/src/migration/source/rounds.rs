@@ -21,7 +21,7 @@ use super::site::{Site, criu_failed, failed_to_track, freeze_failed};
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
 use crate::pages::digest;
-use crate::pages::send::{ParcelSink, RoundSent, SendError, Sender};
+use crate::pages::send::{ParcelSink, RoundSent, SendError};
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
 

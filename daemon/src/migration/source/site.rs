@@ -105,6 +105,11 @@ pub struct Site {
     dumping: Dumping,
     /// Bytes of memory, for progress.
     pub(super) memory_bytes: u64,
+    /// Bytes only CRIU can copy, as of the last scan.
+    pub(super) eager_bytes: u64,
+    /// Bytes of CRIU's images.
+    pub(super) image_bytes: u64,
+    pub(super) sender: Arc<Sender>,
     /// How long CRIU held the tasks, from being let in to post-dump.
     pub(super) frozen_in_criu: Option<Duration>,
     /// Opens data streams of the present session.

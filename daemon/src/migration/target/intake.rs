@@ -291,7 +291,7 @@ async fn take_image(folder: &Path, reader: &mut StreamReader) -> Result<(), Fail
     }
     if left > 0 || trailer != hasher.finalize().to_le_bytes() {
         let name = header.name();
-        return Err(Failure::new(ErrorCode::Corrupt, format!("image {name} has a wrong checksum")));
+        return Err(Failure::new(ErrorCode::Checksum, format!("image {name} has a wrong checksum")));
     }
     Ok(())
 }
@@ -305,7 +305,7 @@ fn lost(error: &dyn std::error::Error) -> Failure {
 }
 
 fn corrupt(error: &dyn std::error::Error) -> Failure {
-    Failure::new(ErrorCode::Corrupt, chain(error))
+    Failure::new(ErrorCode::Checksum, chain(error))
 }
 
 fn malformed(what: &str) -> Failure {

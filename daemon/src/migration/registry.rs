@@ -1,0 +1,422 @@
+//! All migrations of this node, and the only door to them.
+//!
+//! A migration belongs to the task of its driver; the registry keeps, for each, the receiver of its
+//! status and the sender of requests. At start it reads the journals and sets every unfinished
+//! migration going again, before a new one is taken.
+//!
+//! Limits: so many migrations in each direction at once, and the last [`FINISHED_MAX`] that ended.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use pageferry_proto::id::{Incarnation, MigrationId, NodeName, WorkloadName};
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::record::{Entry as Written, Record};
+use pageferry_proto::migration::source::{SourceMachine, SourceOffer};
+use pageferry_proto::migration::status::{Phase, Status};
+use pageferry_proto::migration::target::{TargetMachine, TargetOrigin};
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use tokio::sync::{mpsc, watch};
+
+use super::clock::Clock;
+use super::journal::{FINISHED_MAX, Found, Journals, Recovered};
+use super::source::site::{Site as SourceSite, SourceNode};
+use super::source::{SourceDriver, SourceParts, SourceRequest};
+use super::target::site::{Site as TargetSite, TargetNode};
+use super::target::{TargetDriver, TargetParts, TargetRequest};
+use super::text::{chain, internal};
+use crate::net::endpoint::Endpoint;
+use crate::net::lanes::TargetSession;
+
+/// Requests that may wait for a driver.
+const REQUESTS_MAX: usize = 8;
+
+/// How long a workload that has just arrived may take to be filled before it can move on.
+const FILL_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Everything the migrations of this node share.
+#[derive(Debug)]
+pub struct RegistryParts {
+    /// What sources need.
+    pub source: SourceNode,
+    /// What targets need.
+    pub target: TargetNode,
+    /// Dials and is dialled.
+    pub endpoint: Arc<Endpoint>,
+    /// The journals.
+    pub journals: Journals,
+    /// Connections per migration.
+    pub lanes: u8,
+    /// Incoming migrations at once.
+    pub incoming_max: usize,
+    /// Outgoing migrations at once.
+    pub outgoing_max: usize,
+}
+
+/// The migrations of this node. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    parts: RegistryParts,
+    entries: Mutex<BTreeMap<MigrationId, Entry>>,
+}
+
+#[derive(Debug, Clone)]
+struct Entry {
+    status: watch::Receiver<Arc<Status>>,
+    requests: Requests,
+}
+
+#[derive(Debug, Clone)]
+enum Requests {
+    Source(mpsc::Sender<SourceRequest>),
+    Target(mpsc::Sender<TargetRequest>),
+}
+
+/// What an operator asks for.
+#[derive(Debug, Clone)]
+pub struct MigrateRequest {
+    /// What moves.
+    pub workload: WorkloadName,
+    /// Where to.
+    pub target: NodeName,
+    /// How.
+    pub policy: Policy,
+    /// Paths that both nodes share.
+    pub shared: Vec<PathBuf>,
+}
+
+impl Registry {
+    /// The registry, with every unfinished migration of the journals under way again.
+    pub async fn recover(parts: RegistryParts) -> Result<Self, Failure> {
+        let found = parts.journals.scan().map_err(|error| internal(&error))?;
+        let inner = Inner { parts, entries: Mutex::default() };
+        let registry = Self { inner: Arc::new(inner) };
+        for Found { migration, contents } in found {
+            let recovered = contents.map_err(|error| {
+                // Going on without it could run a workload twice.
+                Failure::new(ErrorCode::JournalFailed, chain(&error))
+            })?;
+            registry.resume(migration, recovered).await?;
+        }
+        Ok(registry)
+    }
+
+    async fn resume(&self, id: MigrationId, recovered: Recovered) -> Result<(), Failure> {
+        let mut records = Vec::with_capacity(recovered.records.len());
+        for bytes in &recovered.records {
+            records.push(Record::from_bytes(bytes).map_err(|error| {
+                Failure::new(ErrorCode::JournalFailed, format!("journal of {id}: {}", chain(&error)))
+            })?);
+        }
+        let clock = Clock::start();
+        let contradiction = |error: pageferry_proto::migration::handoff::RecoverError| {
+            Failure::new(ErrorCode::JournalFailed, format!("journal of {id}: {error}"))
+        };
+        let journal = recovered.journal;
+        match records.first().map(|record| &record.entry) {
+            // A crash came before the first record: nothing was begun.
+            None => Ok(()),
+            Some(Written::Offered(offered)) => {
+                let (peer, policy) = (offered.peer.clone(), offered.policy);
+                let machine =
+                    SourceMachine::recover(&records, clock.now()).map_err(contradiction)?;
+                let (cancel, cancelled) = watch::channel(false);
+                let node = self.inner.parts.source.clone();
+                let state = machine.driver_state().clone();
+                let site = SourceSite::recover(node, id, policy, &state, cancelled).await?;
+                self.start_source(machine, clock, site, cancel, journal, peer);
+                Ok(())
+            }
+            Some(_) => {
+                let machine =
+                    TargetMachine::recover(&records, clock.now()).map_err(contradiction)?;
+                let node = self.inner.parts.target.clone();
+                let site = TargetSite::recover(node, id, machine.driver_state()).await?;
+                self.start_target(machine, clock, site, journal);
+                Ok(())
+            }
+        }
+    }
+
+    /// Begins to move a workload away. Returns when the survey found nothing against it.
+    pub async fn migrate(&self, request: MigrateRequest) -> Result<MigrationId, Failure> {
+        let parts = &self.inner.parts;
+        if !parts.endpoint.peers().any(|peer| *peer == request.target) {
+            return Err(Failure::new(
+                ErrorCode::PeerUnknown,
+                format!("node {} is not a peer in this node's configuration", request.target),
+            ));
+        }
+        self.wait_filled(&request.workload).await?;
+        self.refuse_busy(&request.workload)?;
+        let WorkloadName::Process(root) = request.workload;
+        let id = MigrationId::new(random());
+        let (cancel, cancelled) = watch::channel(false);
+        let survey = SourceSite::survey(
+            parts.source.clone(),
+            id,
+            root,
+            request.policy,
+            &request.shared,
+            cancelled,
+        )
+        .await?;
+        let journal = parts.journals.create(id).map_err(|error| {
+            Failure::new(ErrorCode::JournalFailed, chain(&error))
+        })?;
+        let clock = Clock::start();
+        let offer = SourceOffer {
+            id,
+            workload: request.workload,
+            peer: request.target.clone(),
+            policy: request.policy,
+            description: survey.description,
+            state: survey.state,
+        };
+        let machine = SourceMachine::new(offer, clock.now());
+        self.start_source(machine, clock, survey.site, cancel, journal, request.target);
+        Ok(id)
+    }
+
+    /// A workload that came here a moment ago can be tracked only when its memory is in place.
+    async fn wait_filled(&self, workload: &WorkloadName) -> Result<(), Failure> {
+        let filling = self.lock().values().find_map(|entry| {
+            let status = entry.status.borrow();
+            let arriving = status.role == Side::Target && status.phase == Phase::Running;
+            (arriving && status.workload.as_ref() == Some(workload)).then(|| entry.status.clone())
+        });
+        let Some(mut status) = filling else { return Ok(()) };
+        tracing::info!(%workload, "waiting until its memory is in place");
+        let filled = status.wait_for(|status| status.phase.is_final());
+        match tokio::time::timeout(FILL_TIMEOUT, filled).await {
+            // A closed channel means that the driver has ended.
+            Ok(_) => Ok(()),
+            Err(_) => Err(Failure::new(
+                ErrorCode::WorkloadBusy,
+                format!("{workload} is still being filled after {FILL_TIMEOUT:?}"),
+            )),
+        }
+    }
+
+    fn refuse_busy(&self, workload: &WorkloadName) -> Result<(), Failure> {
+        let (mut outgoing, mut busy) = (0, None);
+        for (id, entry) in self.lock().iter() {
+            let status = entry.status.borrow();
+            if status.phase.is_final() {
+                continue;
+            }
+            outgoing += usize::from(status.role == Side::Source);
+            if status.workload.as_ref() == Some(workload) {
+                busy = Some(*id);
+            }
+        }
+        if let Some(id) = busy {
+            return Err(Failure::new(
+                ErrorCode::WorkloadBusy,
+                format!("{workload} is being moved by migration {id}"),
+            ));
+        }
+        let max = self.inner.parts.outgoing_max;
+        if outgoing >= max {
+            return Err(Failure::new(
+                ErrorCode::Limit,
+                format!("{outgoing} migrations leave this node already; the limit is {max}"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Gives a session to the migration it names, or begins a new incoming one.
+    pub async fn accept(&self, session: TargetSession) {
+        let (id, peer) = (session.migration, session.peer.clone());
+        let known = self.lock().get(&id).cloned();
+        let requests = match known {
+            Some(Entry { requests: Requests::Target(requests), status }) => {
+                if status.borrow().peer != peer {
+                    tracing::warn!(migration = %id, %peer, "named a migration of another node");
+                    return session.lanes.close(ErrorCode::MigrationUnknown);
+                }
+                requests
+            }
+            Some(Entry { requests: Requests::Source(_), .. }) => {
+                return session.lanes.close(ErrorCode::MigrationUnknown);
+            }
+            None => match self.begin_incoming(id, peer) {
+                Ok(requests) => requests,
+                Err(failure) => {
+                    tracing::warn!(migration = %id, %failure, "refused");
+                    return session.lanes.close(failure.code());
+                }
+            },
+        };
+        // A driver that has ended closes the session by dropping it; the source asks again.
+        drop(requests.send(TargetRequest::Connected(Box::new(session))).await);
+    }
+
+    fn begin_incoming(
+        &self,
+        id: MigrationId,
+        peer: NodeName,
+    ) -> Result<mpsc::Sender<TargetRequest>, Failure> {
+        let parts = &self.inner.parts;
+        let incoming = self.lock().values().filter(|entry| {
+            let status = entry.status.borrow();
+            status.role == Side::Target && !status.phase.is_final()
+        });
+        if incoming.count() >= parts.incoming_max {
+            return Err(Failure::new(
+                ErrorCode::TargetBusy,
+                format!("{} migrations come to this node already", parts.incoming_max),
+            ));
+        }
+        let journal = parts.journals.create(id).map_err(|error| internal(&error))?;
+        let site = TargetSite::new(parts.target.clone(), id)?;
+        let incarnation = Incarnation(u64::from_le_bytes(random()));
+        let clock = Clock::start();
+        let machine = TargetMachine::new(TargetOrigin { id, peer, incarnation }, clock.now());
+        Ok(self.start_target(machine, clock, site, journal))
+    }
+
+    fn start_source(
+        &self,
+        machine: SourceMachine,
+        clock: Clock,
+        site: SourceSite,
+        cancel: watch::Sender<bool>,
+        journal: super::journal::Journal,
+        peer: NodeName,
+    ) {
+        let id = machine.id();
+        let (status, watched) = watch::channel(Arc::new(machine.status(clock.now())));
+        let (requests, asked) = mpsc::channel(REQUESTS_MAX);
+        let driver = SourceDriver::new(SourceParts {
+            machine,
+            clock,
+            site,
+            cancel,
+            requests: asked,
+            status,
+            journal,
+            endpoint: Arc::clone(&self.inner.parts.endpoint),
+            peer,
+            lanes: self.inner.parts.lanes,
+        });
+        let entry = Entry { status: watched, requests: Requests::Source(requests) };
+        self.lock().insert(id, entry);
+        self.run(driver.run());
+    }
+
+    fn start_target(
+        &self,
+        machine: TargetMachine,
+        clock: Clock,
+        site: TargetSite,
+        journal: super::journal::Journal,
+    ) -> mpsc::Sender<TargetRequest> {
+        let id = machine.id();
+        let (status, watched) = watch::channel(Arc::new(machine.status(clock.now())));
+        let (requests, asked) = mpsc::channel(REQUESTS_MAX);
+        let driver = TargetDriver::new(TargetParts {
+            machine,
+            clock,
+            site,
+            requests: asked,
+            status,
+            journal,
+        });
+        let entry = Entry { status: watched, requests: Requests::Target(requests.clone()) };
+        self.lock().insert(id, entry);
+        self.run(driver.run());
+        requests
+    }
+
+    fn run(&self, driver: impl Future<Output = ()> + Send + 'static) {
+        let registry = self.clone();
+        tokio::spawn(async move {
+            driver.await;
+            registry.forget_oldest();
+        });
+    }
+
+    /// Keeps the last finished migrations and forgets those before.
+    fn forget_oldest(&self) {
+        let finished: Vec<MigrationId> = {
+            let entries = self.lock();
+            let over = entries.iter().filter(|(_, entry)| entry.status.borrow().phase.is_final());
+            over.map(|(id, _)| *id).collect()
+        };
+        if finished.len() <= FINISHED_MAX {
+            return;
+        }
+        match self.inner.parts.journals.expire(&finished) {
+            Ok(gone) => {
+                let mut entries = self.lock();
+                for id in gone {
+                    entries.remove(&id);
+                }
+            }
+            Err(error) => tracing::warn!("forgetting old journals: {}", chain(&error)),
+        }
+    }
+
+    /// All migrations, in no particular order.
+    pub fn list(&self) -> Vec<Arc<Status>> {
+        self.lock().values().map(|entry| Arc::clone(&entry.status.borrow())).collect()
+    }
+
+    /// One migration's status and its changes.
+    pub fn watch(&self, id: MigrationId) -> Result<watch::Receiver<Arc<Status>>, Failure> {
+        self.entry(id).map(|entry| entry.status)
+    }
+
+    /// Asks a migration to give up.
+    pub async fn abort(&self, id: MigrationId) -> Result<(), Failure> {
+        match self.entry(id)?.requests {
+            Requests::Source(requests) => requests.send(SourceRequest::Abort).await.is_ok(),
+            Requests::Target(requests) => requests.send(TargetRequest::Abort).await.is_ok(),
+        }
+        .then_some(())
+        .ok_or_else(|| over(id))
+    }
+
+    /// Tells a migration that a side is dead for certain.
+    pub async fn resolve(&self, id: MigrationId, fenced: Side) -> Result<(), Failure> {
+        match self.entry(id)?.requests {
+            Requests::Source(requests) => requests.send(SourceRequest::Fence(fenced)).await.is_ok(),
+            Requests::Target(requests) => requests.send(TargetRequest::Fence(fenced)).await.is_ok(),
+        }
+        .then_some(())
+        .ok_or_else(|| over(id))
+    }
+
+    fn entry(&self, id: MigrationId) -> Result<Entry, Failure> {
+        self.lock().get(&id).cloned().ok_or_else(|| {
+            Failure::new(ErrorCode::MigrationUnknown, format!("there is no migration {id}"))
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<MigrationId, Entry>> {
+        self.inner.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn over(id: MigrationId) -> Failure {
+    Failure::new(ErrorCode::Finished, format!("migration {id} is over"))
+}
+
+/// Random bytes from the provider that also makes the keys of connections.
+fn random<const BYTES: usize>() -> [u8; BYTES] {
+    let mut bytes = [0; BYTES];
+    let provider = rustls::crypto::ring::default_provider();
+    // It reads getrandom(2), which cannot fail once the kernel has booted.
+    provider.secure_random.fill(&mut bytes).expect("the kernel gives random bytes");
+    bytes
+}
