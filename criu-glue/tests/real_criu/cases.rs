@@ -1,0 +1,489 @@
+//! The cases, and what runs them one after the other.
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use criu_glue::image::pagemap::Pages;
+use criu_glue::image::{inventory, mm, pagemap, pstree};
+use criu_glue::options::{Directories, DumpOptions, Log, LogLevel, Request, RestoreOptions};
+use criu_glue::probe::{Capabilities, VERSION_MIN};
+use criu_glue::report;
+use criu_glue::rpc::{Event, NotifyScript, Response, Swrk, SwrkConfig, SwrkError};
+use criu_glue::view::smaps::{self, Recorded};
+use criu_glue::view::{Counters, Feed};
+use tokio::sync::oneshot;
+
+use crate::lazy::{Store, take_over};
+use crate::node::LIBRARY;
+use crate::workload::{PATIENCE, Workload};
+
+macro_rules! cases {
+    ($($name:ident),* $(,)?) => {
+        /// Runs the cases whose names contain one of `filter`, or all.
+        pub fn run(filter: &[&str]) -> ExitCode {
+            let mut failed = 0;
+            $(failed += usize::from(!run_one(stringify!($name), filter, || $name()));)*
+            if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+    };
+}
+
+cases! {
+    criu_is_probed_and_the_view_loads,
+    without_a_published_feed_a_dump_is_complete,
+    hidden_memory_is_not_dumped_and_comes_back_by_a_lazy_restore,
+    a_half_hidden_mapping_is_dumped_in_part,
+    a_dump_refused_at_its_gate_leaves_the_workload_running,
+    a_dropped_worker_leaves_the_workload_running,
+    a_failed_request_names_its_cause,
+    a_worker_that_cannot_be_prepared_names_the_step,
+}
+
+fn run_one<F: Future<Output = ()>>(name: &str, filter: &[&str], case: impl FnOnce() -> F) -> bool {
+    if !filter.is_empty() && !filter.iter().any(|part| name.contains(part)) {
+        return true;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.expect("a runtime");
+    let limited = async {
+        tokio::time::timeout(2 * PATIENCE, case())
+            .await
+            .expect("an end");
+    };
+    let passed = catch_unwind(AssertUnwindSafe(|| runtime.block_on(limited))).is_ok();
+    println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
+    passed
+}
+
+/// The directories of one dump and its restores.
+struct Run {
+    images: PathBuf,
+    work: PathBuf,
+}
+
+impl Run {
+    fn new() -> Self {
+        let base = tempfile::tempdir_in("/tmp").expect("tmp").keep();
+        let (images, work) = (base.join("images"), base.join("work"));
+        fs::create_dir(&images).expect("an empty directory");
+        fs::create_dir(&work).expect("an empty directory");
+        Self { images, work }
+    }
+
+    fn directories(&self) -> Directories {
+        let open = |path: &Path| OwnedFd::from(File::open(path).expect("a directory"));
+        Directories {
+            images: open(&self.images),
+            work: Some(open(&self.work)),
+        }
+    }
+
+    fn config(&self) -> SwrkConfig {
+        SwrkConfig::new("criu".into(), self.work.join("criu.out"))
+    }
+
+    fn dump_options(&self, workload: &Workload) -> DumpOptions {
+        let log = Log {
+            file: "dump.log".to_owned(),
+            level: LogLevel::Debug,
+        };
+        DumpOptions {
+            log,
+            ..DumpOptions::new(workload.pid, self.directories())
+        }
+    }
+
+    fn restore_options(&self) -> RestoreOptions {
+        let log = Log {
+            file: "restore.log".to_owned(),
+            level: LogLevel::Debug,
+        };
+        RestoreOptions {
+            log,
+            ..RestoreOptions::new(self.directories())
+        }
+    }
+}
+
+/// Answers every notification with what `at` says, and gives the response.
+async fn drive(worker: &mut Swrk, mut at: impl FnMut(&NotifyScript) -> bool) -> Response {
+    loop {
+        match worker.next().await.expect("criu talks") {
+            Event::Notify { script, .. } => {
+                let success = at(&script);
+                worker.answer(success).await.expect("criu listens");
+            }
+            Event::Response(response) => return response,
+        }
+    }
+}
+
+fn memory_of(workload: &Workload, (start, end): (u64, u64)) -> Vec<u8> {
+    let memory = File::open(format!("/proc/{}/mem", workload.pid)).expect("a live process");
+    let mut contents = vec![0; usize::try_from(end - start).expect("64 bit")];
+    memory
+        .read_exact_at(&mut contents, start)
+        .expect("mapped memory");
+    contents
+}
+
+/// Every page that is in the images must be in the process, byte for byte.
+fn compare_images_with_memory(run: &Run, workload: &Workload) {
+    let pages = Pages::open(&run.images, vpid(workload)).expect("images");
+    for entry in pages
+        .pagemap()
+        .entries
+        .iter()
+        .filter(|entry| entry.contents_at.is_some())
+    {
+        let length = entry.pages * pagemap::PAGE_SIZE;
+        let truth = memory_of(workload, (entry.start, entry.start + length));
+        let mut dumped = vec![0; truth.len()];
+        let read = pages.read_at(entry.start, &mut dumped).expect("contents");
+        assert!(
+            read == truth.len() && dumped == truth,
+            "pages at {:#x}",
+            entry.start
+        );
+    }
+}
+
+fn vpid(workload: &Workload) -> u32 {
+    workload.pid.cast_unsigned()
+}
+
+async fn criu_is_probed_and_the_view_loads() {
+    let run = Run::new();
+    let output = run.work.join("criu.out");
+    let library = Path::new(LIBRARY);
+    let found = Capabilities::probe(Path::new("criu"), Some(library), &output).await;
+    let found = found.expect("a working criu");
+    assert!(found.version >= VERSION_MIN, "{}", found.version);
+    assert!(found.features.lazy_pages && found.view, "{found:?}");
+    let without = Capabilities::probe(Path::new("criu"), None, &output).await;
+    assert!(!without.expect("a working criu").view);
+}
+
+async fn without_a_published_feed_a_dump_is_complete() {
+    let mut workload = Workload::start(16);
+    let run = Run::new();
+    let mut feed = Feed::create().expect("memfd");
+    feed.set_ranges(workload.pid, &[workload.region])
+        .expect("pages");
+    let view = feed.share(LIBRARY.into()).expect("a descriptor");
+    let mut worker = Swrk::spawn(SwrkConfig {
+        view: Some(view),
+        ..run.config()
+    })
+    .expect("criu");
+    worker
+        .request(Request::dump(run.dump_options(&workload)))
+        .await
+        .expect("criu listens");
+    let mut seen = Vec::new();
+    let response = drive(&mut worker, |script| {
+        seen.push(script.clone());
+        if *script == NotifyScript::PostDump {
+            compare_images_with_memory(&run, &workload);
+        }
+        true
+    });
+    response.await.into_result().expect("dumped");
+    assert_eq!(seen.first(), Some(&NotifyScript::PreDump));
+    assert_eq!(seen.last(), Some(&NotifyScript::PostDump));
+    workload.wait_until_killed();
+    let counters = feed.counters().expect("readable");
+    assert_eq!(
+        (
+            counters.attached,
+            counters.scans_hidden,
+            counters.smaps_served
+        ),
+        (1, 0, 0)
+    );
+    assert!(
+        counters.scans_passed > 0 && counters.smaps_passed > 0,
+        "{counters:?}"
+    );
+    let pagemap = pagemap::read(&run.images, vpid(&workload)).expect("an image");
+    assert!(pagemap.entry_at(workload.region.0).is_some());
+
+    let mut worker = Swrk::spawn(run.config()).expect("criu");
+    worker
+        .request(Request::restore(run.restore_options()))
+        .await
+        .expect("criu listens");
+    let response = drive(&mut worker, |_| true)
+        .await
+        .into_result()
+        .expect("restored");
+    assert_eq!(response.pid, Some(workload.pid));
+    assert!(worker.wait().await.expect("our child").success());
+    workload.check();
+}
+
+/// Dumps with all of the workload's memory hidden and smaps rendered; gives what was hidden.
+async fn dump_hidden(workload: &mut Workload, run: &Run, feed: &mut Feed) -> Vec<u8> {
+    let recorded = Recorded::parse(&workload.proc("smaps")).expect("the kernel's text");
+    let view = feed.share(LIBRARY.into()).expect("a descriptor");
+    let mut worker = Swrk::spawn(SwrkConfig {
+        view: Some(view),
+        ..run.config()
+    })
+    .expect("criu");
+    worker
+        .request(Request::dump(run.dump_options(workload)))
+        .await
+        .expect("criu listens");
+    let mut hidden = Vec::new();
+    let mut rendered = Vec::new();
+    let response = drive(&mut worker, |script| {
+        if *script == NotifyScript::PreDump {
+            rendered = recorded
+                .render(&workload.proc("maps"))
+                .expect("nothing new");
+            feed.set_ranges(workload.pid, &[workload.region])
+                .expect("pages");
+            feed.set_smaps(workload.pid, &rendered);
+            feed.publish().expect("room");
+        }
+        if *script == NotifyScript::PostDump {
+            smaps::compare(&workload.proc("smaps"), &rendered).expect("nothing has changed");
+            compare_images_with_memory(run, workload);
+            hidden = memory_of(workload, workload.region);
+        }
+        true
+    });
+    response.await.into_result().expect("dumped");
+    drop(worker);
+    workload.wait_until_killed();
+    hidden
+}
+
+async fn hidden_memory_is_not_dumped_and_comes_back_by_a_lazy_restore() {
+    let mut workload = Workload::start(64);
+    let run = Run::new();
+    let mut feed = Feed::create().expect("memfd");
+    let contents = dump_hidden(&mut workload, &run, &mut feed).await;
+    let counters = feed.counters().expect("readable");
+    let Counters {
+        attached: 1,
+        smaps_served: 1,
+        smaps_passed: 0,
+        ..
+    } = counters
+    else {
+        panic!("{counters:?}")
+    };
+    assert!(
+        counters.scans_hidden + counters.scans_cut > 0,
+        "{counters:?}"
+    );
+
+    let vpid = vpid(&workload);
+    let (start, end) = workload.region;
+    assert_eq!(
+        inventory::read(&run.images)
+            .expect("an image")
+            .image_version,
+        2
+    );
+    let tree = pstree::read(&run.images).expect("an image");
+    let found: Vec<_> = tree
+        .iter()
+        .map(|process| (process.pid, process.threads.clone()))
+        .collect();
+    assert_eq!(found, [(vpid, vec![vpid])]);
+    let mm = mm::read(&run.images, vpid).expect("an image");
+    let covers = |vma: &&mm::Vma| vma.start <= start && vma.end >= end;
+    assert!(
+        mm.vmas
+            .iter()
+            .find(covers)
+            .expect("the mapping")
+            .is_lazy_able()
+    );
+    let map = pagemap::read(&run.images, vpid).expect("an image");
+    let length = |entry: &pagemap::Entry| entry.pages * pagemap::PAGE_SIZE;
+    let outside =
+        |entry: &pagemap::Entry| entry.start + length(entry) <= start || entry.start >= end;
+    assert!(map.entries.iter().all(outside), "{map:?}");
+    let size = fs::metadata(run.images.join(format!("pages-{}.img", map.pages_id)));
+    assert!(size.expect("an image").len() < 2 << 20);
+
+    pagemap::rewrite(&run.images, vpid).expect("writable");
+    let eager = pagemap::read(&run.images, vpid).expect("an image");
+    assert!(
+        eager
+            .entries
+            .iter()
+            .all(|entry| entry.flags == pagemap::PRESENT),
+        "{eager:?}"
+    );
+
+    let (bound, ready) = oneshot::channel();
+    let work = run.work.clone();
+    let faults =
+        tokio::spawn(async move { take_over(&work, bound, Store { start, contents }).await });
+    ready.await.expect("bound");
+    let mut worker = Swrk::spawn(SwrkConfig {
+        huge_pages: false,
+        ..run.config()
+    })
+    .expect("criu");
+    let options = RestoreOptions {
+        lazy_pages: true,
+        ..run.restore_options()
+    };
+    worker
+        .request(Request::restore(options))
+        .await
+        .expect("criu listens");
+    let mut held = false;
+    let response = drive(&mut worker, |script| {
+        if *script == NotifyScript::PostRestore {
+            held = !workload.proc("status").is_empty();
+        }
+        true
+    });
+    let response = response.await.into_result().expect("restored");
+    assert_eq!(response.pid, Some(workload.pid));
+    assert!(held, "the tree is there at the gate");
+    let server = faults.await.expect("the page-fault side");
+    workload.check();
+    assert!(server.faults.load(std::sync::atomic::Ordering::Relaxed) >= (64 << 20) / 4096);
+    let status = String::from_utf8_lossy(&workload.proc("status")).into_owned();
+    assert!(
+        status.contains("THP_enabled:\t1"),
+        "the task's own setting is back: {status}"
+    );
+}
+
+async fn a_half_hidden_mapping_is_dumped_in_part() {
+    let mut workload = Workload::start(8);
+    let run = Run::new();
+    let (start, end) = workload.region;
+    let hole = |from: u64, to: u64| (start + (from << 20), start + (to << 20));
+    let mut feed = Feed::create().expect("memfd");
+    feed.set_ranges(workload.pid, &[hole(1, 2), hole(4, 7)])
+        .expect("pages");
+    feed.publish().expect("room");
+    let view = feed.share(LIBRARY.into()).expect("a descriptor");
+    let mut worker = Swrk::spawn(SwrkConfig {
+        view: Some(view),
+        ..run.config()
+    })
+    .expect("criu");
+    worker
+        .request(Request::dump(run.dump_options(&workload)))
+        .await
+        .expect("criu listens");
+    drive(&mut worker, |_| true)
+        .await
+        .into_result()
+        .expect("dumped");
+    workload.wait_until_killed();
+    assert!(feed.counters().expect("readable").scans_cut > 0);
+    let map = pagemap::read(&run.images, vpid(&workload)).expect("an image");
+    for address in (start..end).step_by(4096) {
+        let mebibyte = (address - start) >> 20;
+        let hidden = mebibyte == 1 || (4..7).contains(&mebibyte);
+        assert_eq!(map.entry_at(address).is_none(), hidden, "{address:#x}");
+    }
+}
+
+async fn a_dump_refused_at_its_gate_leaves_the_workload_running() {
+    let workload = Workload::start(8);
+    for gate in [NotifyScript::PreDump, NotifyScript::PostDump] {
+        let run = Run::new();
+        let mut worker = Swrk::spawn(run.config()).expect("criu");
+        worker
+            .request(Request::dump(run.dump_options(&workload)))
+            .await
+            .expect("criu listens");
+        let response = drive(&mut worker, |script| *script != gate).await;
+        let refused = response.into_result().expect_err("refused");
+        assert!(refused.to_string().starts_with("criu failed"), "{refused}");
+        assert!(!worker.wait().await.expect("our child").success());
+        workload.check();
+    }
+}
+
+async fn a_dropped_worker_leaves_the_workload_running() {
+    let workload = Workload::start(8);
+    let run = Run::new();
+    let mut worker = Swrk::spawn(run.config()).expect("criu");
+    worker
+        .request(Request::dump(run.dump_options(&workload)))
+        .await
+        .expect("criu listens");
+    loop {
+        let event = worker.next().await.expect("criu talks");
+        if matches!(
+            event,
+            Event::Notify {
+                script: NotifyScript::PostDump,
+                ..
+            }
+        ) {
+            break;
+        }
+        worker.answer(true).await.expect("criu listens");
+    }
+    drop(worker);
+    workload.check();
+}
+
+async fn a_failed_request_names_its_cause() {
+    let run = Run::new();
+    // Above the kernel's limit of process ids.
+    let options = DumpOptions::new(0x7fff_0000, run.directories());
+    let mut worker = Swrk::spawn(run.config()).expect("criu");
+    worker
+        .request(Request::dump(options))
+        .await
+        .expect("criu listens");
+    assert!(matches!(
+        worker.answer(true).await,
+        Err(SwrkError::NothingToAnswer)
+    ));
+    let response = drive(&mut worker, |_| true).await;
+    let failed = response.into_result().expect_err("no such process");
+    assert!(failed.message.is_some(), "{failed:?}");
+    assert!(matches!(worker.next().await, Err(SwrkError::Closed)));
+    let cause = report::first_error(&run.work.join("dump.log")).expect("a log");
+    let cause = cause.expect("an error").text;
+    assert!(cause.contains("No such process"), "{cause}");
+}
+
+async fn a_worker_that_cannot_be_prepared_names_the_step() {
+    let run = Run::new();
+    let missing = PathBuf::from("/tmp/no-such-cgroup/cgroup.procs");
+    let config = SwrkConfig {
+        cgroup_procs: vec![missing.clone()],
+        ..run.config()
+    };
+    let error = Swrk::spawn(config).expect_err("no such file");
+    assert!(
+        matches!(&error, SwrkError::Cgroup { path, .. } if *path == missing),
+        "{error:?}"
+    );
+    let file = OwnedFd::from(File::open("/tmp").expect("a directory"));
+    let error = Swrk::spawn(SwrkConfig {
+        namespaces: vec![file],
+        ..run.config()
+    });
+    assert!(
+        matches!(error, Err(SwrkError::Namespace { index: 0, .. })),
+        "{error:?}"
+    );
+    let nowhere = SwrkConfig::new("/no/such/criu".into(), run.work.join("criu.out"));
+    let error = Swrk::spawn(nowhere).expect_err("no such file");
+    assert!(matches!(error, SwrkError::Exec { .. }), "{error:?}");
+}

@@ -1,0 +1,74 @@
+//! A real criu dumps and restores a real process through this crate.
+//!
+//! Needs root and `PAGEFERRY_NODE_IMAGE`, a root file system with criu and iproute2 (the lab makes
+//! one); without that variable the target passes and says that it was skipped. Everything happens in
+//! namespaces of its own over an overlay of the image, so neither host nor image is changed, and the
+//! kernel takes all of it down when the test ends, however it ends.
+
+mod cases;
+mod lazy;
+mod node;
+mod sys;
+mod workload;
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        ["--workload", directory, mebibytes] => {
+            workload::run(Path::new(directory), mebibytes.parse().expect("a number"))
+        }
+        ["--inside", image, base, library, filter @ ..] => {
+            node::enter(Path::new(image), Path::new(base), Path::new(library));
+            cases::run(filter)
+        }
+        filter => outside(filter),
+    }
+}
+
+fn outside(filter: &[&str]) -> ExitCode {
+    let Some(image) = std::env::var_os("PAGEFERRY_NODE_IMAGE") else {
+        println!("skipped: PAGEFERRY_NODE_IMAGE names no root file system with criu");
+        return ExitCode::SUCCESS;
+    };
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "namespaces and criu need root"
+    );
+    let program = std::env::current_exe().expect("procfs");
+    let library = program.with_file_name("libcriu_view.so");
+    assert!(
+        library.exists(),
+        "cargo builds {} with this test",
+        library.display()
+    );
+    let base = tempfile::tempdir().expect("temporary directory");
+    let status = Command::new("unshare")
+        .args([
+            "--mount",
+            "--propagation",
+            "private",
+            "--pid",
+            "--fork",
+            "--kill-child",
+        ])
+        .args(["--net", "--uts", "--ipc", "--"])
+        .arg(&program)
+        .arg("--inside")
+        .args([
+            image.as_os_str(),
+            base.path().as_os_str(),
+            library.as_os_str(),
+        ])
+        .args(filter.iter().filter(|argument| !argument.starts_with('-')))
+        .status()
+        .expect("unshare of util-linux");
+    if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

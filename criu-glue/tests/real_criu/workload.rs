@@ -1,0 +1,146 @@
+//! A process with memory that can tell whether it is still right, and its owner's side.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use memmap2::MmapMut;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use crate::node::PROGRAM;
+
+const PAGE: usize = 4096;
+const WORD: usize = 8;
+
+/// The workload's own `main`: fills memory, says where it is, and checks it when asked to. It never
+/// holds a file open for longer than it takes.
+pub fn run(directory: &Path, mebibytes: usize) -> ExitCode {
+    nix::unistd::setsid().expect("a child is no group leader");
+    let mut memory = MmapMut::map_anon(mebibytes << 20).expect("memory");
+    for (index, page) in memory.chunks_exact_mut(PAGE).enumerate() {
+        for (at, word) in page.chunks_exact_mut(WORD).enumerate() {
+            word.copy_from_slice(&expected(index, at).to_ne_bytes());
+        }
+    }
+    let start = memory.as_ptr() as usize;
+    say(
+        directory,
+        "ready",
+        &format!("{start:x} {:x}", start + memory.len()),
+    );
+    loop {
+        if fs::remove_file(directory.join("check")).is_ok() {
+            let wrong = memory.chunks_exact(PAGE).enumerate().find(|(index, page)| {
+                let words = page.chunks_exact(WORD).enumerate();
+                let mut words = words.map(|(at, word)| word == expected(*index, at).to_ne_bytes());
+                !words.all(|right| right)
+            });
+            say(
+                directory,
+                "result",
+                &format!("{:?}", wrong.map(|(index, _)| index)),
+            );
+        }
+        sleep(Duration::from_millis(1));
+    }
+}
+
+fn expected(page: usize, at: usize) -> usize {
+    page.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ at
+}
+
+fn say(directory: &Path, what: &str, text: &str) {
+    let draft = directory.join("draft");
+    fs::write(&draft, text).expect("a writable directory");
+    fs::rename(draft, directory.join(what)).expect("a writable directory");
+}
+
+/// A running workload; killed and reaped on drop, also when it was restored since.
+pub struct Workload {
+    pub pid: i32,
+    /// Addresses of its memory, first and one behind the last.
+    pub region: (u64, u64),
+    directory: PathBuf,
+    child: Child,
+}
+
+impl Workload {
+    pub fn start(mebibytes: usize) -> Self {
+        let directory = tempfile::tempdir_in("/tmp").expect("tmp").keep();
+        let child = Command::new(PROGRAM)
+            .arg("--workload")
+            .args([directory.as_os_str(), mebibytes.to_string().as_ref()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("this program");
+        let pid = i32::try_from(child.id()).expect("a pid");
+        let mut workload = Self {
+            pid,
+            region: (0, 0),
+            directory,
+            child,
+        };
+        let ready = workload.wait_for("ready");
+        let (start, end) = ready.split_once(' ').expect("two addresses");
+        let number = |text| u64::from_str_radix(text, 16).expect("an address");
+        workload.region = (number(start), number(end));
+        workload
+    }
+
+    /// Asks the workload to check its memory.
+    pub fn check(&self) {
+        fs::write(self.directory.join("check"), "").expect("a writable directory");
+        assert_eq!(self.wait_for("result"), "None", "index of a wrong page");
+        fs::remove_file(self.directory.join("result")).expect("just read");
+    }
+
+    /// Waits until the process is gone, so that its number is free.
+    pub fn wait_until_killed(&mut self) {
+        let status = self.child.wait().expect("our child");
+        assert!(!status.success(), "killed by the dump");
+    }
+
+    /// The whole file of this process in `/proc`.
+    pub fn proc(&self, name: &str) -> Vec<u8> {
+        fs::read(format!("/proc/{}/{name}", self.pid)).expect("a live process")
+    }
+
+    fn wait_for(&self, what: &str) -> String {
+        wait_until(what, || fs::read_to_string(self.directory.join(what)).ok())
+    }
+}
+
+impl Drop for Workload {
+    fn drop(&mut self) {
+        let pid = Pid::from_raw(self.pid);
+        // It is our child, or was restored and given to us as the init of this pid namespace.
+        let _ = kill(pid, Signal::SIGKILL);
+        let deadline = Instant::now() + PATIENCE;
+        while waitpid(pid, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive)
+            && Instant::now() < deadline
+        {
+            sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Polls until `found` finds something.
+pub fn wait_until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(thing) = found() {
+            return thing;
+        }
+        assert!(Instant::now() < deadline, "no {what} within {PATIENCE:?}");
+        sleep(Duration::from_millis(1));
+    }
+}
+
+/// For everything that has to happen sooner or later.
+pub const PATIENCE: Duration = Duration::from_secs(30);
