@@ -114,6 +114,9 @@ impl Generation {
     /// The first attempt.
     pub const FIRST: Self = Self(NonZeroU32::MIN);
 
+    /// The last there can be: what ends it ends all of them.
+    pub const LAST: Self = Self(NonZeroU32::MAX);
+
     /// The generation with this number, unless it is 0.
     pub fn new(number: u32) -> Result<Self, IdError> {
         NonZeroU32::new(number)

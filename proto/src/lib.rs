@@ -17,5 +17,8 @@
 #![warn(missing_docs)]
 
 pub mod id;
+#[deny(clippy::wildcard_enum_match_arm)]
+pub mod migration;
 pub mod page;
 pub mod set;
+pub mod wire;

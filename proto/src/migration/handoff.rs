@@ -1,0 +1,257 @@
+//! The point of no return, as types and as what a journal proves.
+//!
+//! One side runs the workload, never both. The rule that gives this is short: **a workload may
+//! be thawed at the source only with a [`ThawPermit`]**, and a permit comes from one of three
+//! proofs:
+//!
+//! - [`Undecided`]: no `Commit` was ever given to the journal, so the target was never told to
+//!   go and never will be. Writing the commit consumes this value.
+//! - a refusal by the target, durable there before it was sent, and recorded here;
+//! - a fence: the operator's word that the target is dead, recorded here.
+//!
+//! The target's rule mirrors it: of `Running` and `Refused` a journal holds at most one, the
+//! first to be asked for. `Running` is durable before the workload is let go, `Refused` before
+//! it is sent.
+//!
+//! **Why a recovered machine writes its last decisive record again.** A record that is read
+//! after a restart need not be durable: it may sit in the page cache of a kernel whose fsync
+//! failed or never came. Acting on it and losing it afterwards is how two copies come to run.
+//! So nobody acts on what was read, only on what was then written.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::id::Generation;
+use crate::migration::record::{AcceptedEntry, Entry, OfferedEntry, ReadyEntry, Record};
+use crate::wire::code::{ErrorCode, Failure};
+
+/// How long the source waits for an answer before it asks again. Several round trips of any
+/// link that a migration makes sense on; the control stream is reliable, so this only matters
+/// to a target that could not answer yet.
+pub const RESEND: Duration = Duration::from_millis(500);
+
+/// How long the source waits before it dials again. The workload is frozen meanwhile, so this
+/// is short; one dial in half a second is no load.
+pub const REDIAL: Duration = Duration::from_millis(500);
+
+/// How long either side waits before it tries again what must succeed: a record, a thaw, a
+/// release, a start.
+pub const RETRY: Duration = Duration::from_secs(1);
+
+/// How long the source tries to tell the target that a migration is aborted. Long enough for a
+/// node to boot; after that the operator frees what the target may still hold.
+pub const TELL_MAX: Duration = Duration::from_secs(600);
+
+/// One of the two nodes of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Side {
+    /// Where the workload comes from.
+    Source,
+    /// Where it goes.
+    Target,
+}
+
+/// A text that names no side.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is neither source nor target")]
+pub struct UnknownSide(pub String);
+
+/// Proof that no commit was ever written. Exists once per migration; not copyable.
+#[derive(Debug)]
+pub(crate) struct Undecided(());
+
+/// Why a committed workload may come back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Evidence {
+    /// The operator declared the target dead.
+    Fenced(Generation),
+    /// The target refused durably.
+    Refused(Generation),
+}
+
+/// Permission to let the workload run at the source.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ThawPermit(());
+
+/// What a source asks a target about a generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Question {
+    /// Run it.
+    Go,
+    /// Say whether you do; if not, never do.
+    Query,
+}
+
+/// Why records do not make a machine.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RecoverError {
+    /// There is no record that a migration begins with.
+    #[error("journal has no beginning of this migration")]
+    NoBeginning,
+    /// Two records that no machine writes.
+    #[error("journal has both {0} and {1}")]
+    Contradiction(&'static str, &'static str),
+    /// A record of the other role.
+    #[error("journal of the {role} has the record {entry}")]
+    Role {
+        /// The role that was to be recovered.
+        role: Side,
+        /// The record's name.
+        entry: &'static str,
+    },
+}
+
+/// What the journal of a source proves.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SourceFacts {
+    pub(crate) offered: Option<OfferedEntry>,
+    pub(crate) commit: Option<Generation>,
+    pub(crate) started: bool,
+    pub(crate) fenced: bool,
+    pub(crate) aborted: Option<Failure>,
+    pub(crate) done: bool,
+}
+
+/// What the journal of a target proves.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct TargetFacts {
+    pub(crate) accepted: Option<AcceptedEntry>,
+    pub(crate) ready: Option<ReadyEntry>,
+    pub(crate) running: Option<Generation>,
+    pub(crate) refused: Option<Generation>,
+    pub(crate) aborted: Option<Failure>,
+    pub(crate) done: bool,
+}
+
+impl Side {
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Target => "target",
+        }
+    }
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Side {
+    type Err = UnknownSide;
+
+    fn from_str(text: &str) -> Result<Self, UnknownSide> {
+        match text {
+            "source" => Ok(Self::Source),
+            "target" => Ok(Self::Target),
+            _ => Err(UnknownSide(text.to_owned())),
+        }
+    }
+}
+
+impl Undecided {
+    /// For a migration that begins, or one whose journal has no commit.
+    pub(crate) const fn without_commit() -> Self {
+        Self(())
+    }
+
+    /// The record after which only evidence gives a permit.
+    pub(crate) fn commit(self, generation: Generation) -> Entry {
+        Entry::Commit { generation }
+    }
+
+    pub(crate) const fn permit(&self) -> ThawPermit {
+        ThawPermit(())
+    }
+}
+
+impl Evidence {
+    /// The record that must be durable before the evidence counts.
+    pub(crate) fn entry(&self) -> Entry {
+        match self {
+            Self::Fenced(generation) => Entry::Fenced {
+                generation: *generation,
+            },
+            Self::Refused(_) => Entry::Aborted(self.failure()),
+        }
+    }
+
+    /// What to tell the operator.
+    pub(crate) fn failure(&self) -> Failure {
+        match self {
+            Self::Fenced(_) => {
+                Failure::new(ErrorCode::Fenced, "the operator declared the target dead")
+            }
+            Self::Refused(_) => {
+                Failure::new(ErrorCode::Refused, "the target refused to run the workload")
+            }
+        }
+    }
+
+    /// A permit, if `journalled` is the record of this evidence.
+    pub(crate) fn permit(&self, journalled: &Entry) -> Option<ThawPermit> {
+        (self.entry() == *journalled).then_some(ThawPermit(()))
+    }
+}
+
+impl SourceFacts {
+    pub(crate) fn from_records(records: &[Record]) -> Result<Self, RecoverError> {
+        let mut facts = Self::default();
+        for record in records {
+            match &record.entry {
+                Entry::Offered(offered) => facts.offered = Some(offered.clone()),
+                Entry::Commit { generation } => facts.commit = Some(*generation),
+                Entry::Started { .. } => facts.started = true,
+                Entry::Fenced { .. } => facts.fenced = true,
+                Entry::Aborted(failure) => facts.aborted = Some(failure.clone()),
+                Entry::Done => facts.done = true,
+                entry @ (Entry::Accepted(_)
+                | Entry::Ready(_)
+                | Entry::Running { .. }
+                | Entry::Refused { .. }) => {
+                    return Err(RecoverError::Role {
+                        role: Side::Source,
+                        entry: entry.name(),
+                    });
+                }
+            }
+        }
+        match (&facts.started, &facts.aborted, facts.fenced) {
+            (true, Some(_), _) => Err(RecoverError::Contradiction("started", "aborted")),
+            (true, None, true) => Err(RecoverError::Contradiction("started", "fenced")),
+            (true, None, false) | (false, _, _) => Ok(facts),
+        }
+    }
+}
+
+impl TargetFacts {
+    pub(crate) fn from_records(records: &[Record]) -> Result<Self, RecoverError> {
+        let mut facts = Self::default();
+        for record in records {
+            match &record.entry {
+                Entry::Accepted(accepted) => facts.accepted = Some(accepted.clone()),
+                Entry::Ready(ready) => facts.ready = Some(ready.clone()),
+                Entry::Running { generation } => facts.running = Some(*generation),
+                Entry::Refused { generation } => facts.refused = Some(*generation),
+                Entry::Aborted(failure) => facts.aborted = Some(failure.clone()),
+                Entry::Done => facts.done = true,
+                entry @ (Entry::Offered(_)
+                | Entry::Commit { .. }
+                | Entry::Started { .. }
+                | Entry::Fenced { .. }) => {
+                    return Err(RecoverError::Role {
+                        role: Side::Target,
+                        entry: entry.name(),
+                    });
+                }
+            }
+        }
+        match (facts.running, facts.refused) {
+            (Some(_), Some(_)) => Err(RecoverError::Contradiction("running", "refused")),
+            (Some(_), None) | (None, Some(_) | None) => Ok(facts),
+        }
+    }
+}

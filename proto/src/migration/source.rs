@@ -1,0 +1,568 @@
+//! The source's machine: copies while the workload runs, freezes it, and gives it away or back.
+//!
+//! Before the commit is handed to the journal, everything that goes wrong ends in
+//! `Aborting → Aborted` with the workload running here. From then on the only ways are
+//! `Started` from the target, or evidence that the target will never run it
+//! ([`crate::migration::handoff`]).
+//!
+//! An event that has no place in the present state aborts before the commit, and is recorded in
+//! the status after it; the few that are ignored are what an undone action or an old question
+//! may still produce. Nothing is retried forever that keeps the workload frozen, except asking
+//! the target, which only the operator can make unnecessary.
+
+mod message;
+mod outcome;
+mod output;
+mod recovery;
+mod state;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::id::{Generation, Incarnation, MigrationId, NodeName, Round, WorkloadName};
+use crate::migration::handoff::{Side, Undecided};
+use crate::migration::policy::{Convergence, Decision, Policy, RoundReport};
+use crate::migration::record::{DriverState, Entry, OfferedEntry, Record};
+use crate::migration::status::{Counters, Edges, Status};
+use crate::migration::timer::{Time, Timers};
+use crate::page::PageCount;
+use crate::wire::code::{ErrorCode, Failure};
+use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
+use crate::wire::description::WorkloadDescription;
+use crate::wire::version::Version;
+use state::{Copying, Finishing, Link, Retrying, State, Timer};
+
+/// How long the first connection may take. Longer than QUIC's own handshake timeout, whose
+/// error says more.
+pub const DIAL_MAX: Duration = Duration::from_secs(30);
+
+/// How long the target may take to prepare: comparing files and making a network.
+pub const ACCEPT_MAX: Duration = Duration::from_secs(60);
+
+/// How long attaching the tracker to every space may take: 20 ms for each of a few thousand.
+pub const TRACK_MAX: Duration = Duration::from_secs(120);
+
+/// How long the workload may be frozen before the commit. A client gives up earlier; this only
+/// ends a freeze that would never end. It covers memory that only CRIU copies, at 100 MB/s.
+pub const FROZEN_MAX: Duration = Duration::from_secs(120);
+
+/// How often a freeze may be given up for another round. Each one stops the workload for some
+/// milliseconds, and what needs more than this changes faster than rounds are sent.
+pub const RETRIES_MAX: u32 = 3;
+
+/// How long a committed source waits for an answer before it says that a fence is wanted.
+pub const SILENCE_MAX: Duration = Duration::from_secs(10);
+
+/// What a migration begins with.
+#[derive(Clone, Debug)]
+pub struct SourceOffer {
+    /// The migration.
+    pub id: MigrationId,
+    /// What moves.
+    pub workload: WorkloadName,
+    /// The target's node.
+    pub peer: NodeName,
+    /// How it moves.
+    pub policy: Policy,
+    /// What the target is told.
+    pub description: WorkloadDescription,
+    /// What the driver needs to find the workload again after a restart.
+    pub state: DriverState,
+}
+
+/// What happened at the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceEvent {
+    /// The operator wants the workload to stay. After the commit the target is asked whether
+    /// it may still refuse.
+    AbortRequested,
+    /// An action failed, or the workload is gone.
+    Failure(Failure),
+    /// The operator declared a side dead. The source only acts on the target's death.
+    Fenced(Side),
+    /// [`SourceAction::Finish`] is done: everything is sent, and the cgroup was read back
+    /// frozen after CRIU's dump.
+    Finished(FinalReport),
+    /// [`SourceAction::Freeze`] is done: every task is frozen.
+    Frozen,
+    /// The record could not be made durable; it may or may not be found after a restart.
+    JournalFailed(Record),
+    /// The record is durable.
+    Journalled(Record),
+    /// The target said something on the present connection.
+    Message(TargetMessage),
+    /// [`SourceAction::Connect`] succeeded.
+    PeerConnected,
+    /// [`SourceAction::Connect`] failed, or the connection is gone. Comes before the next
+    /// `PeerConnected`.
+    PeerLost,
+    /// [`SourceAction::Release`] is done: the frozen copy is gone.
+    Released,
+    /// Instead of `Frozen` or `Finished`: another round must come first. Only before the first
+    /// live set, image or digest was sent.
+    Retry(RetryReport),
+    /// [`SourceAction::SendRound`] is done: all parcels are handed to the lanes.
+    RoundSent(RoundReport),
+    /// [`SourceAction::CompareSmaps`] found no difference.
+    SmapsEqual,
+    /// [`SourceAction::Thaw`] is done.
+    Thawed,
+    /// [`SourceAction::Track`] is done.
+    TrackingReady {
+        /// The workload's memory, in pages.
+        memory: PageCount,
+    },
+}
+
+/// What the source's driver has to do, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceAction {
+    /// Compare the smaps that CRIU was given with the true ones, while the target restores.
+    CompareSmaps,
+    /// Dial lane 0, and the other lanes the first time.
+    Connect,
+    /// Final scan, dump, live sets, images, digests. The machine sends the `Final` message.
+    Finish {
+        /// The generation being attempted.
+        generation: Generation,
+        /// The number that the final parcels carry.
+        round: Round,
+    },
+    /// Stop the workload by its cgroup.
+    Freeze {
+        /// The number of the final round.
+        round: Round,
+    },
+    /// Write the record, fsync, answer `Journalled` or `JournalFailed`.
+    Journal(Record),
+    /// The workload runs elsewhere: let CRIU end with success and kill the frozen copy. May be
+    /// asked for again after a restart.
+    Release,
+    /// Publish the status.
+    Report(Status),
+    /// Send on the control stream.
+    Send(SourceMessage),
+    /// Scan, read and send all dirty pages. The machine sends the `RoundEnd` message.
+    SendRound {
+        /// The number that the parcels carry.
+        round: Round,
+    },
+    /// End what is under way, let CRIU end with failure, thaw the cgroup, open the network.
+    /// Succeeds on a workload that runs.
+    Thaw {
+        /// Whether tracking ends too.
+        untrack: bool,
+    },
+    /// Attach the tracker to every space.
+    Track,
+}
+
+/// What the final round was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FinalReport {
+    /// Parcels sent in it.
+    pub parcels: u32,
+    /// Pages in those parcels, zero pages too.
+    pub pages: PageCount,
+    /// Live sets sent: one per space.
+    pub live_sets: u32,
+    /// Image files sent.
+    pub images: u32,
+    /// Digest streams sent: 0 unless the policy says verify.
+    pub digests: u32,
+    /// Bytes of the pages sent, before compression.
+    pub raw_bytes: u64,
+    /// Bytes on the wire, images too.
+    pub wire_bytes: u64,
+}
+
+/// Why a freeze was given up, and what of the final round is already on its way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RetryReport {
+    /// Parcels of the final round that were sent.
+    pub parcels: u32,
+    /// Pages in those parcels, zero pages too.
+    pub pages: PageCount,
+    /// For the log and for the error if it happens too often.
+    pub reason: String,
+}
+
+/// The machine.
+#[derive(Debug)]
+pub struct SourceMachine {
+    id: MigrationId,
+    workload: WorkloadName,
+    peer: NodeName,
+    policy: Policy,
+    driver_state: DriverState,
+    /// Taken when the offer is sent.
+    description: Option<Box<WorkloadDescription>>,
+    state: State,
+    /// There until the commit is handed to the journal.
+    undecided: Option<Undecided>,
+    generation: Generation,
+    retries: u32,
+    link: Link,
+    /// An offer was sent, so the target may hold something.
+    offered: bool,
+    /// The workload may be tracked or frozen.
+    touched: bool,
+    /// The target holds nothing, or was not to be reached for so long that it is given up.
+    told: bool,
+    incarnation: Option<Incarnation>,
+    failure: Option<Failure>,
+    fence_wanted: bool,
+    convergence: Convergence,
+    round: Option<Round>,
+    counters: Counters,
+    edges: Edges,
+    started_at: Time,
+    timers: Timers<Timer>,
+    actions: VecDeque<SourceAction>,
+    reported: Option<Status>,
+}
+
+impl SourceMachine {
+    /// A migration that begins now.
+    pub fn new(offer: SourceOffer, now: Time) -> Self {
+        let entry = Entry::Offered(OfferedEntry {
+            workload: offer.workload.clone(),
+            peer: offer.peer.clone(),
+            policy: offer.policy,
+            state: offer.state.clone(),
+        });
+        let mut machine = Self {
+            id: offer.id,
+            workload: offer.workload,
+            peer: offer.peer,
+            policy: offer.policy,
+            driver_state: offer.state,
+            description: Some(Box::new(offer.description)),
+            state: State::Journalling,
+            undecided: Some(Undecided::without_commit()),
+            generation: Generation::FIRST,
+            retries: 0,
+            link: Link::Down,
+            offered: false,
+            touched: false,
+            told: false,
+            incarnation: None,
+            failure: None,
+            fence_wanted: false,
+            convergence: Convergence::default(),
+            round: None,
+            counters: Counters::default(),
+            edges: Edges::default(),
+            started_at: now,
+            timers: Timers::new(),
+            actions: VecDeque::new(),
+            reported: None,
+        };
+        machine
+            .timers
+            .set(Timer::Overall, now.after(machine.policy.timeout));
+        machine.journal(entry);
+        machine.report(now);
+        machine
+    }
+
+    /// Takes in what happened.
+    pub fn handle(&mut self, now: Time, event: SourceEvent) {
+        match event {
+            SourceEvent::AbortRequested => self.abort_requested(now),
+            SourceEvent::Failure(failure) => self.failed(now, failure),
+            SourceEvent::Fenced(side) => self.fenced(side),
+            SourceEvent::Finished(report) => self.finished(report),
+            SourceEvent::Frozen => self.frozen(now),
+            SourceEvent::JournalFailed(record) => self.journal_failed(now, &record),
+            SourceEvent::Journalled(record) => self.journalled(now, &record),
+            SourceEvent::Message(message) => self.message(now, message),
+            SourceEvent::PeerConnected => self.peer_connected(now),
+            SourceEvent::PeerLost => self.peer_lost(now),
+            SourceEvent::Released => self.released(),
+            SourceEvent::Retry(report) => self.retry(&report),
+            SourceEvent::RoundSent(report) => self.round_sent(&report),
+            SourceEvent::SmapsEqual => self.smaps_equal(),
+            SourceEvent::Thawed => self.thawed(now),
+            SourceEvent::TrackingReady { memory } => self.tracking_ready(memory),
+        }
+        self.report(now);
+    }
+
+    /// Takes in that time has passed. To be called when [`SourceMachine::poll_timeout`] says so.
+    pub fn handle_timeout(&mut self, now: Time) {
+        while let Some(timer) = self.timers.expired(now) {
+            self.expired(now, timer);
+        }
+        self.report(now);
+    }
+
+    /// The next thing to do, in order.
+    pub fn poll_action(&mut self) -> Option<SourceAction> {
+        self.actions.pop_front()
+    }
+
+    /// When [`SourceMachine::handle_timeout`] is to be called next.
+    pub fn poll_timeout(&self) -> Option<Time> {
+        self.timers.next()
+    }
+
+    /// Whether nothing is left to do: the machine may be dropped once its actions are done.
+    pub const fn is_finished(&self) -> bool {
+        self.state.is_closed()
+    }
+
+    /// The migration.
+    pub const fn id(&self) -> MigrationId {
+        self.id
+    }
+
+    /// What the driver stored with the first record.
+    pub const fn driver_state(&self) -> &DriverState {
+        &self.driver_state
+    }
+
+    /// How things stand now, with the generation of the last report.
+    pub fn status(&self, now: Time) -> Status {
+        Status {
+            generation: self.reported.as_ref().map_or(0, |status| status.generation),
+            id: self.id,
+            workload: Some(self.workload.clone()),
+            role: Side::Source,
+            phase: self.state.phase(),
+            peer: self.peer.clone(),
+            round: self.round,
+            memory_bytes: self.counters.memory.bytes(),
+            sent_bytes: self.counters.sent_bytes,
+            wire_bytes: self.counters.wire_bytes,
+            dirty_pages_per_second: self.convergence.dirtied_per_second(),
+            predicted_downtime: self.convergence.predicted_downtime(),
+            parts: self.edges.parts(),
+            elapsed: now.since(self.started_at),
+            failure: self.failure.clone(),
+            fence_wanted: self.fence_wanted,
+        }
+    }
+
+    fn peer_connected(&mut self, now: Time) {
+        self.link = Link::Up;
+        self.timers.stop(Timer::Redial);
+        match &self.state {
+            State::Dialling => self.offer(now),
+            State::Committed { .. } => self.ask(now),
+            State::Telling => self.tell(now),
+            State::Journalling
+            | State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Retrying(_)
+            | State::Freezing { .. }
+            | State::Finishing(_) => self.out_of_place("a connection"),
+            State::Prepared { .. }
+            | State::Releasing(_)
+            | State::Reclaiming { .. }
+            | State::Aborting(_)
+            | State::Closing { .. }
+            | State::Closed { .. } => {}
+        }
+    }
+
+    fn peer_lost(&mut self, now: Time) {
+        self.link = Link::Down;
+        self.timers.stop(Timer::Resend);
+        match &self.state {
+            State::Dialling => {
+                self.abort_with(ErrorCode::PeerLost, "the target cannot be reached");
+            }
+            State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Retrying(_)
+            | State::Freezing { .. }
+            | State::Finishing(_) => {
+                self.abort_with(ErrorCode::PeerLost, "the connection to the target is gone");
+            }
+            State::Committed { .. } | State::Telling => self.redial_later(now),
+            // Nothing was dialled, or nobody waits for an answer: what needs the peer dials.
+            State::Journalling
+            | State::Prepared { .. }
+            | State::Releasing(_)
+            | State::Reclaiming { .. }
+            | State::Aborting(_)
+            | State::Closing { .. }
+            | State::Closed { .. } => {}
+        }
+    }
+
+    fn offer(&mut self, now: Time) {
+        let Some(description) = self.description.take() else {
+            return self.out_of_place("a second offer");
+        };
+        self.offered = true;
+        self.state = State::Offered;
+        self.timers.set(Timer::Step, now.after(ACCEPT_MAX));
+        self.send(SourceMessage::Offer(Box::new(Offer {
+            version: Version::CURRENT,
+            workload: self.workload.clone(),
+            generation: self.generation,
+            policy: self.policy,
+            description: *description,
+        })));
+    }
+
+    fn tracking_ready(&mut self, memory: PageCount) {
+        let State::Tracking = self.state else {
+            return self.out_of_place("a tracker");
+        };
+        self.counters.memory = memory;
+        self.timers.stop(Timer::Step);
+        self.send_round(Round::FIRST);
+    }
+
+    fn send_round(&mut self, round: Round) {
+        self.round = Some(round);
+        self.state = State::Copying(Copying {
+            round,
+            report: None,
+        });
+        self.actions.push_back(SourceAction::SendRound { round });
+    }
+
+    fn round_sent(&mut self, report: &RoundReport) {
+        let State::Copying(copying) = &mut self.state else {
+            return self.out_of_place("the end of a round");
+        };
+        if copying.round != report.round || copying.report.is_some() {
+            return self.out_of_place("the end of another round");
+        }
+        copying.report = Some(*report);
+        self.counters.sent_bytes += report.raw_bytes;
+        self.counters.wire_bytes += report.wire_bytes;
+        let RoundReport {
+            round,
+            parcels,
+            pages_sent: pages,
+            ..
+        } = *report;
+        self.send(SourceMessage::RoundEnd(RoundEnd {
+            round,
+            parcels,
+            pages,
+        }));
+    }
+
+    /// A round is at the target: the policy says what follows.
+    fn round_complete(&mut self, now: Time, report: &RoundReport) {
+        let next = report.round.next();
+        match self.convergence.after(&self.policy, report) {
+            Decision::Round => self.send_round(next),
+            Decision::Freeze(_) => self.freeze(now, next),
+        }
+    }
+
+    fn freeze(&mut self, now: Time, round: Round) {
+        self.round = Some(round);
+        self.edges = Edges {
+            requested: Some(now),
+            ..Edges::default()
+        };
+        self.state = State::Freezing { round };
+        self.timers.stop(Timer::Overall);
+        self.timers.set(Timer::Step, now.after(FROZEN_MAX));
+        self.actions.push_back(SourceAction::Freeze { round });
+    }
+
+    fn frozen(&mut self, now: Time) {
+        let State::Freezing { round } = self.state else {
+            return self.out_of_place("a freeze");
+        };
+        self.edges.frozen = Some(now);
+        self.state = State::Finishing(Finishing::new(round));
+        let generation = self.generation;
+        self.actions
+            .push_back(SourceAction::Finish { generation, round });
+    }
+
+    fn finished(&mut self, report: FinalReport) {
+        let State::Finishing(finishing) = &mut self.state else {
+            return self.out_of_place("the end of the final round");
+        };
+        if std::mem::replace(&mut finishing.sent, true) {
+            return self.out_of_place("a second end of the final round");
+        }
+        let round = finishing.round;
+        self.counters.sent_bytes += report.raw_bytes;
+        self.counters.wire_bytes += report.wire_bytes;
+        self.send(SourceMessage::Final(Final {
+            generation: self.generation,
+            round,
+            parcels: report.parcels,
+            pages: report.pages,
+            live_sets: report.live_sets,
+            images: report.images,
+            digests: report.digests,
+            verify: self.policy.verify,
+        }));
+        self.actions.push_back(SourceAction::CompareSmaps);
+    }
+
+    fn smaps_equal(&mut self) {
+        let State::Finishing(finishing) = &mut self.state else {
+            return self.out_of_place("a comparison of smaps");
+        };
+        if !finishing.sent {
+            return self.out_of_place("a comparison of smaps that nobody asked for");
+        }
+        finishing.smaps_equal = true;
+        self.prepare_if_complete();
+    }
+
+    /// Thaws and sends another round, after what is on its way has arrived: a page must never be
+    /// in flight twice, or the older one may be the one that stays.
+    fn retry(&mut self, report: &RetryReport) {
+        let round = match &self.state {
+            State::Freezing { round } => *round,
+            State::Finishing(finishing) if !finishing.sent => finishing.round,
+            State::Journalling
+            | State::Dialling
+            | State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Retrying(_)
+            | State::Finishing(_)
+            | State::Prepared { .. }
+            | State::Committed { .. }
+            | State::Releasing(_)
+            | State::Reclaiming { .. }
+            | State::Aborting(_)
+            | State::Telling
+            | State::Closing { .. }
+            | State::Closed { .. } => return self.out_of_place("a retry"),
+        };
+        if self.retries == RETRIES_MAX {
+            return self.abort_with(ErrorCode::RetryRound, &report.reason);
+        }
+        let Some(undecided) = &self.undecided else {
+            return self.out_of_place("a retry after the commit");
+        };
+        let permit = undecided.permit();
+        self.retries += 1;
+        self.generation = self.generation.next();
+        self.edges = Edges::default();
+        self.timers.stop(Timer::Step);
+        self.timers
+            .set(Timer::Overall, self.started_at.after(self.policy.timeout));
+        self.state = State::Retrying(Retrying {
+            round,
+            thawed: false,
+            held: false,
+        });
+        self.thaw(permit, false);
+        let RetryReport { parcels, pages, .. } = *report;
+        self.send(SourceMessage::RoundEnd(RoundEnd {
+            round,
+            parcels,
+            pages,
+        }));
+    }
+}

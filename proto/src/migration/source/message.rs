@@ -1,0 +1,195 @@
+//! What the target says, and what the source makes of it.
+
+use super::state::{Place, State, Timer};
+use super::{SourceAction, SourceMachine};
+use crate::id::{Generation, Incarnation, Round};
+use crate::migration::handoff::Evidence;
+use crate::migration::timer::Time;
+use crate::wire::code::{ErrorCode, Failure};
+use crate::wire::control::TargetMessage;
+
+impl SourceMachine {
+    pub(super) fn message(&mut self, now: Time, message: TargetMessage) {
+        match message {
+            TargetMessage::Accepted { incarnation } => self.accepted(now, incarnation),
+            TargetMessage::Declined(failure) => self.target_gave_up(failure),
+            TargetMessage::Failed(failure) => self.target_gave_up(failure),
+            TargetMessage::FinalHeld { generation } => self.final_held(now, generation),
+            TargetMessage::Ready {
+                generation,
+                incarnation,
+            } => {
+                self.ready(now, generation, incarnation);
+            }
+            TargetMessage::Refused { generation } => self.refused(generation),
+            TargetMessage::RoundHeld { round } => self.round_held(now, round),
+            TargetMessage::Started { generation } => self.target_started(now, generation),
+            TargetMessage::Unknown { generation: _ } => self.unknown(),
+        }
+    }
+
+    fn accepted(&mut self, now: Time, incarnation: Incarnation) {
+        let State::Offered = self.state else {
+            return self.out_of_place("an acceptance");
+        };
+        self.incarnation = Some(incarnation);
+        self.touched = true;
+        self.state = State::Tracking;
+        self.timers.set(Timer::Step, now.after(super::TRACK_MAX));
+        self.actions.push_back(SourceAction::Track);
+    }
+
+    /// The target holds nothing any more, and says so before it was ready, or in answer to an
+    /// abort.
+    fn target_gave_up(&mut self, failure: Failure) {
+        match self.state.place() {
+            Place::Undecided => {
+                self.told = true;
+                self.abort(failure);
+            }
+            // After a commit only a durable refusal counts; this is not one.
+            Place::Decided => self.note(failure),
+            Place::Undone => self.target_told(),
+        }
+    }
+
+    fn round_held(&mut self, now: Time, round: Round) {
+        match &mut self.state {
+            State::Copying(copying) if copying.round == round => match copying.report {
+                Some(report) => self.round_complete(now, &report),
+                None => self.out_of_place("a round held before it was sent"),
+            },
+            State::Retrying(retrying) if retrying.round == round => {
+                retrying.held = true;
+                self.continue_after_retry();
+            }
+            State::Journalling
+            | State::Dialling
+            | State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Retrying(_)
+            | State::Freezing { .. }
+            | State::Finishing(_)
+            | State::Prepared { .. }
+            | State::Committed { .. }
+            | State::Releasing(_)
+            | State::Reclaiming { .. }
+            | State::Aborting(_)
+            | State::Telling
+            | State::Closing { .. }
+            | State::Closed { .. } => self.out_of_place("a held round"),
+        }
+    }
+
+    fn final_held(&mut self, now: Time, generation: Generation) {
+        let State::Finishing(finishing) = &self.state else {
+            return self.out_of_place("a held final round");
+        };
+        if !finishing.sent || generation != self.generation {
+            return self.out_of_place("a held final round that was not sent");
+        }
+        self.edges.held = Some(now);
+    }
+
+    fn ready(&mut self, now: Time, generation: Generation, incarnation: Incarnation) {
+        let State::Finishing(finishing) = &mut self.state else {
+            return self.out_of_place("a ready target");
+        };
+        if !finishing.sent || generation != self.generation {
+            return self.out_of_place("a target ready for a final round that was not sent");
+        }
+        if self.incarnation != Some(incarnation) {
+            return self.out_of_place("a target ready that is not the one that was sent pages");
+        }
+        finishing.ready = true;
+        self.edges.held.get_or_insert(now);
+        self.edges.ready = Some(now);
+        self.prepare_if_complete();
+    }
+
+    /// The target runs the workload. Only what the source committed can have been started, so
+    /// anywhere but in `Committed` this is a repetition or a lie.
+    fn target_started(&mut self, now: Time, generation: Generation) {
+        match &self.state {
+            State::Committed { .. } if generation == self.generation => self.release(now),
+            State::Releasing(_) => {}
+            State::Reclaiming { .. } | State::Aborting(_) | State::Telling => {
+                self.note(Failure::new(
+                    ErrorCode::Unexpected,
+                    "the target runs the workload though it was declared dead or never told to",
+                ));
+                self.target_told();
+            }
+            State::Journalling
+            | State::Dialling
+            | State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Retrying(_)
+            | State::Freezing { .. }
+            | State::Finishing(_)
+            | State::Prepared { .. }
+            | State::Committed { .. }
+            | State::Closing { .. }
+            | State::Closed { .. } => self.out_of_place("a started workload"),
+        }
+    }
+
+    /// The target will never run this generation or an older one.
+    fn refused(&mut self, generation: Generation) {
+        match &mut self.state {
+            State::Prepared { evidence, .. } if self.generation <= generation => {
+                evidence.get_or_insert(Evidence::Refused(generation));
+            }
+            State::Committed { .. } if self.generation <= generation => {
+                self.told = true;
+                self.reclaim(Evidence::Refused(generation));
+            }
+            State::Journalling
+            | State::Dialling
+            | State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Retrying(_)
+            | State::Freezing { .. }
+            | State::Finishing(_) => {
+                self.told = true;
+                self.abort(Evidence::Refused(generation).failure());
+            }
+            State::Aborting(_) | State::Telling => self.target_told(),
+            State::Reclaiming { .. } => self.told = true,
+            State::Prepared { .. } | State::Committed { .. } | State::Releasing(_) => {
+                self.out_of_place("a refusal of another generation");
+            }
+            State::Closing { .. } | State::Closed { .. } => {}
+        }
+    }
+
+    /// The target's journal knows nothing of the generation. That is no refusal: the journal
+    /// may be a new one on a node that runs the workload.
+    fn unknown(&mut self) {
+        match self.state.place() {
+            Place::Undecided => self.out_of_place("a target that knows of nothing"),
+            Place::Decided => match &self.state {
+                State::Committed { .. } => self.fence_wanted = true,
+                State::Journalling
+                | State::Dialling
+                | State::Offered
+                | State::Tracking
+                | State::Copying(_)
+                | State::Retrying(_)
+                | State::Freezing { .. }
+                | State::Finishing(_)
+                | State::Prepared { .. }
+                | State::Releasing(_)
+                | State::Reclaiming { .. }
+                | State::Aborting(_)
+                | State::Telling
+                | State::Closing { .. }
+                | State::Closed { .. } => self.out_of_place("a target that knows of nothing"),
+            },
+            Place::Undone => self.target_told(),
+        }
+    }
+}

@@ -1,0 +1,518 @@
+//! How a migration is decided, given away, taken back and broken off.
+
+use super::state::{Outcome, Place, Reclaim, Release, State, Timer, Undo};
+use super::{SourceAction, SourceMachine};
+use crate::migration::handoff::{Evidence, Question, RETRY, Side, TELL_MAX};
+use crate::migration::record::{Entry, Record};
+use crate::migration::timer::Time;
+use crate::wire::code::{ErrorCode, Failure};
+use crate::wire::control::SourceMessage;
+
+impl SourceMachine {
+    /// Commits, if the target is ready and CRIU was told the truth about the mappings.
+    pub(super) fn prepare_if_complete(&mut self) {
+        let State::Finishing(finishing) = &self.state else {
+            return self.out_of_place("a commit");
+        };
+        if !finishing.ready || !finishing.smaps_equal {
+            return;
+        }
+        let Some(undecided) = self.undecided.take() else {
+            return self.out_of_place("a second commit");
+        };
+        let entry = undecided.commit(self.generation);
+        self.timers.stop_all();
+        self.state = State::Prepared {
+            evidence: None,
+            question: Question::Go,
+        };
+        self.journal(entry);
+    }
+
+    pub(super) fn journalled(&mut self, now: Time, record: &Record) {
+        match &record.entry {
+            Entry::Offered(_) => self.offer_recorded(now),
+            Entry::Commit { .. } => self.commit_written(now, true),
+            Entry::Started { .. } => self.kill(),
+            entry @ Entry::Fenced { .. } => self.evidence_recorded(entry),
+            entry @ Entry::Aborted(_) => self.abort_recorded(now, entry),
+            Entry::Done => self.closed(),
+            entry @ (Entry::Accepted(_)
+            | Entry::Ready(_)
+            | Entry::Running { .. }
+            | Entry::Refused { .. }) => self.out_of_place(entry.name()),
+        }
+    }
+
+    /// A record that may or may not be found after a restart. What may follow it is only what is
+    /// right in both cases.
+    pub(super) fn journal_failed(&mut self, now: Time, record: &Record) {
+        let text = format!("record {} could not be written", record.entry.name());
+        let failure = Failure::new(ErrorCode::JournalFailed, text);
+        match &record.entry {
+            Entry::Offered(_) => match self.state.place() {
+                Place::Undecided => self.abort(failure),
+                Place::Decided | Place::Undone => {}
+            },
+            Entry::Commit { .. } => {
+                self.note(failure);
+                self.commit_written(now, false);
+            }
+            // It only spares a question after a restart.
+            Entry::Started { .. } => self.kill(),
+            // Without it the workload must not be thawed: a restart might find the commit and
+            // nothing after it, and tell the target to go.
+            Entry::Fenced { .. } => self.retry_later(now, failure),
+            Entry::Aborted(_) => match &self.state {
+                State::Reclaiming {
+                    step: Reclaim::Recording,
+                    ..
+                } => {
+                    self.retry_later(now, failure);
+                }
+                // A restart would undo once more what is undone, which changes nothing.
+                State::Reclaiming {
+                    step: Reclaim::Concluding,
+                    ..
+                }
+                | State::Aborting(Undo::Recording) => self.conclude(now),
+                State::Journalling
+                | State::Dialling
+                | State::Offered
+                | State::Tracking
+                | State::Copying(_)
+                | State::Retrying(_)
+                | State::Freezing { .. }
+                | State::Finishing(_)
+                | State::Prepared { .. }
+                | State::Committed { .. }
+                | State::Releasing(_)
+                | State::Reclaiming {
+                    step: Reclaim::Thawing(_),
+                    ..
+                }
+                | State::Aborting(Undo::Thawing(_))
+                | State::Telling
+                | State::Closing { .. }
+                | State::Closed { .. } => self.out_of_place("aborted"),
+            },
+            Entry::Done => self.closed(),
+            entry @ (Entry::Accepted(_)
+            | Entry::Ready(_)
+            | Entry::Running { .. }
+            | Entry::Refused { .. }) => self.out_of_place(entry.name()),
+        }
+    }
+
+    fn offer_recorded(&mut self, now: Time) {
+        let State::Journalling = self.state else {
+            return self.out_of_place("offered");
+        };
+        self.state = State::Dialling;
+        self.timers.set(Timer::Step, now.after(super::DIAL_MAX));
+        self.dial();
+    }
+
+    /// The fate of the commit is known: it is durable, or it may be. In doubt the target is
+    /// asked to refuse: telling it to go would rest on a record that a restart may not find.
+    fn commit_written(&mut self, now: Time, durable: bool) {
+        let State::Prepared { evidence, question } = &mut self.state else {
+            return self.out_of_place("commit");
+        };
+        if let Some(evidence) = evidence.take() {
+            return self.reclaim(evidence);
+        }
+        let question = if durable { *question } else { Question::Query };
+        if durable {
+            self.edges.committed = Some(now);
+        }
+        self.state = State::Committed { question };
+        self.timers
+            .set(Timer::Silence, now.after(super::SILENCE_MAX));
+        self.ask(now);
+    }
+
+    /// The target runs the workload.
+    pub(super) fn release(&mut self, now: Time) {
+        self.edges.started = Some(now);
+        self.failure = None;
+        self.fence_wanted = false;
+        self.timers.stop_all();
+        self.state = State::Releasing(Release::Recording);
+        self.journal(Entry::Started {
+            generation: self.generation,
+        });
+    }
+
+    fn kill(&mut self) {
+        let State::Releasing(step @ Release::Recording) = &mut self.state else {
+            return self.out_of_place("started");
+        };
+        *step = Release::Killing;
+        self.actions.push_back(SourceAction::Release);
+    }
+
+    pub(super) fn released(&mut self) {
+        let State::Releasing(Release::Killing) = self.state else {
+            return self.out_of_place("a release");
+        };
+        self.close(Outcome::Moved);
+    }
+
+    /// The target will never run the workload. That goes to disk before the workload runs here.
+    pub(super) fn reclaim(&mut self, evidence: Evidence) {
+        self.failure = Some(evidence.failure());
+        self.fence_wanted = false;
+        self.timers.stop_all();
+        self.journal(evidence.entry());
+        self.state = State::Reclaiming {
+            evidence,
+            step: Reclaim::Recording,
+        };
+    }
+
+    fn evidence_recorded(&mut self, entry: &Entry) {
+        let State::Reclaiming {
+            evidence,
+            step: Reclaim::Recording,
+        } = &self.state
+        else {
+            return self.out_of_place(entry.name());
+        };
+        let evidence = evidence.clone();
+        let Some(permit) = evidence.permit(entry) else {
+            return self.out_of_place(entry.name());
+        };
+        self.thaw(permit, true);
+        self.state = State::Reclaiming {
+            evidence,
+            step: Reclaim::Thawing(permit),
+        };
+    }
+
+    fn abort_recorded(&mut self, now: Time, entry: &Entry) {
+        match &self.state {
+            State::Reclaiming {
+                step: Reclaim::Recording,
+                ..
+            } => self.evidence_recorded(entry),
+            State::Reclaiming {
+                step: Reclaim::Concluding,
+                ..
+            }
+            | State::Aborting(Undo::Recording) => self.conclude(now),
+            State::Journalling
+            | State::Dialling
+            | State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Retrying(_)
+            | State::Freezing { .. }
+            | State::Finishing(_)
+            | State::Prepared { .. }
+            | State::Committed { .. }
+            | State::Releasing(_)
+            | State::Reclaiming {
+                step: Reclaim::Thawing(_),
+                ..
+            }
+            | State::Aborting(Undo::Thawing(_))
+            | State::Telling
+            | State::Closing { .. }
+            | State::Closed { .. } => self.out_of_place("aborted"),
+        }
+    }
+
+    /// Breaks the migration off. Only before a commit: afterwards there is no permit to be had.
+    pub(super) fn abort(&mut self, failure: Failure) {
+        if self.state.place() == Place::Undone {
+            return;
+        }
+        let Some(undecided) = &self.undecided else {
+            return self.note(failure);
+        };
+        let permit = undecided.permit();
+        self.timers.stop_all();
+        if !self.offered {
+            self.told = true;
+        } else if !self.told {
+            let generation = self.generation;
+            self.send(SourceMessage::Abort {
+                generation,
+                failure: failure.clone(),
+            });
+        }
+        self.failure = Some(failure);
+        if self.touched {
+            self.thaw(permit, true);
+            self.state = State::Aborting(Undo::Thawing(permit));
+        } else {
+            self.record_abort();
+        }
+    }
+
+    pub(super) fn abort_with(&mut self, code: ErrorCode, text: &str) {
+        self.abort(Failure::new(code, text));
+    }
+
+    fn record_abort(&mut self) {
+        self.state = State::Aborting(Undo::Recording);
+        self.journal(Entry::Aborted(self.failure_or_unknown()));
+    }
+
+    pub(super) fn thawed(&mut self, now: Time) {
+        match &mut self.state {
+            State::Retrying(retrying) => {
+                retrying.thawed = true;
+                self.continue_after_retry();
+            }
+            State::Aborting(Undo::Thawing(_)) => {
+                self.timers.stop(Timer::Retry);
+                self.record_abort();
+            }
+            State::Reclaiming {
+                evidence,
+                step: step @ Reclaim::Thawing(_),
+            } => {
+                self.timers.stop(Timer::Retry);
+                match evidence {
+                    Evidence::Fenced(_) => {
+                        *step = Reclaim::Concluding;
+                        self.journal(Entry::Aborted(self.failure_or_unknown()));
+                    }
+                    Evidence::Refused(_) => self.conclude(now),
+                }
+            }
+            // A thaw that was asked for twice.
+            State::Aborting(Undo::Recording)
+            | State::Reclaiming {
+                step: Reclaim::Recording | Reclaim::Concluding,
+                ..
+            }
+            | State::Telling
+            | State::Closing { .. }
+            | State::Closed { .. } => {}
+            State::Journalling
+            | State::Dialling
+            | State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Freezing { .. }
+            | State::Finishing(_)
+            | State::Prepared { .. }
+            | State::Committed { .. }
+            | State::Releasing(_) => self.out_of_place("a thaw"),
+        }
+    }
+
+    pub(super) fn continue_after_retry(&mut self) {
+        let State::Retrying(retrying) = &self.state else {
+            return self.out_of_place("the end of a retry");
+        };
+        if retrying.thawed && retrying.held {
+            self.send_round(retrying.round.next());
+        }
+    }
+
+    /// The workload runs here, and that is on disk. What the target may still hold it can give
+    /// up, once it is told.
+    fn conclude(&mut self, now: Time) {
+        if self.told {
+            return self.close(Outcome::Aborted);
+        }
+        self.state = State::Telling;
+        self.timers.set(Timer::Tell, now.after(TELL_MAX));
+        self.tell(now);
+    }
+
+    pub(super) fn target_told(&mut self) {
+        self.told = true;
+        if let State::Telling = self.state {
+            self.close(Outcome::Aborted);
+        }
+    }
+
+    fn close(&mut self, outcome: Outcome) {
+        if outcome == Outcome::Moved {
+            self.failure = None;
+        }
+        self.timers.stop_all();
+        self.state = State::Closing { outcome };
+        self.journal(Entry::Done);
+    }
+
+    fn closed(&mut self) {
+        let State::Closing { outcome } = self.state else {
+            return self.out_of_place("done");
+        };
+        self.state = State::Closed { outcome };
+    }
+
+    pub(super) fn failed(&mut self, now: Time, failure: Failure) {
+        match &self.state {
+            State::Journalling
+            | State::Dialling
+            | State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Retrying(_)
+            | State::Freezing { .. }
+            | State::Finishing(_) => self.abort(failure),
+            State::Releasing(Release::Killing)
+            | State::Reclaiming {
+                step: Reclaim::Thawing(_),
+                ..
+            }
+            | State::Aborting(Undo::Thawing(_)) => self.retry_later(now, failure),
+            State::Prepared { .. }
+            | State::Committed { .. }
+            | State::Releasing(Release::Recording)
+            | State::Reclaiming {
+                step: Reclaim::Recording | Reclaim::Concluding,
+                ..
+            } => {
+                self.note(failure);
+            }
+            State::Aborting(Undo::Recording)
+            | State::Telling
+            | State::Closing { .. }
+            | State::Closed { .. } => {}
+        }
+    }
+
+    pub(super) fn abort_requested(&mut self, now: Time) {
+        match &mut self.state {
+            State::Journalling
+            | State::Dialling
+            | State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Retrying(_)
+            | State::Freezing { .. }
+            | State::Finishing(_) => {
+                self.abort_with(ErrorCode::Aborted, "the operator ended the migration");
+            }
+            State::Prepared { question, .. } => *question = Question::Query,
+            State::Committed { question } => {
+                *question = Question::Query;
+                self.ask(now);
+            }
+            State::Releasing(_)
+            | State::Reclaiming { .. }
+            | State::Aborting(_)
+            | State::Telling
+            | State::Closing { .. }
+            | State::Closed { .. } => {}
+        }
+    }
+
+    /// A source is never fenced at itself: whoever can be told is alive.
+    pub(super) fn fenced(&mut self, side: Side) {
+        match (side, &mut self.state) {
+            (Side::Source, _) => {}
+            (
+                Side::Target,
+                State::Journalling
+                | State::Dialling
+                | State::Offered
+                | State::Tracking
+                | State::Copying(_)
+                | State::Retrying(_)
+                | State::Freezing { .. }
+                | State::Finishing(_),
+            ) => self.abort(Evidence::Fenced(self.generation).failure()),
+            (Side::Target, State::Prepared { evidence, .. }) => {
+                evidence.get_or_insert(Evidence::Fenced(self.generation));
+            }
+            (Side::Target, State::Committed { .. }) => {
+                self.reclaim(Evidence::Fenced(self.generation));
+            }
+            (
+                Side::Target,
+                State::Releasing(_)
+                | State::Reclaiming { .. }
+                | State::Aborting(_)
+                | State::Telling
+                | State::Closing { .. }
+                | State::Closed { .. },
+            ) => {}
+        }
+    }
+
+    pub(super) fn expired(&mut self, now: Time, timer: Timer) {
+        match timer {
+            Timer::Overall => {
+                self.abort_with(ErrorCode::Timeout, "the workload was not frozen in time");
+            }
+            Timer::Step => {
+                let text = format!("{} took too long", self.state.phase());
+                self.abort_with(ErrorCode::Timeout, &text);
+            }
+            Timer::Resend | Timer::Redial => match &self.state {
+                State::Committed { .. } => self.ask(now),
+                State::Telling => self.tell(now),
+                State::Journalling
+                | State::Dialling
+                | State::Offered
+                | State::Tracking
+                | State::Copying(_)
+                | State::Retrying(_)
+                | State::Freezing { .. }
+                | State::Finishing(_)
+                | State::Prepared { .. }
+                | State::Releasing(_)
+                | State::Reclaiming { .. }
+                | State::Aborting(_)
+                | State::Closing { .. }
+                | State::Closed { .. } => {}
+            },
+            Timer::Retry => self.again(),
+            Timer::Silence => self.fence_wanted = true,
+            Timer::Tell => self.target_told(),
+        }
+    }
+
+    /// Does once more what failed and must succeed.
+    fn again(&mut self) {
+        match &self.state {
+            State::Releasing(Release::Killing) => self.actions.push_back(SourceAction::Release),
+            State::Reclaiming {
+                evidence,
+                step: Reclaim::Recording,
+            } => {
+                self.journal(evidence.entry());
+            }
+            State::Reclaiming {
+                step: Reclaim::Thawing(_),
+                ..
+            }
+            | State::Aborting(Undo::Thawing(_)) => {
+                self.actions.push_back(SourceAction::Thaw { untrack: true });
+            }
+            State::Journalling
+            | State::Dialling
+            | State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Retrying(_)
+            | State::Freezing { .. }
+            | State::Finishing(_)
+            | State::Prepared { .. }
+            | State::Committed { .. }
+            | State::Releasing(Release::Recording)
+            | State::Reclaiming {
+                step: Reclaim::Concluding,
+                ..
+            }
+            | State::Aborting(Undo::Recording)
+            | State::Telling
+            | State::Closing { .. }
+            | State::Closed { .. } => {}
+        }
+    }
+
+    fn retry_later(&mut self, now: Time, failure: Failure) {
+        self.note(failure);
+        self.timers.set(Timer::Retry, now.after(RETRY));
+    }
+}

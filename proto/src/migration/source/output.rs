@@ -1,0 +1,138 @@
+//! What the source says: actions, questions to the target, reports.
+
+use super::state::{Link, Place, State, Timer};
+use super::{SourceAction, SourceMachine};
+use crate::migration::handoff::{Question, REDIAL, RESEND, ThawPermit};
+use crate::migration::record::{Entry, Record};
+use crate::migration::status::Status;
+use crate::migration::timer::Time;
+use crate::wire::code::{ErrorCode, Failure};
+use crate::wire::control::SourceMessage;
+
+impl SourceMachine {
+    /// Asks the target what became of the committed generation, over and over.
+    pub(super) fn ask(&mut self, now: Time) {
+        let State::Committed { question } = self.state else {
+            return self.out_of_place("a question to the target");
+        };
+        let generation = self.generation;
+        let message = match question {
+            Question::Go => SourceMessage::Go { generation },
+            Question::Query => SourceMessage::Query { generation },
+        };
+        self.send_or_dial(now, message);
+    }
+
+    /// Tells the target that nothing will come of the migration.
+    pub(super) fn tell(&mut self, now: Time) {
+        let (generation, failure) = (self.generation, self.failure_or_unknown());
+        self.send_or_dial(
+            now,
+            SourceMessage::Abort {
+                generation,
+                failure,
+            },
+        );
+    }
+
+    fn send_or_dial(&mut self, now: Time, message: SourceMessage) {
+        match self.link {
+            Link::Up => {
+                self.send(message);
+                self.timers.set(Timer::Resend, now.after(RESEND));
+            }
+            Link::Down => self.dial(),
+            Link::Dialling => {}
+        }
+    }
+
+    pub(super) fn redial_later(&mut self, now: Time) {
+        self.timers.set(Timer::Redial, now.after(REDIAL));
+    }
+
+    pub(super) fn dial(&mut self) {
+        self.link = Link::Dialling;
+        self.actions.push_back(SourceAction::Connect);
+    }
+
+    /// What is sent without a connection is lost, like what was in flight when it broke.
+    pub(super) fn send(&mut self, message: SourceMessage) {
+        match self.link {
+            Link::Up => self.actions.push_back(SourceAction::Send(message)),
+            Link::Down | Link::Dialling => {}
+        }
+    }
+
+    pub(super) fn journal(&mut self, entry: Entry) {
+        self.actions.push_back(SourceAction::Journal(Record {
+            migration: self.id,
+            entry,
+        }));
+    }
+
+    /// The only way to thaw: nobody thaws without a proof that the target does not run.
+    pub(super) fn thaw(&mut self, _proof: ThawPermit, untrack: bool) {
+        self.actions.push_back(SourceAction::Thaw { untrack });
+    }
+
+    /// An event that has no place in the present state. It breaks the migration off before the
+    /// commit, is noted after it, and is ignored where an undone action may still report.
+    pub(super) fn out_of_place(&mut self, what: &str) {
+        let text = format!("{what} has no place in phase {}", self.state.phase());
+        let failure = Failure::new(ErrorCode::Unexpected, text);
+        match self.state.place() {
+            Place::Undecided => self.abort(failure),
+            Place::Decided => self.note(failure),
+            Place::Undone => {}
+        }
+    }
+
+    /// Keeps what went wrong where the operator sees it: the latest while the outcome is open,
+    /// the first once it is not.
+    pub(super) fn note(&mut self, failure: Failure) {
+        match &self.state {
+            State::Prepared { .. } | State::Committed { .. } => self.failure = Some(failure),
+            State::Journalling
+            | State::Dialling
+            | State::Offered
+            | State::Tracking
+            | State::Copying(_)
+            | State::Retrying(_)
+            | State::Freezing { .. }
+            | State::Finishing(_)
+            | State::Releasing(_)
+            | State::Reclaiming { .. }
+            | State::Aborting(_)
+            | State::Telling
+            | State::Closing { .. }
+            | State::Closed { .. } => {
+                self.failure.get_or_insert(failure);
+            }
+        }
+    }
+
+    pub(super) fn failure_or_unknown(&self) -> Failure {
+        let unknown = || Failure::new(ErrorCode::Unknown, "no reason was recorded");
+        self.failure.clone().unwrap_or_else(unknown)
+    }
+
+    /// Publishes the status if it says anything new. An older report that nobody took yet is
+    /// superseded, so reports do not pile up.
+    pub(super) fn report(&mut self, now: Time) {
+        let mut status = self.status(now);
+        if let Some(reported) = &self.reported {
+            let unchanged = Status {
+                elapsed: reported.elapsed,
+                ..status.clone()
+            };
+            if unchanged == *reported {
+                return;
+            }
+        }
+        status.generation += 1;
+        self.actions
+            .retain(|action| !matches!(action, SourceAction::Report(_)));
+        self.actions.push_back(SourceAction::Report(status.clone()));
+        self.reported = Some(status);
+    }
+}

@@ -1,0 +1,97 @@
+//! A source that was restarted: what its journal proves, and what follows.
+
+use std::collections::VecDeque;
+
+use super::SourceMachine;
+use super::state::{Link, Outcome, Release, State};
+use crate::id::Generation;
+use crate::migration::handoff::{Evidence, Question, RecoverError, SourceFacts, Undecided};
+use crate::migration::policy::Convergence;
+use crate::migration::record::{Entry, Record};
+use crate::migration::status::{Counters, Edges};
+use crate::migration::timer::{Time, Timers};
+use crate::wire::code::ErrorCode;
+
+impl SourceMachine {
+    /// The machine that these records, in the order they were written, leave behind. They must
+    /// all be of one migration.
+    ///
+    /// Without a commit the migration is broken off. With one it goes on: the commit is written
+    /// again, and only then is the target told to go.
+    pub fn recover(records: &[Record], now: Time) -> Result<Self, RecoverError> {
+        let facts = SourceFacts::from_records(records)?;
+        let id = records.first().ok_or(RecoverError::NoBeginning)?.migration;
+        let offered = facts.offered.clone().ok_or(RecoverError::NoBeginning)?;
+        let mut machine = Self {
+            id,
+            workload: offered.workload,
+            peer: offered.peer,
+            policy: offered.policy,
+            driver_state: offered.state,
+            description: None,
+            state: State::Journalling,
+            undecided: None,
+            // An abort ends every generation; which was the last is not recorded.
+            generation: facts.commit.unwrap_or(Generation::LAST),
+            retries: 0,
+            link: Link::Down,
+            offered: true,
+            touched: true,
+            told: false,
+            incarnation: None,
+            failure: facts.aborted.clone(),
+            fence_wanted: false,
+            convergence: Convergence::default(),
+            round: None,
+            counters: Counters::default(),
+            edges: Edges::default(),
+            started_at: now,
+            timers: Timers::new(),
+            actions: VecDeque::new(),
+            reported: None,
+        };
+        machine.resume(&facts);
+        machine.report(now);
+        Ok(machine)
+    }
+
+    fn resume(&mut self, facts: &SourceFacts) {
+        if facts.done {
+            let outcome = if facts.started {
+                Outcome::Moved
+            } else {
+                Outcome::Aborted
+            };
+            self.state = State::Closed { outcome };
+        } else if facts.started {
+            self.state = State::Releasing(Release::Recording);
+            self.journal(Entry::Started {
+                generation: self.generation,
+            });
+        } else if let Some(generation) = facts.commit {
+            self.resume_decided(generation, facts);
+        } else {
+            self.undecided = Some(Undecided::without_commit());
+            let text = "the daemon was restarted before the hand-off was decided";
+            match facts.aborted.clone() {
+                Some(failure) => self.abort(failure),
+                None => self.abort_with(ErrorCode::Restarted, text),
+            }
+        }
+    }
+
+    fn resume_decided(&mut self, generation: Generation, facts: &SourceFacts) {
+        if facts.fenced {
+            self.reclaim(Evidence::Fenced(generation));
+        } else if facts.aborted.is_some() {
+            // After a commit this record stands for the target's refusal.
+            self.reclaim(Evidence::Refused(generation));
+        } else {
+            self.state = State::Prepared {
+                evidence: None,
+                question: Question::Go,
+            };
+            self.journal(Entry::Commit { generation });
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! The target's machine: takes in pages, restores, and then runs the workload or refuses to.
+//!
+//! Until `Ready` is durable the target may give up at any time: the source cannot have
+//! committed. From then on the workload is held, neither run nor dropped, until the source says
+//! `Go`, or the source or an operator says what permits to refuse. `Running` is durable before
+//! the workload is let go and `Refused` before it is said; whichever is asked for first excludes
+//! the other.
+//!
+//! A target never dials. Whoever broke a connection off, it is the source that comes back.
+
+mod handoff;
+mod message;
+mod output;
+mod recovery;
+mod state;
+
+use std::collections::VecDeque;
+
+use crate::id::{Generation, Incarnation, MigrationId, NodeName, Round, WorkloadName};
+use crate::migration::handoff::Side;
+use crate::migration::record::{AcceptedEntry, DriverState, Entry, ReadyEntry, Record};
+use crate::migration::status::{Parts, Status};
+use crate::migration::timer::{Time, Timers};
+use crate::page::PageCount;
+use crate::wire::code::{ErrorCode, Failure};
+use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
+use state::{State, Timer, Verdict};
+
+/// What an incoming migration begins with.
+#[derive(Clone, Debug)]
+pub struct TargetOrigin {
+    /// The migration, from the greeting.
+    pub id: MigrationId,
+    /// The source's node, from its certificate.
+    pub peer: NodeName,
+    /// Drawn at random for this life of the target.
+    pub incarnation: Incarnation,
+}
+
+/// What happened at the target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetEvent {
+    /// The operator wants the workload not to come here.
+    AbortRequested,
+    /// [`TargetAction::Discard`] is done: nothing of the workload is left here.
+    Discarded,
+    /// An action failed, or the held workload is gone.
+    Failure(Failure),
+    /// The operator declared a side dead. The source's death lets a held workload run; the
+    /// target's own makes it refuse.
+    Fenced(Side),
+    /// All memory of the running workload is in place.
+    Filled,
+    /// The final round has arrived ([`TargetAction::AwaitFinal`]), live pages are complete and,
+    /// if asked for, equal.
+    FinalStored,
+    /// The record could not be made durable; it may or may not be found after a restart.
+    JournalFailed(Record),
+    /// The record is durable.
+    Journalled(Record),
+    /// The source said something on the present connection.
+    Message(SourceMessage),
+    /// The source has a connection. `PeerLost` comes before the next one.
+    PeerConnected,
+    /// The connection is gone.
+    PeerLost,
+    /// [`TargetAction::Prepare`] is done.
+    Prepared {
+        /// What the driver needs to find what it prepared after a restart.
+        state: DriverState,
+    },
+    /// [`TargetAction::Restore`] is done: the workload is restored and held.
+    Restored {
+        /// What the driver needs to find the held workload after a restart.
+        state: DriverState,
+    },
+    /// [`TargetAction::LetGo`] is done: the workload runs, and the pager holds every descriptor
+    /// that its memory needs.
+    Resumed,
+    /// Everything of the round has arrived ([`TargetAction::AwaitRound`]).
+    RoundStored {
+        /// The round.
+        round: Round,
+    },
+}
+
+/// What the target's driver has to do, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetAction {
+    /// Answer `FinalStored` when the streams that the message counts are stored.
+    AwaitFinal(Final),
+    /// Answer `RoundStored` when the parcels that the message counts are stored.
+    AwaitRound(RoundEnd),
+    /// End what is under way; kill what was restored; drop pages, images and network. Succeeds
+    /// when there is nothing.
+    Discard,
+    /// Write the record, fsync, answer `Journalled` or `JournalFailed`.
+    Journal(Record),
+    /// Let the held workload run. Succeeds when it runs already: it may be asked for again
+    /// after a restart.
+    LetGo {
+        /// The generation that runs.
+        generation: Generation,
+    },
+    /// Compare what the offer describes with this node, and make what it needs.
+    Prepare(Box<Offer>),
+    /// Publish the status.
+    Report(Status),
+    /// Restore from the images and hold the workload before its first instruction.
+    Restore {
+        /// The generation being restored.
+        generation: Generation,
+    },
+    /// Send on the control stream.
+    Send(TargetMessage),
+}
+
+/// The machine.
+#[derive(Debug)]
+pub struct TargetMachine {
+    id: MigrationId,
+    peer: NodeName,
+    incarnation: Incarnation,
+    workload: Option<WorkloadName>,
+    driver_state: DriverState,
+    state: State,
+    connected: bool,
+    /// A record says that the offer is accepted, so one must say how that ended.
+    recorded: bool,
+    failure: Option<Failure>,
+    round: Option<Round>,
+    memory: PageCount,
+    started_at: Time,
+    timers: Timers<Timer>,
+    actions: VecDeque<TargetAction>,
+    reported: Option<Status>,
+}
+
+impl TargetMachine {
+    /// A migration of which there is no record: somebody connected and named it.
+    pub fn new(origin: TargetOrigin, now: Time) -> Self {
+        Self {
+            id: origin.id,
+            peer: origin.peer,
+            incarnation: origin.incarnation,
+            workload: None,
+            driver_state: DriverState::default(),
+            state: State::Idle,
+            connected: false,
+            recorded: false,
+            failure: None,
+            round: None,
+            memory: PageCount::ZERO,
+            started_at: now,
+            timers: Timers::new(),
+            actions: VecDeque::new(),
+            reported: None,
+        }
+    }
+
+    /// Takes in what happened.
+    pub fn handle(&mut self, now: Time, event: TargetEvent) {
+        match event {
+            TargetEvent::AbortRequested => self.abort_requested(),
+            TargetEvent::Discarded => self.discarded(),
+            TargetEvent::Failure(failure) => self.failed(now, failure),
+            TargetEvent::Fenced(side) => self.fenced(side),
+            TargetEvent::Filled => self.filled(),
+            TargetEvent::FinalStored => self.final_stored(),
+            TargetEvent::JournalFailed(record) => self.journal_failed(now, &record),
+            TargetEvent::Journalled(record) => self.journalled(&record),
+            TargetEvent::Message(message) => self.message(message),
+            TargetEvent::PeerConnected => self.connected = true,
+            TargetEvent::PeerLost => self.peer_lost(),
+            TargetEvent::Prepared { state } => self.prepared(state),
+            TargetEvent::Restored { state } => self.restored(state),
+            TargetEvent::Resumed => self.resumed(),
+            TargetEvent::RoundStored { round } => self.round_stored(round),
+        }
+        self.report(now);
+    }
+
+    /// Takes in that time has passed. To be called when [`TargetMachine::poll_timeout`] says so.
+    pub fn handle_timeout(&mut self, now: Time) {
+        while let Some(timer) = self.timers.expired(now) {
+            match timer {
+                Timer::Retry => self.again(),
+            }
+        }
+        self.report(now);
+    }
+
+    /// The next thing to do, in order.
+    pub fn poll_action(&mut self) -> Option<TargetAction> {
+        self.actions.pop_front()
+    }
+
+    /// When [`TargetMachine::handle_timeout`] is to be called next.
+    pub fn poll_timeout(&self) -> Option<Time> {
+        self.timers.next()
+    }
+
+    /// Whether nothing is left to do but to answer a source that asks again. The machine may be
+    /// dropped then, and made again, from its records if it has any, when somebody connects.
+    pub const fn is_finished(&self) -> bool {
+        self.state.is_closed() || (self.state.is_idle() && !self.connected)
+    }
+
+    /// The migration.
+    pub const fn id(&self) -> MigrationId {
+        self.id
+    }
+
+    /// What the driver stored last: when it was prepared, and again when it was restored.
+    pub const fn driver_state(&self) -> &DriverState {
+        &self.driver_state
+    }
+
+    /// How things stand now, with the generation of the last report.
+    pub fn status(&self, now: Time) -> Status {
+        Status {
+            generation: self.reported.as_ref().map_or(0, |status| status.generation),
+            id: self.id,
+            workload: self.workload.clone(),
+            role: Side::Target,
+            phase: self.state.phase(),
+            peer: self.peer.clone(),
+            round: self.round,
+            memory_bytes: self.memory.bytes(),
+            sent_bytes: 0,
+            wire_bytes: 0,
+            dirty_pages_per_second: None,
+            predicted_downtime: None,
+            parts: Parts::default(),
+            elapsed: now.since(self.started_at),
+            failure: self.failure.clone(),
+            fence_wanted: self.state.is_ready() && !self.connected,
+        }
+    }
+
+    fn peer_lost(&mut self) {
+        self.connected = false;
+        match &mut self.state {
+            State::Preparing { .. }
+            | State::Accepting
+            | State::Receiving(_)
+            | State::Storing(_)
+            | State::Restoring { .. } => {
+                // The source breaks off too: it never comes back to a migration before a commit.
+                self.give_up(Failure::new(
+                    ErrorCode::PeerLost,
+                    "the connection to the source is gone",
+                ));
+            }
+            // `Ready` was never said, so nobody can have committed to it.
+            State::Readying {
+                verdict: verdict @ Verdict::Hold,
+                said: false,
+                ..
+            } => {
+                *verdict = Verdict::Refuse(Failure::new(
+                    ErrorCode::PeerLost,
+                    "the connection to the source was gone before the target was ready",
+                ));
+            }
+            State::Idle
+            | State::Readying { .. }
+            | State::Ready { .. }
+            | State::Running(_)
+            | State::Refusing(_)
+            | State::Refused { .. }
+            | State::Aborting(_)
+            | State::Aborted
+            | State::Done { .. } => {}
+        }
+    }
+
+    fn prepared(&mut self, driver_state: DriverState) {
+        let State::Preparing { workload } = &self.state else {
+            return self.out_of_place("a preparation");
+        };
+        let workload = workload.clone();
+        self.driver_state = driver_state;
+        self.recorded = true;
+        self.state = State::Accepting;
+        self.journal(Entry::Accepted(AcceptedEntry {
+            workload,
+            peer: self.peer.clone(),
+            incarnation: self.incarnation,
+            state: self.driver_state.clone(),
+        }));
+    }
+
+    fn round_stored(&mut self, round: Round) {
+        let State::Receiving(receiving) = &mut self.state else {
+            return self.out_of_place("a stored round");
+        };
+        if receiving.ended != Some(round) {
+            return self.out_of_place("a stored round that has not ended");
+        }
+        receiving.ended = None;
+        receiving.open = round.next();
+        self.send(TargetMessage::RoundHeld { round });
+    }
+
+    fn final_stored(&mut self) {
+        let State::Storing(last) = &self.state else {
+            return self.out_of_place("a stored final round");
+        };
+        let generation = last.generation;
+        self.state = State::Restoring { generation };
+        self.send(TargetMessage::FinalHeld { generation });
+        self.actions.push_back(TargetAction::Restore { generation });
+    }
+
+    fn restored(&mut self, driver_state: DriverState) {
+        let State::Restoring { generation } = self.state else {
+            return self.out_of_place("a restored workload");
+        };
+        self.driver_state = driver_state;
+        let entry = ReadyEntry {
+            generation,
+            incarnation: self.incarnation,
+            state: self.driver_state.clone(),
+        };
+        self.state = State::Readying {
+            entry: entry.clone(),
+            said: false,
+            verdict: Verdict::Hold,
+        };
+        self.journal(Entry::Ready(entry));
+    }
+}

@@ -1,0 +1,86 @@
+//! A target that was restarted: what its journal proves, and what follows.
+
+use std::collections::VecDeque;
+
+use super::TargetMachine;
+use super::state::{Refusal, Refusing, State, Verdict};
+use crate::migration::handoff::{RecoverError, TargetFacts};
+use crate::migration::record::{AcceptedEntry, Entry, Record};
+use crate::migration::timer::{Time, Timers};
+use crate::page::PageCount;
+use crate::wire::code::{ErrorCode, Failure};
+
+impl TargetMachine {
+    /// The machine that these records, in the order they were written, leave behind. They must
+    /// all be of one migration.
+    ///
+    /// Before `Ready` nothing is kept. From `Ready` on the last decisive record is written
+    /// again, and only then acted upon.
+    pub fn recover(records: &[Record], now: Time) -> Result<Self, RecoverError> {
+        let facts = TargetFacts::from_records(records)?;
+        let id = records.first().ok_or(RecoverError::NoBeginning)?.migration;
+        let AcceptedEntry {
+            workload,
+            peer,
+            incarnation,
+            state,
+        } = facts.accepted.clone().ok_or(RecoverError::NoBeginning)?;
+        let mut machine = Self {
+            id,
+            peer,
+            incarnation,
+            workload: Some(workload),
+            driver_state: facts
+                .ready
+                .as_ref()
+                .map_or(state, |ready| ready.state.clone()),
+            state: State::Idle,
+            connected: false,
+            recorded: true,
+            failure: facts.aborted.clone(),
+            round: None,
+            memory: PageCount::ZERO,
+            started_at: now,
+            timers: Timers::new(),
+            actions: VecDeque::new(),
+            reported: None,
+        };
+        machine.resume(facts);
+        machine.report(now);
+        Ok(machine)
+    }
+
+    fn resume(&mut self, facts: TargetFacts) {
+        let over = facts.aborted.is_some();
+        if let Some(generation) = facts.running {
+            if facts.done {
+                self.state = State::Done { generation };
+            } else {
+                self.run(generation);
+            }
+        } else if let Some(generation) = facts.refused {
+            if over {
+                self.state = State::Refused { generation };
+            } else {
+                self.state = State::Refusing(Refusing {
+                    generation,
+                    step: Refusal::Recording,
+                });
+                self.journal(Entry::Refused { generation });
+            }
+        } else if over {
+            self.state = State::Aborted;
+        } else if let Some(entry) = facts.ready {
+            let verdict = Verdict::Hold;
+            self.state = State::Readying {
+                entry: entry.clone(),
+                said: true,
+                verdict,
+            };
+            self.journal(Entry::Ready(entry));
+        } else {
+            let text = "the daemon was restarted before the target was ready";
+            self.undo(Failure::new(ErrorCode::Restarted, text), None);
+        }
+    }
+}
