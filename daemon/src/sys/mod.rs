@@ -11,4 +11,3 @@ pub mod process_vm;
 pub mod ptrace;
 pub mod track;
 pub mod uffd;
-pub mod window;
