@@ -1,1 +1,24 @@
-//! Skeleton.
+//! Pages: from the memory of a running process to a store at the target.
+//!
+//! ```text
+//!   source                                                  target
+//!   track ─► dirty set ─► send ┬ thread: read ─► encode ┐   ┌ thread: decode ─► store  recv
+//!   (Space)               (N)  ├ thread: read ─► encode ├─►─┤ thread: decode ─► store  (N)
+//!                              └ …                      ┘   └ …
+//!                         raw buffers (N)   parcels (N + 8)    parcels in flight (streams)
+//! ```
+//!
+//! Memory beside the store, with N threads (default: the cores) and parcels of 4.2 MiB at most:
+//!
+//! | what | how much | with 2 cores |
+//! |---|---|---|
+//! | raw batches at the source | N × 4 MiB | 8 MiB |
+//! | parcels at the source | (N + 8) × 4.2 MiB | 42 MiB |
+//! | parcels at the target | one per open stream × 4.2 MiB | bounded by `net` |
+//! | page sets | 16 bytes per run of pages, at most 2^22 runs | 64 MiB at the very worst |
+//!
+//! Everything works on batches of up to 1024 pages; nothing is locked, allocated, logged or awaited
+//! per page. Nothing here knows migrations, streams or CRIU's options.
+
+pub mod read;
+pub mod track;

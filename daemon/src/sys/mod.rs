@@ -12,4 +12,3 @@ pub mod process_vm;
 pub mod ptrace;
 pub mod track;
 pub mod uffd;
-pub mod window;

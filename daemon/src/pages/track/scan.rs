@@ -1,0 +1,387 @@
+//! The scans of a [`Space`].
+
+use std::ops::Range;
+use std::time::Instant;
+
+use pageferry_proto::page::PageRun;
+use pageferry_proto::set::PageSet;
+
+use super::eager::Eager;
+use super::maps::{self, Flags, Mapping};
+use super::walk::{Broken, Found, Look, Walker};
+use super::{FinalScan, LATE_BIRTH_BYTES_MAX, Scan, Space, TrackError, task};
+use crate::sys::pagemap::Pagemap;
+
+impl Space {
+    /// Returns what is dirty and protects it, so that only what is written from now on is dirty in
+    /// the next scan. Finds and registers new mappings. The process runs meanwhile.
+    pub fn scan(&mut self) -> Result<Scan, TrackError> {
+        let began = Instant::now();
+        let mut walker = Walker::new(self.support.guard);
+        let mut found = Found::default();
+        let scanned = self.scan_tracked(&mut walker, &mut found);
+        let (live, written) = found.into_sets();
+        // Owed before anything can fail: these pages are protected and would not be found again.
+        self.owed.union_with(&written);
+        let maps = scanned?;
+        let eager = self.forecast_eager(&maps, &mut walker)?;
+        self.check_alive()?;
+        let dirty = self.owed.intersection(&live);
+        // What is owed in a mapping that is executable now stays owed until it is scanned again.
+        let unscanned = pages(maps.iter().filter(|mapping| !is_scanned(mapping)));
+        self.owed = self.owed.intersection(&unscanned);
+        Ok(Scan {
+            dirty,
+            live_pages: live.len(),
+            eager,
+            duration: began.elapsed(),
+        })
+    }
+
+    /// Walks all mappings that are scanned, until each was found tracked.
+    fn scan_tracked(
+        &mut self,
+        walker: &mut Walker,
+        found: &mut Found,
+    ) -> Result<Vec<Mapping>, TrackError> {
+        let mut maps = self.read_maps()?;
+        self.adopt(&maps)?;
+        let mut todo: Vec<Range<u64>> = self.scannable(&maps);
+        for _ in 0..REPLACED_MAX {
+            let pagemap = self.open_pagemap()?;
+            let mut replaced = Vec::new();
+            for range in todo {
+                match walker.walk(&pagemap, range, Look::Protect, found) {
+                    Ok(()) => {}
+                    Err(broken) => replaced.push(self.disown(broken)?),
+                }
+            }
+            if replaced.is_empty() {
+                return Ok(maps);
+            }
+            maps = self.read_maps()?;
+            self.adopt(&maps)?;
+            let again = replaced
+                .into_iter()
+                .filter_map(|range| PageRun::touching(&range).ok());
+            let again = PageSet::from_runs(again);
+            todo = self.scannable(&maps);
+            todo.retain(|range| overlaps(&again, range));
+        }
+        // Either it maps faster than we look, and the rest is found in the next round; or nothing of
+        // it is tracked at all, because it has other memory now than our descriptor.
+        if self.registered.is_empty() {
+            return Err(TrackError::Exec { pid: self.pid });
+        }
+        Ok(maps)
+    }
+
+    /// After a walk that broke: what it may have protected without telling is not registered any
+    /// more, so that it will be unprotected and found dirty. Any error but that of an untracked
+    /// mapping is returned.
+    fn disown(&mut self, broken: Broken) -> Result<Range<u64>, TrackError> {
+        let Broken { rest, source } = broken;
+        if let Ok(run) = PageRun::touching(&rest) {
+            self.registered.remove(run);
+        }
+        if source.raw_os_error() == Some(libc::EPERM) {
+            return Ok(rest);
+        }
+        Err(TrackError::Scan {
+            pid: self.pid,
+            start: rest.start,
+            end: rest.end,
+            source,
+        })
+    }
+
+    /// Returns what the frozen process has, and what of it is dirty. Protects nothing.
+    ///
+    /// Mappings no round has seen are taken in too, up to [`LATE_BIRTH_BYTES_MAX`]; with more, the
+    /// freeze must be given up for another round ([`TrackError::LateBirth`]).
+    pub fn final_scan(&mut self) -> Result<FinalScan, TrackError> {
+        let began = Instant::now();
+        let (smaps, smaps_rendered) = self.render_smaps()?;
+        let mappings = maps::parse_smaps(&smaps).ok_or_else(maps::unknown_form);
+        let mappings = mappings.map_err(|source| self.inspecting("maps", source))?;
+        let pagemap = self.open_pagemap()?;
+        let mut walker = Walker::new(self.support.guard);
+        let (mut found, mut late) = (Found::default(), Found::default());
+        let mut eager = Eager::default();
+        let mut hidden: Vec<(u64, u64)> = Vec::new();
+        for (mapping, flags) in &mappings {
+            if mapping.is_lazy(*flags) {
+                self.walk_frozen(&mut walker, &pagemap, mapping, &mut found, &mut late)?;
+                extend(&mut hidden, &mapping.range);
+            } else {
+                eager.add(self.pid, mapping, *flags, &pagemap, &mut walker);
+            }
+        }
+        self.check_alive()?;
+        let late_bytes = late.live_pages().bytes();
+        if LATE_BIRTH_BYTES_MAX < late_bytes {
+            return Err(TrackError::LateBirth {
+                pid: self.pid,
+                bytes: late_bytes,
+            });
+        }
+        let (mut live, mut dirty) = found.into_sets();
+        let (late, _) = late.into_sets();
+        live.union_with(&late);
+        dirty.union_with(&late);
+        dirty.union_with(&self.owed.intersection(&live));
+        self.shown = smaps_rendered.then(|| smaps.clone());
+        Ok(FinalScan {
+            dirty,
+            live,
+            hidden,
+            smaps,
+            smaps_rendered,
+            eager,
+            duration: began.elapsed(),
+        })
+    }
+
+    fn walk_frozen(
+        &self,
+        walker: &mut Walker,
+        pagemap: &Pagemap,
+        mapping: &Mapping,
+        found: &mut Found,
+        late: &mut Found,
+    ) -> Result<(), TrackError> {
+        let range = mapping.range.clone();
+        let scanning = |Broken { rest, source }: Broken| TrackError::Scan {
+            pid: self.pid,
+            start: rest.start,
+            end: rest.end,
+            source,
+        };
+        if !mapping
+            .pages()
+            .is_some_and(|pages| self.registered.covers(&pages))
+        {
+            return walker
+                .walk(pagemap, range, Look::Any, late)
+                .map_err(scanning);
+        }
+        match walker.walk(pagemap, range, Look::Tracked, found) {
+            Ok(()) => Ok(()),
+            // Replaced since the last round. Nothing was protected by this walk, so what it has found
+            // up to there is right; only the rest is unknown.
+            Err(Broken { rest, source }) if source.raw_os_error() == Some(libc::EPERM) => walker
+                .walk(pagemap, rest, Look::Any, late)
+                .map_err(scanning),
+            Err(broken) => Err(scanning(broken)),
+        }
+    }
+
+    /// The smaps for CRIU, and whether it is rendered.
+    fn render_smaps(&self) -> Result<(Vec<u8>, bool), TrackError> {
+        self.check_identity()?;
+        if let Some(record) = &self.recorded {
+            let maps = maps::read_text(self.pid);
+            let maps = maps.map_err(|source| self.inspecting("maps", source))?;
+            match record.smaps.render(&maps) {
+                Ok(text) => return Ok((text, true)),
+                Err(error) => tracing::debug!(pid = self.pid, %error, "reading the true smaps"),
+            }
+        }
+        let text = maps::read_smaps_text(self.pid);
+        Ok((
+            text.map_err(|source| self.inspecting("smaps", source))?,
+            false,
+        ))
+    }
+
+    /// Registers the mappings that are not registered yet, and forgets those that are gone.
+    pub(super) fn adopt(&mut self, maps: &[Mapping]) -> Result<(), TrackError> {
+        let followed = || maps.iter().filter(|mapping| mapping.is_private_anonymous());
+        self.registered = self.registered.intersection(&pages(followed()));
+        for mapping in followed() {
+            let Some(pages) = mapping.pages() else {
+                continue;
+            };
+            if !self.registered.covers(&pages) {
+                self.register(mapping, pages)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn register(&mut self, mapping: &Mapping, pages: PageRun) -> Result<(), TrackError> {
+        let Range { start, end } = mapping.range;
+        if let Err(source) = self.tracker.register(start, end) {
+            let pid = self.pid;
+            return match source.raw_os_error() {
+                // Gone or changed since maps was read, or of a kind that cannot be tracked
+                // (droppable): it stays untracked, and eager unless a later round can register it.
+                Some(libc::ENOMEM | libc::EINVAL | libc::ENOENT | libc::EPERM) => Ok(()),
+                Some(libc::EBUSY) => Err(TrackError::Foreign { pid, start, end }),
+                Some(libc::ESRCH) => Err(self.lost()),
+                Some(_) | None => {
+                    let what = "register";
+                    Err(TrackError::Register {
+                        pid,
+                        what,
+                        start,
+                        end,
+                        source,
+                    })
+                }
+            };
+        }
+        let missing = PageSet::from_runs([pages]).difference(&self.registered);
+        for run in missing.runs() {
+            self.unprotect(*run)?;
+        }
+        Ok(())
+    }
+
+    /// Protection may be left over, or have been set without the pages having been returned: take it
+    /// off. Then every live page counts as written and the pages are registered.
+    fn unprotect(&mut self, run: PageRun) -> Result<(), TrackError> {
+        let (start, end) = (run.address(), run.address() + run.bytes());
+        let Err(source) = self.tracker.unprotect(start, end) else {
+            self.registered.insert(run);
+            return Ok(());
+        };
+        match source.raw_os_error() {
+            // Unmapped in between.
+            Some(libc::ENOENT) => Ok(()),
+            Some(libc::ESRCH) => Err(self.lost()),
+            Some(_) | None => {
+                let (pid, what) = (self.pid, "unprotect");
+                Err(TrackError::Register {
+                    pid,
+                    what,
+                    start,
+                    end,
+                    source,
+                })
+            }
+        }
+    }
+
+    /// What is not lazy, by the flags of the last record.
+    fn forecast_eager(&self, maps: &[Mapping], walker: &mut Walker) -> Result<Eager, TrackError> {
+        let pagemap = self.open_pagemap()?;
+        let mut eager = Eager::default();
+        for mapping in maps {
+            let flags = self.recorded_flags(mapping);
+            let untracked = || {
+                !mapping
+                    .pages()
+                    .is_some_and(|run| self.registered.covers(&run))
+            };
+            if !mapping.is_lazy(flags) || untracked() {
+                eager.add(self.pid, mapping, flags, &pagemap, walker);
+            }
+        }
+        Ok(eager)
+    }
+
+    fn recorded_flags(&self, mapping: &Mapping) -> Flags {
+        let special = self.recorded.iter().flat_map(|record| &record.special);
+        let touches = |other: &&(Mapping, Flags)| {
+            other.0.range.start < mapping.range.end && mapping.range.start < other.0.range.end
+        };
+        special
+            .filter(touches)
+            .fold(Flags::default(), |flags, (_, more)| flags.with(*more))
+    }
+
+    fn scannable(&self, maps: &[Mapping]) -> Vec<Range<u64>> {
+        let scanned = maps.iter().filter(|mapping| is_scanned(mapping));
+        let registered = |mapping: &&Mapping| {
+            mapping
+                .pages()
+                .is_some_and(|run| self.registered.covers(&run))
+        };
+        scanned
+            .filter(registered)
+            .map(|mapping| mapping.range.clone())
+            .collect()
+    }
+
+    pub(super) fn read_maps(&self) -> Result<Vec<Mapping>, TrackError> {
+        self.check_identity()?;
+        maps::read(self.pid).map_err(|source| self.inspecting("maps", source))
+    }
+
+    /// Opened anew for every scan: an old one would show the memory before an exec.
+    fn open_pagemap(&self) -> Result<Pagemap, TrackError> {
+        Pagemap::open(self.pid).map_err(|source| self.inspecting("pagemap", source))
+    }
+
+    fn check_identity(&self) -> Result<(), TrackError> {
+        let same = task::start_time(self.pid).is_ok_and(|time| time == self.start_time);
+        if same && super::is_alive(self.reader.pidfd()) {
+            return Ok(());
+        }
+        Err(TrackError::Gone { pid: self.pid })
+    }
+
+    /// Whether the memory our descriptor belongs to is still there. A scan cannot tell: without it
+    /// it finds nothing, and succeeds.
+    fn check_alive(&self) -> Result<(), TrackError> {
+        // Any call that looks at the memory will do. This one takes protection off a page that is
+        // never mapped, or if so, is part of the stack; there it makes one page dirty.
+        let probe = self
+            .tracker
+            .unprotect(LAST_USER_PAGE, LAST_USER_PAGE + 4096);
+        match probe {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(self.lost()),
+            Ok(()) | Err(_) => self.check_identity(),
+        }
+    }
+
+    /// The memory of our descriptor is gone: with the process, or by an exec.
+    fn lost(&self) -> TrackError {
+        let pid = self.pid;
+        let ended = || task::Status::read(pid).map_or(true, |status| status.has_ended());
+        if self.check_identity().is_err() || ended() {
+            return TrackError::Gone { pid };
+        }
+        TrackError::Exec { pid }
+    }
+
+    fn inspecting(&self, what: &'static str, source: std::io::Error) -> TrackError {
+        if self.check_identity().is_err() {
+            return TrackError::Gone { pid: self.pid };
+        }
+        TrackError::Inspect {
+            pid: self.pid,
+            what,
+            source,
+        }
+    }
+}
+
+/// Executable memory is registered, but its writes are left to wait: it is eager while it is so.
+fn is_scanned(mapping: &Mapping) -> bool {
+    mapping.is_private_anonymous() && !mapping.executable
+}
+
+fn pages<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> PageSet {
+    PageSet::from_runs(mappings.filter_map(Mapping::pages))
+}
+
+fn overlaps(set: &PageSet, range: &Range<u64>) -> bool {
+    PageRun::touching(range)
+        .is_ok_and(|run| !set.intersection(&PageSet::from_runs([run])).is_empty())
+}
+
+/// Appends a range that begins at or after the end of the last one.
+fn extend(ranges: &mut Vec<(u64, u64)>, range: &Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if last.1 == range.start => last.1 = range.end,
+        Some(_) | None => ranges.push((range.start, range.end)),
+    }
+}
+
+/// How often one scan looks again at mappings that were replaced while it ran.
+const REPLACED_MAX: usize = 8;
+
+/// The last page of user memory on x86-64 with four-level page tables.
+const LAST_USER_PAGE: u64 = 0x7fff_ffff_e000;

@@ -1,0 +1,575 @@
+//! A process to try tracking on: it does what it is told, one line at a time, on memory at addresses
+//! it is told, and does nothing in between. Tests start their own executable again as that process.
+//!
+//! Test code only. Every function works on memory the process mapped for this purpose, on its own
+//! descriptors, or makes a system call that takes numbers.
+
+#![allow(unsafe_code)]
+
+use std::io::{self, BufRead, BufReader, Lines, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::ptr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
+
+/// Set in the environment of a process that is to obey.
+const ROLE: &str = "PAGEFERRY_TRIAL";
+
+/// Starts every answer, to be told from what the test harness prints.
+const MARK: &str = "@ ";
+
+/// A process that obeys. Killed and reaped on drop.
+#[derive(Debug)]
+pub struct Trial {
+    child: Child,
+    input: ChildStdin,
+    output: Lines<BufReader<ChildStdout>>,
+    /// One answer `done` is to be skipped.
+    silent: bool,
+}
+
+impl Trial {
+    /// Starts one. `test` is the path of the test function that calls [`obey`].
+    pub fn start(test: &str) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", test, "--nocapture", "--test-threads=2"])
+            .env(ROLE, "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let input = child.stdin.take().unwrap();
+        let output = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut trial = Self {
+            child,
+            input,
+            output,
+            silent: false,
+        };
+        assert_eq!(trial.answer(), "ready");
+        trial
+    }
+
+    /// Its pid.
+    pub fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    /// Makes it do something, and returns what it says.
+    pub fn tell(&mut self, order: &str) -> String {
+        writeln!(self.input, "{order}").unwrap();
+        let answer = self.answer();
+        assert!(!answer.starts_with("error"), "{order}: {answer}");
+        answer
+    }
+
+    /// Makes it do something, and ignores that it says `done`, whenever it does.
+    pub fn tell_silently(&mut self, order: &str) {
+        writeln!(self.input, "{order}").unwrap();
+        self.silent = true;
+    }
+
+    /// Waits for the next thing it says.
+    pub fn answer(&mut self) -> String {
+        loop {
+            let line = self
+                .output
+                .next()
+                .expect("the trial process has ended")
+                .unwrap();
+            match line.split_once(MARK) {
+                Some((_, "done")) if self.silent => self.silent = false,
+                Some((_, answer)) => return answer.to_owned(),
+                None => {}
+            }
+        }
+    }
+}
+
+impl Trial {
+    /// Sends it a signal, which may be a real-time one.
+    pub fn signal(&self, number: i32) {
+        signal(self.pid(), number);
+    }
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The body of the test function that is the other process. Returns at once when it is run as a
+/// test, and never when it is run as the process.
+pub fn obey() {
+    if std::env::var_os(ROLE).is_none() {
+        return;
+    }
+    say("ready");
+    for line in io::stdin().lines() {
+        let line = line.unwrap();
+        let words: Vec<&str> = line.split(' ').collect();
+        match act(&words) {
+            Ok(answer) => say(&answer),
+            Err(error) => say(&format!("error {error}")),
+        }
+    }
+    std::process::exit(0);
+}
+
+fn say(text: &str) {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{MARK}{text}").unwrap();
+    out.flush().unwrap();
+}
+
+fn act(words: &[&str]) -> io::Result<String> {
+    let number = |index: usize| parse(words[index]);
+    let size = |index: usize| usize::try_from(parse(words[index])).unwrap();
+    let done = || Ok(String::from("done"));
+    match words[0] {
+        "map" => map(number(1), size(2), words[3]).and_then(|()| done()),
+        "fill" => done_with(fill(number(1), size(2), words[3])),
+        "get" => Ok(get(number(1)).to_string()),
+        "look" => Ok((0..number(2))
+            .map(|page| get(number(1) + page * 4096))
+            .max()
+            .unwrap()
+            .to_string()),
+        "kernel-write" => kernel_write(number(1), size(2)).and_then(|()| done()),
+        "protect" => protect(number(1), size(2), words[3]).and_then(|()| done()),
+        "advise" => advise(number(1), size(2), words[3]).and_then(|()| done()),
+        "unmap" => unmap(number(1), size(2)).and_then(|()| done()),
+        "remap" => remap(number(1), size(2), number(3)).and_then(|()| done()),
+        "lock" => lock(number(1), size(2)).and_then(|()| done()),
+        "uid" => become_nobody().and_then(|()| done()),
+        "seccomp" => deny_userfaultfd(words[1]).and_then(|()| done()),
+        "threads" => done_with(park_threads(size(1))),
+        "fork" => fork(),
+        "clone-vm" => clone_with_memory(),
+        "exec" => Err(execute()),
+        "block" => block(words[1]),
+        "poke" => poke(parse(words[1])).and_then(|()| done()),
+        "count-signals" => done_with(count_signals()),
+        "signals" => Ok(SIGNALS.load(Ordering::SeqCst).to_string()),
+        "open-direct" => open_direct(words[1]).and_then(|()| done()),
+        "userfaultfd" => open_userfaultfd().and_then(|()| done()),
+        "io-uring" => open_io_uring().and_then(|()| done()),
+        "storm" => done_with(storm()),
+        other => Err(io::Error::other(format!("unknown order {other}"))),
+    }
+}
+
+fn done_with((): ()) -> io::Result<String> {
+    Ok(String::from("done"))
+}
+
+fn parse(word: &str) -> u64 {
+    match word.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).unwrap(),
+        None => word.parse().unwrap(),
+    }
+}
+
+fn pointer<T>(address: u64) -> *mut T {
+    ptr::with_exposed_provenance_mut(usize::try_from(address).unwrap())
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn protection(name: &str) -> libc::c_int {
+    let bit = |letter, bit| if name.contains(letter) { bit } else { 0 };
+    bit('r', libc::PROT_READ) | bit('w', libc::PROT_WRITE) | bit('x', libc::PROT_EXEC)
+}
+
+fn map(address: u64, pages: usize, kind: &str) -> io::Result<()> {
+    let (file, shared) = match kind {
+        "shared" => (-1, libc::MAP_SHARED | libc::MAP_ANONYMOUS),
+        "secret" => (secret_memory(pages)?, libc::MAP_SHARED),
+        "huge" => {
+            let huge = libc::MAP_HUGETLB | libc::MAP_NORESERVE;
+            (-1, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | huge)
+        }
+        _ => (-1, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS),
+    };
+    let flags = shared | libc::MAP_FIXED_NOREPLACE;
+    let prot = match kind {
+        "shared" | "secret" | "huge" => libc::PROT_READ | libc::PROT_WRITE,
+        _ => protection(kind),
+    };
+    // SAFETY: NOREPLACE: the range is not in use.
+    let mapped = unsafe { libc::mmap(pointer(address), pages * 4096, prot, flags, file, 0) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let _ = mapped.expose_provenance();
+    Ok(())
+}
+
+fn secret_memory(pages: usize) -> io::Result<libc::c_int> {
+    // SAFETY: one number.
+    let fd = unsafe { libc::syscall(libc::SYS_memfd_secret, 0) };
+    let fd = i32::try_from(fd).unwrap();
+    check(fd)?;
+    // SAFETY: a descriptor of ours and a number.
+    check(unsafe { libc::ftruncate(fd, i64::try_from(pages * 4096).unwrap()) })?;
+    Ok(fd)
+}
+
+/// Writes to every page: `random`, `text`, `zero` or a number for all bytes.
+fn fill(address: u64, pages: usize, what: &str) {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ address;
+    for page in 0..pages {
+        let target: *mut u64 = pointer(address + page as u64 * 4096);
+        for word in 0..512 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let value = match what {
+                "random" => state,
+                "text" => TEXT[usize::try_from(state % 8).unwrap()],
+                "half-zero" if page % 2 == 0 => 0,
+                "half-zero" => state,
+                byte => u64::from_ne_bytes([byte.parse().unwrap(); 8]),
+            };
+            // SAFETY: the test mapped these pages for this.
+            unsafe { target.add(word).write_volatile(value) };
+        }
+    }
+}
+
+const TEXT: [u64; 8] = [
+    u64::from_ne_bytes(*b"the quic"),
+    u64::from_ne_bytes(*b"k brown "),
+    u64::from_ne_bytes(*b"fox jump"),
+    u64::from_ne_bytes(*b"ed over "),
+    u64::from_ne_bytes(*b"a lazy d"),
+    u64::from_ne_bytes(*b"og and t"),
+    u64::from_ne_bytes(*b"hen ran "),
+    u64::from_ne_bytes(*b"away.\n\n "),
+];
+
+fn get(address: u64) -> u8 {
+    // SAFETY: the test mapped this page for this.
+    unsafe { pointer::<u8>(address).read_volatile() }
+}
+
+fn kernel_write(address: u64, length: usize) -> io::Result<()> {
+    let file = std::fs::File::open("/dev/urandom")?;
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+    // SAFETY: the test mapped these pages for this.
+    let read = unsafe { libc::read(fd, pointer(address), length) };
+    assert_eq!(read, libc::ssize_t::try_from(length).unwrap());
+    Ok(())
+}
+
+fn protect(address: u64, pages: usize, name: &str) -> io::Result<()> {
+    // SAFETY: the test mapped these pages for this.
+    check(unsafe { libc::mprotect(pointer(address), pages * 4096, protection(name)) })
+}
+
+fn advise(address: u64, pages: usize, name: &str) -> io::Result<()> {
+    let advice = match name {
+        "dontneed" => libc::MADV_DONTNEED,
+        "free" => libc::MADV_FREE,
+        "hugepage" => libc::MADV_HUGEPAGE,
+        "dontfork" => libc::MADV_DONTFORK,
+        "pageout" => 21,
+        "guard" => 102,
+        "unguard" => 103,
+        other => panic!("unknown advice {other}"),
+    };
+    // SAFETY: the test mapped these pages for this.
+    check(unsafe { libc::madvise(pointer(address), pages * 4096, advice) })
+}
+
+fn unmap(address: u64, pages: usize) -> io::Result<()> {
+    // SAFETY: the test mapped these pages for this.
+    check(unsafe { libc::munmap(pointer(address), pages * 4096) })
+}
+
+fn remap(address: u64, pages: usize, target: u64) -> io::Result<()> {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    let target: *mut libc::c_void = pointer(target);
+    // SAFETY: the test mapped these pages for this, and nothing at the target.
+    let moved =
+        unsafe { libc::mremap(pointer(address), pages * 4096, pages * 4096, flags, target) };
+    if moved == libc::MAP_FAILED {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn lock(address: u64, pages: usize) -> io::Result<()> {
+    // SAFETY: the test mapped these pages for this.
+    check(unsafe { libc::mlock(pointer(address), pages * 4096) })
+}
+
+fn become_nobody() -> io::Result<()> {
+    // SAFETY: numbers only; glibc does it for all threads.
+    check(unsafe { libc::setgid(65534) })?;
+    // SAFETY: as above.
+    check(unsafe { libc::setuid(65534) })
+}
+
+/// A filter for all threads that refuses, or dies of, `userfaultfd` and `close_range`.
+fn deny_userfaultfd(how: &str) -> io::Result<()> {
+    let action = match how {
+        "errno" => libc::SECCOMP_RET_ERRNO | libc::EPERM.cast_unsigned(),
+        "kill" => libc::SECCOMP_RET_KILL_PROCESS,
+        other => panic!("unknown action {other}"),
+    };
+    let statement = |code: u32, k| libc::sock_filter {
+        code: u16::try_from(code).unwrap(),
+        jt: 0,
+        jf: 0,
+        k,
+    };
+    let number = u32::try_from(libc::SYS_userfaultfd).unwrap();
+    let mut filter = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
+        libc::sock_filter {
+            jf: 1,
+            ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, number)
+        },
+        statement(libc::BPF_RET | libc::BPF_K, action),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: 4,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: numbers only.
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+    let (mode, flags) = (
+        libc::SECCOMP_SET_MODE_FILTER,
+        libc::SECCOMP_FILTER_FLAG_TSYNC,
+    );
+    // SAFETY: the program and its filter live across the call, which copies them.
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) };
+    check(i32::try_from(result).unwrap())
+}
+
+fn park_threads(count: usize) {
+    for _ in 0..count {
+        std::thread::spawn(|| {
+            loop {
+                std::thread::park();
+            }
+        });
+    }
+}
+
+/// Makes threads that end at once, without end.
+fn storm() {
+    std::thread::spawn(|| {
+        loop {
+            std::thread::spawn(|| ()).join().unwrap();
+        }
+    });
+}
+
+/// Forks a child that only waits; returns its pid.
+fn fork() -> io::Result<String> {
+    // SAFETY: the child calls nothing but pause, which may be called after a fork of many threads.
+    let pid = unsafe { libc::fork() };
+    check(pid)?;
+    if pid == 0 {
+        loop {
+            // SAFETY: no arguments.
+            unsafe { libc::pause() };
+        }
+    }
+    Ok(pid.to_string())
+}
+
+/// Makes a process with the same memory; returns its pid.
+fn clone_with_memory() -> io::Result<String> {
+    extern "C" fn wait(_: *mut libc::c_void) -> libc::c_int {
+        loop {
+            // SAFETY: no arguments.
+            unsafe { libc::pause() };
+        }
+    }
+    let stack = Box::leak(vec![0u64; 8192].into_boxed_slice())
+        .as_mut_ptr_range()
+        .end;
+    let flags = libc::CLONE_VM | libc::SIGCHLD;
+    // SAFETY: the stack is leaked, so it outlives the process, which calls nothing but pause.
+    let pid = unsafe { libc::clone(wait, stack.cast(), flags, ptr::null_mut()) };
+    check(pid).map(|()| pid.to_string())
+}
+
+/// Sends a signal to a process of the test's own.
+pub fn signal(pid: i32, number: i32) {
+    // SAFETY: numbers only.
+    check(unsafe { libc::kill(pid, number) }).unwrap();
+}
+
+/// Kills a process that a trial process made.
+pub fn kill(pid: i32) {
+    signal(pid, libc::SIGKILL);
+}
+
+/// Executes itself: the same pid, other memory.
+fn execute() -> io::Error {
+    use std::os::unix::process::CommandExt;
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    Command::new("/proc/self/exe").args(arguments).exec()
+}
+
+/// Starts a thread that blocks in a system call; says `blocked TID` and, when the call returns,
+/// `returned RESULT ERRNO`. What ends the call is a byte on a pipe, or its timeout.
+fn block(call: &str) -> io::Result<String> {
+    let (announce, announced) = mpsc::channel();
+    let call = call.to_owned();
+    let mut pipe = [0; 2];
+    // SAFETY: room for two descriptors.
+    check(unsafe { libc::pipe(pipe.as_mut_ptr()) })?;
+    let [read_end, write_end] = pipe;
+    std::thread::spawn(move || {
+        // SAFETY: no arguments.
+        announce.send(unsafe { libc::gettid() }).unwrap();
+        let result = blocking_call(&call, read_end);
+        let errno = io::Error::last_os_error().raw_os_error().unwrap();
+        let errno = if result < 0 { errno } else { 0 };
+        say(&format!("returned {result} {errno}"));
+    });
+    let tid = announced.recv().unwrap();
+    Ok(format!("blocked {tid} {write_end}"))
+}
+
+/// Ends what `block` began.
+fn poke(pipe: u64) -> io::Result<()> {
+    let pipe = libc::c_int::try_from(pipe).unwrap();
+    // SAFETY: one byte of a string.
+    let written = unsafe { libc::write(pipe, c"x".as_ptr().cast(), 1) };
+    check(libc::c_int::try_from(written).unwrap())
+}
+
+static SIGNALS: AtomicU32 = AtomicU32::new(0);
+
+/// A real-time signal: every single one is delivered.
+pub fn counted_signal() -> i32 {
+    libc::SIGRTMIN() + 3
+}
+
+fn count_signals() {
+    extern "C" fn count(_: libc::c_int) {
+        SIGNALS.fetch_add(1, Ordering::SeqCst);
+    }
+    let handler = count as extern "C" fn(libc::c_int);
+    // SAFETY: the handler only changes an atomic.
+    unsafe { libc::signal(counted_signal(), handler as libc::sighandler_t) };
+}
+
+fn open_direct(path: &str) -> io::Result<()> {
+    use std::os::fd::IntoRawFd;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::OpenOptions::new();
+    let file = options.read(true).custom_flags(libc::O_DIRECT).open(path)?;
+    let _open_for_ever = file.into_raw_fd();
+    Ok(())
+}
+
+fn open_userfaultfd() -> io::Result<()> {
+    // SAFETY: one number.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, super::USERFAULTFD_FLAGS) };
+    check(libc::c_int::try_from(fd).unwrap())
+}
+
+fn open_io_uring() -> io::Result<()> {
+    let mut parameters = [0u8; 256];
+    // SAFETY: room for struct io_uring_params, which is 120 bytes.
+    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr()) };
+    check(libc::c_int::try_from(fd).unwrap())
+}
+
+fn blocking_call(call: &str, pipe: libc::c_int) -> i64 {
+    let second = libc::timespec {
+        tv_sec: 1,
+        tv_nsec: 0,
+    };
+    let mut byte = 0u8;
+    let word = 0u32;
+    match call {
+        // SAFETY: room for one byte.
+        "read" => (unsafe { libc::read(pipe, (&raw mut byte).cast(), 1) }) as i64,
+        // SAFETY: both arguments live across the call.
+        "nanosleep" => i64::from(unsafe { libc::nanosleep(&raw const second, ptr::null_mut()) }),
+        "futex" => {
+            let (operation, expected) = (libc::FUTEX_WAIT, 0);
+            // SAFETY: the word and the timeout live across the call.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_futex,
+                    &raw const word,
+                    operation,
+                    expected,
+                    &raw const second,
+                )
+            }
+        }
+        "epoll" => i64::from(epoll(pipe)),
+        "poll" => {
+            let mut poll = libc::pollfd {
+                fd: pipe,
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            // SAFETY: one pollfd.
+            i64::from(unsafe { libc::poll(&raw mut poll, 1, -1) })
+        }
+        "sigtimedwait" => {
+            // SAFETY: a set of signals is plain data.
+            let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+            // SAFETY: the set lives across the calls; the timeout too.
+            i64::from(unsafe {
+                libc::sigemptyset(&raw mut set);
+                libc::sigaddset(&raw mut set, libc::SIGUSR2);
+                libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut());
+                libc::sigtimedwait(&raw const set, ptr::null_mut(), &raw const second)
+            })
+        }
+        "ppoll" => {
+            let mut poll = libc::pollfd {
+                fd: pipe,
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            // SAFETY: a set of signals is plain data.
+            let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+            // SAFETY: all arguments live across the calls.
+            i64::from(unsafe {
+                libc::sigfillset(&raw mut set);
+                libc::ppoll(&raw mut poll, 1, ptr::null(), &raw const set)
+            })
+        }
+        other => panic!("unknown call {other}"),
+    }
+}
+
+fn epoll(pipe: libc::c_int) -> libc::c_int {
+    // SAFETY: a number.
+    let epoll = unsafe { libc::epoll_create1(0) };
+    let mut event = libc::epoll_event {
+        events: libc::EPOLLIN.cast_unsigned(),
+        u64: 7,
+    };
+    // SAFETY: the event lives across the calls.
+    unsafe {
+        assert_eq!(
+            libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, pipe, &raw mut event),
+            0
+        );
+        libc::epoll_wait(epoll, &raw mut event, 1, -1)
+    }
+}
