@@ -46,7 +46,7 @@ pub fn first_error(path: &Path) -> Result<Option<LogError>, ReportError> {
 }
 
 /// `(00.012345)     77: Error (criu/file.c:12): text` → `criu/file.c:12: text`.
-fn error_of(line: &str) -> Option<String> {
+pub(crate) fn error_of(line: &str) -> Option<String> {
     let (_, error) = line.split_once("Error (")?;
     let (place, text) = error.split_once("): ")?;
     let text: String = text.trim().chars().take(TEXT_MAX).collect();

@@ -32,6 +32,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::message::{CriuRequest, CriuResponse, RequestType};
 use crate::options::Request;
+use crate::report;
 use crate::sys::{self, ChildSetup, FailedStep};
 use crate::view::FEED_VARIABLE;
 
@@ -55,6 +56,11 @@ pub struct SwrkConfig {
     /// Off for lazy restores, see [`crate::image::pagemap`]: the worker and the tasks it makes run
     /// without huge pages until CRIU gives each task its own setting back.
     pub huge_pages: bool,
+    /// Whether CRIU may stop tasks by hardware breakpoints. They are perf events, and the kernel
+    /// waits for all CPUs when the first one on the machine comes into being: 10 to 20 ms, in the
+    /// freeze of a dump and between `post-restore` and the first instruction of a restored task.
+    /// Without them CRIU stops tasks at system calls, as it does on machines that have none.
+    pub breakpoints: bool,
 }
 
 /// The preload library and the memory it is fed through.
@@ -112,12 +118,13 @@ pub enum NotifyScript {
     Other(String),
 }
 
-/// The answer to a request. A successful one may carry a message too (the first line of the log
-/// that looked like an error), so `success` alone decides.
+/// The answer to a request. A successful one may carry a message too, so `success` alone decides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
     pub success: bool,
     pub errno: Option<i32>,
+    /// First error of CRIU's log, unless it is a harmless one that hides the cause: the log has it
+    /// ([`crate::report`]).
     pub message: Option<String>,
     /// Root task of a restored tree, in the worker's pid namespace.
     pub pid: Option<i32>,
@@ -148,7 +155,7 @@ pub struct Features {
 #[error("criu failed{}{}", errno_text(*.errno), message_text(.message))]
 pub struct RequestFailed {
     pub errno: Option<i32>,
-    /// First error of CRIU's log.
+    /// As in [`Response::message`].
     pub message: Option<String>,
 }
 
@@ -227,6 +234,7 @@ impl SwrkConfig {
             env: Vec::new(),
             inherited: Vec::new(),
             huge_pages: true,
+            breakpoints: false,
         }
     }
 }
@@ -408,6 +416,9 @@ fn command(config: &SwrkConfig, socket: i32) -> Result<Command, SwrkError> {
         .stdin(Stdio::null())
         .stdout(output.0)
         .stderr(output.1);
+    if !config.breakpoints {
+        command.env("CRIU_FAULT", NO_BREAKPOINTS);
+    }
     if let Some(view) = &config.view {
         command.env("LD_PRELOAD", &view.library);
         command.env(FEED_VARIABLE, view.feed.as_raw_fd().to_string());
@@ -491,7 +502,7 @@ impl From<CriuResponse> for Response {
         Self {
             success: response.success,
             errno: response.cr_errno.filter(|errno| *errno != 0),
-            message: response.cr_errmsg.map(|text| text.trim_end().to_owned()),
+            message: response.cr_errmsg.and_then(|text| report::error_of(&text)),
             pid: response.restore.map(|restore| restore.pid),
             version,
             features,
@@ -542,6 +553,9 @@ fn message_text(message: &Option<String>) -> String {
 
 /// Longest packet taken from CRIU, in bytes. Notifications and answers are some hundred.
 const PACKET_MAX: usize = 1 << 20; // 1 MiB
+
+/// The "fault" of CRIU that there are no breakpoints (`FI_NO_BREAKPOINTS` since CRIU 2).
+const NO_BREAKPOINTS: &str = "130";
 
 /// For a daemon started without `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

@@ -70,8 +70,15 @@ pub struct Workload {
 
 impl Workload {
     pub fn start(mebibytes: usize) -> Self {
+        Self::start_with(&[], mebibytes)
+    }
+
+    /// Started by `prefix`, a command that becomes the one it is given.
+    pub fn start_with(prefix: &[&str], mebibytes: usize) -> Self {
         let directory = tempfile::tempdir_in("/tmp").expect("tmp").keep();
-        let child = Command::new(PROGRAM)
+        let words = [prefix, &[PROGRAM]].concat();
+        let child = Command::new(words[0])
+            .args(&words[1..])
             .arg("--workload")
             .args([directory.as_os_str(), mebibytes.to_string().as_ref()])
             .stdin(Stdio::null())
