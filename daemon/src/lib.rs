@@ -10,6 +10,7 @@ pub mod config;
 pub mod link;
 pub mod migration;
 pub mod net;
+pub mod node;
 pub mod pager;
 pub mod pages;
 pub mod runtime;

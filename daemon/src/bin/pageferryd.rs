@@ -1,2 +1,44 @@
-//! Skeleton.
-fn main() {}
+//! The daemon: one per node.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use pageferry::args::DaemonArgs;
+use pageferry::config::Config;
+use pageferry::{node, telemetry};
+
+fn main() -> ExitCode {
+    let args = DaemonArgs::parse();
+    if let Err(error) = telemetry::start("pageferryd", &args.log) {
+        eprintln!("pageferryd: {}", telemetry::Chain(&error));
+        return ExitCode::from(telemetry::EXIT_USAGE);
+    }
+    let config = match Config::load(&args) {
+        Ok(config) => config,
+        Err(error) => {
+            tracing::error!("{}", telemetry::Chain(&error));
+            return ExitCode::from(telemetry::EXIT_USAGE);
+        }
+    };
+    if args.check {
+        return ExitCode::SUCCESS;
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "cannot start the runtime");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(node::run(config)) {
+        Ok(()) => {
+            // Blocking threads may be in the middle of a page; nothing of theirs must be kept.
+            runtime.shutdown_background();
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

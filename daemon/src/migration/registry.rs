@@ -267,10 +267,10 @@ impl Registry {
         peer: NodeName,
     ) -> Result<mpsc::Sender<TargetRequest>, Failure> {
         let parts = &self.inner.parts;
-        let incoming = self.lock().values().filter(|entry| {
-            let status = entry.status.borrow();
-            status.role == Side::Target && !status.phase.is_final()
-        });
+        let incoming = self.list();
+        let incoming = incoming
+            .iter()
+            .filter(|status| status.role == Side::Target && !status.phase.is_final());
         if incoming.count() >= parts.incoming_max {
             return Err(Failure::new(
                 ErrorCode::TargetBusy,

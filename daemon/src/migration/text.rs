@@ -4,19 +4,14 @@ use std::error::Error;
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
+use crate::telemetry::Chain;
+
 /// An error with all its causes, in one line.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    Chain(error).to_string()
 }
 
 /// A failure that no operator can have caused.
-pub fn internal(error: &dyn Error) -> Failure {
+pub fn internal(error: &(dyn Error + 'static)) -> Failure {
     Failure::new(ErrorCode::Internal, chain(error))
 }

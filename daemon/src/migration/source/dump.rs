@@ -131,7 +131,8 @@ impl Dump {
             output: plan.directory.join("dump.out"),
             env: Vec::new(),
             inherited: Vec::new(),
-            huge_pages: false,
+            huge_pages: true,
+            breakpoints: false,
         })?;
         let open = |path: &Path| -> Result<OwnedFd, DumpError> {
             Ok(fs::File::open(path).map_err(io("opening", path))?.into())

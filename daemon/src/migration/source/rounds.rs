@@ -98,8 +98,9 @@ impl Site {
             }
             let reader = space.reader();
             let mut cancelled = self.cancelled.clone();
+            let sink = Parcels(&data);
             let sent = tokio::select! {
-                sent = self.sender.round(*id, &reader, pages, round, &Parcels(&data)) => sent,
+                sent = self.sender.round(*id, &reader, pages, round, &sink) => sent,
                 _ = cancelled.wait_for(|cancelled| *cancelled) => Err(SendError::Cut),
             };
             match sent {

@@ -64,6 +64,8 @@ pub struct SourceNode {
     pub support: Support,
     /// Threads that read and encode.
     pub workers: usize,
+    /// Bytes of one workload that may be copied in the freeze, unless forced.
+    pub eager_memory_max: u64,
 }
 
 /// What a restarted daemon needs to know of a workload: kept in the journal.
@@ -327,6 +329,7 @@ impl Site {
 
     fn check_budget(&self, eager: &Eager) -> Result<(), Failure> {
         let budget = self.policy.downtime_max.as_millis() as u64 * EAGER_BYTES_PER_SECOND / 1000;
+        let budget = budget.min(self.node.eager_memory_max);
         if eager.bytes() <= budget || self.policy.force_eager {
             return Ok(());
         }

@@ -300,11 +300,11 @@ fn image_failed(path: &Path, error: &std::io::Error) -> Failure {
     Failure::new(ErrorCode::Capacity, format!("cannot store image {}: {error}", path.display()))
 }
 
-fn lost(error: &dyn std::error::Error) -> Failure {
+fn lost(error: &(dyn std::error::Error + 'static)) -> Failure {
     Failure::new(ErrorCode::PeerLost, chain(error))
 }
 
-fn corrupt(error: &dyn std::error::Error) -> Failure {
+fn corrupt(error: &(dyn std::error::Error + 'static)) -> Failure {
     Failure::new(ErrorCode::Checksum, chain(error))
 }
 

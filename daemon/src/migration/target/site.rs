@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,12 +20,13 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
 use pageferry_proto::wire::description::{LinkAddress, LinkDescription};
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
 use super::intake::Intake;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal};
-use crate::pager::client::PagerClient;
+use crate::pager::client::{ClientError, Notice, PagerClient, Remains, Spawn};
 use crate::pager::message::{Namespace, RestoreRequest};
 use crate::pages::store::{Store, StoreLimits};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
@@ -51,8 +52,8 @@ pub struct TargetNode {
     pub migrations: PathBuf,
     /// Where freezer cgroups are made.
     pub freezers: FreezerRoot,
-    /// The bridge that links become ports of.
-    pub bridge: String,
+    /// The bridge that links become ports of; without one only workloads without links may come.
+    pub bridge: Option<String>,
     /// How much memory incoming workloads may have.
     pub limits: StoreLimits,
     /// Threads that decode.
@@ -75,6 +76,19 @@ struct LinkState {
     addresses: Vec<(std::net::IpAddr, u8)>,
 }
 
+/// The process that holds the workload, and what it says unasked.
+#[derive(Debug)]
+struct Pager {
+    client: PagerClient,
+    notices: mpsc::UnboundedReceiver<Notice>,
+}
+
+impl From<(PagerClient, mpsc::UnboundedReceiver<Notice>)> for Pager {
+    fn from((client, notices): (PagerClient, mpsc::UnboundedReceiver<Notice>)) -> Self {
+        Self { client, notices }
+    }
+}
+
 /// A workload's place at its target.
 #[derive(Debug)]
 pub struct Site {
@@ -85,7 +99,7 @@ pub struct Site {
     namespaces: Vec<(NamespaceKind, OwnedFd)>,
     network: Option<PreparedNetwork>,
     links: Vec<LinkDescription>,
-    pager: Option<PagerClient>,
+    pager: Option<Pager>,
     intake: Arc<Intake>,
     /// From the request to CRIU's post-restore.
     pub(super) restore_time: Option<Duration>,
@@ -143,8 +157,8 @@ impl Site {
         let prefix = link_prefix(id);
         site.network = Some(PreparedNetwork::recovered(&site.links, &state.bridge, &prefix));
         // A pager that is gone has taken its workload with it, or has filled it and ended.
-        match PagerClient::connect(&site.directory).await {
-            Ok(pager) => site.pager = Some(pager),
+        match PagerClient::connect(&site.directory) {
+            Ok(pager) => site.pager = Some(Pager::from(pager)),
             Err(error) => tracing::info!(migration = %id, "no pager: {}", chain(&error)),
         }
         Ok(site)
@@ -191,19 +205,21 @@ impl Site {
         }
         if let Some(net) = self.namespace(NamespaceKind::Net) {
             let prefix = link_prefix(self.id);
-            let network = PreparedNetwork::build(
-                net,
-                &description.links,
-                &description.routes,
-                &self.node.bridge,
-                &prefix,
-            );
+            let bridge = self.bridge(&description.links)?;
+            let (links, routes) = (&description.links, &description.routes);
+            let network = PreparedNetwork::build(net, links, routes, &bridge, &prefix);
             self.network = Some(network.await.map_err(network_unfit)?);
             self.links.clone_from(&description.links);
         }
         self.freezer.make().map_err(|error| Failure::new(ErrorCode::NodeUnfit, chain(&error)))?;
-        let pager = PagerClient::spawn(&self.node.pager, &self.directory, self.id).await;
-        self.pager = Some(pager.map_err(pager_failed)?);
+        let spawn = Spawn {
+            program: self.node.pager.clone(),
+            directory: self.directory.clone(),
+            id: self.id,
+            cgroup_procs: Vec::new(),
+        };
+        let pager = PagerClient::spawn(&spawn).await.map_err(pager_failed)?;
+        self.pager = Some(Pager::from(pager));
         self.state()
     }
 
@@ -213,19 +229,17 @@ impl Site {
         let spaces = block_in_place(|| self.make_images_lazy(&images))?;
         // Late births are only known from the images; they have no pages to be filled.
         let mut plan = Vec::with_capacity(spaces.len());
-        let pager = self.pager.as_mut().ok_or_else(no_pager)?;
+        let pager = &self.pager.as_ref().ok_or_else(no_pager)?.client;
         for id in spaces {
             let space = self.intake.store().space(id).map_err(|error| internal(&error))?;
-            let memory = space.descriptor().try_clone_to_owned().map_err(|e| internal(&e))?;
-            pager.space(id, memory).await.map_err(pager_failed)?;
+            pager.space(id, space.descriptor()).await.map_err(pager_failed)?;
             plan.push((id, space.held().data));
         }
-        pager.plan(&plan).await.map_err(pager_failed)?;
-        let mut namespaces = Vec::new();
-        let mut descriptors = Vec::new();
+        let pending: Vec<_> = plan.iter().map(|(id, pages)| (*id, pages)).collect();
+        pager.plan(&pending).await.map_err(pager_failed)?;
+        let mut namespaces = Vec::with_capacity(self.namespaces.len());
         for (kind, fd) in &self.namespaces {
-            namespaces.push(pager_kind(*kind)?);
-            descriptors.push(fd.try_clone().map_err(|error| internal(&error))?);
+            namespaces.push((pager_kind(*kind)?, fd.as_fd()));
         }
         let request = RestoreRequest {
             criu: self.node.criu.clone(),
@@ -235,13 +249,12 @@ impl Site {
             cgroup_procs: vec![self.freezer.procs_file()],
             freezer: self.freezer.path().to_owned(),
             spaces: u32::try_from(plan.len()).map_err(|error| internal(&error))?,
-            namespaces,
             tcp_established: true,
             file_locks: true,
             link_remap: true,
             ..RestoreRequest::default()
         };
-        let restored = pager.restore(request, descriptors).await.map_err(pager_failed)?;
+        let restored = pager.restore(request, &namespaces, &[]).await.map_err(pager_failed)?;
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));
         tracing::info!(migration = %self.id, root = restored.root_pid,
             took = ?self.restore_time, "restored and held");
@@ -270,20 +283,31 @@ impl Site {
     /// Attaches the network and lets the workload run. Only when `Running` is durable; doing it
     /// again does no harm.
     pub async fn let_go(&mut self) -> Result<(), Failure> {
-        let status = self.pager.as_mut().ok_or_else(no_pager)?.status().await;
-        let status = status.map_err(pager_failed)?;
-        if self.namespace(NamespaceKind::Net).is_none()
-            && let (Some(root), false) = (status.root_pid, self.links.is_empty())
-        {
+        let Some(Pager { client, .. }) = &self.pager else { return self.without_pager() };
+        if self.namespace(NamespaceKind::Net).is_none() && !self.links.is_empty() {
+            let status = client.status().await.map_err(pager_failed)?;
+            let root = status.root_pid.ok_or_else(no_pager)?;
             let net = namespace::open(root, NamespaceKind::Net).map_err(|e| internal(&e))?;
             self.namespaces.push((NamespaceKind::Net, net));
         }
         if let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) {
             network.attach(net).await.map_err(network_unfit)?;
         }
-        self.pager.as_mut().ok_or_else(no_pager)?.go().await.map_err(pager_failed)?;
+        let Some(Pager { client, .. }) = &self.pager else { return Err(no_pager()) };
+        client.go().await.map_err(pager_failed)?;
         self.announce_again();
         Ok(())
+    }
+
+    /// What an ended pager has left says whether the workload runs.
+    fn without_pager(&self) -> Result<(), Failure> {
+        let remains = Remains::read(&self.directory).map_err(|error| internal(&error))?;
+        match remains {
+            Remains::Filled(_) => Ok(()),
+            Remains::FillLost(line) => Err(Failure::new(ErrorCode::FillLost, line)),
+            Remains::RestoreLost(line) => Err(Failure::new(ErrorCode::CriuFailed, line)),
+            Remains::Nothing => Err(no_pager()),
+        }
     }
 
     /// Repeats the announcements in the background.
@@ -306,9 +330,15 @@ impl Site {
 
     /// Waits until all memory of the running workload is in place.
     pub async fn filled(&mut self) -> Result<(), Failure> {
-        let Some(pager) = &mut self.pager else { return Ok(()) };
-        let report = pager.filled().await.map_err(pager_failed)?;
-        tracing::info!(migration = %self.id, ?report, "filled");
+        if let Some(pager) = &mut self.pager {
+            match pager.notices.recv().await {
+                Some(Notice::Filled(report)) => {
+                    tracing::info!(migration = %self.id, ?report, "filled");
+                }
+                Some(Notice::Failed { failure, .. }) => return Err(failure),
+                Some(Notice::Lost) | None => self.without_pager()?,
+            }
+        }
         self.pager = None;
         self.namespaces.clear();
         drop(fs::remove_dir_all(&self.directory));
@@ -317,8 +347,8 @@ impl Site {
 
     /// Undoes everything down to nothing.
     pub async fn discard(&mut self) -> Result<(), Failure> {
-        if let Some(mut pager) = self.pager.take()
-            && let Err(error) = pager.discard().await
+        if let Some(pager) = self.pager.take()
+            && let Err(error) = pager.client.discard().await
         {
             // A pager that is gone has closed CRIU's socket, and CRIU has killed the tree.
             tracing::warn!(migration = %self.id, "discarding: {}", chain(&error));
@@ -339,10 +369,22 @@ impl Site {
         self.namespaces.iter().find(|(found, _)| *found == kind).map(|(_, fd)| fd)
     }
 
+    fn bridge(&self, links: &[LinkDescription]) -> Result<String, Failure> {
+        if links.is_empty() {
+            return Ok(String::new());
+        }
+        self.node.bridge.clone().ok_or_else(|| {
+            Failure::new(
+                ErrorCode::NetworkUnfit,
+                "the workload has network links, and the target has no bridge configured",
+            )
+        })
+    }
+
     fn state(&self) -> Result<DriverState, Failure> {
         let state = SiteState {
             freezer: self.freezer.path().to_owned(),
-            bridge: self.node.bridge.clone(),
+            bridge: self.node.bridge.clone().unwrap_or_default(),
             links: self.links.iter().map(to_state).collect(),
         };
         let bytes = serde_json::to_vec(&state).map_err(|error| internal(&error))?;
@@ -402,6 +444,9 @@ fn network_unfit(error: crate::link::LinkError) -> Failure {
     Failure::new(ErrorCode::NetworkUnfit, chain(&error))
 }
 
-fn pager_failed(error: crate::pager::client::ClientError) -> Failure {
-    Failure::new(error.code(), chain(&error))
+fn pager_failed(error: ClientError) -> Failure {
+    match error {
+        ClientError::Failed { failure, .. } => failure,
+        other => Failure::new(ErrorCode::FillLost, chain(&other)),
+    }
 }

@@ -1,0 +1,152 @@
+//! The composition root: the only place where the parts of a daemon are made and joined.
+//!
+//! Order matters at the start: what this node can do is asked before the journals are read, the
+//! journals are read before anybody can connect, and the control socket opens last, so that whoever
+//! reaches it finds a daemon that knows all its migrations.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use criu_glue::probe::Capabilities;
+use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::page::PageCount;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::api;
+use crate::config::Config;
+use crate::migration::journal::Journals;
+use crate::migration::registry::{Registry, RegistryParts};
+use crate::migration::source::site::SourceNode;
+use crate::migration::target::site::TargetNode;
+use crate::net::endpoint::{Endpoint, EndpointConfig};
+use crate::net::lanes::Listener;
+use crate::net::tls::Credentials;
+use crate::pages::store::StoreLimits;
+use crate::pages::track::Support;
+use crate::runtime::cgroup::FreezerRoot;
+
+/// Address spaces of all incoming workloads together.
+const SPACES_MAX: usize = 4096;
+
+/// Runs a daemon until it is told to stop by SIGTERM or SIGINT. Migrations under way are not waited
+/// for: their journals let the next daemon go on with them.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let migrations = config.run_dir.join("migrations");
+    fs::create_dir_all(&migrations).with_context(|| format!("creating {}", migrations.display()))?;
+    raise_descriptor_limit();
+    let support = Support::probe().context("this node cannot be a source or a target")?;
+    let freezers = FreezerRoot::detect().context("this node cannot freeze workloads")?;
+    let criu_version = probe_criu(&config).await?;
+    let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+    let limits = StoreLimits { data_pages_max: memory_pages()?, spaces_max: SPACES_MAX };
+    let credentials = Credentials::load(&config.tls, &config.node).context("loading certificates")?;
+    let endpoint = Endpoint::bind(EndpointConfig {
+        listen: config.listen,
+        credentials,
+        peers: config.peers.clone(),
+    });
+    let endpoint = Arc::new(endpoint.context("opening the QUIC endpoint")?);
+    let journals = Journals::open(&config.journal_dir()).context("opening the journals")?;
+    let registry = Registry::recover(RegistryParts {
+        source: SourceNode {
+            criu: config.criu.clone(),
+            view_library: config.view_library.clone(),
+            criu_version,
+            migrations: migrations.clone(),
+            freezers: freezers.clone(),
+            support,
+            workers,
+            eager_memory_max: config.limits.eager_memory_max,
+        },
+        target: TargetNode {
+            criu: config.criu.clone(),
+            criu_version,
+            pager: config.pager.clone(),
+            migrations,
+            freezers,
+            bridge: config.bridge.clone(),
+            limits,
+            workers,
+        },
+        endpoint: Arc::clone(&endpoint),
+        journals,
+        lanes: config.limits.lanes,
+        incoming_max: config.limits.incoming_max,
+        outgoing_max: config.limits.outgoing_max,
+    })
+    .await
+    .context("reading the journals")?;
+    let defaults = Policy {
+        downtime_max: config.migrate.downtime_max,
+        rounds_max: config.migrate.rounds_max,
+        timeout: config.migrate.timeout,
+        verify: false,
+        force_eager: false,
+    };
+    let mut listener = Listener::start(endpoint);
+    let control = Arc::new(api::LocalControl::new(registry.clone(), defaults));
+    let served = api::serve(&config.api_socket(), control).context("opening the control socket")?;
+    tracing::info!(node = %config.node, listen = %config.listen, peers = config.peers.len(),
+        socket = %config.api_socket().display(), "ready");
+    let mut terminate = signal(SignalKind::terminate()).context("listening for signals")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listening for signals")?;
+    loop {
+        tokio::select! {
+            session = listener.next() => match session {
+                Some(session) => registry.accept(session).await,
+                None => anyhow::bail!("the QUIC endpoint is closed"),
+            },
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    tracing::info!("stopping");
+    served.stop().await;
+    Ok(())
+}
+
+/// Asks CRIU what it is, which also writes its cache of kernel features: without it each start costs
+/// 8 to 40 ms.
+async fn probe_criu(config: &Config) -> anyhow::Result<u32> {
+    let output = config.run_dir.join("criu-probe.out");
+    let found = Capabilities::probe(&config.criu, Some(&config.view_library), &output).await;
+    let found = found.with_context(|| format!("asking {} what it can do", config.criu.display()))?;
+    let version = found.version;
+    let number = |part: i32| u32::try_from(part).unwrap_or(0);
+    anyhow::ensure!(
+        version >= criu_glue::probe::VERSION_MIN,
+        "criu {}.{} is too old: 4.2 or newer is needed",
+        version.major,
+        version.minor
+    );
+    anyhow::ensure!(
+        found.view,
+        "{} did not load {}: is it dynamically linked, and does the library exist?",
+        config.criu.display(),
+        config.view_library.display()
+    );
+    anyhow::ensure!(found.features.lazy_pages, "criu or this kernel lacks lazy pages (userfaultfd)");
+    Ok(number(version.major) * 10_000 + number(version.minor) * 100 + number(version.sublevel))
+}
+
+/// A workload with many spaces needs a descriptor or two for each.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
+/// All the memory this node has: no incoming workload can have more.
+fn memory_pages() -> anyhow::Result<PageCount> {
+    let path = Path::new("/proc/meminfo");
+    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kib = total.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    let kib = kib.context("/proc/meminfo does not tell the memory of this node")?;
+    Ok(PageCount::covering(kib << 10))
+}
