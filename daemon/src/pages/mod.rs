@@ -20,5 +20,11 @@
 //! Everything works on batches of up to 1024 pages; nothing is locked, allocated, logged or awaited
 //! per page. Nothing here knows migrations, streams or CRIU's options.
 
+pub mod decode;
+pub mod digest;
+pub mod encode;
 pub mod read;
+pub mod recv;
+pub mod send;
+pub mod store;
 pub mod track;

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
+use pageferry_proto::wire::code::ErrorCode;
 use thiserror::Error;
 
 pub use pool::{Buffer, Pool};
@@ -57,6 +58,16 @@ pub enum ReadError {
         #[source]
         source: io::Error,
     },
+}
+
+impl ReadError {
+    /// What to tell the peer and the operator.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Gone { .. } => ErrorCode::WorkloadGone,
+            Self::Refused { .. } => ErrorCode::Untrackable,
+        }
+    }
 }
 
 impl Reader {

@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use pageferry_proto::wire::code::ErrorCode;
 use thiserror::Error;
 
 use super::inject::InjectError;
@@ -119,6 +120,29 @@ pub enum TrackError {
         #[source]
         source: criu_glue::view::smaps::Unequal,
     },
+}
+
+impl TrackError {
+    /// What to tell the peer and the operator.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Unsupported(_) | Self::Probe { .. } => ErrorCode::NodeUnfit,
+            Self::Gone { .. } => ErrorCode::WorkloadGone,
+            // A fresh space is attached, and everything of it is sent in another round.
+            Self::Exec { .. } | Self::LateBirth { .. } => ErrorCode::RetryRound,
+            Self::Inject {
+                source: InjectError::Traced { .. },
+                ..
+            } => ErrorCode::Traced,
+            Self::Foreign { .. } => ErrorCode::WorkloadBusy,
+            Self::SmapsChanged { .. } => ErrorCode::SmapsDiffer,
+            Self::Inspect { .. }
+            | Self::Inject { .. }
+            | Self::Register { .. }
+            | Self::Scan { .. }
+            | Self::Smaps { .. } => ErrorCode::Untrackable,
+        }
+    }
 }
 
 impl InjectError {

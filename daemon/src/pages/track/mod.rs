@@ -297,4 +297,4 @@ fn is_alive(pidfd: &OwnedFd) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::pages) mod tests;

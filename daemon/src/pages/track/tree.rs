@@ -12,6 +12,7 @@ use std::fs;
 use std::io;
 
 use pageferry_proto::id::SpaceId;
+use pageferry_proto::wire::code::ErrorCode;
 use thiserror::Error;
 
 use super::task::{self, Status};
@@ -92,6 +93,18 @@ pub enum TreeError {
     /// More processes than are moved.
     #[error("the workload has more than {TASKS_MAX} processes")]
     TooManyTasks,
+}
+
+impl TreeError {
+    /// What to tell the peer and the operator.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Gone { .. } => ErrorCode::WorkloadGone,
+            Self::HeadlessProcess { .. } => ErrorCode::UnsupportedWorkload,
+            Self::TooManyTasks => ErrorCode::Limit,
+            Self::Inspect { .. } | Self::Compare { .. } => ErrorCode::Untrackable,
+        }
+    }
 }
 
 impl Tree {

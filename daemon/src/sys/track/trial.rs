@@ -124,45 +124,44 @@ fn say(text: &str) {
     out.flush().unwrap();
 }
 
+/// Does what needs an answer of its own, or else what does not.
 fn act(words: &[&str]) -> io::Result<String> {
-    let number = |index: usize| parse(words[index]);
-    let size = |index: usize| usize::try_from(parse(words[index])).unwrap();
-    let done = || Ok(String::from("done"));
     match words[0] {
-        "map" => map(number(1), size(2), words[3]).and_then(|()| done()),
-        "fill" => done_with(fill(number(1), size(2), words[3])),
-        "get" => Ok(get(number(1)).to_string()),
-        "look" => Ok((0..number(2))
-            .map(|page| get(number(1) + page * 4096))
-            .max()
-            .unwrap()
-            .to_string()),
-        "kernel-write" => kernel_write(number(1), size(2)).and_then(|()| done()),
-        "protect" => protect(number(1), size(2), words[3]).and_then(|()| done()),
-        "advise" => advise(number(1), size(2), words[3]).and_then(|()| done()),
-        "unmap" => unmap(number(1), size(2)).and_then(|()| done()),
-        "remap" => remap(number(1), size(2), number(3)).and_then(|()| done()),
-        "lock" => lock(number(1), size(2)).and_then(|()| done()),
-        "uid" => become_nobody().and_then(|()| done()),
-        "seccomp" => deny_userfaultfd(words[1]).and_then(|()| done()),
-        "threads" => done_with(park_threads(size(1))),
+        "get" => Ok(get(parse(words[1])).to_string()),
         "fork" => fork(),
         "clone-vm" => clone_with_memory(),
-        "exec" => Err(execute()),
         "block" => block(words[1]),
-        "poke" => poke(parse(words[1])).and_then(|()| done()),
-        "count-signals" => done_with(count_signals()),
         "signals" => Ok(SIGNALS.load(Ordering::SeqCst).to_string()),
-        "open-direct" => open_direct(words[1]).and_then(|()| done()),
-        "userfaultfd" => open_userfaultfd().and_then(|()| done()),
-        "io-uring" => open_io_uring().and_then(|()| done()),
-        "storm" => done_with(storm()),
-        other => Err(io::Error::other(format!("unknown order {other}"))),
+        _ => act_silently(words).map(|()| String::from("done")),
     }
 }
 
-fn done_with((): ()) -> io::Result<String> {
-    Ok(String::from("done"))
+fn act_silently(words: &[&str]) -> io::Result<()> {
+    let number = |index: usize| parse(words[index]);
+    let size = |index: usize| usize::try_from(parse(words[index])).unwrap();
+    match words[0] {
+        "map" => map(number(1), size(2), words[3])?,
+        "fill" => fill(number(1), size(2), words[3]),
+        "look" => look(number(1), number(2)),
+        "kernel-write" => kernel_write(number(1), size(2))?,
+        "protect" => protect(number(1), size(2), words[3])?,
+        "advise" => advise(number(1), size(2), words[3])?,
+        "unmap" => unmap(number(1), size(2))?,
+        "remap" => remap(number(1), size(2), number(3))?,
+        "lock" => lock(number(1), size(2))?,
+        "uid" => become_nobody()?,
+        "seccomp" => deny_userfaultfd(words[1])?,
+        "threads" => park_threads(size(1)),
+        "storm" => storm(),
+        "exec" => return Err(execute()),
+        "poke" => poke(number(1))?,
+        "count-signals" => count_signals(),
+        "open-direct" => open_direct(words[1])?,
+        "userfaultfd" => open_userfaultfd()?,
+        "io-uring" => open_io_uring()?,
+        other => return Err(io::Error::other(format!("unknown order {other}"))),
+    }
+    Ok(())
 }
 
 fn parse(word: &str) -> u64 {
@@ -259,6 +258,12 @@ const TEXT: [u64; 8] = [
 fn get(address: u64) -> u8 {
     // SAFETY: the test mapped this page for this.
     unsafe { pointer::<u8>(address).read_volatile() }
+}
+
+fn look(address: u64, pages: u64) {
+    for page in 0..pages {
+        get(address + page * 4096);
+    }
 }
 
 fn kernel_write(address: u64, length: usize) -> io::Result<()> {

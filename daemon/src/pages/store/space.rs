@@ -1,0 +1,246 @@
+//! The pages of one address space.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::linux::fs::MetadataExt;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use pageferry_proto::id::SpaceId;
+use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
+use pageferry_proto::set::PageSet;
+
+use super::{ADDRESS_MAX, StoreError};
+use crate::pages::decode::{Decoder, PageSink, Parcel};
+use crate::pages::digest;
+
+/// The pages of one address space.
+#[derive(Debug)]
+pub struct SpaceStore {
+    id: SpaceId,
+    memory: File,
+    held: Mutex<Held>,
+    /// Data pages of all spaces of the store.
+    used: Arc<AtomicU64>,
+}
+
+/// What is in the file. Both sets have no page in common.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Pages with contents.
+    pub data: PageSet,
+    /// Pages that are zero: holes.
+    pub zero: PageSet,
+}
+
+impl Held {
+    /// All of them.
+    pub fn pages(&self) -> PageSet {
+        self.data.union(&self.zero)
+    }
+
+    fn hold(&mut self, data: &PageSet, zero: &PageSet) {
+        move_runs(data, &mut self.zero, &mut self.data);
+        move_runs(zero, &mut self.data, &mut self.zero);
+    }
+
+    fn forget(&mut self, pages: &PageSet) {
+        self.data = self.data.difference(pages);
+        self.zero = self.zero.difference(pages);
+    }
+}
+
+/// Run by run: later rounds bring few pages that were not held before, and a merge of whole sets for
+/// every parcel would cost as much as there are runs in all.
+fn move_runs(pages: &PageSet, from: &mut PageSet, to: &mut PageSet) {
+    for run in pages.runs() {
+        if !to.covers(run) {
+            to.insert(*run);
+        }
+        if !overlapping(from, run).is_empty() {
+            from.remove(*run);
+        }
+    }
+}
+
+/// The runs of `set` that have pages of `run`.
+fn overlapping<'a>(set: &'a PageSet, run: &PageRun) -> &'a [PageRun] {
+    let runs = set.runs();
+    let first = runs.partition_point(|held| held.end() <= run.start());
+    let last = runs.partition_point(|held| held.start() < run.end());
+    &runs[first..last.max(first)]
+}
+
+impl SpaceStore {
+    /// An empty store.
+    pub(super) fn create(id: SpaceId, used: Arc<AtomicU64>) -> Result<Self, StoreError> {
+        let name = format!("pageferry-{id}");
+        let create = || -> io::Result<File> {
+            let file = File::from(memfd_create(name.as_str(), MFdFlags::MFD_CLOEXEC)?);
+            file.set_len(ADDRESS_MAX)?;
+            Ok(file)
+        };
+        let memory = create().map_err(|source| StoreError::Create { space: id, source })?;
+        Ok(Self {
+            id,
+            memory,
+            held: Mutex::default(),
+            used,
+        })
+    }
+
+    /// A store over a file that another process filled, of which `held` is known.
+    pub fn reopen(id: SpaceId, memory: OwnedFd, held: Held) -> Self {
+        let used = Arc::new(AtomicU64::new(held.data.len().0));
+        Self {
+            id,
+            memory: File::from(memory),
+            held: Mutex::new(held),
+            used,
+        }
+    }
+
+    /// Which space it is.
+    pub fn id(&self) -> SpaceId {
+        self.id
+    }
+
+    /// The memory file: page `n` is at byte `n * 4096`; holes are zero pages.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.memory.as_fd()
+    }
+
+    /// A copy of what is held.
+    pub fn held(&self) -> Held {
+        self.lock().clone()
+    }
+
+    /// Pages that are held: with contents, and zero.
+    pub fn held_pages(&self) -> (PageCount, PageCount) {
+        let held = self.lock();
+        (held.data.len(), held.zero.len())
+    }
+
+    /// Memory the file takes, in bytes.
+    pub fn resident_bytes(&self) -> io::Result<u64> {
+        Ok(self.memory.metadata()?.st_blocks() * BLOCK_BYTES)
+    }
+
+    pub(super) fn take(
+        &self,
+        decoder: &mut Decoder,
+        parcel: &Parcel<'_>,
+    ) -> Result<(), StoreError> {
+        let (data, zero) = (parcel.data(), parcel.zero());
+        match decoder.decode(parcel, self) {
+            Ok(()) => {
+                self.change(|held| held.hold(&data, &zero));
+                Ok(())
+            }
+            Err(source) => {
+                // Some of the pages may be overwritten: none of them is what it was held for.
+                self.change(|held| held.forget(&data.union(&zero)));
+                Err(StoreError::Decode {
+                    space: self.id,
+                    source,
+                })
+            }
+        }
+    }
+
+    /// Gives up all pages but those of `live`. Returns the live pages that are not held: when there
+    /// are any, the space cannot be restored from this store.
+    pub fn keep_only(&self, live: &PageSet) -> Result<PageSet, StoreError> {
+        let held = self.held();
+        self.punch(&held.pages().difference(live))?;
+        Ok(live.difference(&held.pages()))
+    }
+
+    /// Gives up pages, held or not, and their memory.
+    pub fn punch(&self, pages: &PageSet) -> Result<(), StoreError> {
+        self.change(|held| held.forget(pages));
+        for run in pages.runs() {
+            self.punch_run(*run).map_err(|source| StoreError::Punch {
+                space: self.id,
+                page: run.start(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The digest of every page of `pages`, in order. Pages that are not held read as zero.
+    pub fn digests(&self, pages: &PageSet) -> Result<Vec<u64>, StoreError> {
+        let mut digests = Vec::new();
+        let mut buffer = vec![0; DIGEST_BATCH_BYTES];
+        for run in pages.runs() {
+            let mut offset = run.address();
+            let end = offset + run.bytes();
+            while offset < end {
+                let length = usize::try_from(end - offset).unwrap_or(usize::MAX);
+                let batch = &mut buffer[..length.min(DIGEST_BATCH_BYTES)];
+                self.memory
+                    .read_exact_at(batch, offset)
+                    .map_err(|source| StoreError::Read {
+                        space: self.id,
+                        page: PageIndex::containing(offset),
+                        source,
+                    })?;
+                digests.extend(batch.chunks_exact(PAGE_SIZE).map(digest::of_page));
+                offset += batch.len() as u64;
+            }
+        }
+        Ok(digests)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Held)) {
+        let mut held = self.lock();
+        let before = held.data.len().0;
+        change(&mut held);
+        let after = held.data.len().0;
+        // Under the lock: nobody else changes this space's share of the sum.
+        self.used
+            .fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn punch_run(&self, run: PageRun) -> io::Result<()> {
+        let offset = |bytes: u64| i64::try_from(bytes).map_err(io::Error::other);
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(
+            &self.memory,
+            mode,
+            offset(run.address())?,
+            offset(run.bytes())?,
+        )?;
+        Ok(())
+    }
+}
+
+impl PageSink for SpaceStore {
+    fn write(&self, start: PageIndex, bytes: &[u8]) -> io::Result<()> {
+        self.memory.write_all_at(bytes, start.address())
+    }
+
+    fn clear(&self, run: PageRun) -> io::Result<()> {
+        // Most zero pages were never anything else; only what has contents must be punched.
+        let occupied = overlapping(&self.lock().data, &run).to_vec();
+        occupied
+            .iter()
+            .filter_map(|held| held.intersection(&run))
+            .try_for_each(|part| self.punch_run(part))
+    }
+}
+
+/// Unit of `st_blocks`, in bytes.
+const BLOCK_BYTES: u64 = 512;
+
+/// How much is read at a time to make digests, in bytes.
+const DIGEST_BATCH_BYTES: usize = 256 << 10;

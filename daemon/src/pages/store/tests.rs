@@ -1,0 +1,181 @@
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+
+use pageferry_proto::id::Round;
+use pageferry_proto::page::{PAGE_SIZE, PageRun};
+use pageferry_proto::set::PageSet;
+use pageferry_proto::wire::parcel::{BlockHeader, ParcelHeader, ParcelRun};
+use proptest::prelude::*;
+
+use super::*;
+use crate::pages::digest;
+use crate::pages::encode::Encoder;
+
+const LIMITS: StoreLimits = StoreLimits {
+    data_pages_max: PageCount(1 << 20),
+    spaces_max: 4,
+};
+
+/// High up, where mmap puts things.
+const BASE: u64 = 0x7_ffff_0000;
+
+fn set(pages: impl IntoIterator<Item = u64>) -> PageSet {
+    let run = |page| PageRun::new(PageIndex(BASE + page), PageCount(1)).unwrap();
+    pages.into_iter().map(run).collect()
+}
+
+/// A parcel of pages that are full of one byte each.
+fn parcel(space: u32, pages: &BTreeMap<u64, u8>) -> Vec<u8> {
+    let mut bytes: Vec<u8> = pages
+        .values()
+        .flat_map(|byte| vec![*byte; PAGE_SIZE])
+        .collect();
+    let mut parcel = Vec::new();
+    let wanted = set(pages.keys().copied());
+    Encoder::new().encode(
+        SpaceId(space),
+        Round::FIRST,
+        &wanted,
+        &mut bytes,
+        &mut parcel,
+    );
+    parcel
+}
+
+fn take(store: &Store, space: u32, pages: &BTreeMap<u64, u8>) -> Result<(), StoreError> {
+    let parcel = parcel(space, pages);
+    store.take(&mut Decoder::new(), &Parcel::parse(&parcel).unwrap())
+}
+
+fn read(space: &SpaceStore, page: u64) -> u8 {
+    let mut bytes = [0xee; PAGE_SIZE];
+    let offset = i64::try_from((BASE + page) << 12).unwrap();
+    nix::sys::uio::pread(space.descriptor(), &mut bytes, offset).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+    bytes[0]
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Take(BTreeMap<u64, u8>),
+    Punch(Vec<u64>),
+    Keep(Vec<u64>),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let pages = || prop::collection::vec(0_u64..40, 0..12);
+    prop_oneof![
+        prop::collection::btree_map(0_u64..40, 0_u8..4, 1..16).prop_map(Step::Take),
+        pages().prop_map(Step::Punch),
+        pages().prop_map(Step::Keep),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    #[test]
+    fn a_store_is_a_map(steps in prop::collection::vec(step(), 1..12)) {
+        let store = Store::new(LIMITS);
+        let space = store.space(SpaceId(1)).unwrap();
+        let mut model: BTreeMap<u64, u8> = BTreeMap::new();
+        for step in steps {
+            match step {
+                Step::Take(pages) => {
+                    take(&store, 1, &pages).unwrap();
+                    model.extend(pages);
+                }
+                Step::Punch(pages) => {
+                    space.punch(&set(pages.iter().copied())).unwrap();
+                    model.retain(|page, _| !pages.contains(page));
+                }
+                Step::Keep(pages) => {
+                    let missing = space.keep_only(&set(pages.iter().copied())).unwrap();
+                    model.retain(|page, _| pages.contains(page));
+                    let held = |page: &u64| model.contains_key(page);
+                    prop_assert_eq!(missing, set(pages.iter().copied().filter(|p| !held(p))));
+                }
+            }
+            let held = space.held();
+            let with = |zero: bool| model.iter().filter(move |(_, byte)| (**byte == 0) == zero);
+            prop_assert_eq!(&held.data, &set(with(false).map(|(page, _)| *page)));
+            prop_assert_eq!(&held.zero, &set(with(true).map(|(page, _)| *page)));
+            prop_assert_eq!(store.data_pages(), held.data.len());
+            prop_assert_eq!(space.resident_bytes().unwrap(), held.data.len().bytes());
+            for page in 0..40 {
+                prop_assert_eq!(read(&space, page), model.get(&page).copied().unwrap_or(0));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_parcel_that_breaks_half_way_holds_nothing() {
+    let store = Store::new(LIMITS);
+    let pages: BTreeMap<u64, u8> = (0..20).map(|page| (page, 3)).collect();
+    take(&store, 1, &pages).unwrap();
+    let mut broken = parcel(1, &pages);
+    broken.truncate(broken.len() - 4);
+    // One run, so the blocks begin after one; the second of the two gets an unknown codec.
+    let blocks = ParcelHeader::FIXED_BYTES + ParcelRun::BYTES;
+    let first = BlockHeader::decode(&broken[blocks..]).unwrap().0;
+    broken[blocks + BlockHeader::BYTES + first.bytes() as usize] = 9;
+    pageferry_proto::wire::stream::seal(&mut broken);
+    let taken = store.take(&mut Decoder::new(), &Parcel::parse(&broken).unwrap());
+    assert!(matches!(taken, Err(StoreError::Decode { .. })), "{taken:?}");
+    let space = store.space(SpaceId(1)).unwrap();
+    assert_eq!(space.held(), space::Held::default());
+    assert_eq!(store.data_pages(), PageCount::ZERO);
+}
+
+#[test]
+fn a_store_takes_no_more_than_was_promised() {
+    let limits = StoreLimits {
+        data_pages_max: PageCount(10),
+        spaces_max: 2,
+    };
+    let store = Store::new(limits);
+    take(&store, 1, &(0..10).map(|page| (page, 1)).collect()).unwrap();
+    take(&store, 2, &(0..10).map(|page| (page, 0)).collect()).unwrap();
+    let taken = take(&store, 1, &[(10, 1)].into());
+    assert!(matches!(taken, Err(StoreError::Full { .. })));
+    assert!(matches!(
+        take(&store, 3, &[(0, 0)].into()),
+        Err(StoreError::TooManySpaces { .. })
+    ));
+}
+
+#[test]
+fn a_page_beyond_user_memory_is_refused() {
+    let mut bytes = vec![1; PAGE_SIZE];
+    let mut parcel = Vec::new();
+    let pages = PageSet::from(PageRun::new(PageIndex(ADDRESS_MAX >> 12), PageCount(1)).unwrap());
+    Encoder::new().encode(SpaceId(1), Round::FIRST, &pages, &mut bytes, &mut parcel);
+    let store = Store::new(LIMITS);
+    let taken = store.take(&mut Decoder::new(), &Parcel::parse(&parcel).unwrap());
+    assert!(matches!(taken, Err(StoreError::Address { .. })));
+}
+
+#[test]
+fn a_space_opened_again_is_the_same() {
+    let store = Store::new(LIMITS);
+    take(&store, 1, &[(0, 1), (1, 0), (5, 2)].into()).unwrap();
+    let space = store.space(SpaceId(1)).unwrap();
+    let again = space.descriptor().as_fd().try_clone_to_owned().unwrap();
+    let again = SpaceStore::reopen(SpaceId(1), again, space.held());
+    assert_eq!((read(&again, 0), read(&again, 5)), (1, 2));
+    assert_eq!(again.keep_only(&set([0, 1])).unwrap(), PageSet::new());
+    assert_eq!((read(&space, 0), read(&space, 5)), (1, 0));
+}
+
+#[test]
+fn digests_are_of_single_pages() {
+    let store = Store::new(LIMITS);
+    take(&store, 1, &[(0, 1), (1, 0), (5, 2)].into()).unwrap();
+    let space = store.space(SpaceId(1)).unwrap();
+    let of = |byte: u8| digest::of_page(&[byte; PAGE_SIZE]);
+    assert_eq!(
+        space.digests(&set([0, 1, 5])).unwrap(),
+        [of(1), of(0), of(2)]
+    );
+}
