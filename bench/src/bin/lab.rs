@@ -1,2 +1,102 @@
-//! Skeleton.
-fn main() {}
+//! `lab`: brings labs up and down and runs scenarios in them.
+
+use std::process::{ExitCode, Stdio};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use pageferry_bench::lab::network::Link;
+use pageferry_bench::lab::{self, Lab, LabOptions};
+
+/// Nodes on one machine to try live migration on.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Bring up a lab and leave it up.
+    Up {
+        /// How many nodes: a, b, …
+        #[arg(long, default_value_t = 2)]
+        nodes: usize,
+        /// Speed of the links: "unshaped", or a rate such as 1gbit.
+        #[arg(long, default_value = "unshaped")]
+        link: Link,
+    },
+    /// Run a command in a node of the lab that is up.
+    Exec {
+        node: String,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Show the lab that is up.
+    Status,
+    /// Take the lab down, also what a killed one left.
+    Down,
+    /// Process 1 of a node.
+    #[command(hide = true)]
+    NodeInit,
+    /// Hold namespaces.
+    #[command(hide = true)]
+    Hold,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Up { nodes, link } => {
+            let lab = Lab::up(&LabOptions {
+                nodes,
+                link,
+                keep: true,
+            })?;
+            print_status(&lab);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Exec { node, command } => exec(&node, &command),
+        Command::Status => {
+            print_status(&Lab::attach()?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Down => lab::down().map(|()| ExitCode::SUCCESS),
+        Command::NodeInit => lab::init::node_init().map(|()| ExitCode::SUCCESS),
+        Command::Hold => lab::init::hold().map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn exec(node: &str, command: &[String]) -> Result<ExitCode> {
+    let lab = Lab::attach()?;
+    let command = lab.node(node)?.command(&command[0])?.args(&command[1..]);
+    let command = command.stdin(Stdio::inherit());
+    let status = command.spawn()?.wait()?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+fn print_status(lab: &Lab) {
+    println!(
+        "links {}, logs in {}",
+        lab.link(),
+        lab.folder.logs().display()
+    );
+    for node in &lab.nodes {
+        println!(
+            "node {}  {}  process 1 is {}",
+            node.name(),
+            node.address(),
+            node.record.init_pid
+        );
+    }
+}

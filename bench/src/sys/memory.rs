@@ -1,0 +1,1 @@
+//! Memory mappings of the self-checking writer.
