@@ -104,12 +104,7 @@ impl Lab {
         for index in 0..options.nodes {
             let name = node_name(index);
             let cgroups = cgroup::create(&state.hierarchies, &name)?;
-            nodes.push(Node::start(
-                &plan,
-                &name,
-                network::node_address(index),
-                cgroups,
-            )?);
+            nodes.push(Node::start(&plan, &name, index, cgroups)?);
         }
         let cgroups = cgroup::create(&state.hierarchies, "network")?;
         let switch = Holder::start(&lab_binary, &cgroups)?;

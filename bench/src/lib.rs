@@ -4,5 +4,9 @@
 //! Absent on purpose: nothing here links against the daemon. It is driven as its users drive it, by
 //! its binaries.
 
+pub mod client;
+pub mod content;
 pub mod lab;
+pub mod scenario;
 pub mod sys;
+pub mod workload;

@@ -1,11 +1,14 @@
 //! `lab`: brings labs up and down and runs scenarios in them.
 
+use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use pageferry_bench::lab::network::Link;
 use pageferry_bench::lab::{self, Lab, LabOptions};
+use pageferry_bench::scenario::{self, Settings};
+use pageferry_bench::workload::launch;
 
 /// Nodes on one machine to try live migration on.
 #[derive(Debug, Parser)]
@@ -36,12 +39,30 @@ enum Command {
     Status,
     /// Take the lab down, also what a killed one left.
     Down,
+    /// Run one scenario, from bringing a lab up to taking it down.
+    Run {
+        scenario: String,
+        /// Write what was seen to this file as one JSON object.
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Speed of the links; each scenario has its own default.
+        #[arg(long)]
+        link: Option<Link>,
+        /// Leave the lab up afterwards.
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Name the scenarios.
+    List,
     /// Process 1 of a node.
     #[command(hide = true)]
     NodeInit,
     /// Hold namespaces.
     #[command(hide = true)]
     Hold,
+    /// Start a workload.
+    #[command(hide = true)]
+    Launch,
 }
 
 fn main() -> ExitCode {
@@ -71,8 +92,31 @@ fn run(command: Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Down => lab::down().map(|()| ExitCode::SUCCESS),
+        Command::Run {
+            scenario,
+            json,
+            link,
+            keep,
+        } => {
+            let Some(scenario) = scenario::find(&scenario) else {
+                bail!("no scenario is called {scenario:?} (lab list)")
+            };
+            let ok = scenario.run(&Settings { link, keep }, json.as_deref())?;
+            Ok(if ok {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            })
+        }
+        Command::List => {
+            for scenario in &scenario::ALL {
+                println!("{:<14} {}", scenario.name, scenario.summary);
+            }
+            Ok(ExitCode::SUCCESS)
+        }
         Command::NodeInit => lab::init::node_init().map(|()| ExitCode::SUCCESS),
         Command::Hold => lab::init::hold().map(|()| ExitCode::SUCCESS),
+        Command::Launch => launch::launcher().map(|()| ExitCode::SUCCESS),
     }
 }
 

@@ -28,6 +28,9 @@ pub struct InitSpec {
     /// An empty folder of the host to mount things on, inside the node's mount namespace only.
     pub scratch: PathBuf,
     pub hierarchies: Vec<Hierarchy>,
+    /// Where this node begins to count pids. Nodes count in ranges of their own, so that threads of
+    /// a workload find their ids free at the next node.
+    pub pid_first: i32,
 }
 
 /// Which namespaces a holder makes and holds.
@@ -128,7 +131,10 @@ fn build_node(spec: &InitSpec) -> Result<()> {
     )?;
     make_devices(&root.join("dev"))?;
     mount_cgroups(&root, &spec.hierarchies)?;
-    enter_root(&root)
+    enter_root(&root)?;
+    // Of the pid namespace of whoever writes it.
+    fs::write("/proc/sys/kernel/ns_last_pid", spec.pid_first.to_string())
+        .context("choosing where pids begin")
 }
 
 fn mount_root(spec: &InitSpec) -> Result<PathBuf> {

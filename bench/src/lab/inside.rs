@@ -170,7 +170,8 @@ impl Inside {
                 setns(mnt, CloneFlags::CLONE_NEWNS)?;
                 nix::unistd::chdir("/")?;
             }
-            // Every other descriptor of the lab closes on exec.
+            // Whatever the lab's own starter left open must not reach a node: CRIU could not dump it.
+            sys::close_on_exec_from(3)?;
             for fd in &inherited {
                 fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
             }

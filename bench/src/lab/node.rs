@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::cgroup::Hierarchy;
 use super::init::{HoldSpec, InitSpec, READY};
 use super::inside::{Inside, Namespaces};
+use super::network;
 
 /// What a later process needs to find a node again.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -46,9 +47,10 @@ impl Node {
     pub fn start(
         plan: &NodePlan<'_>,
         name: &str,
-        address: Ipv4Addr,
+        index: usize,
         cgroups: Vec<PathBuf>,
     ) -> Result<Self> {
+        let address = network::node_address(index);
         let scratch = plan.scratch.join(name);
         fs::create_dir_all(&scratch).with_context(|| format!("creating {}", scratch.display()))?;
         let spec = InitSpec {
@@ -56,6 +58,7 @@ impl Node {
             layers: plan.layers.to_vec(),
             scratch,
             hierarchies: plan.hierarchies.to_vec(),
+            pid_first: pid_first(index),
         };
         let binary = plan.lab_binary.display().to_string();
         let command = Inside::new(&binary)
@@ -239,6 +242,16 @@ fn pid_inside(host_pid: u32) -> Result<i32> {
         .with_context(|| format!("no NSpid in {path}"))
 }
 
+/// Nodes get ranges of pids below those of workloads.
+fn pid_first(index: usize) -> i32 {
+    let index = i32::try_from(index).expect("the lab bounds its nodes");
+    PIDS_FIRST + index * PIDS_PER_NODE
+}
+
 fn host_process(pid: i32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}"))
 }
+
+/// The kernel's own first choices are below it when its counter starts anew.
+const PIDS_FIRST: i32 = 1_000;
+const PIDS_PER_NODE: i32 = 1_000;
