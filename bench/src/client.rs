@@ -4,3 +4,4 @@ pub mod load;
 pub mod probe;
 pub mod resp;
 pub mod verify;
+pub mod writer;

@@ -10,3 +10,4 @@ pub mod lab;
 pub mod scenario;
 pub mod sys;
 pub mod workload;
+pub mod writer;

@@ -4,6 +4,7 @@
 //! that went wrong in the workload or for a client is a *failure* in the report; an error is the
 //! lab's own trouble, and ends up there too.
 
+pub mod baseline;
 pub mod report;
 pub mod stop_and_copy;
 
@@ -30,6 +31,8 @@ pub struct Settings {
     pub link: Option<Link>,
     /// Leave the lab up afterwards.
     pub keep: bool,
+    /// Of a scenario with cases, only this one.
+    pub only: Option<String>,
 }
 
 impl Settings {
@@ -45,11 +48,18 @@ impl Settings {
 }
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 1] = [Scenario {
-    name: "stop_and_copy",
-    summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
-    run: stop_and_copy::run,
-}];
+pub const ALL: [Scenario; 2] = [
+    Scenario {
+        name: "stop_and_copy",
+        summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
+        run: stop_and_copy::run,
+    },
+    Scenario {
+        name: "baseline",
+        summary: "stock CRIU moves every case of `memory`: what CRIU itself can and cannot",
+        run: baseline::run,
+    },
+];
 
 pub fn find(name: &str) -> Option<&'static Scenario> {
     ALL.iter().find(|scenario| scenario.name == name)

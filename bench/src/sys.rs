@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 pub mod memory;
+pub mod process;
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -132,6 +133,15 @@ pub fn announce_arp(interface_index: u32, mac: [u8; 6], address: [u8; 4]) -> io:
         )
     };
     if sent < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// The result of a call that returns something negative and sets errno on failure.
+fn check(result: i32) -> io::Result<()> {
+    if result < 0 {
         Err(io::Error::last_os_error())
     } else {
         Ok(())

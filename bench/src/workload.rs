@@ -5,6 +5,7 @@
 
 pub mod launch;
 pub mod redis;
+pub mod writer;
 
 use std::fs;
 
@@ -66,6 +67,19 @@ impl Workload {
             .rsplit_once(") ")
             .and_then(|(_, rest)| rest.chars().next());
         state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+    }
+
+    /// Ends it, wherever it is: its whole session, and with it what it forked.
+    pub fn kill(&self, lab: &Lab) -> Result<()> {
+        for node in &lab.nodes {
+            let pids = node.session(self.pid);
+            if !pids.is_empty() {
+                let pids = pids.iter().map(i32::to_string);
+                // One that ended meanwhile makes kill fail, which is as good.
+                node.command("kill")?.arg("-KILL").args(pids).output()?;
+            }
+        }
+        Ok(())
     }
 
     /// Bytes of its root process in memory.

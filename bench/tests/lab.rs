@@ -18,20 +18,20 @@ fn turn() -> MutexGuard<'static, ()> {
 /// Runs a scenario; its report, and what it printed.
 fn run(scenario: &str) -> (Report, String) {
     let _turn = turn();
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("a temporary folder");
     let json = folder.path().join("report.json");
     let output = Command::new(env!("CARGO_BIN_EXE_lab"))
         .args(["run", scenario, "--json"])
         .arg(&json)
         .output()
-        .unwrap();
+        .expect("running lab");
     let printed = format!(
         "{}{}",
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
     );
     let text = std::fs::read_to_string(&json).unwrap_or_else(|_| panic!("no report: {printed}"));
-    (serde_json::from_str(&text).unwrap(), printed)
+    (serde_json::from_str(&text).expect("a report"), printed)
 }
 
 /// Nothing lost, nothing broken, nothing changed.

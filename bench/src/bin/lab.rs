@@ -51,6 +51,9 @@ enum Command {
         /// Leave the lab up afterwards.
         #[arg(long)]
         keep: bool,
+        /// Of a scenario with cases, only this one.
+        #[arg(long)]
+        only: Option<String>,
     },
     /// Name the scenarios.
     List,
@@ -97,11 +100,12 @@ fn run(command: Command) -> Result<ExitCode> {
             json,
             link,
             keep,
+            only,
         } => {
             let Some(scenario) = scenario::find(&scenario) else {
                 bail!("no scenario is called {scenario:?} (lab list)")
             };
-            let ok = scenario.run(&Settings { link, keep }, json.as_deref())?;
+            let ok = scenario.run(&Settings { link, keep, only }, json.as_deref())?;
             Ok(if ok {
                 ExitCode::SUCCESS
             } else {

@@ -144,20 +144,38 @@ impl Node {
 
     /// Processes of this node whose command name is `name`, by the pids the node knows.
     pub fn processes_named(&self, name: &str) -> Vec<i32> {
+        let mut pids = self.pids();
+        pids.retain(|pid| {
+            let comm = fs::read_to_string(self.process(*pid).join("comm"));
+            comm.is_ok_and(|comm| comm.trim_end() == name)
+        });
+        pids
+    }
+
+    /// Processes of this node in the session that `leader` leads.
+    pub fn session(&self, leader: i32) -> Vec<i32> {
+        let mut pids = self.pids();
+        pids.retain(|pid| {
+            let stat = fs::read_to_string(self.process(*pid).join("stat")).unwrap_or_default();
+            // After the name in parentheses: state, parent, group, session.
+            let session = stat
+                .rsplit_once(") ")
+                .and_then(|(_, rest)| rest.split(' ').nth(3));
+            session.and_then(|session| session.parse().ok()) == Some(leader)
+        });
+        pids
+    }
+
+    fn pids(&self) -> Vec<i32> {
         let Ok(entries) = fs::read_dir(self.path("/proc")) else {
             return Vec::new();
         };
-        let pids = entries
-            .flatten()
-            .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
-        let mut found: Vec<i32> = pids
-            .filter(|pid| {
-                let comm = fs::read_to_string(self.process(*pid).join("comm"));
-                comm.is_ok_and(|comm| comm.trim_end() == name)
-            })
+        let names = entries.flatten().map(|entry| entry.file_name());
+        let mut pids: Vec<i32> = names
+            .filter_map(|name| name.to_str()?.parse().ok())
             .collect();
-        found.sort_unstable();
-        found
+        pids.sort_unstable();
+        pids
     }
 
     /// Sends a signal to a process of the node.
