@@ -6,6 +6,7 @@
 //! after a SIGKILL the next `lab` command finds the leftovers by cgroup and removes them.
 
 pub mod cgroup;
+pub mod daemon;
 pub mod image;
 pub mod init;
 pub mod inside;
@@ -22,6 +23,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::Flock;
 use nix::sys::signal::{SigSet, Signal};
 
+use daemon::Daemon;
 use network::Link;
 use node::{Holder, Node, NodePlan};
 use state::{RunFolder, State};
@@ -31,6 +33,8 @@ use state::{RunFolder, State};
 pub struct LabOptions {
     pub nodes: usize,
     pub link: Link,
+    /// Start `pageferryd` on each node.
+    pub daemons: bool,
     /// Leave it up when this process ends.
     pub keep: bool,
 }
@@ -42,6 +46,8 @@ pub struct Lab {
     pub nodes: Vec<Node>,
     pub switch: Holder,
     pub client: Holder,
+    /// By index of their nodes; none in a lab without daemons, or of another process.
+    pub daemons: Vec<Daemon>,
     state: State,
     /// Held by the process that may change the lab.
     _lock: Option<Flock<File>>,
@@ -68,12 +74,18 @@ impl Lab {
             ..State::default()
         };
         folder.store(&state)?;
-        match Self::build(&folder, &image, options, &mut state) {
-            Ok((nodes, switch, client)) => Ok(Self {
+        match build(&folder, &image, options, &mut state) {
+            Ok(Built {
+                nodes,
+                switch,
+                client,
+                daemons,
+            }) => Ok(Self {
                 folder,
                 nodes,
                 switch,
                 client,
+                daemons,
                 state,
                 _lock: Some(lock),
             }),
@@ -82,39 +94,6 @@ impl Lab {
                 Err(error)
             }
         }
-    }
-
-    fn build(
-        folder: &RunFolder,
-        image: &Path,
-        options: &LabOptions,
-        state: &mut State,
-    ) -> Result<(Vec<Node>, Holder, Holder)> {
-        let lab_binary = lab_binary()?;
-        make_layer(&folder.layer(), &lab_binary)?;
-        let layers = [folder.layer(), image.to_owned()];
-        let scratch = folder.scratch();
-        let plan = NodePlan {
-            lab_binary: &lab_binary,
-            layers: &layers,
-            scratch: &scratch,
-            hierarchies: &state.hierarchies,
-        };
-        let mut nodes = Vec::new();
-        for index in 0..options.nodes {
-            let name = node_name(index);
-            let cgroups = cgroup::create(&state.hierarchies, &name)?;
-            nodes.push(Node::start(&plan, &name, index, cgroups)?);
-        }
-        let cgroups = cgroup::create(&state.hierarchies, "network")?;
-        let switch = Holder::start(&lab_binary, &cgroups)?;
-        let client = Holder::start(&lab_binary, &cgroups)?;
-        network::build(&switch.net, &client.net, &nodes, &options.link)?;
-        state.nodes = nodes.iter().map(|node| node.record.clone()).collect();
-        state.switch_pid = Some(switch.pid);
-        state.client_pid = Some(client.pid);
-        folder.store(state)?;
-        Ok((nodes, switch, client))
     }
 
     /// A lab that another process brought up and left; it stays up when the value is dropped.
@@ -134,6 +113,7 @@ impl Lab {
             nodes: nodes.context("the lab is broken (lab down)")?,
             switch: holder(state.switch_pid)?,
             client: holder(state.client_pid)?,
+            daemons: Vec::new(),
             folder,
             state,
             _lock: None,
@@ -143,6 +123,26 @@ impl Lab {
     pub fn node(&self, name: &str) -> Result<&Node> {
         let node = self.nodes.iter().find(|node| node.name() == name);
         node.with_context(|| format!("the lab has no node {name:?}"))
+    }
+
+    /// The daemon of a node, to be killed or restarted.
+    pub fn daemon(&mut self, name: &str) -> Result<&mut Daemon> {
+        let index = self.nodes.iter().position(|node| node.name() == name);
+        let index = index.with_context(|| format!("the lab has no node {name:?}"))?;
+        self.daemons
+            .get_mut(index)
+            .context("this lab has no daemons")
+    }
+
+    /// Starts the daemon of a node anew, after it was killed, and waits until it answers.
+    pub fn restart_daemon(&mut self, name: &str) -> Result<()> {
+        let index = self.nodes.iter().position(|node| node.name() == name);
+        let index = index.with_context(|| format!("the lab has no node {name:?}"))?;
+        let node = &self.nodes[index];
+        let mut daemon = Daemon::start(node, &self.folder.logs())?;
+        daemon.wait_ready(node)?;
+        self.daemons[index] = daemon;
+        Ok(())
     }
 
     pub fn link(&self) -> &str {
@@ -165,10 +165,79 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        if self._lock.is_some() && !self.state.kept {
+        if self._lock.is_none() {
+            return;
+        }
+        for node in &self.nodes {
+            if let Err(error) = daemon::keep_logs(node, &self.folder.logs()) {
+                eprintln!("lab: keeping the logs of node {}: {error:#}", node.name());
+            }
+        }
+        if !self.state.kept {
             clean_once(&self.folder);
         }
     }
+}
+
+/// What is made when a lab is brought up.
+struct Built {
+    nodes: Vec<Node>,
+    switch: Holder,
+    client: Holder,
+    daemons: Vec<Daemon>,
+}
+
+fn build(
+    folder: &RunFolder,
+    image: &Path,
+    options: &LabOptions,
+    state: &mut State,
+) -> Result<Built> {
+    let lab_binary = lab_binary()?;
+    make_layer(&folder.layer(), &lab_binary)?;
+    let layers = [folder.layer(), image.to_owned()];
+    let scratch = folder.scratch();
+    let plan = NodePlan {
+        lab_binary: &lab_binary,
+        layers: &layers,
+        scratch: &scratch,
+        hierarchies: &state.hierarchies,
+    };
+    let mut nodes = Vec::new();
+    for index in 0..options.nodes {
+        let name = node_name(index);
+        let cgroups = cgroup::create(&state.hierarchies, &name)?;
+        nodes.push(Node::start(&plan, &name, index, cgroups)?);
+    }
+    let cgroups = cgroup::create(&state.hierarchies, "network")?;
+    let switch = Holder::start(&lab_binary, &cgroups)?;
+    let client = Holder::start(&lab_binary, &cgroups)?;
+    network::build(&switch.net, &client.net, &nodes, &options.link)?;
+    state.nodes = nodes.iter().map(|node| node.record.clone()).collect();
+    state.switch_pid = Some(switch.pid);
+    state.client_pid = Some(client.pid);
+    folder.store(state)?;
+    let daemons = if options.daemons {
+        start_daemons(&nodes, folder)?
+    } else {
+        Vec::new()
+    };
+    Ok(Built {
+        nodes,
+        switch,
+        client,
+        daemons,
+    })
+}
+
+fn start_daemons(nodes: &[Node], folder: &RunFolder) -> Result<Vec<Daemon>> {
+    daemon::configure(nodes)?;
+    let start = |node| Daemon::start(node, &folder.logs());
+    let mut daemons = nodes.iter().map(start).collect::<Result<Vec<_>>>()?;
+    for (daemon, node) in daemons.iter_mut().zip(nodes) {
+        daemon.wait_ready(node)?;
+    }
+    Ok(daemons)
 }
 
 /// Takes down a lab that another process left.

@@ -7,6 +7,8 @@
 pub mod client;
 pub mod content;
 pub mod lab;
+pub mod measure;
+pub mod pageferry;
 pub mod scenario;
 pub mod sys;
 pub mod workload;

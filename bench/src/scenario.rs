@@ -6,6 +6,7 @@
 
 pub mod baseline;
 pub mod report;
+pub mod session;
 pub mod stop_and_copy;
 
 use std::path::Path;
@@ -36,12 +37,22 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Brings up the lab of a scenario: as asked, or with what the scenario is defined with.
-    pub fn lab(&self, nodes: usize, link: Link) -> Result<Lab> {
-        let link = self.link.clone().unwrap_or(link);
+    /// Brings up the lab of a scenario, with a daemon on each node.
+    pub fn lab(&self, nodes: usize) -> Result<Lab> {
+        self.bring_up(nodes, true)
+    }
+
+    /// Brings up the lab of a scenario that drives CRIU itself.
+    pub fn lab_without_daemons(&self, nodes: usize) -> Result<Lab> {
+        self.bring_up(nodes, false)
+    }
+
+    fn bring_up(&self, nodes: usize, daemons: bool) -> Result<Lab> {
+        let link = self.link.clone().unwrap_or(Link::Unshaped);
         Lab::up(&LabOptions {
             nodes,
             link,
+            daemons,
             keep: self.keep,
         })
     }
@@ -72,7 +83,12 @@ impl Scenario {
         if let Err(error) = (self.run)(settings, &mut report) {
             report.fail(format!("{error:#}"));
         }
+        if report.lost_acks > 0 {
+            report.fail(format!("{} acknowledged writes are lost", report.lost_acks));
+        }
         report.print();
+        // Where no lab came up there is no folder for it, and nothing to put there.
+        let _ = report.write_figures();
         if let Some(path) = json {
             report.write(path)?;
         }

@@ -28,6 +28,9 @@ enum Command {
         /// Speed of the links: "unshaped", or a rate such as 1gbit.
         #[arg(long, default_value = "unshaped")]
         link: Link,
+        /// Without pageferryd on the nodes.
+        #[arg(long)]
+        bare: bool,
     },
     /// Run a command in a node of the lab that is up.
     Exec {
@@ -80,10 +83,11 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Up { nodes, link } => {
+        Command::Up { nodes, link, bare } => {
             let lab = Lab::up(&LabOptions {
                 nodes,
                 link,
+                daemons: !bare,
                 keep: true,
             })?;
             print_status(&lab);

@@ -1,6 +1,7 @@
 //! The prober: one request per millisecond on one connection; the longest silence is the blackout.
 
-use std::net::Ipv4Addr;
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::resp::Connection;
+use super::resp::{ANSWER_TIME_MAX, REDIS_PORT};
+use crate::lab::inside::in_network;
+use crate::writer;
 
 /// A prober that is running.
 #[derive(Debug)]
@@ -29,8 +32,21 @@ struct Seen {
 }
 
 impl Prober {
-    pub fn start(net: &OwnedFd, address: Ipv4Addr) -> Result<Self> {
-        let mut connection = Connection::open(net, address)?;
+    pub fn redis(net: &OwnedFd, address: Ipv4Addr) -> Result<Self> {
+        Self::start(net, SocketAddr::from((address, REDIS_PORT)), b"PING\r\n")
+    }
+
+    pub fn writer(net: &OwnedFd, address: Ipv4Addr) -> Result<Self> {
+        Self::start(net, SocketAddr::from((address, writer::PORT)), b"ping\n")
+    }
+
+    /// Asks `question`, to which the answer is one line.
+    fn start(net: &OwnedFd, target: SocketAddr, question: &'static [u8]) -> Result<Self> {
+        let stream = in_network(net, || TcpStream::connect_timeout(&target, ANSWER_TIME_MAX))?;
+        let stream = stream.with_context(|| format!("connecting to {target}"))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(ANSWER_TIME_MAX))?;
+        let mut connection = BufReader::new(stream);
         let stop = Arc::new(AtomicBool::new(false));
         let seen = Arc::new(Mutex::new(Seen {
             last_answer: Instant::now(),
@@ -43,12 +59,12 @@ impl Prober {
         let thread = thread.spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 let asked = Instant::now();
-                let answer = connection.call(&[b"PING"]);
+                let answer = ask(&mut connection, question);
                 let mut seen = shared
                     .lock()
                     .expect("no thread panics while it notes an answer");
                 match answer {
-                    Ok(_) => seen.note(Instant::now()),
+                    Ok(()) => seen.note(Instant::now()),
                     Err(error) => {
                         seen.broken = Some(format!("the prober's connection: {error}"));
                         return;
@@ -118,6 +134,18 @@ impl Prober {
 impl Drop for Prober {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+fn ask(connection: &mut BufReader<TcpStream>, question: &[u8]) -> io::Result<()> {
+    connection.get_mut().write_all(question)?;
+    let mut line = String::new();
+    match connection.read_line(&mut line)? {
+        0 => Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "connection closed",
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -117,7 +117,7 @@ fn bad_reply(line: &str) -> io::Error {
     )
 }
 
-const REDIS_PORT: u16 = 6379;
+pub const REDIS_PORT: u16 = 6379;
 /// Far above any outage that a move may cause: silence for longer is a broken connection.
 pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 const BUFFER: usize = 256 << 10; // 256 KiB

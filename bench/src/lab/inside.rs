@@ -99,6 +99,11 @@ impl Inside {
         self
     }
 
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
     /// Starts the command as a member of these cgroups (folders of the host).
     pub fn cgroups(mut self, folders: &[PathBuf]) -> Self {
         self.cgroups = folders.to_vec();

@@ -7,14 +7,13 @@ use anyhow::{Context, Result};
 use super::report::Report;
 use super::{Settings, stop_and_copy};
 use crate::lab::Lab;
-use crate::lab::network::Link;
 use crate::workload::writer;
 use crate::writer::case::{ALL, TRACED};
 use crate::writer::options::Options;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    let mut lab = settings.lab(2, Link::Unshaped)?;
+    let mut lab = settings.lab_without_daemons(2)?;
     for kind in ALL.iter().chain([&TRACED]) {
         if settings
             .only

@@ -3,13 +3,17 @@
 //! The object's fields are stable; a figure that a scenario does not have is null or absent, never
 //! made up.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::lab::state::RunFolder;
+use crate::measure::Usage;
 
 /// One move, as `pageferry migrate --json` prints it too.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -50,8 +54,9 @@ pub struct Report {
     /// Null when no workload of the scenario has contents that nobody writes.
     pub digest_equal: Option<bool>,
     pub failures: Vec<String>,
-    /// Further figures by name, with the unit in the name.
-    pub figures: serde_json::Map<String, serde_json::Value>,
+    /// Further figures by name, with the unit in the name: printed, and in a file beside the logs.
+    #[serde(skip)]
+    figures: serde_json::Map<String, Value>,
 }
 
 impl Report {
@@ -73,12 +78,45 @@ impl Report {
         self.failures.push(what.into());
     }
 
-    pub fn figure(&mut self, name: &str, value: impl Into<serde_json::Value>) {
+    pub fn figure(&mut self, name: &str, value: impl Into<Value>) {
         self.figures.insert(name.to_owned(), value.into());
+    }
+
+    /// One more value of a figure that each move has.
+    pub fn figure_series(&mut self, name: &str, value: impl Into<Value>) {
+        let series = self
+            .figures
+            .entry(name)
+            .or_insert_with(|| Value::Array(Vec::new()));
+        if let Value::Array(values) = series {
+            values.push(value.into());
+        }
+    }
+
+    /// What processes used, by "node/command".
+    pub fn figure_usage(&mut self, usage: &BTreeMap<String, Usage>) {
+        for (name, usage) in usage {
+            self.figure(&format!("{name} CPU s"), round(usage.cpu_seconds));
+            let mebibytes = usage.private_bytes_peak as f64 / f64::from(1 << 20);
+            self.figure(&format!("{name} private MiB"), round(mebibytes));
+        }
+    }
+
+    /// Whether contents that nobody wrote were still the same: one that differs is a failure.
+    pub fn note_contents(&mut self, equal: bool) {
+        self.digest_equal = Some(self.digest_equal.unwrap_or(true) && equal);
+        self.ok &= equal;
     }
 
     pub fn ok(&self) -> bool {
         self.ok
+    }
+
+    /// Puts the figures beside the logs, for programs.
+    pub fn write_figures(&self) -> Result<()> {
+        let path = RunFolder::new().logs().join("figures.json");
+        let text = serde_json::to_string_pretty(&self.figures).context("writing figures")?;
+        fs::write(&path, text + "\n").with_context(|| format!("writing {}", path.display()))
     }
 
     pub fn write(&self, path: &Path) -> Result<()> {
@@ -174,6 +212,15 @@ pub fn percentile(values: &[f64], percent: usize) -> f64 {
     sorted.sort_by(f64::total_cmp);
     let rank = (sorted.len() * percent).div_ceil(100).max(1);
     sorted.get(rank - 1).copied().unwrap_or(0.0)
+}
+
+pub fn millis(duration: Duration) -> f64 {
+    round(duration.as_secs_f64() * 1e3)
+}
+
+/// To three decimals: what is behind them is noise.
+pub fn round(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
 }
 
 #[cfg(test)]

@@ -11,95 +11,40 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Settings;
-use super::report::{Move, Parts, Report};
-use crate::client::load::{Dataset, Load, LoadPlan};
-use crate::client::probe::Prober;
-use crate::client::resp::{ANSWER_TIME_MAX, Connection};
-use crate::client::verify;
+use super::report::{Move, Parts, Report, millis};
+use super::session::Session;
+use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::lab::init::HoldSpec;
 use crate::lab::inside::in_network;
-use crate::lab::network::{Link, mac_of};
+use crate::lab::network::mac_of;
 use crate::lab::node::Node;
+use crate::measure::Meter;
 use crate::sys;
-use crate::workload::{Workload, redis};
+use crate::workload::Workload;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    let mut lab = settings.lab(2, Link::Unshaped)?;
-    let workload = redis::start(&mut lab, "a", &redis::plan())?;
-    let net = &lab.client.net;
+    let mut lab = settings.lab_without_daemons(2)?;
+    let meter = Meter::start(&lab)?;
     let dataset = Dataset::first_row(DATA_BYTES);
-    let mut connection = Connection::open(net, workload.link.address)?;
-    dataset.populate(&mut connection)?;
-    let logs = lab.folder.logs();
-    let load = Load::start(
-        net,
-        workload.link.address,
-        dataset,
-        LoadPlan::first_row(),
-        &logs,
-    )?;
-    let prober = Prober::start(net, workload.link.address)?;
-    wait_for_writes(&load, WRITES_BEFORE)?;
+    let mut session = Session::start(&mut lab, "a", dataset, LoadPlan::first_row())?;
+    session.wait_for_writes(WRITES_AROUND)?;
 
-    let started = Instant::now();
-    let mut one = move_workload(&lab, &workload, "a", "b")?;
-    if prober.wait_for_answer_after(Instant::now(), ANSWER_TIME_MAX) {
-        one.blackout_ms = Some(millis(prober.longest_silence_since(started)));
-    } else {
-        report.fail("the workload does not answer after the move");
-    }
+    let begun = Instant::now();
+    let mut one = move_workload(&lab, &session.workload, "a", "b")?;
+    "b".clone_into(&mut session.at);
+    one.blackout_ms = Some(millis(session.blackout_since(begun)?));
     report.moves.push(one);
 
-    wait_for_writes(&load, load.writes() + WRITES_BEFORE)?;
-    finish_redis(load, prober, &mut connection, report)
-}
-
-/// Ends load and prober and judges what clients saw; `connection` must be as old as they are.
-pub fn finish_redis(
-    load: Load,
-    prober: Prober,
-    connection: &mut Connection,
-    report: &mut Report,
-) -> Result<()> {
-    let written = load.finish();
-    let broken: Vec<String> = written
-        .broken()
-        .map(str::to_owned)
-        .chain(prober.finish())
-        .collect();
-    report.broken_connections += broken.len() as u64;
-    for reason in broken {
-        report.fail(format!("broken: {reason}"));
-    }
-    report.figure("client_mb_per_s", round(written.megabytes_per_second()));
-    report.figure("client_writes", written.writes);
-    let verdict = verify::verify(connection, &written)?;
-    report.lost_acks += verdict.lost_acks;
-    report.digest_equal = Some(report.digest_equal.unwrap_or(true) && verdict.digest_equal);
-    for finding in verdict.findings {
-        report.fail(finding);
-    }
-    Ok(())
-}
-
-/// Waits until the load has had so many writes acknowledged in all.
-pub fn wait_for_writes(load: &Load, writes: u64) -> Result<()> {
-    let deadline = Instant::now() + ANSWER_TIME_MAX;
-    while load.writes() < writes {
-        ensure!(
-            Instant::now() < deadline,
-            "the load came to a stop at {} writes",
-            load.writes()
-        );
-        thread::sleep(Duration::from_millis(5));
-    }
+    session.wait_for_writes(WRITES_AROUND)?;
+    session.finish(report)?;
+    report.figure_usage(&meter.finish());
     Ok(())
 }
 
@@ -298,19 +243,10 @@ fn interface_index(node: &Node, pid: i32) -> Result<u32> {
     index.with_context(|| format!("no index in {text:?}"))
 }
 
-fn millis(duration: Duration) -> f64 {
-    round(duration.as_secs_f64() * 1e3)
-}
-
-/// To three decimals: what is behind them is noise.
-pub fn round(value: f64) -> f64 {
-    (value * 1e3).round() / 1e3
-}
-
 /// Enough to make the copy visible, little enough to take seconds.
 const DATA_BYTES: u64 = 256 << 20;
 /// About half a second of the load.
-const WRITES_BEFORE: u64 = 5_000;
+const WRITES_AROUND: u64 = 5_000;
 const IMAGES: &str = "/tmp/images";
 const COPY_PORT: u16 = 7441;
 const CRIU_COMMON: [&str; 5] = [
