@@ -1,2 +1,154 @@
-//! Skeleton.
-fn main() {}
+//! `lab`: brings labs up and down and runs scenarios in them.
+
+use std::path::PathBuf;
+use std::process::{ExitCode, Stdio};
+
+use anyhow::{Result, bail};
+use clap::{Parser, Subcommand};
+use pageferry_bench::lab::network::Link;
+use pageferry_bench::lab::{self, Lab, LabOptions};
+use pageferry_bench::scenario::{self, Settings};
+use pageferry_bench::workload::launch;
+
+/// Nodes on one machine to try live migration on.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Bring up a lab and leave it up.
+    Up {
+        /// How many nodes: a, b, …
+        #[arg(long, default_value_t = 2)]
+        nodes: usize,
+        /// Speed of the links: "unshaped", or a rate such as 1gbit.
+        #[arg(long, default_value = "unshaped")]
+        link: Link,
+        /// Without pageferryd on the nodes.
+        #[arg(long)]
+        bare: bool,
+    },
+    /// Run a command in a node of the lab that is up.
+    Exec {
+        node: String,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Show the lab that is up.
+    Status,
+    /// Take the lab down, also what a killed one left.
+    Down,
+    /// Run one scenario, from bringing a lab up to taking it down.
+    Run {
+        scenario: String,
+        /// Write what was seen to this file as one JSON object.
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Speed of the links; each scenario has its own default.
+        #[arg(long)]
+        link: Option<Link>,
+        /// Leave the lab up afterwards.
+        #[arg(long)]
+        keep: bool,
+        /// Of a scenario with cases, only this one.
+        #[arg(long)]
+        only: Option<String>,
+    },
+    /// Name the scenarios.
+    List,
+    /// Process 1 of a node.
+    #[command(hide = true)]
+    NodeInit,
+    /// Hold namespaces.
+    #[command(hide = true)]
+    Hold,
+    /// Start a workload.
+    #[command(hide = true)]
+    Launch,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Up { nodes, link, bare } => {
+            let lab = Lab::up(&LabOptions {
+                nodes,
+                link,
+                daemons: !bare,
+                keep: true,
+            })?;
+            print_status(&lab);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Exec { node, command } => exec(&node, &command),
+        Command::Status => {
+            print_status(&Lab::attach()?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Down => lab::down().map(|()| ExitCode::SUCCESS),
+        Command::Run {
+            scenario,
+            json,
+            link,
+            keep,
+            only,
+        } => {
+            let Some(scenario) = scenario::find(&scenario) else {
+                bail!("no scenario is called {scenario:?} (lab list)")
+            };
+            let ok = scenario.run(&Settings { link, keep, only }, json.as_deref())?;
+            Ok(if ok {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            })
+        }
+        Command::List => {
+            for scenario in &scenario::ALL {
+                println!("{:<14} {}", scenario.name, scenario.summary);
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::NodeInit => lab::init::node_init().map(|()| ExitCode::SUCCESS),
+        Command::Hold => lab::init::hold().map(|()| ExitCode::SUCCESS),
+        Command::Launch => launch::launcher().map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn exec(node: &str, command: &[String]) -> Result<ExitCode> {
+    let lab = Lab::attach()?;
+    let command = lab.node(node)?.command(&command[0])?.args(&command[1..]);
+    let command = command.stdin(Stdio::inherit());
+    let status = command.spawn()?.wait()?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+fn print_status(lab: &Lab) {
+    println!(
+        "links {}, logs in {}",
+        lab.link(),
+        lab.folder.logs().display()
+    );
+    for node in &lab.nodes {
+        println!(
+            "node {}  {}  process 1 is {}",
+            node.name(),
+            node.address(),
+            node.record.init_pid
+        );
+    }
+}

@@ -1,0 +1,27 @@
+# Everything is built in release: what is measured is what is shipped.
+CARGO ?= cargo
+ARGS ?=
+LAB = $${CARGO_TARGET_DIR:-target}/release/lab
+
+.PHONY: build demo test clean tools
+
+build: tools
+	$(CARGO) build --release --workspace
+
+# Moves a live Redis between two nodes and prints how long it was gone. ARGS=--keep leaves them up.
+demo: build
+	$(LAB) run demo $(ARGS)
+
+# The lab tests (bench/tests/lab.rs) need root and take turns, after all the others.
+test: build
+	$(CARGO) test --release --workspace --exclude pageferry-bench
+	$(CARGO) test --release --package pageferry-bench
+
+clean:
+	-$(LAB) down
+	$(CARGO) clean
+
+# What a fresh machine may lack; the lab itself asks for what it needs beyond this.
+tools:
+	@command -v cc > /dev/null || { echo "cc is missing: apt-get install gcc"; \
+	  apt-get update -qq && apt-get install -qq -y --no-install-recommends gcc libc6-dev; }

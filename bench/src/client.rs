@@ -1,0 +1,7 @@
+//! Clients of the workloads, in the lab's client namespace: what a user of the workload would see.
+
+pub mod load;
+pub mod probe;
+pub mod resp;
+pub mod verify;
+pub mod writer;

@@ -1,0 +1,172 @@
+//! The command line of the product, as the lab uses it: by its binary and its JSON.
+
+use std::process::{Child, Stdio};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::lab::node::Node;
+use crate::scenario::report::Move;
+
+/// Flags of `pageferry migrate`.
+#[derive(Clone, Debug, Default)]
+pub struct MigrateFlags {
+    pub verify: bool,
+    pub force_eager: bool,
+    /// A time as the command line takes it ("60s").
+    pub timeout: Option<String>,
+}
+
+/// How a migration ended, as its command says.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub id: Option<String>,
+    /// The move, when it succeeded.
+    pub moved: Option<Move>,
+    /// Code and text, when it did not.
+    pub error: Option<(String, String)>,
+    /// All that the command printed, for figures that not every build prints.
+    pub object: Value,
+}
+
+/// A migration that is under way.
+#[derive(Debug)]
+pub struct Migration {
+    child: Child,
+}
+
+impl Migration {
+    /// Starts `pageferry migrate` at the source.
+    pub fn start(source: &Node, workload: &str, to: &str, flags: &MigrateFlags) -> Result<Self> {
+        let mut command = source.command("pageferry")?;
+        command = command.args(["migrate", workload, "--to", to, "--json"]);
+        if flags.verify {
+            command = command.arg("--verify");
+        }
+        if flags.force_eager {
+            command = command.arg("--force-eager");
+        }
+        if let Some(timeout) = &flags.timeout {
+            command = command.args(["--timeout", timeout]);
+        }
+        let command = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Ok(Self {
+            child: command.spawn()?,
+        })
+    }
+
+    /// Waits for its end.
+    pub fn finish(self) -> Result<Outcome> {
+        let output = self
+            .child
+            .wait_with_output()
+            .context("waiting for pageferry migrate")?;
+        let printed = String::from_utf8_lossy(&output.stdout);
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        Ok(outcome(
+            &printed,
+            complaint.trim_end(),
+            output.status.success(),
+        ))
+    }
+}
+
+fn outcome(printed: &str, complaint: &str, success: bool) -> Outcome {
+    let object = last_object(printed);
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let mut outcome = Outcome {
+        id: text(&object["id"]),
+        moved: None,
+        error: None,
+        object: object.clone(),
+    };
+    if success {
+        match serde_json::from_value(object) {
+            Ok(moved) => outcome.moved = Some(moved),
+            Err(error) => {
+                let said = format!("its JSON is not a move ({error}): {printed}{complaint}");
+                outcome.error = Some(("lab-bad-json".to_owned(), said));
+            }
+        }
+        return outcome;
+    }
+    let code = text(&object["error"]["code"]).unwrap_or_else(|| "lab-no-code".to_owned());
+    let said = text(&object["error"]["text"]).unwrap_or_else(|| format!("{printed}{complaint}"));
+    outcome.error = Some((code, said));
+    outcome
+}
+
+/// The last line that is a JSON object, or the whole text if it is one; null otherwise.
+fn last_object(printed: &str) -> Value {
+    if let Ok(object) = serde_json::from_str(printed) {
+        return object;
+    }
+    let mut lines = printed.lines().rev();
+    lines
+        .find_map(|line| serde_json::from_str(line).ok())
+        .unwrap_or(Value::Null)
+}
+
+/// Moves a workload and waits for the end.
+pub fn migrate(source: &Node, workload: &str, to: &str, flags: &MigrateFlags) -> Result<Outcome> {
+    Migration::start(source, workload, to, flags)?.finish()
+}
+
+/// What a node says of all its migrations.
+pub fn list(node: &Node) -> Result<Vec<Value>> {
+    let printed = node.command("pageferry")?.args(["list", "--json"]).run()?;
+    match last_object(&printed) {
+        Value::Array(all) => Ok(all),
+        Value::Object(mut one) => match one.remove("migrations") {
+            Some(Value::Array(all)) => Ok(all),
+            _ => Ok(vec![Value::Object(one)]),
+        },
+        _ => Ok(printed
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect()),
+    }
+}
+
+/// What a node says of one migration; null when it knows none by this id.
+pub fn show(node: &Node, id: &str) -> Result<Value> {
+    let output = node
+        .command("pageferry")?
+        .args(["show", id, "--json"])
+        .output()?;
+    Ok(last_object(&String::from_utf8_lossy(&output.stdout)))
+}
+
+pub fn abort(node: &Node, id: &str) -> Result<()> {
+    node.command("pageferry")?
+        .args(["abort", id])
+        .run()
+        .map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_keeps_its_code() {
+        let printed = r#"{"ok":false,"id":"ab","error":{"code":"hugetlb","text":"no"}}"#;
+        let outcome = outcome(printed, "", false);
+        assert_eq!(outcome.error, Some(("hugetlb".to_owned(), "no".to_owned())));
+        assert!(outcome.moved.is_none());
+    }
+
+    #[test]
+    fn a_move_is_read_with_whatever_else_is_printed() {
+        let printed = r#"{"workload":"process/1","mode":"precopy","from":"a","to":"b","rounds":3,
+            "memory_bytes":1,"wire_bytes":2,"downtime_ms":9.5,
+            "parts_ms":{"freeze":1,"final_round":2,"restore":3,"commit":1,"handoff":2.5},
+            "frozen_ms":4,"restore_ms":null,"blackout_ms":null,"total_ms":100,"ok":true,"id":"ab",
+            "error":null}"#;
+        let moved = outcome(printed, "", true).moved.expect("a move");
+        assert_eq!((moved.rounds, moved.downtime_ms), (3, 9.5));
+    }
+}

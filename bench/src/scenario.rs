@@ -1,0 +1,97 @@
+//! Scenarios: one type for tests and benchmarks.
+//!
+//! A scenario is a function that drives a lab and writes down what it saw in a [`Report`]. A thing
+//! that went wrong in the workload or for a client is a *failure* in the report; an error is the
+//! lab's own trouble, and ends up there too.
+
+pub mod baseline;
+pub mod report;
+pub mod session;
+pub mod stop_and_copy;
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::lab::network::Link;
+use crate::lab::{Lab, LabOptions};
+use report::Report;
+
+/// One named scenario.
+#[derive(Debug)]
+pub struct Scenario {
+    pub name: &'static str,
+    pub summary: &'static str,
+    run: fn(&Settings, &mut Report) -> Result<()>,
+}
+
+/// What the command line may change about a scenario.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Absent: what the scenario is defined with.
+    pub link: Option<Link>,
+    /// Leave the lab up afterwards.
+    pub keep: bool,
+    /// Of a scenario with cases, only this one.
+    pub only: Option<String>,
+}
+
+impl Settings {
+    /// Brings up the lab of a scenario, with a daemon on each node.
+    pub fn lab(&self, nodes: usize) -> Result<Lab> {
+        self.bring_up(nodes, true)
+    }
+
+    /// Brings up the lab of a scenario that drives CRIU itself.
+    pub fn lab_without_daemons(&self, nodes: usize) -> Result<Lab> {
+        self.bring_up(nodes, false)
+    }
+
+    fn bring_up(&self, nodes: usize, daemons: bool) -> Result<Lab> {
+        let link = self.link.clone().unwrap_or(Link::Unshaped);
+        Lab::up(&LabOptions {
+            nodes,
+            link,
+            daemons,
+            keep: self.keep,
+        })
+    }
+}
+
+/// All scenarios, in the order in which they make sense.
+pub const ALL: [Scenario; 2] = [
+    Scenario {
+        name: "stop_and_copy",
+        summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
+        run: stop_and_copy::run,
+    },
+    Scenario {
+        name: "baseline",
+        summary: "stock CRIU moves every case of `memory`: what CRIU itself can and cannot",
+        run: baseline::run,
+    },
+];
+
+pub fn find(name: &str) -> Option<&'static Scenario> {
+    ALL.iter().find(|scenario| scenario.name == name)
+}
+
+impl Scenario {
+    /// Runs it from start to clean-up and reports.
+    pub fn run(&self, settings: &Settings, json: Option<&Path>) -> Result<bool> {
+        let mut report = Report::new(self.name);
+        if let Err(error) = (self.run)(settings, &mut report) {
+            report.fail(format!("{error:#}"));
+        }
+        if report.lost_acks > 0 {
+            report.fail(format!("{} acknowledged writes are lost", report.lost_acks));
+        }
+        report.print();
+        // Where no lab came up there is no folder for it, and nothing to put there.
+        let _ = report.write_figures();
+        if let Some(path) = json {
+            report.write(path)?;
+        }
+        Ok(report.ok())
+    }
+}

@@ -1,0 +1,238 @@
+//! What a scenario reports: a JSON object for programs, lines for people.
+//!
+//! The object's fields are stable; a figure that a scenario does not have is null or absent, never
+//! made up.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::lab::state::RunFolder;
+use crate::measure::Usage;
+
+/// One move, as `pageferry migrate --json` prints it too.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Move {
+    pub workload: String,
+    pub mode: String,
+    pub from: String,
+    pub to: String,
+    pub rounds: u32,
+    pub memory_bytes: u64,
+    pub wire_bytes: u64,
+    pub downtime_ms: f64,
+    pub parts_ms: Parts,
+    pub frozen_ms: Option<f64>,
+    pub restore_ms: Option<f64>,
+    pub blackout_ms: Option<f64>,
+    pub total_ms: f64,
+}
+
+/// The consecutive intervals of the downtime.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Parts {
+    pub freeze: f64,
+    pub final_round: f64,
+    pub restore: f64,
+    pub commit: f64,
+    pub handoff: f64,
+}
+
+/// The object of `lab run --json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Report {
+    pub scenario: String,
+    pub ok: bool,
+    pub moves: Vec<Move>,
+    pub lost_acks: u64,
+    pub broken_connections: u64,
+    /// Null when no workload of the scenario has contents that nobody writes.
+    pub digest_equal: Option<bool>,
+    pub failures: Vec<String>,
+    /// Further figures by name, with the unit in the name: printed, and in a file beside the logs.
+    #[serde(skip)]
+    figures: serde_json::Map<String, Value>,
+}
+
+impl Report {
+    pub fn new(scenario: &str) -> Self {
+        Self {
+            scenario: scenario.to_owned(),
+            ok: true,
+            moves: Vec::new(),
+            lost_acks: 0,
+            broken_connections: 0,
+            digest_equal: None,
+            failures: Vec::new(),
+            figures: serde_json::Map::new(),
+        }
+    }
+
+    pub fn fail(&mut self, what: impl Into<String>) {
+        self.ok = false;
+        self.failures.push(what.into());
+    }
+
+    pub fn figure(&mut self, name: &str, value: impl Into<Value>) {
+        self.figures.insert(name.to_owned(), value.into());
+    }
+
+    /// One more value of a figure that each move has.
+    pub fn figure_series(&mut self, name: &str, value: impl Into<Value>) {
+        let series = self
+            .figures
+            .entry(name)
+            .or_insert_with(|| Value::Array(Vec::new()));
+        if let Value::Array(values) = series {
+            values.push(value.into());
+        }
+    }
+
+    /// What processes used, by "node/command".
+    pub fn figure_usage(&mut self, usage: &BTreeMap<String, Usage>) {
+        for (name, usage) in usage {
+            self.figure(&format!("{name} CPU s"), round(usage.cpu_seconds));
+            let mebibytes = usage.private_bytes_peak as f64 / f64::from(1 << 20);
+            self.figure(&format!("{name} private MiB"), round(mebibytes));
+        }
+    }
+
+    /// Whether contents that nobody wrote were still the same: one that differs is a failure.
+    pub fn note_contents(&mut self, equal: bool) {
+        self.digest_equal = Some(self.digest_equal.unwrap_or(true) && equal);
+        self.ok &= equal;
+    }
+
+    pub fn ok(&self) -> bool {
+        self.ok
+    }
+
+    /// Puts the figures beside the logs, for programs.
+    pub fn write_figures(&self) -> Result<()> {
+        let path = RunFolder::new().logs().join("figures.json");
+        let text = serde_json::to_string_pretty(&self.figures).context("writing figures")?;
+        fs::write(&path, text + "\n").with_context(|| format!("writing {}", path.display()))
+    }
+
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self).context("writing the report")?;
+        fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// For people, on standard output.
+    pub fn print(&self) {
+        for (number, one) in self.moves.iter().enumerate() {
+            println!("{}", one.line(number + 1));
+        }
+        if let Some(statistics) = self.statistics() {
+            println!("{statistics}");
+        }
+        for (name, value) in &self.figures {
+            println!("  {name}: {value}");
+        }
+        println!(
+            "acknowledged writes lost {}, connections broken {}, untouched contents {}",
+            self.lost_acks,
+            self.broken_connections,
+            match self.digest_equal {
+                Some(true) => "equal",
+                Some(false) => "DIFFERENT",
+                None => "not measured",
+            }
+        );
+        for failure in &self.failures {
+            println!("FAILURE: {failure}");
+        }
+        let logs = RunFolder::new().logs();
+        if self.ok {
+            println!("{}: ok", self.scenario);
+        } else {
+            println!("{}: failed; logs are in {}", self.scenario, logs.display());
+        }
+    }
+
+    fn statistics(&self) -> Option<String> {
+        if self.moves.len() < 2 {
+            return None;
+        }
+        let downtimes: Vec<f64> = self.moves.iter().map(|one| one.downtime_ms).collect();
+        Some(format!(
+            "{} moves: downtime p50 {:.1} ms, p99 {:.1} ms",
+            self.moves.len(),
+            percentile(&downtimes, 50),
+            percentile(&downtimes, 99)
+        ))
+    }
+}
+
+impl Move {
+    fn line(&self, number: usize) -> String {
+        let optional = |name: &str, value: Option<f64>| match value {
+            Some(value) => format!(", {name} {value:.1} ms"),
+            None => String::new(),
+        };
+        let parts = &self.parts_ms;
+        format!(
+            "move {number}: {} {} {} -> {}: {} rounds, {} in memory, {} on the wire, \
+             total {:.1} s\n  downtime {:.1} ms = freeze {:.1} + final round {:.1} + restore {:.1} \
+             + commit {:.1} + hand-off {:.1}{}{}{}",
+            self.workload,
+            self.mode,
+            self.from,
+            self.to,
+            self.rounds,
+            bytes_text(self.memory_bytes),
+            bytes_text(self.wire_bytes),
+            self.total_ms / 1e3,
+            self.downtime_ms,
+            parts.freeze,
+            parts.final_round,
+            parts.restore,
+            parts.commit,
+            parts.handoff,
+            optional("inside CRIU", self.frozen_ms),
+            optional("CRIU's restore", self.restore_ms),
+            optional("blackout", self.blackout_ms),
+        )
+    }
+}
+
+pub fn bytes_text(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+/// The smallest value that at least `percent` of the values do not exceed. 0 for no values.
+pub fn percentile(values: &[f64], percent: usize) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (sorted.len() * percent).div_ceil(100).max(1);
+    sorted.get(rank - 1).copied().unwrap_or(0.0)
+}
+
+pub fn millis(duration: Duration) -> f64 {
+    round(duration.as_secs_f64() * 1e3)
+}
+
+/// To three decimals: what is behind them is noise.
+pub fn round(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_values_that_occurred() {
+        let values: Vec<f64> = (1..=20).map(f64::from).collect();
+        assert_eq!(percentile(&values, 50), 10.0);
+        assert_eq!(percentile(&values, 99), 20.0);
+        assert_eq!(percentile(&[7.0], 50), 7.0);
+        assert_eq!(percentile(&[], 50), 0.0);
+    }
+}

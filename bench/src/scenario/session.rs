@@ -1,0 +1,156 @@
+//! A Redis under load with everything that watches it: what most scenarios consist of.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::report::{Report, millis, round};
+use crate::client::load::{Dataset, Load, LoadPlan};
+use crate::client::probe::Prober;
+use crate::client::resp::{ANSWER_TIME_MAX, Connection};
+use crate::client::verify;
+use crate::lab::Lab;
+use crate::pageferry::{self, MigrateFlags, Outcome};
+use crate::workload::{Workload, redis};
+
+/// A Redis of the lab, its load and its prober.
+#[derive(Debug)]
+pub struct Session {
+    pub workload: Workload,
+    /// The node it is at.
+    pub at: String,
+    pub load: Load,
+    pub prober: Prober,
+    /// As old as the others: reading back happens on a connection that lived through it all.
+    connection: Connection,
+}
+
+impl Session {
+    /// Starts Redis at a node, fills it, and starts its clients.
+    pub fn start(lab: &mut Lab, at: &str, dataset: Dataset, plan: LoadPlan) -> Result<Self> {
+        let workload = redis::start(lab, at, &redis::plan())?;
+        let net = &lab.client.net;
+        let address = workload.link.address;
+        let mut connection = Connection::open(net, address)?;
+        dataset.populate(&mut connection)?;
+        let logs = lab.folder.logs().join(format!("load-{}", workload.number));
+        std::fs::create_dir_all(&logs).context("creating the folder of the load's logs")?;
+        let load = Load::start(net, address, dataset, plan, &logs)?;
+        let prober = Prober::redis(net, address)?;
+        let session = Self {
+            workload,
+            at: at.to_owned(),
+            load,
+            prober,
+            connection,
+        };
+        session.wait_for_writes(WRITES_MIN)?;
+        Ok(session)
+    }
+
+    /// Waits until the load has had so many more writes acknowledged.
+    pub fn wait_for_writes(&self, writes: u64) -> Result<()> {
+        let wanted = self.load.writes() + writes;
+        let deadline = Instant::now() + ANSWER_TIME_MAX;
+        while self.load.writes() < wanted {
+            ensure!(Instant::now() < deadline, "the load came to a stop");
+            std::thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
+    /// Moves it by pageferry while the load runs. Whatever fails goes to the report; true when the
+    /// workload is at `to` now.
+    pub fn move_to(
+        &mut self,
+        lab: &Lab,
+        to: &str,
+        flags: &MigrateFlags,
+        report: &mut Report,
+    ) -> Result<bool> {
+        let begun = Instant::now();
+        let source = lab.node(&self.at)?;
+        let outcome = pageferry::migrate(source, &self.workload.name(), to, flags)?;
+        Ok(self.note(outcome, begun, to, report))
+    }
+
+    /// Takes the outcome of a move into the report; true when the workload is at `to` now.
+    pub fn note(
+        &mut self,
+        outcome: Outcome,
+        begun: Instant,
+        to: &str,
+        report: &mut Report,
+    ) -> bool {
+        note_status(&outcome, report);
+        let Some(mut one) = outcome.moved else {
+            let (code, text) = outcome.error.unwrap_or_default();
+            report.fail(format!(
+                "{} {} -> {to}: {code}: {text}",
+                self.workload.name(),
+                self.at
+            ));
+            return false;
+        };
+        to.clone_into(&mut self.at);
+        match self.blackout_since(begun) {
+            Ok(blackout) => one.blackout_ms = Some(millis(blackout)),
+            Err(error) => report.fail(format!("after the move to {to}: {error:#}")),
+        }
+        report.moves.push(one);
+        true
+    }
+
+    /// The longest silence since `from`, once the workload answers again.
+    pub fn blackout_since(&self, from: Instant) -> Result<Duration> {
+        if !self
+            .prober
+            .wait_for_answer_after(Instant::now(), ANSWER_TIME_MAX)
+        {
+            bail!("the prober has no answer");
+        }
+        Ok(self.prober.longest_silence_since(from))
+    }
+
+    /// Ends everything and judges what clients saw. The workload stays.
+    pub fn finish(self, report: &mut Report) -> Result<Workload> {
+        let Self {
+            workload,
+            load,
+            prober,
+            mut connection,
+            ..
+        } = self;
+        let written = load.finish();
+        let broken = written.broken().map(str::to_owned).chain(prober.finish());
+        for reason in broken.collect::<Vec<_>>() {
+            report.broken_connections += 1;
+            report.fail(format!("broken: {reason}"));
+        }
+        report.figure("client MB/s", round(written.megabytes_per_second()));
+        report.figure("client writes", written.writes);
+        let verdict = verify::verify(&mut connection, &written)?;
+        report.lost_acks += verdict.lost_acks;
+        report.note_contents(verdict.digest_equal);
+        for finding in verdict.findings {
+            report.fail(finding);
+        }
+        Ok(workload)
+    }
+}
+
+/// What only the migration itself knows, where this build prints it.
+fn note_status(outcome: &Outcome, report: &mut Report) {
+    for (name, words) in [
+        ("dirty_pages_per_second", "dirtied pages/s"),
+        ("final_round_pages", "pages in the final round"),
+    ] {
+        if !outcome.object[name].is_null() {
+            report.figure_series(words, outcome.object[name].clone());
+        }
+    }
+}
+
+/// A load that has not begun to flow is none.
+const WRITES_MIN: u64 = 1000;
+const POLL: Duration = Duration::from_millis(5);

@@ -1,0 +1,103 @@
+//! What the lab moves: process trees started in namespaces of their own.
+//!
+//! A workload has its number in the lab; pid, address and port follow from it, so that nothing of
+//! one workload is ever taken by another, on whatever node they are.
+
+pub mod launch;
+pub mod redis;
+pub mod writer;
+
+use std::fs;
+
+use anyhow::{Context, Result};
+
+use crate::lab::Lab;
+use crate::lab::network::WorkloadLink;
+use crate::lab::node::Node;
+use launch::{LaunchSpec, launch};
+
+/// A workload, wherever it is at the moment.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    pub number: usize,
+    /// Of its root process, in the pid namespace of every node it is on.
+    pub pid: i32,
+    pub link: WorkloadLink,
+}
+
+/// How to start one.
+#[derive(Clone, Debug)]
+pub struct WorkloadPlan {
+    pub name: String,
+    pub arguments: Vec<String>,
+    pub own_pid_mnt: bool,
+    pub uid: Option<u32>,
+}
+
+impl Workload {
+    /// Starts a workload at a node, with its link open.
+    pub fn start(lab: &mut Lab, node: &str, plan: &WorkloadPlan) -> Result<Self> {
+        let number = lab.next_workload()?;
+        let workload = Self {
+            number,
+            pid: pid_of(number),
+            link: WorkloadLink::new(number),
+        };
+        let spec = LaunchSpec {
+            pid: workload.pid,
+            hostname: format!("{}-{number}", plan.name),
+            arguments: plan.arguments.clone(),
+            own_pid_mnt: plan.own_pid_mnt,
+            uid: plan.uid,
+        };
+        launch(lab.node(node)?, &spec, &workload.link)
+            .with_context(|| format!("starting {} at node {node}", plan.name))?;
+        Ok(workload)
+    }
+
+    /// The name by which pageferry knows it.
+    pub fn name(&self) -> String {
+        format!("process/{}", self.pid)
+    }
+
+    /// True when its root process runs (or is frozen) at this node.
+    pub fn is_at(&self, node: &Node) -> bool {
+        let stat = fs::read_to_string(node.process(self.pid).join("stat")).unwrap_or_default();
+        let state = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.chars().next());
+        state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+    }
+
+    /// Ends it, wherever it is: its whole session, and with it what it forked.
+    pub fn kill(&self, lab: &Lab) -> Result<()> {
+        for node in &lab.nodes {
+            let pids = node.session(self.pid);
+            if !pids.is_empty() {
+                let pids = pids.iter().map(i32::to_string);
+                // One that ended meanwhile makes kill fail, which is as good.
+                node.command("kill")?.arg("-KILL").args(pids).output()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of its root process in memory.
+    pub fn memory_bytes(&self, node: &Node) -> Result<u64> {
+        let path = node.process(self.pid).join("status");
+        let status = fs::read_to_string(&path).context("reading the workload's status")?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+        Ok(kib.context("a process without VmRSS")? << 10)
+    }
+}
+
+/// Above what nodes hand out to their own processes, below the smallest `pid_max` (32768).
+fn pid_of(number: usize) -> i32 {
+    let number = i32::try_from(number).expect("the lab bounds its workloads");
+    PID_FIRST + number * PID_STEP
+}
+
+pub const PID_FIRST: i32 = 10_000;
+/// Room to see which workload a pid belongs to.
+const PID_STEP: i32 = 100;
