@@ -22,7 +22,7 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::{mpsc, watch};
 
 use super::clock::Clock;
-use super::journal::{FINISHED_MAX, Found, Journals, Recovered};
+use super::journal::{FINISHED_MAX, Found, Journal, Journals, Recovered};
 use super::source::site::{Site as SourceSite, SourceNode};
 use super::source::{SourceDriver, SourceParts, SourceRequest};
 use super::target::site::{Site as TargetSite, TargetNode};
@@ -110,12 +110,7 @@ impl Registry {
     }
 
     async fn resume(&self, id: MigrationId, recovered: Recovered) -> Result<(), Failure> {
-        let mut records = Vec::with_capacity(recovered.records.len());
-        for bytes in &recovered.records {
-            records.push(Record::from_bytes(bytes).map_err(|error| {
-                Failure::new(ErrorCode::JournalFailed, format!("journal of {id}: {}", chain(&error)))
-            })?);
-        }
+        let records = parse(id, &recovered)?;
         let clock = Clock::start();
         let contradiction = |error: pageferry_proto::migration::handoff::RecoverError| {
             Failure::new(ErrorCode::JournalFailed, format!("journal of {id}: {error}"))
@@ -140,7 +135,7 @@ impl Registry {
                     TargetMachine::recover(&records, clock.now()).map_err(contradiction)?;
                 let node = self.inner.parts.target.clone();
                 let site = TargetSite::recover(node, id, machine.driver_state()).await?;
-                self.start_target(machine, clock, site, journal);
+                self.start_target(machine, clock, site, journal, None);
                 Ok(())
             }
         }
@@ -237,36 +232,61 @@ impl Registry {
     /// Gives a session to the migration it names, or begins a new incoming one.
     pub async fn accept(&self, session: TargetSession) {
         let (id, peer) = (session.migration, session.peer.clone());
-        let known = self.lock().get(&id).cloned();
-        let requests = match known {
-            Some(Entry { requests: Requests::Target(requests), status }) => {
-                if status.borrow().peer != peer {
+        let mut session = Box::new(session);
+        if let Some(Entry { status, requests }) = self.lock().get(&id).cloned() {
+            let ours = match requests {
+                Requests::Target(requests) if status.borrow().peer == peer => requests,
+                Requests::Target(_) | Requests::Source(_) => {
                     tracing::warn!(migration = %id, %peer, "named a migration of another node");
                     return session.lanes.close(ErrorCode::MigrationUnknown);
                 }
-                requests
+            };
+            match ours.send(TargetRequest::Connected(session)).await {
+                Ok(()) => return,
+                // It is over, and the source asks once more how it ended.
+                Err(mpsc::error::SendError(TargetRequest::Connected(back))) => session = back,
+                Err(_) => return,
             }
-            Some(Entry { requests: Requests::Source(_), .. }) => {
-                return session.lanes.close(ErrorCode::MigrationUnknown);
-            }
-            None => match self.begin_incoming(id, peer) {
-                Ok(requests) => requests,
-                Err(failure) => {
-                    tracing::warn!(migration = %id, %failure, "refused");
-                    return session.lanes.close(failure.code());
-                }
-            },
-        };
-        // A driver that has ended closes the session by dropping it; the source asks again.
-        drop(requests.send(TargetRequest::Connected(Box::new(session))).await);
+        }
+        if let Err((failure, session)) = self.begin_incoming(session).await {
+            tracing::warn!(migration = %id, %failure, "refused");
+            session.lanes.close(failure.code());
+        }
     }
 
-    fn begin_incoming(
+    async fn begin_incoming(
+        &self,
+        session: Box<TargetSession>,
+    ) -> Result<(), (Failure, Box<TargetSession>)> {
+        let (id, peer) = (session.migration, session.peer.clone());
+        match self.incoming(id, peer).await {
+            Ok((machine, clock, site, journal)) => {
+                self.start_target(machine, clock, site, journal, Some(session));
+                Ok(())
+            }
+            Err(failure) => Err((failure, session)),
+        }
+    }
+
+    /// What an incoming migration is driven with: what its journal says, or a beginning.
+    async fn incoming(
         &self,
         id: MigrationId,
         peer: NodeName,
-    ) -> Result<mpsc::Sender<TargetRequest>, Failure> {
+    ) -> Result<(TargetMachine, Clock, TargetSite, Journal), Failure> {
         let parts = &self.inner.parts;
+        let clock = Clock::start();
+        if self.lock().contains_key(&id) {
+            let recovered = parts.journals.read(id).map_err(|error| internal(&error))?;
+            let records = parse(id, &recovered)?;
+            if !records.is_empty() {
+                let machine = TargetMachine::recover(&records, clock.now())
+                    .map_err(|error| internal(&error))?;
+                let state = machine.driver_state();
+                let site = TargetSite::recover(parts.target.clone(), id, state).await?;
+                return Ok((machine, clock, site, recovered.journal));
+            }
+        }
         let incoming = self.list();
         let incoming = incoming
             .iter()
@@ -277,12 +297,18 @@ impl Registry {
                 format!("{} migrations come to this node already", parts.incoming_max),
             ));
         }
-        let journal = parts.journals.create(id).map_err(|error| internal(&error))?;
+        let journal = match parts.journals.create(id) {
+            Ok(journal) => journal,
+            Err(error) => match parts.journals.read(id) {
+                // A beginning that never got as far as its first record.
+                Ok(recovered) if recovered.records.is_empty() => recovered.journal,
+                Ok(_) | Err(_) => return Err(internal(&error)),
+            },
+        };
         let site = TargetSite::new(parts.target.clone(), id)?;
         let incarnation = Incarnation(u64::from_le_bytes(random()));
-        let clock = Clock::start();
-        let machine = TargetMachine::new(TargetOrigin { id, peer, incarnation }, clock.now());
-        Ok(self.start_target(machine, clock, site, journal))
+        let origin = TargetOrigin { id, peer, incarnation };
+        Ok((TargetMachine::new(origin, clock.now()), clock, site, journal))
     }
 
     fn start_source(
@@ -291,7 +317,7 @@ impl Registry {
         clock: Clock,
         site: SourceSite,
         cancel: watch::Sender<bool>,
-        journal: super::journal::Journal,
+        journal: Journal,
         peer: NodeName,
     ) {
         let id = machine.id();
@@ -319,8 +345,9 @@ impl Registry {
         machine: TargetMachine,
         clock: Clock,
         site: TargetSite,
-        journal: super::journal::Journal,
-    ) -> mpsc::Sender<TargetRequest> {
+        journal: Journal,
+        session: Option<Box<TargetSession>>,
+    ) {
         let id = machine.id();
         let (status, watched) = watch::channel(Arc::new(machine.status(clock.now())));
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
@@ -332,10 +359,9 @@ impl Registry {
             status,
             journal,
         });
-        let entry = Entry { status: watched, requests: Requests::Target(requests.clone()) };
+        let entry = Entry { status: watched, requests: Requests::Target(requests) };
         self.lock().insert(id, entry);
-        self.run(driver.run());
-        requests
+        self.run(driver.run(session));
     }
 
     fn run(&self, driver: impl Future<Output = ()> + Send + 'static) {
@@ -406,6 +432,13 @@ impl Registry {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<MigrationId, Entry>> {
         self.inner.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn parse(id: MigrationId, recovered: &Recovered) -> Result<Vec<Record>, Failure> {
+    let parsed = recovered.records.iter().map(|bytes| Record::from_bytes(bytes));
+    parsed.collect::<Result<_, _>>().map_err(|error| {
+        Failure::new(ErrorCode::JournalFailed, format!("journal of {id}: {}", chain(&error)))
+    })
 }
 
 fn over(id: MigrationId) -> Failure {

@@ -143,6 +143,8 @@ impl FreezerRoot {
 
     /// The cgroup that holds all of `pids` and nothing else, if it is one of ours.
     pub fn holding(&self, pids: &[i32]) -> Option<Freezer> {
+        let mut pids = pids.to_vec();
+        pids.sort_unstable();
         for entry in fs::read_dir(&self.directory).ok()?.flatten() {
             let freezer = Freezer {
                 path: entry.path(),
@@ -151,7 +153,7 @@ impl FreezerRoot {
             let Ok(held) = freezer.processes() else {
                 continue;
             };
-            if !held.is_empty() && held.iter().copied().eq(pids.iter().copied()) {
+            if !held.is_empty() && held == pids {
                 return Some(freezer);
             }
         }

@@ -124,13 +124,18 @@ impl TargetDriver {
         }
     }
 
-    /// Runs the migration to its end.
-    pub async fn run(mut self) {
+    /// Runs the migration to its end, and until the source has gone: it may ask once more.
+    ///
+    /// `session` is the one that began it; a recovered migration has none.
+    pub async fn run(mut self, session: Option<Box<TargetSession>>) {
+        if let Some(session) = session {
+            self.connected(*session);
+        }
         loop {
             while let Some(action) = self.machine.poll_action() {
                 self.perform(action).await;
             }
-            if self.machine.is_finished() && self.operation.is_none() {
+            if self.machine.is_finished() && self.operation.is_none() && self.session.is_none() {
                 break;
             }
             tokio::select! {
@@ -142,8 +147,8 @@ impl TargetDriver {
                 }
             }
         }
-        if let Some(session) = self.session.take() {
-            session.close().await;
+        if let Some(site) = self.site {
+            site.tidy();
         }
     }
 

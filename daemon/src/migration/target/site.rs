@@ -365,6 +365,13 @@ impl Site {
         Ok(())
     }
 
+    /// Removes the folder of a migration for which nothing was ever prepared.
+    pub fn tidy(&self) {
+        if self.pager.is_none() && !self.freezer.exists() {
+            drop(fs::remove_dir_all(&self.directory));
+        }
+    }
+
     fn namespace(&self, kind: NamespaceKind) -> Option<&OwnedFd> {
         self.namespaces.iter().find(|(found, _)| *found == kind).map(|(_, fd)| fd)
     }
