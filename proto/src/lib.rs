@@ -21,4 +21,6 @@ pub mod id;
 pub mod migration;
 pub mod page;
 pub mod set;
+#[cfg(feature = "sim")]
+pub mod sim;
 pub mod wire;

@@ -86,7 +86,8 @@ pub(crate) enum Question {
 /// Why records do not make a machine.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RecoverError {
-    /// There is no record that a migration begins with.
+    /// There is no record that a migration begins with. Whatever there is was written without
+    /// it being durable, hence before anything that counts: the migration never was.
     #[error("journal has no beginning of this migration")]
     NoBeginning,
     /// Two records that no machine writes.

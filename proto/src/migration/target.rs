@@ -24,6 +24,7 @@ use crate::migration::timer::{Time, Timers};
 use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
+pub use handoff::LET_GO_TRIES_MAX;
 use state::{State, Timer, Verdict};
 
 /// What an incoming migration begins with.

@@ -57,10 +57,13 @@ impl SourceMachine {
 
     fn resume(&mut self, facts: &SourceFacts) {
         if facts.done {
-            let outcome = if facts.started {
-                Outcome::Moved
-            } else {
+            // `Started` may be missing: it is only a help. What brings a committed workload back
+            // is not.
+            let back = facts.fenced || facts.aborted.is_some() || facts.commit.is_none();
+            let outcome = if back {
                 Outcome::Aborted
+            } else {
+                Outcome::Moved
             };
             self.state = State::Closed { outcome };
         } else if facts.started {

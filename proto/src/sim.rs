@@ -1,0 +1,39 @@
+//! The protocol in a bottle: both machines, a link, two journals, two workloads and an operator,
+//! without time, threads or IO.
+//!
+//! A [`World`] is moved on by [`Step`]s, of which it names those that are possible now, and
+//! disturbed by [`Op`]s: crashes, power losses, broken connections, failing actions, aborts and
+//! fences. Whoever chooses them decides everything; nothing here is random. After each one the
+//! oracles are asked:
+//!
+//! - at most one side runs the workload;
+//! - after a durable commit the source thaws only with a durable refusal at the target or a
+//!   durable fence of its own;
+//! - the target lets the workload go at most once, never after refusing, and never without the
+//!   source's commit or a fence;
+//! - nothing is said that is not on disk: `Ready`, `Go`, `Refused`;
+//! - what runs at the target is what was frozen at the source, page by page;
+//! - the generation of the status only grows, and no machine piles up actions.
+//!
+//! [`World::settle`] ends all faults, and demands that both machines finish in a bounded number
+//! of steps and that exactly one workload runs, unless what ran it lost its power.
+//!
+//! What is modelled of the disk: a record that was fsynced survives; one that was not, or whose
+//! fsync failed, may or may not be found, at every crash anew. What is modelled of the link: the
+//! control stream is ordered and loses what is in flight when the connection breaks; data
+//! streams arrive in any order. What is modelled of the driver: long actions are under way while
+//! other events happen, their effect may precede their report, and an undone one may still
+//! report. Not modelled: two connections at once, bytes that change on the way (checksums), and
+//! operators who declare a living side dead.
+
+mod driver;
+mod journal;
+mod memory;
+mod node;
+mod oracle;
+mod step;
+mod world;
+
+pub use oracle::Violation;
+pub use step::{Op, Step};
+pub use world::{Setup, Survivor, World};

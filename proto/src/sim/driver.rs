@@ -1,0 +1,486 @@
+//! What the drivers of both sides do with their machines' actions.
+
+use super::memory::Memory;
+use super::node::{Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload};
+use super::oracle::Violation;
+use super::world::{PAGE_DURATION, World};
+use crate::id::{Round, SpaceId};
+use crate::migration::ledger::{Ledger, LedgerError};
+use crate::migration::policy::RoundReport;
+use crate::migration::record::DriverState;
+use crate::migration::source::{FinalReport, RetryReport, SourceAction, SourceEvent};
+use crate::migration::target::{LET_GO_TRIES_MAX, TargetAction, TargetEvent};
+use crate::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
+use crate::set::PageSet;
+use crate::wire::code::{ErrorCode, Failure};
+use crate::wire::control::{Message, SourceMessage};
+
+impl World {
+    pub(super) fn at_source(&mut self, event: SourceEvent) {
+        let now = self.now;
+        if let Some(machine) = &mut self.source.machine {
+            self.trace.push(format!("  source: {}", brief(&event)));
+            machine.handle(now, event);
+        }
+        self.drain();
+    }
+
+    pub(super) fn at_target(&mut self, event: TargetEvent) {
+        let now = self.now;
+        if let Some(machine) = &mut self.target.machine {
+            self.trace.push(format!("  target: {}", brief(&event)));
+            machine.handle(now, event);
+        }
+        self.drain();
+    }
+
+    pub(super) fn drain(&mut self) {
+        if let Some(machine) = &mut self.source.machine {
+            self.source
+                .actions
+                .extend(std::iter::from_fn(|| machine.poll_action()));
+        }
+        if let Some(machine) = &mut self.target.machine {
+            self.target
+                .actions
+                .extend(std::iter::from_fn(|| machine.poll_action()));
+        }
+    }
+
+    /// The jobs that may get further: of the records being written only the first.
+    pub(super) fn source_jobs(&self) -> Vec<usize> {
+        let writes = |job: &SourceJob| matches!(job, SourceJob::Journal { .. });
+        allowed(&self.source.jobs, writes)
+    }
+
+    pub(super) fn target_jobs(&self) -> Vec<usize> {
+        let writes = |job: &TargetJob| matches!(job, TargetJob::Journal { .. });
+        allowed(&self.target.jobs, writes)
+    }
+
+    pub(super) fn begin_at_source(&mut self) -> Result<(), Violation> {
+        let Some(action) = self.source.actions.pop_front() else {
+            return Ok(());
+        };
+        self.trace
+            .push(format!("  source begins {}", brief(&action)));
+        let job = match action {
+            SourceAction::CompareSmaps => SourceJob::CompareSmaps,
+            SourceAction::Connect => SourceJob::Connect,
+            SourceAction::Finish {
+                generation: _,
+                round,
+            } => {
+                self.frozen = Some(self.source.memory.memory.clone());
+                SourceJob::Send(self.sending(round, true))
+            }
+            SourceAction::Freeze { round: _ } => {
+                if self.source.workload == SourceWorkload::Running {
+                    self.source.workload = SourceWorkload::Frozen;
+                }
+                SourceJob::Freeze
+            }
+            SourceAction::Journal(ref record) => {
+                let place = self.source.journal.write(record);
+                SourceJob::Journal { action, place }
+            }
+            SourceAction::Release => {
+                self.check_release()?;
+                self.source.workload = SourceWorkload::Gone;
+                SourceJob::Release
+            }
+            SourceAction::Report(status) => return self.check_report(0, status.generation),
+            SourceAction::Send(message) => {
+                self.check_said_by_source(&message)?;
+                self.go_said |= matches!(message, SourceMessage::Go { .. });
+                if self.link.up {
+                    let bytes = Message::from(message).encode().expect("a small message");
+                    self.link.to_target.push_back(bytes);
+                }
+                return Ok(());
+            }
+            SourceAction::SendRound { round } => SourceJob::Send(self.sending(round, false)),
+            SourceAction::Thaw { untrack: _ } => {
+                self.undo_at_source();
+                self.check_thaw()?;
+                if self.source.workload == SourceWorkload::Frozen {
+                    self.source.workload = SourceWorkload::Running;
+                }
+                SourceJob::Thaw
+            }
+            SourceAction::Track => {
+                self.source.memory.restart();
+                SourceJob::Track
+            }
+        };
+        self.source.jobs.push(job);
+        Ok(())
+    }
+
+    /// What a thaw ends may still report that it failed.
+    fn undo_at_source(&mut self) {
+        for job in &mut self.source.jobs {
+            match job {
+                SourceJob::CompareSmaps
+                | SourceJob::Freeze
+                | SourceJob::Send(_)
+                | SourceJob::Track => {
+                    *job = SourceJob::Late(SourceEvent::Failure(injected()));
+                }
+                SourceJob::Connect
+                | SourceJob::Journal { .. }
+                | SourceJob::Late(_)
+                | SourceJob::Release
+                | SourceJob::Thaw => {}
+            }
+        }
+    }
+
+    fn sending(&mut self, round: Round, last: bool) -> Sending {
+        let scan = self.source.memory.scan();
+        let cut = |(space, pages): (SpaceId, PageSet)| {
+            let parts = pages.partition(PARCEL_PAGES).into_iter();
+            parts.map(move |part| (space, part)).collect::<Vec<_>>()
+        };
+        let parcels = scan.into_iter().flat_map(cut).collect();
+        Sending {
+            round,
+            last,
+            parcels,
+            sent: 0,
+            pages: 0,
+        }
+    }
+
+    pub(super) fn advance_at_source(&mut self, place: usize) {
+        let job = self.source.jobs.remove(place);
+        let failed = std::mem::take(&mut self.source.fail_next);
+        let outcome = |event| {
+            if failed {
+                SourceEvent::Failure(injected())
+            } else {
+                event
+            }
+        };
+        let event = match job {
+            SourceJob::CompareSmaps => outcome(SourceEvent::SmapsEqual),
+            SourceJob::Connect => return self.connect(failed),
+            SourceJob::Freeze if std::mem::take(&mut self.source.retry_next) => {
+                retry(0, PageCount::ZERO)
+            }
+            SourceJob::Freeze => outcome(SourceEvent::Frozen),
+            SourceJob::Journal {
+                action: SourceAction::Journal(record),
+                place,
+            } => {
+                if failed {
+                    SourceEvent::JournalFailed(record)
+                } else {
+                    self.source.journal.sync(place);
+                    SourceEvent::Journalled(record)
+                }
+            }
+            SourceJob::Journal { .. } => return,
+            SourceJob::Late(event) => event,
+            SourceJob::Release => outcome(SourceEvent::Released),
+            SourceJob::Send(_) if failed => SourceEvent::Failure(injected()),
+            SourceJob::Send(sending) => return self.send_on(sending, place),
+            SourceJob::Thaw => outcome(SourceEvent::Thawed),
+            SourceJob::Track => outcome(SourceEvent::TrackingReady {
+                memory: self.source.memory.memory.pages(),
+            }),
+        };
+        self.at_source(event);
+    }
+
+    /// Reads and sends one parcel, after the scan: what is written meanwhile is dirty again.
+    fn send_on(&mut self, mut sending: Sending, place: usize) {
+        if sending.last && std::mem::take(&mut self.source.retry_next) {
+            for (space, pages) in &sending.parcels {
+                self.source.memory.put_back(*space, pages);
+            }
+            return self.at_source(retry(sending.sent, PageCount(sending.pages)));
+        }
+        if let Some((space, set)) = sending.parcels.pop_front() {
+            let pages = self.source.memory.memory.read(space, &set);
+            sending.sent += 1;
+            sending.pages += pages.len() as u64;
+            self.put(Stream::Parcel {
+                space,
+                round: sending.round,
+                pages,
+            });
+            self.source.jobs.insert(place, SourceJob::Send(sending));
+            return;
+        }
+        let raw_bytes = sending.pages * PAGE_SIZE as u64;
+        if !sending.last {
+            let pages = u32::try_from(sending.pages).expect("few pages");
+            return self.at_source(SourceEvent::RoundSent(RoundReport {
+                round: sending.round,
+                parcels: sending.sent,
+                pages_sent: PageCount(sending.pages),
+                pages_dirtied_estimate: self.source.memory.dirty_pages(),
+                raw_bytes,
+                wire_bytes: raw_bytes / 2,
+                duration: PAGE_DURATION * pages.max(1),
+                eager_bytes: 0,
+            }));
+        }
+        let live = self.source.memory.memory.live();
+        let live_sets = u32::try_from(live.len()).expect("few spaces");
+        for (space, live) in live {
+            self.put(Stream::LiveSet { space, live });
+        }
+        self.put(Stream::Image);
+        self.put(Stream::Digests);
+        self.at_source(SourceEvent::Finished(FinalReport {
+            parcels: sending.sent,
+            pages: PageCount(sending.pages),
+            live_sets,
+            images: 1,
+            digests: 1,
+            raw_bytes,
+            wire_bytes: raw_bytes / 2,
+        }));
+    }
+
+    fn put(&mut self, stream: Stream) {
+        if self.link.up {
+            self.streams.push(stream);
+        }
+    }
+
+    fn connect(&mut self, failed: bool) {
+        if failed || self.target.machine.is_none() {
+            return self.at_source(SourceEvent::PeerLost);
+        }
+        if std::mem::replace(&mut self.link.target_thinks, true) {
+            self.at_target(TargetEvent::PeerLost);
+        }
+        self.break_link();
+        self.link.up = true;
+        self.link.source_thinks = true;
+        self.at_target(TargetEvent::PeerConnected);
+        self.at_source(SourceEvent::PeerConnected);
+    }
+
+    pub(super) fn begin_at_target(&mut self) -> Result<(), Violation> {
+        let Some(action) = self.target.actions.pop_front() else {
+            return Ok(());
+        };
+        self.trace
+            .push(format!("  target begins {}", brief(&action)));
+        let job = match action {
+            TargetAction::AwaitFinal(last) => {
+                let ended = self
+                    .target
+                    .ledger
+                    .as_mut()
+                    .map(|ledger| ledger.final_end(last));
+                self.enter(ended.unwrap_or(Ok(())));
+                return Ok(());
+            }
+            TargetAction::AwaitRound(end) => {
+                let ended = self
+                    .target
+                    .ledger
+                    .as_mut()
+                    .map(|ledger| ledger.round_end(end));
+                self.enter(ended.unwrap_or(Ok(())));
+                return Ok(());
+            }
+            TargetAction::Discard => {
+                self.check_discard()?;
+                self.undo_at_target();
+                TargetJob::Discard
+            }
+            TargetAction::Journal(ref record) => {
+                let place = self.target.journal.write(record);
+                TargetJob::Journal { action, place }
+            }
+            TargetAction::LetGo { generation: _ } => {
+                self.let_go()?;
+                TargetJob::LetGo
+            }
+            TargetAction::Prepare(_) => {
+                self.target.ledger = Some(Ledger::new());
+                self.target.store = Memory::default();
+                TargetJob::Prepare
+            }
+            TargetAction::Report(status) => return self.check_report(1, status.generation),
+            TargetAction::Restore { generation: _ } => TargetJob::Restore,
+            TargetAction::Send(message) => {
+                self.check_said_by_target(&message)?;
+                if self.link.up {
+                    let bytes = Message::from(message).encode().expect("a small message");
+                    self.link.to_source.push_back(bytes);
+                }
+                return Ok(());
+            }
+        };
+        self.target.jobs.push(job);
+        Ok(())
+    }
+
+    fn let_go(&mut self) -> Result<(), Violation> {
+        let may_fail = self.target.let_go_failures + 1 < LET_GO_TRIES_MAX;
+        if self.target.workload == TargetWorkload::Held && !(self.target.fail_next && may_fail) {
+            self.check_let_go()?;
+            self.target.workload = TargetWorkload::Running;
+            self.starts += 1;
+        }
+        Ok(())
+    }
+
+    /// What a discard ends may still report that it failed.
+    fn undo_at_target(&mut self) {
+        self.target.ledger = None;
+        self.target.store = Memory::default();
+        if self.target.workload == TargetWorkload::Held {
+            self.target.workload = TargetWorkload::Nothing;
+        }
+        for job in &mut self.target.jobs {
+            match job {
+                TargetJob::Prepare | TargetJob::Restore | TargetJob::Stored(_) => {
+                    *job = TargetJob::Late(TargetEvent::Failure(injected()));
+                }
+                TargetJob::Discard
+                | TargetJob::Fill
+                | TargetJob::Journal { .. }
+                | TargetJob::Late(_)
+                | TargetJob::LetGo => {}
+            }
+        }
+    }
+
+    pub(super) fn advance_at_target(&mut self, place: usize) {
+        let job = self.target.jobs.remove(place);
+        let failed = std::mem::take(&mut self.target.fail_next);
+        let outcome = |event| {
+            if failed {
+                TargetEvent::Failure(injected())
+            } else {
+                event
+            }
+        };
+        let state = || DriverState::new(b"target".to_vec()).expect("six bytes");
+        let event = match job {
+            TargetJob::Discard => outcome(TargetEvent::Discarded),
+            TargetJob::Fill => TargetEvent::Filled,
+            TargetJob::Journal {
+                action: TargetAction::Journal(record),
+                place,
+            } => {
+                if failed {
+                    TargetEvent::JournalFailed(record)
+                } else {
+                    self.target.journal.sync(place);
+                    TargetEvent::Journalled(record)
+                }
+            }
+            TargetJob::Journal { .. } => return,
+            TargetJob::Late(event) | TargetJob::Stored(event) => event,
+            TargetJob::LetGo => {
+                let may_fail = self.target.let_go_failures + 1 < LET_GO_TRIES_MAX;
+                if self.target.workload != TargetWorkload::Running || (failed && may_fail) {
+                    self.target.let_go_failures += 1;
+                    TargetEvent::Failure(injected())
+                } else {
+                    self.target.jobs.push(TargetJob::Fill);
+                    TargetEvent::Resumed
+                }
+            }
+            TargetJob::Prepare => outcome(TargetEvent::Prepared { state: state() }),
+            TargetJob::Restore if failed => TargetEvent::Failure(injected()),
+            TargetJob::Restore => {
+                self.target.restored = self.target.store.clone();
+                self.target.workload = TargetWorkload::Held;
+                TargetEvent::Restored { state: state() }
+            }
+        };
+        self.at_target(event);
+    }
+
+    /// A data stream arrives. Its pages are in the store before the ledger knows of them.
+    pub(super) fn stream(&mut self, place: usize) {
+        let stream = self.streams.remove(place);
+        let Some(ledger) = &mut self.target.ledger else {
+            return;
+        };
+        let entered = match stream {
+            Stream::Digests => ledger.digests(),
+            Stream::Image => ledger.image(),
+            Stream::LiveSet { space, live } => ledger.live_set(space, live),
+            Stream::Parcel {
+                space,
+                round,
+                pages,
+            } => {
+                let run = |(page, _): &(u64, u32)| PageRun::new(PageIndex(*page), PageCount(1));
+                let set = pages.iter().map(run).collect::<Result<PageSet, _>>();
+                for (page, version) in pages {
+                    self.target.store.insert(space, page, version);
+                }
+                ledger.parcel(space, round, &set.expect("small page numbers"))
+            }
+        };
+        self.enter(entered);
+    }
+
+    /// After every entry in the ledger: is the open round complete?
+    fn enter(&mut self, entered: Result<(), LedgerError>) {
+        let Some(ledger) = &mut self.target.ledger else {
+            return;
+        };
+        let event = match entered.and_then(|()| ledger.round_held()) {
+            Ok(None) => return,
+            Ok(Some(round)) => match ledger.settle() {
+                Ok(surplus) => {
+                    for surplus in surplus {
+                        self.target.store.remove(surplus.space, &surplus.pages);
+                    }
+                    TargetEvent::FinalStored
+                }
+                Err(LedgerError::NotFinal) => TargetEvent::RoundStored { round },
+                Err(error) => ledger_failure(&error),
+            },
+            Err(error) => ledger_failure(&error),
+        };
+        self.target.jobs.push(TargetJob::Stored(event));
+    }
+}
+
+fn ledger_failure(error: &LedgerError) -> TargetEvent {
+    TargetEvent::Failure(Failure::new(ErrorCode::LedgerIncomplete, error.to_string()))
+}
+
+fn retry(parcels: u32, pages: PageCount) -> SourceEvent {
+    SourceEvent::Retry(RetryReport {
+        parcels,
+        pages,
+        reason: "injected".to_owned(),
+    })
+}
+
+fn injected() -> Failure {
+    Failure::new(ErrorCode::Internal, "injected")
+}
+
+fn allowed<Job>(jobs: &[Job], writes: impl Fn(&Job) -> bool) -> Vec<usize> {
+    let first = jobs.iter().position(&writes);
+    (0..jobs.len())
+        .filter(|place| !writes(&jobs[*place]) || Some(*place) == first)
+        .collect()
+}
+
+/// The first words of what a value says of itself.
+fn brief(value: &impl std::fmt::Debug) -> String {
+    format!("{value:?}").chars().take(BRIEF_CHARS).collect()
+}
+
+/// Most characters of an event or action in a trace.
+const BRIEF_CHARS: usize = 90;
+
+/// Pages of a simulated parcel: few, so that a round has several.
+const PARCEL_PAGES: PageCount = PageCount(3);

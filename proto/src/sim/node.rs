@@ -1,0 +1,140 @@
+//! What each side consists of besides its machine.
+
+use std::collections::VecDeque;
+
+use super::journal::Journal;
+use super::memory::{Memory, TrackedMemory};
+use crate::id::{Round, SpaceId};
+use crate::migration::ledger::Ledger;
+use crate::migration::source::{SourceAction, SourceEvent, SourceMachine};
+use crate::migration::target::{TargetAction, TargetEvent, TargetMachine};
+use crate::set::PageSet;
+
+#[derive(Debug)]
+pub(super) struct SourceNode {
+    /// None while the daemon is not running.
+    pub(super) machine: Option<SourceMachine>,
+    pub(super) journal: Journal,
+    pub(super) workload: SourceWorkload,
+    pub(super) memory: TrackedMemory,
+    pub(super) actions: VecDeque<SourceAction>,
+    pub(super) jobs: Vec<SourceJob>,
+    pub(super) fail_next: bool,
+    pub(super) retry_next: bool,
+    /// Without power for good.
+    pub(super) dead: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct TargetNode {
+    /// None while the daemon is not running.
+    pub(super) machine: Option<TargetMachine>,
+    pub(super) journal: Journal,
+    pub(super) workload: TargetWorkload,
+    /// Pages that have arrived, and what is known of them.
+    pub(super) store: Memory,
+    pub(super) ledger: Option<Ledger>,
+    /// What was restored from the store.
+    pub(super) restored: Memory,
+    pub(super) actions: VecDeque<TargetAction>,
+    pub(super) jobs: Vec<TargetJob>,
+    pub(super) fail_next: bool,
+    pub(super) dead: bool,
+    pub(super) incarnations: u64,
+    /// How often letting go has failed: the machine gives up after some tries.
+    pub(super) let_go_failures: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SourceWorkload {
+    Running,
+    Frozen,
+    /// Killed after the hand-off, or by a loss of power.
+    Gone,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TargetWorkload {
+    Nothing,
+    Held,
+    Running,
+    /// Lost with the power.
+    Lost,
+}
+
+/// An action of the source that is under way.
+#[derive(Debug)]
+pub(super) enum SourceJob {
+    CompareSmaps,
+    Connect,
+    Freeze,
+    Journal { action: SourceAction, place: usize },
+    Late(SourceEvent),
+    Release,
+    Send(Sending),
+    Thaw,
+    Track,
+}
+
+/// A round, final or not, of which some parcels are still to be read and sent.
+#[derive(Debug)]
+pub(super) struct Sending {
+    pub(super) round: Round,
+    pub(super) last: bool,
+    pub(super) parcels: VecDeque<(SpaceId, PageSet)>,
+    pub(super) sent: u32,
+    pub(super) pages: u64,
+}
+
+/// An action of the target that is under way.
+#[derive(Debug)]
+pub(super) enum TargetJob {
+    Discard,
+    Fill,
+    Journal { action: TargetAction, place: usize },
+    Late(TargetEvent),
+    LetGo,
+    Prepare,
+    Restore,
+    Stored(TargetEvent),
+}
+
+/// A data stream in flight.
+#[derive(Clone, Debug)]
+pub(super) enum Stream {
+    Digests,
+    Image,
+    LiveSet {
+        space: SpaceId,
+        live: PageSet,
+    },
+    Parcel {
+        space: SpaceId,
+        round: Round,
+        pages: Vec<(u64, u32)>,
+    },
+}
+
+impl SourceNode {
+    /// The daemon is killed: what it was doing stops where it is.
+    pub(super) fn crash(&mut self, found: u8) {
+        self.machine = None;
+        self.actions.clear();
+        self.jobs.clear();
+        self.fail_next = false;
+        self.retry_next = false;
+        self.journal.crash(found);
+    }
+}
+
+impl TargetNode {
+    /// The daemon is killed. What the pager holds stays.
+    pub(super) fn crash(&mut self, found: u8) {
+        self.machine = None;
+        self.actions.clear();
+        self.jobs.clear();
+        self.ledger = None;
+        self.fail_next = false;
+        self.journal.crash(found);
+    }
+}

@@ -1,0 +1,160 @@
+//! What must never be, asked at the moments when it could come to be.
+
+use super::node::{SourceWorkload, TargetWorkload};
+use super::world::World;
+use crate::migration::record::Entry;
+use crate::wire::control::{SourceMessage, TargetMessage};
+
+/// An oracle's verdict, and how it came to that.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what}, after:\n{}", trace.join("\n"))]
+pub struct Violation {
+    /// What must never be.
+    pub what: String,
+    /// What happened, one line per step.
+    pub trace: Vec<String>,
+}
+
+/// Most actions that a machine may have in its queue after one event. The longest answer is an
+/// abort: a message, a thaw and a report; timers add one each.
+const ACTIONS_MAX: usize = 8;
+
+impl World {
+    pub(super) fn violation(&self, what: &str) -> Violation {
+        Violation {
+            what: what.to_owned(),
+            trace: self.trace.clone(),
+        }
+    }
+
+    fn demand(&self, holds: bool, what: &str) -> Result<(), Violation> {
+        if holds {
+            Ok(())
+        } else {
+            Err(self.violation(what))
+        }
+    }
+
+    /// The source is about to run the workload.
+    pub(super) fn check_thaw(&self) -> Result<(), Violation> {
+        self.demand(
+            self.target.workload != TargetWorkload::Running,
+            "the source thaws what runs at the target",
+        )?;
+        let ours = self.source.journal.durable();
+        let committed = ours
+            .iter()
+            .any(|record| matches!(record.entry, Entry::Commit { .. }));
+        let fenced = ours
+            .iter()
+            .any(|record| matches!(record.entry, Entry::Fenced { .. }));
+        let theirs = self.target.journal.durable();
+        let refused = theirs
+            .iter()
+            .any(|record| matches!(record.entry, Entry::Refused { .. }));
+        self.demand(
+            !(committed || self.go_said) || fenced || refused,
+            "the source thaws after a commit without a refusal or a fence",
+        )
+    }
+
+    /// The target is about to run the workload.
+    pub(super) fn check_let_go(&self) -> Result<(), Violation> {
+        self.demand(
+            self.source.workload != SourceWorkload::Running,
+            "the target starts what runs at the source",
+        )?;
+        self.demand(self.starts == 0, "the target starts twice")?;
+        let ours = self.target.journal.durable();
+        let refused = ours
+            .iter()
+            .any(|record| matches!(record.entry, Entry::Refused { .. }));
+        let running = ours
+            .iter()
+            .any(|record| matches!(record.entry, Entry::Running { .. }));
+        self.demand(!refused, "the target starts after refusing")?;
+        self.demand(running, "the target starts before that is on disk")?;
+        let theirs = self.source.journal.durable();
+        let committed = theirs
+            .iter()
+            .any(|record| matches!(record.entry, Entry::Commit { .. }));
+        self.demand(
+            committed || self.source.dead,
+            "the target starts what the source has not committed",
+        )?;
+        let right = self.frozen.as_ref() == Some(&self.target.restored);
+        self.demand(
+            right,
+            "the memory at the target is not the memory at the source",
+        )
+    }
+
+    /// The source is about to kill its copy.
+    pub(super) fn check_release(&self) -> Result<(), Violation> {
+        self.demand(
+            self.starts == 1,
+            "the source kills what never started at the target",
+        )
+    }
+
+    /// The target is about to drop what it has.
+    pub(super) fn check_discard(&self) -> Result<(), Violation> {
+        self.demand(
+            self.target.workload != TargetWorkload::Running,
+            "the target discards what it runs",
+        )
+    }
+
+    pub(super) fn check_said_by_source(&self, message: &SourceMessage) -> Result<(), Violation> {
+        let durable = self.source.journal.durable();
+        let SourceMessage::Go { generation: said } = message else {
+            return Ok(());
+        };
+        let committed = |entry: &Entry| *entry == Entry::Commit { generation: *said };
+        let known = durable.iter().any(|record| committed(&record.entry));
+        self.demand(known, "the source says go before the commit is on disk")
+    }
+
+    pub(super) fn check_said_by_target(&self, message: &TargetMessage) -> Result<(), Violation> {
+        let durable = self.target.journal.durable();
+        let is_known =
+            |known: &dyn Fn(&Entry) -> bool| durable.iter().any(|record| known(&record.entry));
+        match message {
+            TargetMessage::Ready { generation, .. } => self.demand(
+                is_known(&|entry| {
+                    matches!(entry, Entry::Ready(ready) if ready.generation == *generation)
+                }),
+                "the target says ready before that is on disk",
+            ),
+            TargetMessage::Refused { generation } => self.demand(
+                is_known(&|entry| *entry == Entry::Refused { generation: *generation }),
+                "the target says refused before that is on disk",
+            ),
+            TargetMessage::Started { .. } => self.demand(
+                self.starts == 1,
+                "the target says started before the workload runs",
+            ),
+            TargetMessage::Accepted { .. }
+            | TargetMessage::Declined(_)
+            | TargetMessage::Failed(_)
+            | TargetMessage::FinalHeld { .. }
+            | TargetMessage::RoundHeld { .. }
+            | TargetMessage::Unknown { .. } => Ok(()),
+        }
+    }
+
+    pub(super) fn check_report(&mut self, side: usize, generation: u64) -> Result<(), Violation> {
+        let newer = self.reported[side] < generation;
+        self.reported[side] = generation;
+        self.demand(newer, "the generation of a status does not grow")
+    }
+
+    /// Asked after every step and every fault.
+    pub(super) fn check(&self) -> Result<(), Violation> {
+        let source = self.source.workload == SourceWorkload::Running;
+        let target = self.target.workload == TargetWorkload::Running;
+        self.demand(!(source && target), "the workload runs twice")?;
+        let longest = self.source.actions.len().max(self.target.actions.len());
+        self.demand(longest <= ACTIONS_MAX, "a machine piles up actions")
+    }
+}

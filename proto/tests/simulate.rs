@@ -1,0 +1,159 @@
+//! Random schedules with random faults, judged by the oracles of `pageferry_proto::sim`.
+
+#![allow(clippy::unwrap_used)]
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::status::Phase;
+use pageferry_proto::sim::{Op, Setup, Violation, World};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+
+/// Schedules per test. At about 1 ms each this is a few seconds on one slow core; set
+/// PROPTEST_CASES for more, and SIMULATE_SEED for others.
+const CASES: u32 = 3000;
+
+const SETUP: Setup = Setup {
+    spaces: 2,
+    pages: 6,
+    policy: Policy {
+        downtime_max: Duration::from_millis(60),
+        rounds_max: 4,
+        verify: true,
+        ..Policy::DEFAULT
+    },
+};
+
+/// As few steps to the hand-off as there can be.
+const SMALL: Setup = Setup {
+    spaces: 1,
+    pages: 1,
+    ..SETUP
+};
+
+fn side() -> impl Strategy<Value = Side> {
+    prop_oneof![Just(Side::Source), Just(Side::Target)]
+}
+
+/// All of a migration, with a fault now and then.
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        300 => any::<u8>().prop_map(Op::Step),
+        20 => any::<u8>().prop_map(Op::Write),
+        1 => side().prop_map(Op::Abort),
+        1 => Just(Op::Break),
+        2 => (side(), any::<u8>()).prop_map(|(side, found)| Op::Crash(side, found)),
+        2 => side().prop_map(Op::Fail),
+        1 => side().prop_map(Op::Fence),
+        1 => (side(), any::<u8>()).prop_map(|(side, found)| Op::PowerLoss(side, found)),
+        6 => side().prop_map(Op::Restart),
+        2 => Just(Op::Retry),
+        2 => Just(Op::Tick),
+    ]
+}
+
+/// Many faults at once.
+fn storm() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        60 => any::<u8>().prop_map(Op::Step),
+        2 => side().prop_map(Op::Abort),
+        4 => Just(Op::Break),
+        6 => (side(), any::<u8>()).prop_map(|(side, found)| Op::Crash(side, found)),
+        6 => side().prop_map(Op::Fail),
+        1 => side().prop_map(Op::Fence),
+        1 => (side(), any::<u8>()).prop_map(|(side, found)| Op::PowerLoss(side, found)),
+        12 => side().prop_map(Op::Restart),
+        4 => Just(Op::Tick),
+    ]
+}
+
+/// No fault for long enough to come to the hand-off, then a storm.
+fn late_storm() -> impl Strategy<Value = Vec<Op>> {
+    let calm = prop::collection::vec(any::<u8>().prop_map(Op::Step), 30..90);
+    let storm = prop::collection::vec(storm(), 0..80);
+    (calm, storm).prop_map(|(calm, storm)| [calm, storm].concat())
+}
+
+fn run(setup: Setup, ops: &[Op]) -> Result<Seen, Violation> {
+    let mut world = World::new(setup);
+    let mut seen = Seen::new();
+    for op in ops {
+        world.apply(*op)?;
+        for side in [Side::Source, Side::Target] {
+            seen.extend(world.status(side).map(|status| (side, status.phase)));
+        }
+    }
+    world.settle().map(|_| seen)
+}
+
+/// The phases that each side was in.
+type Seen = BTreeSet<(Side, Phase)>;
+
+/// Runs the schedules, and says in how many of them each phase was seen.
+fn simulate(setup: Setup, ops: impl Strategy<Value = Vec<Op>>) -> BTreeMap<(Side, Phase), u32> {
+    let seed: u64 = std::env::var("SIMULATE_SEED").map_or(0, |seed| seed.parse().unwrap());
+    let cases = std::env::var("PROPTEST_CASES").map_or(CASES, |cases| cases.parse().unwrap());
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+    let config = Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    let counts = RefCell::new(BTreeMap::new());
+    let outcome = TestRunner::new_with_rng(config, rng).run(&ops, |ops| {
+        let seen =
+            run(setup, &ops).map_err(|violation| TestCaseError::fail(violation.to_string()))?;
+        for phase in seen {
+            *counts.borrow_mut().entry(phase).or_default() += 1;
+        }
+        Ok(())
+    });
+    outcome.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    counts.into_inner()
+}
+
+/// A simulation that does not get somewhere proves nothing about it.
+fn assert_reached(counts: &BTreeMap<(Side, Phase), u32>, side: Side, phases: &[Phase]) {
+    for &phase in phases {
+        let count = counts.get(&(side, phase)).copied().unwrap_or_default();
+        assert!(
+            CASES / 100 <= count,
+            "{side} was {phase} in {count} runs of {counts:?}"
+        );
+    }
+}
+
+#[test]
+fn no_schedule_with_faults_breaks_an_oracle() {
+    let counts = simulate(SETUP, prop::collection::vec(op(), 0..500));
+    assert_reached(
+        &counts,
+        Side::Source,
+        &[Phase::Copying, Phase::Freezing, Phase::Aborted],
+    );
+    assert_reached(
+        &counts,
+        Side::Target,
+        &[Phase::Receiving, Phase::Restoring, Phase::Aborted],
+    );
+}
+
+#[test]
+fn no_storm_in_the_hand_off_breaks_an_oracle() {
+    let counts = simulate(SMALL, late_storm());
+    let phases = [
+        Phase::Prepared,
+        Phase::Committed,
+        Phase::Reclaiming,
+        Phase::Done,
+    ];
+    assert_reached(&counts, Side::Source, &phases);
+    let phases = [Phase::Ready, Phase::Running, Phase::Refusing, Phase::Done];
+    assert_reached(&counts, Side::Target, &phases);
+}
