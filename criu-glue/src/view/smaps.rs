@@ -1,7 +1,7 @@
 //! The smaps text a dump reads, without asking the kernel for it.
 //!
 //! To render `/proc/PID/smaps` the kernel walks all page tables of the process, about 11 ms per GiB
-//! of 4 KiB pages. CRIU reads two things of it (`parse_smaps` in its `proc_parse.c`, 4.2 and 4.3):
+//! of 4 KiB pages. CRIU reads two things of it (`parse_smaps` in its `proc_parse.c`, 4.2):
 //! the first line of each mapping, which `/proc/PID/maps` gives in a tenth of a millisecond, and
 //! `VmFlags`, which nothing else gives. So a true smaps is recorded while the process runs, and in
 //! the freeze it is rendered anew from a fresh `maps`, with flags from the record.
