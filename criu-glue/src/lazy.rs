@@ -7,8 +7,8 @@
 //! finished. Should our end be closed before that, CRIU kills what it restored.
 //!
 //! A userfaultfd comes with UFFDIO_API done, non-blocking, with the events fork, remap, remove and
-//! unmap; its ranges are registered for missing pages only. The task closes its own copy, so ours is
-//! the only one: closing it lets waiting threads read zeros.
+//! unmap; its ranges are registered for missing pages only. The task closes its own copy, so ours
+//! is the only one: closing it lets waiting threads read zeros.
 //!
 //! Absent: serving the faults.
 

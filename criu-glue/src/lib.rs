@@ -5,7 +5,7 @@
 //! [`report`]). What a dump sees of memory can be replaced ([`view`]); what a restore does not fill
 //! is handed over ([`lazy`]). It keeps no state between runs and decides nothing about a migration.
 //!
-//! Written against CRIU 4.2 and 4.3 on Linux, 64-bit, little-endian.
+//! Written against CRIU 4.2 on Linux, 64-bit, little-endian.
 
 pub mod rpc;
 

@@ -44,7 +44,7 @@ const STEP_HUGE_PAGES: u8 = 4;
 
 /// Lets the runtime watch a non-blocking socket.
 pub(crate) fn register(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` keeps its number open and unchanged for as long as the `AsyncFd` owns it.
+    // SAFETY: an `OwnedFd` keeps its number open and unchanged while the `AsyncFd` owns it.
     let registered = unsafe { AsyncFd::register(socket) };
     registered.map_err(io::Error::from)
 }

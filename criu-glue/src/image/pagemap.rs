@@ -1,17 +1,17 @@
 //! `pagemap-VPID.img` and `pages-N.img`: which pages a dump has, and what is in them.
 //!
 //! # Rewriting for a lazy restore
-//! A dump marks the pages of lazy-able mappings `PRESENT|LAZY`. At a lazy restore CRIU skips such an
-//! entry, its contents too, and leaves the pages to the page-fault side. But under the view the
+//! A dump marks the pages of lazy-able mappings `PRESENT|LAZY`. At a lazy restore CRIU skips such
+//! an entry, its contents too, and leaves the pages to the page-fault side. But under the view the
 //! pages that are in the dump are exactly those nobody else has, so [`rewrite`] makes them
 //! `PRESENT`: CRIU reads them before it registers the mapping. Pages that were hidden from the dump
 //! have no entry and need none: every lazy-able mapping is registered as a whole.
 //!
 //! This makes a mapping of which some pages are in the dump and others are not populated before it
 //! is registered. With huge pages for all memory ("always") the kernel would then fill 2 MiB around
-//! each page with zeros, and the page-fault side would never be asked for them; the restoring worker
-//! must run with huge pages off ([`crate::rpc::SwrkConfig::huge_pages`]). CRIU gives each task its
-//! own setting back right after registering.
+//! each page with zeros, and the page-fault side would never be asked for them. So the restoring
+//! worker must run with huge pages off ([`crate::rpc::SwrkConfig::huge_pages`]); CRIU gives each
+//! task its own setting back right after registering.
 //!
 //! # Two ways to count
 //! Since CRIU 4.2 an entry holds its number of pages in field 5 and 0 in field 2; before, in field

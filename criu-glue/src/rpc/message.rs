@@ -1,8 +1,8 @@
 //! The messages of CRIU's RPC, with the field numbers of its `images/rpc.proto` (MIT licence).
 //!
-//! They are the same in CRIU 4.1, 4.2 and 4.3. Only fields this crate can have a use for are
-//! listed; prost skips the others when it reads an answer. Enumerations are plain `i32` here: a
-//! newer CRIU may know more values than we do.
+//! They are the same in CRIU 4.1 and 4.2; new ones are only ever added. Only fields this crate can
+//! have a use for are listed; prost skips the others when it reads an answer. Enumerations are
+//! plain `i32` here: a newer CRIU may know more values than we do.
 
 use prost::Message;
 

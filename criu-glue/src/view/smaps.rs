@@ -1,7 +1,7 @@
 //! The smaps text a dump reads, without asking the kernel for it.
 //!
 //! To render `/proc/PID/smaps` the kernel walks all page tables of the process, about 11 ms per GiB
-//! of 4 KiB pages. CRIU reads two things of it (`parse_smaps` in its `proc_parse.c`, 4.2 and 4.3):
+//! of 4 KiB pages. CRIU reads two things of it (`parse_smaps` in its `proc_parse.c`, 4.2):
 //! the first line of each mapping, which `/proc/PID/maps` gives in a tenth of a millisecond, and
 //! `VmFlags`, which nothing else gives. So a true smaps is recorded while the process runs, and in
 //! the freeze it is rendered anew from a fresh `maps`, with flags from the record.
@@ -15,18 +15,19 @@
 //!
 //! # What can be told, and what cannot
 //! A mapping that grew, shrank, was split, merged or protected keeps its flags: the kernel merges
-//! only mappings of equal flags, and no mprotect changes one that counts. A new mapping has what all
-//! of its kind have, or nobody can tell: `MAP_NORESERVE`, for one, is not in `maps`. And a mapping
-//! replaced by another with the same first line, or one whose advice changed, looks unchanged. That
-//! is why [`compare`] must find the rendered text equal to the true one before anyone relies on it.
+//! only mappings of equal flags, and no mprotect changes one that counts. A new mapping has what
+//! all of its kind have, or nobody can tell: `MAP_NORESERVE`, for one, is not in `maps`. And a
+//! mapping replaced by another with the same first line, or one whose advice changed, looks
+//! unchanged. That is why [`compare`] must find the rendered text equal to the true one before
+//! anyone relies on it.
 
 /// Flags CRIU does not look at, as the kernel's `show_smap_vma_flags` prints them: read, write,
-/// execute, shared and the four may-bits, no expanding, accounted, synchronous, architecture
-/// specific, guarded page-table code, memory tagging, mixed map, soft-dirty, userfaultfd (missing,
-/// write-protect, minor), sealed, may have guard regions.
-pub const IGNORED: [&[u8]; 20] = [
+/// execute, shared and their four may-bits; no expanding, accounted, synchronous; specific to the
+/// machine, branch targets, memory tags; mixed map, soft-dirty; userfaultfd for missing,
+/// write-protected and minor; sealed; may have guard regions, which CRIU scans for.
+pub const IGNORED: [&[u8]; 21] = [
     b"rd", b"wr", b"ex", b"sh", b"mr", b"mw", b"me", b"ms", b"de", b"ac", b"sf", b"ar", b"bt",
-    b"mt", b"mm", b"sd", b"um", b"uw", b"ui", b"sl",
+    b"mt", b"mm", b"sd", b"um", b"uw", b"ui", b"sl", b"gu",
 ];
 
 /// A true smaps, taken at some moment.

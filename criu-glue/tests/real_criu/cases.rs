@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 
 use criu_glue::image::pagemap::Pages;
 use criu_glue::image::{inventory, mm, pagemap, pstree};
@@ -17,7 +18,7 @@ use criu_glue::view::smaps::{self, Recorded};
 use criu_glue::view::{Counters, Feed};
 use tokio::sync::oneshot;
 
-use crate::lazy::{Store, take_over};
+use crate::lazy::{Server, Store, take_over};
 use crate::node::LIBRARY;
 use crate::workload::{PATIENCE, Workload};
 
@@ -287,7 +288,25 @@ async fn hidden_memory_is_not_dumped_and_comes_back_by_a_lazy_restore() {
         "{counters:?}"
     );
 
-    let vpid = vpid(&workload);
+    check_images_without_region(&run, &workload);
+    pagemap::rewrite(&run.images, vpid(&workload)).expect("writable");
+    let eager = pagemap::read(&run.images, vpid(&workload)).expect("an image");
+    let present = |entry: &pagemap::Entry| entry.flags == pagemap::PRESENT;
+    assert!(eager.entries.iter().all(present), "{eager:?}");
+
+    let server = restore_lazily(&run, &workload, contents).await;
+    workload.check();
+    assert!(server.faults.load(Ordering::Relaxed) >= (64 << 20) / 4096);
+    let status = String::from_utf8_lossy(&workload.proc("status")).into_owned();
+    assert!(
+        status.contains("THP_enabled:\t1"),
+        "the task's own setting is back: {status}"
+    );
+}
+
+/// The images must tell everything about the process but the contents of its region.
+fn check_images_without_region(run: &Run, workload: &Workload) {
+    let vpid = vpid(workload);
     let (start, end) = workload.region;
     assert_eq!(
         inventory::read(&run.images)
@@ -317,19 +336,13 @@ async fn hidden_memory_is_not_dumped_and_comes_back_by_a_lazy_restore() {
     assert!(map.entries.iter().all(outside), "{map:?}");
     let size = fs::metadata(run.images.join(format!("pages-{}.img", map.pages_id)));
     assert!(size.expect("an image").len() < 2 << 20);
+}
 
-    pagemap::rewrite(&run.images, vpid).expect("writable");
-    let eager = pagemap::read(&run.images, vpid).expect("an image");
-    assert!(
-        eager
-            .entries
-            .iter()
-            .all(|entry| entry.flags == pagemap::PRESENT),
-        "{eager:?}"
-    );
-
+/// Restores with a page-fault side that has `contents` for the region.
+async fn restore_lazily(run: &Run, workload: &Workload, contents: Vec<u8>) -> Server {
     let (bound, ready) = oneshot::channel();
     let work = run.work.clone();
+    let start = workload.region.0;
     let faults =
         tokio::spawn(async move { take_over(&work, bound, Store { start, contents }).await });
     ready.await.expect("bound");
@@ -356,14 +369,7 @@ async fn hidden_memory_is_not_dumped_and_comes_back_by_a_lazy_restore() {
     let response = response.await.into_result().expect("restored");
     assert_eq!(response.pid, Some(workload.pid));
     assert!(held, "the tree is there at the gate");
-    let server = faults.await.expect("the page-fault side");
-    workload.check();
-    assert!(server.faults.load(std::sync::atomic::Ordering::Relaxed) >= (64 << 20) / 4096);
-    let status = String::from_utf8_lossy(&workload.proc("status")).into_owned();
-    assert!(
-        status.contains("THP_enabled:\t1"),
-        "the task's own setting is back: {status}"
-    );
+    faults.await.expect("the page-fault side")
 }
 
 async fn a_half_hidden_mapping_is_dumped_in_part() {

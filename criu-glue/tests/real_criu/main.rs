@@ -1,9 +1,9 @@
 //! A real criu dumps and restores a real process through this crate.
 //!
 //! Needs root and `PAGEFERRY_NODE_IMAGE`, a root file system with criu and iproute2 (the lab makes
-//! one); without that variable the target passes and says that it was skipped. Everything happens in
-//! namespaces of its own over an overlay of the image, so neither host nor image is changed, and the
-//! kernel takes all of it down when the test ends, however it ends.
+//! one); without that variable the target passes and says that it was skipped. Everything happens
+//! in namespaces of its own over an overlay of the image, so neither host nor image is changed, and
+//! the kernel takes all of it down when the test ends, however it ends.
 
 mod cases;
 mod lazy;
