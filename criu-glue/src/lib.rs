@@ -1,1 +1,23 @@
-//! Skeleton.
+//! Everything known about CRIU, and nothing known about what uses it.
+//!
+//! The crate speaks to a stock `criu` binary: it starts `criu swrk` workers and talks to them
+//! ([`rpc`]), says what they shall do ([`options`]), and reads what they leave behind ([`image`],
+//! [`report`]). What a dump sees of memory can be replaced ([`view`]); what a restore does not fill
+//! is handed over ([`lazy`]). It keeps no state between runs and decides nothing about a migration.
+//!
+//! Written against CRIU 4.2 and 4.3 on Linux, 64-bit, little-endian.
+
+pub mod rpc;
+
+pub mod options;
+
+pub mod view;
+
+pub mod lazy;
+
+pub mod image;
+
+pub mod probe;
+pub mod report;
+
+mod sys;

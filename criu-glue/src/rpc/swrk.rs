@@ -1,0 +1,588 @@
+//! A `criu swrk` process and the conversation with it.
+//!
+//! One worker serves one chain of requests: any number of `version` and `feature_check`, then at
+//! most one `dump`, `restore` or `check`. While it works it may send notifications and *waits* for
+//! each to be answered; holding an answer back is therefore a gate. [`Event::Response`] is the
+//! last thing it says.
+//!
+//! Invariants: the worker never outlives its usefulness unnoticed. Dropping [`Swrk`] closes our
+//! end of the socket; CRIU then fails at its next notification, and the runtime reaps it. Where a
+//! dump stood at that moment decides who runs, so a caller that must not lose the tree freezes it
+//! by cgroup first.
+//!
+//! Both sides must see the same pid namespace: CRIU opens `/proc/OUR-PID/fd/N`.
+
+use std::ffi::{CString, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, recv, send, shutdown, socketpair,
+};
+use nix::unistd::Pid;
+use prost::Message;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::message::{CriuRequest, CriuResponse, RequestType};
+use crate::options::Request;
+use crate::sys::{self, ChildSetup, FailedStep};
+use crate::view::FEED_VARIABLE;
+
+/// How a worker is started.
+#[derive(Debug)]
+pub struct SwrkConfig {
+    /// The binary; looked up in `PATH` when it has no slash.
+    pub criu: PathBuf,
+    /// Namespaces entered before `exec`, in this order. Not pid: setns moves only children.
+    pub namespaces: Vec<OwnedFd>,
+    /// `cgroup.procs` files (`tasks` for v1) the worker joins first, taken verbatim.
+    pub cgroup_procs: Vec<PathBuf>,
+    /// The view through which the worker sees memory; for dumps only.
+    pub view: Option<ViewFds>,
+    /// Where stdout and stderr go (appended): what CRIU says before its log is open.
+    pub output: PathBuf,
+    /// Environment besides `PATH`; nothing else of ours is passed on.
+    pub env: Vec<(OsString, OsString)>,
+    /// Descriptors the worker keeps, at the numbers they have here.
+    pub inherited: Vec<OwnedFd>,
+    /// Off for lazy restores, see [`crate::image::pagemap`]: the worker and the tasks it makes run
+    /// without huge pages until CRIU gives each task its own setting back.
+    pub huge_pages: bool,
+}
+
+/// The preload library and the memory it is fed through.
+#[derive(Debug)]
+pub struct ViewFds {
+    /// `libcriu_view.so`, as seen in the mount namespace the worker is started in.
+    pub library: PathBuf,
+    pub feed: OwnedFd,
+}
+
+/// A running worker.
+#[derive(Debug)]
+pub struct Swrk {
+    socket: AsyncFd<OwnedFd>,
+    child: tokio::process::Child,
+    pid: i32,
+    /// Descriptors CRIU opens through our `/proc` entry.
+    held: Vec<OwnedFd>,
+    notified: bool,
+}
+
+/// What a worker says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// CRIU has reached this point and waits for [`Swrk::answer`]. `pid` is the root task's, at
+    /// `setup-namespaces` and `post-restore` only.
+    Notify {
+        script: NotifyScript,
+        pid: Option<i32>,
+    },
+    /// The request is done; the worker exits unless the request was `version` or `feature_check`.
+    Response(Response),
+}
+
+/// The points at which CRIU notifies (its `action-scripts.c`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotifyScript {
+    PreStream,
+    /// Nothing has been touched yet, the tree runs.
+    PreDump,
+    /// Everything is dumped; tasks are stopped by ptrace alone.
+    PostDump,
+    PreRestore,
+    /// Tasks exist, memory is mapped, none has run. The last point where failing undoes it.
+    PostRestore,
+    NetworkLock,
+    NetworkUnlock,
+    SetupNamespaces,
+    PostSetupNamespaces,
+    PreResume,
+    PostResume,
+    OrphanPtsMaster,
+    StatusReady,
+    QueryExtFiles,
+    Other(String),
+}
+
+/// The answer to a request. A successful one may carry a message too (the first line of the log
+/// that looked like an error), so `success` alone decides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Response {
+    pub success: bool,
+    pub errno: Option<i32>,
+    pub message: Option<String>,
+    /// Root task of a restored tree, in the worker's pid namespace.
+    pub pid: Option<i32>,
+    pub version: Option<Version>,
+    pub features: Option<Features>,
+}
+
+/// CRIU's version. 4.2 has no sublevel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    pub major: i32,
+    pub minor: i32,
+    pub sublevel: i32,
+}
+
+/// What CRIU found the kernel to have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features {
+    /// Soft-dirty page tracking.
+    pub mem_track: bool,
+    /// Userfaultfd with the events a lazy restore needs.
+    pub lazy_pages: bool,
+    pub pidfd_store: bool,
+}
+
+/// CRIU said no.
+#[derive(Debug, thiserror::Error)]
+#[error("criu failed{}{}", errno_text(*.errno), message_text(.message))]
+pub struct RequestFailed {
+    pub errno: Option<i32>,
+    /// First error of CRIU's log.
+    pub message: Option<String>,
+}
+
+/// Why a worker could not be started or talked to.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SwrkError {
+    #[error("cannot create the socket to criu")]
+    Socket(#[source] io::Error),
+    #[error("cannot open {path} for criu's output")]
+    Output {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("path {path} contains a zero byte")]
+    ZeroByte { path: PathBuf },
+    #[error("cannot put criu into the cgroup of {path}")]
+    Cgroup {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot enter namespace number {index} for criu")]
+    Namespace {
+        index: usize,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot pass descriptor number {index} to criu")]
+    Inherit {
+        index: usize,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot turn huge pages off for criu")]
+    HugePages(#[source] io::Error),
+    #[error("cannot start {criu}")]
+    Exec {
+        criu: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot send to criu")]
+    Send(#[source] io::Error),
+    #[error("cannot receive from criu")]
+    Receive(#[source] io::Error),
+    #[error("criu sent a packet of {length} bytes, more than {PACKET_MAX}")]
+    PacketTooLong { length: usize },
+    #[error("cannot decode a packet from criu")]
+    Decode(#[source] prost::DecodeError),
+    #[error("criu sent a notification without a name")]
+    NamelessNotification,
+    #[error("there is no notification to answer")]
+    NothingToAnswer,
+    #[error("a notification waits for its answer")]
+    AnswerOwed,
+    #[error("criu ended the conversation")]
+    Closed,
+    #[error("cannot wait for criu")]
+    Wait(#[source] io::Error),
+    #[error("cannot kill criu")]
+    Kill(#[source] Errno),
+}
+
+impl SwrkConfig {
+    /// A worker in our own namespaces and cgroups that sees everything as it is.
+    #[must_use]
+    pub fn new(criu: PathBuf, output: PathBuf) -> Self {
+        Self {
+            criu,
+            output,
+            namespaces: Vec::new(),
+            cgroup_procs: Vec::new(),
+            view: None,
+            env: Vec::new(),
+            inherited: Vec::new(),
+            huge_pages: true,
+        }
+    }
+}
+
+impl Swrk {
+    /// Starts a worker. Needs a tokio runtime with IO.
+    ///
+    /// # Errors
+    /// The step that failed; no process is left then.
+    pub fn spawn(config: SwrkConfig) -> Result<Self, SwrkError> {
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        )
+        .map_err(|e| SwrkError::Socket(e.into()))?;
+        // CRIU expects to block on its end; the flag belongs to each end alone.
+        nix::fcntl::fcntl(
+            &theirs,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()),
+        )
+        .map_err(|e| SwrkError::Socket(e.into()))?;
+        let command = command(&config, theirs.as_raw_fd())?;
+        let child = start(command, config, theirs)?;
+        let pid = child
+            .id()
+            .and_then(|id| i32::try_from(id).ok())
+            .unwrap_or_default();
+        let socket = sys::register(ours).map_err(SwrkError::Socket)?;
+        Ok(Self {
+            socket,
+            child,
+            pid,
+            held: Vec::new(),
+            notified: false,
+        })
+    }
+
+    /// The worker's process id in our pid namespace.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Sends a request. The descriptors it names stay open until the worker is dropped.
+    ///
+    /// # Errors
+    /// [`SwrkError::Send`] when the worker is gone, [`SwrkError::AnswerOwed`] out of order.
+    pub async fn request(&mut self, request: Request) -> Result<(), SwrkError> {
+        if self.notified {
+            return Err(SwrkError::AnswerOwed);
+        }
+        self.held.extend(request.held);
+        self.send(&request.message).await
+    }
+
+    /// Waits for what the worker says next. Cancelling loses nothing.
+    ///
+    /// # Errors
+    /// [`SwrkError::Closed`] when the worker ended without a response.
+    pub async fn next(&mut self) -> Result<Event, SwrkError> {
+        let packet = self.receive().await?;
+        let response = CriuResponse::decode(&packet[..]).map_err(SwrkError::Decode)?;
+        if response.kind != RequestType::Notify as i32 {
+            return Ok(Event::Response(response.into()));
+        }
+        let notify = response.notify.unwrap_or_default();
+        let script = notify.script.ok_or(SwrkError::NamelessNotification)?;
+        self.notified = true;
+        Ok(Event::Notify {
+            script: script.into(),
+            pid: notify.pid,
+        })
+    }
+
+    /// Answers the notification that waits. `false` makes CRIU give up, where it still can.
+    ///
+    /// # Errors
+    /// [`SwrkError::NothingToAnswer`] when none waits, [`SwrkError::Send`] when CRIU is gone.
+    pub async fn answer(&mut self, success: bool) -> Result<(), SwrkError> {
+        if !self.notified {
+            return Err(SwrkError::NothingToAnswer);
+        }
+        self.send(&CriuRequest {
+            kind: RequestType::Notify as i32,
+            notify_success: Some(success),
+            ..CriuRequest::default()
+        })
+        .await?;
+        self.notified = false;
+        Ok(())
+    }
+
+    /// Waits for the worker's end.
+    ///
+    /// # Errors
+    /// [`SwrkError::Wait`] if the kernel does not tell.
+    pub async fn wait(&mut self) -> Result<ExitStatus, SwrkError> {
+        self.child.wait().await.map_err(SwrkError::Wait)
+    }
+
+    /// Closes the conversation without dropping: CRIU sees the end of file.
+    pub fn close(&mut self) {
+        // Fails only when the worker is gone already, which is what was asked for.
+        let _ = shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+    }
+
+    /// Kills the worker. Tasks it holds by ptrace go on, unless a freezer cgroup holds them.
+    ///
+    /// # Errors
+    /// [`SwrkError::Kill`]; a worker that has ended already is no error.
+    pub fn kill(&mut self) -> Result<(), SwrkError> {
+        // A child that was waited for has no id any more: its number may belong to another.
+        if self.child.id().is_none() {
+            return Ok(());
+        }
+        match kill(Pid::from_raw(self.pid), Signal::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Err(error) => Err(SwrkError::Kill(error)),
+        }
+    }
+
+    async fn send(&self, message: &CriuRequest) -> Result<(), SwrkError> {
+        let bytes = message.encode_to_vec();
+        let sent = self
+            .socket
+            .async_io(Interest::WRITABLE, |socket| {
+                send(socket.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL).map_err(io::Error::from)
+            })
+            .await;
+        sent.map(drop).map_err(SwrkError::Send)
+    }
+
+    async fn receive(&self) -> Result<Vec<u8>, SwrkError> {
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
+        let received = self
+            .socket
+            .async_io(Interest::READABLE, |socket| {
+                // With MSG_TRUNC the kernel tells the packet's true length.
+                let length = recv(socket.as_raw_fd(), &mut [], peek)?;
+                if length > PACKET_MAX {
+                    return Ok(Err(SwrkError::PacketTooLong { length }));
+                }
+                let mut packet = vec![0; length];
+                recv(socket.as_raw_fd(), &mut packet, MsgFlags::empty())?;
+                Ok(Ok(packet))
+            })
+            .await;
+        match received {
+            Ok(Ok(packet)) if packet.is_empty() => Err(SwrkError::Closed),
+            Ok(packet) => packet,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(SwrkError::Closed),
+            Err(error) => Err(SwrkError::Receive(error)),
+        }
+    }
+}
+
+fn command(config: &SwrkConfig, socket: i32) -> Result<Command, SwrkError> {
+    let output = File::options()
+        .create(true)
+        .append(true)
+        .open(&config.output);
+    let output = output
+        .and_then(|file| Ok((file.try_clone()?, file)))
+        .map_err(|source| SwrkError::Output {
+            path: config.output.clone(),
+            source,
+        })?;
+    let mut command = Command::new(&config.criu);
+    command
+        .args(["--no-default-config", "swrk", &socket.to_string()])
+        .env_clear()
+        .env(
+            "PATH",
+            std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into()),
+        )
+        .envs(config.env.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null())
+        .stdout(output.0)
+        .stderr(output.1);
+    if let Some(view) = &config.view {
+        command.env("LD_PRELOAD", &view.library);
+        command.env(FEED_VARIABLE, view.feed.as_raw_fd().to_string());
+    }
+    Ok(command)
+}
+
+fn start(
+    command: Command,
+    config: SwrkConfig,
+    socket: OwnedFd,
+) -> Result<tokio::process::Child, SwrkError> {
+    let mut inherited = config.inherited;
+    inherited.push(socket);
+    inherited.extend(config.view.map(|view| view.feed));
+    let setup = ChildSetup {
+        cgroup_procs: config
+            .cgroup_procs
+            .iter()
+            .map(|path| c_path(path))
+            .collect::<Result<_, _>>()?,
+        namespaces: config.namespaces,
+        inherited,
+        huge_pages: config.huge_pages,
+    };
+    sys::spawn(command, setup).map_err(|(step, source)| match step {
+        FailedStep::Cgroup(index) => SwrkError::Cgroup {
+            path: config.cgroup_procs[index].clone(),
+            source,
+        },
+        FailedStep::Namespace(index) => SwrkError::Namespace { index, source },
+        FailedStep::Inherit(index) => SwrkError::Inherit { index, source },
+        FailedStep::HugePages => SwrkError::HugePages(source),
+        FailedStep::Exec => SwrkError::Exec {
+            criu: config.criu.clone(),
+            source,
+        },
+    })
+}
+
+fn c_path(path: &Path) -> Result<CString, SwrkError> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| SwrkError::ZeroByte {
+        path: path.to_owned(),
+    })
+}
+
+impl From<String> for NotifyScript {
+    fn from(name: String) -> Self {
+        match name.as_str() {
+            "pre-stream" => Self::PreStream,
+            "pre-dump" => Self::PreDump,
+            "post-dump" => Self::PostDump,
+            "pre-restore" => Self::PreRestore,
+            "post-restore" => Self::PostRestore,
+            "network-lock" => Self::NetworkLock,
+            "network-unlock" => Self::NetworkUnlock,
+            "setup-namespaces" => Self::SetupNamespaces,
+            "post-setup-namespaces" => Self::PostSetupNamespaces,
+            "pre-resume" => Self::PreResume,
+            "post-resume" => Self::PostResume,
+            "orphan-pts-master" => Self::OrphanPtsMaster,
+            "status-ready" => Self::StatusReady,
+            "query-ext-files" => Self::QueryExtFiles,
+            _ => Self::Other(name),
+        }
+    }
+}
+
+impl From<CriuResponse> for Response {
+    fn from(response: CriuResponse) -> Self {
+        let version = response.version.map(|version| Version {
+            major: version.major_number,
+            minor: version.minor_number,
+            sublevel: version.sublevel.unwrap_or(0),
+        });
+        let features = response.features.map(|features| Features {
+            mem_track: features.mem_track.unwrap_or(false),
+            lazy_pages: features.lazy_pages.unwrap_or(false),
+            pidfd_store: features.pidfd_store.unwrap_or(false),
+        });
+        Self {
+            success: response.success,
+            errno: response.cr_errno.filter(|errno| *errno != 0),
+            message: response.cr_errmsg.map(|text| text.trim_end().to_owned()),
+            pid: response.restore.map(|restore| restore.pid),
+            version,
+            features,
+        }
+    }
+}
+
+impl Response {
+    /// The response itself if CRIU succeeded.
+    ///
+    /// # Errors
+    /// [`RequestFailed`] with what CRIU gave as the reason.
+    pub fn into_result(self) -> Result<Self, RequestFailed> {
+        if self.success {
+            Ok(self)
+        } else {
+            Err(RequestFailed {
+                errno: self.errno,
+                message: self.message,
+            })
+        }
+    }
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)?;
+        if self.sublevel == 0 {
+            Ok(())
+        } else {
+            write!(f, ".{}", self.sublevel)
+        }
+    }
+}
+
+fn errno_text(errno: Option<i32>) -> String {
+    errno
+        .map(|number| format!(" ({})", Errno::from_raw(number).desc()))
+        .unwrap_or_default()
+}
+
+fn message_text(message: &Option<String>) -> String {
+    message
+        .as_ref()
+        .map(|text| format!(": {text}"))
+        .unwrap_or_default()
+}
+
+/// Longest packet taken from CRIU, in bytes. Notifications and answers are some hundred.
+const PACKET_MAX: usize = 1 << 20; // 1 MiB
+
+/// For a daemon started without `PATH`.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_tells_errno_and_message_and_no_more() {
+        let failed = RequestFailed {
+            errno: Some(3),
+            message: Some("no task".to_owned()),
+        };
+        assert_eq!(failed.to_string(), "criu failed (No such process): no task");
+        let failed = RequestFailed {
+            errno: None,
+            message: None,
+        };
+        assert_eq!(failed.to_string(), "criu failed");
+    }
+
+    #[test]
+    fn versions_are_ordered_and_printed_as_criu_prints_them() {
+        let version = |major, minor, sublevel| Version {
+            major,
+            minor,
+            sublevel,
+        };
+        assert!(version(4, 1, 1) < version(4, 2, 0));
+        assert_eq!(version(4, 1, 1).to_string(), "4.1.1");
+        assert_eq!(version(4, 2, 0).to_string(), "4.2");
+    }
+
+    #[test]
+    fn an_unknown_notification_keeps_its_name() {
+        assert_eq!(
+            NotifyScript::from("post-dump".to_owned()),
+            NotifyScript::PostDump
+        );
+        let unknown = NotifyScript::from("new-one".to_owned());
+        assert_eq!(unknown, NotifyScript::Other("new-one".to_owned()));
+    }
+}

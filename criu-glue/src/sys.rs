@@ -1,0 +1,166 @@
+//! The only unsafe code of this crate: what a worker does between `fork` and `exec`, sockets given
+//! to the runtime, and descriptors taken from a socket.
+
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::process::Command;
+
+use nix::fcntl::OFlag;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use tokio::io::unix::AsyncFd;
+use tokio::process::Child;
+
+/// What the child does to itself before it becomes `criu`, in this order.
+#[derive(Debug)]
+pub(crate) struct ChildSetup {
+    /// Files a `0` is written to: the kernel reads it as "the writing task".
+    pub cgroup_procs: Vec<CString>,
+    pub namespaces: Vec<OwnedFd>,
+    /// Descriptors that stay open across `exec`, at the number they have in the parent.
+    pub inherited: Vec<OwnedFd>,
+    /// Whether memory may come in huge pages; inherited by everything the child starts.
+    pub huge_pages: bool,
+}
+
+/// The step of [`ChildSetup`] that failed; the number is the index in its list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FailedStep {
+    Cgroup(usize),
+    Namespace(usize),
+    Inherit(usize),
+    HugePages,
+    /// `fork` or `exec` itself.
+    Exec,
+}
+
+const STEP_CGROUP: u8 = 1;
+const STEP_NAMESPACE: u8 = 2;
+const STEP_INHERIT: u8 = 3;
+const STEP_HUGE_PAGES: u8 = 4;
+
+/// Lets the runtime watch a non-blocking socket.
+pub(crate) fn register(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` keeps its number open and unchanged for as long as the `AsyncFd` owns it.
+    let registered = unsafe { AsyncFd::register(socket) };
+    registered.map_err(io::Error::from)
+}
+
+/// Receives at most `buffer.len()` bytes and the descriptor that came with them.
+pub(crate) fn receive(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> io::Result<(usize, Option<OwnedFd>)> {
+    let mut control = nix::cmsg_space!([RawFd; DESCRIPTORS_MAX]);
+    let mut parts = [io::IoSliceMut::new(buffer)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let mut received = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(numbers) = control {
+            // SAFETY: the kernel has just made these descriptors for us, and nobody else has seen
+            // their numbers.
+            received.extend(
+                numbers
+                    .iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }),
+            );
+        }
+    }
+    // More than one is not what was agreed on: the others are closed here.
+    Ok((message.bytes, received.into_iter().next()))
+}
+
+/// Starts `command` with `setup` done in the child.
+///
+/// There is no `PR_SET_PDEATHSIG`: the thread that spawns is a runtime's worker and may end while
+/// the process lives on, and a worker that dies at the wrong moment lets go of what it holds.
+pub(crate) fn spawn(
+    mut command: Command,
+    setup: ChildSetup,
+) -> Result<Child, (FailedStep, io::Error)> {
+    use std::os::unix::process::CommandExt;
+
+    let (read, write) =
+        nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(|e| (FailedStep::Exec, e.into()))?;
+    let report = write.as_raw_fd();
+    let prepare = move || prepare_child(&setup, report);
+    // SAFETY: the closure runs in the forked child. It makes system calls only: no allocation, no
+    // locks, nothing that another thread of the parent could have left half done.
+    unsafe { command.pre_exec(prepare) };
+    let spawned = tokio::process::Command::from(command).spawn();
+    drop(write);
+    spawned.map_err(|source| (failed_step(File::from(read)), source))
+}
+
+fn failed_step(mut report: File) -> FailedStep {
+    let mut bytes = [0; 2];
+    let step = match report.read(&mut bytes) {
+        Ok(2) => bytes[0],
+        Ok(_) | Err(_) => 0,
+    };
+    let index = usize::from(bytes[1]);
+    match step {
+        STEP_CGROUP => FailedStep::Cgroup(index),
+        STEP_NAMESPACE => FailedStep::Namespace(index),
+        STEP_INHERIT => FailedStep::Inherit(index),
+        STEP_HUGE_PAGES => FailedStep::HugePages,
+        _ => FailedStep::Exec,
+    }
+}
+
+fn prepare_child(setup: &ChildSetup, report: RawFd) -> io::Result<()> {
+    for (index, path) in setup.cgroup_procs.iter().enumerate() {
+        join_cgroup(path).or_else(|error| fail(report, STEP_CGROUP, index, error))?;
+    }
+    for (index, namespace) in setup.namespaces.iter().enumerate() {
+        // SAFETY: setns takes a descriptor, open as long as `setup` lives, and a number.
+        let result = unsafe { libc::setns(namespace.as_raw_fd(), 0) };
+        check(result.into()).or_else(|error| fail(report, STEP_NAMESPACE, index, error))?;
+    }
+    for (index, fd) in setup.inherited.iter().enumerate() {
+        // SAFETY: fcntl(F_SETFD) takes a descriptor, open as long as `setup` lives, and flags.
+        let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) };
+        check(result.into()).or_else(|error| fail(report, STEP_INHERIT, index, error))?;
+    }
+    if !setup.huge_pages {
+        let (on, unused): (libc::c_ulong, libc::c_ulong) = (1, 0);
+        // SAFETY: numbers only, each as wide as the kernel reads it.
+        let result = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, on, unused, unused, unused) };
+        check(result.into()).or_else(|error| fail(report, STEP_HUGE_PAGES, 0, error))?;
+    }
+    Ok(())
+}
+
+fn join_cgroup(path: &CString) -> io::Result<()> {
+    // SAFETY: `path` is a C string that outlives the call.
+    let fd = unsafe { libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
+    check(fd.into())?;
+    // SAFETY: one byte is read from a static string; `fd` was opened above.
+    let written = unsafe { libc::write(fd, c"0".as_ptr().cast(), 1) };
+    let result = check(written as i64);
+    // SAFETY: `fd` was opened above and is closed once.
+    unsafe { libc::close(fd) };
+    result
+}
+
+fn check(result: i64) -> io::Result<()> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn fail(report: RawFd, step: u8, index: usize, error: io::Error) -> io::Result<()> {
+    let bytes = [step, u8::try_from(index).unwrap_or(u8::MAX)];
+    // SAFETY: two bytes are read from a local array; `report` is the inherited pipe.
+    unsafe { libc::write(report, bytes.as_ptr().cast(), bytes.len()) };
+    Err(error)
+}
+
+/// Room for descriptors in one message. One is expected; the kernel closes what does not fit.
+const DESCRIPTORS_MAX: usize = 4;
