@@ -17,5 +17,7 @@
 #![warn(missing_docs)]
 
 pub mod id;
+pub mod migration;
 pub mod page;
 pub mod set;
+pub mod wire;

@@ -181,7 +181,8 @@ impl PageSet {
         }
     }
 
-    /// Adds the pages of `other`.
+    /// Adds the pages of `other`. Linear in the runs of `other` and in those of this set that lie
+    /// between its first and last page.
     pub fn union_with(&mut self, other: &Self) {
         match (self.runs.last(), other.runs.first()) {
             (_, None) => {}
@@ -191,7 +192,16 @@ impl PageSet {
                 self.runs.reserve(other.runs.len());
                 other.runs.iter().for_each(|run| self.append(*run));
             }
-            (Some(_), Some(_)) => *self = self.union(other),
+            (Some(_), Some(first)) => {
+                // Only the runs between the ends of `other` are merged, the rest moves whole.
+                let end = other.runs[other.runs.len() - 1].end();
+                let from = self.runs.partition_point(|run| run.end() < first.start());
+                let to = from + self.runs[from..].partition_point(|run| run.start() <= end);
+                let window = Self {
+                    runs: self.runs[from..to].to_vec(),
+                };
+                self.runs.splice(from..to, window.union(other).runs);
+            }
         }
     }
 

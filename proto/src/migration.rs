@@ -1,0 +1,3 @@
+//! The two state machines of a migration, without IO.
+
+pub mod policy;

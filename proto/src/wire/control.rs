@@ -1,0 +1,589 @@
+//! The messages of the control stream, as types.
+//!
+//! [`Message::encode`] makes a whole frame; [`Message::decode`] takes the bytes of one message
+//! without the frame's length field. All validation is in `decode`: a message that exists is
+//! legal. A field that this build does not know is skipped, a message it does not know is an
+//! error.
+
+use std::time::Duration;
+
+use prost::Message as _;
+
+use crate::id::{Generation, IdError, Incarnation, MigrationId, Round, WorkloadName};
+use crate::migration::policy::{Policy, ROUNDS_LIMIT};
+use crate::page::PageCount;
+use crate::wire::code::{ErrorCode, Failure};
+use crate::wire::description::WorkloadDescription;
+use crate::wire::frame::{self, FrameError};
+use crate::wire::schema;
+use crate::wire::schema::envelope::Message as Wire;
+use crate::wire::version::{Version, VersionError};
+
+/// Most lanes of one migration. A connection is bound to one core's worth of encryption; more
+/// lanes than this only add connections.
+pub const LANES_MAX: u32 = 16;
+
+/// Most parcels of one round. A parcel holds up to 4 MiB, so this is 16 TiB of full parcels.
+pub const ROUND_PARCELS_MAX: u32 = 1 << 22;
+
+/// Most live sets, digest streams or image files of one final round.
+pub const FINAL_STREAMS_MAX: u32 = 1 << 20;
+
+/// Any message of a control stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// The first message on the first stream of every lane.
+    Hello(Hello),
+    /// Its answer.
+    Welcome(Welcome),
+    /// What only the source says.
+    Source(SourceMessage),
+    /// What only the target says.
+    Target(TargetMessage),
+}
+
+/// The source names the migration and the lane it dialled for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The source's own version, not yet agreed.
+    pub version: u32,
+    /// The migration.
+    pub migration: MigrationId,
+    /// This lane, from 0.
+    pub lane: u32,
+    /// How many lanes the source will dial: 1 to [`LANES_MAX`].
+    pub lanes: u32,
+}
+
+/// The target takes the lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// The version to use from here on.
+    pub version: Version,
+}
+
+/// What the source says to the target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceMessage {
+    /// Nothing more will come; a restore that the target holds is not needed. Says that the
+    /// source has not committed any generation up to this one, and never will.
+    Abort {
+        /// The highest generation that this ends.
+        generation: Generation,
+        /// Why.
+        failure: Failure,
+    },
+    /// The final round is sent; restore.
+    Final(Final),
+    /// Run the workload: the source has committed, durably.
+    Go {
+        /// The committed generation.
+        generation: Generation,
+    },
+    /// Will you take this workload?
+    Offer(Box<Offer>),
+    /// Do you run it? If not, refuse, durably.
+    Query {
+        /// The generation that was, or may have been, committed.
+        generation: Generation,
+    },
+    /// All parcels of a round are sent.
+    RoundEnd(RoundEnd),
+}
+
+/// What the target says to the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetMessage {
+    /// The offer is accepted and everything is prepared.
+    Accepted {
+        /// Names the life of the target's process.
+        incarnation: Incarnation,
+    },
+    /// The offer is not accepted.
+    Declined(Failure),
+    /// The target gave up before it was ready.
+    Failed(Failure),
+    /// Everything of the final round has arrived and the target's pages are complete.
+    FinalHeld {
+        /// The generation of the final round.
+        generation: Generation,
+    },
+    /// The workload is restored and held. This is on disk.
+    Ready {
+        /// The restored generation.
+        generation: Generation,
+        /// As in `Accepted`.
+        incarnation: Incarnation,
+    },
+    /// The target will never run this generation or an older one. This is on disk.
+    Refused {
+        /// The refused generation.
+        generation: Generation,
+    },
+    /// All parcels of the round are held.
+    RoundHeld {
+        /// The round.
+        round: Round,
+    },
+    /// The workload runs at the target.
+    Started {
+        /// The started generation.
+        generation: Generation,
+    },
+    /// The target's journal does not hold this generation's `Ready`. Neither a promise nor a
+    /// refusal.
+    Unknown {
+        /// The generation that was asked about.
+        generation: Generation,
+    },
+}
+
+/// What the source offers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// The agreed version.
+    pub version: Version,
+    /// What is to move.
+    pub workload: WorkloadName,
+    /// The generation of the first attempt.
+    pub generation: Generation,
+    /// How it is to move.
+    pub policy: Policy,
+    /// What the target must know to prepare.
+    pub description: WorkloadDescription,
+}
+
+/// How many parcels and pages a round had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoundEnd {
+    /// The round.
+    pub round: Round,
+    /// Parcels sent in it.
+    pub parcels: u32,
+    /// Pages in those parcels, zero pages too.
+    pub pages: PageCount,
+}
+
+/// How many streams the final round had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Final {
+    /// The generation that the round ends with.
+    pub generation: Generation,
+    /// The number of the final round.
+    pub round: Round,
+    /// Parcels sent in it.
+    pub parcels: u32,
+    /// Pages in those parcels, zero pages too.
+    pub pages: PageCount,
+    /// Live sets: one per space.
+    pub live_sets: u32,
+    /// Image files.
+    pub images: u32,
+    /// Digest streams: 0 unless `verify`.
+    pub digests: u32,
+    /// Whether the target must compare every live page with a digest before it restores.
+    pub verify: bool,
+}
+
+/// Why bytes are not a message, or a message has no bytes.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// Not the encoding of any message.
+    #[error("message is not readable")]
+    Decode(#[source] prost::DecodeError),
+    /// The message is too long for a frame.
+    #[error("message does not fit a frame")]
+    Frame(#[source] FrameError),
+    /// A field with a value that is never valid.
+    #[error("field {field} has the invalid value {value}")]
+    Invalid {
+        /// The field's path.
+        field: &'static str,
+        /// Its value.
+        value: i64,
+    },
+    /// A field that is not a name.
+    #[error("field {field} is not a name")]
+    Name {
+        /// The field's path.
+        field: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: IdError,
+    },
+    /// A field that every message of this kind has.
+    #[error("field {field} is missing")]
+    Missing {
+        /// The field's path.
+        field: &'static str,
+    },
+    /// A text or a list longer than its limit.
+    #[error("field {field} has {length} items or bytes, more than {max}")]
+    TooLong {
+        /// The field's path.
+        field: &'static str,
+        /// Its length.
+        length: usize,
+        /// Its limit.
+        max: usize,
+    },
+    /// A version that does not fit.
+    #[error("version does not fit")]
+    Version(#[source] VersionError),
+}
+
+impl Message {
+    /// The frame that carries this message. Fails only for an offer whose description is too
+    /// large.
+    pub fn encode(&self) -> Result<Vec<u8>, ControlError> {
+        let envelope = schema::Envelope {
+            message: Some(self.to_schema()),
+        };
+        frame::enclose(&envelope.encode_to_vec()).map_err(ControlError::Frame)
+    }
+
+    /// The message in these bytes, which are a frame without its length field.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ControlError> {
+        let envelope = schema::Envelope::decode(bytes).map_err(ControlError::Decode)?;
+        Self::try_from(envelope.message.ok_or(missing("message"))?)
+    }
+
+    fn to_schema(&self) -> Wire {
+        match self {
+            Self::Hello(hello) => Wire::Hello(schema::Hello {
+                version: hello.version,
+                migration: hello.migration.as_bytes().to_vec(),
+                lane: hello.lane,
+                lanes: hello.lanes,
+            }),
+            Self::Welcome(welcome) => Wire::Welcome(schema::Welcome {
+                version: welcome.version.number(),
+            }),
+            Self::Source(message) => message.to_schema(),
+            Self::Target(message) => message.to_schema(),
+        }
+    }
+}
+
+impl From<SourceMessage> for Message {
+    fn from(message: SourceMessage) -> Self {
+        Self::Source(message)
+    }
+}
+
+impl From<TargetMessage> for Message {
+    fn from(message: TargetMessage) -> Self {
+        Self::Target(message)
+    }
+}
+
+impl SourceMessage {
+    fn to_schema(&self) -> Wire {
+        match self {
+            Self::Abort {
+                generation,
+                failure,
+            } => Wire::Abort(schema::Abort {
+                generation: generation.number(),
+                failure: Some(failure.into()),
+            }),
+            Self::Final(end) => Wire::Final(schema::Final {
+                generation: end.generation.number(),
+                round: end.round.number(),
+                parcels: end.parcels,
+                pages: end.pages.0,
+                live_sets: end.live_sets,
+                images: end.images,
+                digests: end.digests,
+                verify: end.verify,
+            }),
+            Self::Go { generation } => Wire::Go(schema::Go {
+                generation: generation.number(),
+            }),
+            Self::Offer(offer) => Wire::Offer(offer.as_ref().into()),
+            Self::Query { generation } => Wire::Query(schema::Query {
+                generation: generation.number(),
+            }),
+            Self::RoundEnd(end) => Wire::RoundEnd(schema::RoundEnd {
+                round: end.round.number(),
+                parcels: end.parcels,
+                pages: end.pages.0,
+            }),
+        }
+    }
+}
+
+impl TargetMessage {
+    fn to_schema(&self) -> Wire {
+        match self {
+            Self::Accepted { incarnation } => Wire::Accepted(schema::Accepted {
+                incarnation: incarnation.0,
+            }),
+            Self::Declined(failure) => Wire::Declined(schema::Declined {
+                failure: Some(failure.into()),
+            }),
+            Self::Failed(failure) => Wire::Failed(schema::Failed {
+                failure: Some(failure.into()),
+            }),
+            Self::FinalHeld { generation } => Wire::FinalHeld(schema::FinalHeld {
+                generation: generation.number(),
+            }),
+            Self::Ready {
+                generation,
+                incarnation,
+            } => Wire::Ready(schema::Ready {
+                generation: generation.number(),
+                incarnation: incarnation.0,
+            }),
+            Self::Refused { generation } => Wire::Refused(schema::Refused {
+                generation: generation.number(),
+            }),
+            Self::RoundHeld { round } => Wire::RoundHeld(schema::RoundHeld {
+                round: round.number(),
+            }),
+            Self::Started { generation } => Wire::Started(schema::Started {
+                generation: generation.number(),
+            }),
+            Self::Unknown { generation } => Wire::Unknown(schema::Unknown {
+                generation: generation.number(),
+            }),
+        }
+    }
+}
+
+impl TryFrom<Wire> for Message {
+    type Error = ControlError;
+
+    fn try_from(wire: Wire) -> Result<Self, ControlError> {
+        use {SourceMessage as Source, TargetMessage as Target};
+        Ok(match wire {
+            Wire::Hello(hello) => Self::Hello(hello.try_into()?),
+            Wire::Welcome(welcome) => Self::Welcome(Welcome {
+                version: Version::chosen(welcome.version).map_err(ControlError::Version)?,
+            }),
+            Wire::Abort(abort) => {
+                let failure = failure("abort.failure", abort.failure)?;
+                let generation = generation("abort.generation", abort.generation)?;
+                Source::Abort {
+                    generation,
+                    failure,
+                }
+                .into()
+            }
+            Wire::Final(end) => Source::Final(end.try_into()?).into(),
+            Wire::Go(go) => Source::Go {
+                generation: generation("go.generation", go.generation)?,
+            }
+            .into(),
+            Wire::Offer(offer) => Source::Offer(Box::new(offer.try_into()?)).into(),
+            Wire::Query(query) => {
+                let generation = generation("query.generation", query.generation)?;
+                Source::Query { generation }.into()
+            }
+            Wire::RoundEnd(end) => Source::RoundEnd(end.try_into()?).into(),
+            Wire::Accepted(accepted) => Target::Accepted {
+                incarnation: Incarnation(accepted.incarnation),
+            }
+            .into(),
+            Wire::Declined(declined) => {
+                Target::Declined(failure("declined.failure", declined.failure)?).into()
+            }
+            Wire::Failed(failed) => {
+                Target::Failed(failure("failed.failure", failed.failure)?).into()
+            }
+            Wire::FinalHeld(held) => {
+                let generation = generation("final_held.generation", held.generation)?;
+                Target::FinalHeld { generation }.into()
+            }
+            Wire::Ready(ready) => {
+                let generation = generation("ready.generation", ready.generation)?;
+                Target::Ready {
+                    generation,
+                    incarnation: Incarnation(ready.incarnation),
+                }
+                .into()
+            }
+            Wire::Refused(refused) => {
+                let generation = generation("refused.generation", refused.generation)?;
+                Target::Refused { generation }.into()
+            }
+            Wire::RoundHeld(held) => Target::RoundHeld {
+                round: round("round_held.round", held.round)?,
+            }
+            .into(),
+            Wire::Started(started) => {
+                let generation = generation("started.generation", started.generation)?;
+                Target::Started { generation }.into()
+            }
+            Wire::Unknown(unknown) => {
+                let generation = generation("unknown.generation", unknown.generation)?;
+                Target::Unknown { generation }.into()
+            }
+        })
+    }
+}
+
+impl TryFrom<schema::Hello> for Hello {
+    type Error = ControlError;
+
+    fn try_from(hello: schema::Hello) -> Result<Self, ControlError> {
+        let invalid = |field, value| ControlError::Invalid { field, value };
+        let length = hello.migration.len();
+        let migration = <[u8; MigrationId::BYTES]>::try_from(hello.migration)
+            .map_err(|_| invalid("hello.migration", length.try_into().unwrap_or(i64::MAX)))?;
+        if hello.version == 0 {
+            return Err(ControlError::Version(VersionError::Zero));
+        }
+        if hello.lanes == 0 || LANES_MAX < hello.lanes {
+            return Err(invalid("hello.lanes", hello.lanes.into()));
+        }
+        if hello.lanes <= hello.lane {
+            return Err(invalid("hello.lane", hello.lane.into()));
+        }
+        Ok(Self {
+            version: hello.version,
+            migration: MigrationId::new(migration),
+            lane: hello.lane,
+            lanes: hello.lanes,
+        })
+    }
+}
+
+impl TryFrom<schema::RoundEnd> for RoundEnd {
+    type Error = ControlError;
+
+    fn try_from(end: schema::RoundEnd) -> Result<Self, ControlError> {
+        Ok(Self {
+            round: round("round_end.round", end.round)?,
+            parcels: at_most("round_end.parcels", end.parcels, ROUND_PARCELS_MAX)?,
+            pages: PageCount(end.pages),
+        })
+    }
+}
+
+impl TryFrom<schema::Final> for Final {
+    type Error = ControlError;
+
+    fn try_from(end: schema::Final) -> Result<Self, ControlError> {
+        if !end.verify && end.digests != 0 {
+            let value = end.digests.into();
+            return Err(ControlError::Invalid {
+                field: "final.digests",
+                value,
+            });
+        }
+        Ok(Self {
+            generation: generation("final.generation", end.generation)?,
+            round: round("final.round", end.round)?,
+            parcels: at_most("final.parcels", end.parcels, ROUND_PARCELS_MAX)?,
+            pages: PageCount(end.pages),
+            live_sets: at_most("final.live_sets", end.live_sets, FINAL_STREAMS_MAX)?,
+            images: at_most("final.images", end.images, FINAL_STREAMS_MAX)?,
+            digests: at_most("final.digests", end.digests, FINAL_STREAMS_MAX)?,
+            verify: end.verify,
+        })
+    }
+}
+
+impl From<&Offer> for schema::Offer {
+    fn from(offer: &Offer) -> Self {
+        Self {
+            version: offer.version.number(),
+            workload: offer.workload.to_string(),
+            generation: offer.generation.number(),
+            policy: Some(schema::Policy {
+                downtime_max_us: micros(offer.policy.downtime_max),
+                rounds_max: offer.policy.rounds_max,
+                timeout_us: micros(offer.policy.timeout),
+                verify: offer.policy.verify,
+                force_eager: offer.policy.force_eager,
+            }),
+            description: Some((&offer.description).into()),
+        }
+    }
+}
+
+impl TryFrom<schema::Offer> for Offer {
+    type Error = ControlError;
+
+    fn try_from(offer: schema::Offer) -> Result<Self, ControlError> {
+        let policy = offer.policy.ok_or(missing("offer.policy"))?;
+        let description = offer.description.ok_or(missing("offer.description"))?;
+        let rounds_max = at_most("offer.policy.rounds_max", policy.rounds_max, ROUNDS_LIMIT)?;
+        if rounds_max == 0 {
+            return Err(ControlError::Invalid {
+                field: "offer.policy.rounds_max",
+                value: 0,
+            });
+        }
+        let name = |source| ControlError::Name {
+            field: "offer.workload",
+            source,
+        };
+        Ok(Self {
+            version: Version::chosen(offer.version).map_err(ControlError::Version)?,
+            workload: offer.workload.parse().map_err(name)?,
+            generation: generation("offer.generation", offer.generation)?,
+            policy: Policy {
+                downtime_max: Duration::from_micros(policy.downtime_max_us),
+                rounds_max,
+                timeout: Duration::from_micros(policy.timeout_us),
+                verify: policy.verify,
+                force_eager: policy.force_eager,
+            },
+            description: description.try_into()?,
+        })
+    }
+}
+
+impl From<&Failure> for schema::Failure {
+    fn from(failure: &Failure) -> Self {
+        Self {
+            code: failure.code().wire(),
+            text: failure.text().to_owned(),
+        }
+    }
+}
+
+pub(crate) const fn missing(field: &'static str) -> ControlError {
+    ControlError::Missing { field }
+}
+
+pub(crate) fn short(field: &'static str, length: usize, max: usize) -> Result<(), ControlError> {
+    if max < length {
+        Err(ControlError::TooLong { field, length, max })
+    } else {
+        Ok(())
+    }
+}
+
+/// Whole microseconds; what does not fit (half a million years) becomes the most that does.
+pub(crate) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn failure(field: &'static str, wire: Option<schema::Failure>) -> Result<Failure, ControlError> {
+    let wire = wire.ok_or(missing(field))?;
+    short(field, wire.text.len(), Failure::TEXT_BYTES_MAX)?;
+    let code = ErrorCode::from_wire(wire.code);
+    let code = code.ok_or(ControlError::Invalid { field, value: 0 })?;
+    Ok(Failure::new(code, wire.text))
+}
+
+fn generation(field: &'static str, number: u32) -> Result<Generation, ControlError> {
+    Generation::new(number).map_err(|source| ControlError::Name { field, source })
+}
+
+fn round(field: &'static str, number: u32) -> Result<Round, ControlError> {
+    Round::new(number).map_err(|source| ControlError::Name { field, source })
+}
+
+fn at_most(field: &'static str, value: u32, max: u32) -> Result<u32, ControlError> {
+    if max < value {
+        return Err(ControlError::Invalid {
+            field,
+            value: value.into(),
+        });
+    }
+    Ok(value)
+}

@@ -1,0 +1,386 @@
+//! What comes first on a unidirectional stream, and what the streams other than parcels hold.
+//!
+//! A stream is a prefix of [`StreamPrefix::BYTES`], a body, and the crc32 of the body
+//! ([`seal`], [`unseal`]). The prefix is outside the checksum because it is read before anybody
+//! knows whom the body is for.
+
+use crate::id::{MigrationId, SpaceId};
+use crate::set;
+
+/// Longest digests stream, in bytes, prefix and checksum included (4 MiB).
+pub const DIGESTS_BYTES_MAX: usize = 4 << 20;
+
+/// Most pages of one digests stream: 1 MiB of digests, and a set of at most 2 MiB
+/// ([`set::RUN_BYTES_MAX`] a page when no two of them touch), which keeps a stream below
+/// [`DIGESTS_BYTES_MAX`] whatever the set looks like.
+pub const DIGESTS_PAGES_MAX: u64 = 1 << 17;
+
+/// Length of one digest, in bytes: xxh3-64, little endian.
+pub const DIGEST_BYTES: usize = 8;
+
+/// Longest image file, in bytes (64 GiB). Large images hold memory that only CRIU copies, and
+/// the target must hold that in memory.
+pub const IMAGE_BYTES_MAX: u64 = 64 << 30;
+
+/// Length of the checksum that ends every stream, in bytes.
+pub const CHECKSUM_BYTES: usize = 4;
+
+/// What a stream carries. 0 is never valid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum StreamKind {
+    /// Pages.
+    Parcel = 1,
+    /// The live pages of a space in the freeze.
+    LiveSet = 2,
+    /// A file of CRIU's images.
+    ImageFile = 3,
+    /// One digest per page of a set.
+    Digests = 4,
+}
+
+/// The first bytes of every stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamPrefix {
+    /// What the stream carries.
+    pub kind: StreamKind,
+    /// The migration it belongs to.
+    pub migration: MigrationId,
+}
+
+/// What precedes a set of pages: on a live-set stream the set is all there is, on a digests
+/// stream one digest per page follows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SetHeader {
+    /// The space that the pages are of.
+    pub space: SpaceId,
+    /// Length of the set's wire form, in bytes: at most [`set::WIRE_BYTES_MAX`].
+    pub length: u32,
+}
+
+/// What precedes an image file's bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageFileHeader {
+    name: ImageName,
+    length: u64,
+}
+
+/// The name of an image file: 1 to 255 of `A-Za-z0-9._-`, not starting with a dot.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ImageName(String);
+
+/// Why the bytes of a stream are not what its kind says.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StreamError {
+    /// The stream ended early.
+    #[error("stream has {length} bytes where {needed} are needed")]
+    Truncated {
+        /// Bytes there are.
+        length: usize,
+        /// Bytes there must be.
+        needed: usize,
+    },
+    /// No kind has this number.
+    #[error("stream kind {0} is not known")]
+    Kind(u8),
+    /// Bytes and checksum differ.
+    #[error("stream has checksum {found:#010x}, its bytes have {computed:#010x}")]
+    Checksum {
+        /// The checksum at the end of the stream.
+        found: u32,
+        /// The checksum of its bytes.
+        computed: u32,
+    },
+    /// A set longer than its limit.
+    #[error("set of {0} bytes, more than {max}", max = set::WIRE_BYTES_MAX)]
+    SetTooLong(u32),
+    /// An image file longer than its limit.
+    #[error("image file of {0} bytes, more than {IMAGE_BYTES_MAX}")]
+    ImageTooLong(u64),
+    /// Not a name of an image file.
+    #[error("image file name {0:?} is not 1 to 255 of A-Za-z0-9._- after a first without a dot")]
+    ImageName(String),
+}
+
+impl StreamKind {
+    const fn from_wire(value: u8) -> Option<Self> {
+        match value {
+            1 => Some(Self::Parcel),
+            2 => Some(Self::LiveSet),
+            3 => Some(Self::ImageFile),
+            4 => Some(Self::Digests),
+            0 | 5..=u8::MAX => None,
+        }
+    }
+}
+
+impl StreamPrefix {
+    /// Length of the prefix, in bytes.
+    pub const BYTES: usize = 1 + MigrationId::BYTES;
+
+    /// Its bytes.
+    pub fn encode(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        let (kind, migration) = bytes.split_at_mut(1);
+        kind[0] = self.kind as u8;
+        migration.copy_from_slice(self.migration.as_bytes());
+        bytes
+    }
+
+    /// The prefix in these bytes.
+    pub fn decode(bytes: &[u8; Self::BYTES]) -> Result<Self, StreamError> {
+        let (kind, migration) = bytes.split_first_chunk::<1>().expect("1 is at most 17");
+        let kind = StreamKind::from_wire(kind[0]).ok_or(StreamError::Kind(kind[0]))?;
+        let migration = migration
+            .try_into()
+            .expect("17 less 1 are the bytes of an id");
+        Ok(Self {
+            kind,
+            migration: MigrationId::new(migration),
+        })
+    }
+}
+
+impl SetHeader {
+    /// Length of the header, in bytes.
+    pub const BYTES: usize = 8;
+
+    /// Its bytes.
+    pub fn encode(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..4].copy_from_slice(&self.space.0.to_le_bytes());
+        bytes[4..].copy_from_slice(&self.length.to_le_bytes());
+        bytes
+    }
+
+    /// The header at the start of these bytes, and what follows it.
+    pub fn decode(bytes: &[u8]) -> Result<(Self, &[u8]), StreamError> {
+        let mut rest = bytes;
+        let space = SpaceId(u32::from_le_bytes(take(&mut rest)?));
+        let length = u32::from_le_bytes(take(&mut rest)?);
+        if set::WIRE_BYTES_MAX < length as usize {
+            return Err(StreamError::SetTooLong(length));
+        }
+        Ok((Self { space, length }, rest))
+    }
+}
+
+impl ImageFileHeader {
+    /// Longest header, in bytes.
+    pub const BYTES_MAX: usize = 1 + ImageName::BYTES_MAX + 8;
+
+    /// The header of a file of `length` bytes.
+    pub fn new(name: ImageName, length: u64) -> Result<Self, StreamError> {
+        if IMAGE_BYTES_MAX < length {
+            return Err(StreamError::ImageTooLong(length));
+        }
+        Ok(Self { name, length })
+    }
+
+    /// The file's name.
+    pub const fn name(&self) -> &ImageName {
+        &self.name
+    }
+
+    /// The file's length, in bytes.
+    pub const fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Its bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let name = self.name.0.as_bytes();
+        let name_length = u8::try_from(name.len()).expect("a name has at most 255 bytes");
+        [&[name_length], name, &self.length.to_le_bytes()].concat()
+    }
+
+    /// The header at the start of these bytes, and what follows it. An error of
+    /// [`StreamError::Truncated`] says how many bytes the header needs as far as known.
+    pub fn decode(bytes: &[u8]) -> Result<(Self, &[u8]), StreamError> {
+        let truncated = |needed| StreamError::Truncated {
+            length: bytes.len(),
+            needed,
+        };
+        let (&name_length, rest) = bytes.split_first().ok_or(truncated(1))?;
+        let name_length = usize::from(name_length);
+        let needed = 1 + name_length + 8;
+        if bytes.len() < needed {
+            return Err(truncated(needed));
+        }
+        let (name, mut rest) = rest.split_at(name_length);
+        let name = ImageName::from_bytes(name)?;
+        let length = u64::from_le_bytes(take(&mut rest)?);
+        Ok((Self::new(name, length)?, rest))
+    }
+}
+
+impl ImageName {
+    /// Longest name, in bytes: the kernel's NAME_MAX.
+    pub const BYTES_MAX: usize = 255;
+
+    /// The name with this text.
+    pub fn new(text: &str) -> Result<Self, StreamError> {
+        Self::from_bytes(text.as_bytes())
+    }
+
+    /// The name as text. Safe to join to a directory: it has no slash and no leading dot.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Result<Self, StreamError> {
+        let text = String::from_utf8_lossy(bytes);
+        let legal = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
+        let within = (1..=Self::BYTES_MAX).contains(&bytes.len());
+        if !within || !bytes.iter().all(legal) || bytes[0] == b'.' {
+            return Err(StreamError::ImageName(text.into_owned()));
+        }
+        Ok(Self(text.into_owned()))
+    }
+}
+
+impl std::fmt::Display for ImageName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Appends the checksum of `body`: everything on the stream after the prefix.
+pub fn seal(body: &mut Vec<u8>) {
+    let checksum = crc32fast::hash(body);
+    body.extend_from_slice(&checksum.to_le_bytes());
+}
+
+/// The body in these bytes, which are a stream without its prefix, if its checksum fits.
+pub fn unseal(bytes: &[u8]) -> Result<&[u8], StreamError> {
+    let truncated = StreamError::Truncated {
+        length: bytes.len(),
+        needed: CHECKSUM_BYTES,
+    };
+    let (body, found) = bytes
+        .split_last_chunk::<CHECKSUM_BYTES>()
+        .ok_or(truncated)?;
+    let found = u32::from_le_bytes(*found);
+    let computed = crc32fast::hash(body);
+    if found != computed {
+        return Err(StreamError::Checksum { found, computed });
+    }
+    Ok(body)
+}
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], StreamError> {
+    let truncated = StreamError::Truncated {
+        length: rest.len(),
+        needed: N,
+    };
+    let (taken, tail) = rest.split_first_chunk::<N>().ok_or(truncated)?;
+    *rest = tail;
+    Ok(*taken)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // clause: D-1
+    #[test]
+    fn a_prefix_reads_back_and_kind_zero_does_not() {
+        let migration = MigrationId::new([7; 16]);
+        for kind in [
+            StreamKind::Parcel,
+            StreamKind::LiveSet,
+            StreamKind::ImageFile,
+            StreamKind::Digests,
+        ] {
+            let prefix = StreamPrefix { kind, migration };
+            assert_eq!(StreamPrefix::decode(&prefix.encode()), Ok(prefix));
+        }
+        for kind in [0, 5, 255] {
+            let mut bytes = [7; StreamPrefix::BYTES];
+            bytes[0] = kind;
+            assert_eq!(StreamPrefix::decode(&bytes), Err(StreamError::Kind(kind)));
+        }
+    }
+
+    // clause: D-6
+    #[test]
+    fn an_image_name_leads_nowhere_else() {
+        for name in ["pages-1.img", "core-17.img", "a"] {
+            assert_eq!(ImageName::new(name).unwrap().as_str(), name);
+        }
+        for name in [
+            "",
+            ".",
+            "..",
+            ".hidden",
+            "a/b",
+            "a\0",
+            "ä",
+            &"a".repeat(256),
+        ] {
+            assert!(ImageName::new(name).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_image_header_says_how_long_it_is() {
+        let header = ImageFileHeader::new(ImageName::new("mm-1.img").unwrap(), 77).unwrap();
+        let bytes = header.encode();
+        for length in 1..bytes.len() {
+            let truncated = StreamError::Truncated {
+                length,
+                needed: bytes.len(),
+            };
+            assert_eq!(ImageFileHeader::decode(&bytes[..length]), Err(truncated));
+        }
+        let followed = [&bytes[..], b"rest"].concat();
+        assert_eq!(
+            ImageFileHeader::decode(&followed),
+            Ok((header, &b"rest"[..]))
+        );
+    }
+
+    // clause: D-2
+    #[test]
+    fn a_changed_byte_does_not_pass_the_checksum() {
+        let mut bytes = b"body".to_vec();
+        seal(&mut bytes);
+        assert_eq!(unseal(&bytes), Ok(&b"body"[..]));
+        for index in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[index] ^= 1;
+            assert!(matches!(
+                unseal(&changed),
+                Err(StreamError::Checksum { .. })
+            ));
+        }
+        assert!(matches!(
+            unseal(&bytes[..3]),
+            Err(StreamError::Truncated { .. })
+        ));
+    }
+
+    // clause: D-7
+    #[test]
+    fn the_worst_digests_stream_fits_its_limit() {
+        let pages = usize::try_from(DIGESTS_PAGES_MAX).unwrap();
+        let body = SetHeader::BYTES + pages * (set::RUN_BYTES_MAX + DIGEST_BYTES);
+        assert!(StreamPrefix::BYTES + body + CHECKSUM_BYTES <= DIGESTS_BYTES_MAX);
+    }
+
+    #[test]
+    fn a_set_header_is_bounded() {
+        let header = SetHeader {
+            space: SpaceId(9),
+            length: 1 << 25,
+        };
+        let bytes = header.encode();
+        assert_eq!(SetHeader::decode(&bytes), Ok((header, &[][..])));
+        let beyond = SetHeader {
+            space: SpaceId(9),
+            length: (1 << 25) + 1,
+        };
+        let refused = SetHeader::decode(&beyond.encode()).map(|(header, _)| header);
+        assert_eq!(refused, Err(StreamError::SetTooLong((1 << 25) + 1)));
+    }
+}
