@@ -150,6 +150,11 @@ impl Family {
         PageCount(self.members.get(&member).map_or(0, |pending| pending.pages))
     }
 
+    /// How many pages all members together wait for.
+    pub fn missing(&self) -> PageCount {
+        PageCount(self.members.values().map(|pending| pending.pages).sum())
+    }
+
     /// How many members there are.
     pub fn len(&self) -> usize {
         self.members.len()

@@ -11,8 +11,12 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, accept4, recvmsg, sendmsg,
+};
 use nix::unistd::Pid;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Most descriptors in one message. The kernel allows 253.
 pub const FDS_MAX: usize = 64;
@@ -96,6 +100,37 @@ pub fn receive(socket: BorrowedFd<'_>, bytes_max: usize) -> io::Result<Packet> {
     Ok(Packet { bytes, fds })
 }
 
+/// Accepts a connection, non-blocking.
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let number = accept4(listener.as_raw_fd(), flags)?;
+    // SAFETY: the descriptor has just been made and belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Waits for readiness of `fd` in the runtime of the caller.
+pub fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` stays open and the same until it is dropped, and the result owns it.
+    let watched = unsafe { AsyncFd::register(fd) };
+    watched.map_err(io::Error::from)
+}
+
+/// Waits until `fd`, which can only become readable, does so.
+pub fn watched_for_reading(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: as in `watched`.
+    let watched = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+    watched.map_err(io::Error::from)
+}
+
+/// A descriptor of the process `pid`: readable when it has ended.
+pub fn open_process(pid: Pid) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes two numbers and returns a new descriptor or an error.
+    let number = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    let number = i32::try_from(Errno::result(number)?).map_err(io::Error::other)?;
+    // SAFETY: the descriptor has just been made and belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
 /// Forks a child that shares the table of descriptors with its parent: one that either of them
 /// opens or closes is open or closed in both, and while one of them lives they all stay open.
 ///
@@ -133,7 +168,7 @@ pub fn fork_sharing_descriptors() -> io::Result<Fork> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use nix::sys::socket::{AddressFamily, SockType, socketpair};
     use std::fs::File;
     use std::os::fd::AsFd;
 

@@ -61,6 +61,8 @@ pub enum Message {
         /// One after the last byte.
         end: u64,
     },
+    /// An event that was not asked for, by its number.
+    Unknown(u8),
 }
 
 /// How far a copy or a zeroing came.
@@ -138,7 +140,7 @@ impl Uffd {
 
     /// Appends the messages that wait, at most [`MESSAGES_MAX`]; none if none waits.
     ///
-    /// An event is over for its thread once it was read: that thread goes on, so whatever is
+    /// An error means that nothing was taken. An event is over for its thread once it was read: that thread goes on, so whatever is
     /// decided about its memory must rest on the event from here on.
     pub fn read(&self, messages: &mut Vec<Message>) -> io::Result<()> {
         let mut bytes = [0; MESSAGES_MAX * MESSAGE_BYTES];
@@ -148,7 +150,7 @@ impl Uffd {
             Err(error) => return Err(error.into()),
         };
         for message in bytes[..length].chunks_exact(MESSAGE_BYTES) {
-            messages.push(parse(message)?);
+            messages.push(parse(message));
         }
         Ok(())
     }
@@ -252,37 +254,34 @@ impl From<Uffd> for OwnedFd {
     }
 }
 
-fn parse(message: &[u8]) -> io::Result<Message> {
+fn parse(message: &[u8]) -> Message {
     let word = |index: usize| {
         let bytes = &message[8 + 8 * index..16 + 8 * index];
         u64::from_ne_bytes(bytes.try_into().expect("a slice of 8 bytes"))
     };
     match message[0] {
-        MESSAGE_FAULT => Ok(Message::Fault { address: word(1) }),
+        MESSAGE_FAULT => Message::Fault { address: word(1) },
         MESSAGE_FORK => {
             let bytes = message[8..12].try_into().expect("a slice of 4 bytes");
             // SAFETY: the kernel has just opened this descriptor for the process that reads, and
             // nothing else knows its number.
             let fd = unsafe { OwnedFd::from_raw_fd(i32::from_ne_bytes(bytes)) };
-            Ok(Message::Fork(Uffd(fd)))
+            Message::Fork(Uffd(fd))
         }
-        MESSAGE_REMAP => Ok(Message::Remap {
+        MESSAGE_REMAP => Message::Remap {
             from: word(0),
             to: word(1),
             len: word(2),
-        }),
-        MESSAGE_REMOVE => Ok(Message::Remove {
+        },
+        MESSAGE_REMOVE => Message::Remove {
             start: word(0),
             end: word(1),
-        }),
-        MESSAGE_UNMAP => Ok(Message::Unmap {
+        },
+        MESSAGE_UNMAP => Message::Unmap {
             start: word(0),
             end: word(1),
-        }),
-        other => {
-            let text = format!("userfaultfd event {other:#x} is not known");
-            Err(io::Error::new(io::ErrorKind::InvalidData, text))
-        }
+        },
+        other => Message::Unknown(other),
     }
 }
 
