@@ -17,7 +17,7 @@ pub mod state;
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, Once};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::Flock;
@@ -194,13 +194,15 @@ fn build(
     state: &mut State,
 ) -> Result<Built> {
     let lab_binary = lab_binary()?;
-    make_layer(&folder.layer(), &lab_binary)?;
+    make_layer(&folder.layer(), &lab_binary, options.daemons)?;
     let layers = [folder.layer(), image.to_owned()];
-    let scratch = folder.scratch();
+    let (scratch, shared) = (folder.scratch(), folder.shared());
+    std::fs::create_dir_all(&shared).context("creating the shared folder")?;
     let plan = NodePlan {
         lab_binary: &lab_binary,
         layers: &layers,
         scratch: &scratch,
+        shared: &shared,
         hierarchies: &state.hierarchies,
     };
     let mut nodes = Vec::new();
@@ -260,9 +262,14 @@ fn refuse_or_clean(folder: &RunFolder) -> Result<()> {
     folder.clean()
 }
 
-/// Takes the lab down when this process ends by a panic or a signal. To be called once, before
+/// Takes the lab down when this process ends by a panic or a signal. To be called first before
 /// other threads are started: they inherit the blocked signals, so that only one thread gets them.
 fn clean_on_exit(folder: &RunFolder) {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| install_clean_up(folder));
+}
+
+fn install_clean_up(folder: &RunFolder) {
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         signals.add(signal);
@@ -304,15 +311,19 @@ fn lab_binary() -> Result<PathBuf> {
 
 /// Copies the binaries under test to where nodes see them. A copy, so that a build during a run
 /// changes nothing in a running lab.
-fn make_layer(layer: &Path, lab_binary: &Path) -> Result<()> {
+fn make_layer(layer: &Path, lab_binary: &Path, daemons: bool) -> Result<()> {
     let built = lab_binary
         .parent()
         .context("the lab's binary is in a folder")?;
-    let mut copied = 0;
-    for (name, folder, needed) in BINARIES {
+    for (name, folder, need) in BINARIES {
         let source = built.join(name);
         if !source.is_file() {
-            ensure!(!needed, "{} is missing: cargo build", source.display());
+            let needed = need == Need::Always || daemons;
+            ensure!(
+                !needed,
+                "{} is not built (cargo build --workspace)",
+                source.display()
+            );
             continue;
         }
         let folder = layer.join(folder);
@@ -320,10 +331,15 @@ fn make_layer(layer: &Path, lab_binary: &Path) -> Result<()> {
         let target = folder.join(name);
         fs::copy(&source, &target).with_context(|| format!("copying {}", source.display()))?;
         fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
-        copied += 1;
     }
-    ensure!(copied > 0, "no binaries in {}", built.display());
     Ok(())
+}
+
+/// Which labs are useless without a binary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    Always,
+    WithDaemons,
 }
 
 fn node_name(index: usize) -> String {
@@ -335,12 +351,12 @@ fn node_name(index: usize) -> String {
 const NODES_MAX: usize = 8;
 /// Addresses 10.90.0.101 to 10.90.0.250.
 const WORKLOADS_MAX: usize = 150;
-/// Name, folder in the node, whether the lab is useless without it.
-const BINARIES: [(&str, &str, bool); 6] = [
-    ("lab", "usr/local/bin", true),
-    ("lab-writer", "usr/local/bin", true),
-    ("pageferry", "usr/local/bin", false),
-    ("pageferryd", "usr/local/bin", false),
-    ("pageferry-pager", "usr/local/bin", false),
-    ("libcriu_view.so", "usr/lib/pageferry", false),
+/// Name, folder in the node, need.
+const BINARIES: [(&str, &str, Need); 6] = [
+    ("lab", "usr/local/bin", Need::Always),
+    ("lab-writer", "usr/local/bin", Need::Always),
+    ("pageferry", "usr/local/bin", Need::WithDaemons),
+    ("pageferryd", "usr/local/bin", Need::WithDaemons),
+    ("pageferry-pager", "usr/local/bin", Need::WithDaemons),
+    ("libcriu_view.so", "usr/lib/pageferry", Need::WithDaemons),
 ];

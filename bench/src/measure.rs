@@ -119,6 +119,8 @@ fn sample(places: &[(String, PathBuf)], seen: &mut HashMap<(usize, i32), Process
                 ticks_last: ticks,
                 anonymous_peak: 0,
             });
+            // A restored process is named after CRIU until it gets its own name back.
+            process.name = format!("{node}/{command}");
             process.ticks_last = process.ticks_last.max(ticks);
             let private = private_bytes(&entry.path().join("status")).unwrap_or(0);
             process.anonymous_peak = process.anonymous_peak.max(private);

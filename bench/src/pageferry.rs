@@ -1,8 +1,9 @@
 //! The command line of the product, as the lab uses it: by its binary and its JSON.
 
 use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::lab::node::Node;
@@ -15,6 +16,9 @@ pub struct MigrateFlags {
     pub force_eager: bool,
     /// A time as the command line takes it ("60s").
     pub timeout: Option<String>,
+    pub downtime_max: Option<String>,
+    /// Paths that are the same storage at both nodes.
+    pub shared: Vec<String>,
 }
 
 /// How a migration ended, as its command says.
@@ -48,6 +52,12 @@ impl Migration {
         }
         if let Some(timeout) = &flags.timeout {
             command = command.args(["--timeout", timeout]);
+        }
+        if let Some(downtime) = &flags.downtime_max {
+            command = command.args(["--downtime-max", downtime]);
+        }
+        for path in &flags.shared {
+            command = command.args(["--shared", path]);
         }
         let command = command
             .stdin(Stdio::null())
@@ -140,12 +150,48 @@ pub fn show(node: &Node, id: &str) -> Result<Value> {
     Ok(last_object(&String::from_utf8_lossy(&output.stdout)))
 }
 
+/// Where a migration of a workload that is not over yet stands: its id and phase.
+pub fn under_way(node: &Node, workload: &str) -> Option<(String, String)> {
+    list(node).ok()?.into_iter().find_map(|one| {
+        let phase = one["phase"].as_str()?;
+        let over = FINAL_PHASES.contains(&phase);
+        (one["workload"] == workload && !over)
+            .then(|| Some((one["id"].as_str()?.to_owned(), phase.to_owned())))?
+    })
+}
+
+/// Waits until no migration of any of these nodes is under way: fills are over, journals closed.
+pub fn wait_settled(nodes: &[Node], time_max: Duration) -> Result<()> {
+    let deadline = Instant::now() + time_max;
+    for node in nodes {
+        loop {
+            let all = list(node)?;
+            let open = all.iter().find(|one| {
+                one["phase"]
+                    .as_str()
+                    .is_some_and(|phase| !FINAL_PHASES.contains(&phase))
+            });
+            let Some(open) = open else { break };
+            ensure!(
+                Instant::now() < deadline,
+                "node {} still has a migration under way: {open}",
+                node.name()
+            );
+            std::thread::sleep(POLL);
+        }
+    }
+    Ok(())
+}
+
 pub fn abort(node: &Node, id: &str) -> Result<()> {
     node.command("pageferry")?
         .args(["abort", id])
         .run()
         .map(drop)
 }
+
+const FINAL_PHASES: [&str; 2] = ["done", "aborted"];
+const POLL: Duration = Duration::from_millis(50);
 
 #[cfg(test)]
 mod tests {

@@ -5,9 +5,14 @@
 //! lab's own trouble, and ends up there too.
 
 pub mod baseline;
+pub mod capture;
+pub mod faults;
+pub mod memory;
+pub mod redis;
 pub mod report;
 pub mod session;
 pub mod stop_and_copy;
+pub mod writing;
 
 use std::path::Path;
 
@@ -59,7 +64,7 @@ impl Settings {
 }
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 2] = [
+pub const ALL: [Scenario; 10] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -69,6 +74,46 @@ pub const ALL: [Scenario; 2] = [
         name: "baseline",
         summary: "stock CRIU moves every case of `memory`: what CRIU itself can and cannot",
         run: baseline::run,
+    },
+    Scenario {
+        name: "demo",
+        summary: "one move of Redis with 512 MiB under write load",
+        run: redis::demo,
+    },
+    Scenario {
+        name: "chain",
+        summary: "20 moves of Redis with 1 GiB, then the heavier load",
+        run: redis::chain,
+    },
+    Scenario {
+        name: "cross",
+        summary: "two Redis move in opposite directions at the same time",
+        run: redis::cross,
+    },
+    Scenario {
+        name: "sizes",
+        summary: "64 MiB, 1 GiB and 4 GiB: does the downtime depend on the size?",
+        run: writing::sizes,
+    },
+    Scenario {
+        name: "rate",
+        summary: "how fast the first round goes, by contents and link",
+        run: writing::rate,
+    },
+    Scenario {
+        name: "memory",
+        summary: "everything odd with memory, 5 moves each, every page compared",
+        run: memory::run,
+    },
+    Scenario {
+        name: "faults",
+        summary: "aborts and kills in every state of the hand-off",
+        run: faults::run,
+    },
+    Scenario {
+        name: "capture",
+        summary: "5 moves under a packet capture: no reset, no answer from the wrong side",
+        run: capture::run,
     },
 ];
 

@@ -98,27 +98,30 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     }
 }
 
-/// Sends one gratuitous ARP (RFC 5227 announcement) for `address` with `mac` from the interface
-/// `interface_index` of the calling thread's network namespace.
-pub fn announce_arp(interface_index: u32, mac: [u8; 6], address: [u8; 4]) -> io::Result<()> {
-    let protocol = (libc::ETH_P_ARP as u16).to_be();
+/// Broadcasts one ARP request for `wanted`, in the name of `sender` (MAC, IPv4 address), from an
+/// interface of the calling thread's network namespace. With `wanted` the sender's own address it is
+/// an announcement (RFC 5227).
+pub fn send_arp_request(
+    interface: &str,
+    sender: ([u8; 6], [u8; 4]),
+    wanted: [u8; 4],
+) -> io::Result<()> {
+    let index = nix::net::if_::if_nametoindex(interface)?;
     // SAFETY: socket() takes no pointers.
     let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    check(fd)?;
     // SAFETY: fd was just returned by socket() and is owned by nobody else.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     let mut packet = [0u8; 28];
     packet[..8].copy_from_slice(&[0, 1, 8, 0, 6, 4, 0, 1]); // Ethernet, IPv4, request
-    packet[8..14].copy_from_slice(&mac);
-    packet[14..18].copy_from_slice(&address);
-    packet[24..28].copy_from_slice(&address);
+    packet[8..14].copy_from_slice(&sender.0);
+    packet[14..18].copy_from_slice(&sender.1);
+    packet[24..28].copy_from_slice(&wanted);
     // SAFETY: sockaddr_ll is plain data for which all zeros is a valid value.
     let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     to.sll_family = libc::AF_PACKET as u16;
-    to.sll_protocol = protocol;
-    to.sll_ifindex = i32::try_from(interface_index).map_err(io::Error::other)?;
+    to.sll_protocol = (libc::ETH_P_ARP as u16).to_be();
+    to.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
     to.sll_halen = 6;
     to.sll_addr = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0];
     // SAFETY: both pointers are valid for the lengths passed, for the duration of the call.

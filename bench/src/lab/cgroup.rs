@@ -135,12 +135,9 @@ fn thaw(folder: &Path) {
 }
 
 fn kill_members(folder: &Path) {
-    for pid in members(folder) {
+    for pid in members_below(folder) {
         // It may be gone already; what matters is checked by removing the folder.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-    }
-    for child in subfolders(folder) {
-        kill_members(&child);
     }
 }
 
@@ -151,6 +148,27 @@ pub fn members(folder: &Path) -> Vec<i32> {
         .filter_map(|line| line.parse().ok())
         .filter(|pid| *pid > 0)
         .collect()
+}
+
+/// The processes of a cgroup and of all below it.
+pub fn members_below(folder: &Path) -> Vec<i32> {
+    let mut pids = members(folder);
+    for child in subfolders(folder) {
+        pids.extend(members_below(&child));
+    }
+    pids
+}
+
+/// Whether this cgroup or one below it is frozen.
+pub fn is_frozen_below(folder: &Path) -> bool {
+    let holds = |file: &str, wanted: &str| {
+        fs::read_to_string(folder.join(file)).is_ok_and(|text| text.contains(wanted))
+    };
+    holds("freezer.state", "FROZEN")
+        || holds("cgroup.events", "frozen 1")
+        || subfolders(folder)
+            .iter()
+            .any(|child| is_frozen_below(child))
 }
 
 fn remove_tree(folder: &Path) -> std::io::Result<()> {

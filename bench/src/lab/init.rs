@@ -27,6 +27,8 @@ pub struct InitSpec {
     pub layers: Vec<PathBuf>,
     /// An empty folder of the host to mount things on, inside the node's mount namespace only.
     pub scratch: PathBuf,
+    /// A folder of the host that every node has as [`SHARED`]: storage that nodes share.
+    pub shared: PathBuf,
     pub hierarchies: Vec<Hierarchy>,
     /// Where this node begins to count pids. Nodes count in ranges of their own, so that threads of
     /// a workload find their ids free at the next node.
@@ -40,6 +42,9 @@ pub struct HoldSpec {
     pub uts: bool,
     pub ipc: bool,
 }
+
+/// Where nodes see their common storage.
+pub const SHARED: &str = "/srv/shared";
 
 /// The line that says everything is made; any other line is an error.
 pub const READY: &str = "ready";
@@ -131,6 +136,10 @@ fn build_node(spec: &InitSpec) -> Result<()> {
     )?;
     make_devices(&root.join("dev"))?;
     mount_cgroups(&root, &spec.hierarchies)?;
+    let shared = root.join(SHARED.trim_start_matches('/'));
+    fs::create_dir_all(&shared).context("creating the shared folder")?;
+    mount(Some(&spec.shared), &shared, NONE, MsFlags::MS_BIND, NONE)
+        .context("mounting the shared folder")?;
     enter_root(&root)?;
     // Of the pid namespace of whoever writes it.
     fs::write("/proc/sys/kernel/ns_last_pid", spec.pid_first.to_string())

@@ -10,7 +10,7 @@ use std::process::{Child, Stdio};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::cgroup::Hierarchy;
+use super::cgroup::{self, Hierarchy};
 use super::init::{HoldSpec, InitSpec, READY};
 use super::inside::{Inside, Namespaces};
 use super::network;
@@ -39,6 +39,7 @@ pub struct NodePlan<'a> {
     /// Topmost first.
     pub layers: &'a [PathBuf],
     pub scratch: &'a Path,
+    pub shared: &'a Path,
     pub hierarchies: &'a [Hierarchy],
 }
 
@@ -57,6 +58,7 @@ impl Node {
             hostname: format!("node-{name}"),
             layers: plan.layers.to_vec(),
             scratch,
+            shared: plan.shared.to_owned(),
             hierarchies: plan.hierarchies.to_vec(),
             pid_first: pid_first(index),
         };
@@ -150,6 +152,28 @@ impl Node {
             comm.is_ok_and(|comm| comm.trim_end() == name)
         });
         pids
+    }
+
+    /// As [`Node::processes_named`], by the pids the host knows.
+    pub fn host_processes_named(&self, name: &str) -> Vec<i32> {
+        let Some(folder) = self.record.cgroups.first() else {
+            return Vec::new();
+        };
+        let mut pids = cgroup::members_below(folder);
+        pids.retain(|pid| {
+            let comm = fs::read_to_string(host_process(*pid).join("comm"));
+            comm.is_ok_and(|comm| comm.trim_end() == name)
+        });
+        pids.sort_unstable();
+        pids
+    }
+
+    /// Whether something in the node is frozen by a freezer cgroup.
+    pub fn has_frozen_cgroup(&self) -> bool {
+        self.record
+            .cgroups
+            .iter()
+            .any(|folder| cgroup::is_frozen_below(folder))
     }
 
     /// Processes of this node in the session that `leader` leads.

@@ -56,6 +56,11 @@ impl RunFolder {
         self.path.join("scratch")
     }
 
+    /// Storage that the nodes share.
+    pub fn shared(&self) -> PathBuf {
+        self.path.join("shared")
+    }
+
     /// Takes the lock that makes labs exclusive. It lasts as long as the returned value.
     pub fn lock(&self) -> Result<Flock<File>> {
         fs::create_dir_all(&self.path)
@@ -109,7 +114,7 @@ impl RunFolder {
         let hierarchies = cgroup::hierarchies()?;
         cgroup::remove_all(&hierarchies)?;
         // Mounts, links and namespaces went with the last process that was in them.
-        for folder in [self.layer(), self.scratch()] {
+        for folder in [self.layer(), self.scratch(), self.shared()] {
             remove_if_there(&folder)?;
         }
         match fs::remove_file(self.state_path()) {

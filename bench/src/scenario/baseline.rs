@@ -39,7 +39,7 @@ fn run_case(lab: &mut Lab, options: &Options, report: &mut Report) -> Result<Str
     let outcome = match stop_and_copy::move_workload(lab, &workload, "a", "b") {
         Ok(one) => {
             client.verify().context("after the move")?;
-            report.moves.push(one);
+            report.push(one);
             "moved".to_owned()
         }
         Err(error) => format!("not moved: {error:#}"),

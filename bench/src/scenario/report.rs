@@ -57,6 +57,9 @@ pub struct Report {
     /// Further figures by name, with the unit in the name: printed, and in a file beside the logs.
     #[serde(skip)]
     figures: serde_json::Map<String, Value>,
+    /// Figures of parts that are over, by their headings.
+    #[serde(skip)]
+    parts: serde_json::Map<String, Value>,
 }
 
 impl Report {
@@ -70,7 +73,14 @@ impl Report {
             digest_equal: None,
             failures: Vec::new(),
             figures: serde_json::Map::new(),
+            parts: serde_json::Map::new(),
         }
+    }
+
+    /// Takes a move in, and prints it.
+    pub fn push(&mut self, one: Move) {
+        println!("{}", one.line(self.moves.len() + 1));
+        self.moves.push(one);
     }
 
     pub fn fail(&mut self, what: impl Into<String>) {
@@ -93,6 +103,21 @@ impl Report {
         }
     }
 
+    /// Percentiles of the downtime (and the longest blackout) of some of the moves.
+    pub fn figure_downtimes(&mut self, group: &str, moves: &[Move]) {
+        let downtimes: Vec<f64> = moves.iter().map(|one| one.downtime_ms).collect();
+        for percent in [50, 99] {
+            let name = format!("{group}: downtime p{percent} ms");
+            self.figure(&name, percentile(&downtimes, percent));
+        }
+        let blackouts: Vec<f64> = moves.iter().filter_map(|one| one.blackout_ms).collect();
+        self.figure(
+            &format!("{group}: blackout p99 ms"),
+            percentile(&blackouts, 99),
+        );
+        self.figure(&format!("{group}: moves"), moves.len());
+    }
+
     /// What processes used, by "node/command".
     pub fn figure_usage(&mut self, usage: &BTreeMap<String, Usage>) {
         for (name, usage) in usage {
@@ -112,10 +137,28 @@ impl Report {
         self.ok
     }
 
+    /// Prints the figures gathered so far under a heading, and puts them away: the next part of the
+    /// scenario has its own.
+    pub fn print_figures(&mut self, heading: &str) {
+        println!("{heading}:");
+        self.print_lines();
+        let figures = std::mem::take(&mut self.figures);
+        self.parts
+            .insert(heading.to_owned(), Value::Object(figures));
+    }
+
+    fn print_lines(&self) {
+        for (name, value) in &self.figures {
+            println!("  {name}: {value}");
+        }
+    }
+
     /// Puts the figures beside the logs, for programs.
     pub fn write_figures(&self) -> Result<()> {
         let path = RunFolder::new().logs().join("figures.json");
-        let text = serde_json::to_string_pretty(&self.figures).context("writing figures")?;
+        let mut all = self.parts.clone();
+        all.extend(self.figures.clone());
+        let text = serde_json::to_string_pretty(&all).context("writing figures")?;
         fs::write(&path, text + "\n").with_context(|| format!("writing {}", path.display()))
     }
 
@@ -124,17 +167,9 @@ impl Report {
         fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))
     }
 
-    /// For people, on standard output.
+    /// The end of the report for people, on standard output.
     pub fn print(&self) {
-        for (number, one) in self.moves.iter().enumerate() {
-            println!("{}", one.line(number + 1));
-        }
-        if let Some(statistics) = self.statistics() {
-            println!("{statistics}");
-        }
-        for (name, value) in &self.figures {
-            println!("  {name}: {value}");
-        }
+        self.print_lines();
         println!(
             "acknowledged writes lost {}, connections broken {}, untouched contents {}",
             self.lost_acks,
@@ -154,19 +189,6 @@ impl Report {
         } else {
             println!("{}: failed; logs are in {}", self.scenario, logs.display());
         }
-    }
-
-    fn statistics(&self) -> Option<String> {
-        if self.moves.len() < 2 {
-            return None;
-        }
-        let downtimes: Vec<f64> = self.moves.iter().map(|one| one.downtime_ms).collect();
-        Some(format!(
-            "{} moves: downtime p50 {:.1} ms, p99 {:.1} ms",
-            self.moves.len(),
-            percentile(&downtimes, 50),
-            percentile(&downtimes, 99)
-        ))
     }
 }
 

@@ -11,7 +11,7 @@ use crate::client::resp::{ANSWER_TIME_MAX, Connection};
 use crate::client::verify;
 use crate::lab::Lab;
 use crate::pageferry::{self, MigrateFlags, Outcome};
-use crate::workload::{Workload, redis};
+use crate::workload::{Workload, WorkloadPlan, redis};
 
 /// A Redis of the lab, its load and its prober.
 #[derive(Debug)]
@@ -28,7 +28,18 @@ pub struct Session {
 impl Session {
     /// Starts Redis at a node, fills it, and starts its clients.
     pub fn start(lab: &mut Lab, at: &str, dataset: Dataset, plan: LoadPlan) -> Result<Self> {
-        let workload = redis::start(lab, at, &redis::plan())?;
+        Self::start_plan(lab, at, &redis::plan(), dataset, plan)
+    }
+
+    /// As [`Session::start`], with another Redis.
+    pub fn start_plan(
+        lab: &mut Lab,
+        at: &str,
+        redis: &WorkloadPlan,
+        dataset: Dataset,
+        plan: LoadPlan,
+    ) -> Result<Self> {
+        let workload = redis::start(lab, at, redis)?;
         let net = &lab.client.net;
         let address = workload.link.address;
         let mut connection = Connection::open(net, address)?;
@@ -97,7 +108,7 @@ impl Session {
             Ok(blackout) => one.blackout_ms = Some(millis(blackout)),
             Err(error) => report.fail(format!("after the move to {to}: {error:#}")),
         }
-        report.moves.push(one);
+        report.push(one);
         true
     }
 

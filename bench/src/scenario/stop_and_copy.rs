@@ -40,7 +40,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut one = move_workload(&lab, &session.workload, "a", "b")?;
     "b".clone_into(&mut session.at);
     one.blackout_ms = Some(millis(session.blackout_since(begun)?));
-    report.moves.push(one);
+    report.push(one);
 
     session.wait_for_writes(WRITES_AROUND)?;
     session.finish(report)?;
@@ -79,9 +79,9 @@ pub fn move_workload(lab: &Lab, workload: &Workload, from: &str, to: &str) -> Re
     let restored = Instant::now();
     workload.link.open(target)?;
     let address = workload.link.address;
-    let index = interface_index(target, workload.pid)?;
+    let sender = (mac_of(address), address.octets());
     in_network(&inner, || {
-        sys::announce_arp(index, mac_of(address), address.octets())
+        sys::send_arp_request("eth0", sender, address.octets())
     })?
     .context("announcing the workload's address")?;
     let opened = Instant::now();
@@ -228,19 +228,6 @@ fn set_host_name(node: &Node, pid: i32, name: &str) -> Result<()> {
         .arg(name)
         .run()
         .map(drop)
-}
-
-/// The index of eth0 in the network namespace of a process.
-fn interface_index(node: &Node, pid: i32) -> Result<u32> {
-    let text = node
-        .command_beside(pid, "ip")?
-        .args(["-o", "link", "show", "eth0"])
-        .run()?;
-    let index = text
-        .split(':')
-        .next()
-        .and_then(|index| index.trim().parse().ok());
-    index.with_context(|| format!("no index in {text:?}"))
 }
 
 /// Enough to make the copy visible, little enough to take seconds.

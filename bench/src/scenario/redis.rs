@@ -1,0 +1,133 @@
+//! Scenarios with Redis: `demo`, `chain`, `cross`.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::Settings;
+use super::report::Report;
+use super::session::Session;
+use crate::client::load::{Dataset, LoadPlan};
+use crate::lab::Lab;
+use crate::measure::Meter;
+use crate::pageferry::{MigrateFlags, Migration, wait_settled};
+
+/// One move under the first row of the load.
+pub fn demo(settings: &Settings, report: &mut Report) -> Result<()> {
+    let mut lab = settings.lab(2)?;
+    let meter = Meter::start(&lab)?;
+    let dataset = Dataset::first_row(DEMO_BYTES);
+    let mut session = Session::start(&mut lab, "a", dataset, LoadPlan::first_row())?;
+    session.wait_for_writes(WRITES_AROUND)?;
+    if session.move_to(&lab, "b", &MigrateFlags::default(), report)? {
+        session.wait_for_writes(WRITES_AROUND)?;
+    }
+    session.finish(report)?;
+    report.figure_usage(&meter.finish());
+    Ok(())
+}
+
+/// Twenty moves there and back under the first row, some with every page compared; then the second
+/// row.
+pub fn chain(settings: &Settings, report: &mut Report) -> Result<()> {
+    let mut lab = settings.lab(2)?;
+    run_chain(&mut lab, Row::First, CHAIN_MOVES, report)?;
+    run_chain(&mut lab, Row::Second, SECOND_ROW_MOVES, report)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Row {
+    First,
+    Second,
+}
+
+fn run_chain(lab: &mut Lab, row: Row, moves: usize, report: &mut Report) -> Result<()> {
+    let (name, dataset, plan) = match row {
+        Row::First => (
+            "first row",
+            Dataset::first_row(CHAIN_BYTES),
+            LoadPlan::first_row(),
+        ),
+        Row::Second => (
+            "second row",
+            Dataset::second_row(CHAIN_BYTES),
+            LoadPlan::second_row(),
+        ),
+    };
+    let earlier = report.moves.len();
+    let meter = Meter::start(lab)?;
+    let mut session = Session::start(lab, "a", dataset, plan)?;
+    for number in 0..moves {
+        let to = if session.at == "a" { "b" } else { "a" };
+        let verify = row == Row::First && number % VERIFY_EVERY == VERIFY_EVERY - 1;
+        let flags = MigrateFlags {
+            verify,
+            ..MigrateFlags::default()
+        };
+        if !session.move_to(lab, to, &flags, report)? {
+            break;
+        }
+        session.wait_for_writes(WRITES_AROUND)?;
+    }
+    let workload = session.finish(report).with_context(|| name.to_owned())?;
+    report.figure_usage(&meter.finish());
+    let moved = report.moves[earlier..].to_vec();
+    report.figure_downtimes(name, &moved);
+    // The figures of one row: the next one has its own.
+    report.print_figures(name);
+    workload.kill(lab)
+}
+
+/// Two workloads move in opposite directions at the same time.
+pub fn cross(settings: &Settings, report: &mut Report) -> Result<()> {
+    let mut lab = settings.lab(2)?;
+    let dataset = Dataset::first_row(CROSS_BYTES);
+    let mut sessions = Vec::new();
+    for at in ["a", "b"] {
+        // Half of the first row each: the machine has the same work in all.
+        let plan = LoadPlan {
+            values_per_second: Some(25_000_000 / 4096),
+            ..LoadPlan::first_row()
+        };
+        sessions.push(Session::start(&mut lab, at, dataset, plan)?);
+    }
+    for _ in 0..CROSSINGS {
+        let begun = Instant::now();
+        let mut migrations = Vec::new();
+        for session in &sessions {
+            let to = other(&session.at);
+            let source = lab.node(&session.at)?;
+            let flags = MigrateFlags::default();
+            let migration = Migration::start(source, &session.workload.name(), to, &flags)?;
+            migrations.push((to, migration));
+        }
+        for (session, (to, migration)) in sessions.iter_mut().zip(migrations) {
+            session.note(migration.finish()?, begun, to, report);
+        }
+        wait_settled(&lab.nodes, SETTLE_TIME_MAX)?;
+    }
+    for session in sessions {
+        session.wait_for_writes(WRITES_AROUND)?;
+        session.finish(report)?;
+    }
+    Ok(())
+}
+
+/// The other one of the two nodes.
+pub fn other(node: &str) -> &'static str {
+    if node == "a" { "b" } else { "a" }
+}
+
+/// Values alone; Redis needs a quarter more for them.
+const DEMO_BYTES: u64 = 512 << 20; // 512 MiB
+const CHAIN_BYTES: u64 = 1 << 30; // 1 GiB
+const CROSS_BYTES: u64 = 256 << 20; // 256 MiB
+const CHAIN_MOVES: usize = 20;
+/// 5 of 20.
+const VERIFY_EVERY: usize = 4;
+const SECOND_ROW_MOVES: usize = 4;
+const CROSSINGS: usize = 2;
+/// A quarter of a second of the first row.
+const WRITES_AROUND: u64 = 3_000;
+/// A fill of 1 GiB takes seconds.
+pub const SETTLE_TIME_MAX: Duration = Duration::from_secs(60);

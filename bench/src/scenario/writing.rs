@@ -1,0 +1,264 @@
+//! A self-checking writer with everything that watches it, and scenarios about sizes and rates.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::Settings;
+use super::redis::{SETTLE_TIME_MAX, other};
+use super::report::{Move, Report, millis, percentile, round};
+use crate::client::probe::Prober;
+use crate::client::resp::ANSWER_TIME_MAX;
+use crate::client::writer::WriterClient;
+use crate::content::Content;
+use crate::lab::network::Link;
+use crate::lab::{Lab, LabOptions};
+use crate::measure::{Meter, memory_peak, reset_memory_peak};
+use crate::pageferry::{self, MigrateFlags, Outcome, wait_settled};
+use crate::workload::{Workload, WorkloadPlan, writer};
+use crate::writer::options::Options;
+
+/// A writer of the lab, its client and its prober.
+#[derive(Debug)]
+pub struct WriterSession {
+    pub workload: Workload,
+    /// The node it is at.
+    pub at: String,
+    pub client: WriterClient,
+    pub prober: Prober,
+}
+
+impl WriterSession {
+    pub fn start(
+        lab: &mut Lab,
+        at: &str,
+        options: &Options,
+        change: impl FnOnce(&mut WorkloadPlan),
+    ) -> Result<Self> {
+        let (workload, mut client) = writer::start(lab, at, options, change)?;
+        client.verify().context("before any move")?;
+        let prober = Prober::writer(&lab.client.net, workload.link.address)?;
+        Ok(Self {
+            workload,
+            at: at.to_owned(),
+            client,
+            prober,
+        })
+    }
+
+    /// Moves it and has everything checked. The error's code and text when it did not move; an
+    /// error when its memory is wrong or it does not answer.
+    pub fn move_to(
+        &mut self,
+        lab: &Lab,
+        to: &str,
+        flags: &MigrateFlags,
+    ) -> Result<std::result::Result<Move, (String, String)>> {
+        let begun = Instant::now();
+        let source = lab.node(&self.at)?;
+        let outcome = pageferry::migrate(source, &self.workload.name(), to, flags)?;
+        self.note(outcome, begun, to)
+    }
+
+    /// As [`WriterSession::move_to`], for a migration that has ended already.
+    pub fn note(
+        &mut self,
+        outcome: Outcome,
+        begun: Instant,
+        to: &str,
+    ) -> Result<std::result::Result<Move, (String, String)>> {
+        let moved = match outcome.moved {
+            Some(mut one) => {
+                to.clone_into(&mut self.at);
+                if !self
+                    .prober
+                    .wait_for_answer_after(Instant::now(), ANSWER_TIME_MAX)
+                {
+                    bail!("the writer does not answer after the move to {to}");
+                }
+                one.blackout_ms = Some(millis(self.prober.longest_silence_since(begun)));
+                Ok(one)
+            }
+            None => Err(outcome.error.unwrap_or_default()),
+        };
+        self.client.verify().with_context(|| match &moved {
+            Ok(_) => format!("after the move to {to}"),
+            Err((code, _)) => format!("after a move to {to} failed ({code})"),
+        })?;
+        Ok(moved)
+    }
+
+    /// Moves it and takes what happened into the report; false when there is no use going on.
+    pub fn move_and_note(
+        &mut self,
+        lab: &Lab,
+        flags: &MigrateFlags,
+        what: &str,
+        report: &mut Report,
+    ) -> bool {
+        let to = other(&self.at);
+        match self.move_to(lab, to, flags) {
+            Ok(Ok(one)) => {
+                report.push(one);
+                report.note_contents(true);
+                true
+            }
+            Ok(Err((code, text))) => {
+                report.fail(format!("{what}: {code}: {text}"));
+                false
+            }
+            Err(error) => {
+                report.note_contents(false);
+                report.fail(format!("{what}: {error:#}"));
+                false
+            }
+        }
+    }
+
+    /// Ends it.
+    pub fn finish(self, lab: &Lab, report: &mut Report) -> Result<()> {
+        if let Some(reason) = self.prober.finish() {
+            report.broken_connections += 1;
+            report.fail(format!("broken: {reason}"));
+        }
+        self.workload.kill(lab)
+    }
+}
+
+/// Does the downtime depend on the size?
+pub fn sizes(settings: &Settings, report: &mut Report) -> Result<()> {
+    let mut lab = settings.lab(2)?;
+    let mut medians = Vec::new();
+    for (name, memory) in SIZES {
+        medians.push(run_size(&mut lab, name, memory, false, report)?);
+    }
+    let own = run_size(
+        &mut lab,
+        "64 MiB, own pid and mount namespaces",
+        SIZES[0].1,
+        true,
+        report,
+    )?;
+    let (small, large) = (medians[0], medians[2]);
+    let gibibytes = (SIZES[2].1 - SIZES[0].1) as f64 / f64::from(1 << 30);
+    report.figure(
+        "slope, ms of downtime per GiB",
+        round((large - small) / gibibytes),
+    );
+    report.figure("downtime at 4 GiB / at 64 MiB", round(large / small));
+    report.figure("own pid and mount namespaces, ms more", round(own - small));
+    Ok(())
+}
+
+/// The median downtime of a few moves.
+fn run_size(
+    lab: &mut Lab,
+    name: &str,
+    memory: usize,
+    own_pid_mnt: bool,
+    report: &mut Report,
+) -> Result<f64> {
+    let mut options = Options::new(memory);
+    options.hot = HOT_BYTES;
+    options.rate = HOT_RATE;
+    let mut session =
+        WriterSession::start(lab, "a", &options, |plan| plan.own_pid_mnt = own_pid_mnt)?;
+    let earlier = report.moves.len();
+    for number in 0..SIZE_MOVES {
+        let target = lab.node(other(&session.at))?;
+        reset_memory_peak(target);
+        let meter = Meter::start(lab)?;
+        let going = session.move_and_note(lab, &MigrateFlags::default(), name, report);
+        wait_settled(&lab.nodes, SETTLE_TIME_MAX)?;
+        // The first move: later ones find caches and buffers of the earlier ones.
+        if number == 0 {
+            report.figure_usage(&meter.finish());
+            let peak = memory_peak(target).unwrap_or(0) as f64;
+            let share = peak / memory as f64;
+            report.figure("target's peak MiB", round(peak / f64::from(1 << 20)));
+            report.figure("target's peak / workload", round(share));
+        }
+        if !going {
+            break;
+        }
+    }
+    let moves = report.moves[earlier..].to_vec();
+    report.figure_downtimes(name, &moves);
+    let criu: Vec<f64> = moves.iter().filter_map(|one| one.frozen_ms).collect();
+    report.figure("frozen inside CRIU, worst ms", percentile(&criu, 100));
+    let restore: Vec<f64> = moves.iter().filter_map(|one| one.restore_ms).collect();
+    report.figure("restore, worst ms", percentile(&restore, 100));
+    report.print_figures(name);
+    session.finish(lab, report)?;
+    let downtimes: Vec<f64> = moves.iter().map(|one| one.downtime_ms).collect();
+    Ok(percentile(&downtimes, 50))
+}
+
+/// How fast the first round goes, by contents, on a link that is not the limit and on one that is.
+pub fn rate(settings: &Settings, report: &mut Report) -> Result<()> {
+    let links = match &settings.link {
+        Some(link) => vec![link.clone()],
+        None => vec![Link::Unshaped, Link::Shaped("1gbit".to_owned())],
+    };
+    for (number, link) in links.iter().enumerate() {
+        let keep = settings.keep && number + 1 == links.len();
+        let options = LabOptions {
+            nodes: 2,
+            link: link.clone(),
+            daemons: true,
+            keep,
+        };
+        let mut lab = Lab::up(&options)?;
+        for content in [Content::Random, Content::Text, Content::HalfZero] {
+            run_rate(&mut lab, link, content, report)?;
+        }
+    }
+    Ok(())
+}
+
+fn run_rate(lab: &mut Lab, link: &Link, content: Content, report: &mut Report) -> Result<()> {
+    let mut options = Options::new(RATE_BYTES);
+    options.content = content;
+    // Idle: nothing written, nothing read.
+    (options.rate, options.checks) = (0, 0);
+    let name = format!("{} on {link}", content.name());
+    let mut session = WriterSession::start(lab, "a", &options, |_| {})?;
+    let meter = Meter::start(lab)?;
+    let begun = Instant::now();
+    let outcome = pageferry::migrate(
+        lab.node("a")?,
+        &session.workload.name(),
+        "b",
+        &MigrateFlags::default(),
+    )?;
+    let object = outcome.object.clone();
+    report.figure_usage(&meter.finish());
+    match session.note(outcome, begun, "b")? {
+        Ok(one) => {
+            // A build that prints its first round is believed; otherwise all that came before the
+            // freeze counts, set-up included.
+            let whole = one.total_ms - one.downtime_ms;
+            let milliseconds = object["first_round_ms"].as_f64().unwrap_or(whole);
+            let seconds = milliseconds / 1e3;
+            let memory_rate = one.memory_bytes as f64 / 1e9 / seconds;
+            let wire_rate = one.wire_bytes as f64 * 8.0 / 1e9 / seconds;
+            report.figure("first round, GB/s of memory", round(memory_rate));
+            report.figure("first round, Gbit/s on the wire", round(wire_rate));
+            report.push(one);
+            report.note_contents(true);
+        }
+        Err((code, text)) => report.fail(format!("{name}: {code}: {text}")),
+    }
+    report.print_figures(&name);
+    wait_settled(&lab.nodes, SETTLE_TIME_MAX)?;
+    session.finish(lab, report)
+}
+
+const SIZES: [(&str, usize); 3] = [("64 MiB", 64 << 20), ("1 GiB", 1 << 30), ("4 GiB", 4 << 30)];
+const HOT_BYTES: usize = 64 << 20; // 64 MiB
+/// 20 MB/s of dirtied pages.
+const HOT_RATE: u32 = 5_000;
+const SIZE_MOVES: usize = 5;
+const RATE_BYTES: usize = 1 << 30; // 1 GiB
+/// Moves of idle memory take seconds even on a slow link.
+pub const MOVE_TIME_MAX: Duration = Duration::from_secs(120);
