@@ -1,1 +1,3 @@
-//! Skeleton.
+//! The commands of `pageferry`.
+
+pub mod ca;

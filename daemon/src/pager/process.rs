@@ -240,8 +240,12 @@ impl Desk {
 
     fn connected(&mut self, accepted: Result<Channel, ChannelError>) {
         match accepted {
-            Ok(_) if self.connection.is_some() => warn!("a second daemon was turned away"),
+            Ok(_) if self.connection.as_ref().is_some_and(|held| !held.is_over()) => {
+                warn!("a second daemon was turned away");
+            }
             Ok(channel) => {
+                // The one that was there may not have been seen to be gone.
+                self.disconnected();
                 self.connection = Some(channel);
                 self.alone = Duration::ZERO;
             }
@@ -250,9 +254,10 @@ impl Desk {
     }
 
     fn disconnected(&mut self) {
-        info!(state = ?self.state, "the daemon is gone");
-        self.connection = None;
         self.waiting.clear();
+        if self.connection.take().is_some() {
+            info!(state = ?self.state, "the daemon is gone");
+        }
     }
 
     /// Nobody is waited for for ever.

@@ -211,6 +211,7 @@ impl Restore {
             cgroup_procs: job.request.cgroup_procs,
             // A huge page would be put where pages are missing.
             huge_pages: false,
+            breakpoints: false,
             view: None,
             output: work_dir.join(OUTPUT),
             env: Vec::new(),

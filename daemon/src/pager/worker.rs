@@ -213,9 +213,11 @@ impl Worker {
                 let pieces = house.family.pieces(*member);
                 let step = pieces.count().div_ceil(PROBES_MAX).max(1);
                 for piece in house.family.pieces(*member).step_by(step) {
-                    let page = piece.run.start();
-                    if state.uffd.is_registered(page.address()) == Some(false) {
-                        return Err(ServeError::Unfillable { space: *id, page });
+                    let last = PageIndex(piece.run.end().0 - 1);
+                    for page in [piece.run.start(), last] {
+                        if state.uffd.is_registered(page.address()) == Some(false) {
+                            return Err(ServeError::Unfillable { space: *id, page });
+                        }
                     }
                 }
             }

@@ -23,6 +23,8 @@
 pub mod decode;
 pub mod digest;
 pub mod encode;
+#[cfg(test)]
+mod measure_tmp;
 pub mod read;
 pub mod recv;
 pub mod send;
