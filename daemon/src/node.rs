@@ -86,7 +86,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         force_eager: false,
     };
     let mut listener = Listener::start(endpoint);
-    let control = Arc::new(api::LocalControl::new(registry.clone(), defaults));
+    let control = api::LocalControl::new(config.node.clone(), registry.clone(), defaults);
     let served = api::serve(&config.api_socket(), control).context("opening the control socket")?;
     tracing::info!(node = %config.node, listen = %config.listen, peers = config.peers.len(),
         socket = %config.api_socket().display(), "ready");

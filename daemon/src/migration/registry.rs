@@ -16,13 +16,14 @@ use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::{Entry as Written, Record};
 use pageferry_proto::migration::source::{SourceMachine, SourceOffer};
-use pageferry_proto::migration::status::{Phase, Status};
+use pageferry_proto::migration::status::Phase;
 use pageferry_proto::migration::target::{TargetMachine, TargetOrigin};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::{mpsc, watch};
 
 use super::clock::Clock;
 use super::journal::{FINISHED_MAX, Found, Journal, Journals, Recovered};
+use super::progress::Progress;
 use super::source::site::{Site as SourceSite, SourceNode};
 use super::source::{SourceDriver, SourceParts, SourceRequest};
 use super::target::site::{Site as TargetSite, TargetNode};
@@ -70,7 +71,7 @@ struct Inner {
 
 #[derive(Debug, Clone)]
 struct Entry {
-    status: watch::Receiver<Arc<Status>>,
+    status: watch::Receiver<Arc<Progress>>,
     requests: Requests,
 }
 
@@ -184,13 +185,13 @@ impl Registry {
     /// A workload that came here a moment ago can be tracked only when its memory is in place.
     async fn wait_filled(&self, workload: &WorkloadName) -> Result<(), Failure> {
         let filling = self.lock().values().find_map(|entry| {
-            let status = entry.status.borrow();
+            let status = &entry.status.borrow().status;
             let arriving = status.role == Side::Target && status.phase == Phase::Running;
             (arriving && status.workload.as_ref() == Some(workload)).then(|| entry.status.clone())
         });
         let Some(mut status) = filling else { return Ok(()) };
         tracing::info!(%workload, "waiting until its memory is in place");
-        let filled = status.wait_for(|status| status.phase.is_final());
+        let filled = status.wait_for(|known| known.status.phase.is_final());
         match tokio::time::timeout(FILL_TIMEOUT, filled).await {
             // A closed channel means that the driver has ended.
             Ok(_) => Ok(()),
@@ -204,7 +205,7 @@ impl Registry {
     fn refuse_busy(&self, workload: &WorkloadName) -> Result<(), Failure> {
         let (mut outgoing, mut busy) = (0, None);
         for (id, entry) in self.lock().iter() {
-            let status = entry.status.borrow();
+            let status = &entry.status.borrow().status;
             if status.phase.is_final() {
                 continue;
             }
@@ -235,7 +236,7 @@ impl Registry {
         let mut session = Box::new(session);
         if let Some(Entry { status, requests }) = self.lock().get(&id).cloned() {
             let ours = match requests {
-                Requests::Target(requests) if status.borrow().peer == peer => requests,
+                Requests::Target(requests) if status.borrow().status.peer == peer => requests,
                 Requests::Target(_) | Requests::Source(_) => {
                     tracing::warn!(migration = %id, %peer, "named a migration of another node");
                     return session.lanes.close(ErrorCode::MigrationUnknown);
@@ -290,7 +291,7 @@ impl Registry {
         let incoming = self.list();
         let incoming = incoming
             .iter()
-            .filter(|status| status.role == Side::Target && !status.phase.is_final());
+            .filter(|known| known.status.role == Side::Target && !known.status.phase.is_final());
         if incoming.count() >= parts.incoming_max {
             return Err(Failure::new(
                 ErrorCode::TargetBusy,
@@ -321,7 +322,7 @@ impl Registry {
         peer: NodeName,
     ) {
         let id = machine.id();
-        let (status, watched) = watch::channel(Arc::new(machine.status(clock.now())));
+        let (status, watched) = watch::channel(Arc::new(Progress::of(machine.status(clock.now()))));
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
         let driver = SourceDriver::new(SourceParts {
             machine,
@@ -349,7 +350,7 @@ impl Registry {
         session: Option<Box<TargetSession>>,
     ) {
         let id = machine.id();
-        let (status, watched) = watch::channel(Arc::new(machine.status(clock.now())));
+        let (status, watched) = watch::channel(Arc::new(Progress::of(machine.status(clock.now()))));
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
         let driver = TargetDriver::new(TargetParts {
             machine,
@@ -376,7 +377,7 @@ impl Registry {
     fn forget_oldest(&self) {
         let finished: Vec<MigrationId> = {
             let entries = self.lock();
-            let over = entries.iter().filter(|(_, entry)| entry.status.borrow().phase.is_final());
+            let over = entries.iter().filter(|(_, entry)| entry.status.borrow().status.phase.is_final());
             over.map(|(id, _)| *id).collect()
         };
         if finished.len() <= FINISHED_MAX {
@@ -394,12 +395,12 @@ impl Registry {
     }
 
     /// All migrations, in no particular order.
-    pub fn list(&self) -> Vec<Arc<Status>> {
+    pub fn list(&self) -> Vec<Arc<Progress>> {
         self.lock().values().map(|entry| Arc::clone(&entry.status.borrow())).collect()
     }
 
     /// One migration's status and its changes.
-    pub fn watch(&self, id: MigrationId) -> Result<watch::Receiver<Arc<Status>>, Failure> {
+    pub fn watch(&self, id: MigrationId) -> Result<watch::Receiver<Arc<Progress>>, Failure> {
         self.entry(id).map(|entry| entry.status)
     }
 

@@ -14,12 +14,12 @@ pub mod site;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pageferry_proto::id::NodeName;
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine};
-use pageferry_proto::migration::status::Status;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::SourceMessage;
@@ -29,6 +29,7 @@ use tokio::task::JoinHandle;
 use super::clock::Clock;
 use super::journal::Journal;
 use super::log::Log;
+use super::progress::Progress;
 use super::session::{self, Session};
 use crate::net::endpoint::Endpoint;
 use crate::net::lanes::{self, SourceSession};
@@ -62,10 +63,12 @@ pub struct SourceDriver {
     connection: Option<Connection>,
     /// Counts connections, so that a message of an old one is not taken for one of the new.
     connections: u64,
+    /// How long CRIU held the tasks, and how many pages the final round had.
+    measured: (Option<Duration>, Option<u64>),
     events: mpsc::Sender<Incoming>,
     incoming: mpsc::Receiver<Incoming>,
     requests: mpsc::Receiver<SourceRequest>,
-    status: watch::Sender<Arc<Status>>,
+    status: watch::Sender<Arc<Progress>>,
     log: Log,
     endpoint: Arc<Endpoint>,
     peer: NodeName,
@@ -86,7 +89,7 @@ pub struct SourceParts {
     /// What operators ask.
     pub requests: mpsc::Receiver<SourceRequest>,
     /// Where the status goes.
-    pub status: watch::Sender<Arc<Status>>,
+    pub status: watch::Sender<Arc<Progress>>,
     /// The migration's journal.
     pub journal: Journal,
     /// Dials.
@@ -137,6 +140,7 @@ impl SourceDriver {
             cancel: parts.cancel,
             connection: None,
             connections: 0,
+            measured: (None, None),
             events,
             incoming,
             requests: parts.requests,
@@ -215,7 +219,8 @@ impl SourceDriver {
             SourceAction::Journal(record) => self.write(record).await,
             SourceAction::Report(status) => {
                 tracing::debug!(migration = %status.id, phase = %status.phase.name(), "status");
-                self.status.send_replace(Arc::new(status));
+                let (frozen, final_pages) = self.measured;
+                self.status.send_replace(Arc::new(Progress { status, frozen, final_pages }));
             }
             SourceAction::Send(message) => {
                 // Without a session the machine hears `PeerLost`, which says it all.
@@ -269,6 +274,9 @@ impl SourceDriver {
         self.operation = None;
         match ended {
             Ok((site, event)) => {
+                if let SourceEvent::Finished(report) = &event {
+                    self.measured = (site.frozen_in_criu, Some(report.pages.0));
+                }
                 self.site = Some(site);
                 self.handle(event);
             }

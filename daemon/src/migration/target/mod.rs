@@ -13,7 +13,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use pageferry_proto::migration::handoff::Side;
-use pageferry_proto::migration::status::Status;
 use pageferry_proto::migration::target::{TargetAction, TargetEvent, TargetMachine};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::TargetMessage;
@@ -23,6 +22,7 @@ use tokio::task::JoinHandle;
 use super::clock::Clock;
 use super::journal::Journal;
 use super::log::Log;
+use super::progress::Progress;
 use super::session::{self, Session};
 use crate::net::lanes::TargetSession;
 use intake::Intake;
@@ -58,7 +58,7 @@ pub struct TargetDriver {
     events: mpsc::Sender<Incoming>,
     incoming: mpsc::Receiver<Incoming>,
     requests: mpsc::Receiver<TargetRequest>,
-    status: watch::Sender<Arc<Status>>,
+    status: watch::Sender<Arc<Progress>>,
     log: Log,
 }
 
@@ -74,7 +74,7 @@ pub struct TargetParts {
     /// What others ask.
     pub requests: mpsc::Receiver<TargetRequest>,
     /// Where the status goes.
-    pub status: watch::Sender<Arc<Status>>,
+    pub status: watch::Sender<Arc<Progress>>,
     /// The migration's journal.
     pub journal: Journal,
 }
@@ -242,7 +242,7 @@ impl TargetDriver {
             }
             TargetAction::Report(status) => {
                 tracing::debug!(migration = %status.id, phase = %status.phase.name(), "status");
-                self.status.send_replace(Arc::new(status));
+                self.status.send_replace(Arc::new(Progress::of(status)));
             }
             TargetAction::Send(message) => {
                 // Without a session the source asks again when it is back.

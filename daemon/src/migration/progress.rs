@@ -1,0 +1,23 @@
+//! What is known of a migration from outside: the machine's status, and what the driver measured.
+
+use std::time::Duration;
+
+use pageferry_proto::migration::status::Status;
+
+/// A migration as this node sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Progress {
+    /// What the machine says.
+    pub status: Status,
+    /// How long CRIU held the frozen tasks; at the source.
+    pub frozen: Option<Duration>,
+    /// Pages sent in the final round; at the source.
+    pub final_pages: Option<u64>,
+}
+
+impl Progress {
+    /// A status of which nothing has been measured.
+    pub fn of(status: Status) -> Self {
+        Self { status, frozen: None, final_pages: None }
+    }
+}
