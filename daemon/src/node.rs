@@ -103,6 +103,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         }
     }
     tracing::info!("stopping");
+    registry.give_up().await;
     served.stop().await;
     Ok(())
 }

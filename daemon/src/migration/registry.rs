@@ -38,6 +38,9 @@ const REQUESTS_MAX: usize = 8;
 /// How long a workload that has just arrived may take to be filled before it can move on.
 const FILL_TIMEOUT: Duration = Duration::from_secs(600);
 
+/// How long aborting may hold up the end of the daemon.
+const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Everything the migrations of this node share.
 #[derive(Debug)]
 pub struct RegistryParts {
@@ -424,6 +427,24 @@ impl Registry {
         .ok_or_else(|| over(id))
     }
 
+    /// Before the daemon stops: aborts what can still be aborted, so that no workload stays frozen
+    /// for want of a daemon. What is committed goes on with the next one.
+    pub async fn give_up(&self) {
+        let entries: Vec<Entry> = self.lock().values().cloned().collect();
+        let undecided = entries.into_iter().filter(|entry| {
+            let status = &entry.status.borrow().status;
+            status.role == Side::Source && !status.phase.is_final() && !is_decided(status.phase)
+        });
+        let aborted = undecided.map(|mut entry| async move {
+            if let Requests::Source(requests) = &entry.requests {
+                drop(requests.send(SourceRequest::Abort).await);
+            }
+            drop(entry.status.wait_for(|known| known.status.phase.is_final()).await);
+        });
+        let aborted = futures_util::future::join_all(aborted);
+        drop(tokio::time::timeout(GIVE_UP_TIMEOUT, aborted).await);
+    }
+
     fn entry(&self, id: MigrationId) -> Result<Entry, Failure> {
         self.lock().get(&id).cloned().ok_or_else(|| {
             Failure::new(ErrorCode::MigrationUnknown, format!("there is no migration {id}"))
@@ -433,6 +454,11 @@ impl Registry {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<MigrationId, Entry>> {
         self.inner.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// From here on only the target or an operator ends it.
+const fn is_decided(phase: Phase) -> bool {
+    matches!(phase, Phase::Committed | Phase::Reclaiming)
 }
 
 fn parse(id: MigrationId, recovered: &Recovered) -> Result<Vec<Record>, Failure> {

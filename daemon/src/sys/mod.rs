@@ -10,5 +10,6 @@ pub mod packet;
 pub mod pagemap;
 pub mod process_vm;
 pub mod ptrace;
+pub mod tcp;
 pub mod track;
 pub mod uffd;

@@ -10,6 +10,7 @@
 //! is frozen again after CRIU's dump and read back; nothing here decides.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,6 +37,7 @@ use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refus
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
+use crate::sys::{ptrace, tcp};
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -444,6 +446,7 @@ impl Site {
         }
         self.wait_untraced().await?;
         if self.freezer.exists() {
+            block_in_place(|| self.end_repair());
             self.freezer.thaw().map_err(freeze_failed)?;
         }
         if !self.ports.is_empty() {
@@ -461,6 +464,17 @@ impl Site {
             self.prepare_dump()?;
         }
         Ok(())
+    }
+
+    /// Takes sockets out of repair mode that a killed CRIU has left in it. The tree is still frozen.
+    fn end_repair(&self) {
+        for pid in self.freezer.processes().unwrap_or_default() {
+            match repaired_sockets(pid) {
+                Ok(0) => {}
+                Ok(count) => tracing::warn!(pid, count, "sockets were left in repair mode"),
+                Err(error) => tracing::warn!(pid, %error, "sockets cannot be looked at"),
+            }
+        }
     }
 
     /// Moves the tree back to the cgroup it came from, as far as that still exists.
@@ -507,18 +521,25 @@ impl Site {
             Dumping::Prepared(dump) => Some(dump),
             Dumping::No | Dumping::Preparing(_) => None,
         };
+        let mut ending = None;
         if let Some(mut dump) = dump {
-            if let Err(error) = dump.commit().await {
-                tracing::warn!("criu is gone before its end: {}", chain(&error));
+            match dump.commit().await {
+                Ok(()) => ending = Some(dump),
+                Err(error) => tracing::warn!("criu is gone before its end: {}", chain(&error)),
             }
-            self.freezer.thaw().map_err(freeze_failed)?;
-            if let Err(error) = dump.end().await {
-                tracing::warn!("criu did not end well: {}", chain(&error));
-            }
+        }
+        // SIGKILL before the thaw, whatever CRIU did: a task that is thawed with it pending runs no
+        // instruction of its own.
+        if self.freezer.exists() {
+            block_in_place(|| self.freezer.kill(KILL_TIMEOUT)).map_err(freeze_failed)?;
+        }
+        if let Some(dump) = ending
+            && let Err(error) = dump.end().await
+        {
+            tracing::warn!("criu did not end well: {}", chain(&error));
         }
         self.spaces.clear();
         if self.freezer.exists() {
-            block_in_place(|| self.freezer.kill(KILL_TIMEOUT)).map_err(freeze_failed)?;
             self.freezer.remove().map_err(freeze_failed)?;
         }
         drop(std::fs::remove_dir_all(&self.directory));
@@ -536,6 +557,22 @@ pub(super) fn alive(pid: i32) -> bool {
         .ok()
         .and_then(|stat| stat.rsplit_once(") ").map(|(_, rest)| !rest.starts_with(['Z', 'X'])))
         .unwrap_or(false)
+}
+
+/// How many sockets of `pid` had to be taken out of repair mode.
+fn repaired_sockets(pid: i32) -> std::io::Result<usize> {
+    let pidfd = ptrace::pidfd_open(pid)?;
+    let mut repaired = 0;
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        let is_socket = std::fs::read_link(entry.path())
+            .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
+        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        if let (true, Some(number)) = (is_socket, number) {
+            let socket = ptrace::pidfd_getfd(pidfd.as_fd(), number)?;
+            repaired += usize::from(tcp::repair_off(socket.as_fd())?);
+        }
+    }
+    Ok(repaired)
 }
 
 fn tracer(pid: i32) -> Option<i32> {

@@ -142,6 +142,7 @@ impl TargetDriver {
                 Some(incoming) = self.incoming.recv() => self.take_in(incoming),
                 Some(request) = self.requests.recv() => self.requested(request),
                 ended = session::ended(&mut self.operation) => self.operation_ended(ended),
+                failure = trouble(&mut self.site) => self.handle(TargetEvent::Failure(failure)),
                 () = self.clock.until(self.machine.poll_timeout()) => {
                     self.machine.handle_timeout(self.clock.now());
                 }
@@ -303,6 +304,14 @@ impl TargetDriver {
             }
         }
         self.next_operation();
+    }
+}
+
+/// What goes wrong with an idle site; for ever nothing while an operation has it.
+async fn trouble(site: &mut Option<Box<Site>>) -> Failure {
+    match site {
+        Some(site) => site.trouble().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -345,6 +345,19 @@ impl Site {
         Ok(())
     }
 
+    /// Waits until the pager of a workload that has not been let go tells of its end.
+    pub async fn trouble(&mut self) -> Failure {
+        let Some(pager) = &mut self.pager else { return std::future::pending().await };
+        match pager.notices.recv().await {
+            Some(Notice::Failed { failure, .. }) => failure,
+            // Nothing is filled before it runs, so whatever else is said, the pager is at its end.
+            Some(Notice::Filled(_) | Notice::Lost) | None => {
+                self.pager = None;
+                no_pager()
+            }
+        }
+    }
+
     /// Undoes everything down to nothing.
     pub async fn discard(&mut self) -> Result<(), Failure> {
         if let Some(pager) = self.pager.take()

@@ -1,0 +1,97 @@
+//! Taking TCP sockets out of repair mode.
+//!
+//! CRIU puts every established socket into repair mode while it dumps and takes it out again when it
+//! lets the tasks go. A CRIU that was killed does not: the sockets of a workload that runs on would
+//! then neither send nor answer.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// `TCP_REPAIR` of `linux/tcp.h`.
+const TCP_REPAIR: libc::c_int = 19;
+
+/// `TCP_REPAIR_OFF`: a window probe follows, which makes the peer send again what was lost.
+const TCP_REPAIR_OFF: libc::c_int = 0;
+
+/// Takes `socket` out of repair mode; false if it was not in it, or is not TCP.
+pub fn repair_off(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut mode: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: both pointers are to live local variables, and `length` is the size of the first.
+    let asked = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            TCP_REPAIR,
+            (&raw mut mode).cast(),
+            &raw mut length,
+        )
+    };
+    if asked < 0 {
+        let error = io::Error::last_os_error();
+        return match error.raw_os_error() {
+            // Not a TCP socket.
+            Some(libc::EOPNOTSUPP | libc::ENOPROTOOPT | libc::ENOTSOCK) => Ok(false),
+            _ => Err(error),
+        };
+    }
+    if mode == 0 {
+        return Ok(false);
+    }
+    // SAFETY: the pointer is to a constant of the size that is told.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            TCP_REPAIR,
+            (&raw const TCP_REPAIR_OFF).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(true) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream, UdpSocket};
+    use std::os::fd::AsFd;
+
+    fn repair(socket: &impl AsFd) -> bool {
+        let on: libc::c_int = 1;
+        // SAFETY: the pointer is to a live integer of the size that is told.
+        let set = unsafe {
+            libc::setsockopt(
+                socket.as_fd().as_raw_fd(),
+                libc::IPPROTO_TCP,
+                TCP_REPAIR,
+                (&raw const on).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            )
+        };
+        set == 0
+    }
+
+    #[test]
+    fn a_socket_left_in_repair_mode_carries_data_again() {
+        use std::io::{Read, Write};
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let mut ours = TcpStream::connect(listener.local_addr().expect("address")).expect("dial");
+        let (mut theirs, _) = listener.accept().expect("accept");
+        assert!(!repair_off(ours.as_fd()).expect("ask"));
+        assert!(repair(&ours), "root may repair");
+        assert!(repair_off(ours.as_fd()).expect("ask"));
+        ours.write_all(b"x").expect("write");
+        let mut byte = [0];
+        theirs.read_exact(&mut byte).expect("read");
+        assert_eq!(&byte, b"x");
+    }
+
+    #[test]
+    fn other_sockets_are_left_alone() {
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("bind");
+        assert!(!repair_off(socket.as_fd()).expect("ask"));
+    }
+}
