@@ -371,6 +371,30 @@ fn refuse(bytes: &[u8], error: &ControlError) {
     assert_eq!(Message::decode(bytes), Err(error.clone()));
 }
 
+// clause: C-1
+#[test]
+fn a_lane_is_one_of_at_most_sixteen() {
+    let check = |version, lane, lanes, legal| {
+        let hello = Hello {
+            version,
+            migration: MIGRATION,
+            lane,
+            lanes,
+        };
+        let bytes = Message::Hello(hello).encode().unwrap();
+        let read = Message::decode(&bytes[frame::HEADER_BYTES..]);
+        assert_eq!(read.is_ok(), legal, "lane {lane} of {lanes}: {read:?}");
+    };
+    check(1, 0, 1, true);
+    check(1, 15, 16, true);
+    check(1, 1, 1, false);
+    check(1, 0, 0, false);
+    check(1, 16, 17, false);
+    check(0, 0, 1, false);
+    // A migration is named by sixteen bytes.
+    assert!(Message::decode(&[0x0a, 0x07, 0x08, 0x01, 0x12, 0x01, 0xa0, 0x20, 0x01]).is_err());
+}
+
 // clause: N-4
 #[test]
 fn what_is_never_valid_is_refused_by_its_field() {

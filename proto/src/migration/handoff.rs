@@ -1,10 +1,10 @@
 //! The point of no return, as types and as what a journal proves.
 //!
 //! One side runs the workload, never both. The rule that gives this is short: **a workload may
-//! be thawed at the source only with a [`ThawPermit`]**, and a permit comes from one of three
+//! be thawed at the source only with a `ThawPermit`**, and a permit comes from one of three
 //! proofs:
 //!
-//! - [`Undecided`]: no `Commit` was ever given to the journal, so the target was never told to
+//! - `Undecided`: no `Commit` was ever given to the journal, so the target was never told to
 //!   go and never will be. Writing the commit consumes this value.
 //! - a refusal by the target, durable there before it was sent, and recorded here;
 //! - a fence: the operator's word that the target is dead, recorded here.

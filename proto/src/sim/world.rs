@@ -227,6 +227,11 @@ impl World {
             .any(|record| matches!(record.entry, Entry::Commit { .. }))
     }
 
+    /// Whether there is a connection between the two.
+    pub const fn connected(&self) -> bool {
+        self.link.up
+    }
+
     /// What the machine of a side says of itself, if its daemon runs.
     pub fn status(&self, side: Side) -> Option<Status> {
         match side {

@@ -97,6 +97,7 @@ mod tests {
         assert_eq!(agreed(own, 0), Err(VersionError::Zero));
     }
 
+    // clause: C-2
     #[test]
     fn a_choice_that_was_not_offered_is_refused() {
         assert_eq!(Version::chosen(1), Ok(Version::CURRENT));

@@ -1,0 +1,204 @@
+//! A crash of each side at every step of a migration, one after the other, and who then runs
+//! the workload. Which side that must be follows from the hand-off alone: the target, if the
+//! source's journal has a commit, and the source in every other case.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::status::Phase;
+use pageferry_proto::sim::{Op, Setup, Survivor, World};
+
+const SETUP: Setup = Setup {
+    spaces: 2,
+    pages: 4,
+    policy: Policy {
+        downtime_max: Duration::from_millis(60),
+        rounds_max: 3,
+        verify: true,
+        ..Policy::DEFAULT
+    },
+};
+
+/// Far more steps than any of these runs has.
+const STEPS_MAX: usize = 1000;
+
+/// Every record that was not durable is found after the crash, or none is.
+const FOUND: [u8; 2] = [0xff, 0];
+
+/// How a run goes without faults.
+#[derive(Clone, Copy, Debug)]
+enum Plan {
+    /// Nobody interferes.
+    Success,
+    /// The operator aborts at the source in this phase.
+    Abort(Phase),
+    /// The operator aborts at the target in this phase.
+    AbortAtTarget(Phase),
+}
+
+/// A world on its way, and whether the plan's operator has interfered.
+struct Run {
+    world: World,
+    interfered: bool,
+}
+
+impl Run {
+    /// The first `steps` steps of a plan. None if it ends before.
+    fn new(plan: Plan, steps: usize) -> Option<Self> {
+        let mut run = Self {
+            world: World::new(SETUP),
+            interfered: false,
+        };
+        for _ in 0..steps {
+            run.step(plan)?;
+        }
+        Some(run)
+    }
+
+    /// Does the first possible step.
+    fn step(&mut self, plan: Plan) -> Option<()> {
+        let (side, phase) = match plan {
+            Plan::Success => (Side::Source, None),
+            Plan::Abort(phase) => (Side::Source, Some(phase)),
+            Plan::AbortAtTarget(phase) => (Side::Target, Some(phase)),
+        };
+        let reached = phase.is_some() && self.phase(side) == phase;
+        if reached && !std::mem::replace(&mut self.interfered, true) {
+            self.world.apply(Op::Abort(side)).unwrap();
+        }
+        let next = *self.world.steps().first()?;
+        // The workload goes on writing for as long as it runs.
+        self.world.apply(Op::Write(5)).unwrap();
+        self.world.take(next).unwrap();
+        Some(())
+    }
+
+    fn phase(&self, side: Side) -> Option<Phase> {
+        self.world.status(side).map(|status| status.phase)
+    }
+
+    /// Who must run the workload in the end if the connection breaks now, or the target crashes.
+    fn survivor_of_a_break(&self) -> Survivor {
+        match self.phase(Side::Source).unwrap() {
+            // There is nothing to break yet: the target is back when it is dialled.
+            Phase::Offered if !self.world.connected() && !self.interfered => Survivor::Target,
+            // Before the commit the source breaks off.
+            Phase::Offered
+            | Phase::Copying
+            | Phase::Freezing
+            | Phase::Finishing
+            | Phase::Reclaiming
+            | Phase::Aborting
+            | Phase::Aborted => Survivor::Source,
+            // Afterwards it asks until the target answers.
+            Phase::Prepared | Phase::Committed | Phase::Done => Survivor::Target,
+            Phase::Accepted
+            | Phase::Receiving
+            | Phase::Restoring
+            | Phase::Ready
+            | Phase::Running
+            | Phase::Refusing => unreachable!("phases of the target"),
+        }
+    }
+}
+
+/// Crashes `crashed` after every step of the plan; says how many steps it has.
+fn check_every_crash(plan: Plan, crashed: Side) -> usize {
+    for steps in 0..STEPS_MAX {
+        for found in FOUND {
+            let Some(mut run) = Run::new(plan, steps) else {
+                return steps;
+            };
+            let named = match crashed {
+                Side::Target => run.survivor_of_a_break(),
+                Side::Source => Survivor::Nobody,
+            };
+            run.world.apply(Op::Crash(crashed, found)).unwrap();
+            let named = match crashed {
+                Side::Target => named,
+                // What its journal says is all there is.
+                Side::Source if run.world.commit_found() => Survivor::Target,
+                Side::Source => Survivor::Source,
+            };
+            let survivor = run.world.settle().unwrap();
+            if run.interfered && named == Survivor::Target {
+                // An abort that came too late to be certain: one of the two, by refusal.
+                assert_ne!(survivor, Survivor::Nobody, "{plan:?}, step {steps}");
+            } else {
+                assert_eq!(survivor, named, "{plan:?}, step {steps}, found {found:#x}");
+            }
+        }
+    }
+    panic!("the run does not end");
+}
+
+// clause: J-3
+#[test]
+fn a_crashed_source_is_survived_by_whom_its_journal_names() {
+    assert!(60 < check_every_crash(Plan::Success, Side::Source));
+}
+
+#[test]
+fn a_crashed_target_is_survived_by_whom_the_source_names() {
+    assert!(60 < check_every_crash(Plan::Success, Side::Target));
+}
+
+// clause: H-8
+#[test]
+fn an_abort_before_the_commit_survives_every_crash() {
+    for phase in [
+        Phase::Offered,
+        Phase::Copying,
+        Phase::Freezing,
+        Phase::Finishing,
+    ] {
+        for crashed in [Side::Source, Side::Target] {
+            check_every_crash(Plan::Abort(phase), crashed);
+        }
+    }
+}
+
+#[test]
+fn an_abort_that_comes_with_the_commit_survives_every_crash() {
+    for phase in [Phase::Prepared, Phase::Committed] {
+        for crashed in [Side::Source, Side::Target] {
+            check_every_crash(Plan::Abort(phase), crashed);
+        }
+    }
+}
+
+// clause: H-9
+#[test]
+fn an_abort_at_the_target_survives_every_crash() {
+    for phase in [Phase::Receiving, Phase::Restoring, Phase::Ready] {
+        for crashed in [Side::Source, Side::Target] {
+            check_every_crash(Plan::AbortAtTarget(phase), crashed);
+        }
+    }
+}
+
+#[test]
+fn a_break_is_survived_by_whom_a_crash_of_the_target_is() {
+    for steps in 0..STEPS_MAX {
+        let Some(mut run) = Run::new(Plan::Success, steps) else {
+            return;
+        };
+        let named = run.survivor_of_a_break();
+        run.world.apply(Op::Break).unwrap();
+        assert_eq!(run.world.settle(), Ok(named), "step {steps}");
+    }
+}
+
+#[test]
+fn without_faults_the_workload_moves_and_its_memory_is_the_same() {
+    let mut world = World::new(SETUP);
+    assert_eq!(world.settle(), Ok(Survivor::Target));
+    let source = world.status(Side::Source).unwrap();
+    assert_eq!((source.phase, source.failure), (Phase::Done, None));
+    assert!(source.parts.downtime().is_some());
+    let target = world.status(Side::Target).unwrap();
+    assert_eq!((target.phase, target.failure), (Phase::Done, None));
+}
