@@ -8,7 +8,7 @@ use pageferry_proto::set::PageSet;
 
 use super::eager::Eager;
 use super::maps::{self, Flags, Mapping};
-use super::walk::{Broken, Found, Look, Walker};
+use super::walk::{Broken, Found, Look, Walker, walk_all};
 use super::{FinalScan, LATE_BIRTH_BYTES_MAX, Scan, Space, TrackError, task};
 use crate::sys::pagemap::Pagemap;
 
@@ -17,14 +17,13 @@ impl Space {
     /// the next scan. Finds and registers new mappings. The process runs meanwhile.
     pub fn scan(&mut self) -> Result<Scan, TrackError> {
         let began = Instant::now();
-        let mut walker = Walker::new(self.support.guard);
         let mut found = Found::default();
-        let scanned = self.scan_tracked(&mut walker, &mut found);
+        let scanned = self.scan_tracked(&mut found);
         let (live, written) = found.into_sets();
         // Owed before anything can fail: these pages are protected and would not be found again.
         self.owed.union_with(&written);
         let maps = scanned?;
-        let eager = self.forecast_eager(&maps, &mut walker)?;
+        let eager = self.forecast_eager(&maps)?;
         self.check_alive()?;
         let dirty = self.owed.intersection(&live);
         // What is owed in a mapping that is executable now stays owed until it is scanned again.
@@ -39,60 +38,48 @@ impl Space {
     }
 
     /// Walks all mappings that are scanned, until each was found tracked.
-    fn scan_tracked(
-        &mut self,
-        walker: &mut Walker,
-        found: &mut Found,
-    ) -> Result<Vec<Mapping>, TrackError> {
+    fn scan_tracked(&mut self, found: &mut Found) -> Result<Vec<Mapping>, TrackError> {
         let mut maps = self.read_maps()?;
         self.adopt(&maps)?;
         let mut todo: Vec<Range<u64>> = self.scannable(&maps);
         for _ in 0..REPLACED_MAX {
             let pagemap = self.open_pagemap()?;
-            let mut replaced = Vec::new();
-            for range in todo {
-                match walker.walk(&pagemap, range, Look::Protect, found) {
-                    Ok(()) => {}
-                    Err(broken) => replaced.push(self.disown(broken)?),
-                }
+            let walked = walk_all(&pagemap, self.support.guard, &todo, Look::Protect);
+            found.append(walked.found);
+            let replaced = self.disown(walked.broken)?;
+            if self.registered.is_empty() {
+                // Nothing at all is tracked: the process has other memory now than our descriptor,
+                // which somebody else keeps alive.
+                return Err(TrackError::Exec { pid: self.pid });
             }
             if replaced.is_empty() {
                 return Ok(maps);
             }
             maps = self.read_maps()?;
             self.adopt(&maps)?;
-            let again = replaced
-                .into_iter()
-                .filter_map(|range| PageRun::touching(&range).ok());
-            let again = PageSet::from_runs(again);
             todo = self.scannable(&maps);
-            todo.retain(|range| overlaps(&again, range));
+            todo.retain(|range| overlaps(&replaced, range));
         }
-        // Either it maps faster than we look, and the rest is found in the next round; or nothing of
-        // it is tracked at all, because it has other memory now than our descriptor.
-        if self.registered.is_empty() {
-            return Err(TrackError::Exec { pid: self.pid });
-        }
+        // It maps faster than we look: the rest is not registered, and is found in the next round.
         Ok(maps)
     }
 
-    /// After a walk that broke: what it may have protected without telling is not registered any
-    /// more, so that it will be unprotected and found dirty. Any error but that of an untracked
-    /// mapping is returned.
-    fn disown(&mut self, broken: Broken) -> Result<Range<u64>, TrackError> {
-        let Broken { rest, source } = broken;
-        if let Ok(run) = PageRun::touching(&rest) {
-            self.registered.remove(run);
+    /// After walks that broke: what they may have protected without telling is not registered any
+    /// more, so that it will be unprotected and found dirty. Returns those pages; any error but that of
+    /// an untracked mapping is returned instead.
+    pub(super) fn disown(&mut self, broken: Vec<Broken>) -> Result<PageSet, TrackError> {
+        let runs = broken
+            .iter()
+            .filter_map(|broken| PageRun::touching(&broken.rest).ok());
+        let pages = PageSet::from_runs(runs);
+        self.registered = self.registered.difference(&pages);
+        match broken
+            .into_iter()
+            .find(|broken| !is_untracked(&broken.source))
+        {
+            Some(broken) => Err(self.scanning(broken)),
+            None => Ok(pages),
         }
-        if source.raw_os_error() == Some(libc::EPERM) {
-            return Ok(rest);
-        }
-        Err(TrackError::Scan {
-            pid: self.pid,
-            start: rest.start,
-            end: rest.end,
-            source,
-        })
     }
 
     /// Returns what the frozen process has, and what of it is dirty. Protects nothing.
@@ -106,17 +93,23 @@ impl Space {
         let mappings = mappings.map_err(|source| self.inspecting("maps", source))?;
         let pagemap = self.open_pagemap()?;
         let mut walker = Walker::new(self.support.guard);
-        let (mut found, mut late) = (Found::default(), Found::default());
         let mut eager = Eager::default();
         let mut hidden: Vec<(u64, u64)> = Vec::new();
+        let (mut tracked, mut untracked) = (Vec::new(), Vec::new());
         for (mapping, flags) in &mappings {
-            if mapping.is_lazy(*flags) {
-                self.walk_frozen(&mut walker, &pagemap, mapping, &mut found, &mut late)?;
-                extend(&mut hidden, &mapping.range);
-            } else {
+            if !mapping.is_lazy(*flags) {
                 eager.add(self.pid, mapping, *flags, &pagemap, &mut walker);
+                continue;
             }
+            extend(&mut hidden, &mapping.range);
+            let ranges = if self.is_registered(mapping) {
+                &mut tracked
+            } else {
+                &mut untracked
+            };
+            ranges.push(mapping.range.clone());
         }
+        let (found, late) = self.walk_frozen(&pagemap, &tracked, untracked)?;
         self.check_alive()?;
         let late_bytes = late.live_pages().bytes();
         if LATE_BIRTH_BYTES_MAX < late_bytes {
@@ -142,37 +135,27 @@ impl Space {
         })
     }
 
+    /// What is found in the tracked ranges, and what in those no round has seen.
     fn walk_frozen(
         &self,
-        walker: &mut Walker,
         pagemap: &Pagemap,
-        mapping: &Mapping,
-        found: &mut Found,
-        late: &mut Found,
-    ) -> Result<(), TrackError> {
-        let range = mapping.range.clone();
-        let scanning = |Broken { rest, source }: Broken| TrackError::Scan {
-            pid: self.pid,
-            start: rest.start,
-            end: rest.end,
-            source,
-        };
-        if !mapping
-            .pages()
-            .is_some_and(|pages| self.registered.covers(&pages))
-        {
-            return walker
-                .walk(pagemap, range, Look::Any, late)
-                .map_err(scanning);
-        }
-        match walker.walk(pagemap, range, Look::Tracked, found) {
-            Ok(()) => Ok(()),
+        tracked: &[Range<u64>],
+        mut untracked: Vec<Range<u64>>,
+    ) -> Result<(Found, Found), TrackError> {
+        let walked = walk_all(pagemap, self.support.guard, tracked, Look::Tracked);
+        for broken in walked.broken {
             // Replaced since the last round. Nothing was protected by this walk, so what it has found
             // up to there is right; only the rest is unknown.
-            Err(Broken { rest, source }) if source.raw_os_error() == Some(libc::EPERM) => walker
-                .walk(pagemap, rest, Look::Any, late)
-                .map_err(scanning),
-            Err(broken) => Err(scanning(broken)),
+            if !is_untracked(&broken.source) {
+                return Err(self.scanning(broken));
+            }
+            untracked.push(broken.rest);
+        }
+        untracked.sort_by_key(|range| range.start);
+        let late = walk_all(pagemap, self.support.guard, &untracked, Look::Any);
+        match late.broken.into_iter().next() {
+            Some(broken) => Err(self.scanning(broken)),
+            None => Ok((walked.found, late.found)),
         }
     }
 
@@ -202,7 +185,7 @@ impl Space {
             let Some(pages) = mapping.pages() else {
                 continue;
             };
-            if !self.registered.covers(&pages) {
+            if !self.is_registered(mapping) {
                 self.register(mapping, pages)?;
             }
         }
@@ -231,51 +214,65 @@ impl Space {
                 }
             };
         }
-        let missing = PageSet::from_runs([pages]).difference(&self.registered);
-        for run in missing.runs() {
-            self.unprotect(*run)?;
+        let missing = PageSet::from(pages).difference(&self.registered);
+        missing
+            .runs()
+            .iter()
+            .try_for_each(|run| self.unprotect(*run))
+    }
+
+    /// Pages of a mapping new to us may be protected: by a walk that broke before it could tell, or, on
+    /// kernels before 6.13, since before they were moved here. Those would pass for unwritten, and the
+    /// moved ones would even be writable. Takes their protection off; then the run is registered.
+    ///
+    /// To look for them first costs 3 ms per GiB, to unprotect everything 26 ms.
+    fn unprotect(&mut self, run: PageRun) -> Result<(), TrackError> {
+        let range = run.address()..run.address() + run.bytes();
+        let pagemap = self.open_pagemap()?;
+        let walked = walk_all(&pagemap, self.support.guard, &[range], Look::Tracked);
+        if let Some(broken) = walked.broken.into_iter().next() {
+            // Replaced or unmapped in between: not registered, so it is met again.
+            let untracked = is_untracked(&broken.source);
+            return if untracked {
+                Ok(())
+            } else {
+                Err(self.scanning(broken))
+            };
         }
+        let (live, written) = walked.found.into_sets();
+        for run in live.difference(&written).runs() {
+            let (start, end) = (run.address(), run.address() + run.bytes());
+            let Err(source) = self.tracker.unprotect(start, end) else {
+                continue;
+            };
+            return match source.raw_os_error() {
+                Some(libc::ENOENT) => Ok(()),
+                Some(libc::ESRCH) => Err(self.lost()),
+                Some(_) | None => {
+                    let (pid, what) = (self.pid, "unprotect");
+                    Err(TrackError::Register {
+                        pid,
+                        what,
+                        start,
+                        end,
+                        source,
+                    })
+                }
+            };
+        }
+        self.registered.insert(run);
         Ok(())
     }
 
-    /// Protection may be left over, or have been set without the pages having been returned: take it
-    /// off. Then every live page counts as written and the pages are registered.
-    fn unprotect(&mut self, run: PageRun) -> Result<(), TrackError> {
-        let (start, end) = (run.address(), run.address() + run.bytes());
-        let Err(source) = self.tracker.unprotect(start, end) else {
-            self.registered.insert(run);
-            return Ok(());
-        };
-        match source.raw_os_error() {
-            // Unmapped in between.
-            Some(libc::ENOENT) => Ok(()),
-            Some(libc::ESRCH) => Err(self.lost()),
-            Some(_) | None => {
-                let (pid, what) = (self.pid, "unprotect");
-                Err(TrackError::Register {
-                    pid,
-                    what,
-                    start,
-                    end,
-                    source,
-                })
-            }
-        }
-    }
-
     /// What is not lazy, by the flags of the last record.
-    fn forecast_eager(&self, maps: &[Mapping], walker: &mut Walker) -> Result<Eager, TrackError> {
+    fn forecast_eager(&self, maps: &[Mapping]) -> Result<Eager, TrackError> {
         let pagemap = self.open_pagemap()?;
+        let mut walker = Walker::new(self.support.guard);
         let mut eager = Eager::default();
         for mapping in maps {
             let flags = self.recorded_flags(mapping);
-            let untracked = || {
-                !mapping
-                    .pages()
-                    .is_some_and(|run| self.registered.covers(&run))
-            };
-            if !mapping.is_lazy(flags) || untracked() {
-                eager.add(self.pid, mapping, flags, &pagemap, walker);
+            if !mapping.is_lazy(flags) || !self.is_registered(mapping) {
+                eager.add(self.pid, mapping, flags, &pagemap, &mut walker);
             }
         }
         Ok(eager)
@@ -293,15 +290,14 @@ impl Space {
 
     fn scannable(&self, maps: &[Mapping]) -> Vec<Range<u64>> {
         let scanned = maps.iter().filter(|mapping| is_scanned(mapping));
-        let registered = |mapping: &&Mapping| {
-            mapping
-                .pages()
-                .is_some_and(|run| self.registered.covers(&run))
-        };
-        scanned
-            .filter(registered)
-            .map(|mapping| mapping.range.clone())
-            .collect()
+        let registered = scanned.filter(|mapping| self.is_registered(mapping));
+        registered.map(|mapping| mapping.range.clone()).collect()
+    }
+
+    fn is_registered(&self, mapping: &Mapping) -> bool {
+        mapping
+            .pages()
+            .is_some_and(|run| self.registered.covers(&run))
     }
 
     pub(super) fn read_maps(&self) -> Result<Vec<Mapping>, TrackError> {
@@ -346,6 +342,15 @@ impl Space {
         TrackError::Exec { pid }
     }
 
+    fn scanning(&self, Broken { rest, source }: Broken) -> TrackError {
+        TrackError::Scan {
+            pid: self.pid,
+            start: rest.start,
+            end: rest.end,
+            source,
+        }
+    }
+
     fn inspecting(&self, what: &'static str, source: std::io::Error) -> TrackError {
         if self.check_identity().is_err() {
             return TrackError::Gone { pid: self.pid };
@@ -358,6 +363,11 @@ impl Space {
     }
 }
 
+/// Whether a walk met a mapping that is not tracked.
+fn is_untracked(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EPERM)
+}
+
 /// Executable memory is registered, but its writes are left to wait: it is eager while it is so.
 fn is_scanned(mapping: &Mapping) -> bool {
     mapping.is_private_anonymous() && !mapping.executable
@@ -368,8 +378,7 @@ fn pages<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> PageSet {
 }
 
 fn overlaps(set: &PageSet, range: &Range<u64>) -> bool {
-    PageRun::touching(range)
-        .is_ok_and(|run| !set.intersection(&PageSet::from_runs([run])).is_empty())
+    PageRun::touching(range).is_ok_and(|run| !set.intersection(&PageSet::from(run)).is_empty())
 }
 
 /// Appends a range that begins at or after the end of the last one.

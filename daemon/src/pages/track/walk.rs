@@ -7,6 +7,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pageferry_proto::page::{PageCount, PageRun};
 use pageferry_proto::set::PageSet;
@@ -50,6 +51,15 @@ pub(super) struct Broken {
     pub(super) source: io::Error,
 }
 
+/// What became of several walks.
+#[derive(Debug, Default)]
+pub(super) struct Walked {
+    /// What was found, in the order of addresses.
+    pub(super) found: Found,
+    /// The walks that ended early.
+    pub(super) broken: Vec<Broken>,
+}
+
 impl Found {
     /// The live pages and those of them that were written.
     pub(super) fn into_sets(self) -> (PageSet, PageSet) {
@@ -63,6 +73,67 @@ impl Found {
     pub(super) fn live_pages(&self) -> PageCount {
         self.live.iter().map(PageRun::count).sum()
     }
+
+    /// Adds what a later walk has found.
+    pub(super) fn append(&mut self, mut later: Self) {
+        self.live.append(&mut later.live);
+        self.written.append(&mut later.written);
+    }
+}
+
+/// Walks all `ranges`, which are sorted; large ones on several threads. Every piece is a walk of its
+/// own: one that breaks does not keep the others from being walked.
+pub(super) fn walk_all(
+    pagemap: &Pagemap,
+    guard: bool,
+    ranges: &[Range<u64>],
+    look: Look,
+) -> Walked {
+    let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
+    let size = (bytes / PIECES).next_power_of_two().max(PIECE_BYTES_MIN);
+    let pieces: Vec<Range<u64>> = ranges.iter().flat_map(|range| cut(range, size)).collect();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = usize::try_from(bytes / THREAD_BYTES_MIN).unwrap_or(usize::MAX);
+    let threads = threads.clamp(1, cores.min(THREADS_MAX));
+    let next = AtomicUsize::new(0);
+    let walk = || {
+        let mut walker = Walker::new(guard);
+        let mut done = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(piece) = pieces.get(index) else {
+                return done;
+            };
+            let mut found = Found::default();
+            let result = walker.walk(pagemap, piece.clone(), look, &mut found);
+            done.push((index, found, result.err()));
+        }
+    };
+    let mut done = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(walk)).collect();
+        let mut done = walk();
+        for other in others {
+            done.extend(other.join().expect("walking does not panic"));
+        }
+        done
+    });
+    done.sort_unstable_by_key(|(index, _, _)| *index);
+    let mut walked = Walked::default();
+    for (_, found, broken) in done {
+        walked.found.append(found);
+        walked.broken.extend(broken);
+    }
+    walked
+}
+
+/// Cuts a range at multiples of `size`, which is a power of two.
+fn cut(range: &Range<u64>, size: u64) -> impl Iterator<Item = Range<u64>> + use<> {
+    let Range { start, end } = *range;
+    let first = start - start % size;
+    let starts = (0..).map(move |piece| first + piece * size);
+    starts
+        .take_while(move |at| *at < end)
+        .map(move |at| at.max(start)..end.min(at.saturating_add(size)))
 }
 
 impl Walker {
@@ -148,3 +219,37 @@ impl Found {
 /// How many regions one call may return: 192 KiB of them. The kernel collects 512 at a time and lets
 /// go of the process's memory lock in between, so that more would save nothing but system calls.
 const REGIONS: usize = 8192;
+
+/// Into about how many pieces everything is cut: enough to keep threads equally busy, few enough for
+/// reservations of terabytes of which little is used.
+const PIECES: u64 = 64;
+
+/// Least size of a piece, in bytes: 0.05 ms of work, and no huge page lies across its ends.
+const PIECE_BYTES_MIN: u64 = 16 << 20;
+
+/// How much each thread must have to do, in bytes: starting one costs as much as walking 16 MiB.
+const THREAD_BYTES_MIN: u64 = 256 << 20;
+
+/// Most threads of one walk: beyond it they get in each other's way at the memory lock.
+const THREADS_MAX: usize = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_a_range_and_meet_at_whole_multiples() {
+        let size = PIECE_BYTES_MIN;
+        let range = 3 * size - 4096..5 * size + 4096;
+        let pieces: Vec<_> = cut(&range, size).collect();
+        assert_eq!(pieces.len(), 4);
+        assert_eq!((pieces[0].start, pieces[3].end), (range.start, range.end));
+        assert!(pieces.windows(2).all(|pair| pair[0].end == pair[1].start));
+        assert!(
+            pieces[1..]
+                .iter()
+                .all(|piece| piece.start.is_multiple_of(size))
+        );
+        assert!(cut(&(4096..8192), size).eq([4096..8192]));
+    }
+}

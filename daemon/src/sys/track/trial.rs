@@ -396,21 +396,30 @@ fn fork() -> io::Result<String> {
     Ok(pid.to_string())
 }
 
-/// Makes a process with the same memory; returns its pid.
+/// Makes a process with the same memory, which executes another program when its pipe is poked.
+/// Returns its pid and the pipe.
 fn clone_with_memory() -> io::Result<String> {
-    extern "C" fn wait(_: *mut libc::c_void) -> libc::c_int {
-        loop {
-            // SAFETY: no arguments.
-            unsafe { libc::pause() };
+    extern "C" fn wait(pipe: *mut libc::c_void) -> libc::c_int {
+        let mut byte = 0u8;
+        let read_end = libc::c_int::try_from(pipe.addr()).unwrap_or(-1);
+        let arguments = [c"sleep".as_ptr(), c"1000".as_ptr(), ptr::null()];
+        // SAFETY: room for one byte, and strings that live for ever.
+        unsafe {
+            libc::read(read_end, (&raw mut byte).cast(), 1);
+            libc::execv(c"/bin/sleep".as_ptr(), arguments.as_ptr())
         }
     }
+    let mut pipe = [0; 2];
+    // SAFETY: room for two descriptors.
+    check(unsafe { libc::pipe(pipe.as_mut_ptr()) })?;
     let stack = Box::leak(vec![0u64; 8192].into_boxed_slice())
         .as_mut_ptr_range()
         .end;
     let flags = libc::CLONE_VM | libc::SIGCHLD;
-    // SAFETY: the stack is leaked, so it outlives the process, which calls nothing but pause.
-    let pid = unsafe { libc::clone(wait, stack.cast(), flags, ptr::null_mut()) };
-    check(pid).map(|()| pid.to_string())
+    let argument = ptr::without_provenance_mut(usize::try_from(pipe[0]).unwrap());
+    // SAFETY: the stack is leaked, so it outlives the process, which makes only system calls.
+    let pid = unsafe { libc::clone(wait, stack.cast(), flags, argument) };
+    check(pid).map(|()| format!("{pid} {}", pipe[1]))
 }
 
 /// Sends a signal to a process of the test's own.
