@@ -47,6 +47,11 @@ impl Space {
             let walked = walk_all(&pagemap, self.support.guard, &todo, Look::Protect);
             found.append(walked.found);
             let replaced = self.disown(walked.broken)?;
+            if self.registered.is_empty() {
+                // Nothing at all is tracked: the process has other memory now than our descriptor,
+                // which somebody else keeps alive.
+                return Err(TrackError::Exec { pid: self.pid });
+            }
             if replaced.is_empty() {
                 return Ok(maps);
             }
@@ -55,18 +60,14 @@ impl Space {
             todo = self.scannable(&maps);
             todo.retain(|range| overlaps(&replaced, range));
         }
-        // Either it maps faster than we look, and the rest is found in the next round; or nothing of
-        // it is tracked at all, because it has other memory now than our descriptor.
-        if self.registered.is_empty() {
-            return Err(TrackError::Exec { pid: self.pid });
-        }
+        // It maps faster than we look: the rest is not registered, and is found in the next round.
         Ok(maps)
     }
 
     /// After walks that broke: what they may have protected without telling is not registered any
     /// more, so that it will be unprotected and found dirty. Returns those pages; any error but that of
     /// an untracked mapping is returned instead.
-    fn disown(&mut self, broken: Vec<Broken>) -> Result<PageSet, TrackError> {
+    pub(super) fn disown(&mut self, broken: Vec<Broken>) -> Result<PageSet, TrackError> {
         let runs = broken
             .iter()
             .filter_map(|broken| PageRun::touching(&broken.rest).ok());

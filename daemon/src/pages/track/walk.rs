@@ -250,6 +250,6 @@ mod tests {
                 .iter()
                 .all(|piece| piece.start.is_multiple_of(size))
         );
-        assert_eq!(cut(&(4096..8192), size).collect::<Vec<_>>(), [4096..8192]);
+        assert!(cut(&(4096..8192), size).eq(std::iter::once(4096..8192)));
     }
 }

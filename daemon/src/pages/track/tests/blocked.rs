@@ -73,3 +73,19 @@ fn a_wait_for_a_signal_times_out() {
     let answer = interrupted("sigtimedwait", libc::SYS_rt_sigtimedwait, wait);
     assert_eq!(answer, format!("returned -1 {}", libc::EAGAIN));
 }
+
+/// Its thread cannot be stopped, but does not run either.
+#[test]
+fn a_vfork_goes_on_until_its_child_ends() {
+    let mut trial = start();
+    let blocked = trial.tell("block vfork");
+    let words: Vec<&str> = blocked.split(' ').collect();
+    let tid: i32 = words[1].parse().unwrap();
+    eventually("the vfork", || task::is_uninterruptible(tid));
+    for _ in 0..3 {
+        attach(&trial).detach();
+    }
+    assert!(task::is_uninterruptible(tid));
+    poke(&mut trial, words[2]);
+    assert_eq!(trial.answer(), "returned 1 0");
+}

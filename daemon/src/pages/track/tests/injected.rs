@@ -1,5 +1,7 @@
 //! Attaching to processes of all kinds, and leaving them as they were.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 use crate::pages::track::InjectError;
 
@@ -102,6 +104,44 @@ fn a_stopped_process_is_attached_and_stays_stopped() {
     trial.signal(libc::SIGCONT);
     trial.tell(&format!("fill {} 1 2", at(3)));
     assert_eq!(ours(&space.scan().unwrap().dirty), [(3, 1)]);
+}
+
+#[test]
+fn stops_and_continuations_in_between_hurt_nobody() {
+    let mut trial = start();
+    let pid = trial.pid();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                trial::signal(pid, libc::SIGSTOP);
+                std::thread::yield_now();
+                trial::signal(pid, libc::SIGCONT);
+            }
+        });
+        for _ in 0..50 {
+            attach(&trial).detach();
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    round_trip(&mut trial);
+}
+
+#[test]
+fn whoever_shares_the_descriptors_is_stopped_too() {
+    let mut trial = start();
+    let answer = trial.tell("clone-vm");
+    let sharer: i32 = answer.split(' ').next().unwrap().parse().unwrap();
+    let other: i32 = trial.tell("fork").parse().unwrap();
+    let own_threads = task::threads(trial.pid()).unwrap().len();
+    let options = TrackOptions {
+        tree: vec![trial.pid(), sharer, other],
+        ..options()
+    };
+    let space = Space::attach(trial.pid(), &options).unwrap();
+    assert_eq!(space.attached().threads, own_threads + 1);
+    trial::kill(sharer);
+    trial::kill(other);
 }
 
 #[test]

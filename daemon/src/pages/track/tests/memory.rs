@@ -1,6 +1,8 @@
 //! What changes in a process's memory, and what the tracker makes of it.
 
 use super::*;
+use crate::pages::track::walk::{Look, walk_all};
+use crate::sys::pagemap::Pagemap;
 
 /// A trial process with `pages` pages of memory that have contents, tracked and mirrored once.
 fn tracked(pages: u64) -> (Trial, Space, Mirror) {
@@ -139,6 +141,24 @@ fn the_middle_of_a_mapping_replaced_costs_no_write_around_it() {
 }
 
 #[test]
+fn what_a_broken_walk_protected_without_telling_is_dirty() {
+    let (mut trial, mut space, mut mirror) = tracked(32);
+    trial.tell(&format!("fill {} 1 1", at(2)));
+    trial.tell(&format!("unmap {} 4", at(8)));
+    trial.tell(&format!("map {} 4 rw", at(8)));
+    trial.tell(&format!("fill {} 4 3", at(8)));
+    // As if the middle were replaced after maps was read: the walk protects page 2 and then fails.
+    let pagemap = Pagemap::open(trial.pid()).unwrap();
+    let whole = BASE..BASE + 32 * 4096;
+    let walked = walk_all(&pagemap, space.support.guard, &[whole], Look::Protect);
+    assert_eq!(walked.broken.len(), 1);
+    space.disown(walked.broken).unwrap();
+    assert_eq!(dirty(&mut mirror, &mut space), [(0, 32)]);
+    assert_eq!(dirty(&mut mirror, &mut space), []);
+    mirror.finish(&mut space);
+}
+
+#[test]
 fn a_mapping_replaced_in_the_freeze_is_taken_whole() {
     let (mut trial, mut space, mut mirror) = tracked(32);
     trial.tell(&format!("unmap {} 32", at(0)));
@@ -215,6 +235,24 @@ fn huge_pages_are_followed_page_by_page() {
     assert_eq!(ours(&mirror.finish(&mut space).live), [(0, 2048)]);
 }
 
+/// On a machine without swap the memory stays where it is, and the test says less.
+#[test]
+fn memory_in_swap_is_live_clean_and_read() {
+    let (mut trial, mut space, mut mirror) = tracked(64);
+    trial.tell(&format!("advise {} 32 pageout", at(16)));
+    assert_eq!(dirty(&mut mirror, &mut space), []);
+    trial.tell(&format!("advise {} 64 pageout", at(0)));
+    let last = mirror.finish(&mut space);
+    assert_eq!(
+        (ours(&last.dirty), ours(&last.live)),
+        (vec![], vec![(0, 64)])
+    );
+    trial.tell(&format!("fill {} 1 9", at(20)));
+    trial.tell(&format!("advise {} 64 pageout", at(0)));
+    assert_eq!(dirty(&mut mirror, &mut space), [(20, 1)]);
+    mirror.finish(&mut space);
+}
+
 #[test]
 fn a_fork_disturbs_nothing_and_the_child_is_a_space_of_its_own() {
     let (mut trial, mut space, mut mirror) = tracked(32);
@@ -241,6 +279,23 @@ fn another_program_makes_the_space_void() {
     drop(space);
     let mut space = attach(&trial);
     Mirror::default().round(&mut space);
+}
+
+#[test]
+fn another_program_is_noticed_though_its_old_memory_lives_on() {
+    let mut trial = start();
+    let answer = trial.tell("clone-vm");
+    let (sharer, pipe) = answer.split_once(' ').unwrap();
+    let sharer: i32 = sharer.parse().unwrap();
+    let mut space = Space::attach(sharer, &options()).unwrap();
+    space.scan().unwrap();
+    trial.tell(&format!("poke {pipe}"));
+    let executable = || std::fs::read_link(format!("/proc/{sharer}/exe")).unwrap();
+    eventually("the exec", || {
+        executable() != std::env::current_exe().unwrap()
+    });
+    assert!(matches!(space.scan(), Err(TrackError::Exec { .. })));
+    trial::kill(sharer);
 }
 
 #[test]

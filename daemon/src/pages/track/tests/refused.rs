@@ -72,7 +72,8 @@ fn a_tree_knows_children_threads_and_spaces() {
     let mut trial = start();
     trial.tell("threads 3");
     let child: i32 = trial.tell("fork").parse().unwrap();
-    let sharer: i32 = trial.tell("clone-vm").parse().unwrap();
+    let sharer = trial.tell("clone-vm");
+    let sharer: i32 = sharer.split(' ').next().unwrap().parse().unwrap();
     let tree = Tree::read(trial.pid()).unwrap();
     assert_eq!(tree.tasks[0].pid, trial.pid());
     assert!(5 <= tree.tasks[0].threads.len());
