@@ -7,9 +7,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen,
-    socket, sockopt,
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, connect, getsockopt,
+    listen, shutdown, socket, sockopt,
 };
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::geteuid;
@@ -156,6 +157,23 @@ impl Channel {
         })
     }
 
+    /// Ends the conversation for both sides.
+    pub fn shut(&self) {
+        // Fails when the other side has ended it.
+        let _ = shutdown(self.0.as_raw_fd(), Shutdown::Both);
+    }
+
+    /// Whether the other side has ended the conversation, whatever it had said before.
+    pub fn is_over(&self) -> bool {
+        let mut polled = [PollFd::new(self.0.get_ref().as_fd(), PollFlags::empty())];
+        // The kernel tells a hang-up unasked.
+        let told = poll(&mut polled, PollTimeout::ZERO);
+        told.is_ok()
+            && polled[0]
+                .revents()
+                .is_some_and(|it| it.contains(PollFlags::POLLHUP))
+    }
+
     /// Sends a message.
     pub async fn send(
         &self,
@@ -221,7 +239,9 @@ mod tests {
         ours.send(&ask, &[file.as_fd()]).await.unwrap();
         let (ask, fds) = theirs.receive::<Ask>().await.unwrap().unwrap();
         assert_eq!((ask.id, fds.len()), (3, 1));
+        assert!(!theirs.is_over());
         drop(ours);
+        assert!(theirs.is_over());
         assert!(theirs.receive::<Ask>().await.unwrap().is_none());
         drop(listener);
         assert!(Channel::connect(&path).is_err());

@@ -293,6 +293,12 @@ impl PagerClient {
         }
     }
 
+    /// Ends the conversation at once; questions that wait end in [`ClientError::Lost`]. The pager
+    /// goes on.
+    pub fn close(&self) {
+        self.channel.shut();
+    }
+
     async fn ask_ok(&self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
         match self.ask(request, fds).await? {
             Reply::Ok => Ok(()),
@@ -320,6 +326,7 @@ impl PagerClient {
 
 impl Drop for PagerClient {
     fn drop(&mut self) {
+        self.close();
         self.reader.abort();
     }
 }

@@ -119,7 +119,7 @@ async fn serve(
     let mut watched = true;
     while !desk.is_over() {
         tokio::select! {
-            accepted = listener.accept() => desk.connected(accepted),
+            accepted = listener.accept() => desk.connected(accepted).await,
             received = receive(desk.connection.as_ref()) => match received {
                 Some((ask, fds)) => desk.asked(ask, fds).await,
                 None => desk.disconnected(),
@@ -238,21 +238,29 @@ impl Desk {
         self.over || (self.report.is_some() && self.reported)
     }
 
-    fn connected(&mut self, accepted: Result<Channel, ChannelError>) {
+    async fn connected(&mut self, accepted: Result<Channel, ChannelError>) {
         match accepted {
-            Ok(_) if self.connection.is_some() => warn!("a second daemon was turned away"),
+            Ok(_) if self.connection.as_ref().is_some_and(|held| !held.is_over()) => {
+                warn!("a second daemon was turned away");
+            }
             Ok(channel) => {
+                // The one that was there may not have been seen to be gone.
+                self.disconnected();
                 self.connection = Some(channel);
                 self.alone = Duration::ZERO;
+                if let Some(report) = self.report {
+                    self.reported |= self.tell(&Told::Filled(report)).await;
+                }
             }
             Err(error) => warn!(%error, "a connection was not taken"),
         }
     }
 
     fn disconnected(&mut self) {
-        info!(state = ?self.state, "the daemon is gone");
-        self.connection = None;
         self.waiting.clear();
+        if self.connection.take().is_some() {
+            info!(state = ?self.state, "the daemon is gone");
+        }
     }
 
     /// Nobody is waited for for ever.
