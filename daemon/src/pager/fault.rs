@@ -13,10 +13,15 @@
 //!
 //! **Order.** The kernel queues an event after its cause has let go of the mappings, so two threads'
 //! events may be queued in the wrong order: a child is forked, another thread gives up memory, and
-//! the second is told first; the child would read zeros for what it inherited. Events are
-//! therefore gathered until no cause is at work any more ([`gather`]), and put into the one order
-//! in which they can have happened ([`order`]). What remains is a thread that is stopped for
-//! longer than [`GATHER_MAX`] between letting go and queueing.
+//! the second is told first; the child would read zeros for what it inherited. The other way round
+//! the two look the same: memory is given up, the thread goes on and forks, and the child must
+//! read zeros. What tells them apart is that in between nothing was at work. So after an event the
+//! descriptor is watched without a break until nothing is at work any more ([`gather`]); what is
+//! told meanwhile was at work at the same time, and is put into the one order in which it can have
+//! happened ([`order`]). A break in the watching (this thread was off its processor) could hide
+//! the calm, so what is told after one happened later. What remains is a fork whose thread is
+//! stopped between letting go and queueing, some hundred nanoseconds, while another thread's event
+//! is told.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -28,10 +33,17 @@ use super::space::{Family, MemberId};
 use super::store::Store;
 use crate::sys::uffd::{Message, Stop, Uffd};
 
-/// How long events are gathered that belong together. The window in the kernel that this covers is
-/// below a microsecond. A fork that a woken thread causes is told later than this: the thread must
-/// be scheduled, tell another, and that one's memory be copied.
-pub const GATHER_MAX: Duration = Duration::from_micros(50);
+/// How long after an event others are taken to have been at work at the same time. A thread that
+/// goes on after its event cannot cause a fork to be told within this time: it must be woken and
+/// fork, 30 µs at the least.
+const GATHER_MAX: Duration = Duration::from_micros(20);
+
+/// Longest time between two looks that counts as watching without a break: shorter than what is
+/// between the end of one event's cause and a fork's beginning to be at work. A look takes 0.3 µs.
+const LOOK_MAX: Duration = Duration::from_micros(5);
+
+/// What one more message may add to a look.
+const MESSAGE_MAX: Duration = Duration::from_nanos(500);
 
 /// Pages copied for one fault: the one waited for and those behind it, if they are missing too.
 /// 16 KiB cost 2 µs more than one page and spare a sequential reader three of four faults.
@@ -100,28 +112,57 @@ pub enum FillError {
     Descriptor(#[source] io::Error),
 }
 
-/// Reads everything that waits at `uffd`; events that belong together are all in one batch.
-///
-/// The second batch holds what came too late to belong to the first.
-pub fn gather(uffd: &Uffd) -> io::Result<(Batch, Option<Batch>)> {
-    let mut messages = Vec::new();
-    uffd.read(&mut messages)?;
-    let start = Instant::now();
-    let mut late = Vec::new();
-    if messages.iter().any(is_event) {
-        while late.is_empty() && uffd.is_changing() && start.elapsed() < GATHER_MAX {
-            let mut more = Vec::new();
-            // What was read already must not be lost; an error will be met again.
-            if uffd.read(&mut more).is_err() {
-                break;
-            }
-            let timely = start.elapsed() < GATHER_MAX;
-            if timely { &mut messages } else { &mut late }.append(&mut more);
+/// Reads everything that waits at `uffd`, in batches to be applied one after the other. What is in
+/// one batch was at work at the same time.
+pub fn gather(uffd: &Uffd) -> io::Result<Vec<Batch>> {
+    let registered = |page: PageIndex| uffd.is_registered(page.address()) == Some(true);
+    let mut look = Look::new();
+    let mut together = Vec::new();
+    uffd.read(&mut together)?;
+    if !together.iter().any(is_event) {
+        return Ok(vec![sort(together, registered)]);
+    }
+    let mut apart = Vec::new();
+    if look.is_broken(together.len()) {
+        apart = std::mem::take(&mut together);
+    }
+    let start = look.at;
+    while apart.is_empty() && look.at - start < GATHER_MAX && uffd.is_changing() {
+        let mut more = Vec::new();
+        // What was read already must not be lost; an error will be met again.
+        if uffd.read(&mut more).is_err() {
+            break;
+        }
+        let broken = look.is_broken(more.len());
+        if broken { &mut apart } else { &mut together }.append(&mut more);
+        if broken {
+            break;
         }
     }
-    let registered = |page: PageIndex| uffd.is_registered(page.address()) == Some(true);
-    let batch = sort(messages, registered);
-    Ok((batch, (!late.is_empty()).then(|| sort(late, registered))))
+    let apart = apart.into_iter().map(|message| vec![message]);
+    let batches = std::iter::once(together).chain(apart);
+    Ok(batches.map(|messages| sort(messages, registered)).collect())
+}
+
+/// When something was last looked at.
+struct Look {
+    at: Instant,
+}
+
+impl Look {
+    fn new() -> Self {
+        Self { at: Instant::now() }
+    }
+
+    /// Whether so much time has passed since the last look that something may have begun and ended
+    /// unseen. `messages` were read meanwhile.
+    fn is_broken(&mut self, messages: usize) -> bool {
+        let now = Instant::now();
+        let taken = now - self.at;
+        self.at = now;
+        let reading = MESSAGE_MAX * u32::try_from(messages).unwrap_or(u32::MAX);
+        LOOK_MAX + reading < taken
+    }
 }
 
 fn is_event(message: &Message) -> bool {

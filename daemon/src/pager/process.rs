@@ -119,7 +119,7 @@ async fn serve(
     let mut watched = true;
     while !desk.is_over() {
         tokio::select! {
-            accepted = listener.accept() => desk.connected(accepted),
+            accepted = listener.accept() => desk.connected(accepted).await,
             received = receive(desk.connection.as_ref()) => match received {
                 Some((ask, fds)) => desk.asked(ask, fds).await,
                 None => desk.disconnected(),
@@ -238,7 +238,7 @@ impl Desk {
         self.over || (self.report.is_some() && self.reported)
     }
 
-    fn connected(&mut self, accepted: Result<Channel, ChannelError>) {
+    async fn connected(&mut self, accepted: Result<Channel, ChannelError>) {
         match accepted {
             Ok(_) if self.connection.as_ref().is_some_and(|held| !held.is_over()) => {
                 warn!("a second daemon was turned away");
@@ -248,6 +248,9 @@ impl Desk {
                 self.disconnected();
                 self.connection = Some(channel);
                 self.alone = Duration::ZERO;
+                if let Some(report) = self.report {
+                    self.reported |= self.tell(&Told::Filled(report)).await;
+                }
             }
             Err(error) => warn!(%error, "a connection was not taken"),
         }

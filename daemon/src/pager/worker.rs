@@ -230,7 +230,7 @@ impl Worker {
         let Some(state) = self.member(space, member) else {
             return;
         };
-        let (first, second) = match fault::gather(&state.uffd) {
+        let batches = match fault::gather(&state.uffd) {
             Ok(batches) => batches,
             Err(source) => {
                 // Out of descriptors for a forked child: its parent waits until there is one. The
@@ -240,7 +240,7 @@ impl Worker {
                 return;
             }
         };
-        for batch in [Some(first), second].into_iter().flatten() {
+        for batch in batches {
             self.apply(space, member, batch);
         }
     }
@@ -418,6 +418,10 @@ impl Worker {
         }
         let after = house.family.missing();
         if house.members.is_empty() {
+            // The daemon may still have the store open.
+            for run in house.family.take_unpunched() {
+                warn_unpunched(house.store.punch(run));
+            }
             self.families.remove(&space);
         }
         self.count(before, after);
@@ -471,7 +475,11 @@ impl Worker {
 }
 
 fn punch(family: &mut Family, store: &Store, near: PageIndex) {
-    if let Err(error) = fill::punch(family, store, near) {
+    warn_unpunched(fill::punch(family, store, near));
+}
+
+fn warn_unpunched(punched: io::Result<()>) {
+    if let Err(error) = punched {
         warn!(%error, "cannot give back memory of a store");
     }
 }

@@ -95,7 +95,7 @@ pub fn run(script: &Script, socket: i32) {
     if let Some(path) = &script.finish {
         criu.open_gates();
         let mut test = UnixStream::connect(path).unwrap();
-        writeln!(test, "criu {}", std::process::id()).unwrap();
+        writeln!(test, "criu").unwrap();
         BufReader::new(test).read_line(&mut String::new()).unwrap();
     }
     lazy.write_all(&FINISHED.to_ne_bytes()).unwrap();

@@ -43,14 +43,13 @@ pub struct Lab {
     pub stores: BTreeMap<u32, File>,
     pub pager: i32,
     /// `go` is not answered before "finished" was said.
-    going: Option<JoinHandle<Result<(), ClientError>>>,
+    pub going: Option<JoinHandle<Result<(), ClientError>>>,
     listener: UnixListener,
     waiting: BTreeMap<String, Peer>,
 }
 
 /// A connection to something that was started: a workload, its child, or the stand-in for CRIU.
 pub struct Peer {
-    pub pid: i32,
     reader: BufReader<OwnedReadHalf>,
     writer: OwnedWriteHalf,
 }
@@ -216,23 +215,15 @@ impl Lab {
             let mut reader = BufReader::new(reader);
             let mut line = String::new();
             reader.read_line(&mut line).await.unwrap();
-            let (who, pid) = line.trim().split_once(' ').unwrap();
-            let pid = pid.parse().unwrap();
-            self.waiting.insert(
-                who.to_owned(),
-                Peer {
-                    pid,
-                    reader,
-                    writer,
-                },
-            );
+            let who = line.trim();
+            self.waiting.insert(who.to_owned(), Peer { reader, writer });
         }
     }
 
     /// Lets the stand-in for CRIU say "finished"; the tree runs already.
     pub async fn finish(&mut self) {
         let mut criu = self.peer("criu").await;
-        criu.writer.write_all(b"go\n").await.unwrap();
+        criu.line().await;
         self.going.take().unwrap().await.unwrap().unwrap();
     }
 
@@ -295,6 +286,11 @@ impl Peer {
     pub async fn ask(&mut self, command: &Command) -> Answer {
         self.tell(command).await;
         self.answer().await
+    }
+
+    /// Tells the stand-in for CRIU to go on.
+    pub async fn line(&mut self) {
+        self.writer.write_all(b"\n").await.unwrap();
     }
 
     pub async fn tell(&mut self, command: &Command) {

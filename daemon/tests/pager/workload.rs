@@ -64,6 +64,12 @@ pub enum Command {
         page: u64,
         count: u64,
     },
+    /// One thread gives up page after page while another forks; each child checks that it has what
+    /// its parent had at the fork.
+    ForkRace {
+        page: u64,
+        count: u64,
+    },
     /// Touches pages in random order, and tells how long each took, in nanoseconds, sorted.
     Touch {
         page: u64,
@@ -146,7 +152,7 @@ pub fn run(setup: &Setup) {
 /// Connects as `name` and does what it is told until the connection ends.
 fn obey(setup: &Setup, name: &str) {
     let mut stream = UnixStream::connect(&setup.control).unwrap();
-    writeln!(stream, "{name} {}", std::process::id()).unwrap();
+    writeln!(stream, "{name}").unwrap();
     let reader = BufReader::new(stream.try_clone().unwrap());
     for line in reader.lines() {
         let Ok(line) = line else { return };
@@ -195,6 +201,7 @@ fn perform(command: &Command) -> Answer {
             page,
             count,
         } => fork_at_once(threads, page, count),
+        Command::ForkRace { page, count } => fork_race(page, count),
         Command::Touch {
             page,
             count,
@@ -256,6 +263,61 @@ fn fork_at_once(threads: u64, page: u64, count: u64) -> Answer {
         }
     }
     check(page, count, page)
+}
+
+/// Not given up, about to be, and given up.
+const KEPT: u8 = 0;
+const LEAVING: u8 = 1;
+const LEFT: u8 = 2;
+
+fn fork_race(page: u64, count: u64) -> Answer {
+    use std::sync::atomic::{AtomicU8, Ordering};
+    let states: Vec<AtomicU8> = (0..count).map(|_| AtomicU8::new(KEPT)).collect();
+    let check_all = || {
+        (page..).zip(&states).find_map(|(at, state)| {
+            let answer = match state.load(Ordering::SeqCst) {
+                KEPT => check(at, 1, at),
+                LEFT => check_zero(at, 1),
+                // It was under way: either will do.
+                _ => Answer::Ok,
+            };
+            (answer != Answer::Ok).then_some(answer)
+        })
+    };
+    let forker = || {
+        let mut forked = 0;
+        while states.last().unwrap().load(Ordering::SeqCst) != LEFT {
+            match sys::fork().unwrap() {
+                ForkResult::Child => {
+                    let wrong = check_all();
+                    wrong
+                        .iter()
+                        .for_each(|text| eprintln!("child {forked}: {text:?}"));
+                    sys::exit(i32::from(wrong.is_some()))
+                }
+                ForkResult::Parent { child } => {
+                    let status = waitpid(child, None).unwrap();
+                    if !matches!(status, WaitStatus::Exited(_, 0)) {
+                        return Answer::Wrong(format!("child {forked}: {status:?}"));
+                    }
+                }
+            }
+            forked += 1;
+        }
+        Answer::Times(vec![forked])
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for (at, state) in (page..).zip(&states) {
+                state.store(LEAVING, Ordering::SeqCst);
+                sys::give_up(at * PAGE, PAGE).unwrap();
+                state.store(LEFT, Ordering::SeqCst);
+            }
+        });
+        let answer = forker();
+        // However it went, the other thread comes to its end.
+        answer
+    })
 }
 
 /// Numbers that look random and are the same for the same seed.
@@ -331,8 +393,11 @@ fn churn(page: u64, count: u64, steps: u64, seed: u64) -> Answer {
             }
             3 if children.len() < 3 => match sys::fork().unwrap() {
                 ForkResult::Child => {
-                    let right = verify(page, &pages).is_none();
-                    sys::exit(i32::from(!right))
+                    let wrong = verify(page, &pages);
+                    wrong
+                        .iter()
+                        .for_each(|text| eprintln!("seed {seed}: a child: {text}"));
+                    sys::exit(i32::from(wrong.is_some()))
                 }
                 ForkResult::Parent { child } => children.push(child),
             },
