@@ -200,6 +200,7 @@ fn build(
     std::fs::create_dir_all(&shared).context("creating the shared folder")?;
     let plan = NodePlan {
         lab_binary: &lab_binary,
+        nodes: options.nodes,
         layers: &layers,
         scratch: &scratch,
         shared: &shared,
