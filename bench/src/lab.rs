@@ -1,9 +1,9 @@
 //! A lab: nodes of its own on one machine, their network, and the daemons on them.
 //!
 //! Invariants: the host's files, namespaces and interfaces stay as they are, apart from the run
-//! folder, the cache and cgroups named `pageferry-lab`. There is one lab at a time. Whatever way the
-//! process ends (success, error, panic, a signal), the lab comes down, unless it was asked to stay;
-//! after a SIGKILL the next `lab` command finds the leftovers by cgroup and removes them.
+//! folder, the cache and cgroups named `pageferry-lab`. There is one lab at a time. Whatever way
+//! the process ends (success, error, panic, a signal), the lab comes down, unless it was asked to
+//! stay; after a SIGKILL the next `lab` command finds the leftovers by cgroup and removes them.
 
 pub mod cgroup;
 pub mod daemon;

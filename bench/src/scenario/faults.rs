@@ -2,9 +2,10 @@
 //! on at exactly one node, with its memory right.
 //!
 //! A state is observed from outside (`pageferry list`), so the links are shaped and the final round
-//! is large: states last long enough to be hit. Those between `Ready` and `Started` are made to last
-//! by stopping (SIGSTOP) the other daemon. What happened is judged by what is alive afterwards, not
-//! by whether the fault hit the very state it was meant for; a state never seen is a failure.
+//! is large: states last long enough to be hit. Those between `Ready` and `Started` are made to
+//! last by stopping (SIGSTOP) the other daemon. What happened is judged by what is alive
+//! afterwards, not by whether the fault hit the very state it was meant for; a state never seen is
+//! a failure.
 
 use std::time::{Duration, Instant};
 
