@@ -70,6 +70,7 @@ impl Lab {
         let mut state = State {
             kept: options.keep,
             link: options.link.to_string(),
+            daemons: options.daemons,
             hierarchies: cgroup::hierarchies()?,
             ..State::default()
         };
@@ -143,6 +144,11 @@ impl Lab {
         daemon.wait_ready(node)?;
         self.daemons[index] = daemon;
         Ok(())
+    }
+
+    /// Whether moves are pageferry's or those of stock CRIU.
+    pub fn has_daemons(&self) -> bool {
+        self.state.daemons
     }
 
     pub fn link(&self) -> &str {

@@ -67,6 +67,10 @@ enum Command {
         /// Leave the lab up afterwards.
         #[arg(long)]
         keep: bool,
+        /// Move by stock CRIU instead of pageferry (a scenario whose clients do not survive that is
+        /// wrong itself).
+        #[arg(long)]
+        baseline: bool,
         /// Of a scenario with cases, only this one.
         #[arg(long)]
         only: Option<String>,
@@ -129,12 +133,21 @@ fn run(command: Command) -> Result<ExitCode> {
             json,
             link,
             keep,
+            baseline,
             only,
         } => {
             let Some(scenario) = scenario::find(&scenario) else {
                 bail!("no scenario is called {scenario:?} (lab list)")
             };
-            let ok = scenario.run(&Settings { link, keep, only }, json.as_deref())?;
+            let ok = scenario.run(
+                &Settings {
+                    link,
+                    keep,
+                    baseline,
+                    only,
+                },
+                json.as_deref(),
+            )?;
             Ok(if ok {
                 ExitCode::SUCCESS
             } else {

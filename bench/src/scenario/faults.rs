@@ -23,6 +23,10 @@ use crate::writer::options::Options;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
+    ensure!(
+        !settings.baseline,
+        "faults is about what stock CRIU does not have"
+    );
     let link = settings
         .link
         .clone()
@@ -137,7 +141,7 @@ impl Fault {
         let migration = Migration::start(lab.node("a")?, &name, "b", &flags)?;
         let hit = self.strike(lab, &name)?;
         let outcome = migration.finish()?;
-        let settled = wait_settled(&lab.nodes, SETTLE_TIME_MAX);
+        let settled = wait_settled(lab, SETTLE_TIME_MAX);
         if !hit {
             settled?;
             session.finish(lab, &mut Report::new("unused"))?;
