@@ -1,9 +1,9 @@
 //! A lab: nodes of its own on one machine, their network, and the daemons on them.
 //!
 //! Invariants: the host's files, namespaces and interfaces stay as they are, apart from the run
-//! folder, the cache and cgroups named `pageferry-lab`. There is one lab at a time. Whatever way the
-//! process ends (success, error, panic, a signal), the lab comes down, unless it was asked to stay;
-//! after a SIGKILL the next `lab` command finds the leftovers by cgroup and removes them.
+//! folder, the cache and cgroups named `pageferry-lab`. There is one lab at a time. Whatever way
+//! the process ends (success, error, panic, a signal), the lab comes down, unless it was asked to
+//! stay; after a SIGKILL the next `lab` command finds the leftovers by cgroup and removes them.
 
 pub mod cgroup;
 pub mod daemon;
@@ -70,6 +70,7 @@ impl Lab {
         let mut state = State {
             kept: options.keep,
             link: options.link.to_string(),
+            daemons: options.daemons,
             hierarchies: cgroup::hierarchies()?,
             ..State::default()
         };
@@ -145,6 +146,11 @@ impl Lab {
         Ok(())
     }
 
+    /// Whether moves are pageferry's or those of stock CRIU.
+    pub fn has_daemons(&self) -> bool {
+        self.state.daemons
+    }
+
     pub fn link(&self) -> &str {
         &self.state.link
     }
@@ -200,6 +206,7 @@ fn build(
     std::fs::create_dir_all(&shared).context("creating the shared folder")?;
     let plan = NodePlan {
         lab_binary: &lab_binary,
+        nodes: options.nodes,
         layers: &layers,
         scratch: &scratch,
         shared: &shared,

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::lab::Lab;
 use crate::lab::node::Node;
 use crate::scenario::report::Move;
 
@@ -120,11 +121,6 @@ fn last_object(printed: &str) -> Value {
         .unwrap_or(Value::Null)
 }
 
-/// Moves a workload and waits for the end.
-pub fn migrate(source: &Node, workload: &str, to: &str, flags: &MigrateFlags) -> Result<Outcome> {
-    Migration::start(source, workload, to, flags)?.finish()
-}
-
 /// What a node says of all its migrations.
 pub fn list(node: &Node) -> Result<Vec<Value>> {
     let printed = node.command("pageferry")?.args(["list", "--json"]).run()?;
@@ -160,9 +156,15 @@ pub fn under_way(node: &Node, workload: &str) -> Option<(String, String)> {
     })
 }
 
-/// Waits until no migration of any of these nodes is under way: fills are over, journals closed.
-pub fn wait_settled(nodes: &[Node], time_max: Duration) -> Result<()> {
+/// Waits until no migration of any node is under way: fills are over, journals closed.
+pub fn wait_settled(lab: &Lab, time_max: Duration) -> Result<()> {
     let deadline = Instant::now() + time_max;
+    // Stock CRIU has nothing left to do when it returns.
+    let nodes = if lab.has_daemons() {
+        &lab.nodes[..]
+    } else {
+        &[]
+    };
     for node in nodes {
         loop {
             let all = list(node)?;

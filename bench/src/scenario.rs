@@ -37,6 +37,8 @@ pub struct Settings {
     pub link: Option<Link>,
     /// Leave the lab up afterwards.
     pub keep: bool,
+    /// Move by stock CRIU instead of pageferry: checks the scenario itself.
+    pub baseline: bool,
     /// Of a scenario with cases, only this one.
     pub only: Option<String>,
 }
@@ -44,7 +46,7 @@ pub struct Settings {
 impl Settings {
     /// Brings up the lab of a scenario, with a daemon on each node.
     pub fn lab(&self, nodes: usize) -> Result<Lab> {
-        self.bring_up(nodes, true)
+        self.bring_up(nodes, !self.baseline)
     }
 
     /// Brings up the lab of a scenario that drives CRIU itself.

@@ -49,8 +49,8 @@ pub fn clone_with_pid(pids: &[i32], flags: u64) -> io::Result<Cloned> {
         set_tid_size: pids.len() as u64,
         ..CloneArgs::default()
     };
-    // SAFETY: args is a valid clone_args of the size passed, set_tid points at `pids`, which outlives
-    // the call, and without CLONE_VM the child runs on its own copy of this stack.
+    // SAFETY: args is a valid clone_args of the size passed, set_tid points at `pids`, which
+    // outlives the call, and without CLONE_VM the child runs on its own copy of this stack.
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) };
     match result {
         -1 => Err(io::Error::last_os_error()),
@@ -99,8 +99,8 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
 }
 
 /// Broadcasts one ARP request for `wanted`, in the name of `sender` (MAC, IPv4 address), from an
-/// interface of the calling thread's network namespace. With `wanted` the sender's own address it is
-/// an announcement (RFC 5227).
+/// interface of the calling thread's network namespace. With `wanted` the sender's own address it
+/// is an announcement (RFC 5227).
 pub fn send_arp_request(
     interface: &str,
     sender: ([u8; 6], [u8; 4]),

@@ -1,10 +1,12 @@
-//! The lab tests: each runs one scenario through the `lab` binary and reads its report.
+//! The lab tests: each runs the `lab` binary, most of them one scenario, and reads its report.
 //!
-//! They need root, and one lab at a time: the lab's own lock makes sure, and the tests take turns.
+//! They need root, and one lab at a time: the tests take turns, and the lab's own lock makes sure.
 //! Durations are never asserted.
 
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use pageferry_bench::scenario::report::Report;
 
@@ -15,30 +17,34 @@ fn turn() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn lab(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lab"));
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+fn text(output: &Output) -> String {
+    let [printed, complaint] = [&output.stdout, &output.stderr].map(|t| String::from_utf8_lossy(t));
+    format!("{printed}{complaint}")
+}
+
 /// Runs a scenario; its report, and what it printed.
-fn run(scenario: &str) -> (Report, String) {
-    let _turn = turn();
+fn run(arguments: &[&str]) -> (Report, String) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let json = folder.path().join("report.json");
-    let output = Command::new(env!("CARGO_BIN_EXE_lab"))
-        .args(["run", scenario, "--json"])
-        .arg(&json)
-        .output()
-        .expect("running lab");
-    let printed = format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let text = std::fs::read_to_string(&json).unwrap_or_else(|_| panic!("no report: {printed}"));
-    (serde_json::from_str(&text).expect("a report"), printed)
+    let mut command = lab(&["run", "--json", json.to_str().expect("a plain path")]);
+    let output = command.args(arguments).output().expect("running lab");
+    let printed = text(&output);
+    let object = std::fs::read_to_string(&json).unwrap_or_else(|_| panic!("no report: {printed}"));
+    (serde_json::from_str(&object).expect("a report"), printed)
 }
 
 /// Nothing lost, nothing broken, nothing changed.
-fn check(scenario: &str, moves: usize) {
-    let (report, printed) = run(scenario);
-    assert!(report.ok, "{printed}");
+fn check(arguments: &[&str], moves: usize) {
+    let _turn = turn();
+    let (report, printed) = run(arguments);
     assert_eq!(report.failures, Vec::<String>::new(), "{printed}");
+    assert!(report.ok, "{printed}");
     assert_eq!(report.moves.len(), moves, "{printed}");
     assert_eq!(
         (report.lost_acks, report.broken_connections),
@@ -46,9 +52,92 @@ fn check(scenario: &str, moves: usize) {
         "{printed}"
     );
     assert_ne!(report.digest_equal, Some(false), "{printed}");
+    assert_clean();
+}
+
+/// Nothing of a lab is left on the machine but its logs.
+fn assert_clean() {
+    let subtrees = [
+        "/sys/fs/cgroup/freezer",
+        "/sys/fs/cgroup/unified",
+        "/sys/fs/cgroup",
+    ];
+    for folder in subtrees.map(|mount| Path::new(mount).join("pageferry-lab")) {
+        assert!(!folder.exists(), "{} is left", folder.display());
+    }
+    assert!(!Path::new(STATE).exists(), "{STATE} is left");
+    let mounts = std::fs::read_to_string("/proc/self/mounts").expect("the mounts");
+    assert!(!mounts.contains("pageferry-lab"), "{mounts}");
 }
 
 #[test]
 fn clients_survive_a_move_by_stock_criu() {
-    check("stop_and_copy", 1);
+    check(&["stop_and_copy"], 1);
 }
+
+#[test]
+fn a_writer_survives_a_move_by_stock_criu() {
+    check(&["baseline", "--only", "remap"], 1);
+}
+
+#[test]
+fn a_lab_stays_up_until_it_is_taken_down_and_is_the_only_one() {
+    let _turn = turn();
+    let up = lab(&["up", "--bare", "--nodes", "3", "--link", "200mbit"])
+        .output()
+        .expect("lab up");
+    assert!(up.status.success(), "{}", text(&up));
+    let second = lab(&["up", "--bare"]).output().expect("lab up");
+    assert!(!second.status.success(), "{}", text(&second));
+    assert!(text(&second).contains("lab down"), "{}", text(&second));
+
+    let name = lab(&["exec", "c", "--", "hostname"])
+        .output()
+        .expect("lab exec");
+    assert_eq!(
+        String::from_utf8_lossy(&name.stdout),
+        "node-c\n",
+        "{}",
+        text(&name)
+    );
+    let code = lab(&["exec", "a", "--", "sh", "-c", "exit 7"])
+        .status()
+        .expect("lab exec");
+    assert_eq!(code.code(), Some(7));
+    let started = lab(&["start", "b", "writer", "--", "memory=4M"])
+        .output()
+        .expect("lab start");
+    assert!(
+        text(&started).contains("process/10000"),
+        "{}",
+        text(&started)
+    );
+    let status = lab(&["status"]).output().expect("lab status");
+    assert!(text(&status).contains("process/10000"), "{}", text(&status));
+
+    let down = lab(&["down"]).output().expect("lab down");
+    assert!(down.status.success(), "{}", text(&down));
+    assert_clean();
+}
+
+#[test]
+fn what_a_killed_lab_left_is_cleaned_up() {
+    let _turn = turn();
+    let mut child = lab(&["run", "stop_and_copy"])
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("lab run");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    // Its workload is there: nodes, links and namespaces are.
+    while !std::fs::read_to_string(STATE).is_ok_and(|state| state.contains("\"workloads\": 1")) {
+        assert!(Instant::now() < deadline, "no lab comes up");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child.kill().expect("killing lab");
+    child.wait().expect("waiting for lab");
+    let down = lab(&["down"]).output().expect("lab down");
+    assert!(down.status.success(), "{}", text(&down));
+    assert_clean();
+}
+
+const STATE: &str = "/run/pageferry-lab/state.json";

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
 
 use anyhow::{Result, bail};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use pageferry_bench::lab::network::Link;
 use pageferry_bench::lab::{self, Lab, LabOptions};
 use pageferry_bench::scenario::{self, Settings};
-use pageferry_bench::workload::launch;
+use pageferry_bench::workload::{WorkloadPlan, launch, redis, writer};
+use pageferry_bench::writer::options::Options;
 
 /// Nodes on one machine to try live migration on.
 #[derive(Debug, Parser)]
@@ -38,6 +39,18 @@ enum Command {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Start a workload in the lab that is up, and print its name.
+    Start {
+        node: String,
+        workload: Kind,
+        /// Arguments of the writer, such as memory=1G hot=64M rate=5000 case=fork; or more of
+        /// Redis'.
+        #[arg(last = true)]
+        arguments: Vec<String>,
+        /// With a pid and a mount namespace of its own too.
+        #[arg(long)]
+        own_pid_mnt: bool,
+    },
     /// Show the lab that is up.
     Status,
     /// Take the lab down, also what a killed one left.
@@ -54,6 +67,10 @@ enum Command {
         /// Leave the lab up afterwards.
         #[arg(long)]
         keep: bool,
+        /// Move by stock CRIU instead of pageferry (a scenario whose clients do not survive that is
+        /// wrong itself).
+        #[arg(long)]
+        baseline: bool,
         /// Of a scenario with cases, only this one.
         #[arg(long)]
         only: Option<String>,
@@ -69,6 +86,12 @@ enum Command {
     /// Start a workload.
     #[command(hide = true)]
     Launch,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Kind {
+    Redis,
+    Writer,
 }
 
 fn main() -> ExitCode {
@@ -94,6 +117,12 @@ fn run(command: Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Exec { node, command } => exec(&node, &command),
+        Command::Start {
+            node,
+            workload,
+            arguments,
+            own_pid_mnt,
+        } => start(&node, workload, arguments, own_pid_mnt),
         Command::Status => {
             print_status(&Lab::attach()?);
             Ok(ExitCode::SUCCESS)
@@ -104,12 +133,21 @@ fn run(command: Command) -> Result<ExitCode> {
             json,
             link,
             keep,
+            baseline,
             only,
         } => {
             let Some(scenario) = scenario::find(&scenario) else {
                 bail!("no scenario is called {scenario:?} (lab list)")
             };
-            let ok = scenario.run(&Settings { link, keep, only }, json.as_deref())?;
+            let ok = scenario.run(
+                &Settings {
+                    link,
+                    keep,
+                    baseline,
+                    only,
+                },
+                json.as_deref(),
+            )?;
             Ok(if ok {
                 ExitCode::SUCCESS
             } else {
@@ -137,6 +175,25 @@ fn exec(node: &str, command: &[String]) -> Result<ExitCode> {
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
+fn start(node: &str, kind: Kind, arguments: Vec<String>, own_pid_mnt: bool) -> Result<ExitCode> {
+    let mut lab = Lab::attach()?;
+    let workload = match kind {
+        Kind::Redis => {
+            let mut plan = redis::plan();
+            plan.arguments.extend(arguments);
+            plan.own_pid_mnt = own_pid_mnt;
+            redis::start(&mut lab, node, &plan)?
+        }
+        Kind::Writer => {
+            let options = Options::parse(&arguments)?;
+            let change = |plan: &mut WorkloadPlan| plan.own_pid_mnt = own_pid_mnt;
+            writer::start(&mut lab, node, &options, change)?.0
+        }
+    };
+    println!("{} at {}", workload.name(), workload.link.address);
+    Ok(ExitCode::SUCCESS)
+}
+
 fn print_status(lab: &Lab) {
     println!(
         "links {}, logs in {}",
@@ -144,11 +201,20 @@ fn print_status(lab: &Lab) {
         lab.folder.logs().display()
     );
     for node in &lab.nodes {
+        let daemon = match node.processes_named("pageferryd").first() {
+            Some(pid) => format!("pageferryd is {pid}"),
+            None => "no pageferryd".to_owned(),
+        };
+        let workloads = node.workload_pids();
+        let names: Vec<String> = workloads
+            .iter()
+            .map(|pid| format!("process/{pid}"))
+            .collect();
         println!(
-            "node {}  {}  process 1 is {}",
+            "node {}  {}  {daemon}  {}",
             node.name(),
             node.address(),
-            node.record.init_pid
+            names.join(" ")
         );
     }
 }

@@ -1,7 +1,7 @@
 //! The lab's cgroups: one subtree `pageferry-lab/NODE` in each hierarchy a node needs.
 //!
-//! Everything the lab starts is born in this subtree and (cgroup namespaces) cannot leave it, so the
-//! subtree is also what clean-up trusts to find the processes of a lab that was killed.
+//! Everything the lab starts is born in this subtree and (cgroup namespaces) cannot leave it, so
+//! the subtree is also what clean-up trusts to find the processes of a lab that was killed.
 
 use std::fs;
 use std::path::{Path, PathBuf};

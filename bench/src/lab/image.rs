@@ -10,7 +10,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
 use xxhash_rust::xxh3::xxh3_64;
+
+use crate::sys;
 
 /// Where the image is, building it first when the cache does not have it. Returns its root folder.
 ///
@@ -46,7 +50,10 @@ fn build(cache: &Path, image: &Path) -> Result<()> {
     let log =
         File::create(&log_path).with_context(|| format!("creating {}", log_path.display()))?;
     eprintln!("lab: building the node image (Debian {SUITE} from {mirror}; once, some minutes)");
-    let status = Command::new("debootstrap")
+    let mut command = Command::new("debootstrap");
+    // It must not go on by itself when the lab is interrupted.
+    sys::before_exec(&mut command, || Ok(set_pdeathsig(Signal::SIGTERM)?));
+    let status = command
         .arg(format!("--variant={VARIANT}"))
         .arg(format!("--include={}", PACKAGES.join(",")))
         .arg(SUITE)

@@ -1,7 +1,8 @@
 //! What runs inside the lab's namespaces: process 1 of a node, and holders of namespaces.
 //!
-//! Both read a JSON specification from standard input, make their namespaces, print `ready` and then
-//! do nothing: process 1 reaps, a holder sleeps. All decisions were taken by whoever started them.
+//! Both read a JSON specification from standard input, make their namespaces, print `ready` and
+//! then do nothing: process 1 reaps, a holder sleeps. All decisions were taken by whoever started
+//! them.
 
 use std::fs;
 use std::io::{Read, Write};

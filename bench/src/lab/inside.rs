@@ -175,7 +175,8 @@ impl Inside {
                 setns(mnt, CloneFlags::CLONE_NEWNS)?;
                 nix::unistd::chdir("/")?;
             }
-            // Whatever the lab's own starter left open must not reach a node: CRIU could not dump it.
+            // Whatever the lab's own starter left open must not reach a node: CRIU could not dump
+            // it.
             sys::close_on_exec_from(3)?;
             for fd in &inherited {
                 fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;

@@ -6,7 +6,8 @@
 //!                                       ╚═══ eth0 ── br0 10.90.0.12 node b
 //! ```
 //! Nodes, workloads and the client share one broadcast domain, so a moved workload keeps its
-//! address. A shaped link has a token bucket at each end. Nothing here touches the host's namespace.
+//! address. A shaped link has a token bucket at each end. Nothing here touches the host's
+//! namespace.
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -147,7 +148,8 @@ fn shape(tools: &Node, net: &OwnedFd, interface: &str, rate: &str) -> Result<()>
     let arguments = [
         "qdisc", "replace", "dev", interface, "root", "tbf", "rate", rate,
     ];
-    // The burst holds one full GSO packet and 1 ms at 1 Gbit/s; the queue is what a switch port has.
+    // The burst holds one full GSO packet and 1 ms at 1 Gbit/s; the queue is what a switch port
+    // has.
     let bucket = ["burst", "256kb", "latency", "20ms"];
     command
         .args(arguments)
@@ -206,8 +208,8 @@ impl WorkloadLink {
     }
 }
 
-/// Runs an `ip -batch` script in the network namespace `net` with the tools of `tools`. `others` are
-/// handed down; the script gets the paths that name them.
+/// Runs an `ip -batch` script in the network namespace `net` with the tools of `tools`. `others`
+/// are handed down; the script gets the paths that name them.
 pub fn ip(
     tools: &Node,
     net: &OwnedFd,

@@ -14,6 +14,7 @@ use super::cgroup::{self, Hierarchy};
 use super::init::{HoldSpec, InitSpec, READY};
 use super::inside::{Inside, Namespaces};
 use super::network;
+use crate::workload::PID_FIRST;
 
 /// What a later process needs to find a node again.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -36,6 +37,8 @@ pub struct Node {
 #[derive(Debug)]
 pub struct NodePlan<'a> {
     pub lab_binary: &'a Path,
+    /// How many there are.
+    pub nodes: usize,
     /// Topmost first.
     pub layers: &'a [PathBuf],
     pub scratch: &'a Path,
@@ -60,7 +63,7 @@ impl Node {
             scratch,
             shared: plan.shared.to_owned(),
             hierarchies: plan.hierarchies.to_vec(),
-            pid_first: pid_first(index),
+            pid_first: pid_first(index, plan.nodes),
         };
         let binary = plan.lab_binary.display().to_string();
         let command = Inside::new(&binary)
@@ -190,6 +193,13 @@ impl Node {
         pids
     }
 
+    /// Roots of workloads at this node: leaders of sessions that the lab gave their pids.
+    pub fn workload_pids(&self) -> Vec<i32> {
+        let mut pids = self.pids();
+        pids.retain(|pid| *pid >= PID_FIRST && self.session(*pid).contains(pid));
+        pids
+    }
+
     fn pids(&self) -> Vec<i32> {
         let Ok(entries) = fs::read_dir(self.path("/proc")) else {
             return Vec::new();
@@ -284,16 +294,19 @@ fn pid_inside(host_pid: u32) -> Result<i32> {
         .with_context(|| format!("no NSpid in {path}"))
 }
 
-/// Nodes get ranges of pids below those of workloads.
-fn pid_first(index: usize) -> i32 {
-    let index = i32::try_from(index).expect("the lab bounds its nodes");
-    PIDS_FIRST + index * PIDS_PER_NODE
+/// Nodes get ranges of pids below those of workloads, as large as possible: what a workload forks
+/// counts on from where its node is.
+fn pid_first(index: usize, nodes: usize) -> i32 {
+    let (index, nodes) = (i32::try_from(index), i32::try_from(nodes.max(1)));
+    let range = PIDS / nodes.expect("the lab bounds its nodes");
+    PIDS_FIRST + index.expect("the lab bounds its nodes") * range
 }
 
 fn host_process(pid: i32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}"))
 }
 
-/// The kernel's own first choices are below it when its counter starts anew.
+/// A kernel whose counter starts anew begins at 300.
 const PIDS_FIRST: i32 = 1_000;
-const PIDS_PER_NODE: i32 = 1_000;
+/// Workloads begin at 10000.
+const PIDS: i32 = 9_000;

@@ -20,6 +20,8 @@ pub struct State {
     /// True when the lab is to stay after the process that made it ends.
     pub kept: bool,
     pub link: String,
+    /// Whether each node has a pageferryd.
+    pub daemons: bool,
     pub hierarchies: Vec<Hierarchy>,
     pub nodes: Vec<NodeRecord>,
     /// Holders of the switch's and the client's network namespaces.

@@ -1,8 +1,8 @@
 //! `capture`: what is on the wire while a workload moves.
 //!
-//! A capture at every port of the switch. No TCP reset of the workload may occur, and from the first
-//! frame by which the target answers for the workload's address, the source must not any more.
-//! Somebody asks for the address all the time, so that a wrong answer would be given.
+//! A capture at every port of the switch. No TCP reset of the workload may occur, and from the
+//! first frame by which the target answers for the workload's address, the source must not any
+//! more. Somebody asks for the address all the time, so that a wrong answer would be given.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};

@@ -2,9 +2,10 @@
 //! on at exactly one node, with its memory right.
 //!
 //! A state is observed from outside (`pageferry list`), so the links are shaped and the final round
-//! is large: states last long enough to be hit. Those between `Ready` and `Started` are made to last
-//! by stopping (SIGSTOP) the other daemon. What happened is judged by what is alive afterwards, not
-//! by whether the fault hit the very state it was meant for; a state never seen is a failure.
+//! is large: states last long enough to be hit. Those between `Ready` and `Started` are made to
+//! last by stopping (SIGSTOP) the other daemon. What happened is judged by what is alive
+//! afterwards, not by whether the fault hit the very state it was meant for; a state never seen is
+//! a failure.
 
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,10 @@ use crate::writer::options::Options;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
+    ensure!(
+        !settings.baseline,
+        "faults is about what stock CRIU does not have"
+    );
     let link = settings
         .link
         .clone()
@@ -136,7 +141,7 @@ impl Fault {
         let migration = Migration::start(lab.node("a")?, &name, "b", &flags)?;
         let hit = self.strike(lab, &name)?;
         let outcome = migration.finish()?;
-        let settled = wait_settled(&lab.nodes, SETTLE_TIME_MAX);
+        let settled = wait_settled(lab, SETTLE_TIME_MAX);
         if !hit {
             settled?;
             session.finish(lab, &mut Report::new("unused"))?;

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::Settings;
 use super::redis::{SETTLE_TIME_MAX, other};
@@ -22,6 +22,10 @@ use crate::writer::options::Options;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
+    ensure!(
+        !settings.baseline,
+        "memory is about what stock CRIU does not have"
+    );
     let mut lab = settings.lab(2)?;
     let wanted = |name: &str| settings.only.as_deref().is_none_or(|only| only == name);
     for kind in ALL.iter().chain([&TRACED]).filter(|kind| wanted(kind.name)) {
@@ -108,7 +112,7 @@ impl Case {
             println!("{}: {status:?}", self.name);
         }
         session.finish(lab, report)?;
-        wait_settled(&lab.nodes, SETTLE_TIME_MAX)
+        wait_settled(lab, SETTLE_TIME_MAX)
     }
 
     /// False when there is no use going on.
@@ -191,7 +195,7 @@ fn again_while_filling(lab: &mut Lab, report: &mut Report) -> Result<()> {
         }
     }
     session.finish(lab, report)?;
-    wait_settled(&lab.nodes, SETTLE_TIME_MAX)
+    wait_settled(lab, SETTLE_TIME_MAX)
 }
 
 /// Redis saves itself (a fork that writes a file on shared storage) while it moves.
@@ -226,7 +230,7 @@ fn bgsave(lab: &mut Lab, report: &mut Report) -> Result<()> {
     if !lab.nodes.iter().all(|node| !workload.is_at(node)) {
         bail!("Redis did not end");
     }
-    wait_settled(&lab.nodes, SETTLE_TIME_MAX)
+    wait_settled(lab, SETTLE_TIME_MAX)
 }
 
 const MOVES_PER_CASE: usize = 5;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::Settings;
 use super::report::Report;
@@ -80,6 +80,10 @@ fn run_chain(lab: &mut Lab, row: Row, moves: usize, report: &mut Report) -> Resu
 
 /// Two workloads move in opposite directions at the same time.
 pub fn cross(settings: &Settings, report: &mut Report) -> Result<()> {
+    ensure!(
+        !settings.baseline,
+        "cross is about what stock CRIU does not have"
+    );
     let mut lab = settings.lab(2)?;
     let dataset = Dataset::first_row(CROSS_BYTES);
     let mut sessions = Vec::new();
@@ -104,7 +108,7 @@ pub fn cross(settings: &Settings, report: &mut Report) -> Result<()> {
         for (session, (to, migration)) in sessions.iter_mut().zip(migrations) {
             session.note(migration.finish()?, begun, to, report);
         }
-        wait_settled(&lab.nodes, SETTLE_TIME_MAX)?;
+        wait_settled(&lab, SETTLE_TIME_MAX)?;
     }
     for session in sessions {
         session.wait_for_writes(WRITES_AROUND)?;

@@ -3,14 +3,16 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
 use super::report::{Report, millis, round};
+use super::stop_and_copy;
 use crate::client::load::{Dataset, Load, LoadPlan};
 use crate::client::probe::Prober;
 use crate::client::resp::{ANSWER_TIME_MAX, Connection};
 use crate::client::verify;
 use crate::lab::Lab;
-use crate::pageferry::{self, MigrateFlags, Outcome};
+use crate::pageferry::{MigrateFlags, Migration, Outcome};
 use crate::workload::{Workload, WorkloadPlan, redis};
 
 /// A Redis of the lab, its load and its prober.
@@ -80,8 +82,7 @@ impl Session {
         report: &mut Report,
     ) -> Result<bool> {
         let begun = Instant::now();
-        let source = lab.node(&self.at)?;
-        let outcome = pageferry::migrate(source, &self.workload.name(), to, flags)?;
+        let outcome = move_workload(lab, &self.workload, &self.at, to, flags)?;
         Ok(self.note(outcome, begun, to, report))
     }
 
@@ -148,6 +149,26 @@ impl Session {
         }
         Ok(workload)
     }
+}
+
+/// Moves a workload by what the lab has: pageferry, or stock CRIU, which takes no flags.
+pub fn move_workload(
+    lab: &Lab,
+    workload: &Workload,
+    at: &str,
+    to: &str,
+    flags: &MigrateFlags,
+) -> Result<Outcome> {
+    if lab.has_daemons() {
+        return Migration::start(lab.node(at)?, &workload.name(), to, flags)?.finish();
+    }
+    let moved = stop_and_copy::move_workload(lab, workload, at, to)?;
+    Ok(Outcome {
+        id: None,
+        moved: Some(moved),
+        error: None,
+        object: Value::Null,
+    })
 }
 
 /// What only the migration itself knows, where this build prints it.

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use super::Settings;
 use super::redis::{SETTLE_TIME_MAX, other};
 use super::report::{Move, Report, millis, percentile, round};
+use super::session::move_workload;
 use crate::client::probe::Prober;
 use crate::client::resp::ANSWER_TIME_MAX;
 use crate::client::writer::WriterClient;
@@ -14,7 +15,7 @@ use crate::content::Content;
 use crate::lab::network::Link;
 use crate::lab::{Lab, LabOptions};
 use crate::measure::{Meter, memory_peak, reset_memory_peak};
-use crate::pageferry::{self, MigrateFlags, Outcome, wait_settled};
+use crate::pageferry::{MigrateFlags, Outcome, wait_settled};
 use crate::workload::{Workload, WorkloadPlan, writer};
 use crate::writer::options::Options;
 
@@ -55,8 +56,7 @@ impl WriterSession {
         flags: &MigrateFlags,
     ) -> Result<std::result::Result<Move, (String, String)>> {
         let begun = Instant::now();
-        let source = lab.node(&self.at)?;
-        let outcome = pageferry::migrate(source, &self.workload.name(), to, flags)?;
+        let outcome = move_workload(lab, &self.workload, &self.at, to, flags)?;
         self.note(outcome, begun, to)
     }
 
@@ -169,7 +169,7 @@ fn run_size(
         reset_memory_peak(target);
         let meter = Meter::start(lab)?;
         let going = session.move_and_note(lab, &MigrateFlags::default(), name, report);
-        wait_settled(&lab.nodes, SETTLE_TIME_MAX)?;
+        wait_settled(lab, SETTLE_TIME_MAX)?;
         // The first move: later ones find caches and buffers of the earlier ones.
         if number == 0 {
             report.figure_usage(&meter.finish());
@@ -205,7 +205,7 @@ pub fn rate(settings: &Settings, report: &mut Report) -> Result<()> {
         let options = LabOptions {
             nodes: 2,
             link: link.clone(),
-            daemons: true,
+            daemons: !settings.baseline,
             keep,
         };
         let mut lab = Lab::up(&options)?;
@@ -225,12 +225,8 @@ fn run_rate(lab: &mut Lab, link: &Link, content: Content, report: &mut Report) -
     let mut session = WriterSession::start(lab, "a", &options, |_| {})?;
     let meter = Meter::start(lab)?;
     let begun = Instant::now();
-    let outcome = pageferry::migrate(
-        lab.node("a")?,
-        &session.workload.name(),
-        "b",
-        &MigrateFlags::default(),
-    )?;
+    let flags = MigrateFlags::default();
+    let outcome = move_workload(lab, &session.workload, "a", "b", &flags)?;
     let object = outcome.object.clone();
     report.figure_usage(&meter.finish());
     match session.note(outcome, begun, "b")? {
@@ -250,7 +246,7 @@ fn run_rate(lab: &mut Lab, link: &Link, content: Content, report: &mut Report) -
         Err((code, text)) => report.fail(format!("{name}: {code}: {text}")),
     }
     report.print_figures(&name);
-    wait_settled(&lab.nodes, SETTLE_TIME_MAX)?;
+    wait_settled(lab, SETTLE_TIME_MAX)?;
     session.finish(lab, report)
 }
 

@@ -89,7 +89,8 @@ impl Mapping {
 
     /// Grows or shrinks, wherever the kernel finds room.
     pub fn resize(&mut self, length: usize) -> io::Result<()> {
-        // SAFETY: the range is ours and no borrow of it is alive while self is borrowed exclusively.
+        // SAFETY: the range is ours and no borrow of it is alive while self is borrowed
+        // exclusively.
         let address = unsafe {
             libc::mremap(
                 self.address.cast(),

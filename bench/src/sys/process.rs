@@ -33,8 +33,8 @@ pub enum Verdict {
     Kill,
 }
 
-/// Installs a seccomp filter that forbids `userfaultfd` and allows all else, as the default profiles
-/// of container runtimes do.
+/// Installs a seccomp filter that forbids `userfaultfd` and allows all else, as the default
+/// profiles of container runtimes do.
 pub fn forbid_userfaultfd(verdict: Verdict) -> io::Result<()> {
     let forbidden = match verdict {
         Verdict::Refuse => libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs(),
