@@ -18,7 +18,7 @@ fn check_refused(file: &str, expect: &Expect) {
 #[test]
 fn everything_but_the_name_and_the_address_has_a_default() {
     let config = resolve("", &["--node", "a", "--listen", "10.0.0.1:7440"]).unwrap();
-    &expect![[r#"
+    expect![[r#"
         Config {
             node: NodeName(
                 "a",
@@ -164,7 +164,7 @@ fn an_unknown_key_is_refused_with_the_nearest_one() {
 #[test]
 fn a_missing_key_is_named_with_its_flag() {
     let error = resolve("node = 'a'", &[]).unwrap_err();
-    &expect!["configuration key listen is missing: set it in the file, or give --listen"]
+    expect!["configuration key listen is missing: set it in the file, or give --listen"]
         .assert_eq(&error.to_string());
 }
 

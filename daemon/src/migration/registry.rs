@@ -437,7 +437,7 @@ impl Registry {
         });
         let aborted = undecided.map(|mut entry| async move {
             if let Requests::Source(requests) = &entry.requests {
-                drop(requests.send(SourceRequest::Abort).await);
+                requests.send(SourceRequest::Abort).await.unwrap_or(());
             }
             drop(entry.status.wait_for(|known| known.status.phase.is_final()).await);
         });

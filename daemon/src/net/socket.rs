@@ -96,3 +96,33 @@ const BUFFER_BYTES: usize = 8 << 20;
 
 /// Most bytes of one segmented send: the payload of the largest IPv4 datagram.
 const BATCH_BYTES_MAX: usize = 65_535 - 20 - 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_batch_larger_than_a_datagram_is_sent_whole() {
+        const SEGMENT: usize = 8972;
+        let receiver = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        receiver
+            .set_read_timeout(Some(std::time::Duration::from_secs(60)))
+            .unwrap();
+        let sender = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let contents: Vec<u8> = (0..10u8).flat_map(|n| [n; SEGMENT]).collect();
+        sender
+            .try_send(&Transmit {
+                destination: receiver.local_addr().unwrap(),
+                ecn: None,
+                contents: &contents,
+                segment_size: Some(SEGMENT),
+                src_ip: None,
+            })
+            .unwrap();
+        let mut buffer = vec![0; 1 << 16];
+        for n in 0..10u8 {
+            let length = receiver.recv(&mut buffer).unwrap();
+            assert_eq!(buffer[..length], [n; SEGMENT]);
+        }
+    }
+}

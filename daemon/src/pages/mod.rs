@@ -23,8 +23,6 @@
 pub mod decode;
 pub mod digest;
 pub mod encode;
-#[cfg(test)]
-mod measure_tmp;
 pub mod read;
 pub mod recv;
 pub mod send;

@@ -40,14 +40,15 @@ pub fn repair_off(socket: BorrowedFd<'_>) -> io::Result<bool> {
     if mode == 0 {
         return Ok(false);
     }
-    // SAFETY: the pointer is to a constant of the size that is told.
+    let off = TCP_REPAIR_OFF;
+    // SAFETY: the pointer is to a live local variable of the size that is told.
     let set = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             libc::IPPROTO_TCP,
             TCP_REPAIR,
-            (&raw const TCP_REPAIR_OFF).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
+            (&raw const off).cast(),
+            size_of_val(&off) as libc::socklen_t,
         )
     };
     if set < 0 { Err(io::Error::last_os_error()) } else { Ok(true) }

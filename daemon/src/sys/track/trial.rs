@@ -143,11 +143,6 @@ fn act_silently(words: &[&str]) -> io::Result<()> {
     match words[0] {
         "map" => map(number(1), size(2), words[3])?,
         "fill" => fill(number(1), size(2), words[3]),
-        "scatter" => {
-            for page in 0..number(2) {
-                fill(number(1) + page * number(3) * 4096, 1, "random")
-            }
-        }
         "look" => look(number(1), number(2)),
         "kernel-write" => kernel_write(number(1), size(2))?,
         "protect" => protect(number(1), size(2), words[3])?,
