@@ -1,0 +1,174 @@
+//! What is typed after `pageferry`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use pageferry_proto::id::{MigrationId, NodeName, WorkloadName};
+use pageferry_proto::migration::handoff::Side;
+
+use crate::config::units::Span;
+
+/// Moves a running workload to another node, so fast that nobody using it notices.
+#[derive(Debug, Parser)]
+#[command(name = "pageferry", version, after_help = AFTER_HELP)]
+pub struct Cli {
+    /// Socket of this node's pageferryd
+    #[arg(long, global = true, value_name = "PATH", env = "PAGEFERRY_SOCKET")]
+    #[arg(default_value = "/run/pageferry/api.sock")]
+    pub socket: PathBuf,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Move a workload to another node, and wait until it runs there
+    Migrate(MigrateArgs),
+    /// Every migration this node takes or took part in, newest first
+    List(OutputArgs),
+    /// One migration, as it stands
+    Show(OneArgs),
+    /// One migration, until its end
+    Watch(OneArgs),
+    /// Give a migration up; the workload stays where it is
+    Abort {
+        /// Its id, as `list` prints it
+        id: MigrationId,
+    },
+    /// Decide a committed migration whose other side is dead for good
+    Resolve {
+        /// Its id, as `list` prints it
+        id: MigrationId,
+        /// The side that is dead and stays dead. If it is not, two copies run
+        #[arg(long, value_name = "SIDE")]
+        fenced: FencedSide,
+    },
+    /// Certificates for the nodes of a cluster
+    #[command(subcommand)]
+    Ca(CaCommand),
+}
+
+/// The flags of `migrate`.
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// What moves: process/PID is the tree below that process
+    pub workload: WorkloadName,
+    /// Name of the node it moves to
+    #[arg(long, value_name = "NODE")]
+    pub to: NodeName,
+    /// Freeze when the workload would be gone no longer than this [default: the daemon's, 300ms]
+    #[arg(long, value_name = "TIME")]
+    pub downtime_max: Option<Span>,
+    /// Abort if the hand-off is not committed after this long [default: the daemon's, 1h]
+    #[arg(long, value_name = "TIME")]
+    pub timeout: Option<Span>,
+    /// Rounds of copying before the freeze comes whatever it costs [default: the daemon's, 30]
+    #[arg(long, value_name = "COUNT")]
+    pub rounds_max: Option<u32>,
+    /// A file or folder that is the same storage at both nodes; may be given several times
+    #[arg(long, value_name = "PATH")]
+    pub shared: Vec<String>,
+    /// Compare every page at both nodes by digest while the workload is frozen
+    #[arg(long)]
+    pub verify: bool,
+    /// Move even if much memory (shared, locked, executable) must be copied inside the freeze
+    #[arg(long)]
+    pub force_eager: bool,
+    /// Print the id and return; the daemon goes on
+    #[arg(long)]
+    pub detach: bool,
+    /// Print one JSON object at the end
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How to print.
+#[derive(Debug, Args)]
+pub struct OutputArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// One migration, and how to print it.
+#[derive(Debug, Args)]
+pub struct OneArgs {
+    /// Its id, as `list` prints it
+    pub id: MigrationId,
+    /// Print JSON, one object in a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A side, as typed.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum FencedSide {
+    /// The node it was leaving
+    Source,
+    /// The node it was going to
+    Target,
+}
+
+impl From<FencedSide> for Side {
+    fn from(side: FencedSide) -> Self {
+        match side {
+            FencedSide::Source => Self::Source,
+            FencedSide::Target => Self::Target,
+        }
+    }
+}
+
+/// The commands of `ca`; they need no daemon.
+#[derive(Debug, Subcommand)]
+pub enum CaCommand {
+    /// Make an authority: DIR/ca.pem and DIR/ca.key
+    Init(CaArgs),
+    /// Make a node's certificate: DIR/NODE/ca.pem, node.pem and node.key, for its /etc/pageferry
+    Issue {
+        /// Name of the node: 1 to 63 characters of a-z, 0-9 and -
+        node: NodeName,
+        /// Where the authority is
+        #[command(flatten)]
+        ca: CaArgs,
+    },
+}
+
+/// Where an authority is.
+#[derive(Debug, Args)]
+pub struct CaArgs {
+    /// Folder of the authority; its ca.key belongs on no node
+    #[arg(long, value_name = "DIR", default_value = "pageferry-ca")]
+    pub dir: PathBuf,
+    /// Replace files that exist
+    #[arg(long)]
+    pub force: bool,
+}
+
+const AFTER_HELP: &str = "\
+Times are written like 300ms, 10s or 1h30m.
+
+Exit codes: 0 moved, or done; 1 failed or aborted: the workload runs on where it was, unless the
+message says otherwise; 2 wrong usage; 3 the daemon cannot be reached.
+
+Interrupting `migrate` (Ctrl-C) asks the daemon to give up, and waits for what comes of it.";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_grammar_holds_together() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn a_workload_or_node_that_is_none_is_wrong_usage() {
+        for wrong in [["process/x", "b"], ["web", "b"], ["process/1", "B_2"]] {
+            let words = ["pageferry", "migrate", wrong[0], "--to", wrong[1]];
+            let error = Cli::try_parse_from(words).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{error}");
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! What is printed: JSON for programs, a few lines for people.
+//!
+//! The JSON is stable: fields are added, never renamed or removed. Times are in milliseconds, sizes
+//! in bytes; what was not measured is null.
+
+use serde::Serialize;
+
+use super::client::CallError;
+use crate::api::schema::{Parts, Side, Status};
+use crate::config::units::Bytes;
+
+/// One end of a migration, as `list`, `show` and `watch` print it.
+#[derive(Debug, Serialize)]
+pub struct Known<'a> {
+    id: &'a str,
+    workload: &'a str,
+    role: &'static str,
+    node: &'a str,
+    peer: &'a str,
+    phase: &'a str,
+    r#final: bool,
+    moved: bool,
+    round: u32,
+    memory_bytes: u64,
+    sent_bytes: u64,
+    wire_bytes: u64,
+    dirty_pages_per_second: Option<u64>,
+    predicted_downtime_ms: Option<f64>,
+    downtime_ms: Option<f64>,
+    parts_ms: PartsMs,
+    frozen_ms: Option<f64>,
+    final_pages: Option<u64>,
+    total_ms: f64,
+    fence_wanted: bool,
+    error: Option<ErrorObject>,
+}
+
+/// A whole move, as `migrate` prints it.
+#[derive(Debug, Default, Serialize)]
+pub struct Moved {
+    id: Option<String>,
+    workload: String,
+    mode: &'static str,
+    from: String,
+    to: String,
+    rounds: u32,
+    memory_bytes: u64,
+    wire_bytes: u64,
+    downtime_ms: Option<f64>,
+    parts_ms: PartsMs,
+    frozen_ms: Option<f64>,
+    restore_ms: Option<f64>,
+    /// Only clients can know the longest gap they saw.
+    blackout_ms: Option<f64>,
+    total_ms: f64,
+    final_pages: Option<u64>,
+    dirty_pages_per_second: Option<u64>,
+    ok: bool,
+    error: Option<ErrorObject>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+struct PartsMs {
+    freeze: Option<f64>,
+    final_round: Option<f64>,
+    restore: Option<f64>,
+    commit: Option<f64>,
+    handoff: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct ErrorObject {
+    code: String,
+    text: String,
+}
+
+impl<'a> Known<'a> {
+    /// What `status` says.
+    pub fn of(status: &'a Status) -> Self {
+        Self {
+            id: &status.id,
+            workload: &status.workload,
+            role: role(status),
+            node: &status.node,
+            peer: &status.peer,
+            phase: &status.phase,
+            r#final: status.r#final,
+            moved: status.moved,
+            round: status.round,
+            memory_bytes: status.memory_bytes,
+            sent_bytes: status.sent_bytes,
+            wire_bytes: status.wire_bytes,
+            dirty_pages_per_second: status.dirty_pages_per_second,
+            predicted_downtime_ms: status.predicted_downtime_us.map(millis),
+            downtime_ms: status.downtime_us.map(millis),
+            parts_ms: parts(status.parts.as_ref()),
+            frozen_ms: status.frozen_us.map(millis),
+            final_pages: status.final_pages,
+            total_ms: millis(status.elapsed_us),
+            fence_wanted: status.fence_wanted,
+            error: error(status),
+        }
+    }
+}
+
+impl Moved {
+    /// How the migration with this last status ended; `status` is the source's.
+    pub fn of(status: &Status) -> Self {
+        let parts_ms = parts(status.parts.as_ref());
+        Self {
+            id: Some(status.id.clone()),
+            workload: status.workload.clone(),
+            mode: MODE,
+            from: status.node.clone(),
+            to: status.peer.clone(),
+            rounds: status.round,
+            memory_bytes: status.memory_bytes,
+            wire_bytes: status.wire_bytes,
+            downtime_ms: status.downtime_us.map(millis),
+            parts_ms,
+            frozen_ms: status.frozen_us.map(millis),
+            restore_ms: parts_ms.restore,
+            blackout_ms: None,
+            total_ms: millis(status.elapsed_us),
+            final_pages: status.final_pages,
+            dirty_pages_per_second: status.dirty_pages_per_second,
+            ok: status.moved,
+            error: if status.moved { None } else { error(status) },
+        }
+    }
+
+    /// A move that a call ended: it was refused, or the daemon is gone.
+    pub fn failed(id: Option<String>, workload: String, to: String, error: &CallError) -> Self {
+        let error = ErrorObject { code: error.code().to_owned(), text: error.text() };
+        Self { id, workload, to, mode: MODE, error: Some(error), ..Self::default() }
+    }
+}
+
+/// How a migration ended, in a few lines.
+pub fn summary(status: &Status) -> String {
+    let Status { workload, node, peer, .. } = status;
+    if !status.moved {
+        let why = match &status.failure {
+            Some(failure) => format!("{}: {}", failure.code, failure.text),
+            None => "no reason was given".to_owned(),
+        };
+        return format!("{workload} runs on at {node}, it has not moved to {peer}\n  {why}");
+    }
+    let mut text = format!(
+        "{workload} moved from {node} to {peer} in {:.2} s\n  {} rounds, {} of memory, {} on the wire",
+        millis(status.elapsed_us) / 1000.0,
+        status.round,
+        Bytes(status.memory_bytes).rounded(),
+        Bytes(status.wire_bytes).rounded(),
+    );
+    if let Some(pages) = status.final_pages {
+        text += &format!(", {pages} pages in the final round");
+    }
+    if let Some(downtime) = status.downtime_us {
+        text += &format!("\n  downtime {:.1} ms", millis(downtime));
+        let parts = named_parts(parts(status.parts.as_ref()));
+        let known = parts.into_iter().filter_map(|(name, part)| Some(format!("{name} {:.1}", part?)));
+        text += &format!(": {}", known.collect::<Vec<_>>().join(", "));
+    }
+    if let Some(frozen) = status.frozen_us {
+        text += &format!("\n  frozen inside CRIU {:.1} ms", millis(frozen));
+    }
+    text
+}
+
+/// Every status in a line, under a heading.
+pub fn table(statuses: &[Status]) -> String {
+    let heading =
+        ["ID", "WORKLOAD", "ROLE", "PEER", "PHASE", "ROUND", "SENT", "DOWNTIME"].map(str::to_owned);
+    let rows: Vec<[String; 8]> = std::iter::once(heading).chain(statuses.iter().map(row)).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..8).map(width).collect();
+    let line = |row: &[String; 8]| {
+        let cells = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// A status in one line, for those who watch without a terminal.
+pub fn line(status: &Status) -> String {
+    let mut text = format!("{} {}", status.workload, status.phase);
+    if status.round > 0 {
+        text += &format!(", round {}", status.round);
+    }
+    if status.sent_bytes > 0 {
+        text += &format!(", {} sent", Bytes(status.sent_bytes).rounded());
+    }
+    if let Some(rate) = status.dirty_pages_per_second {
+        text += &format!(", {rate} dirtied pages/s");
+    }
+    if let Some(predicted) = status.predicted_downtime_us {
+        text += &format!(", predicted downtime {:.0} ms", millis(predicted));
+    }
+    if let Some(failure) = &status.failure {
+        text += &format!(", {}: {}", failure.code, failure.text);
+    }
+    if status.fence_wanted {
+        text += ", the peer is gone: bring it back, or see `pageferry resolve --help`";
+    }
+    text
+}
+
+/// The side a status is of.
+pub fn role(status: &Status) -> &'static str {
+    match status.role() {
+        Side::Source => "source",
+        Side::Target => "target",
+        Side::Unspecified => "unknown",
+    }
+}
+
+/// Microseconds as milliseconds.
+pub fn millis(micros: u64) -> f64 {
+    // Exact up to 2^53 microseconds, which is 285 years.
+    micros as f64 / 1000.0
+}
+
+fn row(status: &Status) -> [String; 8] {
+    [
+        status.id.clone(),
+        status.workload.clone(),
+        role(status).to_owned(),
+        status.peer.clone(),
+        status.phase.clone(),
+        status.round.to_string(),
+        Bytes(status.sent_bytes).rounded(),
+        status.downtime_us.map_or("-".to_owned(), |downtime| format!("{:.1} ms", millis(downtime))),
+    ]
+}
+
+fn parts(parts: Option<&Parts>) -> PartsMs {
+    let Some(parts) = parts else { return PartsMs::default() };
+    PartsMs {
+        freeze: parts.freeze_us.map(millis),
+        final_round: parts.final_round_us.map(millis),
+        restore: parts.restore_us.map(millis),
+        commit: parts.commit_us.map(millis),
+        handoff: parts.handoff_us.map(millis),
+    }
+}
+
+fn named_parts(parts: PartsMs) -> [(&'static str, Option<f64>); 5] {
+    [
+        ("freeze", parts.freeze),
+        ("final_round", parts.final_round),
+        ("restore", parts.restore),
+        ("commit", parts.commit),
+        ("handoff", parts.handoff),
+    ]
+}
+
+fn error(status: &Status) -> Option<ErrorObject> {
+    let failure = status.failure.as_ref()?;
+    Some(ErrorObject { code: failure.code.clone(), text: failure.text.clone() })
+}
+
+/// How memory travels: copied in rounds before the freeze.
+const MODE: &str = "precopy";
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+
+    use super::*;
+    use crate::api::schema::Failure;
+
+    fn moved() -> Status {
+        Status {
+            id: "0123456789abcdef0123456789abcdef".to_owned(),
+            workload: "process/4711".to_owned(),
+            role: Side::Source.into(),
+            phase: "done".to_owned(),
+            r#final: true,
+            moved: true,
+            peer: "b".to_owned(),
+            node: "a".to_owned(),
+            round: 3,
+            memory_bytes: 512 << 20,
+            sent_bytes: 600 << 20,
+            wire_bytes: 300 << 20,
+            dirty_pages_per_second: Some(12_000),
+            downtime_us: Some(40_500),
+            parts: Some(Parts {
+                freeze_us: Some(800),
+                final_round_us: Some(15_000),
+                restore_us: Some(20_000),
+                commit_us: Some(200),
+                handoff_us: Some(4_500),
+            }),
+            frozen_us: Some(5_100),
+            elapsed_us: 2_340_000,
+            final_pages: Some(812),
+            ..Status::default()
+        }
+    }
+
+    #[test]
+    fn a_move_is_summed_up() {
+        expect![[r"
+            process/4711 moved from a to b in 2.34 s
+              3 rounds, 512 MiB of memory, 300 MiB on the wire, 812 pages in the final round
+              downtime 40.5 ms: freeze 0.8, final_round 15.0, restore 20.0, commit 0.2, handoff 4.5
+              frozen inside CRIU 5.1 ms"]]
+        .assert_eq(&summary(&moved()));
+    }
+
+    #[test]
+    fn the_json_of_a_move_keeps_its_names() {
+        let json = serde_json::to_string(&Moved::of(&moved())).unwrap();
+        expect![[r#"{"id":"0123456789abcdef0123456789abcdef","workload":"process/4711","mode":"precopy","from":"a","to":"b","rounds":3,"memory_bytes":536870912,"wire_bytes":314572800,"downtime_ms":40.5,"parts_ms":{"freeze":0.8,"final_round":15.0,"restore":20.0,"commit":0.2,"handoff":4.5},"frozen_ms":5.1,"restore_ms":20.0,"blackout_ms":null,"total_ms":2340.0,"final_pages":812,"dirty_pages_per_second":12000,"ok":true,"error":null}"#]]
+        .assert_eq(&json);
+    }
+
+    #[test]
+    fn a_refused_move_says_where_the_workload_is() {
+        let failure = Failure { code: "pid-taken".to_owned(), text: "pid 7 is in use".to_owned() };
+        let status = Status { moved: false, failure: Some(failure), ..moved() };
+        expect![[r"
+            process/4711 runs on at a, it has not moved to b
+              pid-taken: pid 7 is in use"]]
+        .assert_eq(&summary(&status));
+    }
+
+    #[test]
+    fn the_table_lines_up() {
+        expect![[r"
+            ID                                WORKLOAD      ROLE    PEER  PHASE  ROUND  SENT     DOWNTIME
+            0123456789abcdef0123456789abcdef  process/4711  source  b     done   3      600 MiB  40.5 ms"]]
+        .assert_eq(&table(&[moved()]));
+    }
+}

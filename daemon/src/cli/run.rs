@@ -1,0 +1,245 @@
+//! The commands, carried out.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use pageferry_proto::migration::handoff::Side;
+use serde::Serialize;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+use super::args::{CaCommand, Cli, Command, MigrateArgs, OneArgs};
+use super::ca;
+use super::client::{self, CallError};
+use super::output::{self, Known, Moved};
+use super::progress::Shown;
+use crate::api::schema::control_client::ControlClient;
+use crate::api::schema::{
+    self, AbortRequest, ListRequest, MigrateRequest, ResolveRequest, ShowRequest, Status,
+    WatchRequest,
+};
+use crate::config::units::Span;
+use crate::telemetry::Chain;
+
+/// Carries `cli` out; the code is what the process exits with.
+pub async fn run(cli: Cli) -> ExitCode {
+    match carry_out(cli).await {
+        Ok(code) => code,
+        Err(error) => {
+            complain(&Chain(&error).to_string());
+            exit_code(&error)
+        }
+    }
+}
+
+async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
+    let command = match cli.command {
+        Command::Ca(command) => return Ok(certificates(&command)),
+        other => other,
+    };
+    if let Command::Migrate(arguments) = command {
+        return Ok(migrate(&cli.socket, arguments).await);
+    }
+    let mut daemon = client::connect(&cli.socket).await?;
+    match command {
+        Command::List(arguments) => {
+            let known = daemon.list(ListRequest {}).await?.into_inner().migrations;
+            if arguments.json {
+                say_json(&Migrations { migrations: known.iter().map(Known::of).collect() });
+            } else {
+                say(&output::table(&known));
+            }
+        }
+        Command::Show(arguments) => {
+            let request = ShowRequest { id: arguments.id.to_string() };
+            let status = daemon.show(request).await?.into_inner();
+            if arguments.json {
+                say_json(&Known::of(&status));
+            } else if status.r#final && status.role() == schema::Side::Source {
+                say(&output::summary(&status));
+            } else {
+                say(&output::line(&status));
+            }
+        }
+        Command::Watch(arguments) => return watch(daemon, &arguments).await,
+        Command::Abort { id } => {
+            daemon.abort(AbortRequest { id: id.to_string() }).await?;
+        }
+        Command::Resolve { id, fenced } => {
+            let fenced = match Side::from(fenced) {
+                Side::Source => schema::Side::Source,
+                Side::Target => schema::Side::Target,
+            };
+            let request = ResolveRequest { id: id.to_string(), fenced: fenced.into() };
+            daemon.resolve(request).await?;
+        }
+        // Both were carried out above.
+        Command::Ca(_) | Command::Migrate(_) => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct Migrations<'a> {
+    migrations: Vec<Known<'a>>,
+}
+
+async fn migrate(socket: &std::path::Path, arguments: MigrateArgs) -> ExitCode {
+    let (workload, to) = (arguments.workload.to_string(), arguments.to.to_string());
+    let (json, detach) = (arguments.json, arguments.detach);
+    let mut id = None;
+    let ended = async {
+        let mut daemon = client::connect(socket).await?;
+        let started = daemon.migrate(request(arguments)).await?.into_inner();
+        id = Some(started.id.clone());
+        if detach {
+            return Ok(None);
+        }
+        to_its_end(daemon, &started.id).await.map(Some)
+    };
+    match ended.await {
+        Ok(None) => {
+            say(id.as_deref().unwrap_or_default());
+            ExitCode::SUCCESS
+        }
+        Ok(Some(status)) => {
+            if json {
+                say_json(&Moved::of(&status));
+            } else {
+                say(&output::summary(&status));
+            }
+            if status.moved { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            if json {
+                say_json(&Moved::failed(id, workload, to, &error));
+            }
+            complain(&Chain(&error).to_string());
+            exit_code(&error)
+        }
+    }
+}
+
+fn request(arguments: MigrateArgs) -> MigrateRequest {
+    let micros = |span: Span| u64::try_from(span.0.as_micros()).unwrap_or(u64::MAX);
+    MigrateRequest {
+        workload: arguments.workload.to_string(),
+        to: arguments.to.to_string(),
+        downtime_max_us: arguments.downtime_max.map(micros),
+        timeout_us: arguments.timeout.map(micros),
+        rounds_max: arguments.rounds_max,
+        shared_paths: arguments.shared,
+        verify: arguments.verify,
+        force_eager: arguments.force_eager,
+    }
+}
+
+/// Follows a migration, and gives it up when interrupted; a second interrupt leaves it alone.
+async fn to_its_end(
+    mut daemon: ControlClient<Channel>,
+    id: &str,
+) -> Result<Status, CallError> {
+    let mut statuses = daemon.watch(WatchRequest { id: id.to_owned() }).await?.into_inner();
+    let mut shown = Shown::new();
+    let mut asked = false;
+    let last = loop {
+        tokio::select! {
+            status = next(&mut statuses) => {
+                let status = status?;
+                shown.show(&status);
+                if status.r#final {
+                    break status;
+                }
+            }
+            Ok(()) = tokio::signal::ctrl_c() => {
+                if std::mem::replace(&mut asked, true) {
+                    return Err(CallError::Interrupted { id: id.to_owned() });
+                }
+                let answer = daemon.abort(AbortRequest { id: id.to_owned() }).await;
+                complain(&match answer {
+                    Ok(_) => "giving up; interrupt again to leave without waiting".to_owned(),
+                    Err(status) => CallError::from(status).to_string(),
+                });
+            }
+        }
+    };
+    shown.end();
+    Ok(last)
+}
+
+async fn watch(
+    mut daemon: ControlClient<Channel>,
+    arguments: &OneArgs,
+) -> Result<ExitCode, CallError> {
+    let request = WatchRequest { id: arguments.id.to_string() };
+    let mut statuses = daemon.watch(request).await?.into_inner();
+    let mut shown = Shown::new();
+    loop {
+        let status = next(&mut statuses).await?;
+        if arguments.json {
+            say_json(&Known::of(&status));
+        } else {
+            shown.show(&status);
+        }
+        if !status.r#final {
+            continue;
+        }
+        shown.end();
+        if !arguments.json && status.role() == schema::Side::Source {
+            say(&output::summary(&status));
+        }
+        return Ok(if status.moved { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+}
+
+/// The next status; a stream that ends before its migration does is a daemon that went away.
+async fn next(statuses: &mut Streaming<Status>) -> Result<Status, CallError> {
+    let gone = || tonic::Status::unavailable("the stream of statuses ended early");
+    Ok(statuses.message().await?.ok_or_else(gone)?)
+}
+
+fn certificates(command: &CaCommand) -> ExitCode {
+    let issued = match command {
+        CaCommand::Init(ca) => ca::init(&ca.dir, ca.force),
+        CaCommand::Issue { node, ca } => ca::issue(&ca.dir, node, ca.force),
+    };
+    match issued {
+        Ok(issued) => {
+            for file in [&issued.certificate, &issued.key] {
+                say(&file.display().to_string());
+            }
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            complain(&Chain(&error).to_string());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn exit_code(error: &CallError) -> ExitCode {
+    match error {
+        CallError::Unreachable { .. } | CallError::Lost(_) => ExitCode::from(UNREACHABLE),
+        CallError::Refused { code, .. } if code == "invalid-argument" => ExitCode::from(USAGE),
+        CallError::Interrupted { .. } | CallError::Refused { .. } => ExitCode::FAILURE,
+    }
+}
+
+fn say(text: &str) {
+    // A reader that has gone away wants no more.
+    drop(writeln!(io::stdout(), "{text}"));
+}
+
+fn say_json(object: &impl Serialize) {
+    say(&serde_json::to_string(object).expect("plain structs have a JSON form"));
+}
+
+fn complain(text: &str) {
+    drop(writeln!(io::stderr(), "pageferry: {text}"));
+}
+
+/// Exit code of wrong usage, which is clap's too.
+const USAGE: u8 = 2;
+
+/// Exit code of a daemon that cannot be reached, or went away.
+const UNREACHABLE: u8 = 3;
