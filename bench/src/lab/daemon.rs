@@ -71,7 +71,8 @@ impl Daemon {
         let log = folder.join("pageferryd.log");
         let output = OpenOptions::new().create(true).append(true).open(&log);
         let output = output.with_context(|| format!("opening {}", log.display()))?;
-        let command = node.command("pageferryd")?.env("PAGEFERRY_LOG", LOG_FILTER);
+        let filter = std::env::var("PAGEFERRY_LOG").unwrap_or_else(|_| LOG_FILTER.to_owned());
+        let command = node.command("pageferryd")?.env("PAGEFERRY_LOG", &filter);
         let command = command
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
@@ -159,6 +160,7 @@ fn copy_logs(from: &Path, into: &Path, prefix: &str) -> Result<()> {
 const CONFIG_FOLDER: &str = "/etc/pageferry";
 const AUTHORITY: &str = "/etc/pageferry/authority";
 const PORT: u16 = 7440;
+/// What daemons log unless the environment's `PAGEFERRY_LOG` says otherwise.
 const LOG_FILTER: &str = "info";
 /// A cold start probes the kernel through CRIU first.
 const READY_TIME_MAX: Duration = Duration::from_secs(20);

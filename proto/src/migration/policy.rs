@@ -1,8 +1,8 @@
 //! When to freeze: pure arithmetic over what the rounds measured.
 //!
 //! Every further round costs time and bandwidth; the freeze costs downtime. Freeze when the
-//! final round is predicted to fit the downtime the operator allows, when another round would
-//! hardly help, or when there have been enough rounds.
+//! final round is predicted to fit the downtime the operator allows and more rounds would not make
+//! it much shorter, when another round would hardly help at all, or when there have been enough.
 
 use std::time::Duration;
 
@@ -19,6 +19,13 @@ pub const FIXED_COST: Duration = Duration::from_millis(40);
 /// A round that leaves at least this many percent of what it sent has stalled.
 pub const STALLED_PERCENT: u64 = 90;
 
+/// While a round leaves less than this many percent of what it sent, the next one costs little and
+/// saves downtime, so it is sent even if the downtime would do already.
+pub const SHRINKING_PERCENT: u64 = 60;
+
+/// Transfer in the freeze that is not worth another round: a quarter of [`FIXED_COST`].
+pub const TRANSFER_SHORT: Duration = Duration::from_millis(10);
+
 /// Rounds shorter than this, in bytes read (1 MiB), say more of latency than of the link's
 /// rate; the rate of the round before is kept.
 pub const RATE_BYTES_MIN: u64 = 1 << 20;
@@ -26,7 +33,7 @@ pub const RATE_BYTES_MIN: u64 = 1 << 20;
 /// How a workload is to move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// Freeze as soon as the predicted downtime is at most this.
+    /// Freeze when the predicted downtime is at most this, and rounds no longer shrink fast.
     pub downtime_max: Duration,
     /// Freeze after this many rounds at the latest: 1 to [`ROUNDS_LIMIT`].
     pub rounds_max: u32,
@@ -118,14 +125,17 @@ impl Convergence {
         let final_bytes = dirtied.bytes().saturating_add(report.eager_bytes);
         let predicted = predict(final_bytes, self.bytes_per_second);
         self.predicted_downtime = Some(predicted);
-        if predicted <= policy.downtime_max {
+        let left = dirtied.0.saturating_mul(100);
+        let sent = report.pages_sent.0;
+        let shrinking = left < sent.saturating_mul(SHRINKING_PERCENT)
+            && FIXED_COST + TRANSFER_SHORT < predicted;
+        if predicted <= policy.downtime_max && !shrinking {
             return Decision::Freeze(FreezeReason::Converged);
         }
         if policy.rounds_max <= report.round.number() {
             return Decision::Freeze(FreezeReason::RoundsMax);
         }
-        let left = dirtied.0.saturating_mul(100);
-        if report.pages_sent.0.saturating_mul(STALLED_PERCENT) <= left {
+        if sent.saturating_mul(STALLED_PERCENT) <= left {
             return Decision::Freeze(FreezeReason::Stalled);
         }
         Decision::Round
@@ -201,6 +211,18 @@ mod tests {
                 report(2, 40_000, 26_000, SECOND * 2 / 5),
             ],
             &[Decision::Round, Decision::Freeze(FreezeReason::Converged)],
+        );
+    }
+
+    #[test]
+    fn rounds_go_on_while_each_is_much_smaller_than_the_last() {
+        check(
+            &[
+                report(1, 100_000, 20_000, SECOND),
+                report(2, 20_000, 4_000, SECOND / 5),
+                report(3, 4_000, 1_000, SECOND / 25),
+            ],
+            &[Decision::Round, Decision::Round, Decision::Freeze(FreezeReason::Converged)],
         );
     }
 
