@@ -26,10 +26,10 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
 use super::dump::{Dump, DumpError, DumpPlan};
-use crate::migration::text::{chain, internal};
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
+use crate::migration::text::{chain, internal};
 use crate::net::stream::DataSender;
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
@@ -150,7 +150,8 @@ impl Site {
         let pids = tree.pids();
         let described = block_in_place(|| process::describe(root, &pids, shared))?;
         for pid in &pids {
-            let found = block_in_place(|| refuse::find(*pid)).map_err(|error| failed_to_track(&error))?;
+            let found =
+                block_in_place(|| refuse::find(*pid)).map_err(|error| failed_to_track(&error))?;
             if let Some(failure) = found {
                 return Err(failure);
             }
@@ -181,7 +182,11 @@ impl Site {
                 .map(|port| (port.name().to_owned(), port.bridge().to_owned()))
                 .collect(),
         };
-        let memory_bytes = description.spaces.iter().map(|space| space.memory_bytes).sum();
+        let memory_bytes = description
+            .spaces
+            .iter()
+            .map(|space| space.memory_bytes)
+            .sum();
         let workers = node.workers;
         let site = Self {
             directory: node.migrations.join(id.to_string()),
@@ -204,7 +209,11 @@ impl Site {
             data: None,
             cancelled,
         };
-        Ok(Survey { description, state: encode_state(&state)?, site })
+        Ok(Survey {
+            description,
+            state: encode_state(&state)?,
+            site,
+        })
     }
 
     /// A site for a migration that a dead daemon has left: it can be thawed or released.
@@ -216,12 +225,17 @@ impl Site {
         cancelled: watch::Receiver<bool>,
     ) -> Result<Self, Failure> {
         let state: SiteState = serde_json::from_slice(state.as_bytes()).map_err(|error| {
-            Failure::new(ErrorCode::Internal, format!("the journal of {id} is not readable: {error}"))
+            Failure::new(
+                ErrorCode::Internal,
+                format!("the journal of {id} is not readable: {error}"),
+            )
         })?;
         let netlink = Netlink::open(None).map_err(network_unfit)?;
         let mut ports = Vec::new();
         for (name, bridge) in &state.ports {
-            let port = Port::named(&netlink, name, bridge).await.map_err(network_unfit)?;
+            let port = Port::named(&netlink, name, bridge)
+                .await
+                .map_err(network_unfit)?;
             ports.extend(port);
         }
         let workers = node.workers;
@@ -254,7 +268,9 @@ impl Site {
             self.freezer.make().map_err(freeze_failed)?;
             let root = self.root;
             let adopted = self.freezer.adopt(|| {
-                Tree::read(root).map(|tree| tree.pids()).map_err(std::io::Error::other)
+                Tree::read(root)
+                    .map(|tree| tree.pids())
+                    .map_err(std::io::Error::other)
             });
             adopted.map_err(freeze_failed)?;
             self.attach_new()?;
@@ -269,14 +285,18 @@ impl Site {
             .map_err(|error| Failure::new(ErrorCode::WorkloadGone, error.to_string()))?;
         let pids = tree.pids();
         self.spaces.retain(|id, space| {
-            tree.spaces.iter().any(|found| found.id == *id && found.leader == space.pid())
+            tree.spaces
+                .iter()
+                .any(|found| found.id == *id && found.leader == space.pid())
         });
         self.pending.retain(|id, _| self.spaces.contains_key(id));
         for found in tree.spaces {
             if self.spaces.contains_key(&found.id) {
                 continue;
             }
-            if let Some(failure) = refuse::find(found.leader).map_err(|error| failed_to_track(&error))? {
+            if let Some(failure) =
+                refuse::find(found.leader).map_err(|error| failed_to_track(&error))?
+            {
                 return Err(failure);
             }
             let options = TrackOptions {
@@ -359,7 +379,11 @@ impl Site {
                 namespaces.push(namespace::open(self.root, kind).map_err(|error| {
                     Failure::new(
                         ErrorCode::WorkloadGone,
-                        format!("the {} namespace of process {}: {error}", kind.file(), self.root),
+                        format!(
+                            "the {} namespace of process {}: {error}",
+                            kind.file(),
+                            self.root
+                        ),
                     )
                 })?);
             }
@@ -400,9 +424,10 @@ impl Site {
     pub(super) fn dump(&mut self) -> Result<&mut Dump, Failure> {
         match &mut self.dumping {
             Dumping::Prepared(dump) => Ok(dump),
-            Dumping::No | Dumping::Preparing(_) => {
-                Err(Failure::new(ErrorCode::Internal, "there is no prepared dump"))
-            }
+            Dumping::No | Dumping::Preparing(_) => Err(Failure::new(
+                ErrorCode::Internal,
+                "there is no prepared dump",
+            )),
         }
     }
 
@@ -410,9 +435,10 @@ impl Site {
     pub(super) fn take_dump(&mut self) -> Result<Box<Dump>, Failure> {
         match std::mem::take(&mut self.dumping) {
             Dumping::Prepared(dump) => Ok(dump),
-            Dumping::No | Dumping::Preparing(_) => {
-                Err(Failure::new(ErrorCode::Internal, "there is no prepared dump"))
-            }
+            Dumping::No | Dumping::Preparing(_) => Err(Failure::new(
+                ErrorCode::Internal,
+                "there is no prepared dump",
+            )),
         }
     }
 
@@ -555,7 +581,10 @@ fn encode_state(state: &SiteState) -> Result<DriverState, Failure> {
 pub(super) fn alive(pid: i32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .ok()
-        .and_then(|stat| stat.rsplit_once(") ").map(|(_, rest)| !rest.starts_with(['Z', 'X'])))
+        .and_then(|stat| {
+            stat.rsplit_once(") ")
+                .map(|(_, rest)| !rest.starts_with(['Z', 'X']))
+        })
         .unwrap_or(false)
 }
 
@@ -566,7 +595,10 @@ fn repaired_sockets(pid: i32) -> std::io::Result<usize> {
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
         let is_socket = std::fs::read_link(entry.path())
             .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
-        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let number = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
         if let (true, Some(number)) = (is_socket, number) {
             let socket = ptrace::pidfd_getfd(pidfd.as_fd(), number)?;
             repaired += usize::from(tcp::repair_off(socket.as_fd())?);
@@ -577,7 +609,9 @@ fn repaired_sockets(pid: i32) -> std::io::Result<usize> {
 
 fn tracer(pid: i32) -> Option<i32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("TracerPid:"))?;
     line.trim().parse().ok().filter(|tracer| *tracer != 0)
 }
 

@@ -174,7 +174,13 @@ impl TargetDriver {
         }
         self.connections += 1;
         let number = self.connections;
-        let TargetSession { sender, receiver, data, lanes, .. } = session;
+        let TargetSession {
+            sender,
+            receiver,
+            data,
+            lanes,
+            ..
+        } = session;
         let events = self.events.clone();
         let (failures, mut failed) = mpsc::channel(1);
         let serving = self.intake.serve(data, failures);
@@ -226,7 +232,10 @@ impl TargetDriver {
             TargetAction::AwaitFinal(last) => {
                 let intake = Arc::clone(&self.intake);
                 self.await_streams(async move {
-                    intake.complete(&last).await.map(|()| TargetEvent::FinalStored)
+                    intake
+                        .complete(&last)
+                        .await
+                        .map(|()| TargetEvent::FinalStored)
                 });
             }
             TargetAction::AwaitRound(end) => {
@@ -279,8 +288,12 @@ impl TargetDriver {
         if self.operation.is_some() {
             return;
         }
-        let Some(next) = self.waiting.pop_front() else { return };
-        let Some(mut site) = self.site.take() else { return };
+        let Some(next) = self.waiting.pop_front() else {
+            return;
+        };
+        let Some(mut site) = self.site.take() else {
+            return;
+        };
         self.operation = Some(tokio::spawn(async move {
             let event = operation(&mut site, next).await;
             (site, event)
@@ -318,12 +331,14 @@ async fn trouble(site: &mut Option<Box<Site>>) -> Failure {
 async fn operation(site: &mut Site, operation: Operation) -> TargetEvent {
     let done = match operation {
         Operation::Fill => site.filled().await.map(|()| TargetEvent::Filled),
-        Operation::Action(TargetAction::Prepare(offer)) => {
-            site.prepare(&offer).await.map(|state| TargetEvent::Prepared { state })
-        }
-        Operation::Action(TargetAction::Restore { .. }) => {
-            site.restore().await.map(|state| TargetEvent::Restored { state })
-        }
+        Operation::Action(TargetAction::Prepare(offer)) => site
+            .prepare(&offer)
+            .await
+            .map(|state| TargetEvent::Prepared { state }),
+        Operation::Action(TargetAction::Restore { .. }) => site
+            .restore()
+            .await
+            .map(|state| TargetEvent::Restored { state }),
         Operation::Action(TargetAction::LetGo { .. }) => {
             site.let_go().await.map(|()| TargetEvent::Resumed)
         }
@@ -336,7 +351,10 @@ async fn operation(site: &mut Site, operation: Operation) -> TargetEvent {
             | TargetAction::Journal(_)
             | TargetAction::Report(_)
             | TargetAction::Send(_),
-        ) => Err(Failure::new(ErrorCode::Internal, "an action that is no operation")),
+        ) => Err(Failure::new(
+            ErrorCode::Internal,
+            "an action that is no operation",
+        )),
     };
     done.unwrap_or_else(TargetEvent::Failure)
 }
