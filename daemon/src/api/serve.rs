@@ -128,10 +128,6 @@ impl Served {
 }
 
 /// Lets only root and the daemon's own user through, whoever the socket's mode may admit.
-#[expect(
-    clippy::result_large_err,
-    reason = "the interceptor's signature is tonic's"
-)]
 fn allowed(request: Request<()>) -> Result<Request<()>, Status> {
     let peer = request
         .extensions()
@@ -250,13 +246,11 @@ impl Control for LocalControl {
     }
 }
 
-#[expect(clippy::result_large_err, reason = "the error type is tonic's")]
 fn parse_id(text: &str) -> Result<MigrationId, Status> {
     text.parse()
         .map_err(|error| Status::invalid_argument(format!("migration {text:?}: {error}")))
 }
 
-#[expect(clippy::result_large_err, reason = "the error type is tonic's")]
 fn parse_migrate(
     request: schema::MigrateRequest,
     defaults: Policy,

@@ -255,7 +255,8 @@ impl Registry {
     pub async fn accept(&self, session: TargetSession) {
         let (id, peer) = (session.migration, session.peer.clone());
         let mut session = Box::new(session);
-        if let Some(Entry { status, requests }) = self.lock().get(&id).cloned() {
+        let known = self.lock().get(&id).cloned();
+        if let Some(Entry { status, requests }) = known {
             let ours = match requests {
                 Requests::Target(requests) if status.borrow().status.peer == peer => requests,
                 Requests::Target(_) | Requests::Source(_) => {

@@ -167,11 +167,11 @@ impl Site {
         );
         self.return_dump(dump);
         let (dumped, frozen_in_criu) = dumped;
-        dumped.map_err(criu_failed)?;
+        dumped.map_err(|error| criu_failed(&error))?;
         self.frozen_in_criu = Some(frozen_in_criu);
         // CRIU has thawed the cgroup and holds the tasks by ptrace alone: from here on they stay
         // frozen whoever dies.
-        block_in_place(|| self.freezer.freeze()).map_err(freeze_failed)?;
+        block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
         let mut sums = sent?;
         let frozen_again = began.elapsed();
         let digests = if self.policy.verify {

@@ -26,6 +26,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
 use super::dump::{Dump, DumpError, DumpPlan};
+use crate::link::LinkError;
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
@@ -34,7 +35,7 @@ use crate::net::stream::DataSender;
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
-use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::cgroup::{CgroupError, Freezer, FreezerRoot};
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
 use crate::sys::{ptrace, tcp};
@@ -161,7 +162,9 @@ impl Site {
         let mut ports = Vec::new();
         if described.own.contains(&NamespaceKind::Net) {
             let net = namespace::open(root, NamespaceKind::Net).map_err(|error| gone(&error))?;
-            let network = describe_network(&net).await.map_err(network_unfit)?;
+            let network = describe_network(&net)
+                .await
+                .map_err(|error| network_unfit(&error))?;
             description.links = network.links;
             description.routes = network.routes;
             ports = network.ports;
@@ -230,12 +233,12 @@ impl Site {
                 format!("the journal of {id} is not readable: {error}"),
             )
         })?;
-        let netlink = Netlink::open(None).map_err(network_unfit)?;
+        let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
         let mut ports = Vec::new();
         for (name, bridge) in &state.ports {
             let port = Port::named(&netlink, name, bridge)
                 .await
-                .map_err(network_unfit)?;
+                .map_err(|error| network_unfit(&error))?;
             ports.extend(port);
         }
         let workers = node.workers;
@@ -265,14 +268,14 @@ impl Site {
     /// Puts the tree into its cgroup, attaches to every space, and lets CRIU get ready.
     pub async fn track(&mut self) -> Result<(), Failure> {
         block_in_place(|| {
-            self.freezer.make().map_err(freeze_failed)?;
+            self.freezer.make().map_err(|error| freeze_failed(&error))?;
             let root = self.root;
             let adopted = self.freezer.adopt(|| {
                 Tree::read(root)
                     .map(|tree| tree.pids())
                     .map_err(std::io::Error::other)
             });
-            adopted.map_err(freeze_failed)?;
+            adopted.map_err(|error| freeze_failed(&error))?;
             self.attach_new()?;
             self.scan()
         })?;
@@ -404,7 +407,8 @@ impl Site {
     pub async fn freeze(&mut self) -> Result<(), Failure> {
         if let Dumping::Preparing(task) = std::mem::take(&mut self.dumping) {
             let prepared = task.await.map_err(|error| internal(&error))?;
-            self.dumping = Dumping::Prepared(Box::new(prepared.map_err(criu_failed)?));
+            self.dumping =
+                Dumping::Prepared(Box::new(prepared.map_err(|error| criu_failed(&error))?));
         }
         for (id, pages) in std::mem::take(&mut self.pending) {
             if let Some(space) = self.spaces.get_mut(&id) {
@@ -412,12 +416,14 @@ impl Site {
             }
         }
         if !self.ports.is_empty() {
-            let netlink = Netlink::open(None).map_err(network_unfit)?;
+            let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
             for port in &self.ports {
-                port.close(&netlink).await.map_err(network_unfit)?;
+                port.close(&netlink)
+                    .await
+                    .map_err(|error| network_unfit(&error))?;
             }
         }
-        block_in_place(|| self.freezer.freeze()).map_err(freeze_failed)
+        block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))
     }
 
     /// The prepared dump; there is one from the freeze to the thaw.
@@ -473,12 +479,14 @@ impl Site {
         self.wait_untraced().await?;
         if self.freezer.exists() {
             block_in_place(|| self.end_repair());
-            self.freezer.thaw().map_err(freeze_failed)?;
+            self.freezer.thaw().map_err(|error| freeze_failed(&error))?;
         }
         if !self.ports.is_empty() {
-            let netlink = Netlink::open(None).map_err(network_unfit)?;
+            let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
             for port in &self.ports {
-                port.open(&netlink).await.map_err(network_unfit)?;
+                port.open(&netlink)
+                    .await
+                    .map_err(|error| network_unfit(&error))?;
             }
         }
         if untrack {
@@ -538,9 +546,11 @@ impl Site {
     pub async fn release(&mut self) -> Result<(), Failure> {
         // First the links: whatever the dying sockets say reaches nobody.
         if !self.ports.is_empty() {
-            let netlink = Netlink::open(None).map_err(network_unfit)?;
+            let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
             for port in &self.ports {
-                port.delete(&netlink).await.map_err(network_unfit)?;
+                port.delete(&netlink)
+                    .await
+                    .map_err(|error| network_unfit(&error))?;
             }
         }
         let dump = match std::mem::take(&mut self.dumping) {
@@ -557,7 +567,8 @@ impl Site {
         // SIGKILL before the thaw, whatever CRIU did: a task that is thawed with it pending runs no
         // instruction of its own.
         if self.freezer.exists() {
-            block_in_place(|| self.freezer.kill(KILL_TIMEOUT)).map_err(freeze_failed)?;
+            block_in_place(|| self.freezer.kill(KILL_TIMEOUT))
+                .map_err(|error| freeze_failed(&error))?;
         }
         if let Some(dump) = ending
             && let Err(error) = dump.end().await
@@ -566,7 +577,9 @@ impl Site {
         }
         self.spaces.clear();
         if self.freezer.exists() {
-            self.freezer.remove().map_err(freeze_failed)?;
+            self.freezer
+                .remove()
+                .map_err(|error| freeze_failed(&error))?;
         }
         drop(std::fs::remove_dir_all(&self.directory));
         Ok(())
@@ -615,8 +628,8 @@ fn tracer(pid: i32) -> Option<i32> {
     line.trim().parse().ok().filter(|tracer| *tracer != 0)
 }
 
-pub(super) fn criu_failed(error: DumpError) -> Failure {
-    Failure::new(ErrorCode::CriuFailed, chain(&error))
+pub(super) fn criu_failed(error: &DumpError) -> Failure {
+    Failure::new(ErrorCode::CriuFailed, chain(error))
 }
 
 pub(super) fn failed_to_track(error: &TrackError) -> Failure {
@@ -635,10 +648,10 @@ pub(super) fn failed_to_track(error: &TrackError) -> Failure {
     Failure::new(code, chain(error))
 }
 
-pub(super) fn freeze_failed(error: crate::runtime::cgroup::CgroupError) -> Failure {
-    Failure::new(ErrorCode::FreezeFailed, chain(&error))
+pub(super) fn freeze_failed(error: &CgroupError) -> Failure {
+    Failure::new(ErrorCode::FreezeFailed, chain(error))
 }
 
-fn network_unfit(error: crate::link::LinkError) -> Failure {
-    Failure::new(ErrorCode::NetworkUnfit, chain(&error))
+fn network_unfit(error: &LinkError) -> Failure {
+    Failure::new(ErrorCode::NetworkUnfit, chain(error))
 }

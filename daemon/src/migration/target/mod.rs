@@ -81,7 +81,7 @@ pub struct TargetParts {
 
 #[derive(Debug)]
 enum Operation {
-    Action(TargetAction),
+    Action(Box<TargetAction>),
     /// Wait for the end of the fill: follows a successful `LetGo` by itself.
     Fill,
 }
@@ -266,7 +266,7 @@ impl TargetDriver {
             | TargetAction::LetGo { .. }
             | TargetAction::Prepare(_)
             | TargetAction::Restore { .. } => {
-                self.waiting.push_back(Operation::Action(action));
+                self.waiting.push_back(Operation::Action(Box::new(action)));
                 self.next_operation();
             }
         }
@@ -331,30 +331,30 @@ async fn trouble(site: &mut Option<Box<Site>>) -> Failure {
 async fn operation(site: &mut Site, operation: Operation) -> TargetEvent {
     let done = match operation {
         Operation::Fill => site.filled().await.map(|()| TargetEvent::Filled),
-        Operation::Action(TargetAction::Prepare(offer)) => site
+        Operation::Action(action) => perform(site, *action).await,
+    };
+    done.unwrap_or_else(TargetEvent::Failure)
+}
+
+async fn perform(site: &mut Site, action: TargetAction) -> Result<TargetEvent, Failure> {
+    match action {
+        TargetAction::Prepare(offer) => site
             .prepare(&offer)
             .await
             .map(|state| TargetEvent::Prepared { state }),
-        Operation::Action(TargetAction::Restore { .. }) => site
+        TargetAction::Restore { .. } => site
             .restore()
             .await
             .map(|state| TargetEvent::Restored { state }),
-        Operation::Action(TargetAction::LetGo { .. }) => {
-            site.let_go().await.map(|()| TargetEvent::Resumed)
-        }
-        Operation::Action(TargetAction::Discard) => {
-            site.discard().await.map(|()| TargetEvent::Discarded)
-        }
-        Operation::Action(
-            TargetAction::AwaitFinal(_)
-            | TargetAction::AwaitRound(_)
-            | TargetAction::Journal(_)
-            | TargetAction::Report(_)
-            | TargetAction::Send(_),
-        ) => Err(Failure::new(
+        TargetAction::LetGo { .. } => site.let_go().await.map(|()| TargetEvent::Resumed),
+        TargetAction::Discard => site.discard().await.map(|()| TargetEvent::Discarded),
+        TargetAction::AwaitFinal(_)
+        | TargetAction::AwaitRound(_)
+        | TargetAction::Journal(_)
+        | TargetAction::Report(_)
+        | TargetAction::Send(_) => Err(Failure::new(
             ErrorCode::Internal,
             "an action that is no operation",
         )),
-    };
-    done.unwrap_or_else(TargetEvent::Failure)
+    }
 }

@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
 use super::intake::Intake;
+use crate::link::LinkError;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal};
 use crate::pager::client::{ClientError, Notice, PagerClient, Remains, Spawn};
@@ -221,7 +222,7 @@ impl Site {
             let bridge = self.bridge(&description.links)?;
             let (links, routes) = (&description.links, &description.routes);
             let network = PreparedNetwork::build(net, links, routes, &bridge, &prefix);
-            self.network = Some(network.await.map_err(network_unfit)?);
+            self.network = Some(network.await.map_err(|error| network_unfit(&error))?);
             self.links.clone_from(&description.links);
         }
         self.freezer
@@ -318,7 +319,10 @@ impl Site {
             self.namespaces.push((NamespaceKind::Net, net));
         }
         if let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) {
-            network.attach(net).await.map_err(network_unfit)?;
+            network
+                .attach(net)
+                .await
+                .map_err(|error| network_unfit(&error))?;
         }
         let Some(Pager { client, .. }) = &self.pager else {
             return Err(no_pager());
@@ -406,7 +410,10 @@ impl Site {
                 .map_err(|error| internal(&error))?;
         }
         if let Some(network) = self.network.take() {
-            network.delete().await.map_err(network_unfit)?;
+            network
+                .delete()
+                .await
+                .map_err(|error| network_unfit(&error))?;
         }
         self.namespaces.clear();
         drop(fs::remove_dir_all(&self.directory));
@@ -509,8 +516,8 @@ fn no_pager() -> Failure {
     Failure::new(ErrorCode::FillLost, "the pager of the workload is gone")
 }
 
-fn network_unfit(error: crate::link::LinkError) -> Failure {
-    Failure::new(ErrorCode::NetworkUnfit, chain(&error))
+fn network_unfit(error: &LinkError) -> Failure {
+    Failure::new(ErrorCode::NetworkUnfit, chain(error))
 }
 
 fn pager_failed(error: ClientError) -> Failure {
