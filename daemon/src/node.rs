@@ -34,14 +34,19 @@ const SPACES_MAX: usize = 4096;
 /// for: their journals let the next daemon go on with them.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let migrations = config.run_dir.join("migrations");
-    fs::create_dir_all(&migrations).with_context(|| format!("creating {}", migrations.display()))?;
+    fs::create_dir_all(&migrations)
+        .with_context(|| format!("creating {}", migrations.display()))?;
     raise_descriptor_limit();
     let support = Support::probe().context("this node cannot be a source or a target")?;
     let freezers = FreezerRoot::detect().context("this node cannot freeze workloads")?;
     let criu_version = probe_criu(&config).await?;
     let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    let limits = StoreLimits { data_pages_max: memory_pages()?, spaces_max: SPACES_MAX };
-    let credentials = Credentials::load(&config.tls, &config.node).context("loading certificates")?;
+    let limits = StoreLimits {
+        data_pages_max: memory_pages()?,
+        spaces_max: SPACES_MAX,
+    };
+    let credentials =
+        Credentials::load(&config.tls, &config.node).context("loading certificates")?;
     let endpoint = Endpoint::bind(EndpointConfig {
         listen: config.listen,
         credentials,
@@ -113,7 +118,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 async fn probe_criu(config: &Config) -> anyhow::Result<u32> {
     let output = config.run_dir.join("criu-probe.out");
     let found = Capabilities::probe(&config.criu, Some(&config.view_library), &output).await;
-    let found = found.with_context(|| format!("asking {} what it can do", config.criu.display()))?;
+    let found =
+        found.with_context(|| format!("asking {} what it can do", config.criu.display()))?;
     let version = found.version;
     let number = |part: i32| u32::try_from(part).unwrap_or(0);
     anyhow::ensure!(
@@ -128,7 +134,10 @@ async fn probe_criu(config: &Config) -> anyhow::Result<u32> {
         config.criu.display(),
         config.view_library.display()
     );
-    anyhow::ensure!(found.features.lazy_pages, "criu or this kernel lacks lazy pages (userfaultfd)");
+    anyhow::ensure!(
+        found.features.lazy_pages,
+        "criu or this kernel lacks lazy pages (userfaultfd)"
+    );
     Ok(number(version.major) * 10_000 + number(version.minor) * 100 + number(version.sublevel))
 }
 

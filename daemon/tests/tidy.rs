@@ -140,7 +140,7 @@ fn only_the_drivers_of_the_roles_bring_data_and_control_together() {
         let met: Vec<&str> = uses(&text)
             .filter(|used| CROSSROADS.contains(used))
             .collect();
-        if met.iter().any(|used| *used == "pages") && met.len() > 1 {
+        if met.contains(&"pages") && met.len() > 1 {
             wrong.push(format!("{}: uses {met:?}", inside.display()));
         }
     }

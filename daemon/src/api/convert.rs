@@ -15,7 +15,11 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
     schema::Status {
         id: status.id.to_string(),
         generation: status.generation,
-        workload: status.workload.as_ref().map(ToString::to_string).unwrap_or_default(),
+        workload: status
+            .workload
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
         role: side(status.role).into(),
         phase: status.phase.name().to_owned(),
         r#final: status.phase.is_final(),
@@ -61,7 +65,10 @@ fn parts(parts: &Parts) -> schema::Parts {
 }
 
 fn failure(failure: &Failure) -> schema::Failure {
-    schema::Failure { code: failure.code().to_string(), text: failure.text().to_owned() }
+    schema::Failure {
+        code: failure.code().to_string(),
+        text: failure.text().to_owned(),
+    }
 }
 
 fn side(side: Side) -> schema::Side {

@@ -6,8 +6,8 @@
 //!
 //! Absent: decisions. Every call goes to the registry, every answer is a status.
 
-pub mod schema;
 mod convert;
+pub mod schema;
 mod serve;
 
-pub use serve::{LocalControl, Served, ServeError, serve};
+pub use serve::{LocalControl, ServeError, Served, serve};

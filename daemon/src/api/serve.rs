@@ -77,11 +77,19 @@ pub struct Served {
 pub fn serve(path: &Path, control: LocalControl) -> Result<Served, ServeError> {
     let failed = |action| {
         let path = path.to_owned();
-        move |source| ServeError::Socket { action, path, source }
+        move |source| ServeError::Socket {
+            action,
+            path,
+            source,
+        }
     };
     // A socket nobody listens on is what a killed daemon leaves.
     match UnixStream::connect(path) {
-        Ok(_) => return Err(ServeError::InUse { path: path.to_owned() }),
+        Ok(_) => {
+            return Err(ServeError::InUse {
+                path: path.to_owned(),
+            });
+        }
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(failed("removing the stale socket"))?;
         }
@@ -103,7 +111,11 @@ pub fn serve(path: &Path, control: LocalControl) -> Result<Served, ServeError> {
             tracing::error!("the control socket failed: {error}");
         }
     });
-    Ok(Served { path: path.to_owned(), stop, task })
+    Ok(Served {
+        path: path.to_owned(),
+        stop,
+        task,
+    })
 }
 
 impl Served {
@@ -116,9 +128,11 @@ impl Served {
 }
 
 /// Lets only root and the daemon's own user through, whoever the socket's mode may admit.
-#[expect(clippy::result_large_err, reason = "the interceptor's signature is tonic's")]
 fn allowed(request: Request<()>) -> Result<Request<()>, Status> {
-    let peer = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
+    let peer = request
+        .extensions()
+        .get::<UdsConnectInfo>()
+        .and_then(|info| info.peer_cred);
     let own = nix::unistd::geteuid().as_raw();
     match peer {
         Some(peer) if peer.uid() == 0 || peer.uid() == own => Ok(request),
@@ -133,11 +147,17 @@ fn allowed(request: Request<()>) -> Result<Request<()>, Status> {
 impl LocalControl {
     /// The API of `node`'s `registry`.
     pub fn new(node: NodeName, registry: Registry, defaults: Policy) -> Self {
-        Self { node, registry, defaults }
+        Self {
+            node,
+            registry,
+            defaults,
+        }
     }
 
     fn watcher(&self, id: &str) -> Result<watch::Receiver<Arc<Progress>>, Status> {
-        self.registry.watch(parse_id(id)?).map_err(|failure| refusal(&failure))
+        self.registry
+            .watch(parse_id(id)?)
+            .map_err(|failure| refusal(&failure))
     }
 }
 
@@ -165,7 +185,10 @@ impl Control for LocalControl {
     ) -> Result<Response<schema::ListReply>, Status> {
         let mut known = self.registry.list();
         known.sort_by_key(|progress| progress.status.elapsed);
-        let migrations = known.iter().map(|progress| status(&self.node, progress)).collect();
+        let migrations = known
+            .iter()
+            .map(|progress| status(&self.node, progress))
+            .collect();
         Ok(Response::new(schema::ListReply { migrations }))
     }
 
@@ -190,7 +213,9 @@ impl Control for LocalControl {
             over |= progress.status.phase.is_final();
             wanted
         });
-        Ok(Response::new(Box::pin(changes.map(move |progress| Ok(status(&node, &progress))))))
+        Ok(Response::new(Box::pin(
+            changes.map(move |progress| Ok(status(&node, &progress))),
+        )))
     }
 
     async fn abort(
@@ -198,7 +223,10 @@ impl Control for LocalControl {
         request: Request<schema::AbortRequest>,
     ) -> Result<Response<schema::AbortReply>, Status> {
         let id = parse_id(&request.into_inner().id)?;
-        self.registry.abort(id).await.map_err(|failure| refusal(&failure))?;
+        self.registry
+            .abort(id)
+            .await
+            .map_err(|failure| refusal(&failure))?;
         Ok(Response::new(schema::AbortReply {}))
     }
 
@@ -210,17 +238,19 @@ impl Control for LocalControl {
         let id = parse_id(&request.id)?;
         let side = named_side(request.fenced)
             .ok_or_else(|| Status::invalid_argument("say which side is fenced"))?;
-        self.registry.resolve(id, side).await.map_err(|failure| refusal(&failure))?;
+        self.registry
+            .resolve(id, side)
+            .await
+            .map_err(|failure| refusal(&failure))?;
         Ok(Response::new(schema::ResolveReply {}))
     }
 }
 
-#[expect(clippy::result_large_err, reason = "the error type is tonic's")]
 fn parse_id(text: &str) -> Result<MigrationId, Status> {
-    text.parse().map_err(|error| Status::invalid_argument(format!("migration {text:?}: {error}")))
+    text.parse()
+        .map_err(|error| Status::invalid_argument(format!("migration {text:?}: {error}")))
 }
 
-#[expect(clippy::result_large_err, reason = "the error type is tonic's")]
 fn parse_migrate(
     request: schema::MigrateRequest,
     defaults: Policy,
@@ -246,12 +276,21 @@ fn parse_migrate(
         verify: request.verify,
         force_eager: request.force_eager,
     };
-    let shared: Vec<PathBuf> = request.shared_paths.into_iter().map(PathBuf::from).collect();
+    let shared: Vec<PathBuf> = request
+        .shared_paths
+        .into_iter()
+        .map(PathBuf::from)
+        .collect();
     if let Some(relative) = shared.iter().find(|path| !path.is_absolute()) {
         return Err(Status::invalid_argument(format!(
             "shared path {} is not absolute",
             relative.display()
         )));
     }
-    Ok(MigrateRequest { workload, target, policy, shared })
+    Ok(MigrateRequest {
+        workload,
+        target,
+        policy,
+        shared,
+    })
 }

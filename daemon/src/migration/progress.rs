@@ -18,6 +18,10 @@ pub struct Progress {
 impl Progress {
     /// A status of which nothing has been measured.
     pub fn of(status: Status) -> Self {
-        Self { status, frozen: None, final_pages: None }
+        Self {
+            status,
+            frozen: None,
+            final_pages: None,
+        }
     }
 }

@@ -101,9 +101,18 @@ impl Registry {
     /// The registry, with every unfinished migration of the journals under way again.
     pub async fn recover(parts: RegistryParts) -> Result<Self, Failure> {
         let found = parts.journals.scan().map_err(|error| internal(&error))?;
-        let inner = Inner { parts, entries: Mutex::default() };
-        let registry = Self { inner: Arc::new(inner) };
-        for Found { migration, contents } in found {
+        let inner = Inner {
+            parts,
+            entries: Mutex::default(),
+        };
+        let registry = Self {
+            inner: Arc::new(inner),
+        };
+        for Found {
+            migration,
+            contents,
+        } in found
+        {
             let recovered = contents.map_err(|error| {
                 // Going on without it could run a workload twice.
                 Failure::new(ErrorCode::JournalFailed, chain(&error))
@@ -117,7 +126,10 @@ impl Registry {
         let records = parse(id, &recovered)?;
         let clock = Clock::start();
         let contradiction = |error: pageferry_proto::migration::handoff::RecoverError| {
-            Failure::new(ErrorCode::JournalFailed, format!("journal of {id}: {error}"))
+            Failure::new(
+                ErrorCode::JournalFailed,
+                format!("journal of {id}: {error}"),
+            )
         };
         let journal = recovered.journal;
         match records.first().map(|record| &record.entry) {
@@ -151,7 +163,10 @@ impl Registry {
         if !parts.endpoint.peers().any(|peer| *peer == request.target) {
             return Err(Failure::new(
                 ErrorCode::PeerUnknown,
-                format!("node {} is not a peer in this node's configuration", request.target),
+                format!(
+                    "node {} is not a peer in this node's configuration",
+                    request.target
+                ),
             ));
         }
         self.wait_filled(&request.workload).await?;
@@ -168,9 +183,10 @@ impl Registry {
             cancelled,
         )
         .await?;
-        let journal = parts.journals.create(id).map_err(|error| {
-            Failure::new(ErrorCode::JournalFailed, chain(&error))
-        })?;
+        let journal = parts
+            .journals
+            .create(id)
+            .map_err(|error| Failure::new(ErrorCode::JournalFailed, chain(&error)))?;
         let clock = Clock::start();
         let offer = SourceOffer {
             id,
@@ -192,7 +208,9 @@ impl Registry {
             let arriving = status.role == Side::Target && status.phase == Phase::Running;
             (arriving && status.workload.as_ref() == Some(workload)).then(|| entry.status.clone())
         });
-        let Some(mut status) = filling else { return Ok(()) };
+        let Some(mut status) = filling else {
+            return Ok(());
+        };
         tracing::info!(%workload, "waiting until its memory is in place");
         let filled = status.wait_for(|known| known.status.phase.is_final());
         match tokio::time::timeout(FILL_TIMEOUT, filled).await {
@@ -237,7 +255,8 @@ impl Registry {
     pub async fn accept(&self, session: TargetSession) {
         let (id, peer) = (session.migration, session.peer.clone());
         let mut session = Box::new(session);
-        if let Some(Entry { status, requests }) = self.lock().get(&id).cloned() {
+        let known = self.lock().get(&id).cloned();
+        if let Some(Entry { status, requests }) = known {
             let ours = match requests {
                 Requests::Target(requests) if status.borrow().status.peer == peer => requests,
                 Requests::Target(_) | Requests::Source(_) => {
@@ -298,7 +317,10 @@ impl Registry {
         if incoming.count() >= parts.incoming_max {
             return Err(Failure::new(
                 ErrorCode::TargetBusy,
-                format!("{} migrations come to this node already", parts.incoming_max),
+                format!(
+                    "{} migrations come to this node already",
+                    parts.incoming_max
+                ),
             ));
         }
         let journal = match parts.journals.create(id) {
@@ -311,8 +333,17 @@ impl Registry {
         };
         let site = TargetSite::new(parts.target.clone(), id)?;
         let incarnation = Incarnation(u64::from_le_bytes(random()));
-        let origin = TargetOrigin { id, peer, incarnation };
-        Ok((TargetMachine::new(origin, clock.now()), clock, site, journal))
+        let origin = TargetOrigin {
+            id,
+            peer,
+            incarnation,
+        };
+        Ok((
+            TargetMachine::new(origin, clock.now()),
+            clock,
+            site,
+            journal,
+        ))
     }
 
     fn start_source(
@@ -339,7 +370,10 @@ impl Registry {
             peer,
             lanes: self.inner.parts.lanes,
         });
-        let entry = Entry { status: watched, requests: Requests::Source(requests) };
+        let entry = Entry {
+            status: watched,
+            requests: Requests::Source(requests),
+        };
         self.lock().insert(id, entry);
         self.run(driver.run());
     }
@@ -363,7 +397,10 @@ impl Registry {
             status,
             journal,
         });
-        let entry = Entry { status: watched, requests: Requests::Target(requests) };
+        let entry = Entry {
+            status: watched,
+            requests: Requests::Target(requests),
+        };
         self.lock().insert(id, entry);
         self.run(driver.run(session));
     }
@@ -380,7 +417,9 @@ impl Registry {
     fn forget_oldest(&self) {
         let finished: Vec<MigrationId> = {
             let entries = self.lock();
-            let over = entries.iter().filter(|(_, entry)| entry.status.borrow().status.phase.is_final());
+            let over = entries
+                .iter()
+                .filter(|(_, entry)| entry.status.borrow().status.phase.is_final());
             over.map(|(id, _)| *id).collect()
         };
         if finished.len() <= FINISHED_MAX {
@@ -399,7 +438,10 @@ impl Registry {
 
     /// All migrations, in no particular order.
     pub fn list(&self) -> Vec<Arc<Progress>> {
-        self.lock().values().map(|entry| Arc::clone(&entry.status.borrow())).collect()
+        self.lock()
+            .values()
+            .map(|entry| Arc::clone(&entry.status.borrow()))
+            .collect()
     }
 
     /// One migration's status and its changes.
@@ -439,7 +481,12 @@ impl Registry {
             if let Requests::Source(requests) = &entry.requests {
                 requests.send(SourceRequest::Abort).await.unwrap_or(());
             }
-            drop(entry.status.wait_for(|known| known.status.phase.is_final()).await);
+            drop(
+                entry
+                    .status
+                    .wait_for(|known| known.status.phase.is_final())
+                    .await,
+            );
         });
         let aborted = futures_util::future::join_all(aborted);
         drop(tokio::time::timeout(GIVE_UP_TIMEOUT, aborted).await);
@@ -447,12 +494,18 @@ impl Registry {
 
     fn entry(&self, id: MigrationId) -> Result<Entry, Failure> {
         self.lock().get(&id).cloned().ok_or_else(|| {
-            Failure::new(ErrorCode::MigrationUnknown, format!("there is no migration {id}"))
+            Failure::new(
+                ErrorCode::MigrationUnknown,
+                format!("there is no migration {id}"),
+            )
         })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<MigrationId, Entry>> {
-        self.inner.entries.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .entries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -462,9 +515,15 @@ const fn is_decided(phase: Phase) -> bool {
 }
 
 fn parse(id: MigrationId, recovered: &Recovered) -> Result<Vec<Record>, Failure> {
-    let parsed = recovered.records.iter().map(|bytes| Record::from_bytes(bytes));
+    let parsed = recovered
+        .records
+        .iter()
+        .map(|bytes| Record::from_bytes(bytes));
     parsed.collect::<Result<_, _>>().map_err(|error| {
-        Failure::new(ErrorCode::JournalFailed, format!("journal of {id}: {}", chain(&error)))
+        Failure::new(
+            ErrorCode::JournalFailed,
+            format!("journal of {id}: {}", chain(&error)),
+        )
     })
 }
 
@@ -477,6 +536,9 @@ fn random<const BYTES: usize>() -> [u8; BYTES] {
     let mut bytes = [0; BYTES];
     let provider = rustls::crypto::ring::default_provider();
     // It reads getrandom(2), which cannot fail once the kernel has booted.
-    provider.secure_random.fill(&mut bytes).expect("the kernel gives random bytes");
+    provider
+        .secure_random
+        .fill(&mut bytes)
+        .expect("the kernel gives random bytes");
     bytes
 }

@@ -67,7 +67,11 @@ impl<M: Role + Send + 'static> Session<M> {
                 }
             }
         });
-        Self { messages, sending: Some(sending), tasks: vec![receiving] }
+        Self {
+            messages,
+            sending: Some(sending),
+            tasks: vec![receiving],
+        }
     }
 
     /// Adds tasks that end with the connection.

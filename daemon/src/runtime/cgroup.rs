@@ -120,7 +120,10 @@ impl FreezerRoot {
 
     /// The cgroup `name`, which need not exist yet.
     pub fn plan(&self, name: &str) -> Freezer {
-        Freezer { path: self.directory.join(name), version: self.version }
+        Freezer {
+            path: self.directory.join(name),
+            version: self.version,
+        }
     }
 
     /// The cgroup that `pid` is in now, if this node can see it.
@@ -138,7 +141,9 @@ impl FreezerRoot {
         let inside = path.trim_start_matches('/');
         // A path that leaves the cgroup namespace names nothing that can be written here.
         let visible = !inside.split('/').any(|part| part == "..");
-        visible.then(|| self.directory.parent().map(|root| root.join(inside))).flatten()
+        visible
+            .then(|| self.directory.parent().map(|root| root.join(inside)))
+            .flatten()
     }
 
     /// The cgroup that holds all of `pids` and nothing else, if it is one of ours.

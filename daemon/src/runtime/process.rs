@@ -300,5 +300,8 @@ fn kernel_release() -> String {
 
 /// The kinds in the wire's set, in the order in which they are entered.
 pub fn kinds(own: Namespaces) -> Vec<NamespaceKind> {
-    NamespaceKind::ALL.into_iter().filter(|kind| own.contains(wire_kind(*kind))).collect()
+    NamespaceKind::ALL
+        .into_iter()
+        .filter(|kind| own.contains(wire_kind(*kind)))
+        .collect()
 }

@@ -51,7 +51,11 @@ pub fn repair_off(socket: BorrowedFd<'_>) -> io::Result<bool> {
             size_of_val(&off) as libc::socklen_t,
         )
     };
-    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(true) }
+    if set < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(true)
+    }
 }
 
 #[cfg(test)]

@@ -112,7 +112,11 @@ impl Dump {
         let log = plan.directory.join(LOG_FILE);
         let io = |action, path: &Path| {
             let path = path.to_owned();
-            move |source| DumpError::Io { action, path, source }
+            move |source| DumpError::Io {
+                action,
+                path,
+                source,
+            }
         };
         // A round that was retried has left its images.
         match fs::remove_dir_all(&images) {
@@ -143,7 +147,10 @@ impl Dump {
                 images: open(&images)?,
                 work: Some(open(&plan.directory)?),
             },
-            log: Log { file: LOG_FILE.to_owned(), level: LogLevel::Warning },
+            log: Log {
+                file: LOG_FILE.to_owned(),
+                level: LogLevel::Warning,
+            },
             freeze_cgroup: Some(plan.freezer.path().to_string_lossy().into_owned()),
             freeze_timeout: None,
             after: AfterDump::Kill,
@@ -161,8 +168,14 @@ impl Dump {
             page_server: None,
         });
         swrk.request(request).await?;
-        let mut dump = Self { swrk, feed, images, log };
-        dump.advance(&NotifyScript::PreDump, "pre-dump", PREPARE_TIMEOUT).await?;
+        let mut dump = Self {
+            swrk,
+            feed,
+            images,
+            log,
+        };
+        dump.advance(&NotifyScript::PreDump, "pre-dump", PREPARE_TIMEOUT)
+            .await?;
         Ok(dump)
     }
 
@@ -174,7 +187,8 @@ impl Dump {
     /// Lets CRIU dump the frozen tree and brings it to `post-dump`.
     pub async fn run(&mut self) -> Result<(), DumpError> {
         self.swrk.answer(true).await?;
-        self.advance(&NotifyScript::PostDump, "post-dump", RUN_TIMEOUT).await
+        self.advance(&NotifyScript::PostDump, "post-dump", RUN_TIMEOUT)
+            .await
     }
 
     /// The folder of images, complete once [`Dump::run`] has returned.
@@ -243,13 +257,23 @@ impl Dump {
     }
 
     fn failed(&self, message: Option<String>) -> DumpError {
-        let logged = report::first_error(&self.log).ok().flatten().map(|error| error.text);
+        let logged = report::first_error(&self.log)
+            .ok()
+            .flatten()
+            .map(|error| error.text);
         let cause = logged.or(message);
         let cause = cause.unwrap_or_else(|| "it ended without a word".to_owned());
-        DumpError::Failed { cause, log: self.log.clone() }
+        DumpError::Failed {
+            cause,
+            log: self.log.clone(),
+        }
     }
 
     fn timed_out<T>(&self, point: &'static str, limit: Duration) -> Result<T, DumpError> {
-        Err(DumpError::Timeout { point, limit, log: self.log.clone() })
+        Err(DumpError::Timeout {
+            point,
+            limit,
+            log: self.log.clone(),
+        })
     }
 }

@@ -31,10 +31,10 @@ use super::journal::Journal;
 use super::log::Log;
 use super::progress::Progress;
 use super::session::{self, Session};
+use super::text::chain;
 use crate::net::endpoint::Endpoint;
 use crate::net::lanes::{self, SourceSession};
 use crate::net::stream::DataSender;
-use super::text::chain;
 use site::Site;
 
 /// Events that may wait to be handled; each producer has at most a few under way.
@@ -220,7 +220,11 @@ impl SourceDriver {
             SourceAction::Report(status) => {
                 tracing::debug!(migration = %status.id, phase = %status.phase.name(), "status");
                 let (frozen, final_pages) = self.measured;
-                self.status.send_replace(Arc::new(Progress { status, frozen, final_pages }));
+                self.status.send_replace(Arc::new(Progress {
+                    status,
+                    frozen,
+                    final_pages,
+                }));
             }
             SourceAction::Send(message) => {
                 // Without a session the machine hears `PeerLost`, which says it all.
@@ -260,10 +264,17 @@ impl SourceDriver {
         if self.operation.is_some() {
             return;
         }
-        let Some(action) = self.waiting.pop_front() else { return };
-        let Some(mut site) = self.site.take() else { return };
+        let Some(action) = self.waiting.pop_front() else {
+            return;
+        };
+        let Some(mut site) = self.site.take() else {
+            return;
+        };
         self.cancel.send_replace(false);
-        site.data = self.connection.as_ref().map(|connection| connection.data.clone());
+        site.data = self
+            .connection
+            .as_ref()
+            .map(|connection| connection.data.clone());
         self.operation = Some(tokio::spawn(async move {
             let event = operation(&mut site, action).await;
             (site, event)
@@ -305,7 +316,13 @@ impl SourceDriver {
     }
 
     fn open(&self, number: u64, session: SourceSession) -> Connection {
-        let SourceSession { version: _, sender, receiver, data, lanes } = session;
+        let SourceSession {
+            version: _,
+            sender,
+            receiver,
+            data,
+            lanes,
+        } = session;
         let events = self.events.clone();
         let session = Session::open(sender, receiver, lanes, move |said| {
             let events = events.clone();
@@ -332,9 +349,10 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
         SourceAction::Connect
         | SourceAction::Journal(_)
         | SourceAction::Report(_)
-        | SourceAction::Send(_) => {
-            Err(Failure::new(ErrorCode::Internal, "an action that is no operation"))
-        }
+        | SourceAction::Send(_) => Err(Failure::new(
+            ErrorCode::Internal,
+            "an action that is no operation",
+        )),
     };
     done.unwrap_or_else(SourceEvent::Failure)
 }

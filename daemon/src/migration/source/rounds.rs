@@ -68,7 +68,11 @@ impl Site {
             self.attach_new()?;
             self.scan()
         })?;
-        let dirtied = self.pending.values().map(|pages| pages.len().0).sum::<u64>();
+        let dirtied = self
+            .pending
+            .values()
+            .map(|pages| pages.len().0)
+            .sum::<u64>();
         tracing::debug!(%round, pages = sums.pages, dirtied, wire_bytes = sums.wire_bytes,
             took = ?began.elapsed(), since_scan = ?last_scan.elapsed(), "round sent");
         Ok(RoundReport {
@@ -92,7 +96,9 @@ impl Site {
         let data = self.data()?;
         let mut sums = Sums::default();
         for (id, pages) in wanted {
-            let Some(space) = self.spaces.get_mut(id) else { continue };
+            let Some(space) = self.spaces.get_mut(id) else {
+                continue;
+            };
             if pages.is_empty() {
                 continue;
             }
@@ -138,13 +144,19 @@ impl Site {
         let scanned = began.elapsed();
         let mut dump = self.take_dump()?;
         for (id, scan) in &scans {
-            let Some(space) = self.spaces.get(id) else { continue };
+            let Some(space) = self.spaces.get(id) else {
+                continue;
+            };
             let feed = dump.feed();
-            feed.set_ranges(space.pid(), &scan.hidden).map_err(|error| internal(&error))?;
+            feed.set_ranges(space.pid(), &scan.hidden)
+                .map_err(|error| internal(&error))?;
             feed.set_smaps(space.pid(), &scan.smaps);
         }
         dump.feed().publish().map_err(|error| internal(&error))?;
-        let dirty = scans.iter().map(|(id, scan)| (*id, scan.dirty.clone())).collect();
+        let dirty = scans
+            .iter()
+            .map(|(id, scan)| (*id, scan.dirty.clone()))
+            .collect();
         let in_criu = Instant::now();
         let (dumped, sent) = tokio::join!(
             async {
@@ -155,14 +167,18 @@ impl Site {
         );
         self.return_dump(dump);
         let (dumped, frozen_in_criu) = dumped;
-        dumped.map_err(criu_failed)?;
+        dumped.map_err(|error| criu_failed(&error))?;
         self.frozen_in_criu = Some(frozen_in_criu);
         // CRIU has thawed the cgroup and holds the tasks by ptrace alone: from here on they stay
         // frozen whoever dies.
-        block_in_place(|| self.freezer.freeze()).map_err(freeze_failed)?;
+        block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
         let mut sums = sent?;
         let frozen_again = began.elapsed();
-        let digests = if self.policy.verify { self.send_digests(&scans).await? } else { 0 };
+        let digests = if self.policy.verify {
+            self.send_digests(&scans).await?
+        } else {
+            0
+        };
         let (images, image_bytes) = self.send_images().await?;
         sums.wire_bytes += image_bytes;
         self.image_bytes = image_bytes;
@@ -185,7 +201,10 @@ impl Site {
         let tree = Tree::read(self.root)
             .map_err(|error| Failure::new(ErrorCode::WorkloadGone, chain(&error)))?;
         for found in &tree.spaces {
-            let tracked = self.spaces.get(&found.id).is_some_and(|s| s.pid() == found.leader);
+            let tracked = self
+                .spaces
+                .get(&found.id)
+                .is_some_and(|s| s.pid() == found.leader);
             let bytes = resident_bytes(found.leader);
             // CRIU copies a small one by itself; see design: late births.
             if !tracked && bytes > LATE_BIRTH_BYTES_MAX {
@@ -196,7 +215,9 @@ impl Site {
             }
         }
         self.spaces.retain(|id, space| {
-            tree.spaces.iter().any(|found| found.id == *id && found.leader == space.pid())
+            tree.spaces
+                .iter()
+                .any(|found| found.id == *id && found.leader == space.pid())
         });
         let mut scans = BTreeMap::new();
         let mut replaced = Vec::new();
@@ -247,7 +268,9 @@ impl Site {
         let data = self.data()?;
         let mut streams = 0;
         for (id, scan) in scans {
-            let Some(space) = self.spaces.get(id) else { continue };
+            let Some(space) = self.spaces.get(id) else {
+                continue;
+            };
             for piece in scan.live.partition(PageCount(DIGESTS_PAGES_MAX)) {
                 let reader = space.reader();
                 let hashed = block_in_place(|| digest::of_process(&reader, &piece));
@@ -255,14 +278,22 @@ impl Site {
                 if !hashed.unread.is_empty() {
                     return Err(Failure::new(
                         ErrorCode::VerifyMismatch,
-                        format!("{} pages of space {id} cannot be read", hashed.unread.len().0),
+                        format!(
+                            "{} pages of space {id} cannot be read",
+                            hashed.unread.len().0
+                        ),
                     ));
                 }
                 let set = piece.to_wire();
                 let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
                 let mut body = SetHeader { space: *id, length }.encode().to_vec();
                 body.extend(set);
-                body.extend(hashed.digests.iter().flat_map(|digest| digest.to_le_bytes()));
+                body.extend(
+                    hashed
+                        .digests
+                        .iter()
+                        .flat_map(|digest| digest.to_le_bytes()),
+                );
                 seal(&mut body);
                 let sent = data.send_stream(StreamKind::Digests, body.into()).await;
                 sent.map_err(|error| lost(&error))?;
@@ -277,7 +308,10 @@ impl Site {
         let data = self.data()?;
         let folder = self.dump()?.images().to_owned();
         let unreadable = |path: &PathBuf, error: std::io::Error| {
-            Failure::new(ErrorCode::CriuFailed, format!("image {}: {error}", path.display()))
+            Failure::new(
+                ErrorCode::CriuFailed,
+                format!("image {}: {error}", path.display()),
+            )
         };
         let (mut files, mut bytes) = (0, 0);
         let entries = fs::read_dir(&folder).map_err(|error| unreadable(&folder, error))?;
@@ -287,7 +321,10 @@ impl Site {
                 continue;
             }
             let content = fs::read(&path).map_err(|error| unreadable(&path, error))?;
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let name = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
             let name = ImageName::new(name).map_err(|error| internal(&error))?;
             let header = ImageFileHeader::new(name, content.len() as u64);
             let mut body = header.map_err(|error| internal(&error))?.encode();
@@ -295,15 +332,17 @@ impl Site {
             seal(&mut body);
             bytes += body.len() as u64;
             files += 1;
-            send_pieces(&data, body.into()).await.map_err(|error| lost(&error))?;
+            send_pieces(&data, body.into())
+                .await
+                .map_err(|error| lost(&error))?;
         }
         Ok((files, bytes))
     }
 
     fn data(&self) -> Result<DataSender, Failure> {
-        self.data
-            .clone()
-            .ok_or_else(|| Failure::new(ErrorCode::PeerLost, "there is no connection to the target"))
+        self.data.clone().ok_or_else(|| {
+            Failure::new(ErrorCode::PeerLost, "there is no connection to the target")
+        })
     }
 }
 
@@ -323,7 +362,11 @@ async fn send_pieces(data: &DataSender, mut body: Bytes) -> Result<(), SendStrea
 fn resident_bytes(pid: i32) -> u64 {
     let pages = fs::read_to_string(format!("/proc/{pid}/statm"))
         .ok()
-        .and_then(|text| text.split(' ').nth(1).and_then(|word| word.parse::<u64>().ok()));
+        .and_then(|text| {
+            text.split(' ')
+                .nth(1)
+                .and_then(|word| word.parse::<u64>().ok())
+        });
     PageCount(pages.unwrap_or(0)).bytes()
 }
 

@@ -26,15 +26,16 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
 use super::dump::{Dump, DumpError, DumpPlan};
-use crate::migration::text::{chain, internal};
+use crate::link::LinkError;
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
+use crate::migration::text::{chain, internal};
 use crate::net::stream::DataSender;
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
-use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::cgroup::{CgroupError, Freezer, FreezerRoot};
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
 use crate::sys::{ptrace, tcp};
@@ -150,7 +151,8 @@ impl Site {
         let pids = tree.pids();
         let described = block_in_place(|| process::describe(root, &pids, shared))?;
         for pid in &pids {
-            let found = block_in_place(|| refuse::find(*pid)).map_err(|error| failed_to_track(&error))?;
+            let found =
+                block_in_place(|| refuse::find(*pid)).map_err(|error| failed_to_track(&error))?;
             if let Some(failure) = found {
                 return Err(failure);
             }
@@ -160,7 +162,9 @@ impl Site {
         let mut ports = Vec::new();
         if described.own.contains(&NamespaceKind::Net) {
             let net = namespace::open(root, NamespaceKind::Net).map_err(|error| gone(&error))?;
-            let network = describe_network(&net).await.map_err(network_unfit)?;
+            let network = describe_network(&net)
+                .await
+                .map_err(|error| network_unfit(&error))?;
             description.links = network.links;
             description.routes = network.routes;
             ports = network.ports;
@@ -181,7 +185,11 @@ impl Site {
                 .map(|port| (port.name().to_owned(), port.bridge().to_owned()))
                 .collect(),
         };
-        let memory_bytes = description.spaces.iter().map(|space| space.memory_bytes).sum();
+        let memory_bytes = description
+            .spaces
+            .iter()
+            .map(|space| space.memory_bytes)
+            .sum();
         let workers = node.workers;
         let site = Self {
             directory: node.migrations.join(id.to_string()),
@@ -204,7 +212,11 @@ impl Site {
             data: None,
             cancelled,
         };
-        Ok(Survey { description, state: encode_state(&state)?, site })
+        Ok(Survey {
+            description,
+            state: encode_state(&state)?,
+            site,
+        })
     }
 
     /// A site for a migration that a dead daemon has left: it can be thawed or released.
@@ -216,12 +228,17 @@ impl Site {
         cancelled: watch::Receiver<bool>,
     ) -> Result<Self, Failure> {
         let state: SiteState = serde_json::from_slice(state.as_bytes()).map_err(|error| {
-            Failure::new(ErrorCode::Internal, format!("the journal of {id} is not readable: {error}"))
+            Failure::new(
+                ErrorCode::Internal,
+                format!("the journal of {id} is not readable: {error}"),
+            )
         })?;
-        let netlink = Netlink::open(None).map_err(network_unfit)?;
+        let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
         let mut ports = Vec::new();
         for (name, bridge) in &state.ports {
-            let port = Port::named(&netlink, name, bridge).await.map_err(network_unfit)?;
+            let port = Port::named(&netlink, name, bridge)
+                .await
+                .map_err(|error| network_unfit(&error))?;
             ports.extend(port);
         }
         let workers = node.workers;
@@ -251,12 +268,14 @@ impl Site {
     /// Puts the tree into its cgroup, attaches to every space, and lets CRIU get ready.
     pub async fn track(&mut self) -> Result<(), Failure> {
         block_in_place(|| {
-            self.freezer.make().map_err(freeze_failed)?;
+            self.freezer.make().map_err(|error| freeze_failed(&error))?;
             let root = self.root;
             let adopted = self.freezer.adopt(|| {
-                Tree::read(root).map(|tree| tree.pids()).map_err(std::io::Error::other)
+                Tree::read(root)
+                    .map(|tree| tree.pids())
+                    .map_err(std::io::Error::other)
             });
-            adopted.map_err(freeze_failed)?;
+            adopted.map_err(|error| freeze_failed(&error))?;
             self.attach_new()?;
             self.scan()
         })?;
@@ -269,14 +288,18 @@ impl Site {
             .map_err(|error| Failure::new(ErrorCode::WorkloadGone, error.to_string()))?;
         let pids = tree.pids();
         self.spaces.retain(|id, space| {
-            tree.spaces.iter().any(|found| found.id == *id && found.leader == space.pid())
+            tree.spaces
+                .iter()
+                .any(|found| found.id == *id && found.leader == space.pid())
         });
         self.pending.retain(|id, _| self.spaces.contains_key(id));
         for found in tree.spaces {
             if self.spaces.contains_key(&found.id) {
                 continue;
             }
-            if let Some(failure) = refuse::find(found.leader).map_err(|error| failed_to_track(&error))? {
+            if let Some(failure) =
+                refuse::find(found.leader).map_err(|error| failed_to_track(&error))?
+            {
                 return Err(failure);
             }
             let options = TrackOptions {
@@ -359,7 +382,11 @@ impl Site {
                 namespaces.push(namespace::open(self.root, kind).map_err(|error| {
                     Failure::new(
                         ErrorCode::WorkloadGone,
-                        format!("the {} namespace of process {}: {error}", kind.file(), self.root),
+                        format!(
+                            "the {} namespace of process {}: {error}",
+                            kind.file(),
+                            self.root
+                        ),
                     )
                 })?);
             }
@@ -380,7 +407,8 @@ impl Site {
     pub async fn freeze(&mut self) -> Result<(), Failure> {
         if let Dumping::Preparing(task) = std::mem::take(&mut self.dumping) {
             let prepared = task.await.map_err(|error| internal(&error))?;
-            self.dumping = Dumping::Prepared(Box::new(prepared.map_err(criu_failed)?));
+            self.dumping =
+                Dumping::Prepared(Box::new(prepared.map_err(|error| criu_failed(&error))?));
         }
         for (id, pages) in std::mem::take(&mut self.pending) {
             if let Some(space) = self.spaces.get_mut(&id) {
@@ -388,21 +416,24 @@ impl Site {
             }
         }
         if !self.ports.is_empty() {
-            let netlink = Netlink::open(None).map_err(network_unfit)?;
+            let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
             for port in &self.ports {
-                port.close(&netlink).await.map_err(network_unfit)?;
+                port.close(&netlink)
+                    .await
+                    .map_err(|error| network_unfit(&error))?;
             }
         }
-        block_in_place(|| self.freezer.freeze()).map_err(freeze_failed)
+        block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))
     }
 
     /// The prepared dump; there is one from the freeze to the thaw.
     pub(super) fn dump(&mut self) -> Result<&mut Dump, Failure> {
         match &mut self.dumping {
             Dumping::Prepared(dump) => Ok(dump),
-            Dumping::No | Dumping::Preparing(_) => {
-                Err(Failure::new(ErrorCode::Internal, "there is no prepared dump"))
-            }
+            Dumping::No | Dumping::Preparing(_) => Err(Failure::new(
+                ErrorCode::Internal,
+                "there is no prepared dump",
+            )),
         }
     }
 
@@ -410,9 +441,10 @@ impl Site {
     pub(super) fn take_dump(&mut self) -> Result<Box<Dump>, Failure> {
         match std::mem::take(&mut self.dumping) {
             Dumping::Prepared(dump) => Ok(dump),
-            Dumping::No | Dumping::Preparing(_) => {
-                Err(Failure::new(ErrorCode::Internal, "there is no prepared dump"))
-            }
+            Dumping::No | Dumping::Preparing(_) => Err(Failure::new(
+                ErrorCode::Internal,
+                "there is no prepared dump",
+            )),
         }
     }
 
@@ -447,12 +479,14 @@ impl Site {
         self.wait_untraced().await?;
         if self.freezer.exists() {
             block_in_place(|| self.end_repair());
-            self.freezer.thaw().map_err(freeze_failed)?;
+            self.freezer.thaw().map_err(|error| freeze_failed(&error))?;
         }
         if !self.ports.is_empty() {
-            let netlink = Netlink::open(None).map_err(network_unfit)?;
+            let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
             for port in &self.ports {
-                port.open(&netlink).await.map_err(network_unfit)?;
+                port.open(&netlink)
+                    .await
+                    .map_err(|error| network_unfit(&error))?;
             }
         }
         if untrack {
@@ -512,9 +546,11 @@ impl Site {
     pub async fn release(&mut self) -> Result<(), Failure> {
         // First the links: whatever the dying sockets say reaches nobody.
         if !self.ports.is_empty() {
-            let netlink = Netlink::open(None).map_err(network_unfit)?;
+            let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
             for port in &self.ports {
-                port.delete(&netlink).await.map_err(network_unfit)?;
+                port.delete(&netlink)
+                    .await
+                    .map_err(|error| network_unfit(&error))?;
             }
         }
         let dump = match std::mem::take(&mut self.dumping) {
@@ -531,7 +567,8 @@ impl Site {
         // SIGKILL before the thaw, whatever CRIU did: a task that is thawed with it pending runs no
         // instruction of its own.
         if self.freezer.exists() {
-            block_in_place(|| self.freezer.kill(KILL_TIMEOUT)).map_err(freeze_failed)?;
+            block_in_place(|| self.freezer.kill(KILL_TIMEOUT))
+                .map_err(|error| freeze_failed(&error))?;
         }
         if let Some(dump) = ending
             && let Err(error) = dump.end().await
@@ -540,7 +577,9 @@ impl Site {
         }
         self.spaces.clear();
         if self.freezer.exists() {
-            self.freezer.remove().map_err(freeze_failed)?;
+            self.freezer
+                .remove()
+                .map_err(|error| freeze_failed(&error))?;
         }
         drop(std::fs::remove_dir_all(&self.directory));
         Ok(())
@@ -555,7 +594,10 @@ fn encode_state(state: &SiteState) -> Result<DriverState, Failure> {
 pub(super) fn alive(pid: i32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .ok()
-        .and_then(|stat| stat.rsplit_once(") ").map(|(_, rest)| !rest.starts_with(['Z', 'X'])))
+        .and_then(|stat| {
+            stat.rsplit_once(") ")
+                .map(|(_, rest)| !rest.starts_with(['Z', 'X']))
+        })
         .unwrap_or(false)
 }
 
@@ -566,7 +608,10 @@ fn repaired_sockets(pid: i32) -> std::io::Result<usize> {
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
         let is_socket = std::fs::read_link(entry.path())
             .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
-        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let number = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
         if let (true, Some(number)) = (is_socket, number) {
             let socket = ptrace::pidfd_getfd(pidfd.as_fd(), number)?;
             repaired += usize::from(tcp::repair_off(socket.as_fd())?);
@@ -577,12 +622,14 @@ fn repaired_sockets(pid: i32) -> std::io::Result<usize> {
 
 fn tracer(pid: i32) -> Option<i32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("TracerPid:"))?;
     line.trim().parse().ok().filter(|tracer| *tracer != 0)
 }
 
-pub(super) fn criu_failed(error: DumpError) -> Failure {
-    Failure::new(ErrorCode::CriuFailed, chain(&error))
+pub(super) fn criu_failed(error: &DumpError) -> Failure {
+    Failure::new(ErrorCode::CriuFailed, chain(error))
 }
 
 pub(super) fn failed_to_track(error: &TrackError) -> Failure {
@@ -601,10 +648,10 @@ pub(super) fn failed_to_track(error: &TrackError) -> Failure {
     Failure::new(code, chain(error))
 }
 
-pub(super) fn freeze_failed(error: crate::runtime::cgroup::CgroupError) -> Failure {
-    Failure::new(ErrorCode::FreezeFailed, chain(&error))
+pub(super) fn freeze_failed(error: &CgroupError) -> Failure {
+    Failure::new(ErrorCode::FreezeFailed, chain(error))
 }
 
-fn network_unfit(error: crate::link::LinkError) -> Failure {
-    Failure::new(ErrorCode::NetworkUnfit, chain(&error))
+fn network_unfit(error: &LinkError) -> Failure {
+    Failure::new(ErrorCode::NetworkUnfit, chain(error))
 }

@@ -82,7 +82,9 @@ impl Intake {
             sets: Mutex::default(),
             counts: watch::Sender::default(),
         };
-        Self { shared: Arc::new(shared) }
+        Self {
+            shared: Arc::new(shared),
+        }
     }
 
     /// Takes in the streams of one connection until it is lost. The first failure is sent to
@@ -92,7 +94,9 @@ impl Intake {
         tokio::spawn(async move {
             let places = Arc::new(Semaphore::new(STREAMS_MAX));
             while let Some(stream) = data.next().await {
-                let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+                let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+                    return;
+                };
                 let (shared, failures) = (Arc::clone(&shared), failures.clone());
                 tokio::spawn(async move {
                     if let Err(failure) = shared.take(stream).await {
@@ -113,7 +117,10 @@ impl Intake {
         }
         Err(Failure::new(
             ErrorCode::LedgerIncomplete,
-            format!("round {round} brought {} pages instead of {}", tally.pages.0, pages.0),
+            format!(
+                "round {round} brought {} pages instead of {}",
+                tally.pages.0, pages.0
+            ),
         ))
     }
 
@@ -171,7 +178,11 @@ impl Shared {
             StreamKind::Parcel => PARCEL_BYTES_MAX / 4,
             StreamKind::LiveSet | StreamKind::ImageFile | StreamKind::Digests => 0,
         });
-        stream.reader.read_to_end(&mut bytes).await.map_err(|error| lost(&error))?;
+        stream
+            .reader
+            .read_to_end(&mut bytes)
+            .await
+            .map_err(|error| lost(&error))?;
         match kind {
             StreamKind::Parcel => {
                 let received = self.receiver.receive(Bytes::from(bytes)).await;
@@ -192,7 +203,10 @@ impl Shared {
                 if !odd.is_empty() || digests.len() as u64 != set.len().0 {
                     return Err(malformed("digests"));
                 }
-                let digests = digests.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
+                let digests = digests
+                    .iter()
+                    .map(|bytes| u64::from_le_bytes(*bytes))
+                    .collect();
                 self.lock().digests.push((space, set, digests));
                 self.counts.send_modify(|counts| counts.digests += 1);
                 Ok(())
@@ -233,7 +247,11 @@ impl Shared {
         let sets = self.lock();
         let mut compared = PageCount::ZERO;
         for (id, pages, theirs) in &sets.digests {
-            let space = self.receiver.store().space(*id).map_err(|error| internal(&error))?;
+            let space = self
+                .receiver
+                .store()
+                .space(*id)
+                .map_err(|error| internal(&error))?;
             let ours = space.digests(pages).map_err(|error| internal(&error))?;
             if let Some(page) = digest::first_difference(pages, &ours, theirs) {
                 return Err(Failure::new(
@@ -250,7 +268,10 @@ impl Shared {
                 format!("{} of {live} live pages have a digest", compared.0),
             ));
         }
-        tracing::info!(pages = compared.0, "every live page is the same on both sides");
+        tracing::info!(
+            pages = compared.0,
+            "every live page is the same on both sides"
+        );
         Ok(())
     }
 }
@@ -260,7 +281,9 @@ fn set(bytes: &[u8]) -> Result<(SpaceId, PageSet, &[u8]), Failure> {
     let body = unseal(bytes).map_err(|error| corrupt(&error))?;
     let (header, rest) = SetHeader::decode(body).map_err(|error| corrupt(&error))?;
     let length = header.length as usize;
-    let (set, rest) = rest.split_at_checked(length).ok_or_else(|| malformed("page set"))?;
+    let (set, rest) = rest
+        .split_at_checked(length)
+        .ok_or_else(|| malformed("page set"))?;
     let set = PageSet::from_wire(set).map_err(|error| corrupt(&error))?;
     Ok((header.space, set, rest))
 }
@@ -268,9 +291,15 @@ fn set(bytes: &[u8]) -> Result<(SpaceId, PageSet, &[u8]), Failure> {
 /// Writes an image file as it comes. Its checksum covers the header too.
 async fn take_image(folder: &Path, reader: &mut StreamReader) -> Result<(), Failure> {
     let mut head = vec![0; 1];
-    reader.read_exact(&mut head).await.map_err(|error| lost(&error))?;
+    reader
+        .read_exact(&mut head)
+        .await
+        .map_err(|error| lost(&error))?;
     head.resize(1 + usize::from(head[0]) + 8, 0);
-    reader.read_exact(&mut head[1..]).await.map_err(|error| lost(&error))?;
+    reader
+        .read_exact(&mut head[1..])
+        .await
+        .map_err(|error| lost(&error))?;
     let (header, _) = ImageFileHeader::decode(&head).map_err(|error| corrupt(&error))?;
     let path = folder.join(header.name().as_str());
     let failed = |error: std::io::Error| image_failed(&path, &error);
@@ -291,13 +320,19 @@ async fn take_image(folder: &Path, reader: &mut StreamReader) -> Result<(), Fail
     }
     if left > 0 || trailer != hasher.finalize().to_le_bytes() {
         let name = header.name();
-        return Err(Failure::new(ErrorCode::Checksum, format!("image {name} has a wrong checksum")));
+        return Err(Failure::new(
+            ErrorCode::Checksum,
+            format!("image {name} has a wrong checksum"),
+        ));
     }
     Ok(())
 }
 
 fn image_failed(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::new(ErrorCode::Capacity, format!("cannot store image {}: {error}", path.display()))
+    Failure::new(
+        ErrorCode::Capacity,
+        format!("cannot store image {}: {error}", path.display()),
+    )
 }
 
 fn lost(error: &(dyn std::error::Error + 'static)) -> Failure {

@@ -81,7 +81,7 @@ pub struct TargetParts {
 
 #[derive(Debug)]
 enum Operation {
-    Action(TargetAction),
+    Action(Box<TargetAction>),
     /// Wait for the end of the fill: follows a successful `LetGo` by itself.
     Fill,
 }
@@ -174,7 +174,13 @@ impl TargetDriver {
         }
         self.connections += 1;
         let number = self.connections;
-        let TargetSession { sender, receiver, data, lanes, .. } = session;
+        let TargetSession {
+            sender,
+            receiver,
+            data,
+            lanes,
+            ..
+        } = session;
         let events = self.events.clone();
         let (failures, mut failed) = mpsc::channel(1);
         let serving = self.intake.serve(data, failures);
@@ -226,7 +232,10 @@ impl TargetDriver {
             TargetAction::AwaitFinal(last) => {
                 let intake = Arc::clone(&self.intake);
                 self.await_streams(async move {
-                    intake.complete(&last).await.map(|()| TargetEvent::FinalStored)
+                    intake
+                        .complete(&last)
+                        .await
+                        .map(|()| TargetEvent::FinalStored)
                 });
             }
             TargetAction::AwaitRound(end) => {
@@ -257,7 +266,7 @@ impl TargetDriver {
             | TargetAction::LetGo { .. }
             | TargetAction::Prepare(_)
             | TargetAction::Restore { .. } => {
-                self.waiting.push_back(Operation::Action(action));
+                self.waiting.push_back(Operation::Action(Box::new(action)));
                 self.next_operation();
             }
         }
@@ -279,8 +288,12 @@ impl TargetDriver {
         if self.operation.is_some() {
             return;
         }
-        let Some(next) = self.waiting.pop_front() else { return };
-        let Some(mut site) = self.site.take() else { return };
+        let Some(next) = self.waiting.pop_front() else {
+            return;
+        };
+        let Some(mut site) = self.site.take() else {
+            return;
+        };
         self.operation = Some(tokio::spawn(async move {
             let event = operation(&mut site, next).await;
             (site, event)
@@ -318,25 +331,30 @@ async fn trouble(site: &mut Option<Box<Site>>) -> Failure {
 async fn operation(site: &mut Site, operation: Operation) -> TargetEvent {
     let done = match operation {
         Operation::Fill => site.filled().await.map(|()| TargetEvent::Filled),
-        Operation::Action(TargetAction::Prepare(offer)) => {
-            site.prepare(&offer).await.map(|state| TargetEvent::Prepared { state })
-        }
-        Operation::Action(TargetAction::Restore { .. }) => {
-            site.restore().await.map(|state| TargetEvent::Restored { state })
-        }
-        Operation::Action(TargetAction::LetGo { .. }) => {
-            site.let_go().await.map(|()| TargetEvent::Resumed)
-        }
-        Operation::Action(TargetAction::Discard) => {
-            site.discard().await.map(|()| TargetEvent::Discarded)
-        }
-        Operation::Action(
-            TargetAction::AwaitFinal(_)
-            | TargetAction::AwaitRound(_)
-            | TargetAction::Journal(_)
-            | TargetAction::Report(_)
-            | TargetAction::Send(_),
-        ) => Err(Failure::new(ErrorCode::Internal, "an action that is no operation")),
+        Operation::Action(action) => perform(site, *action).await,
     };
     done.unwrap_or_else(TargetEvent::Failure)
+}
+
+async fn perform(site: &mut Site, action: TargetAction) -> Result<TargetEvent, Failure> {
+    match action {
+        TargetAction::Prepare(offer) => site
+            .prepare(&offer)
+            .await
+            .map(|state| TargetEvent::Prepared { state }),
+        TargetAction::Restore { .. } => site
+            .restore()
+            .await
+            .map(|state| TargetEvent::Restored { state }),
+        TargetAction::LetGo { .. } => site.let_go().await.map(|()| TargetEvent::Resumed),
+        TargetAction::Discard => site.discard().await.map(|()| TargetEvent::Discarded),
+        TargetAction::AwaitFinal(_)
+        | TargetAction::AwaitRound(_)
+        | TargetAction::Journal(_)
+        | TargetAction::Report(_)
+        | TargetAction::Send(_) => Err(Failure::new(
+            ErrorCode::Internal,
+            "an action that is no operation",
+        )),
+    }
 }

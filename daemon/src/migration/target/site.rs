@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
 use super::intake::Intake;
+use crate::link::LinkError;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal};
 use crate::pager::client::{ClientError, Notice, PagerClient, Remains, Spawn};
@@ -155,7 +156,11 @@ impl Site {
         site.freezer = Freezer::at(state.freezer);
         site.links = state.links.into_iter().map(from_state).collect();
         let prefix = link_prefix(id);
-        site.network = Some(PreparedNetwork::recovered(&site.links, &state.bridge, &prefix));
+        site.network = Some(PreparedNetwork::recovered(
+            &site.links,
+            &state.bridge,
+            &prefix,
+        ));
         // A pager that is gone has taken its workload with it, or has filled it and ended.
         match PagerClient::connect(&site.directory) {
             Ok(pager) => site.pager = Some(Pager::from(pager)),
@@ -190,17 +195,26 @@ impl Site {
         {
             return Err(Failure::new(
                 ErrorCode::UnsupportedWorkload,
-                format!("the workload has its own {} namespace, which is not moved yet", kind.file()),
+                format!(
+                    "the workload has its own {} namespace, which is not moved yet",
+                    kind.file()
+                ),
             ));
         }
         let made = block_in_place(|| namespace::create(&kinds)).map_err(|error| {
-            Failure::new(ErrorCode::NodeUnfit, format!("cannot make namespaces: {error}"))
+            Failure::new(
+                ErrorCode::NodeUnfit,
+                format!("cannot make namespaces: {error}"),
+            )
         })?;
         self.namespaces = kinds.into_iter().zip(made).collect();
         if let Some(uts) = self.namespace(NamespaceKind::Uts) {
             let named = namespace::set_names(uts, &description.hostname, &description.domainname);
             named.map_err(|error| {
-                Failure::new(ErrorCode::NodeUnfit, format!("cannot set the host name: {error}"))
+                Failure::new(
+                    ErrorCode::NodeUnfit,
+                    format!("cannot set the host name: {error}"),
+                )
             })?;
         }
         if let Some(net) = self.namespace(NamespaceKind::Net) {
@@ -208,10 +222,12 @@ impl Site {
             let bridge = self.bridge(&description.links)?;
             let (links, routes) = (&description.links, &description.routes);
             let network = PreparedNetwork::build(net, links, routes, &bridge, &prefix);
-            self.network = Some(network.await.map_err(network_unfit)?);
+            self.network = Some(network.await.map_err(|error| network_unfit(&error))?);
             self.links.clone_from(&description.links);
         }
-        self.freezer.make().map_err(|error| Failure::new(ErrorCode::NodeUnfit, chain(&error)))?;
+        self.freezer
+            .make()
+            .map_err(|error| Failure::new(ErrorCode::NodeUnfit, chain(&error)))?;
         let spawn = Spawn {
             program: self.node.pager.clone(),
             directory: self.directory.clone(),
@@ -231,8 +247,15 @@ impl Site {
         let mut plan = Vec::with_capacity(spaces.len());
         let pager = &self.pager.as_ref().ok_or_else(no_pager)?.client;
         for id in spaces {
-            let space = self.intake.store().space(id).map_err(|error| internal(&error))?;
-            pager.space(id, space.descriptor()).await.map_err(pager_failed)?;
+            let space = self
+                .intake
+                .store()
+                .space(id)
+                .map_err(|error| internal(&error))?;
+            pager
+                .space(id, space.descriptor())
+                .await
+                .map_err(pager_failed)?;
             plan.push((id, space.held().data));
         }
         let pending: Vec<_> = plan.iter().map(|(id, pages)| (*id, pages)).collect();
@@ -254,7 +277,10 @@ impl Site {
             link_remap: true,
             ..RestoreRequest::default()
         };
-        let restored = pager.restore(request, &namespaces, &[]).await.map_err(pager_failed)?;
+        let restored = pager
+            .restore(request, &namespaces, &[])
+            .await
+            .map_err(pager_failed)?;
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));
         tracing::info!(migration = %self.id, root = restored.root_pid,
             took = ?self.restore_time, "restored and held");
@@ -283,7 +309,9 @@ impl Site {
     /// Attaches the network and lets the workload run. Only when `Running` is durable; doing it
     /// again does no harm.
     pub async fn let_go(&mut self) -> Result<(), Failure> {
-        let Some(Pager { client, .. }) = &self.pager else { return self.without_pager() };
+        let Some(Pager { client, .. }) = &self.pager else {
+            return self.without_pager();
+        };
         if self.namespace(NamespaceKind::Net).is_none() && !self.links.is_empty() {
             let status = client.status().await.map_err(pager_failed)?;
             let root = status.root_pid.ok_or_else(no_pager)?;
@@ -291,9 +319,14 @@ impl Site {
             self.namespaces.push((NamespaceKind::Net, net));
         }
         if let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) {
-            network.attach(net).await.map_err(network_unfit)?;
+            network
+                .attach(net)
+                .await
+                .map_err(|error| network_unfit(&error))?;
         }
-        let Some(Pager { client, .. }) = &self.pager else { return Err(no_pager()) };
+        let Some(Pager { client, .. }) = &self.pager else {
+            return Err(no_pager());
+        };
         client.go().await.map_err(pager_failed)?;
         self.announce_again();
         Ok(())
@@ -315,7 +348,9 @@ impl Site {
         let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) else {
             return;
         };
-        let (network, Ok(net)) = (network.clone(), net.try_clone()) else { return };
+        let (network, Ok(net)) = (network.clone(), net.try_clone()) else {
+            return;
+        };
         tokio::spawn(async move {
             for pause in ANNOUNCEMENTS {
                 tokio::time::sleep(pause).await;
@@ -347,7 +382,9 @@ impl Site {
 
     /// Waits until the pager of a workload that has not been let go tells of its end.
     pub async fn trouble(&mut self) -> Failure {
-        let Some(pager) = &mut self.pager else { return std::future::pending().await };
+        let Some(pager) = &mut self.pager else {
+            return std::future::pending().await;
+        };
         match pager.notices.recv().await {
             Some(Notice::Failed { failure, .. }) => failure,
             // Nothing is filled before it runs, so whatever else is said, the pager is at its end.
@@ -368,10 +405,15 @@ impl Site {
         }
         if self.freezer.exists() {
             let killed = block_in_place(|| self.freezer.kill(KILL_TIMEOUT));
-            killed.and_then(|()| self.freezer.remove()).map_err(|error| internal(&error))?;
+            killed
+                .and_then(|()| self.freezer.remove())
+                .map_err(|error| internal(&error))?;
         }
         if let Some(network) = self.network.take() {
-            network.delete().await.map_err(network_unfit)?;
+            network
+                .delete()
+                .await
+                .map_err(|error| network_unfit(&error))?;
         }
         self.namespaces.clear();
         drop(fs::remove_dir_all(&self.directory));
@@ -386,7 +428,10 @@ impl Site {
     }
 
     fn namespace(&self, kind: NamespaceKind) -> Option<&OwnedFd> {
-        self.namespaces.iter().find(|(found, _)| *found == kind).map(|(_, fd)| fd)
+        self.namespaces
+            .iter()
+            .find(|(found, _)| *found == kind)
+            .map(|(_, fd)| fd)
     }
 
     fn bridge(&self, links: &[LinkDescription]) -> Result<String, Failure> {
@@ -420,7 +465,12 @@ fn link_prefix(id: MigrationId) -> String {
 }
 
 fn version_text(version: u32) -> String {
-    format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+    format!(
+        "{}.{}.{}",
+        version / 10_000,
+        version / 100 % 100,
+        version % 100
+    )
 }
 
 fn to_state(link: &LinkDescription) -> LinkState {
@@ -428,7 +478,11 @@ fn to_state(link: &LinkDescription) -> LinkState {
         name: link.name.clone(),
         mac: link.mac,
         mtu: link.mtu,
-        addresses: link.addresses.iter().map(|address| (address.ip, address.prefix)).collect(),
+        addresses: link
+            .addresses
+            .iter()
+            .map(|address| (address.ip, address.prefix))
+            .collect(),
     }
 }
 
@@ -438,7 +492,9 @@ fn from_state(link: LinkState) -> LinkDescription {
         name: link.name,
         mac: link.mac,
         mtu: link.mtu,
-        addresses: addresses.map(|(ip, prefix)| LinkAddress { ip, prefix }).collect(),
+        addresses: addresses
+            .map(|(ip, prefix)| LinkAddress { ip, prefix })
+            .collect(),
         bridge: None,
     }
 }
@@ -460,8 +516,8 @@ fn no_pager() -> Failure {
     Failure::new(ErrorCode::FillLost, "the pager of the workload is gone")
 }
 
-fn network_unfit(error: crate::link::LinkError) -> Failure {
-    Failure::new(ErrorCode::NetworkUnfit, chain(&error))
+fn network_unfit(error: &LinkError) -> Failure {
+    Failure::new(ErrorCode::NetworkUnfit, chain(error))
 }
 
 fn pager_failed(error: ClientError) -> Failure {
