@@ -109,6 +109,11 @@ impl<'a> Borrowed<'a> {
         Ok(after.rax)
     }
 
+    /// Allows for one more call after the deadline of the attempt.
+    pub(super) fn extend(&mut self) {
+        self.deadline = self.deadline.max(Instant::now() + GIVE_BACK_MAX);
+    }
+
     fn run_to_syscall_stop(&mut self) -> Result<(), InjectError> {
         let tid = self.held.tid;
         let mut signal = 0;

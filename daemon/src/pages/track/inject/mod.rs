@@ -286,6 +286,8 @@ fn borrow_from(
     let result = made.and_then(|number| {
         let number = i32::try_from(number).expect("descriptors are ints");
         let taken = take(pid, number, pidfd);
+        // What was made must not be left, also when the time for making it has passed.
+        thread.extend();
         let closed = thread.call("close", libc::SYS_close, number.cast_unsigned().into());
         match closed {
             Ok(_) => taken,
