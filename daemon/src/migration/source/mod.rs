@@ -9,8 +9,10 @@
 //! happens; the machine's timers bound how long that may take.
 
 pub mod dump;
+mod failure;
 pub mod rounds;
 pub mod site;
+mod task;
 
 use std::collections::VecDeque;
 use std::sync::Arc;

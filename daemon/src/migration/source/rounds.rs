@@ -17,7 +17,9 @@ use pageferry_proto::wire::stream::{
 };
 use tokio::task::block_in_place;
 
-use super::site::{Site, criu_failed, failed_to_track, freeze_failed};
+use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::site::Site;
+use super::task::alive;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
 use crate::pages::digest;
@@ -114,7 +116,7 @@ impl Site {
                     space.put_back(&sent.unread);
                     sums.add(&sent);
                 }
-                Err(SendError::Read { .. }) if !super::site::alive(space.pid()) => {}
+                Err(SendError::Read { .. }) if !alive(space.pid()) => {}
                 Err(error) => return Err(send_failed(&error)),
             }
         }

@@ -10,7 +10,6 @@
 //! is frozen again after CRIU's dump and read back; nothing here decides.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,19 +25,19 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
 use super::dump::{Dump, DumpError, DumpPlan};
-use crate::link::LinkError;
+use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::task::{alive, repaired_sockets, tracer};
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
-use crate::migration::text::{chain, internal};
+use crate::migration::text::{chain, internal, network_unfit};
 use crate::net::stream::DataSender;
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
-use crate::runtime::cgroup::{CgroupError, Freezer, FreezerRoot};
+use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
-use crate::sys::{ptrace, tcp};
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -589,69 +588,4 @@ impl Site {
 fn encode_state(state: &SiteState) -> Result<DriverState, Failure> {
     let bytes = serde_json::to_vec(state).map_err(|error| internal(&error))?;
     DriverState::new(bytes).map_err(|error| internal(&error))
-}
-
-pub(super) fn alive(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .ok()
-        .and_then(|stat| {
-            stat.rsplit_once(") ")
-                .map(|(_, rest)| !rest.starts_with(['Z', 'X']))
-        })
-        .unwrap_or(false)
-}
-
-/// How many sockets of `pid` had to be taken out of repair mode.
-fn repaired_sockets(pid: i32) -> std::io::Result<usize> {
-    let pidfd = ptrace::pidfd_open(pid)?;
-    let mut repaired = 0;
-    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-        let is_socket = std::fs::read_link(entry.path())
-            .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
-        let number = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok());
-        if let (true, Some(number)) = (is_socket, number) {
-            let socket = ptrace::pidfd_getfd(pidfd.as_fd(), number)?;
-            repaired += usize::from(tcp::repair_off(socket.as_fd())?);
-        }
-    }
-    Ok(repaired)
-}
-
-fn tracer(pid: i32) -> Option<i32> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("TracerPid:"))?;
-    line.trim().parse().ok().filter(|tracer| *tracer != 0)
-}
-
-pub(super) fn criu_failed(error: &DumpError) -> Failure {
-    Failure::new(ErrorCode::CriuFailed, chain(error))
-}
-
-pub(super) fn failed_to_track(error: &TrackError) -> Failure {
-    let code = match error {
-        TrackError::Gone { .. } | TrackError::Exec { .. } => ErrorCode::WorkloadGone,
-        TrackError::Unsupported(_) | TrackError::Probe { .. } => ErrorCode::NodeUnfit,
-        TrackError::LateBirth { .. } => ErrorCode::RetryRound,
-        TrackError::SmapsChanged { .. } => ErrorCode::SmapsDiffer,
-        TrackError::Inspect { .. }
-        | TrackError::Inject { .. }
-        | TrackError::Foreign { .. }
-        | TrackError::Register { .. }
-        | TrackError::Scan { .. }
-        | TrackError::Smaps { .. } => ErrorCode::Untrackable,
-    };
-    Failure::new(code, chain(error))
-}
-
-pub(super) fn freeze_failed(error: &CgroupError) -> Failure {
-    Failure::new(ErrorCode::FreezeFailed, chain(error))
-}
-
-fn network_unfit(error: &LinkError) -> Failure {
-    Failure::new(ErrorCode::NetworkUnfit, chain(error))
 }
