@@ -2,12 +2,12 @@
 //! or given back.
 //!
 //! A `Site` is owned by one operation at a time; the driver hands it out and gets it back with the
-//! event that came of it. It holds everything that must be undone, so that [`Site::thaw`] can undo it
-//! from any point, and [`Site::recover`] can make one from the journal that thaws or releases what a
-//! dead daemon has left.
+//! event that came of it. It holds everything that must be undone, so that [`Site::thaw`] can undo
+//! it from any point, and [`Site::recover`] can make one from the journal that thaws or releases
+//! what a dead daemon has left.
 //!
-//! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the cgroup
-//! is frozen again after CRIU's dump and read back; nothing here decides.
+//! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the
+//! cgroup is frozen again after CRIU's dump and read back; nothing here decides.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -149,13 +149,7 @@ impl Site {
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| gone(&error))?;
         let pids = tree.pids();
         let described = block_in_place(|| process::describe(root, &pids, shared))?;
-        for pid in &pids {
-            let found =
-                block_in_place(|| refuse::find(*pid)).map_err(|error| failed_to_track(&error))?;
-            if let Some(failure) = found {
-                return Err(failure);
-            }
-        }
+        block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid)))?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
         let mut ports = Vec::new();
@@ -296,11 +290,7 @@ impl Site {
             if self.spaces.contains_key(&found.id) {
                 continue;
             }
-            if let Some(failure) =
-                refuse::find(found.leader).map_err(|error| failed_to_track(&error))?
-            {
-                return Err(failure);
-            }
+            check_trackable(found.leader)?;
             let options = TrackOptions {
                 support: self.node.support,
                 tree: pids.clone(),
@@ -365,8 +355,8 @@ impl Site {
             ErrorCode::SharedMemoryBudget,
             format!(
                 "{} bytes of shared, locked or executable memory can only be copied in the \
-                 freeze{which}; within {:?} of downtime {budget} bytes are: allow more downtime, or \
-                 use --force-eager",
+                 freeze{which}; within {:?} of downtime {budget} bytes are: allow more downtime, \
+                 or use --force-eager",
                 eager.bytes(),
                 self.policy.downtime_max
             ),
@@ -499,7 +489,8 @@ impl Site {
         Ok(())
     }
 
-    /// Takes sockets out of repair mode that a killed CRIU has left in it. The tree is still frozen.
+    /// Takes sockets out of repair mode that a killed CRIU has left in it. The tree is still
+    /// frozen.
     fn end_repair(&self) {
         for pid in self.freezer.processes().unwrap_or_default() {
             match repaired_sockets(pid) {
@@ -582,6 +573,14 @@ impl Site {
         }
         drop(std::fs::remove_dir_all(&self.directory));
         Ok(())
+    }
+}
+
+/// Refuses what writes memory behind the page tables, or cannot be tracked for another reason.
+fn check_trackable(pid: i32) -> Result<(), Failure> {
+    match refuse::find(pid).map_err(|error| failed_to_track(&error))? {
+        Some(failure) => Err(failure),
+        None => Ok(()),
     }
 }
 

@@ -203,8 +203,8 @@ impl Drop for Borrowed<'_> {
 }
 
 /// Sends a thread that is inside a restartable sequence to its abort handler, as a preemption does.
-/// Without this the kernel would look for the sequence at the place of our call, not find it, and let
-/// the thread finish a sequence that was in fact interrupted.
+/// Without this the kernel would look for the sequence at the place of our call, not find it, and
+/// let the thread finish a sequence that was in fact interrupted.
 fn abort_restartable_sequence(pid: i32, tid: i32, registers: &mut Registers) {
     let Some(rseq) = ptrace::rseq_address(tid) else {
         return;
