@@ -69,6 +69,8 @@ pub enum SendError<E: std::error::Error + Send + Sync + 'static> {
     Read {
         /// The space.
         space: SpaceId,
+        /// What the sink had taken before: the target will have it, and counts it.
+        sent: Box<RoundSent>,
         /// Why.
         #[source]
         source: ReadError,
@@ -142,13 +144,22 @@ impl Sender {
         drop(output);
         let mut sent = RoundSent::default();
         forward(space, parcels, sink, &mut sent).await?;
+        let mut broken = None;
         for thread in threads {
-            let worked = thread.await.map_err(|_| SendError::Cut)?;
-            let unread = worked.map_err(|source| SendError::Read { space, source })?;
-            sent.unread.union_with(&unread);
+            match thread.await.map_err(|_| SendError::Cut)? {
+                Ok(unread) => sent.unread.union_with(&unread),
+                Err(error) => broken = Some(error),
+            }
         }
         sent.duration = began.elapsed();
-        Ok(sent)
+        match broken {
+            None => Ok(sent),
+            Some(source) => Err(SendError::Read {
+                space,
+                sent: Box::new(sent),
+                source,
+            }),
+        }
     }
 }
 

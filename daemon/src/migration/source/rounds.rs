@@ -116,7 +116,10 @@ impl Site {
                     space.put_back(&sent.unread);
                     sums.add(&sent);
                 }
-                Err(SendError::Read { .. }) if !alive(space.pid()) => {}
+                // It has ended, and takes its memory with it; the rest of the tree goes on.
+                Err(SendError::Read { sent, .. }) if !alive(space.pid()) => {
+                    sums.add(&sent);
+                }
                 Err(error) => return Err(send_failed(&error)),
             }
         }
@@ -133,7 +136,7 @@ impl Site {
 
     async fn try_finish(&mut self, round: Round) -> Result<SourceEvent, Failure> {
         let began = Instant::now();
-        let scans = match block_in_place(|| self.final_scans())? {
+        let mut scans = match block_in_place(|| self.final_scans())? {
             Ok(scans) => scans,
             Err(reason) => {
                 return Ok(SourceEvent::Retry(RetryReport {
@@ -155,26 +158,30 @@ impl Site {
             feed.set_smaps(space.pid(), &scan.smaps);
         }
         dump.feed().publish().map_err(|error| internal(&error))?;
-        let dirty = scans
-            .iter()
-            .map(|(id, scan)| (*id, scan.dirty.clone()))
-            .collect();
         let in_criu = Instant::now();
-        let (dumped, sent) = tokio::join!(
-            async {
-                let dumped = dump.run().await;
-                (dumped, in_criu.elapsed())
-            },
-            self.send_final(&dirty, &scans, round)
-        );
+        let dumping = async {
+            let dumped = dump.run().await;
+            (dumped, in_criu.elapsed())
+        };
+        let ((dumped, frozen_in_criu), sent) = if self.policy.verify {
+            (dumping.await, None)
+        } else {
+            let (dumped, sent) = tokio::join!(dumping, self.send_final(&scans, round));
+            (dumped, Some(sent))
+        };
         self.return_dump(dump);
-        let (dumped, frozen_in_criu) = dumped;
         dumped.map_err(|error| criu_failed(&error))?;
         self.frozen_in_criu = Some(frozen_in_criu);
         // CRIU has thawed the cgroup and holds the tasks by ptrace alone: from here on they stay
         // frozen whoever dies.
         block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
-        let mut sums = sent?;
+        let mut sums = match sent {
+            Some(sent) => sent?,
+            None => {
+                self.scan_again(&mut scans)?;
+                self.send_final(&scans, round).await?
+            }
+        };
         let frozen_again = began.elapsed();
         let digests = if self.policy.verify {
             self.send_digests(&scans).await?
@@ -229,6 +236,10 @@ impl Site {
                     scans.insert(*id, scan);
                 }
                 Err(error @ TrackError::LateBirth { .. }) => return Ok(Err(chain(&error))),
+                // It is a zombie by now, or about to be one.
+                Err(error) if error.tells_of_end() && space.pid() != self.root => {
+                    replaced.push(*id);
+                }
                 Err(error @ TrackError::Exec { .. }) => {
                     if resident_bytes(space.pid()) > LATE_BIRTH_BYTES_MAX {
                         return Ok(Err(chain(&error)));
@@ -244,14 +255,32 @@ impl Site {
         Ok(Ok(scans))
     }
 
+    /// Finds what the dump itself has made dirty: while CRIU's parasite runs in a thread, the
+    /// kernel writes the number of its processor into the thread's rseq area, and does so again
+    /// wherever the thread is restored. Nothing would be lost without these pages, but digests
+    /// would differ.
+    fn scan_again(&mut self, scans: &mut BTreeMap<SpaceId, FinalScan>) -> Result<(), Failure> {
+        for (id, scan) in scans {
+            let Some(space) = self.spaces.get_mut(id) else {
+                continue;
+            };
+            let again = block_in_place(|| space.final_scan()).map_err(|e| failed_to_track(&e))?;
+            scan.dirty = again.dirty;
+        }
+        Ok(())
+    }
+
     async fn send_final(
         &mut self,
-        dirty: &BTreeMap<SpaceId, PageSet>,
         scans: &BTreeMap<SpaceId, FinalScan>,
         round: Round,
     ) -> Result<Sums, Failure> {
         let data = self.data()?;
-        let mut sums = self.send_pages(dirty, round).await?;
+        let dirty = scans
+            .iter()
+            .map(|(id, scan)| (*id, scan.dirty.clone()))
+            .collect();
+        let mut sums = self.send_pages(&dirty, round).await?;
         for (id, scan) in scans {
             let set = scan.live.to_wire();
             let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;

@@ -290,7 +290,13 @@ impl Site {
             if self.spaces.contains_key(&found.id) {
                 continue;
             }
-            check_trackable(found.leader)?;
+            match refuse::find(found.leader) {
+                Ok(None) => {}
+                Ok(Some(failure)) => return Err(failure),
+                Err(error) if error.tells_of_end() && found.leader != self.root => continue,
+                Err(_) if found.leader != self.root && !alive(found.leader) => continue,
+                Err(error) => return Err(failed_to_track(&error)),
+            }
             let options = TrackOptions {
                 support: self.node.support,
                 tree: pids.clone(),
@@ -304,6 +310,7 @@ impl Site {
                     self.spaces.insert(found.id, space);
                 }
                 // It has ended since the tree was read; whoever is left is in the next round.
+                Err(error) if error.tells_of_end() && found.leader != self.root => {}
                 Err(_) if found.leader != self.root && !alive(found.leader) => {}
                 Err(error) => return Err(failed_to_track(&error)),
             }
@@ -318,7 +325,10 @@ impl Site {
         for (id, space) in &mut self.spaces {
             let scan = match space.record_smaps().and_then(|()| space.scan()) {
                 Ok(scan) => scan,
-                Err(_) if space.pid() != self.root && !alive(space.pid()) => {
+                Err(error)
+                    if space.pid() != self.root
+                        && (error.tells_of_end() || !alive(space.pid())) =>
+                {
                     gone.push(*id);
                     continue;
                 }

@@ -123,6 +123,18 @@ pub enum TrackError {
 }
 
 impl TrackError {
+    /// Whether the process has ended, or is about to: one that ends loses its memory before it
+    /// stops being a process.
+    pub fn tells_of_end(&self) -> bool {
+        match self {
+            Self::Gone { .. } => true,
+            Self::Inspect { source, .. } => {
+                matches!(source.raw_os_error(), Some(libc::ESRCH | libc::ENOENT))
+            }
+            _ => false,
+        }
+    }
+
     /// What to tell the peer and the operator.
     pub fn code(&self) -> ErrorCode {
         match self {
