@@ -9,25 +9,23 @@
 //! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the
 //! cgroup is frozen again after CRIU's dump and read back; nothing here decides.
 
+mod survey;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pageferry_proto::id::{MigrationId, SpaceId};
+use pageferry_proto::id::SpaceId;
 use pageferry_proto::migration::policy::Policy;
-use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::description::WorkloadDescription;
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
 use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
 use super::task::{alive, repaired_sockets, tracer};
-use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
 use crate::migration::text::{chain, internal, network_unfit};
@@ -36,8 +34,8 @@ use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
-use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
+pub use survey::Survey;
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -68,17 +66,6 @@ pub struct SourceNode {
     pub workers: usize,
     /// Bytes of one workload that may be copied in the freeze, unless forced.
     pub eager_memory_max: u64,
-}
-
-/// What a restarted daemon needs to know of a workload: kept in the journal.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct SiteState {
-    root: i32,
-    freezer: PathBuf,
-    /// The freezer cgroup the tree came from, if it was moved.
-    origin: Option<PathBuf>,
-    /// Names of this node's link ends, with their bridges.
-    ports: Vec<(String, String)>,
 }
 
 /// CRIU's dump, which is prepared while rounds are sent.
@@ -122,142 +109,7 @@ pub struct Site {
     pub(super) cancelled: watch::Receiver<bool>,
 }
 
-/// A surveyed workload: nothing of it has been touched.
-#[derive(Debug)]
-pub struct Survey {
-    /// For the target.
-    pub description: WorkloadDescription,
-    /// For the journal.
-    pub state: DriverState,
-    /// For the driver.
-    pub site: Site,
-}
-
 impl Site {
-    /// Looks at the tree below `root` and says what the target must know, or why it cannot move.
-    pub async fn survey(
-        node: SourceNode,
-        id: MigrationId,
-        root: i32,
-        policy: Policy,
-        shared: &[PathBuf],
-        cancelled: watch::Receiver<bool>,
-    ) -> Result<Survey, Failure> {
-        let gone = |error: &dyn std::fmt::Display| {
-            Failure::new(ErrorCode::WorkloadGone, format!("process {root}: {error}"))
-        };
-        let tree = block_in_place(|| Tree::read(root)).map_err(|error| gone(&error))?;
-        let pids = tree.pids();
-        let described = block_in_place(|| process::describe(root, &pids, shared))?;
-        block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid)))?;
-        let mut description = described.description;
-        description.criu_version = node.criu_version;
-        let mut ports = Vec::new();
-        if described.own.contains(&NamespaceKind::Net) {
-            let net = namespace::open(root, NamespaceKind::Net).map_err(|error| gone(&error))?;
-            let network = describe_network(&net)
-                .await
-                .map_err(|error| network_unfit(&error))?;
-            description.links = network.links;
-            description.routes = network.routes;
-            ports = network.ports;
-        }
-        let (freezer, origin) = match node.freezers.holding(&pids) {
-            Some(freezer) => (freezer, None),
-            None => {
-                let origin = node.freezers.current_of(root);
-                (node.freezers.plan(&id.to_string()), origin)
-            }
-        };
-        let state = SiteState {
-            root,
-            freezer: freezer.path().to_owned(),
-            origin: origin.clone(),
-            ports: ports
-                .iter()
-                .map(|port| (port.name().to_owned(), port.bridge().to_owned()))
-                .collect(),
-        };
-        let memory_bytes = description
-            .spaces
-            .iter()
-            .map(|space| space.memory_bytes)
-            .sum();
-        let workers = node.workers;
-        let site = Self {
-            directory: node.migrations.join(id.to_string()),
-            node,
-            policy,
-            root,
-            own: described.own,
-            freezer,
-            origin,
-            ports,
-            spaces: BTreeMap::new(),
-            pending: BTreeMap::new(),
-            scanned: Instant::now(),
-            dumping: Dumping::No,
-            memory_bytes,
-            eager_bytes: 0,
-            image_bytes: 0,
-            sender: Arc::new(Sender::new(workers)),
-            frozen_in_criu: None,
-            data: None,
-            cancelled,
-        };
-        Ok(Survey {
-            description,
-            state: encode_state(&state)?,
-            site,
-        })
-    }
-
-    /// A site for a migration that a dead daemon has left: it can be thawed or released.
-    pub async fn recover(
-        node: SourceNode,
-        id: MigrationId,
-        policy: Policy,
-        state: &DriverState,
-        cancelled: watch::Receiver<bool>,
-    ) -> Result<Self, Failure> {
-        let state: SiteState = serde_json::from_slice(state.as_bytes()).map_err(|error| {
-            Failure::new(
-                ErrorCode::Internal,
-                format!("the journal of {id} is not readable: {error}"),
-            )
-        })?;
-        let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
-        let mut ports = Vec::new();
-        for (name, bridge) in &state.ports {
-            let port = Port::named(&netlink, name, bridge)
-                .await
-                .map_err(|error| network_unfit(&error))?;
-            ports.extend(port);
-        }
-        let workers = node.workers;
-        Ok(Self {
-            directory: node.migrations.join(id.to_string()),
-            node,
-            policy,
-            root: state.root,
-            own: Vec::new(),
-            freezer: Freezer::at(state.freezer),
-            origin: state.origin,
-            ports,
-            spaces: BTreeMap::new(),
-            pending: BTreeMap::new(),
-            scanned: Instant::now(),
-            dumping: Dumping::No,
-            memory_bytes: 0,
-            eager_bytes: 0,
-            image_bytes: 0,
-            sender: Arc::new(Sender::new(workers)),
-            frozen_in_criu: None,
-            data: None,
-            cancelled,
-        })
-    }
-
     /// Puts the tree into its cgroup, attaches to every space, and lets CRIU get ready.
     pub async fn track(&mut self) -> Result<(), Failure> {
         block_in_place(|| {
@@ -584,17 +436,4 @@ impl Site {
         drop(std::fs::remove_dir_all(&self.directory));
         Ok(())
     }
-}
-
-/// Refuses what writes memory behind the page tables, or cannot be tracked for another reason.
-fn check_trackable(pid: i32) -> Result<(), Failure> {
-    match refuse::find(pid).map_err(|error| failed_to_track(&error))? {
-        Some(failure) => Err(failure),
-        None => Ok(()),
-    }
-}
-
-fn encode_state(state: &SiteState) -> Result<DriverState, Failure> {
-    let bytes = serde_json::to_vec(state).map_err(|error| internal(&error))?;
-    DriverState::new(bytes).map_err(|error| internal(&error))
 }
