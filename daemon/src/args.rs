@@ -3,16 +3,13 @@
 //! Every key of the configuration file has a flag, and the flag wins. Defaults are not here but
 //! in [`crate::config`], where both are resolved once.
 
-use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use clap::Parser;
 use pageferry_proto::id::NodeName;
 
 use crate::config::units::{Bytes, Span};
-use crate::telemetry::EXIT_USAGE;
 
 /// Moves live process trees to other nodes, and takes theirs.
 #[derive(Clone, Debug, Default, Parser)]
@@ -100,23 +97,6 @@ pub struct DaemonArgs {
     /// Time after which a migration that is not yet committed is aborted [default: 1h]
     #[arg(long, value_name = "TIME", help_heading = "Defaults of migrations")]
     pub timeout: Option<Span>,
-}
-
-impl DaemonArgs {
-    /// Parses a command line, program name first. On `--help`, `--version` or a mistake the text
-    /// is printed and the code to exit with returned.
-    pub fn from_command_line(
-        arguments: impl IntoIterator<Item = OsString>,
-    ) -> Result<Self, ExitCode> {
-        Self::try_parse_from(arguments).map_err(|error| {
-            // A closed stderr is no reason for another error.
-            let _ = error.print();
-            match error.use_stderr() {
-                true => ExitCode::from(EXIT_USAGE),
-                false => ExitCode::SUCCESS,
-            }
-        })
-    }
 }
 
 fn parse_peer(text: &str) -> Result<(NodeName, SocketAddr), String> {

@@ -7,7 +7,6 @@
 #![allow(clippy::unwrap_used)]
 
 mod criu;
-mod figures;
 mod lab;
 mod losses;
 mod sys;
@@ -240,8 +239,7 @@ async fn a_child_forked_while_memory_is_given_up_has_what_there_was_at_the_fork(
     let pages = 16 * MIB;
     let (mut lab, mut peers) = Lab::running(&Tree::of(pages).by_hand()).await;
     let (page, count) = (FIRST_PAGE, pages);
-    let answer = peers[0].ask(&Command::ForkRace { page, count }).await;
-    assert!(matches!(answer, Answer::Times(_)), "{answer:?}");
+    peers[0].ok(&Command::ForkRace { page, count }).await;
     lab.finish().await;
     filled(&mut lab).await;
     peers[0].ok(&Command::CheckZero { page, count }).await;

@@ -7,7 +7,6 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::ForkResult;
@@ -70,12 +69,6 @@ pub enum Command {
         page: u64,
         count: u64,
     },
-    /// Touches pages in random order, and tells how long each took, in nanoseconds, sorted.
-    Touch {
-        page: u64,
-        count: u64,
-        touches: u64,
-    },
     /// Random work on the pages for so many steps, all checked.
     Churn {
         page: u64,
@@ -93,7 +86,6 @@ pub enum Command {
 pub enum Answer {
     Ok,
     Wrong(String),
-    Times(Vec<u64>),
     Yes(bool),
 }
 
@@ -202,11 +194,6 @@ fn perform(command: &Command) -> Answer {
             count,
         } => fork_at_once(threads, page, count),
         Command::ForkRace { page, count } => fork_race(page, count),
-        Command::Touch {
-            page,
-            count,
-            touches,
-        } => touch(page, count, touches),
         Command::Churn {
             page,
             count,
@@ -304,7 +291,7 @@ fn fork_race(page: u64, count: u64) -> Answer {
             }
             forked += 1;
         }
-        Answer::Times(vec![forked])
+        Answer::Ok
     };
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -330,22 +317,6 @@ impl Random {
         self.0 ^= self.0 << 17;
         self.0 % limit
     }
-}
-
-fn touch(page: u64, count: u64, touches: u64) -> Answer {
-    let mut random = Random(0x1234_5678_9abc_def1);
-    let mut times = Vec::new();
-    for _ in 0..touches {
-        let at = page + random.below(count);
-        let start = Instant::now();
-        let found = sys::read(at * PAGE);
-        times.push(u64::try_from(start.elapsed().as_nanos()).unwrap());
-        if found != word(at, 0) {
-            return Answer::Wrong(format!("page {at:#x}: {found:#x}"));
-        }
-    }
-    times.sort_unstable();
-    Answer::Times(times)
 }
 
 /// What a page of the churned memory must hold.

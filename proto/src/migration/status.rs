@@ -50,6 +50,23 @@ pub struct Status {
     pub fence_wanted: bool,
 }
 
+impl Status {
+    /// This status as the next report, unless it says nothing that the last one did not.
+    pub(crate) fn news(mut self, reported: &mut Option<Self>) -> Option<Self> {
+        if let Some(last) = reported {
+            // That time passes is no news.
+            let elapsed = std::mem::replace(&mut self.elapsed, last.elapsed);
+            if self == *last {
+                return None;
+            }
+            self.elapsed = elapsed;
+        }
+        self.generation += 1;
+        *reported = Some(self.clone());
+        Some(self)
+    }
+}
+
 /// Where a migration stands. Names are the same in code, logs, metrics and the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {

@@ -154,12 +154,6 @@ impl Intake {
     pub fn spaces(&self) -> Vec<SpaceId> {
         self.shared.lock().live.keys().copied().collect()
     }
-
-    /// Forgets what a final round brought that was given up by the source.
-    pub fn forget_final(&self) {
-        *self.shared.lock() = Sets::default();
-        self.shared.counts.send_replace(Counts::default());
-    }
 }
 
 impl Shared {

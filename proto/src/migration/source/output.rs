@@ -4,7 +4,6 @@ use super::state::{Link, Place, State, Timer};
 use super::{SourceAction, SourceMachine};
 use crate::migration::handoff::{Question, REDIAL, RESEND, ThawPermit};
 use crate::migration::record::{Entry, Record};
-use crate::migration::status::Status;
 use crate::migration::timer::Time;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::SourceMessage;
@@ -119,20 +118,11 @@ impl SourceMachine {
     /// Publishes the status if it says anything new. An older report that nobody took yet is
     /// superseded, so reports do not pile up.
     pub(super) fn report(&mut self, now: Time) {
-        let mut status = self.status(now);
-        if let Some(reported) = &self.reported {
-            let unchanged = Status {
-                elapsed: reported.elapsed,
-                ..status.clone()
-            };
-            if unchanged == *reported {
-                return;
-            }
-        }
-        status.generation += 1;
+        let Some(status) = self.status(now).news(&mut self.reported) else {
+            return;
+        };
         self.actions
             .retain(|action| !matches!(action, SourceAction::Report(_)));
-        self.actions.push_back(SourceAction::Report(status.clone()));
-        self.reported = Some(status);
+        self.actions.push_back(SourceAction::Report(status));
     }
 }

@@ -3,7 +3,6 @@
 use super::state::Place;
 use super::{TargetAction, TargetMachine};
 use crate::migration::record::{Entry, Record};
-use crate::migration::status::Status;
 use crate::migration::timer::Time;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::TargetMessage;
@@ -55,20 +54,11 @@ impl TargetMachine {
     /// Publishes the status if it says anything new. An older report that nobody took yet is
     /// superseded, so reports do not pile up.
     pub(super) fn report(&mut self, now: Time) {
-        let mut status = self.status(now);
-        if let Some(reported) = &self.reported {
-            let unchanged = Status {
-                elapsed: reported.elapsed,
-                ..status.clone()
-            };
-            if unchanged == *reported {
-                return;
-            }
-        }
-        status.generation += 1;
+        let Some(status) = self.status(now).news(&mut self.reported) else {
+            return;
+        };
         self.actions
             .retain(|action| !matches!(action, TargetAction::Report(_)));
-        self.actions.push_back(TargetAction::Report(status.clone()));
-        self.reported = Some(status);
+        self.actions.push_back(TargetAction::Report(status));
     }
 }

@@ -1,13 +1,10 @@
 //! A target that was restarted: what its journal proves, and what follows.
 
-use std::collections::VecDeque;
-
-use super::TargetMachine;
 use super::state::{Refusal, Refusing, State, Verdict};
+use super::{TargetMachine, TargetOrigin};
 use crate::migration::handoff::{RecoverError, TargetFacts};
 use crate::migration::record::{AcceptedEntry, Entry, Record};
-use crate::migration::timer::{Time, Timers};
-use crate::page::PageCount;
+use crate::migration::timer::Time;
 use crate::wire::code::{ErrorCode, Failure};
 
 impl TargetMachine {
@@ -25,25 +22,20 @@ impl TargetMachine {
             incarnation,
             state,
         } = facts.accepted.clone().ok_or(RecoverError::NoBeginning)?;
-        let mut machine = Self {
+        let origin = TargetOrigin {
             id,
             peer,
             incarnation,
+        };
+        let mut machine = Self {
             workload: Some(workload),
             driver_state: facts
                 .ready
                 .as_ref()
                 .map_or(state, |ready| ready.state.clone()),
-            state: State::Idle,
-            connected: false,
             recorded: true,
             failure: facts.aborted.clone(),
-            round: None,
-            memory: PageCount::ZERO,
-            started_at: now,
-            timers: Timers::new(),
-            actions: VecDeque::new(),
-            reported: None,
+            ..Self::new(origin, now)
         };
         machine.resume(facts);
         machine.report(now);
