@@ -154,7 +154,11 @@ impl Sender {
         sent.duration = began.elapsed();
         match broken {
             None => Ok(sent),
-            Some(source) => Err(SendError::Read { space, sent: Box::new(sent), source }),
+            Some(source) => Err(SendError::Read {
+                space,
+                sent: Box::new(sent),
+                source,
+            }),
         }
     }
 }
