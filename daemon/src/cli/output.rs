@@ -162,7 +162,8 @@ pub fn summary(status: &Status) -> String {
         return format!("{workload} runs on at {node}, it has not moved to {peer}\n  {why}");
     }
     let mut text = format!(
-        "{workload} moved from {node} to {peer} in {:.2} s\n  {} rounds, {} of memory, {} on the wire",
+        "{workload} moved from {node} to {peer} in {:.2} s\n  \
+         {} rounds, {} of memory, {} on the wire",
         millis(status.elapsed_us) / 1000.0,
         status.round,
         Bytes(status.memory_bytes).rounded(),

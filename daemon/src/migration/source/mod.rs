@@ -9,8 +9,12 @@
 //! happens; the machine's timers bound how long that may take.
 
 pub mod dump;
+mod failure;
 pub mod rounds;
+pub mod sent;
 pub mod site;
+mod state;
+mod task;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -37,7 +41,8 @@ use super::text::chain;
 use crate::net::endpoint::Endpoint;
 use crate::net::lanes::{self, SourceSession};
 use crate::net::stream::DataSender;
-use site::{Sent, Site};
+use sent::Sent;
+use site::Site;
 
 /// Events that may wait to be handled; each producer has at most a few under way.
 const EVENTS_MAX: usize = 64;

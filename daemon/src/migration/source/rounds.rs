@@ -18,7 +18,10 @@ use pageferry_proto::wire::stream::{
 };
 use tokio::task::block_in_place;
 
-use super::site::{Sent, Site, criu_failed, failed_to_track, freeze_failed};
+use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::sent::Sent;
+use super::site::Site;
+use super::task::alive;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
 use crate::pages::digest;
@@ -121,7 +124,7 @@ impl Site {
                     sums.add(&sent);
                 }
                 // It has ended, and takes its memory with it; the rest of the tree goes on.
-                Err(SendError::Read { sent, .. }) if !super::site::alive(space.pid()) => {
+                Err(SendError::Read { sent, .. }) if !alive(space.pid()) => {
                     sums.add(&sent);
                 }
                 Err(error) => return Err(send_failed(&error)),

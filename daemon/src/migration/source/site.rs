@@ -2,18 +2,16 @@
 //! or given back.
 //!
 //! A `Site` is owned by one operation at a time; the driver hands it out and gets it back with the
-//! event that came of it. It holds everything that must be undone, so that [`Site::thaw`] can undo it
-//! from any point, and [`Site::recover`] can make one from the journal that thaws or releases what a
-//! dead daemon has left.
+//! event that came of it. It holds everything that must be undone, so that [`Site::thaw`] can undo
+//! it from any point, and [`Site::recover`] can make one from the journal that thaws or releases
+//! what a dead daemon has left.
 //!
-//! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the cgroup
-//! is frozen again after CRIU's dump and read back; nothing here decides.
+//! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the
+//! cgroup is frozen again after CRIU's dump and read back; nothing here decides.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pageferry_proto::id::{MigrationId, SpaceId};
@@ -22,24 +20,25 @@ use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::WorkloadDescription;
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
 use super::dump::{Dump, DumpError, DumpPlan};
-use crate::link::LinkError;
+use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::sent::Sent;
+use super::state::{SiteState, encode_state};
+use super::task::{alive, repaired_sockets, tracer};
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
-use crate::migration::text::{chain, internal};
+use crate::migration::text::{chain, internal, network_unfit};
 use crate::net::stream::DataSender;
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
-use crate::runtime::cgroup::{CgroupError, Freezer, FreezerRoot};
+use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
-use crate::sys::{ptrace, tcp};
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -70,17 +69,6 @@ pub struct SourceNode {
     pub workers: usize,
     /// Bytes of one workload that may be copied in the freeze, unless forced.
     pub eager_memory_max: u64,
-}
-
-/// What a restarted daemon needs to know of a workload: kept in the journal.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct SiteState {
-    root: i32,
-    freezer: PathBuf,
-    /// The freezer cgroup the tree came from, if it was moved.
-    origin: Option<PathBuf>,
-    /// Names of this node's link ends, with their bridges.
-    ports: Vec<(String, String)>,
 }
 
 /// CRIU's dump, which is prepared while rounds are sent.
@@ -128,27 +116,6 @@ pub struct Site {
     true_smaps: bool,
 }
 
-/// Counts what is sent, for progress within a round.
-#[derive(Debug, Default)]
-pub struct Sent {
-    raw_bytes: AtomicU64,
-    wire_bytes: AtomicU64,
-}
-
-impl Sent {
-    /// A parcel of so many bytes of pages has been sent.
-    pub(super) fn add(&self, raw_bytes: u64, wire_bytes: u64) {
-        self.raw_bytes.fetch_add(raw_bytes, Ordering::Relaxed);
-        self.wire_bytes.fetch_add(wire_bytes, Ordering::Relaxed);
-    }
-
-    /// Bytes of pages and on the wire since the last call.
-    pub(super) fn take(&self) -> (u64, u64) {
-        let take = |counter: &AtomicU64| counter.swap(0, Ordering::Relaxed);
-        (take(&self.raw_bytes), take(&self.wire_bytes))
-    }
-}
-
 /// A surveyed workload: nothing of it has been touched.
 #[derive(Debug)]
 pub struct Survey {
@@ -177,15 +144,7 @@ impl Site {
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| gone(&error))?;
         let pids = tree.pids();
         let described = block_in_place(|| process::describe(root, &pids, shared))?;
-        for pid in &pids {
-            match block_in_place(|| refuse::find(*pid)) {
-                Ok(None) => {}
-                Ok(Some(failure)) => return Err(failure),
-                // It has ended since the tree was read.
-                Err(error) if *pid != root && error.tells_of_end() => {}
-                Err(error) => return Err(failed_to_track(&error)),
-            }
-        }
+        block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid, root)))?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
         let mut ports = Vec::new();
@@ -219,8 +178,8 @@ impl Site {
             .iter()
             .map(|space| space.memory_bytes)
             .sum();
-        let workers = node.workers;
         let site = Self {
+            sender: Arc::new(Sender::new(node.workers)),
             directory: node.migrations.join(id.to_string()),
             node,
             policy,
@@ -236,7 +195,6 @@ impl Site {
             memory_bytes,
             eager_bytes: 0,
             image_bytes: 0,
-            sender: Arc::new(Sender::new(workers)),
             frozen_in_criu: None,
             data: None,
             cancelled,
@@ -272,8 +230,8 @@ impl Site {
                 .map_err(|error| network_unfit(&error))?;
             ports.extend(port);
         }
-        let workers = node.workers;
         Ok(Self {
+            sender: Arc::new(Sender::new(node.workers)),
             directory: node.migrations.join(id.to_string()),
             node,
             policy,
@@ -289,7 +247,6 @@ impl Site {
             memory_bytes: 0,
             eager_bytes: 0,
             image_bytes: 0,
-            sender: Arc::new(Sender::new(workers)),
             frozen_in_criu: None,
             data: None,
             cancelled,
@@ -330,13 +287,7 @@ impl Site {
             if self.spaces.contains_key(&found.id) {
                 continue;
             }
-            match refuse::find(found.leader) {
-                Ok(None) => {}
-                Ok(Some(failure)) => return Err(failure),
-                Err(error) if error.tells_of_end() && found.leader != self.root => continue,
-                Err(_) if found.leader != self.root && !alive(found.leader) => continue,
-                Err(error) => return Err(failed_to_track(&error)),
-            }
+            check_trackable(found.leader, self.root)?;
             let options = TrackOptions {
                 support: self.node.support,
                 tree: pids.clone(),
@@ -415,8 +366,8 @@ impl Site {
             ErrorCode::SharedMemoryBudget,
             format!(
                 "{} bytes of shared, locked or executable memory can only be copied in the \
-                 freeze{which}; within {:?} of downtime {budget} bytes are: allow more downtime, or \
-                 use --force-eager",
+                 freeze{which}; within {:?} of downtime {budget} bytes are: allow more downtime, \
+                 or use --force-eager",
                 eager.bytes(),
                 self.policy.downtime_max
             ),
@@ -549,7 +500,8 @@ impl Site {
         Ok(())
     }
 
-    /// Takes sockets out of repair mode that a killed CRIU has left in it. The tree is still frozen.
+    /// Takes sockets out of repair mode that a killed CRIU has left in it. The tree is still
+    /// frozen.
     fn end_repair(&self) {
         for pid in self.freezer.processes().unwrap_or_default() {
             match repaired_sockets(pid) {
@@ -635,71 +587,13 @@ impl Site {
     }
 }
 
-fn encode_state(state: &SiteState) -> Result<DriverState, Failure> {
-    let bytes = serde_json::to_vec(state).map_err(|error| internal(&error))?;
-    DriverState::new(bytes).map_err(|error| internal(&error))
-}
-
-pub(super) fn alive(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .ok()
-        .and_then(|stat| {
-            stat.rsplit_once(") ")
-                .map(|(_, rest)| !rest.starts_with(['Z', 'X']))
-        })
-        .unwrap_or(false)
-}
-
-/// How many sockets of `pid` had to be taken out of repair mode.
-fn repaired_sockets(pid: i32) -> std::io::Result<usize> {
-    let pidfd = ptrace::pidfd_open(pid)?;
-    let mut repaired = 0;
-    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-        let is_socket = std::fs::read_link(entry.path())
-            .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
-        let number = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok());
-        if let (true, Some(number)) = (is_socket, number) {
-            let socket = ptrace::pidfd_getfd(pidfd.as_fd(), number)?;
-            repaired += usize::from(tcp::repair_off(socket.as_fd())?);
-        }
+/// Refuses what writes memory behind the page tables, or cannot be tracked for another reason.
+fn check_trackable(pid: i32, root: i32) -> Result<(), Failure> {
+    match refuse::find(pid) {
+        Ok(None) => Ok(()),
+        Ok(Some(failure)) => Err(failure),
+        // It has ended since the tree was read.
+        Err(error) if pid != root && (error.tells_of_end() || !alive(pid)) => Ok(()),
+        Err(error) => Err(failed_to_track(&error)),
     }
-    Ok(repaired)
-}
-
-fn tracer(pid: i32) -> Option<i32> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("TracerPid:"))?;
-    line.trim().parse().ok().filter(|tracer| *tracer != 0)
-}
-
-pub(super) fn criu_failed(error: &DumpError) -> Failure {
-    Failure::new(ErrorCode::CriuFailed, chain(error))
-}
-
-pub(super) fn failed_to_track(error: &TrackError) -> Failure {
-    let code = match error {
-        TrackError::Gone { .. } | TrackError::Exec { .. } => ErrorCode::WorkloadGone,
-        TrackError::Unsupported(_) | TrackError::Probe { .. } => ErrorCode::NodeUnfit,
-        TrackError::LateBirth { .. } => ErrorCode::RetryRound,
-        TrackError::SmapsChanged { .. } => ErrorCode::SmapsDiffer,
-        TrackError::Inspect { .. }
-        | TrackError::Inject { .. }
-        | TrackError::Foreign { .. }
-        | TrackError::Register { .. }
-        | TrackError::Scan { .. } => ErrorCode::Untrackable,
-    };
-    Failure::new(code, chain(error))
-}
-
-pub(super) fn freeze_failed(error: &CgroupError) -> Failure {
-    Failure::new(ErrorCode::FreezeFailed, chain(error))
-}
-
-fn network_unfit(error: &LinkError) -> Failure {
-    Failure::new(ErrorCode::NetworkUnfit, chain(error))
 }

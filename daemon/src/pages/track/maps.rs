@@ -1,9 +1,9 @@
 //! `/proc/PID/maps`: what is mapped, in the words the tracker needs.
 //!
-//! `maps` is cheap (a tenth of a millisecond) where `smaps` walks the page tables (11 ms per GiB), so
-//! it is what every round reads. It does not show the flags (`VmFlags`) of a mapping; what may be
-//! tracked is therefore asked of the kernel by registering, and what may be hidden is decided from
-//! `smaps` at the end.
+//! `maps` is cheap (a tenth of a millisecond) where `smaps` walks the page tables (11 ms per GiB),
+//! so it is what every round reads. It does not show the flags (`VmFlags`) of a mapping; what may
+//! be tracked is therefore asked of the kernel by registering, and what may be hidden is decided
+//! from `smaps` at the end.
 
 use std::io;
 use std::ops::Range;
@@ -42,7 +42,8 @@ impl Mapping {
             || (name.starts_with("[anon:") && name.ends_with(']'))
     }
 
-    /// Whether it is a private mapping of a file, of which the process may have own copies of pages.
+    /// Whether it is a private mapping of a file, of which the process may have own copies of
+    /// pages.
     pub fn is_private_file(&self) -> bool {
         self.private && self.inode != 0
     }
@@ -64,8 +65,8 @@ impl Mapping {
         )
     }
 
-    /// Whether CRIU may be shown it without pages, and a target may fill it later: private memory of
-    /// its own that is neither executable nor locked nor of a special kind.
+    /// Whether CRIU may be shown it without pages, and a target may fill it later: private memory
+    /// of its own that is neither executable nor locked nor of a special kind.
     ///
     /// CRIU serves more than this lazily, and less than this would be slower. Executable memory is
     /// left out because CRIU patches code while it dumps; locked memory because a restore locks it
