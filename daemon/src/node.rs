@@ -90,11 +90,23 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         verify: false,
         force_eager: false,
     };
-    let mut listener = Listener::start(endpoint);
+    let listener = Listener::start(endpoint);
     let control = api::LocalControl::new(config.node.clone(), registry.clone(), defaults);
     let served = api::serve(&config.api_socket(), control).context("opening the control socket")?;
     tracing::info!(node = %config.node, listen = %config.listen, peers = config.peers.len(),
         socket = %config.api_socket().display(), "ready");
+    accept_until_told_to_stop(listener, &registry).await?;
+    tracing::info!("stopping");
+    registry.give_up().await;
+    served.stop().await;
+    Ok(())
+}
+
+/// Takes in the sessions that other nodes open, until a signal to stop.
+async fn accept_until_told_to_stop(
+    mut listener: Listener,
+    registry: &Registry,
+) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listening for signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for signals")?;
     loop {
@@ -103,18 +115,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 Some(session) => registry.accept(session).await,
                 None => anyhow::bail!("the QUIC endpoint is closed"),
             },
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
         }
     }
-    tracing::info!("stopping");
-    registry.give_up().await;
-    served.stop().await;
-    Ok(())
 }
 
-/// Asks CRIU what it is, which also writes its cache of kernel features: without it each start costs
-/// 8 to 40 ms.
+/// Asks CRIU what it is, which also writes its cache of kernel features: without it each start
+/// costs 8 to 40 ms.
 async fn probe_criu(config: &Config) -> anyhow::Result<u32> {
     let output = config.run_dir.join("criu-probe.out");
     let found = Capabilities::probe(&config.criu, Some(&config.view_library), &output).await;

@@ -1,8 +1,8 @@
 //! The control API: gRPC on a unix socket of this node.
 //!
-//! Whoever can open the socket can move workloads, so it belongs to root (mode 0600), and the peer's
-//! credentials are checked besides: uid 0 or the daemon's own. There is no other authentication and
-//! no way in from the network.
+//! Whoever can open the socket can move workloads, so it belongs to root (mode 0600), and the
+//! peer's credentials are checked besides: uid 0 or the daemon's own. There is no other
+//! authentication and no way in from the network.
 //!
 //! Absent: decisions. Every call goes to the registry, every answer is a status.
 

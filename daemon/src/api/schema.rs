@@ -7,6 +7,7 @@
     clippy::cast_sign_loss,
     clippy::needless_pass_by_value,
     clippy::semicolon_if_nothing_returned,
+    clippy::too_many_lines,
     clippy::uninlined_format_args
 )]
 

@@ -8,7 +8,10 @@ use pageferry::cli::args::Cli;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime.block_on(cli::run(cli)),
         Err(error) => {
             eprintln!("pageferry: cannot start the runtime: {error}");

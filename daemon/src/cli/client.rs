@@ -71,9 +71,10 @@ impl From<Status> for CallError {
             return Self::Lost(Box::new(status));
         }
         match status.message().split_once(": ") {
-            Some((code, text)) if is_name(code) => {
-                Self::Refused { code: code.to_owned(), text: text.to_owned() }
-            }
+            Some((code, text)) if is_name(code) => Self::Refused {
+                code: code.to_owned(),
+                text: text.to_owned(),
+            },
             _ => Self::Refused {
                 code: name_of(status.code()).to_owned(),
                 text: status.message().to_owned(),
@@ -92,12 +93,18 @@ pub async fn connect(socket: &Path) -> Result<ControlClient<Channel>, CallError>
             async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
         }))
         .await
-        .map_err(|source| CallError::Unreachable { socket: socket.to_owned(), source })?;
+        .map_err(|source| CallError::Unreachable {
+            socket: socket.to_owned(),
+            source,
+        })?;
     Ok(ControlClient::new(channel))
 }
 
 fn is_name(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-')
+    !text.is_empty()
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte == b'-')
 }
 
 fn name_of(code: Code) -> &'static str {
@@ -124,13 +131,21 @@ mod tests {
     #[test]
     fn a_refusal_without_a_name_gets_that_of_its_kind() {
         let error = CallError::from(Status::invalid_argument("An id: 32 digits"));
-        assert_eq!((error.code(), error.text().as_str()), ("invalid-argument", "An id: 32 digits"));
+        assert_eq!(
+            (error.code(), error.text().as_str()),
+            ("invalid-argument", "An id: 32 digits")
+        );
     }
 
     #[tokio::test]
     async fn a_socket_nobody_listens_on_is_named() {
-        let error = connect(Path::new("/nonexistent/api.sock")).await.unwrap_err();
+        let error = connect(Path::new("/nonexistent/api.sock"))
+            .await
+            .unwrap_err();
         assert_eq!(error.code(), "daemon-unreachable");
-        assert!(error.to_string().contains("/nonexistent/api.sock"), "{error}");
+        assert!(
+            error.to_string().contains("/nonexistent/api.sock"),
+            "{error}"
+        );
     }
 }

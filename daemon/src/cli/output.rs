@@ -131,14 +131,29 @@ impl Moved {
 
     /// A move that a call ended: it was refused, or the daemon is gone.
     pub fn failed(id: Option<String>, workload: String, to: String, error: &CallError) -> Self {
-        let error = ErrorObject { code: error.code().to_owned(), text: error.text() };
-        Self { id, workload, to, mode: MODE, error: Some(error), ..Self::default() }
+        let error = ErrorObject {
+            code: error.code().to_owned(),
+            text: error.text(),
+        };
+        Self {
+            id,
+            workload,
+            to,
+            mode: MODE,
+            error: Some(error),
+            ..Self::default()
+        }
     }
 }
 
 /// How a migration ended, in a few lines.
 pub fn summary(status: &Status) -> String {
-    let Status { workload, node, peer, .. } = status;
+    let Status {
+        workload,
+        node,
+        peer,
+        ..
+    } = status;
     if !status.moved {
         let why = match &status.failure {
             Some(failure) => format!("{}: {}", failure.code, failure.text),
@@ -147,7 +162,8 @@ pub fn summary(status: &Status) -> String {
         return format!("{workload} runs on at {node}, it has not moved to {peer}\n  {why}");
     }
     let mut text = format!(
-        "{workload} moved from {node} to {peer} in {:.2} s\n  {} rounds, {} of memory, {} on the wire",
+        "{workload} moved from {node} to {peer} in {:.2} s\n  \
+         {} rounds, {} of memory, {} on the wire",
         millis(status.elapsed_us) / 1000.0,
         status.round,
         Bytes(status.memory_bytes).rounded(),
@@ -159,7 +175,9 @@ pub fn summary(status: &Status) -> String {
     if let Some(downtime) = status.downtime_us {
         text += &format!("\n  downtime {:.1} ms", millis(downtime));
         let parts = named_parts(parts(status.parts.as_ref()));
-        let known = parts.into_iter().filter_map(|(name, part)| Some(format!("{name} {:.1}", part?)));
+        let known = parts
+            .into_iter()
+            .filter_map(|(name, part)| Some(format!("{name} {:.1}", part?)));
         text += &format!(": {}", known.collect::<Vec<_>>().join(", "));
     }
     if let Some(frozen) = status.frozen_us {
@@ -170,13 +188,20 @@ pub fn summary(status: &Status) -> String {
 
 /// Every status in a line, under a heading.
 pub fn table(statuses: &[Status]) -> String {
-    let heading =
-        ["ID", "WORKLOAD", "ROLE", "PEER", "PHASE", "ROUND", "SENT", "DOWNTIME"].map(str::to_owned);
-    let rows: Vec<[String; 8]> = std::iter::once(heading).chain(statuses.iter().map(row)).collect();
+    let heading = [
+        "ID", "WORKLOAD", "ROLE", "PEER", "PHASE", "ROUND", "SENT", "DOWNTIME",
+    ]
+    .map(str::to_owned);
+    let rows: Vec<[String; 8]> = std::iter::once(heading)
+        .chain(statuses.iter().map(row))
+        .collect();
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..8).map(width).collect();
     let line = |row: &[String; 8]| {
-        let cells = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}"));
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, &width)| format!("{cell:width$}"));
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect::<Vec<_>>().join("\n")
@@ -230,12 +255,16 @@ fn row(status: &Status) -> [String; 8] {
         status.phase.clone(),
         status.round.to_string(),
         Bytes(status.sent_bytes).rounded(),
-        status.downtime_us.map_or("-".to_owned(), |downtime| format!("{:.1} ms", millis(downtime))),
+        status.downtime_us.map_or("-".to_owned(), |downtime| {
+            format!("{:.1} ms", millis(downtime))
+        }),
     ]
 }
 
 fn parts(parts: Option<&Parts>) -> PartsMs {
-    let Some(parts) = parts else { return PartsMs::default() };
+    let Some(parts) = parts else {
+        return PartsMs::default();
+    };
     PartsMs {
         freeze: parts.freeze_us.map(millis),
         final_round: parts.final_round_us.map(millis),
@@ -257,7 +286,10 @@ fn named_parts(parts: PartsMs) -> [(&'static str, Option<f64>); 5] {
 
 fn error(status: &Status) -> Option<ErrorObject> {
     let failure = status.failure.as_ref()?;
-    Some(ErrorObject { code: failure.code.clone(), text: failure.text.clone() })
+    Some(ErrorObject {
+        code: failure.code.clone(),
+        text: failure.text.clone(),
+    })
 }
 
 /// How memory travels: copied in rounds before the freeze.
@@ -319,8 +351,15 @@ mod tests {
 
     #[test]
     fn a_refused_move_says_where_the_workload_is() {
-        let failure = Failure { code: "pid-taken".to_owned(), text: "pid 7 is in use".to_owned() };
-        let status = Status { moved: false, failure: Some(failure), ..moved() };
+        let failure = Failure {
+            code: "pid-taken".to_owned(),
+            text: "pid 7 is in use".to_owned(),
+        };
+        let status = Status {
+            moved: false,
+            failure: Some(failure),
+            ..moved()
+        };
         expect![[r"
             process/4711 runs on at a, it has not moved to b
               pid-taken: pid 7 is in use"]]

@@ -29,7 +29,12 @@ impl Shown {
             bar.enable_steady_tick(TICK);
             bar
         });
-        Self { bar, phase: String::new(), round: 0, copying_since: None }
+        Self {
+            bar,
+            phase: String::new(),
+            round: 0,
+            copying_since: None,
+        }
     }
 
     /// Shows `status`, if there is anything new in it.
@@ -65,7 +70,10 @@ impl Shown {
         if let Some(predicted) = status.predicted_downtime_us {
             message += &format!(", predicted downtime {:.0} ms", millis(predicted));
         }
-        match self.copying_since.and_then(|since| left(status, since.elapsed())) {
+        match self
+            .copying_since
+            .and_then(|since| left(status, since.elapsed()))
+        {
             Some(left) => message + &format!(", ETA {}", Span(left)),
             None => message,
         }
@@ -88,13 +96,19 @@ fn style() -> ProgressStyle {
     ProgressStyle::with_template("{prefix:10} [{bar:30}] {sent} of {all}  {msg}")
         .expect("the template is constant and tested")
         .progress_chars("=> ")
-        .with_key("sent", |state: &indicatif::ProgressState, out: &mut dyn std::fmt::Write| {
-            // Writing to a string cannot fail.
-            let _ = out.write_str(&Bytes(state.pos()).rounded());
-        })
-        .with_key("all", |state: &indicatif::ProgressState, out: &mut dyn std::fmt::Write| {
-            let _ = out.write_str(&Bytes(state.len().unwrap_or(0)).rounded());
-        })
+        .with_key(
+            "sent",
+            |state: &indicatif::ProgressState, out: &mut dyn std::fmt::Write| {
+                // Writing to a string cannot fail.
+                let _ = out.write_str(&Bytes(state.pos()).rounded());
+            },
+        )
+        .with_key(
+            "all",
+            |state: &indicatif::ProgressState, out: &mut dyn std::fmt::Write| {
+                let _ = out.write_str(&Bytes(state.len().unwrap_or(0)).rounded());
+            },
+        )
 }
 
 /// How often the bar is drawn.
@@ -111,9 +125,16 @@ mod tests {
 
     #[test]
     fn what_is_left_of_the_first_round_is_told() {
-        let mut status =
-            Status { round: 1, memory_bytes: 300, sent_bytes: 100, ..Status::default() };
-        assert_eq!(left(&status, Duration::from_secs(2)), Some(Duration::from_secs(4)));
+        let mut status = Status {
+            round: 1,
+            memory_bytes: 300,
+            sent_bytes: 100,
+            ..Status::default()
+        };
+        assert_eq!(
+            left(&status, Duration::from_secs(2)),
+            Some(Duration::from_secs(4))
+        );
         status.round = 2;
         assert_eq!(left(&status, Duration::from_secs(2)), None);
     }

@@ -45,13 +45,17 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
         Command::List(arguments) => {
             let known = daemon.list(ListRequest {}).await?.into_inner().migrations;
             if arguments.json {
-                say_json(&Migrations { migrations: known.iter().map(Known::of).collect() });
+                say_json(&Migrations {
+                    migrations: known.iter().map(Known::of).collect(),
+                });
             } else {
                 say(&output::table(&known));
             }
         }
         Command::Show(arguments) => {
-            let request = ShowRequest { id: arguments.id.to_string() };
+            let request = ShowRequest {
+                id: arguments.id.to_string(),
+            };
             let status = daemon.show(request).await?.into_inner();
             if arguments.json {
                 say_json(&Known::of(&status));
@@ -70,7 +74,10 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
                 Side::Source => schema::Side::Source,
                 Side::Target => schema::Side::Target,
             };
-            let request = ResolveRequest { id: id.to_string(), fenced: fenced.into() };
+            let request = ResolveRequest {
+                id: id.to_string(),
+                fenced: fenced.into(),
+            };
             daemon.resolve(request).await?;
         }
         // Both were carried out above.
@@ -108,7 +115,11 @@ async fn migrate(socket: &std::path::Path, arguments: MigrateArgs) -> ExitCode {
             } else {
                 say(&output::summary(&status));
             }
-            if status.moved { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            if status.moved {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
         }
         Err(error) => {
             if json {
@@ -134,12 +145,14 @@ fn request(arguments: MigrateArgs) -> MigrateRequest {
     }
 }
 
-/// Follows a migration, and gives it up when interrupted; a second interrupt leaves it alone.
-async fn to_its_end(
-    mut daemon: ControlClient<Channel>,
-    id: &str,
-) -> Result<Status, CallError> {
-    let mut statuses = daemon.watch(WatchRequest { id: id.to_owned() }).await?.into_inner();
+/// Follows a migration and those started in its place, and gives it up when interrupted; a second
+/// interrupt leaves it alone.
+async fn to_its_end(mut daemon: ControlClient<Channel>, id: &str) -> Result<Status, CallError> {
+    let mut id = id.to_owned();
+    let mut statuses = daemon
+        .watch(WatchRequest { id: id.clone() })
+        .await?
+        .into_inner();
     let mut shown = Shown::new();
     let mut asked = false;
     let last = loop {
@@ -147,15 +160,20 @@ async fn to_its_end(
             status = next(&mut statuses) => {
                 let status = status?;
                 shown.show(&status);
-                if status.r#final {
+                if status.r#final && status.successor.is_empty() {
                     break status;
+                }
+                if status.r#final {
+                    id = status.successor;
+                    let request = WatchRequest { id: id.clone() };
+                    statuses = daemon.watch(request).await?.into_inner();
                 }
             }
             Ok(()) = tokio::signal::ctrl_c() => {
                 if std::mem::replace(&mut asked, true) {
-                    return Err(CallError::Interrupted { id: id.to_owned() });
+                    return Err(CallError::Interrupted { id });
                 }
-                let answer = daemon.abort(AbortRequest { id: id.to_owned() }).await;
+                let answer = daemon.abort(AbortRequest { id: id.clone() }).await;
                 complain(&match answer {
                     Ok(_) => "giving up; interrupt again to leave without waiting".to_owned(),
                     Err(status) => CallError::from(status).to_string(),
@@ -171,7 +189,9 @@ async fn watch(
     mut daemon: ControlClient<Channel>,
     arguments: &OneArgs,
 ) -> Result<ExitCode, CallError> {
-    let request = WatchRequest { id: arguments.id.to_string() };
+    let request = WatchRequest {
+        id: arguments.id.to_string(),
+    };
     let mut statuses = daemon.watch(request).await?.into_inner();
     let mut shown = Shown::new();
     loop {
@@ -188,7 +208,11 @@ async fn watch(
         if !arguments.json && status.role() == schema::Side::Source {
             say(&output::summary(&status));
         }
-        return Ok(if status.moved { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        return Ok(if status.moved {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        });
     }
 }
 

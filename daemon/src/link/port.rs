@@ -47,9 +47,8 @@ impl Port {
             return Err(unfit("has its other end in another namespace"));
         };
         // The same index may belong to an unrelated link if the true peer is elsewhere.
-        let points_back = message.attributes.iter().any(
-            |attribute| matches!(attribute, LinkAttribute::Link(index) if *index == inside.header.index),
-        );
+        let back = LinkAttribute::Link(inside.header.index);
+        let points_back = message.attributes.contains(&back);
         if !is_veth(&message) || !points_back {
             return Err(unfit("has its other end in another namespace"));
         }
@@ -108,8 +107,8 @@ impl Port {
 
     /// Closes the port: from the kernel's answer on, no frame passes in either direction.
     ///
-    /// `LISTENING`, because without STP it is the only closed state that stays: each change makes the
-    /// bridge select states anew, which turns `BLOCKING` into `FORWARDING`
+    /// `LISTENING`, because without STP it is the only closed state that stays: each change makes
+    /// the bridge select states anew, which turns `BLOCKING` into `FORWARDING`
     /// (`br_port_state_selection`), and each event of the link turns a `DISABLED` port on again
     /// (`br_port_carrier_check`). In all three no frame is received or sent.
     pub async fn close(&self, node: &Netlink) -> Result<(), LinkError> {

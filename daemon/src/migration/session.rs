@@ -25,8 +25,8 @@ pub struct Session<M> {
 }
 
 impl<M: Role + Send + 'static> Session<M> {
-    /// Takes over a connection. `heard` gets each message and, once, `None` for the loss; it answers
-    /// whether anybody listens.
+    /// Takes over a connection. `heard` gets each message and, once, `None` for the loss; it
+    /// answers whether anybody listens.
     pub fn open<N, Heard, Listening>(
         mut sender: ControlSender<M>,
         mut receiver: ControlReceiver<N>,

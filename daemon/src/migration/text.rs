@@ -4,6 +4,7 @@ use std::error::Error;
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
+use crate::link::LinkError;
 use crate::telemetry::Chain;
 
 /// An error with all its causes, in one line.
@@ -14,4 +15,9 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
 /// A failure that no operator can have caused.
 pub fn internal(error: &(dyn Error + 'static)) -> Failure {
     Failure::new(ErrorCode::Internal, chain(error))
+}
+
+/// What is wrong with the workload's network, at either node.
+pub fn network_unfit(error: &LinkError) -> Failure {
+    Failure::new(ErrorCode::NetworkUnfit, chain(error))
 }

@@ -110,15 +110,24 @@ mod tests {
             .unwrap();
         let sender = bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let contents: Vec<u8> = (0..10u8).flat_map(|n| [n; SEGMENT]).collect();
-        sender
-            .try_send(&Transmit {
-                destination: receiver.local_addr().unwrap(),
-                ecn: None,
-                contents: &contents,
-                segment_size: Some(SEGMENT),
-                src_ip: None,
-            })
-            .unwrap();
+        let transmit = Transmit {
+            destination: receiver.local_addr().unwrap(),
+            ecn: None,
+            contents: &contents,
+            segment_size: Some(SEGMENT),
+            src_ip: None,
+        };
+        // A new socket blocks until the runtime has heard from the kernel.
+        let mut poller = Arc::clone(&sender).create_io_poller();
+        loop {
+            std::future::poll_fn(|cx| poller.as_mut().poll_writable(cx))
+                .await
+                .unwrap();
+            match sender.try_send(&transmit) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                sent => break sent.unwrap(),
+            }
+        }
         let mut buffer = vec![0; 1 << 16];
         for n in 0..10u8 {
             let length = receiver.recv(&mut buffer).unwrap();

@@ -8,11 +8,11 @@ use criu_glue::report;
 use criu_glue::rpc::{RequestFailed, SwrkError};
 use pageferry_proto::wire::code::ErrorCode;
 
-use super::cgroup::CgroupError;
 use super::message::Fault;
 use super::plan::PlanError;
 use super::serve::ServeError;
 use super::watcher::WatcherError;
+use crate::runtime::cgroup::CgroupError;
 
 /// Why a restore failed.
 #[derive(Debug, thiserror::Error)]

@@ -5,21 +5,21 @@
 //! - Between the last reading of a userfaultfd and a copy into its memory nothing is read from it.
 //!   Reading an event lets the thread behind it go on, so a copy that was decided before and made
 //!   after would put old contents where zeros belong. One thread does both, hence no lock.
-//! - While an event is unread, or its cause at work, the kernel refuses copies ([`Stop::Changing`]);
-//!   the fault is kept and looked up anew after the event. A fault that was read is never
-//!   forgotten: the kernel does not tell it twice.
+//! - While an event is unread, or its cause at work, the kernel refuses copies
+//!   ([`Stop::Changing`]); the fault is kept and looked up anew after the event. A fault that was
+//!   read is never forgotten: the kernel does not tell it twice.
 //! - A fault for a page that nobody waits for gets the zero page. If the page is there already
 //!   the kernel says so and the thread is woken to look again.
 //!
-//! **Order.** The kernel queues an event after its cause has let go of the mappings, so two threads'
-//! events may be queued in the wrong order: a child is forked, another thread gives up memory, and
-//! the second is told first; the child would read zeros for what it inherited. The other way round
-//! the two look the same: memory is given up, the thread goes on and forks, and the child must
-//! read zeros. What tells them apart is that in between nothing was at work. So after an event the
-//! descriptor is watched without a break until nothing is at work any more ([`gather`]); what is
-//! told meanwhile was at work at the same time, and is put into the one order in which it can have
-//! happened ([`order`]). A break in the watching (this thread was off its processor) could hide
-//! the calm, so what is told after one happened later. What remains is a fork whose thread is
+//! **Order.** The kernel queues an event after its cause has let go of the mappings, so two
+//! threads' events may be queued in the wrong order: a child is forked, another thread gives up
+//! memory, and the second is told first; the child would read zeros for what it inherited. The
+//! other way round the two look the same: memory is given up, the thread goes on and forks, and the
+//! child must read zeros. What tells them apart is that in between nothing was at work. So after an
+//! event the descriptor is watched without a break until nothing is at work any more ([`gather`]);
+//! what is told meanwhile was at work at the same time, and is put into the one order in which it
+//! can have happened ([`order`]). A break in the watching (this thread was off its processor) could
+//! hide the calm, so what is told after one happened later. What remains is a fork whose thread is
 //! stopped between letting go and queueing, some hundred nanoseconds, while another thread's event
 //! is told.
 

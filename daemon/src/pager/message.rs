@@ -1,8 +1,8 @@
 //! What the daemon and a pager say to each other.
 //!
 //! One message per packet of a `SOCK_SEQPACKET` socket, in JSON, with descriptors beside it. The
-//! daemon asks ([`Ask`]); the pager answers each question once, when it has the answer, which may be
-//! after answers to later questions ([`Told::Reply`]). Two things it tells unasked, because they
+//! daemon asks ([`Ask`]); the pager answers each question once, when it has the answer, which may
+//! be after answers to later questions ([`Told::Reply`]). Two things it tells unasked, because they
 //! happen while nobody asks ([`Told::Filled`], [`Told::Failed`]).
 //!
 //! Every question may be asked again, by the same daemon or by one that was restarted, and gets the

@@ -23,7 +23,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
-use super::cgroup::Cgroup;
 use super::channel::{Channel, ChannelError, Listener};
 use super::message::{
     Ask, Fault, FillReport, Namespace, Reply, Request, RestoreRequest, Restored, State, Status,
@@ -33,6 +32,7 @@ use super::plan::{Plan, PlanError};
 use super::restore::{self, Decision, Job, Progress};
 use super::serve::Counters;
 use super::watcher::{Watcher, WatcherError};
+use crate::runtime::cgroup::Freezer;
 use crate::sys::fdpass::watched_for_reading;
 
 /// Name of the pager's socket in its directory.
@@ -186,7 +186,7 @@ struct Desk {
     decisions: Option<mpsc::UnboundedSender<Decision>>,
     counters: Option<oneshot::Receiver<Arc<Counters>>>,
     counted: Option<Arc<Counters>>,
-    cgroup: Option<Cgroup>,
+    cgroup: Option<Freezer>,
     restored: Option<Restored>,
     fault: Option<Fault>,
     report: Option<FillReport>,
@@ -274,7 +274,7 @@ impl Desk {
             info!("nothing is held and nobody comes back");
             self.over = true;
         }
-        let is_gone = || self.cgroup.as_ref().is_some_and(Cgroup::is_empty);
+        let is_gone = || self.cgroup.as_ref().is_some_and(Freezer::is_empty);
         if self.report.is_some() && is_gone() {
             info!("the workload has ended");
             self.over = true;
@@ -363,7 +363,7 @@ impl Desk {
             fds.insert(0, self.network.try_clone()?);
         }
         // The restore itself says so if it is not one.
-        self.cgroup = Cgroup::open(&request.freezer).ok();
+        self.cgroup = Freezer::open(&request.freezer).ok();
         let job = Job {
             request,
             namespaces: fds,

@@ -31,12 +31,12 @@ use pageferry_proto::wire::code::ErrorCode;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use super::cgroup::{Cgroup, CgroupError};
 use super::failure::RestoreError;
 use super::message::{Fault, FillReport, RestoreRequest, Restored};
 use super::plan::Plan;
 use super::serve::{Counters, Server, Space};
 use super::watcher::Watcher;
+use crate::runtime::cgroup::{CgroupError, Freezer};
 use crate::sys::uffd::Uffd;
 
 /// How long a CRIU that was told to give up may take before it is killed.
@@ -117,7 +117,7 @@ struct Restore {
     filled: mpsc::UnboundedReceiver<()>,
     plan: Plan,
     watcher: Arc<Watcher>,
-    cgroup: Cgroup,
+    cgroup: Freezer,
     work_dir: PathBuf,
     socket: LazySocket,
     session: Option<Session>,
@@ -195,7 +195,7 @@ impl Restore {
         job.plan
             .complete(job.request.spaces)
             .map_err(RestoreError::Plan)?;
-        let cgroup = Cgroup::open(&job.request.freezer).map_err(RestoreError::Cgroup)?;
+        let cgroup = Freezer::open(&job.request.freezer).map_err(RestoreError::Cgroup)?;
         let work_dir = job.request.work_dir.clone();
         let directories = Directories {
             images: open(&job.request.images_dir)?,
@@ -236,7 +236,7 @@ impl Restore {
     /// Up to the point where every task is there, none has run, and every space is served.
     async fn prepare(&mut self) -> Result<i32, RestoreError> {
         self.watcher
-            .hold(self.cgroup.directory())
+            .hold(self.cgroup.path())
             .map_err(RestoreError::Watcher)?;
         if let Some(options) = self.options.take() {
             let request = Request::restore(options);
@@ -366,7 +366,7 @@ impl Restore {
     async fn go(&mut self) -> Result<(), (RestoreError, bool)> {
         let before = |error| (error, false);
         let watcher = |error| before(RestoreError::Watcher(error));
-        self.watcher.run(self.cgroup.directory()).map_err(watcher)?;
+        self.watcher.run(self.cgroup.path()).map_err(watcher)?;
         self.swrk
             .answer(true)
             .await

@@ -15,7 +15,8 @@
 //! A member's descriptor is closed when nothing is missing in it any more. The last close
 //! undoes every registration, also of mappings that moved, merged or grew since, wakes whoever
 //! waits, and lets a child whose fork was not read yet go its way: all it inherited is there.
-//! (`UFFDIO_UNREGISTER` would need to know the mappings, and refuses ranges with strangers in them.)
+//! (`UFFDIO_UNREGISTER` would need to know the mappings, and refuses ranges with strangers in
+//! them.)
 //!
 //! Absent: who may run when; that the fill may begin is told from outside.
 
@@ -70,7 +71,10 @@ pub struct Space {
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The kernel would not tell of everything that happens to the memory.
-    #[error("userfaultfd of space {} reports only {features:#x} of the events {EVENTS:#x}", space.0)]
+    #[error(
+        "userfaultfd of space {} reports only {features:#x} of the events {EVENTS:#x}",
+        space.0
+    )]
     Events {
         /// Which space.
         space: SpaceId,

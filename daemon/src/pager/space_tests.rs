@@ -43,7 +43,9 @@ fn operation() -> impl Strategy<Value = Operation> {
         6 => (member.clone(), start.clone(), count.clone())
             .prop_map(|(member, start, count)| Operation::Settle { member, start, count }),
         3 => (member.clone(), start.clone(), count, start.clone())
-            .prop_map(|(member, start, count, to)| Operation::Relocate { member, start, count, to }),
+            .prop_map(|(member, start, count, to)| {
+                Operation::Relocate { member, start, count, to }
+            }),
         2 => member.clone().prop_map(|parent| Operation::Fork { parent }),
         1 => member.prop_map(|member| Operation::Forget { member }),
         2 => (start, 1..8_u64).prop_map(|(near, min)| Operation::Punch { near, min }),
@@ -174,7 +176,8 @@ proptest! {
         runs in prop::collection::vec((0..PAGES, 1..12_u64), 0..8),
         operations in prop::collection::vec(operation(), 0..60),
     ) {
-        let pending = PageSet::from_runs(runs.iter().map(|(start, count)| piece_run(*start, *count)));
+        let runs = runs.iter().map(|(start, count)| piece_run(*start, *count));
+        let pending = PageSet::from_runs(runs);
         let (mut family, founder) = Family::new(&pending);
         let mut naive = Naive::default();
         let pages: BTreeMap<u64, u64> = pending

@@ -1,9 +1,9 @@
 //! The store of one space, as the pager sees it: a sparse memfd in which the file offset of a page
 //! is its address and a hole reads as zero.
 //!
-//! It is read with `pread` into a buffer that stays in the processor's cache, and copied from there:
-//! measured as fast as copying from a mapping of the store (2.0 GB/s each in chunks of 256 KiB),
-//! and it needs no windows, no page tables, and allocates nothing when a hole is read.
+//! It is read with `pread` into a buffer that stays in the processor's cache, and copied from
+//! there: measured as fast as copying from a mapping of the store (2.0 GB/s each in chunks of 256
+//! KiB), and it needs no windows, no page tables, and allocates nothing when a hole is read.
 //!
 //! Invariants: a read is whole or an error, never padded; only what nobody needs is punched, and
 //! that is decided in [`super::space`].

@@ -2,8 +2,8 @@
 //!
 //! When the last holder of a userfaultfd goes, threads that wait for a page read zeros. So there
 //! are two holders. The watcher is forked from the pager before it has any thread, *sharing its
-//! table of descriptors*: a userfaultfd that arrives, or that the kernel makes when a process forks,
-//! is held by both from the instant at which it exists. (Sending a duplicate leaves some
+//! table of descriptors*: a userfaultfd that arrives, or that the kernel makes when a process
+//! forks, is held by both from the instant at which it exists. (Sending a duplicate leaves some
 //! microseconds between the reading of a fork event and the sending, in which the death of the
 //! pager would let the child read zeros.) What the pager closes is closed for both.
 //!
@@ -28,7 +28,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use tracing::error;
 
-use super::cgroup::Cgroup;
+use crate::runtime::cgroup::Freezer;
 use crate::sys::fdpass::{self, Fork};
 
 /// Name of the file in the pager's directory that says that a fill was lost.
@@ -185,9 +185,9 @@ fn end(last: &Word, directory: &Path) {
     match last {
         Word::Done => {}
         Word::Run { freezer } => {
-            let (cgroup, frozen) = match Cgroup::open(freezer) {
+            let (cgroup, frozen) = match Freezer::open(freezer) {
                 Ok(cgroup) => {
-                    let frozen = cgroup.freeze();
+                    let frozen = cgroup.begin_freeze();
                     (Some(cgroup), frozen)
                 }
                 Err(error) => (None, Err(error)),
@@ -213,7 +213,7 @@ fn end(last: &Word, directory: &Path) {
             );
             close_all_but_userfaultfds();
             // Whoever does not die keeps the descriptors, and with them every promise.
-            while let Ok(cgroup) = Cgroup::open(freezer)
+            while let Ok(cgroup) = Freezer::open(freezer)
                 && let Err(error) = cgroup.kill(KILL_TIMEOUT)
             {
                 error!(%error, "tasks that never ran do not die");

@@ -1,7 +1,7 @@
 //! Parcel to pages: checked whole before the first byte is written anywhere.
 //!
-//! Pure but for the [`PageSink`] that takes the pages. A parcel comes from a peer: every number in it
-//! is checked, and what does not fit is an error, never a panic.
+//! Pure but for the [`PageSink`] that takes the pages. A parcel comes from a peer: every number in
+//! it is checked, and what does not fit is an error, never a panic.
 
 use std::io;
 

@@ -1,4 +1,5 @@
-//! Pages to parcel: zero pages become runs without bytes, the rest blocks, compressed where it pays.
+//! Pages to parcel: zero pages become runs without bytes, the rest blocks, compressed where it
+//! pays.
 //!
 //! Pure: bytes in, bytes out. The form is that of `pageferry_proto::wire::parcel`.
 
@@ -52,8 +53,9 @@ impl Encoder {
         }
     }
 
-    /// Makes a parcel of `pages`, whose bytes are in `bytes` one after another, into `parcel`, which
-    /// is cleared before. Everything of the stream after its prefix. `bytes` is used as scratch.
+    /// Makes a parcel of `pages`, whose bytes are in `bytes` one after another, into `parcel`,
+    /// which is cleared before. Everything of the stream after its prefix. `bytes` is used as
+    /// scratch.
     ///
     /// # Panics
     /// When there is no page or more than [`PAGES_MAX`], or `bytes` is not as long as they are.

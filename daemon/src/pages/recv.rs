@@ -1,8 +1,8 @@
 //! The receiving half of the pipeline: parcels to store, on as many threads as there are cores.
 //!
 //! Knows no streams: whoever owns them reads a parcel to its end and hands over its bytes. A parcel
-//! waits for a thread with the await of its stream, so the peer is slowed down by flow control, not by
-//! memory here.
+//! waits for a thread with the await of its stream, so the peer is slowed down by flow control, not
+//! by memory here.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,8 +1,8 @@
 //! The sending half of the pipeline: dirty pages to parcels, on as many threads as there are cores.
 //!
-//! Each thread takes a batch of pages, reads it, encodes it and hands the parcel on. A parcel is a buffer
-//! of a pool and goes back there when the last reader drops it, so a slow network stops the threads,
-//! and memory stays what the pools are.
+//! Each thread takes a batch of pages, reads it, encodes it and hands the parcel on. A parcel is a
+//! buffer of a pool and goes back there when the last reader drops it, so a slow network stops the
+//! threads, and memory stays what the pools are.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -154,7 +154,11 @@ impl Sender {
         sent.duration = began.elapsed();
         match broken {
             None => Ok(sent),
-            Some(source) => Err(SendError::Read { space, sent: Box::new(sent), source }),
+            Some(source) => Err(SendError::Read {
+                space,
+                sent: Box::new(sent),
+                source,
+            }),
         }
     }
 }
@@ -213,8 +217,8 @@ struct Work {
 }
 
 impl Work {
-    /// Makes parcels until there are no batches left, or nobody wants them. Returns what could not be
-    /// read.
+    /// Makes parcels until there are no batches left, or nobody wants them. Returns what could not
+    /// be read.
     fn run(&self, output: &mpsc::Sender<Made>) -> Result<PageSet, ReadError> {
         let mut encoder = Encoder::new();
         let mut unread = PageSet::new();
@@ -267,8 +271,8 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// How many parcels are on their way to the network at a time: enough to keep a link of 10 Gbit/s with
-/// 20 ms of delay busy, and with 4 MiB each, 32 MiB.
+/// How many parcels are on their way to the network at a time: enough to keep a link of 10 Gbit/s
+/// with 20 ms of delay busy, and with 4 MiB each, 32 MiB.
 pub const SENDS_MAX: usize = 8;
 
 #[cfg(test)]

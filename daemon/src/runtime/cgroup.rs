@@ -14,6 +14,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use thiserror::Error;
 
 /// How long a freeze may take before it is given up: tasks in uninterruptible sleep do not freeze.
@@ -21,6 +23,15 @@ pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How often the kernel is asked whether a freeze is complete; a freeze takes 0.1–2 ms.
 const FREEZE_POLL: Duration = Duration::from_micros(100);
+
+/// How often the cgroup is looked at while its tasks die.
+const KILL_POLL: Duration = Duration::from_millis(1);
+
+/// State of a cgroup of the v1 hierarchy: `THAWED`, `FREEZING` or `FROZEN`.
+const STATE_V1: &str = "freezer.state";
+
+/// Whether a cgroup of the unified hierarchy should be frozen: 0 or 1.
+const FREEZE_V2: &str = "cgroup.freeze";
 
 /// How often tasks are moved before giving up on a tree that forks faster than it is moved.
 const ADOPT_TRIES: usize = 50;
@@ -31,6 +42,18 @@ pub enum CgroupError {
     /// No freezer hierarchy is mounted.
     #[error("no cgroup freezer is mounted: mount the v1 freezer hierarchy or cgroup2")]
     NoFreezer,
+    /// A directory that should be a cgroup with a freezer is none.
+    #[error("{path} is not a cgroup with a freezer")]
+    NotFreezer {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// This process itself is in a cgroup that it must be able to freeze and kill.
+    #[error("this process is itself in {path}")]
+    Own {
+        /// The cgroup.
+        path: PathBuf,
+    },
     /// A file of a cgroup could not be used.
     #[error("{action} {path}")]
     Io {
@@ -181,12 +204,26 @@ pub struct Freezer {
 impl Freezer {
     /// A cgroup known by its path, as written in a journal.
     pub fn at(path: PathBuf) -> Self {
-        let version = if path.join("freezer.state").exists() {
+        let version = if path.join(STATE_V1).exists() {
             FreezerVersion::V1
         } else {
             FreezerVersion::V2
         };
         Self { path, version }
+    }
+
+    /// The cgroup at `path`, which must be there and not hold this process.
+    pub fn open(path: &Path) -> Result<Self, CgroupError> {
+        let path = path.to_owned();
+        if !path.join(STATE_V1).exists() && !path.join(FREEZE_V2).exists() {
+            return Err(CgroupError::NotFreezer { path });
+        }
+        let freezer = Self::at(path);
+        let own = i32::try_from(std::process::id()).unwrap_or_default();
+        if freezer.processes()?.contains(&own) {
+            return Err(CgroupError::Own { path: freezer.path });
+        }
+        Ok(freezer)
     }
 
     /// Makes it, empty and thawed, if it does not exist.
@@ -202,14 +239,6 @@ impl Freezer {
     /// The file into which a task writes its pid to join.
     pub fn procs_file(&self) -> PathBuf {
         self.path.join("cgroup.procs")
-    }
-
-    /// The file and the value that freeze it, for whoever must do so without this code.
-    pub fn freeze_file(&self) -> (PathBuf, &'static str) {
-        match self.version {
-            FreezerVersion::V1 => (self.path.join("freezer.state"), "FROZEN"),
-            FreezerVersion::V2 => (self.path.join("cgroup.freeze"), "1"),
-        }
     }
 
     /// Moves whole processes into the cgroup until `tree` finds none outside it.
@@ -247,11 +276,25 @@ impl Freezer {
         Ok(pids)
     }
 
+    /// Whether no process is in it, also because it is not there any more.
+    pub fn is_empty(&self) -> bool {
+        match self.processes() {
+            Ok(processes) => processes.is_empty(),
+            Err(_) => !self.exists(),
+        }
+    }
+
+    /// Asks the kernel to freeze all its tasks and not to let new ones run. Does not wait: a task
+    /// that is in the kernel freezes on its way out.
+    pub fn begin_freeze(&self) -> Result<(), CgroupError> {
+        self.write_state(true)
+    }
+
     /// Freezes and waits until the kernel says that every task is frozen. Blocks, at most
     /// [`FREEZE_TIMEOUT`]; on a time-out the cgroup is thawed again.
     pub fn freeze(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + FREEZE_TIMEOUT;
-        self.write_state(true)?;
+        self.begin_freeze()?;
         while !self.is_frozen()? {
             if Instant::now() > deadline {
                 self.write_state(false)?;
@@ -272,7 +315,7 @@ impl Freezer {
     /// What the kernel says of all its tasks together.
     pub fn is_frozen(&self) -> Result<bool, CgroupError> {
         let (file, frozen) = match self.version {
-            FreezerVersion::V1 => ("freezer.state", "FROZEN"),
+            FreezerVersion::V1 => (STATE_V1, "FROZEN"),
             FreezerVersion::V2 => ("cgroup.events", "frozen 1"),
         };
         let text = fs::read_to_string(self.path.join(file))
@@ -294,10 +337,10 @@ impl Freezer {
             if pids.is_empty() {
                 return Ok(());
             }
-            for pid in &pids {
-                let pid = nix::unistd::Pid::from_raw(*pid);
+            // A process of another pid namespace reads as 0, which would mean ourselves.
+            for pid in pids.iter().filter(|pid| 0 < **pid) {
                 // A task that is gone already is what is wanted.
-                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
             }
             self.thaw()?;
             if Instant::now() > deadline {
@@ -306,7 +349,7 @@ impl Freezer {
                     left: pids.len(),
                 });
             }
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(KILL_POLL);
         }
     }
 
@@ -322,10 +365,10 @@ impl Freezer {
 
     fn write_state(&self, frozen: bool) -> Result<(), CgroupError> {
         let (file, value) = match (self.version, frozen) {
-            (FreezerVersion::V1, true) => ("freezer.state", "FROZEN"),
-            (FreezerVersion::V1, false) => ("freezer.state", "THAWED"),
-            (FreezerVersion::V2, true) => ("cgroup.freeze", "1"),
-            (FreezerVersion::V2, false) => ("cgroup.freeze", "0"),
+            (FreezerVersion::V1, true) => (STATE_V1, "FROZEN"),
+            (FreezerVersion::V1, false) => (STATE_V1, "THAWED"),
+            (FreezerVersion::V2, true) => (FREEZE_V2, "1"),
+            (FreezerVersion::V2, false) => (FREEZE_V2, "0"),
         };
         let action = if frozen { "freezing" } else { "thawing" };
         fs::write(self.path.join(file), value).map_err(|source| self.io(action, source))

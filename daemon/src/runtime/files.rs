@@ -1,9 +1,9 @@
 //! The files a workload has open or mapped: they are not moved, so they must be at the target.
 //!
-//! At the source each becomes a [`FileDescription`]; at the target [`check`] compares them with what
-//! is there. Size and build id are what CRIU compares at its restore; asking before the freeze turns
-//! a failed restore into a refusal. Absent: contents; a file of the same size and build id whose
-//! bytes differ is the operator's promise.
+//! At the source each becomes a [`FileDescription`]; at the target [`check`] compares them with
+//! what is there. Size and build id are what CRIU compares at its restore; asking before the freeze
+//! turns a failed restore into a refusal. Absent: contents; a file of the same size and build id
+//! whose bytes differ is the operator's promise.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};

@@ -1,8 +1,8 @@
 //! Namespaces of other tasks: opening them, making new ones, and running code inside them.
 //!
 //! A namespace belongs to a *thread*, so everything here happens on a thread of its own that ends
-//! with the call: no runtime worker ever changes its namespaces. Nothing here is unsafe; it lives in
-//! `sys` because a thread in a foreign namespace is as easy to misuse as a pointer.
+//! with the call: no runtime worker ever changes its namespaces. Nothing here is unsafe; it lives
+//! in `sys` because a thread in a foreign namespace is as easy to misuse as a pointer.
 //!
 //! Absent: user namespaces, and mount namespaces (which would need the working directory unshared).
 

@@ -1,8 +1,9 @@
 //! `PAGEMAP_SCAN`: which pages of another process are there, and which were written.
 //!
-//! The ioctl is in Linux since 6.7, `PAGE_IS_GUARD` since 6.15 (`include/uapi/linux/fs.h`). One call
-//! walks a range, returns runs of pages of equal categories, and with [`Protect::Written`] write-protects
-//! what it returns under the same page-table lock, so that no write falls between the two.
+//! The ioctl is in Linux since 6.7, `PAGE_IS_GUARD` since 6.15 (`include/uapi/linux/fs.h`). One
+//! call walks a range, returns runs of pages of equal categories, and with [`Protect::Written`]
+//! write-protects what it returns under the same page-table lock, so that no write falls between
+//! the two.
 //!
 //! A scan that fails in the middle has already protected pages it does not report: the caller must
 //! treat the whole range it asked for as written.

@@ -37,14 +37,15 @@ pub enum Resume {
     ToSyscall,
 }
 
-/// Begins to trace thread `tid`; it goes on running. `EPERM`: traced already, ending, or not allowed.
+/// Begins to trace thread `tid`; it goes on running. `EPERM`: traced already, ending, or not
+/// allowed.
 pub fn seize(tid: i32) -> io::Result<()> {
     let options = as_data(libc::PTRACE_O_TRACESYSGOOD);
     request(libc::PTRACE_SEIZE, tid, ptr::null_mut(), options)
 }
 
-/// Turns the seccomp filters of a stopped thread off until it is let go. Needs `CAP_SYS_ADMIN` and a
-/// tracer without filters of its own (`EPERM`).
+/// Turns the seccomp filters of a stopped thread off until it is let go. Needs `CAP_SYS_ADMIN` and
+/// a tracer without filters of its own (`EPERM`).
 pub fn suspend_seccomp(tid: i32) -> io::Result<()> {
     let options = as_data(libc::PTRACE_O_TRACESYSGOOD | PTRACE_O_SUSPEND_SECCOMP);
     request(libc::PTRACE_SETOPTIONS, tid, ptr::null_mut(), options)

@@ -1,8 +1,8 @@
 //! Taking TCP sockets out of repair mode.
 //!
-//! CRIU puts every established socket into repair mode while it dumps and takes it out again when it
-//! lets the tasks go. A CRIU that was killed does not: the sockets of a workload that runs on would
-//! then neither send nor answer.
+//! CRIU puts every established socket into repair mode while it dumps and takes it out again when
+//! it lets the tasks go. A CRIU that was killed does not: the sockets of a workload that runs on
+//! would then neither send nor answer.
 
 #![allow(unsafe_code)]
 

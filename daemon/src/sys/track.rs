@@ -13,8 +13,8 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// Flags of `userfaultfd(2)` for a tracker. User mode only: without it a kernel whose
-/// `vm.unprivileged_userfaultfd` is 0 refuses the call to a workload that is not root. Writes by the
-/// kernel are tracked all the same, since asynchronous protection never waits for a handler.
+/// `vm.unprivileged_userfaultfd` is 0 refuses the call to a workload that is not root. Writes by
+/// the kernel are tracked all the same, since asynchronous protection never waits for a handler.
 pub const USERFAULTFD_FLAGS: u64 =
     (libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY).cast_unsigned() as u64;
 

@@ -140,8 +140,9 @@ impl Uffd {
 
     /// Appends the messages that wait, at most [`MESSAGES_MAX`]; none if none waits.
     ///
-    /// An error means that nothing was taken. An event is over for its thread once it was read: that thread goes on, so whatever is
-    /// decided about its memory must rest on the event from here on.
+    /// An error means that nothing was taken. An event is over for its thread once it was read:
+    /// that thread goes on, so whatever is decided about its memory must rest on the event from
+    /// here on.
     pub fn read(&self, messages: &mut Vec<Message>) -> io::Result<()> {
         let mut bytes = [0; MESSAGES_MAX * MESSAGE_BYTES];
         let length = match nix::unistd::read(&self.0, &mut bytes) {
@@ -227,7 +228,8 @@ impl Uffd {
     }
 
     /// `UFFDIO_CONTINUE` on private anonymous memory never does anything; how it refuses tells
-    /// what is there: EAGAIN before all else, then ENOENT without a registered mapping, then EINVAL.
+    /// what is there: EAGAIN before all else, then ENOENT without a registered mapping, then
+    /// EINVAL.
     fn probe(&self, start: u64) -> Result<(), Errno> {
         let mut request = Continue {
             range: Range {

@@ -222,7 +222,11 @@ mod tests {
                 report(2, 20_000, 4_000, SECOND / 5),
                 report(3, 4_000, 1_000, SECOND / 25),
             ],
-            &[Decision::Round, Decision::Round, Decision::Freeze(FreezeReason::Converged)],
+            &[
+                Decision::Round,
+                Decision::Round,
+                Decision::Freeze(FreezeReason::Converged),
+            ],
         );
     }
 

@@ -196,14 +196,14 @@ impl Dump {
         &self.images
     }
 
-    /// Answers `post-dump` with success: SIGKILL is now pending on every task. Thaw the cgroup, then
-    /// call [`Dump::end`].
+    /// Answers `post-dump` with success: SIGKILL is now pending on every task. Thaw the cgroup,
+    /// then call [`Dump::end`].
     pub async fn commit(&mut self) -> Result<(), DumpError> {
         Ok(self.swrk.answer(true).await?)
     }
 
-    /// Answers the held notification with failure: CRIU lets go of the tasks, which then are held by
-    /// the cgroup alone. Waits until CRIU has ended.
+    /// Answers the held notification with failure: CRIU lets go of the tasks, which then are held
+    /// by the cgroup alone. Waits until CRIU has ended.
     pub async fn rollback(mut self) -> Result<(), DumpError> {
         // CRIU may have ended by itself, having failed; then there is nothing to answer.
         if self.swrk.answer(false).await.is_err() {

@@ -12,12 +12,16 @@ use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::parcel::ParcelHeader;
 use pageferry_proto::wire::stream::{
     DIGESTS_PAGES_MAX, ImageFileHeader, ImageName, SetHeader, StreamKind, seal,
 };
 use tokio::task::block_in_place;
 
-use super::site::{Site, criu_failed, failed_to_track, freeze_failed};
+use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::sent::Sent;
+use super::site::Site;
+use super::task::alive;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
 use crate::pages::digest;
@@ -29,13 +33,18 @@ use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
 const IMAGE_PIECE: usize = 256 << 10; // 256 KiB
 
 /// Parcels on one connection are data streams of it.
-struct Parcels<'a>(&'a DataSender);
+struct Parcels<'a>(&'a DataSender, &'a Sent);
 
 impl ParcelSink for Parcels<'_> {
     type Error = SendStreamError;
 
     async fn send(&self, parcel: Bytes) -> Result<(), SendStreamError> {
-        self.0.send_stream(StreamKind::Parcel, parcel).await
+        let wire_bytes = parcel.len() as u64;
+        let raw_bytes =
+            ParcelHeader::decode(&parcel).map_or(0, |(header, _)| header.pages().bytes());
+        self.0.send_stream(StreamKind::Parcel, parcel).await?;
+        self.1.add(raw_bytes, wire_bytes);
+        Ok(())
     }
 }
 
@@ -104,7 +113,7 @@ impl Site {
             }
             let reader = space.reader();
             let mut cancelled = self.cancelled.clone();
-            let sink = Parcels(&data);
+            let sink = Parcels(&data, &self.sent);
             let sent = tokio::select! {
                 sent = self.sender.round(*id, &reader, pages, round, &sink) => sent,
                 _ = cancelled.wait_for(|cancelled| *cancelled) => Err(SendError::Cut),
@@ -115,7 +124,7 @@ impl Site {
                     sums.add(&sent);
                 }
                 // It has ended, and takes its memory with it; the rest of the tree goes on.
-                Err(SendError::Read { sent, .. }) if !super::site::alive(space.pid()) => {
+                Err(SendError::Read { sent, .. }) if !alive(space.pid()) => {
                     sums.add(&sent);
                 }
                 Err(error) => return Err(send_failed(&error)),
@@ -235,7 +244,9 @@ impl Site {
                 }
                 Err(error @ TrackError::LateBirth { .. }) => return Ok(Err(chain(&error))),
                 // It is a zombie by now, or about to be one.
-                Err(error) if error.tells_of_end() && space.pid() != self.root => replaced.push(*id),
+                Err(error) if error.tells_of_end() && space.pid() != self.root => {
+                    replaced.push(*id);
+                }
                 Err(error @ TrackError::Exec { .. }) => {
                     if resident_bytes(space.pid()) > LATE_BIRTH_BYTES_MAX {
                         return Ok(Err(chain(&error)));
@@ -256,7 +267,9 @@ impl Site {
     /// thread is restored. Nothing would be lost without these pages, but digests would differ.
     fn scan_again(&mut self, scans: &mut BTreeMap<SpaceId, FinalScan>) -> Result<(), Failure> {
         for (id, scan) in scans {
-            let Some(space) = self.spaces.get_mut(id) else { continue };
+            let Some(space) = self.spaces.get_mut(id) else {
+                continue;
+            };
             let again = block_in_place(|| space.final_scan()).map_err(|e| failed_to_track(&e))?;
             scan.dirty = again.dirty;
         }
@@ -269,7 +282,10 @@ impl Site {
         round: Round,
     ) -> Result<Sums, Failure> {
         let data = self.data()?;
-        let dirty = scans.iter().map(|(id, scan)| (*id, scan.dirty.clone())).collect();
+        let dirty = scans
+            .iter()
+            .map(|(id, scan)| (*id, scan.dirty.clone()))
+            .collect();
         let mut sums = self.send_pages(&dirty, round).await?;
         for (id, scan) in scans {
             let set = scan.live.to_wire();

@@ -2,15 +2,14 @@
 //! or given back.
 //!
 //! A `Site` is owned by one operation at a time; the driver hands it out and gets it back with the
-//! event that came of it. It holds everything that must be undone, so that [`Site::thaw`] can undo it
-//! from any point, and [`Site::recover`] can make one from the journal that thaws or releases what a
-//! dead daemon has left.
+//! event that came of it. It holds everything that must be undone, so that [`Site::thaw`] can undo
+//! it from any point, and [`Site::recover`] can make one from the journal that thaws or releases
+//! what a dead daemon has left.
 //!
-//! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the cgroup
-//! is frozen again after CRIU's dump and read back; nothing here decides.
+//! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the
+//! cgroup is frozen again after CRIU's dump and read back; nothing here decides.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,24 +20,25 @@ use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::WorkloadDescription;
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
 use super::dump::{Dump, DumpError, DumpPlan};
-use crate::link::LinkError;
+use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::sent::Sent;
+use super::state::{SiteState, encode_state};
+use super::task::{alive, repaired_sockets, tracer};
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
-use crate::migration::text::{chain, internal};
+use crate::migration::text::{chain, internal, network_unfit};
 use crate::net::stream::DataSender;
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
-use crate::runtime::cgroup::{CgroupError, Freezer, FreezerRoot};
+use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
-use crate::sys::{ptrace, tcp};
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -69,17 +69,6 @@ pub struct SourceNode {
     pub workers: usize,
     /// Bytes of one workload that may be copied in the freeze, unless forced.
     pub eager_memory_max: u64,
-}
-
-/// What a restarted daemon needs to know of a workload: kept in the journal.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct SiteState {
-    root: i32,
-    freezer: PathBuf,
-    /// The freezer cgroup the tree came from, if it was moved.
-    origin: Option<PathBuf>,
-    /// Names of this node's link ends, with their bridges.
-    ports: Vec<(String, String)>,
 }
 
 /// CRIU's dump, which is prepared while rounds are sent.
@@ -121,6 +110,10 @@ pub struct Site {
     pub(super) data: Option<DataSender>,
     /// Turns true when what is under way should end early.
     pub(super) cancelled: watch::Receiver<bool>,
+    /// What the round under way has sent.
+    pub(super) sent: Arc<Sent>,
+    /// CRIU reads the true smaps, for 11 ms per GiB of the freeze.
+    true_smaps: bool,
 }
 
 /// A surveyed workload: nothing of it has been touched.
@@ -142,6 +135,7 @@ impl Site {
         root: i32,
         policy: Policy,
         shared: &[PathBuf],
+        true_smaps: bool,
         cancelled: watch::Receiver<bool>,
     ) -> Result<Survey, Failure> {
         let gone = |error: &dyn std::fmt::Display| {
@@ -150,13 +144,7 @@ impl Site {
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| gone(&error))?;
         let pids = tree.pids();
         let described = block_in_place(|| process::describe(root, &pids, shared))?;
-        for pid in &pids {
-            let found =
-                block_in_place(|| refuse::find(*pid)).map_err(|error| failed_to_track(&error))?;
-            if let Some(failure) = found {
-                return Err(failure);
-            }
-        }
+        block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid, root)))?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
         let mut ports = Vec::new();
@@ -190,8 +178,8 @@ impl Site {
             .iter()
             .map(|space| space.memory_bytes)
             .sum();
-        let workers = node.workers;
         let site = Self {
+            sender: Arc::new(Sender::new(node.workers)),
             directory: node.migrations.join(id.to_string()),
             node,
             policy,
@@ -207,10 +195,11 @@ impl Site {
             memory_bytes,
             eager_bytes: 0,
             image_bytes: 0,
-            sender: Arc::new(Sender::new(workers)),
             frozen_in_criu: None,
             data: None,
             cancelled,
+            sent: Arc::default(),
+            true_smaps,
         };
         Ok(Survey {
             description,
@@ -241,8 +230,8 @@ impl Site {
                 .map_err(|error| network_unfit(&error))?;
             ports.extend(port);
         }
-        let workers = node.workers;
         Ok(Self {
+            sender: Arc::new(Sender::new(node.workers)),
             directory: node.migrations.join(id.to_string()),
             node,
             policy,
@@ -258,10 +247,11 @@ impl Site {
             memory_bytes: 0,
             eager_bytes: 0,
             image_bytes: 0,
-            sender: Arc::new(Sender::new(workers)),
             frozen_in_criu: None,
             data: None,
             cancelled,
+            sent: Arc::default(),
+            true_smaps: false,
         })
     }
 
@@ -297,13 +287,7 @@ impl Site {
             if self.spaces.contains_key(&found.id) {
                 continue;
             }
-            match refuse::find(found.leader) {
-                Ok(None) => {}
-                Ok(Some(failure)) => return Err(failure),
-                Err(error) if error.tells_of_end() && found.leader != self.root => continue,
-                Err(_) if found.leader != self.root && !alive(found.leader) => continue,
-                Err(error) => return Err(failed_to_track(&error)),
-            }
+            check_trackable(found.leader, self.root)?;
             let options = TrackOptions {
                 support: self.node.support,
                 tree: pids.clone(),
@@ -325,12 +309,22 @@ impl Site {
         Ok(())
     }
 
+    /// Counts what is sent.
+    pub fn sent(&self) -> Arc<Sent> {
+        Arc::clone(&self.sent)
+    }
+
     /// Finds what the next round has to send.
     pub(super) fn scan(&mut self) -> Result<(), Failure> {
         let mut eager = Eager::default();
         let mut gone = Vec::new();
         for (id, space) in &mut self.spaces {
-            let scan = match space.record_smaps().and_then(|()| space.scan()) {
+            let recorded = if self.true_smaps {
+                Ok(())
+            } else {
+                space.record_smaps()
+            };
+            let scan = match recorded.and_then(|()| space.scan()) {
                 Ok(scan) => scan,
                 Err(error)
                     if space.pid() != self.root
@@ -372,8 +366,8 @@ impl Site {
             ErrorCode::SharedMemoryBudget,
             format!(
                 "{} bytes of shared, locked or executable memory can only be copied in the \
-                 freeze{which}; within {:?} of downtime {budget} bytes are: allow more downtime, or \
-                 use --force-eager",
+                 freeze{which}; within {:?} of downtime {budget} bytes are: allow more downtime, \
+                 or use --force-eager",
                 eager.bytes(),
                 self.policy.downtime_max
             ),
@@ -506,7 +500,8 @@ impl Site {
         Ok(())
     }
 
-    /// Takes sockets out of repair mode that a killed CRIU has left in it. The tree is still frozen.
+    /// Takes sockets out of repair mode that a killed CRIU has left in it. The tree is still
+    /// frozen.
     fn end_repair(&self) {
         for pid in self.freezer.processes().unwrap_or_default() {
             match repaired_sockets(pid) {
@@ -592,72 +587,13 @@ impl Site {
     }
 }
 
-fn encode_state(state: &SiteState) -> Result<DriverState, Failure> {
-    let bytes = serde_json::to_vec(state).map_err(|error| internal(&error))?;
-    DriverState::new(bytes).map_err(|error| internal(&error))
-}
-
-pub(super) fn alive(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .ok()
-        .and_then(|stat| {
-            stat.rsplit_once(") ")
-                .map(|(_, rest)| !rest.starts_with(['Z', 'X']))
-        })
-        .unwrap_or(false)
-}
-
-/// How many sockets of `pid` had to be taken out of repair mode.
-fn repaired_sockets(pid: i32) -> std::io::Result<usize> {
-    let pidfd = ptrace::pidfd_open(pid)?;
-    let mut repaired = 0;
-    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-        let is_socket = std::fs::read_link(entry.path())
-            .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
-        let number = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok());
-        if let (true, Some(number)) = (is_socket, number) {
-            let socket = ptrace::pidfd_getfd(pidfd.as_fd(), number)?;
-            repaired += usize::from(tcp::repair_off(socket.as_fd())?);
-        }
+/// Refuses what writes memory behind the page tables, or cannot be tracked for another reason.
+fn check_trackable(pid: i32, root: i32) -> Result<(), Failure> {
+    match refuse::find(pid) {
+        Ok(None) => Ok(()),
+        Ok(Some(failure)) => Err(failure),
+        // It has ended since the tree was read.
+        Err(error) if pid != root && (error.tells_of_end() || !alive(pid)) => Ok(()),
+        Err(error) => Err(failed_to_track(&error)),
     }
-    Ok(repaired)
-}
-
-fn tracer(pid: i32) -> Option<i32> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("TracerPid:"))?;
-    line.trim().parse().ok().filter(|tracer| *tracer != 0)
-}
-
-pub(super) fn criu_failed(error: &DumpError) -> Failure {
-    Failure::new(ErrorCode::CriuFailed, chain(error))
-}
-
-pub(super) fn failed_to_track(error: &TrackError) -> Failure {
-    let code = match error {
-        TrackError::Gone { .. } | TrackError::Exec { .. } => ErrorCode::WorkloadGone,
-        TrackError::Unsupported(_) | TrackError::Probe { .. } => ErrorCode::NodeUnfit,
-        TrackError::LateBirth { .. } => ErrorCode::RetryRound,
-        TrackError::SmapsChanged { .. } => ErrorCode::SmapsDiffer,
-        TrackError::Inspect { .. }
-        | TrackError::Inject { .. }
-        | TrackError::Foreign { .. }
-        | TrackError::Register { .. }
-        | TrackError::Scan { .. }
-        | TrackError::Smaps { .. } => ErrorCode::Untrackable,
-    };
-    Failure::new(code, chain(error))
-}
-
-pub(super) fn freeze_failed(error: &CgroupError) -> Failure {
-    Failure::new(ErrorCode::FreezeFailed, chain(error))
-}
-
-fn network_unfit(error: &LinkError) -> Failure {
-    Failure::new(ErrorCode::NetworkUnfit, chain(error))
 }

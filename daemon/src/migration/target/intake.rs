@@ -2,8 +2,8 @@
 //! memory, and the check that all of it is there.
 //!
 //! Invariants: nothing counts before its checksum fits; a stream that fails ends the intake with a
-//! named failure, it is never skipped; the ledger is complete when every live page of every space is
-//! held, and what is held but not live has been given up.
+//! named failure, it is never skipped; the ledger is complete when every live page of every space
+//! is held, and what is held but not live has been given up.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

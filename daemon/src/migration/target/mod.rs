@@ -3,8 +3,8 @@
 //! As at the source, at most one operation works on the [`Site`] at a time. Waiting for rounds goes
 //! on beside it, since streams arrive while control messages do.
 //!
-//! A target never dials: a session is handed to it whenever the source comes, and takes the place of
-//! an older one.
+//! A target never dials: a session is handed to it whenever the source comes, and takes the place
+//! of an older one.
 
 pub mod intake;
 pub mod site;

@@ -24,9 +24,8 @@ use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
 use super::intake::Intake;
-use crate::link::LinkError;
 use crate::link::prepare::PreparedNetwork;
-use crate::migration::text::{chain, internal};
+use crate::migration::text::{chain, internal, network_unfit};
 use crate::pager::client::{ClientError, Notice, PagerClient, Remains, Spawn};
 use crate::pager::message::{Namespace, RestoreRequest};
 use crate::pages::store::{Store, StoreLimits};
@@ -181,7 +180,8 @@ impl Site {
             return Err(Failure::new(
                 ErrorCode::NodeUnfit,
                 format!(
-                    "the source's criu {} is newer than the target's {}: images may not be readable",
+                    "the source's criu {} is newer than the target's {}: \
+                     images may not be readable",
                     version_text(description.criu_version),
                     version_text(self.node.criu_version)
                 ),
@@ -514,10 +514,6 @@ fn pager_kind(kind: NamespaceKind) -> Result<Namespace, Failure> {
 
 fn no_pager() -> Failure {
     Failure::new(ErrorCode::FillLost, "the pager of the workload is gone")
-}
-
-fn network_unfit(error: &LinkError) -> Failure {
-    Failure::new(ErrorCode::NetworkUnfit, chain(error))
 }
 
 fn pager_failed(error: ClientError) -> Failure {

@@ -54,8 +54,8 @@ impl Held {
     }
 }
 
-/// Run by run: later rounds bring few pages that were not held before, and a merge of whole sets for
-/// every parcel would cost as much as there are runs in all.
+/// Run by run: later rounds bring few pages that were not held before, and a merge of whole sets
+/// for every parcel would cost as much as there are runs in all.
 fn move_runs(pages: &PageSet, from: &mut PageSet, to: &mut PageSet) {
     for run in pages.runs() {
         if !to.covers(run) {

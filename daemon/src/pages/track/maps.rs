@@ -1,9 +1,9 @@
 //! `/proc/PID/maps`: what is mapped, in the words the tracker needs.
 //!
-//! `maps` is cheap (a tenth of a millisecond) where `smaps` walks the page tables (11 ms per GiB), so
-//! it is what every round reads. It does not show the flags (`VmFlags`) of a mapping; what may be
-//! tracked is therefore asked of the kernel by registering, and what may be hidden is decided from
-//! `smaps` at the end.
+//! `maps` is cheap (a tenth of a millisecond) where `smaps` walks the page tables (11 ms per GiB),
+//! so it is what every round reads. It does not show the flags (`VmFlags`) of a mapping; what may
+//! be tracked is therefore asked of the kernel by registering, and what may be hidden is decided
+//! from `smaps` at the end.
 
 use std::io;
 use std::ops::Range;
@@ -42,7 +42,8 @@ impl Mapping {
             || (name.starts_with("[anon:") && name.ends_with(']'))
     }
 
-    /// Whether it is a private mapping of a file, of which the process may have own copies of pages.
+    /// Whether it is a private mapping of a file, of which the process may have own copies of
+    /// pages.
     pub fn is_private_file(&self) -> bool {
         self.private && self.inode != 0
     }
@@ -64,8 +65,8 @@ impl Mapping {
         )
     }
 
-    /// Whether CRIU may be shown it without pages, and a target may fill it later: private memory of
-    /// its own that is neither executable nor locked nor of a special kind.
+    /// Whether CRIU may be shown it without pages, and a target may fill it later: private memory
+    /// of its own that is neither executable nor locked nor of a special kind.
     ///
     /// CRIU serves more than this lazily, and less than this would be slower. Executable memory is
     /// left out because CRIU patches code while it dumps; locked memory because a restore locks it
@@ -94,6 +95,20 @@ pub fn read_text(pid: i32) -> io::Result<Vec<u8>> {
 pub fn read_smaps_text(pid: i32) -> io::Result<Vec<u8>> {
     std::fs::read(format!("/proc/{pid}/smaps"))
 }
+
+/// The mappings of a running process with their flags. The kernel renders smaps in pieces, so a process
+/// that maps and unmaps meanwhile may get a text that is none; then it is read again.
+pub fn read_smaps(pid: i32) -> io::Result<Vec<(Mapping, Flags)>> {
+    for _ in 1..SMAPS_ATTEMPTS {
+        if let Some(mappings) = parse_smaps(&read_smaps_text(pid)?) {
+            return Ok(mappings);
+        }
+    }
+    parse_smaps(&read_smaps_text(pid)?).ok_or_else(unknown_form)
+}
+
+/// How often smaps is read before its form is called unknown.
+const SMAPS_ATTEMPTS: usize = 10;
 
 /// The error for a text that [`parse`] or [`parse_smaps`] does not know.
 pub fn unknown_form() -> io::Error {

@@ -15,14 +15,15 @@
 //!   void ([`TrackError::Exec`], [`TrackError::Gone`]). What a failed scan protected without
 //!   returning, and what the caller could not read ([`Space::put_back`]), is owed until then.
 //! - `registered` holds only pages whose protection is in order. A mapping that is not in it is
-//!   registered and counts as dirty altogether. A mapping that is in it but was replaced by another is
-//!   found out by the scan (`EPERM`), wherever it begins.
+//!   registered and counts as dirty altogether. A mapping that is in it but was replaced by another
+//!   is found out by the scan (`EPERM`), wherever it begins.
 //! - Empty ranges are never protected: the kernel would put markers there that look like swapped
 //!   pages to everybody, CRIU included.
 //!
-//! Which memory is followed: every private mapping without a file, whatever its protection now, since
-//! protections change (RELRO, W^X, heaps that are PROT_NONE for a while) and the kernel keeps the
-//! tracking over that. Executable ones are registered but not scanned: their writes wait. What is
+//! Which memory is followed: every private mapping without a file, whatever its protection now,
+//! since protections change (RELRO, W^X, heaps that are PROT_NONE for a while) and the kernel keeps
+//! the tracking over that. Executable ones are registered but not scanned: their writes wait. What
+//! is
 //! *lazy*, that is hidden from CRIU and filled by us at the target, is decided at the end.
 //!
 //! Absent: shared memory, huge pages, devices (see [`refuse`]); who is in the workload ([`tree`]
@@ -79,12 +80,12 @@ pub struct TrackOptions {
 /// half of it.
 pub const STOP_MAX: Duration = Duration::from_millis(20);
 
-/// How often attaching is tried. What fails for a passing reason (a thread in an uninterruptible call,
-/// a storm of new threads) seldom fails three times.
+/// How often attaching is tried. What fails for a passing reason (a thread in an uninterruptible
+/// call, a storm of new threads) seldom fails three times.
 pub const ATTEMPTS: u32 = 3;
 
-/// Most memory, in bytes, that may come into being between the last round and the freeze: it is read
-/// and sent while the workload stands still.
+/// Most memory, in bytes, that may come into being between the last round and the freeze: it is
+/// read and sent while the workload stands still.
 pub const LATE_BIRTH_BYTES_MAX: u64 = 16 << 20;
 
 /// One address space, tracked. Dropping it takes all protection off: 26 ms per GiB in all, but page
@@ -181,8 +182,8 @@ impl Support {
 }
 
 impl Space {
-    /// Attaches to process `pid`: borrows a userfaultfd from it and registers its memory. Blocks for
-    /// some milliseconds; the workload stands still for at most `options.stop_max` of them.
+    /// Attaches to process `pid`: borrows a userfaultfd from it and registers its memory. Blocks
+    /// for some milliseconds; the workload stands still for at most `options.stop_max` of them.
     pub fn attach(pid: i32, options: &TrackOptions) -> Result<Self, TrackError> {
         let inspecting = |what| move |source| TrackError::Inspect { pid, what, source };
         let start_time = task::start_time(pid).map_err(inspecting("stat"))?;
@@ -234,18 +235,21 @@ impl Space {
 
     /// Records the true smaps, from which the one of the freeze is rendered. 11 ms per GiB of the
     /// running process; to be done in a late round.
+    ///
+    /// The kernel renders it in pieces, so a process that unmaps meanwhile may get a text that is
+    /// none: then nothing is recorded, and without a better one later CRIU gets the true one.
     pub fn record_smaps(&mut self) -> Result<(), TrackError> {
         let pid = self.pid;
-        let inspecting = |source| TrackError::Inspect {
+        let text = maps::read_smaps_text(pid).map_err(|source| TrackError::Inspect {
             pid,
             what: "smaps",
             source,
+        })?;
+        let (Some(mappings), Ok(smaps)) = (maps::parse_smaps(&text), Recorded::parse(&text)) else {
+            tracing::debug!(pid, "its smaps changed while it was read");
+            self.recorded = None;
+            return Ok(());
         };
-        let text = maps::read_smaps_text(pid).map_err(inspecting)?;
-        let mappings = maps::parse_smaps(&text)
-            .ok_or_else(maps::unknown_form)
-            .map_err(inspecting)?;
-        let smaps = Recorded::parse(&text).map_err(|source| TrackError::Smaps { pid, source })?;
         let special = |(_, flags): &(Mapping, Flags)| *flags != Flags::default();
         self.recorded = Some(Record {
             smaps,
@@ -254,8 +258,8 @@ impl Space {
         Ok(())
     }
 
-    /// Compares the smaps the last `final_scan` returned with the true one. 11 ms per GiB; to be done
-    /// while the target restores. The process must still be frozen.
+    /// Compares the smaps the last `final_scan` returned with the true one. 11 ms per GiB; to be
+    /// done while the target restores. The process must still be frozen.
     pub fn compare_smaps(&self) -> Result<(), TrackError> {
         let pid = self.pid;
         let Some(shown) = &self.shown else {
@@ -270,8 +274,8 @@ impl Space {
         smaps::compare(&text, shown).map_err(|source| TrackError::SmapsChanged { pid, source })
     }
 
-    /// Takes all protection off and forgets the process. Blocks, 26 ms per GiB; a process that is to
-    /// run on should run already.
+    /// Takes all protection off and forgets the process. Blocks, 26 ms per GiB; a process that is
+    /// to run on should run already.
     pub fn detach(self) {
         drop(self);
     }

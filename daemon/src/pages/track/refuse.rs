@@ -1,9 +1,9 @@
 //! What a process may have that makes tracking it wrong, found before anything is touched.
 //!
-//! Write tracking sees what goes through the page tables. Devices and direct I/O write memory behind
-//! them: with those a page counts as clean whose contents have changed (an `O_DIRECT` read of 128 KiB in
-//! flight over a scan left 32 of 32 pages different at the target). There is no telling whether a
-//! process will use such a descriptor, so having one is enough.
+//! Write tracking sees what goes through the page tables. Devices and direct I/O write memory
+//! behind them: with those a page counts as clean whose contents have changed (an `O_DIRECT` read
+//! of 128 KiB in flight over a scan left 32 of 32 pages different at the target). There is no
+//! telling whether a process will use such a descriptor, so having one is enough.
 //!
 //! Absent: everything that only CRIU or the network minds.
 
@@ -16,17 +16,15 @@ use super::maps::{self, Flags, Mapping};
 use super::{TrackError, task};
 use crate::sys::ptrace::{self, Shared};
 
-/// The first thing that forbids tracking process `pid`; `None` when there is none. To be asked of every
-/// process of the workload. Reads smaps (11 ms per GiB) and all descriptors.
+/// The first thing that forbids tracking process `pid`; `None` when there is none. To be asked of
+/// every process of the workload. Reads smaps (11 ms per GiB) and all descriptors.
 pub fn find(pid: i32) -> Result<Option<Failure>, TrackError> {
     let inspecting = |what| move |source| TrackError::Inspect { pid, what, source };
     let threads = task::threads(pid).map_err(inspecting("the threads"))?;
     if let Some(failure) = threads.iter().find_map(|&tid| find_tracer(pid, tid)) {
         return Ok(Some(failure));
     }
-    let smaps = maps::read_smaps_text(pid).map_err(inspecting("smaps"))?;
-    let mappings = maps::parse_smaps(&smaps).ok_or_else(maps::unknown_form);
-    let mappings = mappings.map_err(inspecting("smaps"))?;
+    let mappings = maps::read_smaps(pid).map_err(inspecting("smaps"))?;
     let refused = |(mapping, flags): &(Mapping, Flags)| refuse_mapping(pid, mapping, *flags);
     if let Some(failure) = mappings.iter().find_map(refused) {
         return Ok(Some(failure));

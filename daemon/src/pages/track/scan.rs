@@ -65,8 +65,8 @@ impl Space {
     }
 
     /// After walks that broke: what they may have protected without telling is not registered any
-    /// more, so that it will be unprotected and found dirty. Returns those pages; any error but that of
-    /// an untracked mapping is returned instead.
+    /// more, so that it will be unprotected and found dirty. Returns those pages; any error but
+    /// that of an untracked mapping is returned instead.
     pub(super) fn disown(&mut self, broken: Vec<Broken>) -> Result<PageSet, TrackError> {
         let runs = broken
             .iter()
@@ -144,8 +144,8 @@ impl Space {
     ) -> Result<(Found, Found), TrackError> {
         let walked = walk_all(pagemap, self.support.guard, tracked, Look::Tracked);
         for broken in walked.broken {
-            // Replaced since the last round. Nothing was protected by this walk, so what it has found
-            // up to there is right; only the rest is unknown.
+            // Replaced since the last round. Nothing was protected by this walk, so what it has
+            // found up to there is right; only the rest is unknown.
             if !is_untracked(&broken.source) {
                 return Err(self.scanning(broken));
             }
@@ -221,9 +221,10 @@ impl Space {
             .try_for_each(|run| self.unprotect(*run))
     }
 
-    /// Pages of a mapping new to us may be protected: by a walk that broke before it could tell, or, on
-    /// kernels before 6.13, since before they were moved here. Those would pass for unwritten, and the
-    /// moved ones would even be writable. Takes their protection off; then the run is registered.
+    /// Pages of a mapping new to us may be protected: by a walk that broke before it could tell,
+    /// or, on kernels before 6.13, since before they were moved here. Those would pass for
+    /// unwritten, and the moved ones would even be writable. Takes their protection off; then the
+    /// run is registered.
     ///
     /// To look for them first costs 3 ms per GiB, to unprotect everything 26 ms.
     fn unprotect(&mut self, run: PageRun) -> Result<(), TrackError> {

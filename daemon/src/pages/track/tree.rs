@@ -1,11 +1,11 @@
 //! The tasks of a workload, and which of them share an address space.
 //!
-//! The tree is read from `/proc/PID/task/TID/children`. While it runs, that is a moment's picture: a
-//! child that is forked during the reading may be missed, and is found by the next reading. Of a frozen
-//! tree it is exact.
+//! The tree is read from `/proc/PID/task/TID/children`. While it runs, that is a moment's picture:
+//! a child that is forked during the reading may be missed, and is found by the next reading. Of a
+//! frozen tree it is exact.
 //!
-//! Threads of a process always share its memory. Processes may share memory too (`CLONE_VM`, and `vfork`
-//! until the child executes): only the kernel can tell, by `kcmp`.
+//! Threads of a process always share its memory. Processes may share memory too (`CLONE_VM`, and
+//! `vfork` until the child executes): only the kernel can tell, by `kcmp`.
 
 use std::cmp::Ordering;
 use std::fs;
@@ -186,7 +186,8 @@ fn found<T>(tid: i32, what: &'static str, result: io::Result<T>) -> Result<Optio
 }
 
 fn group(tasks: &[Task]) -> Result<Vec<SpaceTasks>, TreeError> {
-    // Sorted by the kernel's order of address spaces, each with the places of its tasks in the tree.
+    // Sorted by the kernel's order of address spaces, each with the places of its tasks in the
+    // tree.
     let mut groups: Vec<Vec<usize>> = Vec::new();
     for (place, task) in tasks.iter().enumerate().filter(|(_, task)| !task.zombie) {
         let mut failed = None;

@@ -1,9 +1,10 @@
 //! Walking page maps: which pages of a range are live, and which of them were written.
 //!
-//! A page is *live* when the process would lose something without it: in memory or in swap. Not live
-//! are pages that were never touched or were given up, the shared zero page (absence reads the same),
-//! and guard regions (no memory; CRIU carries them in its own images). Guard regions look like swapped
-//! pages to a scan that does not name their category, hence the demand for kernels that know it.
+//! A page is *live* when the process would lose something without it: in memory or in swap. Not
+//! live are pages that were never touched or were given up, the shared zero page (absence reads the
+//! same), and guard regions (no memory; CRIU carries them in its own images). Guard regions look
+//! like swapped pages to a scan that does not name their category, hence the demand for kernels
+//! that know it.
 
 use std::io;
 use std::ops::Range;
@@ -81,8 +82,8 @@ impl Found {
     }
 }
 
-/// Walks all `ranges`, which are sorted; large ones on several threads. Every piece is a walk of its
-/// own: one that breaks does not keep the others from being walked.
+/// Walks all `ranges`, which are sorted; large ones on several threads. Every piece is a walk of
+/// its own: one that breaks does not keep the others from being walked.
 pub(super) fn walk_all(
     pagemap: &Pagemap,
     guard: bool,
@@ -216,12 +217,13 @@ impl Found {
     }
 }
 
-/// How many regions one call may return: 192 KiB of them. The kernel collects 512 at a time and lets
-/// go of the process's memory lock in between, so that more would save nothing but system calls.
+/// How many regions one call may return: 192 KiB of them. The kernel collects 512 at a time and
+/// lets go of the process's memory lock in between, so that more would save nothing but system
+/// calls.
 const REGIONS: usize = 8192;
 
-/// Into about how many pieces everything is cut: enough to keep threads equally busy, few enough for
-/// reservations of terabytes of which little is used.
+/// Into about how many pieces everything is cut: enough to keep threads equally busy, few enough
+/// for reservations of terabytes of which little is used.
 const PIECES: u64 = 64;
 
 /// Least size of a piece, in bytes: 0.05 ms of work, and no huge page lies across its ends.

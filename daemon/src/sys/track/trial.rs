@@ -1,5 +1,6 @@
-//! A process to try tracking on: it does what it is told, one line at a time, on memory at addresses
-//! it is told, and does nothing in between. Tests start their own executable again as that process.
+//! A process to try tracking on: it does what it is told, one line at a time, on memory at
+//! addresses it is told, and does nothing in between. Tests start their own executable again as
+//! that process.
 //!
 //! Test code only. Every function works on memory the process mapped for this purpose, on its own
 //! descriptors, or makes a system call that takes numbers.
@@ -397,8 +398,8 @@ fn fork() -> io::Result<String> {
     Ok(pid.to_string())
 }
 
-/// Makes a process with the same memory and descriptors, which executes another program when its pipe is poked.
-/// Returns its pid and the pipe.
+/// Makes a process with the same memory and descriptors, which executes another program when its
+/// pipe is poked. Returns its pid and the pipe.
 fn clone_with_memory() -> io::Result<String> {
     extern "C" fn wait(pipe: *mut libc::c_void) -> libc::c_int {
         let mut byte = 0u8;

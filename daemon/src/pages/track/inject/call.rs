@@ -109,6 +109,11 @@ impl<'a> Borrowed<'a> {
         Ok(after.rax)
     }
 
+    /// Allows for one more call after the deadline of the attempt.
+    pub(super) fn extend(&mut self) {
+        self.deadline = self.deadline.max(Instant::now() + GIVE_BACK_MAX);
+    }
+
     fn run_to_syscall_stop(&mut self) -> Result<(), InjectError> {
         let tid = self.held.tid;
         let mut signal = 0;
@@ -198,8 +203,8 @@ impl Drop for Borrowed<'_> {
 }
 
 /// Sends a thread that is inside a restartable sequence to its abort handler, as a preemption does.
-/// Without this the kernel would look for the sequence at the place of our call, not find it, and let
-/// the thread finish a sequence that was in fact interrupted.
+/// Without this the kernel would look for the sequence at the place of our call, not find it, and
+/// let the thread finish a sequence that was in fact interrupted.
 fn abort_restartable_sequence(pid: i32, tid: i32, registers: &mut Registers) {
     let Some(rseq) = ptrace::rseq_address(tid) else {
         return;

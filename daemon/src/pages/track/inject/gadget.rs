@@ -1,7 +1,7 @@
 //! Finding a system call instruction in another process.
 //!
-//! The vdso has some on every kernel that has a vdso; a process without one has them in its C library.
-//! Any two bytes `0f 05` will do, whatever instruction they are part of.
+//! The vdso has some on every kernel that has a vdso; a process without one has them in its C
+//! library. Any two bytes `0f 05` will do, whatever instruction they are part of.
 
 use std::io;
 

@@ -5,22 +5,23 @@
 //! `close`, while everybody who could see the descriptor stands still:
 //!
 //! ```text
-//!   all threads of all tasks with the same descriptor table      ── stopped ──────────────┐
-//!   one of them:  userfaultfd() ─► pidfd_getfd (ours) ─► close() ─► registers restored    │ ≤ 20 ms
-//!   all                                                           ── let go ──────────────┘
+//!   all threads of all tasks with the same descriptor table      ── stopped ──────────┐
+//!   one of them: userfaultfd() ─► pidfd_getfd (ours) ─► close() ─► registers restored │ ≤ 20 ms
+//!   all                                                          ── let go ───────────┘
 //! ```
 //!
 //! What a stop must not change:
 //! - **A blocked system call** goes on: the thread is stopped on its way back to user mode with the
-//!   call's result in its registers. Our calls are made with `orig_rax = -1`, so that the kernel does
-//!   not take their results for the interrupted call's; at the end the thread is stopped once more
+//!   call's result in its registers. Our calls are made with `orig_rax = -1`, so that the kernel
+//!   does not take their results for the interrupted call's; at the end the thread is stopped once
+//!   more
 //!   *on the way back to user mode* and given its old registers, from which the kernel restarts the
 //!   call as after any stop. A few calls (`epoll_wait`) answer `EINTR` even so; see [`restart`].
 //! - **Signals** stay pending: the mask is full during our calls, so that none but SIGKILL and
 //!   SIGSTOP arrive, and a thread found on its way to a handler is sent on with its signal.
 //! - **A group stop** (SIGSTOP) holds again when the thread is let go.
-//! - **Seccomp** is suspended for the calls, by the stopped thread's own option, which ends with the
-//!   trace.
+//! - **Seccomp** is suspended for the calls, by the stopped thread's own option, which ends with
+//!   the trace.
 //! - **A restartable sequence** is aborted as by any preemption.
 //!
 //! `ptrace` knows threads of the tracer too, so every attempt has an OS thread of its own; when it
@@ -286,6 +287,8 @@ fn borrow_from(
     let result = made.and_then(|number| {
         let number = i32::try_from(number).expect("descriptors are ints");
         let taken = take(pid, number, pidfd);
+        // What was made must not be left, also when the time for making it has passed.
+        thread.extend();
         let closed = thread.call("close", libc::SYS_close, number.cast_unsigned().into());
         match closed {
             Ok(_) => taken,

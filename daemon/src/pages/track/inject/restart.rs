@@ -1,15 +1,15 @@
 //! System calls that a stop must not fail.
 //!
-//! A call that a stop interrupts leaves one of the kernel's restart codes in the result register, and
-//! the kernel restarts the call when the thread goes on: nobody notices. Some calls, listed in
-//! signal(7) under "stop signals", give up with a plain `EINTR` instead. Programs that have no signal
-//! handler seldom expect that. For those the result is replaced by the restart code
-//! `ERESTARTNOHAND`: the kernel restarts the call if there is no handler to run, and makes it `EINTR`
-//! if there is, which is what `EINTR` was meant for. A timeout begins anew, so that such a call may
-//! wait up to twice its time, once.
+//! A call that a stop interrupts leaves one of the kernel's restart codes in the result register,
+//! and the kernel restarts the call when the thread goes on: nobody notices. Some calls, listed in
+//! signal(7) under "stop signals", give up with a plain `EINTR` instead. Programs that have no
+//! signal handler seldom expect that. For those the result is replaced by the restart code
+//! `ERESTARTNOHAND`: the kernel restarts the call if there is no handler to run, and makes it
+//! `EINTR` if there is, which is what `EINTR` was meant for. A timeout begins anew, so that such a
+//! call may wait up to twice its time, once.
 //!
-//! Not in the list: calls that may have done a part of their work (`connect`), and socket calls with
-//! a timeout, whose `EINTR` every network program handles.
+//! Not in the list: calls that may have done a part of their work (`connect`), and socket calls
+//! with a timeout, whose `EINTR` every network program handles.
 
 use crate::sys::ptrace::{self, Registers};
 

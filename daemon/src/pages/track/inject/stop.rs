@@ -19,8 +19,8 @@ pub(super) struct Held {
     pub(super) usable: bool,
 }
 
-/// Threads that are seized and stand still. All are let go on drop, in a state from which they go on
-/// as if nothing had happened.
+/// Threads that are seized and stand still. All are let go on drop, in a state from which they go
+/// on as if nothing had happened.
 #[derive(Debug)]
 pub(super) struct Stopped {
     threads: Vec<Held>,

@@ -106,24 +106,33 @@ fn a_stopped_process_is_attached_and_stays_stopped() {
     assert_eq!(ours(&space.scan().unwrap().dirty), [(3, 1)]);
 }
 
+/// A few of these fit into every attempt. Signals that come faster than their stops can be told
+/// (some 100 µs) leave the process no time to run anything at all, its own code included.
+const BETWEEN_SIGNALS: Duration = Duration::from_micros(500);
+
 #[test]
 fn stops_and_continuations_in_between_hurt_nobody() {
     let mut trial = start();
     let pid = trial.pid();
     let over = AtomicBool::new(false);
-    std::thread::scope(|scope| {
+    let attached = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::Relaxed) {
                 trial::signal(pid, libc::SIGSTOP);
-                std::thread::yield_now();
+                std::thread::sleep(BETWEEN_SIGNALS);
                 trial::signal(pid, libc::SIGCONT);
+                std::thread::sleep(BETWEEN_SIGNALS);
             }
         });
-        for _ in 0..50 {
-            attach(&trial).detach();
-        }
+        // A panic in here would wait for the other thread, which would never end.
+        let attached = (0..50).try_for_each(|_| {
+            Space::attach(pid, &options())?.detach();
+            Ok::<_, TrackError>(())
+        });
         over.store(true, Ordering::Relaxed);
+        attached
     });
+    attached.unwrap();
     round_trip(&mut trial);
 }
 

@@ -1,0 +1,34 @@
+//! What the parts of a source failed at, as the machine and the operator are told.
+
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+
+use super::dump::DumpError;
+use crate::migration::text::chain;
+use crate::pages::track::TrackError;
+use crate::runtime::cgroup::CgroupError;
+
+/// CRIU, or what starts it, failed.
+pub(super) fn criu_failed(error: &DumpError) -> Failure {
+    Failure::new(ErrorCode::CriuFailed, chain(error))
+}
+
+/// Tracking failed; some failures only ask for another round.
+pub(super) fn failed_to_track(error: &TrackError) -> Failure {
+    let code = match error {
+        TrackError::Gone { .. } | TrackError::Exec { .. } => ErrorCode::WorkloadGone,
+        TrackError::Unsupported(_) | TrackError::Probe { .. } => ErrorCode::NodeUnfit,
+        TrackError::LateBirth { .. } => ErrorCode::RetryRound,
+        TrackError::SmapsChanged { .. } => ErrorCode::SmapsDiffer,
+        TrackError::Inspect { .. }
+        | TrackError::Inject { .. }
+        | TrackError::Foreign { .. }
+        | TrackError::Register { .. }
+        | TrackError::Scan { .. } => ErrorCode::Untrackable,
+    };
+    Failure::new(code, chain(error))
+}
+
+/// The freezer cgroup failed.
+pub(super) fn freeze_failed(error: &CgroupError) -> Failure {
+    Failure::new(ErrorCode::FreezeFailed, chain(error))
+}
