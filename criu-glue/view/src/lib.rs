@@ -11,6 +11,8 @@
 //! descriptor that is not what it should be, a scan that CRIU does not make today. Scans for guard
 //! regions always go to the kernel.
 //!
+//! It also answers for limits that the kernel does not tell (see `limits`).
+//!
 //! Absent: everything for restores. A restored task must never run with this library's answers.
 
 // Interposing is made of C calls; the pure part is in `cut` and `layout`.
@@ -21,6 +23,7 @@
 mod cut;
 mod feed;
 mod layout;
+mod limits;
 
 use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
 

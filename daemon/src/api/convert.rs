@@ -39,6 +39,10 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
         failure: status.failure.as_ref().map(failure),
         fence_wanted: status.fence_wanted,
         final_pages: progress.final_pages,
+        successor: progress
+            .successor
+            .map(|id| id.to_string())
+            .unwrap_or_default(),
     }
 }
 

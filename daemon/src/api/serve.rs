@@ -292,5 +292,6 @@ fn parse_migrate(
         target,
         policy,
         shared,
+        true_smaps: false,
     })
 }

@@ -145,10 +145,12 @@ fn request(arguments: MigrateArgs) -> MigrateRequest {
     }
 }
 
-/// Follows a migration, and gives it up when interrupted; a second interrupt leaves it alone.
+/// Follows a migration and those started in its place, and gives it up when interrupted; a second
+/// interrupt leaves it alone.
 async fn to_its_end(mut daemon: ControlClient<Channel>, id: &str) -> Result<Status, CallError> {
+    let mut id = id.to_owned();
     let mut statuses = daemon
-        .watch(WatchRequest { id: id.to_owned() })
+        .watch(WatchRequest { id: id.clone() })
         .await?
         .into_inner();
     let mut shown = Shown::new();
@@ -158,15 +160,20 @@ async fn to_its_end(mut daemon: ControlClient<Channel>, id: &str) -> Result<Stat
             status = next(&mut statuses) => {
                 let status = status?;
                 shown.show(&status);
-                if status.r#final {
+                if status.r#final && status.successor.is_empty() {
                     break status;
+                }
+                if status.r#final {
+                    id = status.successor;
+                    let request = WatchRequest { id: id.clone() };
+                    statuses = daemon.watch(request).await?.into_inner();
                 }
             }
             Ok(()) = tokio::signal::ctrl_c() => {
                 if std::mem::replace(&mut asked, true) {
-                    return Err(CallError::Interrupted { id: id.to_owned() });
+                    return Err(CallError::Interrupted { id });
                 }
-                let answer = daemon.abort(AbortRequest { id: id.to_owned() }).await;
+                let answer = daemon.abort(AbortRequest { id: id.clone() }).await;
                 complain(&match answer {
                     Ok(_) => "giving up; interrupt again to leave without waiting".to_owned(),
                     Err(status) => CallError::from(status).to_string(),

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::status::Status;
 
 /// A migration as this node sees it.
@@ -13,6 +14,8 @@ pub struct Progress {
     pub frozen: Option<Duration>,
     /// Pages sent in the final round; at the source.
     pub final_pages: Option<u64>,
+    /// The migration that was started in place of this one, which failed; at the source.
+    pub successor: Option<MigrationId>,
 }
 
 impl Progress {
@@ -22,6 +25,7 @@ impl Progress {
             status,
             frozen: None,
             final_pages: None,
+            successor: None,
         }
     }
 }

@@ -25,7 +25,7 @@ use super::clock::Clock;
 use super::journal::{FINISHED_MAX, Found, Journal, Journals, Recovered};
 use super::progress::Progress;
 use super::source::site::{Site as SourceSite, SourceNode};
-use super::source::{SourceDriver, SourceParts, SourceRequest};
+use super::source::{Ended, SourceDriver, SourceParts, SourceRequest};
 use super::target::site::{Site as TargetSite, TargetNode};
 use super::target::{TargetDriver, TargetParts, TargetRequest};
 use super::text::{chain, internal};
@@ -95,6 +95,8 @@ pub struct MigrateRequest {
     pub policy: Policy,
     /// Paths that both nodes share.
     pub shared: Vec<PathBuf>,
+    /// CRIU is to read the true smaps in the freeze, not what was recorded before it.
+    pub true_smaps: bool,
 }
 
 impl Registry {
@@ -143,7 +145,7 @@ impl Registry {
                 let node = self.inner.parts.source.clone();
                 let state = machine.driver_state().clone();
                 let site = SourceSite::recover(node, id, policy, &state, cancelled).await?;
-                self.start_source(machine, clock, site, cancel, journal, peer);
+                self.start_source(machine, clock, (site, cancel), journal, peer, None);
                 Ok(())
             }
             Some(_) => {
@@ -170,7 +172,12 @@ impl Registry {
             ));
         }
         self.wait_filled(&request.workload).await?;
-        self.refuse_busy(&request.workload)?;
+        self.refuse_busy(&request.workload, None)?;
+        self.begin_outgoing(request).await
+    }
+
+    async fn begin_outgoing(&self, request: MigrateRequest) -> Result<MigrationId, Failure> {
+        let parts = &self.inner.parts;
         let WorkloadName::Process(root) = request.workload;
         let id = MigrationId::new(random());
         let (cancel, cancelled) = watch::channel(false);
@@ -180,6 +187,7 @@ impl Registry {
             root,
             request.policy,
             &request.shared,
+            request.true_smaps,
             cancelled,
         )
         .await?;
@@ -190,14 +198,16 @@ impl Registry {
         let clock = Clock::start();
         let offer = SourceOffer {
             id,
-            workload: request.workload,
+            workload: request.workload.clone(),
             peer: request.target.clone(),
             policy: request.policy,
             description: survey.description,
             state: survey.state,
         };
         let machine = SourceMachine::new(offer, clock.now());
-        self.start_source(machine, clock, survey.site, cancel, journal, request.target);
+        let peer = request.target.clone();
+        let again = (!request.true_smaps).then_some(request);
+        self.start_source(machine, clock, (survey.site, cancel), journal, peer, again);
         Ok(id)
     }
 
@@ -223,11 +233,16 @@ impl Registry {
         }
     }
 
-    fn refuse_busy(&self, workload: &WorkloadName) -> Result<(), Failure> {
+    /// `except` is a migration that has ended, though its status does not say so yet.
+    fn refuse_busy(
+        &self,
+        workload: &WorkloadName,
+        except: Option<MigrationId>,
+    ) -> Result<(), Failure> {
         let (mut outgoing, mut busy) = (0, None);
         for (id, entry) in self.lock().iter() {
             let status = &entry.status.borrow().status;
-            if status.phase.is_final() {
+            if status.phase.is_final() || Some(*id) == except {
                 continue;
             }
             outgoing += usize::from(status.role == Side::Source);
@@ -350,10 +365,10 @@ impl Registry {
         &self,
         machine: SourceMachine,
         clock: Clock,
-        site: SourceSite,
-        cancel: watch::Sender<bool>,
+        (site, cancel): (SourceSite, watch::Sender<bool>),
         journal: Journal,
         peer: NodeName,
+        again: Option<MigrateRequest>,
     ) {
         let id = machine.id();
         let (status, watched) = watch::channel(Arc::new(Progress::of(machine.status(clock.now()))));
@@ -369,13 +384,47 @@ impl Registry {
             endpoint: Arc::clone(&self.inner.parts.endpoint),
             peer,
             lanes: self.inner.parts.lanes,
+            repeatable: again.is_some(),
         });
         let entry = Entry {
             status: watched,
             requests: Requests::Source(requests),
         };
         self.lock().insert(id, entry);
-        self.run(driver.run());
+        let registry = self.clone();
+        self.run(async move {
+            if let (Ended::Repeat(last, status), Some(again)) = (driver.run().await, again) {
+                registry.repeat(id, *last, &status, again).await;
+            }
+        });
+    }
+
+    /// Starts a migration in place of one that failed for a reason which another would not meet, and
+    /// only then lets the failure be seen.
+    async fn repeat(
+        &self,
+        id: MigrationId,
+        mut last: Progress,
+        status: &watch::Sender<Arc<Progress>>,
+        request: MigrateRequest,
+    ) {
+        let again = MigrateRequest {
+            true_smaps: true,
+            ..request
+        };
+        let successor = match self.refuse_busy(&again.workload, Some(id)) {
+            // Boxed: a migration that is repeated ends in this function.
+            Ok(()) => Box::pin(self.begin_outgoing(again)).await,
+            Err(failure) => Err(failure),
+        };
+        match successor {
+            Ok(successor) => {
+                tracing::info!(migration = %id, %successor, "started again with the true smaps");
+                last.successor = Some(successor);
+            }
+            Err(failure) => tracing::warn!(migration = %id, %failure, "not started again"),
+        }
+        status.send_replace(Arc::new(last));
     }
 
     fn start_target(

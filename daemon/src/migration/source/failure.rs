@@ -23,8 +23,7 @@ pub(super) fn failed_to_track(error: &TrackError) -> Failure {
         | TrackError::Inject { .. }
         | TrackError::Foreign { .. }
         | TrackError::Register { .. }
-        | TrackError::Scan { .. }
-        | TrackError::Smaps { .. } => ErrorCode::Untrackable,
+        | TrackError::Scan { .. } => ErrorCode::Untrackable,
     };
     Failure::new(code, chain(error))
 }

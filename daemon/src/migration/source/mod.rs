@@ -11,7 +11,9 @@
 pub mod dump;
 mod failure;
 pub mod rounds;
+pub mod sent;
 pub mod site;
+mod state;
 mod task;
 
 use std::collections::VecDeque;
@@ -22,11 +24,13 @@ use pageferry_proto::id::NodeName;
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine};
+use pageferry_proto::migration::status::{Phase, Status};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::SourceMessage;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
 
 use super::clock::Clock;
 use super::journal::Journal;
@@ -37,10 +41,14 @@ use super::text::chain;
 use crate::net::endpoint::Endpoint;
 use crate::net::lanes::{self, SourceSession};
 use crate::net::stream::DataSender;
+use sent::Sent;
 use site::Site;
 
 /// Events that may wait to be handled; each producer has at most a few under way.
 const EVENTS_MAX: usize = 64;
+
+/// How often progress is told within a round.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(250);
 
 /// What an operator asks of a migration under way.
 #[derive(Debug, Clone, Copy)]
@@ -67,6 +75,12 @@ pub struct SourceDriver {
     connections: u64,
     /// How long CRIU held the tasks, and how many pages the final round had.
     measured: (Option<Duration>, Option<u64>),
+    /// What the round under way has sent.
+    sent: Arc<Sent>,
+    /// Whether a difference in smaps is a reason to start again.
+    repeatable: bool,
+    /// The last status, if it is not to be seen before there is a successor.
+    held_back: Option<Progress>,
     events: mpsc::Sender<Incoming>,
     incoming: mpsc::Receiver<Incoming>,
     requests: mpsc::Receiver<SourceRequest>,
@@ -100,6 +114,18 @@ pub struct SourceParts {
     pub peer: NodeName,
     /// Connections per migration.
     pub lanes: u8,
+    /// Whether [`Ended::Repeat`] is a possible end.
+    pub repeatable: bool,
+}
+
+/// How a driver ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// For good; the last status has been published.
+    Finally,
+    /// The smaps CRIU was shown was outdated, and the workload runs on untouched. Another migration
+    /// that shows the true one would succeed. The status is the last one, and not yet published.
+    Repeat(Box<Progress>, watch::Sender<Arc<Progress>>),
 }
 
 #[derive(Debug)]
@@ -136,6 +162,7 @@ impl SourceDriver {
         Self {
             machine: parts.machine,
             clock: parts.clock,
+            sent: parts.site.sent(),
             site: Some(Box::new(parts.site)),
             operation: None,
             waiting: VecDeque::new(),
@@ -143,6 +170,8 @@ impl SourceDriver {
             connection: None,
             connections: 0,
             measured: (None, None),
+            repeatable: parts.repeatable,
+            held_back: None,
             events,
             incoming,
             requests: parts.requests,
@@ -155,7 +184,9 @@ impl SourceDriver {
     }
 
     /// Runs the migration to its end.
-    pub async fn run(mut self) {
+    pub async fn run(mut self) -> Ended {
+        let mut ticks = tokio::time::interval(PROGRESS_PERIOD);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
             while let Some(action) = self.machine.poll_action() {
                 self.perform(action).await;
@@ -167,6 +198,7 @@ impl SourceDriver {
                 Some(incoming) = self.incoming.recv() => self.take_in(incoming),
                 Some(request) = self.requests.recv() => self.requested(request),
                 ended = session::ended(&mut self.operation) => self.operation_ended(ended),
+                _ = ticks.tick() => self.tell_progress(),
                 () = self.clock.until(self.machine.poll_timeout()) => {
                     self.machine.handle_timeout(self.clock.now());
                 }
@@ -174,6 +206,44 @@ impl SourceDriver {
         }
         if let Some(connection) = self.connection.take() {
             connection.session.close().await;
+        }
+        match self.held_back {
+            Some(last) => Ended::Repeat(Box::new(last), self.status),
+            None => Ended::Finally,
+        }
+    }
+
+    /// Between the reports of the machine: what a long round has sent so far.
+    fn tell_progress(&mut self) {
+        let (raw_bytes, wire_bytes) = self.sent.take();
+        if raw_bytes == 0 {
+            return;
+        }
+        self.status.send_modify(|progress| {
+            let progress = Arc::make_mut(progress);
+            progress.status.sent_bytes += raw_bytes;
+            progress.status.wire_bytes += wire_bytes;
+        });
+    }
+
+    fn publish(&mut self, status: Status) {
+        // The machine counts whole rounds: its sums replace those of the pieces.
+        self.sent.take();
+        let (frozen, final_pages) = self.measured;
+        let outdated = |failure: &Failure| failure.code() == ErrorCode::SmapsDiffer;
+        let repeat = self.repeatable
+            && status.phase == Phase::Aborted
+            && status.failure.as_ref().is_some_and(outdated);
+        let progress = Progress {
+            status,
+            frozen,
+            final_pages,
+            successor: None,
+        };
+        if repeat {
+            self.held_back = Some(progress);
+        } else {
+            self.status.send_replace(Arc::new(progress));
         }
     }
 
@@ -221,12 +291,7 @@ impl SourceDriver {
             SourceAction::Journal(record) => self.write(record).await,
             SourceAction::Report(status) => {
                 tracing::debug!(migration = %status.id, phase = %status.phase.name(), "status");
-                let (frozen, final_pages) = self.measured;
-                self.status.send_replace(Arc::new(Progress {
-                    status,
-                    frozen,
-                    final_pages,
-                }));
+                self.publish(status);
             }
             SourceAction::Send(message) => {
                 // Without a session the machine hears `PeerLost`, which says it all.

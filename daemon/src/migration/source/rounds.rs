@@ -12,12 +12,14 @@ use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::parcel::ParcelHeader;
 use pageferry_proto::wire::stream::{
     DIGESTS_PAGES_MAX, ImageFileHeader, ImageName, SetHeader, StreamKind, seal,
 };
 use tokio::task::block_in_place;
 
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::sent::Sent;
 use super::site::Site;
 use super::task::alive;
 use crate::migration::text::{chain, internal};
@@ -31,13 +33,18 @@ use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
 const IMAGE_PIECE: usize = 256 << 10; // 256 KiB
 
 /// Parcels on one connection are data streams of it.
-struct Parcels<'a>(&'a DataSender);
+struct Parcels<'a>(&'a DataSender, &'a Sent);
 
 impl ParcelSink for Parcels<'_> {
     type Error = SendStreamError;
 
     async fn send(&self, parcel: Bytes) -> Result<(), SendStreamError> {
-        self.0.send_stream(StreamKind::Parcel, parcel).await
+        let wire_bytes = parcel.len() as u64;
+        let raw_bytes =
+            ParcelHeader::decode(&parcel).map_or(0, |(header, _)| header.pages().bytes());
+        self.0.send_stream(StreamKind::Parcel, parcel).await?;
+        self.1.add(raw_bytes, wire_bytes);
+        Ok(())
     }
 }
 
@@ -106,7 +113,7 @@ impl Site {
             }
             let reader = space.reader();
             let mut cancelled = self.cancelled.clone();
-            let sink = Parcels(&data);
+            let sink = Parcels(&data, &self.sent);
             let sent = tokio::select! {
                 sent = self.sender.round(*id, &reader, pages, round, &sink) => sent,
                 _ = cancelled.wait_for(|cancelled| *cancelled) => Err(SendError::Cut),

@@ -102,15 +102,6 @@ pub enum TrackError {
         /// How much of it is in use.
         bytes: u64,
     },
-    /// The smaps of the process could not be recorded.
-    #[error("cannot understand the smaps of process {pid}")]
-    Smaps {
-        /// The process.
-        pid: i32,
-        /// Why.
-        #[source]
-        source: criu_glue::view::smaps::Malformed,
-    },
     /// CRIU was shown an smaps that differs from the true one.
     #[error("the smaps of process {pid} changed after it was recorded")]
     SmapsChanged {
@@ -151,8 +142,7 @@ impl TrackError {
             Self::Inspect { .. }
             | Self::Inject { .. }
             | Self::Register { .. }
-            | Self::Scan { .. }
-            | Self::Smaps { .. } => ErrorCode::Untrackable,
+            | Self::Scan { .. } => ErrorCode::Untrackable,
         }
     }
 }
@@ -167,6 +157,8 @@ impl InjectError {
             | Self::Ended { .. }
             | Self::Trace { .. }
             | Self::Interfered { .. }
+            // It is replacing its program, or ending: there is nothing executable for a moment.
+            | Self::NoInstruction { .. }
             | Self::NoThread { .. } => true,
             Self::Architecture
             | Self::Thread(_)
@@ -174,7 +166,6 @@ impl InjectError {
             | Self::Traced { .. }
             | Self::Seize { .. }
             | Self::Unfit { .. }
-            | Self::NoInstruction { .. }
             | Self::Call { .. }
             | Self::Take { .. }
             | Self::Leaked { .. } => false,

@@ -235,18 +235,21 @@ impl Space {
 
     /// Records the true smaps, from which the one of the freeze is rendered. 11 ms per GiB of the
     /// running process; to be done in a late round.
+    ///
+    /// The kernel renders it in pieces, so a process that unmaps meanwhile may get a text that is
+    /// none: then nothing is recorded, and without a better one later CRIU gets the true one.
     pub fn record_smaps(&mut self) -> Result<(), TrackError> {
         let pid = self.pid;
-        let inspecting = |source| TrackError::Inspect {
+        let text = maps::read_smaps_text(pid).map_err(|source| TrackError::Inspect {
             pid,
             what: "smaps",
             source,
+        })?;
+        let (Some(mappings), Ok(smaps)) = (maps::parse_smaps(&text), Recorded::parse(&text)) else {
+            tracing::debug!(pid, "its smaps changed while it was read");
+            self.recorded = None;
+            return Ok(());
         };
-        let text = maps::read_smaps_text(pid).map_err(inspecting)?;
-        let mappings = maps::parse_smaps(&text)
-            .ok_or_else(maps::unknown_form)
-            .map_err(inspecting)?;
-        let smaps = Recorded::parse(&text).map_err(|source| TrackError::Smaps { pid, source })?;
         let special = |(_, flags): &(Mapping, Flags)| *flags != Flags::default();
         self.recorded = Some(Record {
             smaps,

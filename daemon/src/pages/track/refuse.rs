@@ -24,9 +24,7 @@ pub fn find(pid: i32) -> Result<Option<Failure>, TrackError> {
     if let Some(failure) = threads.iter().find_map(|&tid| find_tracer(pid, tid)) {
         return Ok(Some(failure));
     }
-    let smaps = maps::read_smaps_text(pid).map_err(inspecting("smaps"))?;
-    let mappings = maps::parse_smaps(&smaps).ok_or_else(maps::unknown_form);
-    let mappings = mappings.map_err(inspecting("smaps"))?;
+    let mappings = maps::read_smaps(pid).map_err(inspecting("smaps"))?;
     let refused = |(mapping, flags): &(Mapping, Flags)| refuse_mapping(pid, mapping, *flags);
     if let Some(failure) = mappings.iter().find_map(refused) {
         return Ok(Some(failure));

@@ -10,33 +10,20 @@ use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::WorkloadDescription;
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 
-use super::{Dumping, Site, SourceNode};
+use super::{Dumping, Site, SourceNode, check_trackable};
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
-use crate::migration::source::failure::failed_to_track;
-use crate::migration::text::{internal, network_unfit};
+use crate::migration::source::state::{SiteState, encode_state};
+use crate::migration::text::network_unfit;
 use crate::pages::send::Sender;
-use crate::pages::track::refuse;
 use crate::pages::track::tree::Tree;
 use crate::runtime::cgroup::Freezer;
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
-
-/// What a restarted daemon needs to know of a workload: kept in the journal.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct SiteState {
-    root: i32,
-    freezer: PathBuf,
-    /// The freezer cgroup the tree came from, if it was moved.
-    origin: Option<PathBuf>,
-    /// Names of this node's link ends, with their bridges.
-    ports: Vec<(String, String)>,
-}
 
 /// A surveyed workload: nothing of it has been touched.
 #[derive(Debug)]
@@ -58,6 +45,7 @@ struct Found {
     origin: Option<PathBuf>,
     ports: Vec<Port>,
     memory_bytes: u64,
+    true_smaps: bool,
 }
 
 impl Site {
@@ -68,6 +56,7 @@ impl Site {
         root: i32,
         policy: Policy,
         shared: &[PathBuf],
+        true_smaps: bool,
         cancelled: watch::Receiver<bool>,
     ) -> Result<Survey, Failure> {
         let gone = |error: &dyn std::fmt::Display| {
@@ -76,7 +65,7 @@ impl Site {
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| gone(&error))?;
         let pids = tree.pids();
         let described = block_in_place(|| process::describe(root, &pids, shared))?;
-        block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid)))?;
+        block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid, root)))?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
         let mut ports = Vec::new();
@@ -117,6 +106,7 @@ impl Site {
             origin,
             ports,
             memory_bytes,
+            true_smaps,
         };
         Ok(Survey {
             description,
@@ -154,6 +144,7 @@ impl Site {
             origin: state.origin,
             ports,
             memory_bytes: 0,
+            true_smaps: false,
         };
         Ok(Self::untouched(node, id, policy, found, cancelled))
     }
@@ -185,19 +176,8 @@ impl Site {
             frozen_in_criu: None,
             data: None,
             cancelled,
+            sent: Arc::default(),
+            true_smaps: found.true_smaps,
         }
     }
-}
-
-/// Refuses what writes memory behind the page tables, or cannot be tracked for another reason.
-fn check_trackable(pid: i32) -> Result<(), Failure> {
-    match refuse::find(pid).map_err(|error| failed_to_track(&error))? {
-        Some(failure) => Err(failure),
-        None => Ok(()),
-    }
-}
-
-fn encode_state(state: &SiteState) -> Result<DriverState, Failure> {
-    let bytes = serde_json::to_vec(state).map_err(|error| internal(&error))?;
-    DriverState::new(bytes).map_err(|error| internal(&error))
 }
