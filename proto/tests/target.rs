@@ -274,6 +274,19 @@ fn a_ready_target_is_held_without_a_connection() {
     assert_eq!(target.hear(GO), [target_journal(running())]);
 }
 
+#[test]
+fn a_restarted_target_that_had_said_ready_is_held_without_a_connection() {
+    let mut target = Target::recovered(&[accepted(), ready_entry()]);
+    target.actions();
+    target.feed(TargetEvent::PeerConnected);
+    assert_eq!(target.feed(TargetEvent::PeerLost), []);
+    // The source may have committed before this restart: only it can say.
+    assert_eq!(target.journalled(ready_entry()), []);
+    assert_eq!(target.status().phase, Phase::Ready);
+    target.feed(TargetEvent::PeerConnected);
+    assert_eq!(target.hear(GO), [target_journal(running())]);
+}
+
 // clause: H-13
 #[test]
 fn a_fence_of_the_source_lets_a_ready_workload_run() {
@@ -303,6 +316,16 @@ fn a_held_workload_that_dies_is_refused() {
     let actions = target.feed(TargetEvent::Failure(failure()));
     assert_eq!(actions, [target_journal(refused())]);
     assert_eq!(target.status().failure, Some(failure()));
+}
+
+#[test]
+fn a_failure_while_running_is_being_written_refuses_nothing() {
+    let mut target = Target::ready();
+    assert_eq!(target.hear(GO), [target_journal(running())]);
+    // Whether the record is on disk is not known: a refusal could contradict it.
+    assert_eq!(target.feed(TargetEvent::Failure(failure())), []);
+    assert_eq!(target.status().failure, Some(failure()));
+    assert_eq!(target.journalled(running()), [LET_GO]);
 }
 
 #[test]
