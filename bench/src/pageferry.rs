@@ -185,11 +185,10 @@ pub fn wait_settled(lab: &Lab, time_max: Duration) -> Result<()> {
     Ok(())
 }
 
-pub fn abort(node: &Node, id: &str) -> Result<()> {
-    node.command("pageferry")?
-        .args(["abort", id])
-        .run()
-        .map(drop)
+/// Starts to ask for an abort: a daemon that is stopped answers only when it goes on.
+pub fn abort(node: &Node, id: &str) -> Result<Child> {
+    let command = node.command("pageferry")?.args(["abort", id]);
+    command.stdin(Stdio::null()).stderr(Stdio::null()).spawn()
 }
 
 const FINAL_PHASES: [&str; 2] = ["done", "aborted"];

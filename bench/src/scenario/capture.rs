@@ -125,11 +125,16 @@ impl Capture {
     }
 }
 
-/// "1700000000.123456 node-a In  ARP, Reply 10.90.0.101 is-at …"
+/// "1700000000.123456 node-a P   ARP, Reply 10.90.0.101 is-at …"
 fn parse_frame(line: &str) -> Option<Frame> {
     let (time, rest) = line.split_once(' ')?;
     let (port, rest) = rest.trim_start().split_once(' ')?;
-    let text = rest.trim_start().strip_prefix("In")?.trim_start();
+    let (way, text) = rest.trim_start().split_once(' ')?;
+    // To us, to all, to many, to somebody else: all came in, only "Out" did not.
+    if !["In", "B", "M", "P"].contains(&way) {
+        return None;
+    }
+    let text = text.trim_start();
     Some(Frame {
         time: time.parse().ok()?,
         port: port.to_owned(),
@@ -247,7 +252,7 @@ mod tests {
 
     #[test]
     fn lines_of_the_capture_are_read() {
-        let line = "1700000000.5 node-a In  ARP, Reply 10.90.0.101 is-at 02:00:0a:5a:00:65, \
+        let line = "1700000000.5 node-a P   ARP, Reply 10.90.0.101 is-at 02:00:0a:5a:00:65, \
                     length 28";
         let read = parse_frame(line).unwrap();
         assert_eq!((read.time, read.port.as_str()), (1_700_000_000.5, "node-a"));

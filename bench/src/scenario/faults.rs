@@ -7,6 +7,7 @@
 //! afterwards, not by whether the fault hit the very state it was meant for; a state never seen is
 //! a failure.
 
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -171,12 +172,15 @@ impl Fault {
         let seen = wait_for_phase(lab, workload, self.at)?;
         let result = match &seen {
             Some(id) => self.act(lab, id),
-            None => Ok(()),
+            None => Ok(None),
         };
         if let Some(pid) = stopped {
             kill(pid, Signal::SIGCONT).context("continuing a daemon")?;
         }
-        result?;
+        if let Some(mut abort) = result? {
+            // Refused once it is committed, which is right.
+            abort.wait().context("waiting for pageferry abort")?;
+        }
         if let Act::KillDaemon(node) = self.act
             && seen.is_some()
         {
@@ -185,17 +189,15 @@ impl Fault {
         Ok(seen.is_some())
     }
 
-    fn act(&self, lab: &mut Lab, id: &str) -> Result<()> {
+    /// Does it; an abort ends only when the daemon goes on.
+    fn act(&self, lab: &mut Lab, id: &str) -> Result<Option<Child>> {
         match self.act {
-            // Refused once it is committed, which is right.
-            Act::Abort => {
-                let _ = pageferry::abort(lab.node("a")?, id);
-                Ok(())
-            }
-            Act::KillDaemon(node) => lab.daemon(node)?.kill(),
-            Act::KillCriu(node) => kill_first(lab, node, "criu"),
-            Act::KillPager => kill_first(lab, "b", "pageferry-pager"),
+            Act::Abort => return pageferry::abort(lab.node("a")?, id).map(Some),
+            Act::KillDaemon(node) => lab.daemon(node)?.kill()?,
+            Act::KillCriu(node) => kill_first(lab, node, "criu")?,
+            Act::KillPager => kill_first(lab, "b", "pageferry-pager")?,
         }
+        Ok(None)
     }
 }
 
