@@ -39,6 +39,7 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
         failure: status.failure.as_ref().map(failure),
         fence_wanted: status.fence_wanted,
         final_pages: progress.final_pages,
+        pid_at_target: progress.pid_at_target,
     }
 }
 

@@ -30,6 +30,7 @@ pub struct Known<'a> {
     parts_ms: PartsMs,
     frozen_ms: Option<f64>,
     final_pages: Option<u64>,
+    pid_at_target: Option<i32>,
     total_ms: f64,
     fence_wanted: bool,
     error: Option<ErrorObject>,
@@ -55,6 +56,7 @@ pub struct Moved {
     total_ms: f64,
     final_pages: Option<u64>,
     dirty_pages_per_second: Option<u64>,
+    pid_at_target: Option<i32>,
     ok: bool,
     error: Option<ErrorObject>,
 }
@@ -96,6 +98,7 @@ impl<'a> Known<'a> {
             parts_ms: parts(status.parts.as_ref()),
             frozen_ms: status.frozen_us.map(millis),
             final_pages: status.final_pages,
+            pid_at_target: status.pid_at_target,
             total_ms: millis(status.elapsed_us),
             fence_wanted: status.fence_wanted,
             error: error(status),
@@ -124,6 +127,7 @@ impl Moved {
             total_ms: millis(status.elapsed_us),
             final_pages: status.final_pages,
             dirty_pages_per_second: status.dirty_pages_per_second,
+            pid_at_target: status.pid_at_target,
             ok: status.moved,
             error: if status.moved { None } else { error(status) },
         }
@@ -131,14 +135,29 @@ impl Moved {
 
     /// A move that a call ended: it was refused, or the daemon is gone.
     pub fn failed(id: Option<String>, workload: String, to: String, error: &CallError) -> Self {
-        let error = ErrorObject { code: error.code().to_owned(), text: error.text() };
-        Self { id, workload, to, mode: MODE, error: Some(error), ..Self::default() }
+        let error = ErrorObject {
+            code: error.code().to_owned(),
+            text: error.text(),
+        };
+        Self {
+            id,
+            workload,
+            to,
+            mode: MODE,
+            error: Some(error),
+            ..Self::default()
+        }
     }
 }
 
 /// How a migration ended, in a few lines.
 pub fn summary(status: &Status) -> String {
-    let Status { workload, node, peer, .. } = status;
+    let Status {
+        workload,
+        node,
+        peer,
+        ..
+    } = status;
     if !status.moved {
         let why = match &status.failure {
             Some(failure) => format!("{}: {}", failure.code, failure.text),
@@ -159,24 +178,39 @@ pub fn summary(status: &Status) -> String {
     if let Some(downtime) = status.downtime_us {
         text += &format!("\n  downtime {:.1} ms", millis(downtime));
         let parts = named_parts(parts(status.parts.as_ref()));
-        let known = parts.into_iter().filter_map(|(name, part)| Some(format!("{name} {:.1}", part?)));
+        let known = parts
+            .into_iter()
+            .filter_map(|(name, part)| Some(format!("{name} {:.1}", part?)));
         text += &format!(": {}", known.collect::<Vec<_>>().join(", "));
     }
     if let Some(frozen) = status.frozen_us {
         text += &format!("\n  frozen inside CRIU {:.1} ms", millis(frozen));
+    }
+    // Only a workload with a pid namespace of its own is called something else there.
+    if let Some(pid) = status.pid_at_target
+        && *workload != format!("process/{pid}")
+    {
+        text += &format!("\n  at {peer} it is process/{pid}");
     }
     text
 }
 
 /// Every status in a line, under a heading.
 pub fn table(statuses: &[Status]) -> String {
-    let heading =
-        ["ID", "WORKLOAD", "ROLE", "PEER", "PHASE", "ROUND", "SENT", "DOWNTIME"].map(str::to_owned);
-    let rows: Vec<[String; 8]> = std::iter::once(heading).chain(statuses.iter().map(row)).collect();
+    let heading = [
+        "ID", "WORKLOAD", "ROLE", "PEER", "PHASE", "ROUND", "SENT", "DOWNTIME",
+    ]
+    .map(str::to_owned);
+    let rows: Vec<[String; 8]> = std::iter::once(heading)
+        .chain(statuses.iter().map(row))
+        .collect();
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..8).map(width).collect();
     let line = |row: &[String; 8]| {
-        let cells = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}"));
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, &width)| format!("{cell:width$}"));
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect::<Vec<_>>().join("\n")
@@ -230,12 +264,16 @@ fn row(status: &Status) -> [String; 8] {
         status.phase.clone(),
         status.round.to_string(),
         Bytes(status.sent_bytes).rounded(),
-        status.downtime_us.map_or("-".to_owned(), |downtime| format!("{:.1} ms", millis(downtime))),
+        status.downtime_us.map_or("-".to_owned(), |downtime| {
+            format!("{:.1} ms", millis(downtime))
+        }),
     ]
 }
 
 fn parts(parts: Option<&Parts>) -> PartsMs {
-    let Some(parts) = parts else { return PartsMs::default() };
+    let Some(parts) = parts else {
+        return PartsMs::default();
+    };
     PartsMs {
         freeze: parts.freeze_us.map(millis),
         final_round: parts.final_round_us.map(millis),
@@ -257,7 +295,10 @@ fn named_parts(parts: PartsMs) -> [(&'static str, Option<f64>); 5] {
 
 fn error(status: &Status) -> Option<ErrorObject> {
     let failure = status.failure.as_ref()?;
-    Some(ErrorObject { code: failure.code.clone(), text: failure.text.clone() })
+    Some(ErrorObject {
+        code: failure.code.clone(),
+        text: failure.text.clone(),
+    })
 }
 
 /// How memory travels: copied in rounds before the freeze.
@@ -296,6 +337,7 @@ mod tests {
             frozen_us: Some(5_100),
             elapsed_us: 2_340_000,
             final_pages: Some(812),
+            pid_at_target: Some(15_002),
             ..Status::default()
         }
     }
@@ -306,21 +348,29 @@ mod tests {
             process/4711 moved from a to b in 2.34 s
               3 rounds, 512 MiB of memory, 300 MiB on the wire, 812 pages in the final round
               downtime 40.5 ms: freeze 0.8, final_round 15.0, restore 20.0, commit 0.2, handoff 4.5
-              frozen inside CRIU 5.1 ms"]]
+              frozen inside CRIU 5.1 ms
+              at b it is process/15002"]]
         .assert_eq(&summary(&moved()));
     }
 
     #[test]
     fn the_json_of_a_move_keeps_its_names() {
         let json = serde_json::to_string(&Moved::of(&moved())).unwrap();
-        expect![[r#"{"id":"0123456789abcdef0123456789abcdef","workload":"process/4711","mode":"precopy","from":"a","to":"b","rounds":3,"memory_bytes":536870912,"wire_bytes":314572800,"downtime_ms":40.5,"parts_ms":{"freeze":0.8,"final_round":15.0,"restore":20.0,"commit":0.2,"handoff":4.5},"frozen_ms":5.1,"restore_ms":20.0,"blackout_ms":null,"total_ms":2340.0,"final_pages":812,"dirty_pages_per_second":12000,"ok":true,"error":null}"#]]
+        expect![[r#"{"id":"0123456789abcdef0123456789abcdef","workload":"process/4711","mode":"precopy","from":"a","to":"b","rounds":3,"memory_bytes":536870912,"wire_bytes":314572800,"downtime_ms":40.5,"parts_ms":{"freeze":0.8,"final_round":15.0,"restore":20.0,"commit":0.2,"handoff":4.5},"frozen_ms":5.1,"restore_ms":20.0,"blackout_ms":null,"total_ms":2340.0,"final_pages":812,"dirty_pages_per_second":12000,"pid_at_target":15002,"ok":true,"error":null}"#]]
         .assert_eq(&json);
     }
 
     #[test]
     fn a_refused_move_says_where_the_workload_is() {
-        let failure = Failure { code: "pid-taken".to_owned(), text: "pid 7 is in use".to_owned() };
-        let status = Status { moved: false, failure: Some(failure), ..moved() };
+        let failure = Failure {
+            code: "pid-taken".to_owned(),
+            text: "pid 7 is in use".to_owned(),
+        };
+        let status = Status {
+            moved: false,
+            failure: Some(failure),
+            ..moved()
+        };
         expect![[r"
             process/4711 runs on at a, it has not moved to b
               pid-taken: pid 7 is in use"]]

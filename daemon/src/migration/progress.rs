@@ -13,6 +13,8 @@ pub struct Progress {
     pub frozen: Option<Duration>,
     /// Pages sent in the final round; at the source.
     pub final_pages: Option<u64>,
+    /// The workload's root in the target node's pid namespace, once it is known.
+    pub pid_at_target: Option<i32>,
 }
 
 impl Progress {
@@ -22,6 +24,7 @@ impl Progress {
             status,
             frozen: None,
             final_pages: None,
+            pid_at_target: None,
         }
     }
 }

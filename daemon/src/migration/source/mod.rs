@@ -22,6 +22,7 @@ use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::control::TargetMessage;
 use pageferry_proto::wire::control::SourceMessage;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -65,6 +66,8 @@ pub struct SourceDriver {
     connections: u64,
     /// How long CRIU held the tasks, and how many pages the final round had.
     measured: (Option<Duration>, Option<u64>),
+    /// What the target said it is called there.
+    pid_at_target: Option<i32>,
     events: mpsc::Sender<Incoming>,
     incoming: mpsc::Receiver<Incoming>,
     requests: mpsc::Receiver<SourceRequest>,
@@ -141,6 +144,7 @@ impl SourceDriver {
             connection: None,
             connections: 0,
             measured: (None, None),
+            pid_at_target: None,
             events,
             incoming,
             requests: parts.requests,
@@ -196,6 +200,9 @@ impl SourceDriver {
                 if event == SourceEvent::PeerLost {
                     self.connection = None;
                 }
+                if let SourceEvent::Message(TargetMessage::Started { root_pid, .. }) = &event {
+                    self.pid_at_target = *root_pid;
+                }
                 self.handle(event);
             }
             // Of a connection that has been replaced.
@@ -224,6 +231,7 @@ impl SourceDriver {
                     status,
                     frozen,
                     final_pages,
+                    pid_at_target: self.pid_at_target,
                 }));
             }
             SourceAction::Send(message) => {
