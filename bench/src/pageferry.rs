@@ -34,6 +34,14 @@ pub struct Outcome {
     pub object: Value,
 }
 
+impl Outcome {
+    /// What the workload's root is called at the target; as before, unless it has a pid namespace
+    /// of its own.
+    pub fn pid_at_target(&self) -> Option<i32> {
+        self.object["pid_at_target"].as_i64()?.try_into().ok()
+    }
+}
+
 /// A migration that is under way.
 #[derive(Debug)]
 pub struct Migration {

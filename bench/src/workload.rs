@@ -20,7 +20,8 @@ use launch::{LaunchSpec, launch};
 #[derive(Clone, Debug)]
 pub struct Workload {
     pub number: usize,
-    /// Of its root process, in the pid namespace of every node it is on.
+    /// Of its root process, in the pid namespace of the node it is at: another at each, if it has a
+    /// pid namespace of its own.
     pub pid: i32,
     pub link: WorkloadLink,
 }

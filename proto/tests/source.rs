@@ -181,6 +181,7 @@ fn go_is_repeated_until_it_is_answered() {
     assert_eq!(source.wait(2 * RESEND), [GO, GO]);
     source.hear(TargetMessage::Started {
         generation: GENERATION,
+        root_pid: None,
     });
     assert_eq!(source.wait(2 * RESEND), []);
 }
@@ -210,6 +211,7 @@ fn the_frozen_copy_is_killed_when_the_target_runs_the_workload() {
     };
     let message = TargetMessage::Started {
         generation: GENERATION,
+        root_pid: None,
     };
     assert_eq!(source.hear(message), [journal(started.clone())]);
     assert_eq!(source.journalled(started), [SourceAction::Release]);
@@ -417,7 +419,13 @@ fn a_fence_of_the_source_means_nothing_to_the_source() {
 fn only_what_was_committed_can_be_started() {
     let mut source = Source::committed();
     let generation = GENERATION.next();
-    assert_eq!(source.hear(TargetMessage::Started { generation }), []);
+    assert_eq!(
+        source.hear(TargetMessage::Started {
+            generation,
+            root_pid: None
+        }),
+        []
+    );
     assert_eq!(source.status().phase, Phase::Committed);
     let older = TargetMessage::Refused {
         generation: GENERATION,

@@ -30,6 +30,7 @@ fn send(message: TargetMessage) -> TargetAction {
 fn started() -> TargetAction {
     send(TargetMessage::Started {
         generation: GENERATION,
+        root_pid: None,
     })
 }
 

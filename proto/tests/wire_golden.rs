@@ -115,6 +115,7 @@ fn description() -> WorkloadDescription {
         kernel_release: "6.12.0".to_owned(),
         cwd: "/".to_owned(),
         root: "/".to_owned(),
+        mounts: Vec::new(),
     }
 }
 
@@ -284,7 +285,10 @@ fn messages_of_the_target_keep_their_bytes() {
         "#]],
     );
     check(
-        TargetMessage::Started { generation },
+        TargetMessage::Started {
+            generation,
+            root_pid: None,
+        },
         &expect![[r#"
         05000000aa03020803
     "#]],

@@ -95,6 +95,7 @@ impl Session {
         report: &mut Report,
     ) -> bool {
         note_status(&outcome, report);
+        let pid = outcome.pid_at_target();
         let Some(mut one) = outcome.moved else {
             let (code, text) = outcome.error.unwrap_or_default();
             report.fail(format!(
@@ -104,6 +105,7 @@ impl Session {
             ));
             return false;
         };
+        self.workload.pid = pid.unwrap_or(self.workload.pid);
         to.clone_into(&mut self.at);
         match self.blackout_since(begun) {
             Ok(blackout) => one.blackout_ms = Some(millis(blackout)),

@@ -67,8 +67,10 @@ impl WriterSession {
         begun: Instant,
         to: &str,
     ) -> Result<std::result::Result<Move, (String, String)>> {
+        let pid = outcome.pid_at_target();
         let moved = match outcome.moved {
             Some(mut one) => {
+                self.workload.pid = pid.unwrap_or(self.workload.pid);
                 to.clone_into(&mut self.at);
                 if !self
                     .prober

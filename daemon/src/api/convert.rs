@@ -43,6 +43,7 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
             .successor
             .map(|id| id.to_string())
             .unwrap_or_default(),
+        pid_at_target: progress.pid_at_target,
     }
 }
 

@@ -30,6 +30,7 @@ pub struct Known<'a> {
     parts_ms: PartsMs,
     frozen_ms: Option<f64>,
     final_pages: Option<u64>,
+    pid_at_target: Option<i32>,
     total_ms: f64,
     fence_wanted: bool,
     error: Option<ErrorObject>,
@@ -55,6 +56,7 @@ pub struct Moved {
     total_ms: f64,
     final_pages: Option<u64>,
     dirty_pages_per_second: Option<u64>,
+    pid_at_target: Option<i32>,
     ok: bool,
     error: Option<ErrorObject>,
 }
@@ -96,6 +98,7 @@ impl<'a> Known<'a> {
             parts_ms: parts(status.parts.as_ref()),
             frozen_ms: status.frozen_us.map(millis),
             final_pages: status.final_pages,
+            pid_at_target: status.pid_at_target,
             total_ms: millis(status.elapsed_us),
             fence_wanted: status.fence_wanted,
             error: error(status),
@@ -124,6 +127,7 @@ impl Moved {
             total_ms: millis(status.elapsed_us),
             final_pages: status.final_pages,
             dirty_pages_per_second: status.dirty_pages_per_second,
+            pid_at_target: status.pid_at_target,
             ok: status.moved,
             error: if status.moved { None } else { error(status) },
         }
@@ -182,6 +186,12 @@ pub fn summary(status: &Status) -> String {
     }
     if let Some(frozen) = status.frozen_us {
         text += &format!("\n  frozen inside CRIU {:.1} ms", millis(frozen));
+    }
+    // Only a workload with a pid namespace of its own is called something else there.
+    if let Some(pid) = status.pid_at_target
+        && *workload != format!("process/{pid}")
+    {
+        text += &format!("\n  at {peer} it is process/{pid}");
     }
     text
 }
@@ -328,6 +338,7 @@ mod tests {
             frozen_us: Some(5_100),
             elapsed_us: 2_340_000,
             final_pages: Some(812),
+            pid_at_target: Some(15_002),
             ..Status::default()
         }
     }
@@ -338,14 +349,15 @@ mod tests {
             process/4711 moved from a to b in 2.34 s
               3 rounds, 512 MiB of memory, 300 MiB on the wire, 812 pages in the final round
               downtime 40.5 ms: freeze 0.8, final_round 15.0, restore 20.0, commit 0.2, handoff 4.5
-              frozen inside CRIU 5.1 ms"]]
+              frozen inside CRIU 5.1 ms
+              at b it is process/15002"]]
         .assert_eq(&summary(&moved()));
     }
 
     #[test]
     fn the_json_of_a_move_keeps_its_names() {
         let json = serde_json::to_string(&Moved::of(&moved())).unwrap();
-        expect![[r#"{"id":"0123456789abcdef0123456789abcdef","workload":"process/4711","mode":"precopy","from":"a","to":"b","rounds":3,"memory_bytes":536870912,"wire_bytes":314572800,"downtime_ms":40.5,"parts_ms":{"freeze":0.8,"final_round":15.0,"restore":20.0,"commit":0.2,"handoff":4.5},"frozen_ms":5.1,"restore_ms":20.0,"blackout_ms":null,"total_ms":2340.0,"final_pages":812,"dirty_pages_per_second":12000,"ok":true,"error":null}"#]]
+        expect![[r#"{"id":"0123456789abcdef0123456789abcdef","workload":"process/4711","mode":"precopy","from":"a","to":"b","rounds":3,"memory_bytes":536870912,"wire_bytes":314572800,"downtime_ms":40.5,"parts_ms":{"freeze":0.8,"final_round":15.0,"restore":20.0,"commit":0.2,"handoff":4.5},"frozen_ms":5.1,"restore_ms":20.0,"blackout_ms":null,"total_ms":2340.0,"final_pages":812,"dirty_pages_per_second":12000,"pid_at_target":15002,"ok":true,"error":null}"#]]
         .assert_eq(&json);
     }
 

@@ -16,6 +16,8 @@ pub struct Progress {
     pub final_pages: Option<u64>,
     /// The migration that was started in place of this one, which failed; at the source.
     pub successor: Option<MigrationId>,
+    /// The workload's root in the target node's pid namespace, once it is known.
+    pub pid_at_target: Option<i32>,
 }
 
 impl Progress {
@@ -26,6 +28,7 @@ impl Progress {
             frozen: None,
             final_pages: None,
             successor: None,
+            pid_at_target: None,
         }
     }
 }

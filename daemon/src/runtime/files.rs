@@ -15,6 +15,7 @@ use pageferry_proto::wire::description::{FileDescription, FileUse};
 use procfs::process::{FDTarget, MMPermissions, MMapPath, Process};
 
 use super::build_id;
+use super::mounts::Mounts;
 
 /// Files named in one description; a large JVM has about a thousand.
 pub const FILES_MAX: usize = 16_384;
@@ -25,6 +26,8 @@ pub const DELETED_FILE_MAX: u64 = 16 << 20; // 16 MiB
 /// What is known of one open descriptor beyond its file.
 #[derive(Debug, Default)]
 pub struct Descriptors {
+    /// Where the node has the workload's files, if it has a mount namespace of its own.
+    pub mounts: Option<Mounts>,
     /// Files by path.
     pub files: BTreeMap<PathBuf, FileDescription>,
     /// Pipe ends by inode: readers, writers.
@@ -103,6 +106,11 @@ impl Descriptors {
             }
             return Ok(());
         }
+        let Some(path) = self.node_path(path) else {
+            // On a tmpfs of its own, which goes along, or made by the kernel.
+            return Ok(());
+        };
+        let path = path.as_path();
         if writes && !is_shared(path, shared) {
             return Err(Failure::new(
                 ErrorCode::FileWritable,
@@ -128,12 +136,17 @@ impl Descriptors {
             let MMapPath::Path(path) = &map.pathname else {
                 continue;
             };
-            if self.files.contains_key(path) || deleted(path).is_some() {
+            if deleted(path).is_some() {
                 continue;
             }
-            let seen = Path::new("/proc").join(pid.to_string()).join("root");
-            let Ok(metadata) = fs::metadata(seen.join(path.strip_prefix("/").unwrap_or(path)))
-            else {
+            let Some(path) = self.node_path(path) else {
+                continue;
+            };
+            let path = path.as_path();
+            if self.files.contains_key(path) {
+                continue;
+            }
+            let Ok(metadata) = fs::metadata(self.seen(pid).join(strip(path))) else {
                 continue;
             };
             let writes = map
@@ -179,8 +192,7 @@ impl Descriptors {
                 ),
             ));
         };
-        let root = format!("/proc/{pid}/root");
-        let build_id = File::open(Path::new(&root).join(name.trim_start_matches('/')))
+        let build_id = File::open(self.seen(pid).join(strip(path)))
             .and_then(|file| build_id::read(&file))
             .unwrap_or_default();
         self.files
@@ -194,6 +206,22 @@ impl Descriptors {
                 kind,
             });
         Ok(())
+    }
+
+    /// Where the node has what process has at `path`; none if that is not a file of the node.
+    fn node_path(&self, path: &Path) -> Option<PathBuf> {
+        match &self.mounts {
+            Some(mounts) => mounts.node_path(path),
+            None => Some(path.to_owned()),
+        }
+    }
+
+    /// The folder below which files of process `pid` are found by their paths at the node.
+    fn seen(&self, pid: i32) -> PathBuf {
+        match self.mounts {
+            Some(_) => PathBuf::from("/"),
+            None => PathBuf::from(format!("/proc/{pid}/root")),
+        }
     }
 
     /// Refuses pipes that have an end outside the tree, which CRIU would refuse in the freeze.
@@ -245,6 +273,10 @@ pub fn check(file: &FileDescription, root: &Path) -> Result<(), Failure> {
         return differs("another build of the same size".to_owned());
     }
     Ok(())
+}
+
+fn strip(path: &Path) -> &Path {
+    path.strip_prefix("/").unwrap_or(path)
 }
 
 /// The name of a deleted file, as the kernel marks it in /proc.

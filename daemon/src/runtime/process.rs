@@ -15,9 +15,10 @@ use pageferry_proto::id::SpaceId;
 use pageferry_proto::page::PAGE_SIZE;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::{Namespaces, SpaceDescription, WorkloadDescription};
-use procfs::process::Process;
+use procfs::process::{Process, Status};
 
 use super::files::{self, Descriptors};
+use super::mounts::{self, Mounts};
 use crate::sys::namespace::{self, NamespaceKind};
 
 /// Threads in one tree; the description of one must fit a control message.
@@ -30,6 +31,8 @@ pub struct Described {
     pub description: WorkloadDescription,
     /// Namespaces the root has to itself, in the order in which CRIU must be started in them.
     pub own: Vec<NamespaceKind>,
+    /// What it sees, if it has a mount namespace of its own.
+    pub mounts: Option<Mounts>,
 }
 
 /// Looks at the tree of `pids`, `root` first. Blocks for a few milliseconds.
@@ -46,7 +49,12 @@ pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described
     let process = Process::new(root).map_err(|error| gone(&error))?;
     refuse_ourselves(root)?;
     let own = own_namespaces(root)?;
-    let mut descriptors = Descriptors::default();
+    check_members(root, pids, &own)?;
+    let mounts = own_mounts(root, &own)?;
+    let mut descriptors = Descriptors {
+        mounts: mounts.clone(),
+        ..Descriptors::default()
+    };
     let mut spaces = Vec::new();
     let mut tasks = BTreeSet::new();
     for pid in pids {
@@ -82,7 +90,12 @@ pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described
     let description = WorkloadDescription {
         root_pid: root,
         spaces,
-        pids: tasks.into_iter().collect(),
+        // In a pid namespace of their own they take nothing of the target's.
+        pids: if own.contains(&NamespaceKind::Pid) {
+            Vec::new()
+        } else {
+            tasks.into_iter().collect()
+        },
         own_namespaces: own
             .iter()
             .fold(Namespaces::NONE, |all, kind| all.with(wire_kind(*kind))),
@@ -100,12 +113,18 @@ pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described
         kernel_release: kernel_release(),
         cwd: link("cwd"),
         root: link("root"),
+        mounts: mounts.as_ref().map_or(Ok(Vec::new()), Mounts::describe)?,
     };
-    Ok(Described { description, own })
+    Ok(Described {
+        description,
+        own,
+        mounts,
+    })
 }
 
 /// Checks at the target that the tree can be restored here: pids free, files the same.
 pub fn check(description: &WorkloadDescription) -> Result<(), Failure> {
+    mounts::check(&description.mounts)?;
     for file in &description.files {
         files::check(file, Path::new("/"))?;
     }
@@ -187,12 +206,77 @@ fn space(
     };
     let threads: Vec<i32> = threads.flatten().map(|task| task.tid).collect();
     tasks.extend(&threads);
+    let vpid = innermost(&status);
     Ok(Some(SpaceDescription {
-        vpid: SpaceId(u32::try_from(process.pid).unwrap_or(0)),
+        vpid: SpaceId(u32::try_from(vpid).unwrap_or(0)),
         comm: status.name,
         threads,
         memory_bytes: (resident + status.vmswap.unwrap_or(0)) << 10, // KiB
     }))
+}
+
+/// The pid in the innermost pid namespace, which is what CRIU knows a process by: there is at most
+/// one level between it and the node.
+fn innermost(status: &Status) -> i32 {
+    let all = status.nspid.as_deref().unwrap_or_default();
+    all.last().copied().unwrap_or(status.pid)
+}
+
+/// Namespaces within the workload would have to be made one by one.
+fn check_members(root: i32, pids: &[i32], own: &[NamespaceKind]) -> Result<(), Failure> {
+    let refused = |text: String| Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
+    let of =
+        |pid: i32, kind: NamespaceKind| fs::read_link(format!("/proc/{pid}/ns/{}", kind.file()));
+    for kind in [NamespaceKind::Pid, NamespaceKind::Mount] {
+        let theirs = of(root, kind).ok();
+        // One that ends meanwhile, or has ended and is a zombie, is in no namespace.
+        let differs =
+            |pid: &&i32| of(**pid, kind).is_ok_and(|found| Some(&found) != theirs.as_ref());
+        if let Some(pid) = pids.iter().find(differs) {
+            return refused(format!(
+                "process {pid} is in another {} namespace than process {root}",
+                kind.file()
+            ));
+        }
+    }
+    if !own.contains(&NamespaceKind::Pid) {
+        return Ok(());
+    }
+    if !own.contains(&NamespaceKind::Mount) {
+        return refused(
+            "the workload has its own pid namespace, but not its own mount namespace, without \
+             which /proc cannot show it"
+                .to_owned(),
+        );
+    }
+    let status = Process::new(root).and_then(|process| process.status());
+    let ids = status.ok().and_then(|status| status.nspid);
+    match ids.as_deref() {
+        Some([_, 1]) => Ok(()),
+        _ => refused(format!(
+            "process {root} is not process 1 of its pid namespace, or that is not the node's child"
+        )),
+    }
+}
+
+fn own_mounts(root: i32, own: &[NamespaceKind]) -> Result<Option<Mounts>, Failure> {
+    if !own.contains(&NamespaceKind::Mount) {
+        return Ok(None);
+    }
+    // Mounts above a changed root are not listed.
+    let place = fs::read_link(format!("/proc/{root}/root")).unwrap_or_default();
+    if place != Path::new("/") {
+        return Err(Failure::new(
+            ErrorCode::UnsupportedWorkload,
+            format!(
+                "process {root} has a mount namespace of its own, but its root is {} in it",
+                place.display()
+            ),
+        ));
+    }
+    let mounts = Mounts::read(root)?;
+    mounts.check_contents(root)?;
+    Ok(Some(mounts))
 }
 
 /// A session or process group whose leader is outside the tree cannot be made again.

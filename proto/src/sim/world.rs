@@ -532,6 +532,7 @@ fn offer(setup: &Setup) -> SourceOffer {
             kernel_release: "6.12".to_owned(),
             cwd: "/".to_owned(),
             root: "/".to_owned(),
+            mounts: Vec::new(),
         },
         state: DriverState::new(b"source".to_vec()).expect("six bytes"),
     }

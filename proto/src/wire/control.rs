@@ -129,6 +129,9 @@ pub enum TargetMessage {
     Started {
         /// The started generation.
         generation: Generation,
+        /// Its root in the target node's pid namespace. The machine knows no processes: whoever
+        /// performs it fills this in.
+        root_pid: Option<i32>,
     },
     /// The target's journal does not hold this generation's `Ready`. Neither a promise nor a
     /// refusal.
@@ -341,8 +344,12 @@ impl TargetMessage {
             Self::RoundHeld { round } => Wire::RoundHeld(schema::RoundHeld {
                 round: round.number(),
             }),
-            Self::Started { generation } => Wire::Started(schema::Started {
+            Self::Started {
+                generation,
+                root_pid,
+            } => Wire::Started(schema::Started {
                 generation: generation.number(),
+                root_pid: root_pid.unwrap_or(0),
             }),
             Self::Unknown { generation } => Wire::Unknown(schema::Unknown {
                 generation: generation.number(),
@@ -413,7 +420,11 @@ impl TryFrom<Wire> for Message {
             .into(),
             Wire::Started(started) => {
                 let generation = generation("started.generation", started.generation)?;
-                Target::Started { generation }.into()
+                Target::Started {
+                    generation,
+                    root_pid: Some(started.root_pid).filter(|pid| *pid > 0),
+                }
+                .into()
             }
             Wire::Unknown(unknown) => {
                 let generation = generation("unknown.generation", unknown.generation)?;

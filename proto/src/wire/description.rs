@@ -22,6 +22,8 @@ pub const ADDRESSES_MAX: usize = 64;
 pub const ROUTES_MAX: usize = 1024;
 /// Most files that are mapped or open. The frame's limit of 1 MiB comes earlier for long paths.
 pub const FILES_MAX: usize = 1 << 16;
+/// Most mounts of the node that a workload sees in a mount namespace of its own.
+pub const MOUNTS_MAX: usize = 256;
 /// Longest path, in bytes: the kernel's PATH_MAX.
 pub const PATH_BYTES_MAX: usize = 4096;
 /// Longest name of a link, in bytes: the kernel's IFNAMSIZ without its final zero.
@@ -66,6 +68,20 @@ pub struct WorkloadDescription {
     pub cwd: String,
     /// The root directory of the root.
     pub root: String,
+    /// The mounts in its own mount namespace that show files of the node; the first is its root.
+    /// Empty if it has the node's mount namespace.
+    pub mounts: Vec<MountDescription>,
+}
+
+/// A mount in a mount namespace of the workload's own that shows files of the node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountDescription {
+    /// Where it is in the workload; absolute.
+    pub path: String,
+    /// Where the node has what it shows, at the source and at the target alike; absolute.
+    pub node_path: String,
+    /// Whether that is a directory.
+    pub directory: bool,
 }
 
 /// One address space.
@@ -127,7 +143,7 @@ pub struct RouteDescription {
 /// One file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileDescription {
-    /// Its path in the workload's mount namespace.
+    /// Its path at the node.
     pub path: String,
     /// Its length, in bytes.
     pub size: u64,
@@ -210,6 +226,7 @@ impl From<&WorkloadDescription> for schema::WorkloadDescription {
             kernel_release: description.kernel_release.clone(),
             cwd: description.cwd.clone(),
             root: description.root.clone(),
+            mounts: description.mounts.iter().map(Into::into).collect(),
         }
     }
 }
@@ -223,6 +240,7 @@ impl TryFrom<schema::WorkloadDescription> for WorkloadDescription {
         short("description.links", wire.links.len(), LINKS_MAX)?;
         short("description.routes", wire.routes.len(), ROUTES_MAX)?;
         short("description.files", wire.files.len(), FILES_MAX)?;
+        short("description.mounts", wire.mounts.len(), MOUNTS_MAX)?;
         short(
             "description.shared_paths",
             wire.shared_paths.len(),
@@ -254,6 +272,7 @@ impl TryFrom<schema::WorkloadDescription> for WorkloadDescription {
             kernel_release: wire.kernel_release,
             cwd: wire.cwd,
             root: wire.root,
+            mounts: collect(wire.mounts)?,
         })
     }
 }
@@ -398,6 +417,34 @@ impl TryFrom<schema::File> for FileDescription {
             writable: wire.writable,
             mode: wire.mode,
             kind,
+        })
+    }
+}
+
+impl From<&MountDescription> for schema::Mount {
+    fn from(mount: &MountDescription) -> Self {
+        Self {
+            path: mount.path.clone(),
+            node_path: mount.node_path.clone(),
+            directory: mount.directory,
+        }
+    }
+}
+
+impl TryFrom<schema::Mount> for MountDescription {
+    type Error = ControlError;
+
+    fn try_from(wire: schema::Mount) -> Result<Self, ControlError> {
+        for path in [&wire.path, &wire.node_path] {
+            if !path.starts_with('/') {
+                return Err(missing("mount path"));
+            }
+            short("mount path", path.len(), PATH_BYTES_MAX)?;
+        }
+        Ok(Self {
+            path: wire.path,
+            node_path: wire.node_path,
+            directory: wire.directory,
         })
     }
 }

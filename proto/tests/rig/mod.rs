@@ -411,5 +411,6 @@ fn description() -> WorkloadDescription {
         kernel_release: String::new(),
         cwd: "/".to_owned(),
         root: "/".to_owned(),
+        mounts: Vec::new(),
     }
 }

@@ -23,10 +23,12 @@ use criu_glue::options::{
 use criu_glue::report;
 use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError};
 use criu_glue::view::{Feed, FeedError};
+use pageferry_proto::wire::description::MountDescription;
 use thiserror::Error;
 
 use crate::runtime::cgroup::Freezer;
 use crate::runtime::files::DELETED_FILE_MAX;
+use crate::runtime::mounts::external_at_dump;
 
 /// CRIU's start-up, with its kernel probing cached, takes tens of milliseconds.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -94,6 +96,8 @@ pub struct DumpPlan {
     pub directory: PathBuf,
     /// The cgroup that holds the tree.
     pub freezer: Freezer,
+    /// Mounts of the node that the tree sees in a mount namespace of its own; the root first.
+    pub mounts: Vec<MountDescription>,
 }
 
 /// A dump under way.
@@ -162,7 +166,7 @@ impl Dump {
             ghost_limit: Some(u32::try_from(DELETED_FILE_MAX).unwrap_or(u32::MAX)),
             network_lock: NetworkLock::Skip,
             manage_cgroups: ManageCgroups::Ignore,
-            external: Vec::new(),
+            external: external_at_dump(&plan.mounts),
             root: None,
             notify: true,
             page_server: None,

@@ -28,6 +28,7 @@ use pageferry_proto::migration::status::{Phase, Status};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::SourceMessage;
+use pageferry_proto::wire::control::TargetMessage;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
@@ -81,6 +82,8 @@ pub struct SourceDriver {
     repeatable: bool,
     /// The last status, if it is not to be seen before there is a successor.
     held_back: Option<Progress>,
+    /// What the target said it is called there.
+    pid_at_target: Option<i32>,
     events: mpsc::Sender<Incoming>,
     incoming: mpsc::Receiver<Incoming>,
     requests: mpsc::Receiver<SourceRequest>,
@@ -172,6 +175,7 @@ impl SourceDriver {
             measured: (None, None),
             repeatable: parts.repeatable,
             held_back: None,
+            pid_at_target: None,
             events,
             incoming,
             requests: parts.requests,
@@ -239,6 +243,7 @@ impl SourceDriver {
             frozen,
             final_pages,
             successor: None,
+            pid_at_target: self.pid_at_target,
         };
         if repeat {
             self.held_back = Some(progress);
@@ -267,6 +272,9 @@ impl SourceDriver {
             Incoming::Of(number, event) if number == self.connections => {
                 if event == SourceEvent::PeerLost {
                     self.connection = None;
+                }
+                if let SourceEvent::Message(TargetMessage::Started { root_pid, .. }) = &event {
+                    self.pid_at_target = *root_pid;
                 }
                 self.handle(event);
             }

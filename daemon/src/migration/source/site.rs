@@ -35,6 +35,7 @@ use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::mounts::Mounts;
 use crate::sys::namespace::{self, NamespaceKind};
 pub use survey::Survey;
 
@@ -85,6 +86,8 @@ pub struct Site {
     pub(super) policy: Policy,
     pub(super) root: i32,
     own: Vec<NamespaceKind>,
+    /// As surveyed, if it has a mount namespace of its own.
+    mounts: Option<Mounts>,
     pub(super) freezer: Freezer,
     origin: Option<PathBuf>,
     ports: Vec<Port>,
@@ -258,6 +261,10 @@ impl Site {
             root_pid: self.root,
             directory: self.directory.clone(),
             freezer: self.freezer.clone(),
+            mounts: match &self.mounts {
+                Some(mounts) => mounts.describe()?,
+                None => Vec::new(),
+            },
         };
         self.dumping = Dumping::Preparing(tokio::spawn(Dump::prepare(plan)));
         Ok(())
@@ -283,7 +290,23 @@ impl Site {
                     .map_err(|error| network_unfit(&error))?;
             }
         }
-        block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))
+        block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
+        self.check_mounts()
+    }
+
+    /// CRIU and the target were told of the mounts before the rounds.
+    fn check_mounts(&self) -> Result<(), Failure> {
+        let Some(surveyed) = &self.mounts else {
+            return Ok(());
+        };
+        let now = block_in_place(|| Mounts::read(self.root))?;
+        if now == *surveyed {
+            return Ok(());
+        }
+        Err(Failure::new(
+            ErrorCode::UnsupportedWorkload,
+            "the workload's mounts have changed since the move began: move it again",
+        ))
     }
 
     /// The prepared dump; there is one from the freeze to the thaw.

@@ -59,6 +59,8 @@ pub struct TargetDriver {
     incoming: mpsc::Receiver<Incoming>,
     requests: mpsc::Receiver<TargetRequest>,
     status: watch::Sender<Arc<Progress>>,
+    /// The workload's root, once it is restored.
+    root_pid: Option<i32>,
     log: Log,
 }
 
@@ -110,6 +112,7 @@ impl TargetDriver {
             machine: parts.machine,
             clock: parts.clock,
             intake: parts.site.intake(),
+            root_pid: parts.site.root_pid(),
             site: Some(Box::new(parts.site)),
             operation: None,
             waiting: VecDeque::new(),
@@ -252,9 +255,15 @@ impl TargetDriver {
             }
             TargetAction::Report(status) => {
                 tracing::debug!(migration = %status.id, phase = %status.phase.name(), "status");
-                self.status.send_replace(Arc::new(Progress::of(status)));
+                self.status.send_replace(Arc::new(Progress {
+                    pid_at_target: self.root_pid,
+                    ..Progress::of(status)
+                }));
             }
-            TargetAction::Send(message) => {
+            TargetAction::Send(mut message) => {
+                if let TargetMessage::Started { root_pid, .. } = &mut message {
+                    *root_pid = self.root_pid;
+                }
                 // Without a session the source asks again when it is back.
                 if let Some(session) = &self.session
                     && !session.say(message)
@@ -304,6 +313,7 @@ impl TargetDriver {
         self.operation = None;
         match ended {
             Ok((site, event)) => {
+                self.root_pid = site.root_pid();
                 self.site = Some(site);
                 if event == TargetEvent::Resumed {
                     self.waiting.push_back(Operation::Fill);

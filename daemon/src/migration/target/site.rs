@@ -18,7 +18,7 @@ use pageferry_proto::id::{MigrationId, SpaceId};
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
-use pageferry_proto::wire::description::{LinkAddress, LinkDescription};
+use pageferry_proto::wire::description::{LinkAddress, LinkDescription, MountDescription};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
@@ -30,6 +30,7 @@ use crate::pager::client::{ClientError, Notice, PagerClient, Remains, Spawn};
 use crate::pager::message::{Namespace, RestoreRequest};
 use crate::pages::store::{Store, StoreLimits};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::mounts::external_at_restore;
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
 
@@ -66,6 +67,8 @@ struct SiteState {
     freezer: PathBuf,
     bridge: String,
     links: Vec<LinkState>,
+    #[serde(default)]
+    root_pid: Option<i32>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -99,6 +102,10 @@ pub struct Site {
     namespaces: Vec<(NamespaceKind, OwnedFd)>,
     network: Option<PreparedNetwork>,
     links: Vec<LinkDescription>,
+    /// What CRIU binds into a mount namespace of the workload's own; the root first.
+    mounts: Vec<MountDescription>,
+    /// The workload's root at this node, once it is restored.
+    root_pid: Option<i32>,
     pager: Option<Pager>,
     intake: Arc<Intake>,
     /// From the request to CRIU's post-restore.
@@ -119,6 +126,8 @@ impl Site {
             namespaces: Vec::new(),
             network: None,
             links: Vec::new(),
+            mounts: Vec::new(),
+            root_pid: None,
             pager: None,
             intake: Arc::new(intake),
             restore_time: None,
@@ -140,6 +149,8 @@ impl Site {
             namespaces: Vec::new(),
             network: None,
             links: Vec::new(),
+            mounts: Vec::new(),
+            root_pid: None,
             pager: None,
             restore_time: None,
         };
@@ -153,6 +164,7 @@ impl Site {
             )
         })?;
         site.freezer = Freezer::at(state.freezer);
+        site.root_pid = state.root_pid;
         site.links = state.links.into_iter().map(from_state).collect();
         let prefix = link_prefix(id);
         site.network = Some(PreparedNetwork::recovered(
@@ -166,6 +178,11 @@ impl Site {
             Err(error) => tracing::info!(migration = %id, "no pager: {}", chain(&error)),
         }
         Ok(site)
+    }
+
+    /// The workload's root in this node's pid namespace, once it is restored.
+    pub const fn root_pid(&self) -> Option<i32> {
+        self.root_pid
     }
 
     /// Where streams of pages and images go.
@@ -188,19 +205,16 @@ impl Site {
             ));
         }
         block_in_place(|| process::check(description))?;
-        let kinds = process::kinds(description.own_namespaces);
-        if let Some(kind) = kinds
-            .iter()
-            .find(|kind| matches!(kind, NamespaceKind::Pid | NamespaceKind::Mount))
-        {
+        let mut kinds = process::kinds(description.own_namespaces);
+        if kinds.contains(&NamespaceKind::Mount) == description.mounts.is_empty() {
             return Err(Failure::new(
                 ErrorCode::UnsupportedWorkload,
-                format!(
-                    "the workload has its own {} namespace, which is not moved yet",
-                    kind.file()
-                ),
+                "the offer does not say which mounts the workload has",
             ));
         }
+        // CRIU makes these two with the tree: a pid namespace lives by its process 1.
+        kinds.retain(|kind| !matches!(kind, NamespaceKind::Pid | NamespaceKind::Mount));
+        self.mounts.clone_from(&description.mounts);
         let made = block_in_place(|| namespace::create(&kinds)).map_err(|error| {
             Failure::new(
                 ErrorCode::NodeUnfit,
@@ -275,12 +289,15 @@ impl Site {
             tcp_established: true,
             file_locks: true,
             link_remap: true,
+            external: external_at_restore(&self.mounts),
+            root: self.mounts.first().map(|mount| mount.node_path.clone()),
             ..RestoreRequest::default()
         };
         let restored = pager
             .restore(request, &namespaces, &[])
             .await
             .map_err(pager_failed)?;
+        self.root_pid = Some(restored.root_pid);
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));
         tracing::info!(migration = %self.id, root = restored.root_pid,
             took = ?self.restore_time, "restored and held");
@@ -451,6 +468,7 @@ impl Site {
             freezer: self.freezer.path().to_owned(),
             bridge: self.node.bridge.clone().unwrap_or_default(),
             links: self.links.iter().map(to_state).collect(),
+            root_pid: self.root_pid,
         };
         let bytes = serde_json::to_vec(&state).map_err(|error| internal(&error))?;
         DriverState::new(bytes).map_err(|error| internal(&error))

@@ -11,6 +11,7 @@ const GO: SourceMessage = SourceMessage::Go {
 };
 const STARTED: TargetMessage = TargetMessage::Started {
     generation: Generation::FIRST,
+    root_pid: None,
 };
 
 #[tokio::test]

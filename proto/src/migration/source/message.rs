@@ -23,7 +23,10 @@ impl SourceMachine {
             }
             TargetMessage::Refused { generation } => self.refused(generation),
             TargetMessage::RoundHeld { round } => self.round_held(now, round),
-            TargetMessage::Started { generation } => self.target_started(now, generation),
+            TargetMessage::Started {
+                generation,
+                root_pid: _,
+            } => self.target_started(now, generation),
             TargetMessage::Unknown { generation: _ } => self.unknown(),
         }
     }

@@ -147,7 +147,10 @@ impl TargetMachine {
         let (generation, filled) = (running.generation, running.filled);
         self.failure = None;
         self.timers.stop_all();
-        self.send(TargetMessage::Started { generation });
+        self.send(TargetMessage::Started {
+            generation,
+            root_pid: None,
+        });
         if filled {
             self.filled();
         }

@@ -146,7 +146,10 @@ impl TargetMachine {
     fn answer_started(&self, running: Generation, asked: Generation) -> Option<TargetMessage> {
         let generation = asked;
         if running == asked {
-            Some(TargetMessage::Started { generation })
+            Some(TargetMessage::Started {
+                generation,
+                root_pid: None,
+            })
         } else {
             Some(TargetMessage::Unknown { generation })
         }
@@ -222,7 +225,10 @@ impl TargetMachine {
             "the source aborted what it had told this node to run",
         ));
         if let Some(generation) = generation {
-            self.send(TargetMessage::Started { generation });
+            self.send(TargetMessage::Started {
+                generation,
+                root_pid: None,
+            });
         }
     }
 

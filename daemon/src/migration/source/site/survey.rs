@@ -22,6 +22,7 @@ use crate::migration::text::network_unfit;
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
 use crate::runtime::cgroup::Freezer;
+use crate::runtime::mounts::Mounts;
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
 
@@ -41,6 +42,7 @@ pub struct Survey {
 struct Found {
     root: i32,
     own: Vec<NamespaceKind>,
+    mounts: Option<Mounts>,
     freezer: Freezer,
     origin: Option<PathBuf>,
     ports: Vec<Port>,
@@ -102,6 +104,7 @@ impl Site {
         let found = Found {
             root,
             own: described.own,
+            mounts: described.mounts,
             freezer,
             origin,
             ports,
@@ -140,6 +143,7 @@ impl Site {
         let found = Found {
             root: state.root,
             own: Vec::new(),
+            mounts: None,
             freezer: Freezer::at(state.freezer),
             origin: state.origin,
             ports,
@@ -163,6 +167,7 @@ impl Site {
             policy,
             root: found.root,
             own: found.own,
+            mounts: found.mounts,
             freezer: found.freezer,
             origin: found.origin,
             ports: found.ports,

@@ -1,0 +1,431 @@
+//! The mounts of a workload that has a mount namespace of its own.
+//!
+//! CRIU makes such a namespace anew, mount by mount. Each one is of one of two kinds, or the
+//! workload is refused by the path of the one that is neither:
+//!
+//! - **of the node**: the same file system is mounted in the node's own namespace, and what the
+//!   mount shows of it can be reached there by a path. CRIU takes it as external, and at the target
+//!   binds what is at the same path there. Nothing of it is moved, as with every other file.
+//! - **carried**: proc, sysfs, devpts, mqueue and tmpfs that the workload has mounted itself. CRIU
+//!   mounts them anew; the contents of a tmpfs go along in the images.
+//!
+//! CRIU names external mounts by where they are, so of several mounts at one place all or none must
+//! be of the node. A proc or sysfs of the node below one of the workload's own (what remains of a
+//! namespace that was cloned) is carried, too: nobody can see it, and the kernel makes its contents.
+//!
+//! Absent: propagation between the workload and the node; mount namespaces within the workload.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statvfs::statvfs;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::description::{MOUNTS_MAX, MountDescription};
+use procfs::process::{MountInfo, MountOptFields, Process};
+
+/// Bytes in all tmpfs of a workload: CRIU packs them with tar in the freeze, at about 0.3 GB/s.
+pub const TMPFS_BYTES_MAX: u64 = 16 << 20; // 16 MiB
+
+/// Bytes of all paths of mounts: they fit a pager's message twice.
+const PATH_BYTES_MAX: usize = 24 << 10; // 24 KiB
+
+/// What CRIU mounts anew. Others it knows need their contents moved, which it does not do.
+const CARRIED: [&str; 5] = ["proc", "sysfs", "devpts", "mqueue", "tmpfs"];
+
+/// Those whose contents the kernel makes.
+const MADE_BY_KERNEL: [&str; 2] = ["proc", "sysfs"];
+
+/// All mounts that a workload sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mounts {
+    mounts: Vec<Mount>,
+}
+
+/// A mount and where it comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Mount {
+    seen: Seen,
+    place: Place,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Place {
+    /// What the node has at this path.
+    Node(PathBuf),
+    /// Made anew at the target.
+    Carried,
+}
+
+/// A line of mountinfo(5), with its paths decoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Seen {
+    id: i32,
+    parent: i32,
+    device: String,
+    root: PathBuf,
+    path: PathBuf,
+    kind: String,
+    shared: Option<u32>,
+    master: Option<u32>,
+}
+
+impl Mounts {
+    /// The mounts of process `pid`, as the node that this program runs on sees them.
+    pub fn read(pid: i32) -> Result<Self, Failure> {
+        let list = |process: procfs::ProcResult<Process>| {
+            let mounts = process.and_then(|process| process.mountinfo());
+            mounts
+                .map(|mounts| mounts.into_iter().map(Seen::from).collect::<Vec<_>>())
+                .map_err(|error| unsupported(format!("the mounts cannot be read: {error}")))
+        };
+        Self::classify(list(Process::new(pid))?, &list(Process::myself())?)
+    }
+
+    fn classify(workload: Vec<Seen>, node: &[Seen]) -> Result<Self, Failure> {
+        if workload.len() > MOUNTS_MAX {
+            return Err(unsupported(format!(
+                "the workload has more than {MOUNTS_MAX} mounts"
+            )));
+        }
+        let mut mounts = Vec::with_capacity(workload.len());
+        for seen in &workload {
+            check_propagation(seen, &workload, node)?;
+            let place = match node_path(seen, node) {
+                Some(path) => Place::Node(path),
+                None if is_carried(seen, &workload) => Place::Carried,
+                None => return Err(neither(seen)),
+            };
+            let seen = seen.clone();
+            mounts.push(Mount { seen, place });
+        }
+        let mut found = Self { mounts };
+        found.settle_stacks()?;
+        match found.root().map(|root| &root.place) {
+            Some(Place::Node(_)) => {}
+            Some(Place::Carried) | None => {
+                return Err(unsupported(
+                    "the root of the workload's mount namespace is no folder of the node".into(),
+                ));
+            }
+        }
+        let bytes: usize = found
+            .describe()?
+            .iter()
+            .map(|mount| mount.path.len() + mount.node_path.len())
+            .sum();
+        if bytes > PATH_BYTES_MAX {
+            return Err(unsupported(format!(
+                "the paths of the workload's mounts have more than {PATH_BYTES_MAX} bytes"
+            )));
+        }
+        Ok(found)
+    }
+
+    /// Makes all mounts at one place of one kind.
+    fn settle_stacks(&mut self) -> Result<(), Failure> {
+        for at in 0..self.mounts.len() {
+            let (path, place) = (&self.mounts[at].seen.path, &self.mounts[at].place);
+            let stack: Vec<usize> = (0..self.mounts.len())
+                .filter(|other| self.mounts[*other].seen.path == *path)
+                .collect();
+            if stack
+                .iter()
+                .all(|other| self.mounts[*other].place == *place)
+            {
+                continue;
+            }
+            let top = self.topmost(path).map(|top| top.place.clone());
+            let invisible = stack.iter().all(|other| {
+                let mount = &self.mounts[*other];
+                mount.place == Place::Carried || MADE_BY_KERNEL.contains(&mount.seen.kind.as_str())
+            });
+            if top != Some(Place::Carried) || !invisible {
+                return Err(unsupported(format!(
+                    "the workload has mounted over {}, which is a mount of the node: unmount that \
+                     first in its mount namespace",
+                    path.display()
+                )));
+            }
+            for other in stack {
+                self.mounts[other].place = Place::Carried;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the node has the file that the workload has at `path`; none if the file is carried.
+    pub fn node_path(&self, path: &Path) -> Option<PathBuf> {
+        let mount = self.topmost(path)?;
+        match &mount.place {
+            Place::Node(node) => path
+                .strip_prefix(&mount.seen.path)
+                .ok()
+                .map(|below| join(node, below)),
+            Place::Carried => None,
+        }
+    }
+
+    /// What the target must have, the root first.
+    pub fn describe(&self) -> Result<Vec<MountDescription>, Failure> {
+        let mut described = Vec::new();
+        for mount in &self.mounts {
+            let Place::Node(node) = &mount.place else {
+                continue;
+            };
+            let text = |path: &Path| {
+                path.to_str().map(str::to_owned).ok_or_else(|| {
+                    let path = path.display();
+                    unsupported(format!("the mount {path} has a name that is not UTF-8"))
+                })
+            };
+            let description = MountDescription {
+                path: text(&mount.seen.path)?,
+                node_path: text(node)?,
+                directory: fs::metadata(node).is_ok_and(|metadata| metadata.is_dir()),
+            };
+            // Several at one place are the same: CRIU knows them by it.
+            let known = |other: &MountDescription| other.path == description.path;
+            if mount.seen.path == Path::new("/") && !described.iter().any(known) {
+                described.insert(0, description);
+            } else if !described.iter().any(known) {
+                described.push(description);
+            }
+        }
+        Ok(described)
+    }
+
+    /// Refuses what CRIU would refuse in the freeze, or what would make the freeze long: full tmpfs
+    /// and queues with messages. `pid` is the process they were read of.
+    pub fn check_contents(&self, pid: i32) -> Result<(), Failure> {
+        let mut bytes = 0;
+        for mount in &self.mounts {
+            let seen = &mount.seen;
+            let visible = self
+                .topmost(&seen.path)
+                .is_some_and(|top| top.seen.id == seen.id);
+            if mount.place != Place::Carried || !visible || seen.root != Path::new("/") {
+                continue;
+            }
+            let here = join(
+                &PathBuf::from(format!("/proc/{pid}/root")),
+                strip(&seen.path),
+            );
+            let unreadable = |error: &dyn std::fmt::Display| {
+                unsupported(format!("the mount {}: {error}", seen.path.display()))
+            };
+            match seen.kind.as_str() {
+                "tmpfs" => {
+                    let space = statvfs(&here).map_err(|error| unreadable(&error))?;
+                    let used = space.blocks().saturating_sub(space.blocks_free());
+                    bytes += used * space.fragment_size();
+                }
+                "mqueue" => {
+                    let queues = fs::read_dir(&here).map_err(|error| unreadable(&error))?;
+                    if queues.count() > 0 {
+                        return Err(unreadable(&"it holds message queues, which are not moved"));
+                    }
+                }
+                _ => {}
+            }
+        }
+        if bytes > TMPFS_BYTES_MAX {
+            return Err(unsupported(format!(
+                "the workload's own tmpfs mounts hold {bytes} bytes; at most {TMPFS_BYTES_MAX} go \
+                 along"
+            )));
+        }
+        Ok(())
+    }
+
+    fn root(&self) -> Option<&Mount> {
+        let ids = |id| self.mounts.iter().any(|mount| mount.seen.id == id);
+        self.mounts
+            .iter()
+            .find(|mount| mount.seen.parent == mount.seen.id || !ids(mount.seen.parent))
+    }
+
+    fn topmost(&self, path: &Path) -> Option<&Mount> {
+        let seen: Vec<&Seen> = self.mounts.iter().map(|mount| &mount.seen).collect();
+        let top = topmost(&seen, path)?.id;
+        self.mounts.iter().find(|mount| mount.seen.id == top)
+    }
+}
+
+/// `--external` of a dump for all but the root.
+pub fn external_at_dump(mounts: &[MountDescription]) -> Vec<String> {
+    let inner = mounts.iter().enumerate().skip(1);
+    inner
+        .map(|(number, mount)| format!("mnt[{}]:{KEY}{number}", mount.path))
+        .collect()
+}
+
+/// `--external` of the restore of that dump.
+pub fn external_at_restore(mounts: &[MountDescription]) -> Vec<String> {
+    let inner = mounts.iter().enumerate().skip(1);
+    inner
+        .map(|(number, mount)| format!("mnt[{KEY}{number}]:{}", mount.node_path))
+        .collect()
+}
+
+/// Checks at the target that all the mounts of the node that a workload sees are here.
+pub fn check(mounts: &[MountDescription]) -> Result<(), Failure> {
+    for mount in mounts {
+        let differs = |why: String| {
+            Err(Failure::new(
+                ErrorCode::FileDiffers,
+                format!(
+                    "{}, mounted at {} of the workload, is not the same at the target: {why}",
+                    mount.node_path, mount.path
+                ),
+            ))
+        };
+        match fs::metadata(&mount.node_path) {
+            Ok(metadata) if metadata.is_dir() == mount.directory => {}
+            Ok(_) => return differs("one is a folder, the other is not".to_owned()),
+            Err(error) => return differs(error.to_string()),
+        }
+    }
+    Ok(())
+}
+
+/// Before the numbers by which CRIU's images name mounts.
+const KEY: &str = "pageferry-";
+
+impl From<MountInfo> for Seen {
+    fn from(info: MountInfo) -> Self {
+        let (mut shared, mut master) = (None, None);
+        for field in info.opt_fields {
+            match field {
+                MountOptFields::Shared(group) => shared = Some(group),
+                MountOptFields::Master(group) => master = Some(group),
+                MountOptFields::PropagateFrom(_) | MountOptFields::Unbindable => {}
+            }
+        }
+        Self {
+            id: info.mnt_id,
+            parent: info.pid,
+            device: info.majmin,
+            root: decoded(&info.root),
+            path: decoded(&info.mount_point.to_string_lossy()),
+            kind: info.fs_type,
+            shared,
+            master,
+        }
+    }
+}
+
+/// Blank, tab, line feed and backslash are written as three octal digits in mountinfo(5).
+fn decoded(text: &str) -> PathBuf {
+    let replaced = [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ];
+    let text = replaced
+        .iter()
+        .fold(text.to_owned(), |text, (code, plain)| {
+            text.replace(code, plain)
+        });
+    PathBuf::from(text)
+}
+
+/// The path by which the node reaches what the mount shows. The node's mount at the same place is
+/// preferred: that is what the workload's was cloned from.
+fn node_path(seen: &Seen, node: &[Seen]) -> Option<PathBuf> {
+    if is_deleted(seen) {
+        return None;
+    }
+    let all: Vec<&Seen> = node.iter().collect();
+    let mut found: Vec<PathBuf> = node
+        .iter()
+        .filter(|other| other.device == seen.device)
+        .filter_map(|other| {
+            let below = seen.root.strip_prefix(&other.root).ok()?;
+            let path = join(&other.path, below);
+            // Something else may be mounted over it.
+            (topmost(&all, &path)?.id == other.id).then_some(path)
+        })
+        .collect();
+    found.sort_by_key(|path| (*path != seen.path, path.as_os_str().len()));
+    found.into_iter().next()
+}
+
+/// Whether CRIU can mount it anew: the whole of a file system it knows, or a part of one that the
+/// workload has mounted as a whole, too.
+fn is_carried(seen: &Seen, workload: &[Seen]) -> bool {
+    let whole = |other: &Seen| other.device == seen.device && other.root == Path::new("/");
+    CARRIED.contains(&seen.kind.as_str()) && !is_deleted(seen) && workload.iter().any(whole)
+}
+
+/// The kernel puts this behind the path of a mount's root that is gone.
+fn is_deleted(seen: &Seen) -> bool {
+    seen.root.to_string_lossy().ends_with("//deleted")
+}
+
+fn neither(seen: &Seen) -> Failure {
+    unsupported(format!(
+        "the mount {} of the workload ({} on device {}) is neither a mount of the node nor one that \
+         can be made anew ({})",
+        seen.path.display(),
+        seen.kind,
+        seen.device,
+        CARRIED.join(", ")
+    ))
+}
+
+/// A mount that passes events on between the workload and the node would do so at one node only.
+fn check_propagation(seen: &Seen, workload: &[Seen], node: &[Seen]) -> Result<(), Failure> {
+    let shared = |group: u32, all: &[Seen]| all.iter().any(|other| other.shared == Some(group));
+    let with_node = seen.shared.is_some_and(|group| shared(group, node));
+    let from_outside = seen.master.is_some_and(|group| !shared(group, workload));
+    if with_node || from_outside {
+        return Err(unsupported(format!(
+            "the mount {} of the workload takes part in what is mounted at the node: make it private \
+             (mount --make-private)",
+            seen.path.display()
+        )));
+    }
+    Ok(())
+}
+
+/// The mount that a walk from the root to `path` ends in.
+fn topmost<'a>(mounts: &[&'a Seen], path: &Path) -> Option<&'a Seen> {
+    let known = |id| mounts.iter().any(|mount| mount.id == id);
+    let mut at = *mounts
+        .iter()
+        .find(|mount| mount.parent == mount.id || !known(mount.parent))?;
+    // Each step goes one deeper in a tree, whose depth is at most their number.
+    for _ in 0..mounts.len() {
+        let next = mounts
+            .iter()
+            .filter(|mount| mount.parent == at.id && mount.id != at.id)
+            .filter(|mount| path.starts_with(&mount.path))
+            .min_by_key(|mount| mount.path.as_os_str().len());
+        match next {
+            Some(next) => at = next,
+            None => break,
+        }
+    }
+    Some(at)
+}
+
+fn join(base: &Path, below: &Path) -> PathBuf {
+    if below.as_os_str().is_empty() {
+        base.to_owned()
+    } else {
+        base.join(below)
+    }
+}
+
+fn strip(path: &Path) -> &Path {
+    path.strip_prefix("/").unwrap_or(path)
+}
+
+fn unsupported(text: String) -> Failure {
+    Failure::new(ErrorCode::UnsupportedWorkload, text)
+}
+
+#[cfg(test)]
+#[path = "mounts_tests.rs"]
+mod tests;
