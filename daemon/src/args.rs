@@ -84,9 +84,6 @@ pub struct DaemonArgs {
     /// before it is refused unless forced [default: 256MiB]
     #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     pub eager_memory_max: Option<Bytes>,
-    /// Contents of deleted but open files of one workload that go along [default: 64MiB]
-    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
-    pub deleted_files_max: Option<Bytes>,
 
     /// Downtime a migration aims for, unless it names its own [default: 300ms]
     #[arg(long, value_name = "TIME", help_heading = "Defaults of migrations")]

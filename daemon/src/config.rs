@@ -20,6 +20,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use pageferry_proto::id::NodeName;
+use pageferry_proto::migration::policy::ROUNDS_LIMIT;
 use toml::{Table, Value};
 
 use self::units::{Bytes, Span};
@@ -68,8 +69,6 @@ pub struct Limits {
     pub lanes: u8,
     /// Bytes of one workload's memory that may be copied inside the freeze, unless forced.
     pub eager_memory_max: u64,
-    /// Bytes of one workload's deleted but open files that go along.
-    pub deleted_files_max: u64,
 }
 
 /// What a migration does unless it is told otherwise.
@@ -274,14 +273,12 @@ fn limits(mut file: Section, args: &DaemonArgs) -> Result<Limits, ConfigError> {
     let outgoing_max = count("outgoing_max", args.outgoing_max, 1..=64, 4)?;
     let lanes = count("lanes", args.lanes, 1..=LANES_MAX, 2)?;
     let eager_memory_max = args.eager_memory_max.or(file.parsed("eager_memory_max")?);
-    let deleted_files_max = args.deleted_files_max.or(file.parsed("deleted_files_max")?);
     file.finish()?;
     Ok(Limits {
         incoming_max: incoming_max as usize,
         outgoing_max: outgoing_max as usize,
         lanes: u8::try_from(lanes).expect("at most LANES_MAX"),
         eager_memory_max: eager_memory_max.map_or(256 << 20, |Bytes(bytes)| bytes),
-        deleted_files_max: deleted_files_max.map_or(64 << 20, |Bytes(bytes)| bytes),
     })
 }
 
@@ -304,7 +301,12 @@ fn migrate(mut file: Section, args: &DaemonArgs) -> Result<MigrateDefaults, Conf
             downtime_max,
             Duration::from_millis(300),
         )?,
-        rounds_max: in_range("migrate.rounds_max", rounds_max, 1..=10_000, 30)?,
+        rounds_max: in_range(
+            "migrate.rounds_max",
+            rounds_max,
+            1..=ROUNDS_LIMIT,
+            30,
+        )?,
         timeout: above_zero("migrate.timeout", timeout, Duration::from_secs(3600))?,
     })
 }

@@ -9,6 +9,8 @@ use pageferry::{node, telemetry};
 
 fn main() -> ExitCode {
     let args = DaemonArgs::parse();
+    // Images hold memory: whatever is created here is its owner's alone.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     if let Err(error) = telemetry::start("pageferryd", &args.log) {
         eprintln!("pageferryd: {}", telemetry::Chain(&error));
         return ExitCode::from(telemetry::EXIT_USAGE);

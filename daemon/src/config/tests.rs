@@ -41,7 +41,6 @@ fn everything_but_the_name_and_the_address_has_a_default() {
                 outgoing_max: 4,
                 lanes: 2,
                 eager_memory_max: 268435456,
-                deleted_files_max: 67108864,
             },
             migrate: MigrateDefaults {
                 downtime_max: 300ms,
@@ -80,7 +79,6 @@ const FULL: &str = r#"
     outgoing_max = 2
     lanes = 3
     eager_memory_max = "1MiB"
-    deleted_files_max = "0B"
     [migrate]
     downtime_max = "50ms"
     rounds_max = 7
@@ -94,7 +92,6 @@ fn a_file_may_say_everything() {
     assert_eq!(config.bridge.as_deref(), Some("br0"));
     assert_eq!(config.pager, Path::new("/opt/bin/pageferry-pager"));
     assert_eq!(config.limits.lanes, 3);
-    assert_eq!(config.limits.deleted_files_max, 0);
     assert_eq!(config.migrate.timeout, Duration::from_secs(600));
     assert_eq!(config.api_socket(), Path::new("/r/api.sock"));
 }
@@ -118,7 +115,6 @@ fn a_flag_wins_over_the_file() {
         "--outgoing-max=12",
         "--lanes=8",
         "--eager-memory-max=13B",
-        "--deleted-files-max=14B",
         "--downtime-max=15s",
         "--rounds-max=16",
         "--timeout=17s",

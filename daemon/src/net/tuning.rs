@@ -9,7 +9,6 @@
 //!
 //! # Where the time goes
 //!
-//! MEASURED-PLACEHOLDER
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;

@@ -78,21 +78,21 @@ impl Mounts {
                 .map(|mounts| mounts.into_iter().map(Seen::from).collect::<Vec<_>>())
                 .map_err(|error| unsupported(format!("the mounts cannot be read: {error}")))
         };
-        Self::classify(list(Process::new(pid))?, &list(Process::myself())?)
+        Self::classify(&list(Process::new(pid))?, &list(Process::myself())?)
     }
 
-    fn classify(workload: Vec<Seen>, node: &[Seen]) -> Result<Self, Failure> {
+    fn classify(workload: &[Seen], node: &[Seen]) -> Result<Self, Failure> {
         if workload.len() > MOUNTS_MAX {
             return Err(unsupported(format!(
                 "the workload has more than {MOUNTS_MAX} mounts"
             )));
         }
         let mut mounts = Vec::with_capacity(workload.len());
-        for seen in &workload {
-            check_propagation(seen, &workload, node)?;
+        for seen in workload {
+            check_propagation(seen, workload, node)?;
             let place = match node_path(seen, node) {
                 Some(path) => Place::Node(path),
-                None if is_carried(seen, &workload) => Place::Carried,
+                None if is_carried(seen, workload) => Place::Carried,
                 None => return Err(neither(seen)),
             };
             let seen = seen.clone();

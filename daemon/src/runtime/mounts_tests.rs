@@ -14,7 +14,7 @@ fn seen(text: &str) -> Vec<Seen> {
 }
 
 fn classify(workload: &str) -> Result<Mounts, Failure> {
-    Mounts::classify(seen(workload), &seen(NODE))
+    Mounts::classify(&seen(workload), &seen(NODE))
 }
 
 fn refusal(workload: &str) -> String {

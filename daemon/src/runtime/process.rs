@@ -55,24 +55,7 @@ pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described
         mounts: mounts.clone(),
         ..Descriptors::default()
     };
-    let mut spaces = Vec::new();
-    let mut tasks = BTreeSet::new();
-    for pid in pids {
-        let Ok(member) = Process::new(*pid) else {
-            continue;
-        };
-        let Some(space) = space(&member, &mut tasks)? else {
-            continue;
-        };
-        descriptors.add(&member, shared)?;
-        spaces.push(space);
-    }
-    if tasks.len() > TASKS_MAX {
-        return Err(Failure::new(
-            ErrorCode::UnsupportedWorkload,
-            format!("the tree has more than {TASKS_MAX} threads"),
-        ));
-    }
+    let (spaces, tasks) = members(pids, shared, &mut descriptors)?;
     descriptors.check_pipes()?;
     if !own.contains(&NamespaceKind::Net) {
         refuse_inet_sockets(root, &descriptors)?;
@@ -122,6 +105,33 @@ pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described
     })
 }
 
+/// The spaces and all tasks of the tree; what they have open goes to `descriptors`.
+fn members(
+    pids: &[i32],
+    shared: &[PathBuf],
+    descriptors: &mut Descriptors,
+) -> Result<(Vec<SpaceDescription>, BTreeSet<i32>), Failure> {
+    let mut spaces = Vec::new();
+    let mut tasks = BTreeSet::new();
+    for pid in pids {
+        let Ok(member) = Process::new(*pid) else {
+            continue;
+        };
+        let Some(space) = space(&member, &mut tasks)? else {
+            continue;
+        };
+        descriptors.add(&member, shared)?;
+        spaces.push(space);
+    }
+    if tasks.len() > TASKS_MAX {
+        return Err(Failure::new(
+            ErrorCode::UnsupportedWorkload,
+            format!("the tree has more than {TASKS_MAX} threads"),
+        ));
+    }
+    Ok((spaces, tasks))
+}
+
 /// Checks at the target that the tree can be restored here: pids free, files the same.
 pub fn check(description: &WorkloadDescription) -> Result<(), Failure> {
     mounts::check(&description.mounts)?;
@@ -152,6 +162,29 @@ pub fn check_pids(description: &WorkloadDescription) -> Result<(), Failure> {
     }
     Ok(())
 }
+
+/// Lets pids of processes that are born at this node from now on begin above those of the tree.
+///
+/// CRIU restores what processes share from the one with the least pid. For an epoll descriptor that
+/// must be the process that made it: a child may have given its numbers to other files since (Redis
+/// does so while it saves), and its restore fails. At a node whose pids are still below those of a
+/// workload that came, all later children would be such.
+pub fn begin_pids_above(pids: &[i32]) -> io::Result<()> {
+    let Some(highest) = pids.iter().max() else {
+        return Ok(());
+    };
+    let last: i32 = fs::read_to_string(LAST_PID)?
+        .trim()
+        .parse()
+        .map_err(io::Error::other)?;
+    if last < *highest {
+        fs::write(LAST_PID, highest.to_string())?;
+    }
+    Ok(())
+}
+
+/// The pid of the newest process of this pid namespace; the next one gets the next free one.
+const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 
 fn refuse_ourselves(root: i32) -> Result<(), Failure> {
     let mut pid = i32::try_from(std::process::id()).unwrap_or(1);

@@ -205,6 +205,9 @@ impl Site {
             ));
         }
         block_in_place(|| process::check(description))?;
+        if let Err(error) = process::begin_pids_above(&description.pids) {
+            tracing::warn!(migration = %self.id, %error, "new pids may be below the workload's");
+        }
         let mut kinds = process::kinds(description.own_namespaces);
         if kinds.contains(&NamespaceKind::Mount) == description.mounts.is_empty() {
             return Err(Failure::new(
