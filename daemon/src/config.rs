@@ -301,12 +301,7 @@ fn migrate(mut file: Section, args: &DaemonArgs) -> Result<MigrateDefaults, Conf
             downtime_max,
             Duration::from_millis(300),
         )?,
-        rounds_max: in_range(
-            "migrate.rounds_max",
-            rounds_max,
-            1..=ROUNDS_LIMIT,
-            30,
-        )?,
+        rounds_max: in_range("migrate.rounds_max", rounds_max, 1..=ROUNDS_LIMIT, 30)?,
         timeout: above_zero("migrate.timeout", timeout, Duration::from_secs(3600))?,
     })
 }
