@@ -24,7 +24,7 @@ pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often the kernel is asked whether a freeze is complete; a freeze takes 0.1–2 ms.
 const FREEZE_POLL: Duration = Duration::from_micros(100);
 
-/// How often the cgroup is looked at while its tasks die.
+/// How often it is looked whether tasks have died.
 const KILL_POLL: Duration = Duration::from_millis(1);
 
 /// State of a cgroup of the v1 hierarchy: `THAWED`, `FREEZING` or `FROZEN`.
@@ -33,8 +33,9 @@ const STATE_V1: &str = "freezer.state";
 /// Whether a cgroup of the unified hierarchy should be frozen: 0 or 1.
 const FREEZE_V2: &str = "cgroup.freeze";
 
-/// How often tasks are moved before giving up on a tree that forks faster than it is moved.
-const ADOPT_TRIES: usize = 50;
+/// How long tasks are moved before giving up on a tree that forks faster than it is moved, or has a
+/// process that does not come to its end.
+const ADOPT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a freezer cgroup could not do its work.
 #[derive(Debug, Error)]
@@ -246,19 +247,26 @@ impl Freezer {
     /// `tree` lists the pids of the workload afresh at each call; children of a moved process are
     /// born inside.
     pub fn adopt(&self, mut tree: impl FnMut() -> io::Result<Vec<i32>>) -> Result<(), CgroupError> {
-        for _ in 0..ADOPT_TRIES {
+        let deadline = Instant::now() + ADOPT_TIMEOUT;
+        while Instant::now() < deadline {
             let pids = tree().map_err(|source| self.io("listing the tree for", source))?;
             let held: BTreeSet<i32> = self.processes()?.into_iter().collect();
-            let outside: Vec<i32> = pids.into_iter().filter(|pid| !held.contains(pid)).collect();
+            let outside = pids.into_iter().filter(|pid| !held.contains(pid));
+            let outside: Vec<i32> = outside.filter(|pid| !has_ended(*pid)).collect();
             if outside.is_empty() {
                 return Ok(());
             }
+            let mut ending = false;
             for pid in outside {
                 match fs::write(self.procs_file(), pid.to_string()) {
-                    // It has ended meanwhile, or is ending.
-                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                    // It has ended meanwhile, or is ending, which takes as long as its memory is
+                    // large.
+                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) => ending = true,
                     result => result.map_err(|source| self.io("moving a task into", source))?,
                 }
+            }
+            if ending {
+                std::thread::sleep(KILL_POLL);
             }
         }
         Err(CgroupError::Restless {
@@ -381,6 +389,15 @@ impl Freezer {
             source,
         }
     }
+}
+
+/// Whether a process is gone, or a zombie, which can neither run nor be moved.
+fn has_ended(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+    stat.map_or(true, |stat| {
+        stat.rsplit_once(") ")
+            .is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
+    })
 }
 
 #[cfg(test)]
