@@ -93,7 +93,7 @@ impl Workload {
     }
 }
 
-/// Above what nodes hand out to their own processes, below the smallest `pid_max` (32768).
+/// Outside what nodes hand out to their own processes, below the smallest `pid_max` (32768).
 fn pid_of(number: usize) -> i32 {
     let number = i32::try_from(number).expect("the lab bounds its workloads");
     PID_FIRST + number * PID_STEP

@@ -81,6 +81,36 @@ fn a_writer_survives_a_move_by_stock_criu() {
 }
 
 #[test]
+fn clients_survive_a_move() {
+    check(&["demo"], 1);
+}
+
+#[test]
+fn nobody_answers_for_a_workload_from_the_wrong_side() {
+    check(&["capture"], 5);
+}
+
+#[test]
+fn workloads_cross() {
+    check(&["cross"], 4);
+}
+
+#[test]
+fn a_workload_with_all_namespaces_of_its_own_moves_back_and_forth() {
+    check(&["memory", "--only", "own-pid-mnt"], 5);
+}
+
+#[test]
+fn memory_that_is_remapped_while_it_is_copied_arrives_right() {
+    check(&["memory", "--only", "remap"], 5);
+}
+
+#[test]
+fn processes_born_while_memory_is_copied_arrive_right() {
+    check(&["memory", "--only", "fork"], 5);
+}
+
+#[test]
 fn a_lab_stays_up_until_it_is_taken_down_and_is_the_only_one() {
     let _turn = turn();
     let up = lab(&["up", "--bare", "--nodes", "3", "--link", "200mbit"])

@@ -19,6 +19,7 @@ use nix::unistd::{chdir, pivot_root, sethostname};
 use serde::{Deserialize, Serialize};
 
 use super::cgroup::Hierarchy;
+use crate::lab::node::PIDS_ABOVE;
 
 /// What a node consists of.
 #[derive(Debug, Serialize, Deserialize)]
@@ -142,10 +143,17 @@ fn build_node(spec: &InitSpec) -> Result<()> {
     mount(Some(&spec.shared), &shared, NONE, MsFlags::MS_BIND, NONE)
         .context("mounting the shared folder")?;
     enter_root(&root)?;
-    // Of the pid namespace of whoever writes it.
+    // Both are of the pid namespace of whoever writes them.
+    if PIDS_ABOVE <= spec.pid_first {
+        fs::write("/proc/sys/kernel/pid_max", PID_MAX.to_string())
+            .context("making room for pids")?;
+    }
     fs::write("/proc/sys/kernel/ns_last_pid", spec.pid_first.to_string())
         .context("choosing where pids begin")
 }
+
+/// The most pids that 64-bit kernels have (`PID_MAX_LIMIT`).
+const PID_MAX: u32 = 4 << 20;
 
 fn mount_root(spec: &InitSpec) -> Result<PathBuf> {
     mount_fresh("tmpfs", &spec.scratch, "mode=755", MsFlags::empty())?;

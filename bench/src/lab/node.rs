@@ -294,18 +294,34 @@ fn pid_inside(host_pid: u32) -> Result<i32> {
         .with_context(|| format!("no NSpid in {path}"))
 }
 
-/// Nodes get ranges of pids below those of workloads, as large as possible: what a workload forks
-/// counts on from where its node is.
+/// Nodes get ranges of pids of their own, so that what is born at one is not in the way of what
+/// comes from another. Where pid namespaces have a `pid_max` of their own (since Linux 6.14) the
+/// ranges are above those of workloads, as they would be: children come after their parents.
 fn pid_first(index: usize, nodes: usize) -> i32 {
     let (index, nodes) = (i32::try_from(index), i32::try_from(nodes.max(1)));
-    let range = PIDS / nodes.expect("the lab bounds its nodes");
-    PIDS_FIRST + index.expect("the lab bounds its nodes") * range
+    let index = index.expect("the lab bounds its nodes");
+    if has_own_pid_max() {
+        return PIDS_ABOVE * (index + 1);
+    }
+    PIDS_FIRST + index * (PIDS / nodes.expect("the lab bounds its nodes"))
+}
+
+fn has_own_pid_max() -> bool {
+    let release = nix::sys::utsname::uname().map(|name| name.release().to_owned());
+    let release = release.unwrap_or_default().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (6, 14) <= (major, minor),
+        _ => false,
+    }
 }
 
 fn host_process(pid: i32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}"))
 }
 
+/// Where ranges above workloads begin, and how large they are.
+pub const PIDS_ABOVE: i32 = 100_000;
 /// A kernel whose counter starts anew begins at 300.
 const PIDS_FIRST: i32 = 1_000;
 /// Workloads begin at 10000.

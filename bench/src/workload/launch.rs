@@ -124,10 +124,7 @@ fn clone_workload(spec: &LaunchSpec) -> Result<(std::fs::File, std::fs::File)> {
     let cloned = clone_with_pid(&pids, flags)
         .with_context(|| format!("starting process {} (is the pid taken?)", spec.pid))?;
     match cloned {
-        Cloned::Parent(_) => {
-            begin_pids_above(spec.pid).context("moving the node's next pid")?;
-            Ok((go_write.into(), failure_read.into()))
-        }
+        Cloned::Parent(_) => Ok((go_write.into(), failure_read.into())),
         Cloned::Child => {
             drop((go_write, failure_read));
             let error = become_workload(spec, go_read).expect_err("exec returns only to fail");
@@ -136,17 +133,6 @@ fn clone_workload(spec: &LaunchSpec) -> Result<(std::fs::File, std::fs::File)> {
             std::process::exit(1);
         }
     }
-}
-
-/// A pid that was asked for does not move the kernel's counter; children with a pid below their
-/// parent's would be as odd as after a wrap-around of all pids.
-fn begin_pids_above(pid: i32) -> Result<()> {
-    const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
-    let last: i32 = std::fs::read_to_string(LAST_PID)?.trim().parse()?;
-    if last < pid {
-        std::fs::write(LAST_PID, pid.to_string())?;
-    }
-    Ok(())
 }
 
 fn become_workload(spec: &LaunchSpec, go: OwnedFd) -> Result<()> {
