@@ -19,7 +19,7 @@ const LINE_COLUMNS_MAX: usize = 100;
 /// `source*` and `target*` may: see [`CROSSROADS`]. `pager` shares `runtime` for the cgroup alone.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("api", &["migration"]),
-    ("args", &["config", "telemetry"]),
+    ("args", &["config"]),
     ("cli", &["api", "config", "net", "telemetry"]),
     ("config", &["args", "net"]),
     ("lib", &[]),

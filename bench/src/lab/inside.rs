@@ -179,7 +179,8 @@ impl Inside {
             // Whatever the lab's own starter left open must not reach a node: CRIU could not dump
             // it.
             sys::close_on_exec_from(3)?;
-            // The lab's own threads block the signals that end it; a program started by them does not.
+            // The lab's own threads block the signals that end it; a program started by them does
+            // not.
             SigSet::empty().thread_set_mask()?;
             for fd in &inherited {
                 fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;

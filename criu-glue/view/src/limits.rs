@@ -1,10 +1,10 @@
 //! Resource limits where the kernel does not tell them.
 //!
-//! CRIU asks `prlimit64` for the limits of every task. Without `CAP_SYS_RESOURCE`, which many virtual
-//! machines and all nested containers lack, the kernel answers only for tasks of CRIU's own user,
-//! though `/proc/PID/limits` tells root the same numbers. CRIU makes the call by `syscall`, so that
-//! is what is interposed: every call is passed on as it came, and only an `EPERM` for a query is
-//! answered otherwise.
+//! CRIU asks `prlimit64` for the limits of every task. Without `CAP_SYS_RESOURCE`, which many
+//! virtual machines and all nested containers lack, the kernel answers only for tasks of CRIU's own
+//! user, though `/proc/PID/limits` tells root the same numbers. CRIU makes the call by `syscall`,
+//! so that is what is interposed: every call is passed on as it came, and only an `EPERM` for a
+//! query is answered otherwise.
 
 #[cfg(target_arch = "x86_64")]
 mod interposed {

@@ -399,8 +399,8 @@ impl Registry {
         });
     }
 
-    /// Starts a migration in place of one that failed for a reason which another would not meet, and
-    /// only then lets the failure be seen.
+    /// Starts a migration in place of one that failed for a reason which another would not meet,
+    /// and only then lets the failure be seen.
     async fn repeat(
         &self,
         id: MigrationId,

@@ -196,12 +196,15 @@ fn end(last: &Word, directory: &Path) {
                 Ok(()) => "is frozen".to_owned(),
                 Err(error) => format!("cannot be frozen ({error}); waiting threads stay blocked"),
             };
-            let freezer = freezer.display();
-            let text =
-                format!("the pager died with pages missing; the workload in {freezer} {held}");
+            let path = freezer.display();
+            let text = format!("the pager died with pages missing; the workload in {path} {held}");
             note(directory, FILL_LOST, &text);
             close_all_but_userfaultfds();
-            while cgroup.as_ref().is_none_or(|cgroup| !cgroup.is_empty()) {
+            // A cgroup that is gone was empty; one that cannot be used may hold the workload.
+            while match &cgroup {
+                Some(cgroup) => !cgroup.is_empty(),
+                None => freezer.exists(),
+            } {
                 std::thread::sleep(EMPTY_POLL);
             }
         }

@@ -11,7 +11,8 @@
 //!
 //! CRIU names external mounts by where they are, so of several mounts at one place all or none must
 //! be of the node. A proc or sysfs of the node below one of the workload's own (what remains of a
-//! namespace that was cloned) is carried, too: nobody can see it, and the kernel makes its contents.
+//! namespace that was cloned) is carried, too: nobody can see it, and the kernel makes its
+//! contents.
 //!
 //! Absent: propagation between the workload and the node; mount namespaces within the workload.
 
@@ -365,8 +366,8 @@ fn is_deleted(seen: &Seen) -> bool {
 
 fn neither(seen: &Seen) -> Failure {
     unsupported(format!(
-        "the mount {} of the workload ({} on device {}) is neither a mount of the node nor one that \
-         can be made anew ({})",
+        "the mount {} of the workload ({} on device {}) is neither a mount of the node nor one \
+         that can be made anew ({})",
         seen.path.display(),
         seen.kind,
         seen.device,
@@ -381,8 +382,8 @@ fn check_propagation(seen: &Seen, workload: &[Seen], node: &[Seen]) -> Result<()
     let from_outside = seen.master.is_some_and(|group| !shared(group, workload));
     if with_node || from_outside {
         return Err(unsupported(format!(
-            "the mount {} of the workload takes part in what is mounted at the node: make it private \
-             (mount --make-private)",
+            "the mount {} of the workload takes part in what is mounted at the node: make it \
+             private (mount --make-private)",
             seen.path.display()
         )));
     }

@@ -160,7 +160,8 @@ fn a_mount_that_propagates_is_refused() {
 #[test]
 fn a_folder_that_was_deleted_is_refused() {
     let text = refusal(&format!(
-        "{CLONED} 47 40 0:52 / /a rw - tmpfs tmpfs rw\n 48 40 0:52 /x//deleted /b rw - tmpfs tmpfs rw"
+        "{CLONED} 47 40 0:52 / /a rw - tmpfs tmpfs rw\n \
+         48 40 0:52 /x//deleted /b rw - tmpfs tmpfs rw"
     ));
     assert!(text.contains("/b"), "{text}");
 }

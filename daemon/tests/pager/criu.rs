@@ -108,7 +108,7 @@ pub fn run(script: &Script, socket: i32) {
 
 impl Criu {
     fn start(&mut self, setup: &Setup, lazy: &UnixStream) {
-        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
         let theirs = OwnedFd::from(theirs);
         sys::keep_on_exec(&theirs).unwrap();
         let setup = Setup {
@@ -126,6 +126,11 @@ impl Criu {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
+        // So that the end of a workload is heard.
+        drop(theirs);
+        // Process id and descriptor are two messages: CRIU's tasks take turns by a lock.
+        let sent = ours.read(&mut [0]).unwrap();
+        assert_eq!(sent, 1, "a workload ended before it sent its userfaultfd");
         self.workloads.push((child, ours));
     }
 

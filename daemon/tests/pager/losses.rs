@@ -104,13 +104,19 @@ async fn a_pager_killed_while_it_holds_a_tree_leaves_nothing_of_it() {
 
 #[tokio::test]
 async fn a_daemon_that_comes_back_finds_the_tree_held_and_can_let_it_go() {
-    let mut lab = Lab::held(&Tree::of(MIB)).await;
+    let tree = Tree::of(MIB).by_hand();
+    let mut lab = Lab::held(&tree).await;
     lab.reconnect();
     assert_eq!(lab.status().await.state, State::Held);
-    let again = lab.client.restore(lab.request(&Tree::of(MIB)), &[], &[]);
+    let again = lab.client.restore(lab.request(&tree), &[], &[]);
     assert!(0 < again.await.unwrap().root_pid);
-    lab.client.go().await.unwrap();
-    lab.client.go().await.unwrap();
+    let client = lab.client.clone();
+    // Both are said before the end of the fill can be, which ends the pager.
+    let (first, second, ()) = tokio::join!(client.go(), client.go(), async {
+        lab.peer("criu").await.line().await;
+    });
+    first.unwrap();
+    second.unwrap();
     let mut workload = lab.peer("77").await;
     filled(&mut lab).await;
     workload.ok(&check(FIRST_PAGE, MIB)).await;

@@ -114,7 +114,8 @@ pub struct Setup {
     pub early: Vec<u64>,
     /// The test's socket.
     pub control: String,
-    /// Descriptor of a socket: it says there that it is ready, and hears that it may run.
+    /// Descriptor of a socket: it says there that it has sent its userfaultfd, that it is ready,
+    /// and hears that it may run.
     pub gate: i32,
 }
 
@@ -128,11 +129,12 @@ pub fn run(setup: &Setup) {
     fdpass::send(lazy.as_fd(), &setup.vpid.to_ne_bytes(), &[]).unwrap();
     fdpass::send(lazy.as_fd(), &[0], &[uffd.as_fd()]).unwrap();
     drop(uffd);
+    let mut gate = UnixStream::from(sys::inherited(setup.gate));
+    gate.write_all(b"u").unwrap();
     for page in &setup.early {
         assert_eq!(check(*page, 1, *page), Answer::Ok);
     }
     // Ready: all that a restored task does before it waits.
-    let mut gate = UnixStream::from(sys::inherited(setup.gate));
     gate.write_all(b"r").unwrap();
     if gate.read(&mut [0]).unwrap() == 0 {
         return;

@@ -96,8 +96,8 @@ pub fn read_smaps_text(pid: i32) -> io::Result<Vec<u8>> {
     std::fs::read(format!("/proc/{pid}/smaps"))
 }
 
-/// The mappings of a running process with their flags. The kernel renders smaps in pieces, so a process
-/// that maps and unmaps meanwhile may get a text that is none; then it is read again.
+/// The mappings of a running process with their flags. The kernel renders smaps in pieces, so a
+/// process that maps and unmaps meanwhile may get a text that is none; then it is read again.
 pub fn read_smaps(pid: i32) -> io::Result<Vec<(Mapping, Flags)>> {
     for _ in 1..SMAPS_ATTEMPTS {
         if let Some(mappings) = parse_smaps(&read_smaps_text(pid)?) {
