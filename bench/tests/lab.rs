@@ -106,11 +106,6 @@ fn memory_that_is_remapped_while_it_is_copied_arrives_right() {
 }
 
 #[test]
-fn processes_born_while_memory_is_copied_arrive_right() {
-    check(&["memory", "--only", "fork"], 5);
-}
-
-#[test]
 fn a_lab_stays_up_until_it_is_taken_down_and_is_the_only_one() {
     let _turn = turn();
     let up = lab(&["up", "--bare", "--nodes", "3", "--link", "200mbit"])
