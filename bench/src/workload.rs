@@ -8,8 +8,9 @@ pub mod redis;
 pub mod writer;
 
 use std::fs;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::lab::Lab;
 use crate::lab::network::WorkloadLink;
@@ -70,8 +71,25 @@ impl Workload {
         state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
     }
 
-    /// Ends it, wherever it is: its whole session, and with it what it forked.
+    /// Ends it, wherever it is: its whole session, and with it what it forked. A process that is
+    /// killed gives its memory back first, so this waits until it is gone.
     pub fn kill(&self, lab: &Lab) -> Result<()> {
+        let deadline = Instant::now() + END_TIME_MAX;
+        loop {
+            self.signal(lab)?;
+            if !lab.nodes.iter().any(|node| self.is_at(node)) {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{} was killed and does not end within {END_TIME_MAX:?}",
+                self.name()
+            );
+            std::thread::sleep(END_POLL);
+        }
+    }
+
+    fn signal(&self, lab: &Lab) -> Result<()> {
         for node in &lab.nodes {
             let pids = node.session(self.pid);
             if !pids.is_empty() {
@@ -102,3 +120,6 @@ fn pid_of(number: usize) -> i32 {
 pub const PID_FIRST: i32 = 10_000;
 /// Room to see which workload a pid belongs to.
 const PID_STEP: i32 = 100;
+/// How long a killed workload may take to end.
+const END_TIME_MAX: Duration = Duration::from_secs(10);
+const END_POLL: Duration = Duration::from_millis(5);

@@ -180,6 +180,32 @@ fn an_abort_at_the_target_survives_every_crash() {
     }
 }
 
+// clause: H-18
+#[test]
+fn what_the_target_lost_before_it_ran_is_survived_by_the_source() {
+    for crashed in [None, Some(Side::Source), Some(Side::Target)] {
+        let (mut dropped, mut decided) = (0, 0);
+        for steps in 0..STEPS_MAX {
+            let Some(mut run) = Run::new(Plan::Success, steps) else {
+                break;
+            };
+            decided += u32::from(run.phase(Side::Target) == Some(Phase::Running));
+            run.world.apply(Op::DropHeld).unwrap();
+            if !run.world.held_dropped() {
+                continue;
+            }
+            dropped += 1;
+            if let Some(side) = crashed {
+                run.world.apply(Op::Crash(side, 0)).unwrap();
+            }
+            let survivor = run.world.settle();
+            assert_eq!(survivor, Ok(Survivor::Source), "step {steps}");
+        }
+        // It is lost before and after `Go` was heard.
+        assert!(6 < dropped && 1 < decided, "{dropped} {decided}");
+    }
+}
+
 #[test]
 fn a_break_is_survived_by_whom_a_crash_of_the_target_is() {
     for steps in 0..STEPS_MAX {

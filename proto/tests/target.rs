@@ -345,6 +345,35 @@ fn a_workload_that_must_run_is_let_go_a_bounded_number_of_times() {
     assert_eq!(target.status().phase, Phase::Running);
 }
 
+// clause: H-18
+#[test]
+fn what_was_to_run_and_provably_never_did_is_refused() {
+    let mut target = Target::ready();
+    target.hear(GO);
+    assert_eq!(target.journalled(running()), [LET_GO]);
+    let actions = target.feed(TargetEvent::NeverRan(failure()));
+    assert_eq!(actions, [target_journal(refused())]);
+    assert_eq!(target.journalled(refused()), [TargetAction::Discard]);
+    let actions = target.feed(TargetEvent::Discarded);
+    assert_eq!(actions[0], say_refused());
+    assert_eq!(target.hear(GO), [say_refused()]);
+}
+
+#[test]
+fn proof_that_comes_before_the_record_is_asked_for_again() {
+    let mut target = Target::ready();
+    target.hear(GO);
+    assert_eq!(target.feed(TargetEvent::NeverRan(failure())), []);
+    assert_eq!(target.journalled(running()), [LET_GO]);
+}
+
+#[test]
+fn what_runs_is_never_refused() {
+    let mut target = Target::running();
+    assert_eq!(target.feed(TargetEvent::NeverRan(failure())), []);
+    assert_eq!(target.hear(QUERY), [started()]);
+}
+
 #[test]
 fn an_operator_frees_a_ready_target() {
     let mut target = Target::ready();
@@ -376,7 +405,12 @@ fn a_restarted_target_writes_its_decision_again_before_it_acts() {
         &[LET_GO],
     );
     check(
-        &[accepted, ready, refused()],
+        &[accepted.clone(), ready.clone(), refused()],
+        refused(),
+        &[TargetAction::Discard],
+    );
+    check(
+        &[accepted, ready, running(), refused()],
         refused(),
         &[TargetAction::Discard],
     );

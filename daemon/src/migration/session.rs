@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinHandle};
 
 use super::text::chain;
-use crate::net::control::{ControlReceiver, ControlSender, Role};
+use crate::net::control::{ControlReceiver, ControlSender, ReceiveError, Role};
 use crate::net::lanes::Lanes;
 
 /// Control messages that may wait for a slow peer; the protocol has at most a few unanswered.
@@ -53,7 +53,13 @@ impl<M: Role + Send + 'static> Session<M> {
             loop {
                 let said = tokio::select! {
                     said = receiver.next() => said.unwrap_or_else(|error| {
-                        tracing::warn!("control stream: {}", chain(&error));
+                        match error {
+                            // Every migration ends so; whether it was over the machine knows.
+                            ReceiveError::Read(_) => {
+                                tracing::debug!("control stream: {}", chain(&error));
+                            }
+                            _ => tracing::warn!("control stream: {}", chain(&error)),
+                        }
                         None
                     }),
                     code = lanes.lost() => {

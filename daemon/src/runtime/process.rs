@@ -138,15 +138,13 @@ pub fn check(description: &WorkloadDescription) -> Result<(), Failure> {
     for file in &description.files {
         files::check(file, Path::new("/"))?;
     }
-    check_pids(description)
+    // Empty with a pid namespace of its own.
+    check_pids(&description.pids)
 }
 
 /// Refuses a tree whose pids or thread ids are in use at this node.
-pub fn check_pids(description: &WorkloadDescription) -> Result<(), Failure> {
-    if description.own_namespaces.contains(Namespaces::PID) {
-        return Ok(());
-    }
-    for pid in &description.pids {
+pub fn check_pids(pids: &[i32]) -> Result<(), Failure> {
+    for pid in pids {
         // Threads have a directory too, though it is not listed.
         if Path::new(&format!("/proc/{pid}")).exists() {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
@@ -163,25 +161,39 @@ pub fn check_pids(description: &WorkloadDescription) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Lets pids of processes that are born at this node from now on begin above those of the tree.
+/// Lets pids of processes that are born at this node from now on begin well above those of the
+/// tree.
 ///
 /// CRIU restores what processes share from the one with the least pid. For an epoll descriptor that
 /// must be the process that made it: a child may have given its numbers to other files since (Redis
 /// does so while it saves), and its restore fails. At a node whose pids are still below those of a
 /// workload that came, all later children would be such.
+///
+/// Well above, because the tree goes on forking at the source: a thread that this node starts
+/// meanwhile must not take the number of a child that is still to come.
 pub fn begin_pids_above(pids: &[i32]) -> io::Result<()> {
     let Some(highest) = pids.iter().max() else {
         return Ok(());
     };
-    let last: i32 = fs::read_to_string(LAST_PID)?
-        .trim()
-        .parse()
-        .map_err(io::Error::other)?;
-    if last < *highest {
-        fs::write(LAST_PID, highest.to_string())?;
+    let read = |path| -> io::Result<i32> {
+        let text = fs::read_to_string(path)?;
+        text.trim().parse().map_err(io::Error::other)
+    };
+    let (last, pid_max) = (read(LAST_PID)?, read(PID_MAX)?);
+    let room = pid_max / PID_ROOM_SHARE;
+    // Near the end the numbers begin anew, and whatever is chosen is soon below.
+    if last < highest + room / 2 && highest + room < pid_max {
+        fs::write(LAST_PID, (highest + room).to_string())?;
     }
     Ok(())
 }
+
+/// Which part of all pids is left free above those of a tree: 65 536 of the 4 194 304 that systemd
+/// allows, 512 of the kernel's 32 768.
+const PID_ROOM_SHARE: i32 = 64;
+
+/// One more than the highest pid of this pid namespace.
+const PID_MAX: &str = "/proc/sys/kernel/pid_max";
 
 /// The pid of the newest process of this pid namespace; the next one gets the next free one.
 const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";

@@ -9,9 +9,10 @@
 //! - a refusal by the target, durable there before it was sent, and recorded here;
 //! - a fence: the operator's word that the target is dead, recorded here.
 //!
-//! The target's rule mirrors it: of `Running` and `Refused` a journal holds at most one, the
-//! first to be asked for. `Running` is durable before the workload is let go, `Refused` before
-//! it is sent.
+//! The target's rule mirrors it: `Running` is durable before the workload is let go, `Refused`
+//! before it is sent, and after `Refused` there is no `Running`. The other order needs proof that
+//! nothing ran: the restore has died, and its pager or the pager's watcher has seen to it that
+//! nothing is left of it.
 //!
 //! **Why a recovered machine writes its last decisive record again.** A record that is read
 //! after a restart need not be durable: it may sit in the page cache of a kernel whose fsync
@@ -235,8 +236,15 @@ impl TargetFacts {
             match &record.entry {
                 Entry::Accepted(accepted) => facts.accepted = Some(accepted.clone()),
                 Entry::Ready(ready) => facts.ready = Some(ready.clone()),
+                Entry::Running { .. } if facts.refused.is_some() => {
+                    return Err(RecoverError::Contradiction("refused", "running"));
+                }
                 Entry::Running { generation } => facts.running = Some(*generation),
-                Entry::Refused { generation } => facts.refused = Some(*generation),
+                // After `Running`: what was to run never did (H-18).
+                Entry::Refused { generation } => {
+                    facts.running = None;
+                    facts.refused = Some(*generation);
+                }
                 Entry::Aborted(failure) => facts.aborted = Some(failure.clone()),
                 Entry::Done => facts.done = true,
                 entry @ (Entry::Offered(_)
@@ -250,9 +258,6 @@ impl TargetFacts {
                 }
             }
         }
-        match (facts.running, facts.refused) {
-            (Some(_), Some(_)) => Err(RecoverError::Contradiction("running", "refused")),
-            (Some(_), None) | (None, Some(_) | None) => Ok(facts),
-        }
+        Ok(facts)
     }
 }

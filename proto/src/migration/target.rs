@@ -3,8 +3,8 @@
 //! Until `Ready` is durable the target may give up at any time: the source cannot have
 //! committed. From then on the workload is held, neither run nor dropped, until the source says
 //! `Go`, or the source or an operator says what permits to refuse. `Running` is durable before
-//! the workload is let go and `Refused` before it is said; whichever is asked for first excludes
-//! the other.
+//! the workload is let go and `Refused` before it is said. `Refused` excludes `Running` for good;
+//! `Running` excludes `Refused` unless it is proven that nothing ran and nothing ever will.
 //!
 //! A target never dials. Whoever broke a connection off, it is the source that comes back.
 
@@ -63,6 +63,9 @@ pub enum TargetEvent {
     Message(SourceMessage),
     /// The source has a connection. `PeerLost` comes before the next one.
     PeerConnected,
+    /// [`TargetAction::LetGo`] can never be done any more: nothing of the workload has run here,
+    /// and nothing of it is left that could. A driver that is not certain says `Failure`.
+    NeverRan(Failure),
     /// The connection is gone.
     PeerLost,
     /// [`TargetAction::Prepare`] is done.
@@ -171,6 +174,7 @@ impl TargetMachine {
             TargetEvent::JournalFailed(record) => self.journal_failed(now, &record),
             TargetEvent::Journalled(record) => self.journalled(&record),
             TargetEvent::Message(message) => self.message(message),
+            TargetEvent::NeverRan(failure) => self.never_ran(now, failure),
             TargetEvent::PeerConnected => self.connected = true,
             TargetEvent::PeerLost => self.peer_lost(),
             TargetEvent::Prepared { state } => self.prepared(state),

@@ -3,7 +3,7 @@
 use super::memory::Memory;
 use super::node::{Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload};
 use super::oracle::Violation;
-use super::world::{PAGE_DURATION, World};
+use super::world::{PAGE_DURATION, World, workload_gone};
 use crate::id::{Round, SpaceId};
 use crate::migration::ledger::{Ledger, LedgerError};
 use crate::migration::policy::RoundReport;
@@ -337,8 +337,11 @@ impl World {
     fn undo_at_target(&mut self) {
         self.target.ledger = None;
         self.target.store = Memory::default();
-        if self.target.workload == TargetWorkload::Held {
-            self.target.workload = TargetWorkload::Nothing;
+        match self.target.workload {
+            TargetWorkload::Held | TargetWorkload::Dropped => {
+                self.target.workload = TargetWorkload::Nothing;
+            }
+            TargetWorkload::Nothing | TargetWorkload::Running | TargetWorkload::Lost => {}
         }
         for job in &mut self.target.jobs {
             match job {
@@ -381,6 +384,9 @@ impl World {
             }
             TargetJob::Journal { .. } => return,
             TargetJob::Late(event) | TargetJob::Stored(event) => event,
+            TargetJob::LetGo if self.target.workload == TargetWorkload::Dropped => {
+                TargetEvent::NeverRan(workload_gone())
+            }
             TargetJob::LetGo => {
                 let may_fail = self.target.let_go_failures + 1 < LET_GO_TRIES_MAX;
                 if self.target.workload != TargetWorkload::Running || (failed && may_fail) {

@@ -57,6 +57,8 @@ pub(super) enum SourceWorkload {
 pub(super) enum TargetWorkload {
     Nothing,
     Held,
+    /// It was held and has died; that it never ran is known.
+    Dropped,
     Running,
     /// Lost with the power.
     Lost,

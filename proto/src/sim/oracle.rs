@@ -126,10 +126,13 @@ impl World {
                 }),
                 "the target says ready before that is on disk",
             ),
-            TargetMessage::Refused { generation } => self.demand(
-                is_known(&|entry| *entry == Entry::Refused { generation: *generation }),
-                "the target says refused before that is on disk",
-            ),
+            TargetMessage::Refused { generation } => {
+                self.demand(self.starts == 0, "the target refuses what it has run")?;
+                self.demand(
+                    is_known(&|entry| *entry == Entry::Refused { generation: *generation }),
+                    "the target says refused before that is on disk",
+                )
+            }
             TargetMessage::Started { .. } => self.demand(
                 self.starts == 1,
                 "the target says started before the workload runs",

@@ -33,6 +33,8 @@ pub enum Op {
     Crash(Side, u8),
     /// The next action of a side that can fail does.
     Fail(Side),
+    /// What the target holds dies, and its pager knows that it never ran.
+    DropHeld,
     /// A side loses its power for good, and the operator tells the other side.
     Fence(Side),
     /// A side loses its power and comes back without what ran there.

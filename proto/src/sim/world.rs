@@ -197,6 +197,7 @@ impl World {
             Op::Abort(Side::Target) => self.at_target(TargetEvent::AbortRequested),
             Op::Break => self.break_link(),
             Op::Crash(side, found) => self.crash(side, found),
+            Op::DropHeld => self.drop_held(),
             Op::Fail(Side::Source) => self.source.fail_next = self.source.machine.is_some(),
             Op::Fail(Side::Target) => self.target.fail_next = self.target.machine.is_some(),
             Op::Fence(side) => self.fence(side),
@@ -225,6 +226,11 @@ impl World {
         records
             .iter()
             .any(|record| matches!(record.entry, Entry::Commit { .. }))
+    }
+
+    /// Whether what the target held has died, which is known there.
+    pub fn held_dropped(&self) -> bool {
+        self.target.workload == TargetWorkload::Dropped
     }
 
     /// Whether there is a connection between the two.
@@ -392,11 +398,20 @@ impl World {
                 self.target.store = Memory::default();
                 self.target.workload = match self.target.workload {
                     TargetWorkload::Nothing => TargetWorkload::Nothing,
-                    TargetWorkload::Held | TargetWorkload::Running | TargetWorkload::Lost => {
-                        TargetWorkload::Lost
-                    }
+                    // What told that it never ran is lost with the power.
+                    TargetWorkload::Held
+                    | TargetWorkload::Dropped
+                    | TargetWorkload::Running
+                    | TargetWorkload::Lost => TargetWorkload::Lost,
                 };
             }
+        }
+    }
+
+    fn drop_held(&mut self) {
+        if self.target.workload == TargetWorkload::Held {
+            self.target.workload = TargetWorkload::Dropped;
+            self.at_target(TargetEvent::Failure(workload_gone()));
         }
     }
 
@@ -457,12 +472,10 @@ impl World {
             .any(|record| matches!(record.entry, Entry::Ready(_)));
         let held = match self.target.workload {
             TargetWorkload::Held | TargetWorkload::Running => true,
-            TargetWorkload::Nothing | TargetWorkload::Lost => false,
+            TargetWorkload::Nothing | TargetWorkload::Dropped | TargetWorkload::Lost => false,
         };
         if ready && !held {
-            let text = "the held workload is gone";
-            let failure = Failure::new(ErrorCode::WorkloadGone, text);
-            self.at_target(TargetEvent::Failure(failure));
+            self.at_target(TargetEvent::Failure(workload_gone()));
         }
     }
 
@@ -493,6 +506,10 @@ impl World {
         }
         self.drain();
     }
+}
+
+pub(super) fn workload_gone() -> Failure {
+    Failure::new(ErrorCode::WorkloadGone, "the held workload is gone")
 }
 
 fn offer(setup: &Setup) -> SourceOffer {

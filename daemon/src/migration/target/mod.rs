@@ -26,7 +26,7 @@ use super::progress::Progress;
 use super::session::{self, Session};
 use crate::net::lanes::TargetSession;
 use intake::Intake;
-use site::Site;
+use site::{LetGoError, Site};
 
 /// Events that may wait to be handled.
 const EVENTS_MAX: usize = 64;
@@ -356,7 +356,11 @@ async fn perform(site: &mut Site, action: TargetAction) -> Result<TargetEvent, F
             .restore()
             .await
             .map(|state| TargetEvent::Restored { state }),
-        TargetAction::LetGo { .. } => site.let_go().await.map(|()| TargetEvent::Resumed),
+        TargetAction::LetGo { .. } => match site.let_go().await {
+            Ok(()) => Ok(TargetEvent::Resumed),
+            Err(LetGoError::NeverRan(failure)) => Ok(TargetEvent::NeverRan(failure)),
+            Err(LetGoError::Unclear(failure)) => Err(failure),
+        },
         TargetAction::Discard => site.discard().await.map(|()| TargetEvent::Discarded),
         TargetAction::AwaitFinal(_)
         | TargetAction::AwaitRound(_)

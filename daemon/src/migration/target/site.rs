@@ -18,7 +18,9 @@ use pageferry_proto::id::{MigrationId, SpaceId};
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
-use pageferry_proto::wire::description::{LinkAddress, LinkDescription, MountDescription};
+use pageferry_proto::wire::description::{
+    LinkAddress, LinkDescription, MountDescription, Namespaces,
+};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
@@ -27,7 +29,7 @@ use super::intake::Intake;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::pager::client::{ClientError, Notice, PagerClient, Remains, Spawn};
-use crate::pager::message::{Namespace, RestoreRequest};
+use crate::pager::message::{Namespace, RestoreRequest, State as PagerState};
 use crate::pages::store::{Store, StoreLimits};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::mounts::external_at_restore;
@@ -92,6 +94,15 @@ impl From<(PagerClient, mpsc::UnboundedReceiver<Notice>)> for Pager {
     }
 }
 
+/// Why a workload does not run that was let go.
+#[derive(Debug)]
+pub enum LetGoError {
+    /// It died before its first instruction, and nothing of it is left.
+    NeverRan(Failure),
+    /// It may run, or may yet.
+    Unclear(Failure),
+}
+
 /// A workload's place at its target.
 #[derive(Debug)]
 pub struct Site {
@@ -104,6 +115,8 @@ pub struct Site {
     links: Vec<LinkDescription>,
     /// What CRIU binds into a mount namespace of the workload's own; the root first.
     mounts: Vec<MountDescription>,
+    /// Its pids are the node's.
+    shares_pids: bool,
     /// The workload's root at this node, once it is restored.
     root_pid: Option<i32>,
     pager: Option<Pager>,
@@ -127,6 +140,7 @@ impl Site {
             network: None,
             links: Vec::new(),
             mounts: Vec::new(),
+            shares_pids: false,
             root_pid: None,
             pager: None,
             intake: Arc::new(intake),
@@ -150,6 +164,7 @@ impl Site {
             network: None,
             links: Vec::new(),
             mounts: Vec::new(),
+            shares_pids: false,
             root_pid: None,
             pager: None,
             restore_time: None,
@@ -205,9 +220,8 @@ impl Site {
             ));
         }
         block_in_place(|| process::check(description))?;
-        if let Err(error) = process::begin_pids_above(&description.pids) {
-            tracing::warn!(migration = %self.id, %error, "new pids may be below the workload's");
-        }
+        self.shares_pids = !description.own_namespaces.contains(Namespaces::PID);
+        self.begin_pids_above(&description.pids);
         let mut kinds = process::kinds(description.own_namespaces);
         if kinds.contains(&NamespaceKind::Mount) == description.mounts.is_empty() {
             return Err(Failure::new(
@@ -259,7 +273,12 @@ impl Site {
     /// Restores the workload and holds it before its first instruction.
     pub async fn restore(&mut self) -> Result<DriverState, Failure> {
         let images = self.directory.join("images");
-        let spaces = block_in_place(|| self.make_images_lazy(&images))?;
+        let Images { spaces, tasks } = block_in_place(|| make_images_lazy(&images))?;
+        if self.shares_pids {
+            // It may have forked since it was offered.
+            process::check_pids(&tasks)?;
+            self.begin_pids_above(&tasks);
+        }
         // Late births are only known from the images; they have no pages to be filled.
         let mut plan = Vec::with_capacity(spaces.len());
         let pager = &self.pager.as_ref().ok_or_else(no_pager)?.client;
@@ -307,30 +326,35 @@ impl Site {
         self.state()
     }
 
-    /// Rewrites the page maps for a lazy restore and lists the spaces that CRIU will make.
-    fn make_images_lazy(&self, images: &Path) -> Result<BTreeSet<SpaceId>, Failure> {
-        let mut spaces = BTreeSet::new();
-        let entries = fs::read_dir(images).map_err(|error| internal(&error))?;
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            // Only a process that has memory has this image: zombies have none.
-            let space = name
-                .to_str()
-                .and_then(|name| name.strip_prefix("mm-")?.strip_suffix(".img")?.parse().ok());
-            if let Some(vpid) = space {
-                pagemap::rewrite(images, vpid)
-                    .map_err(|error| Failure::new(ErrorCode::CriuFailed, chain(&error)))?;
-                spaces.insert(SpaceId(vpid));
-            }
+    fn begin_pids_above(&self, pids: &[i32]) {
+        if let Err(error) = process::begin_pids_above(pids) {
+            tracing::warn!(migration = %self.id, %error, "new pids may be below the workload's");
         }
-        Ok(spaces)
     }
 
     /// Attaches the network and lets the workload run. Only when `Running` is durable; doing it
     /// again does no harm.
-    pub async fn let_go(&mut self) -> Result<(), Failure> {
-        let Some(Pager { client, .. }) = &self.pager else {
+    pub async fn let_go(&mut self) -> Result<(), LetGoError> {
+        if let Some(Pager { client, .. }) = &self.pager {
+            never_ran(client).await?;
+        } else {
             return self.without_pager();
+        }
+        self.attach().await?;
+        let Some(Pager { client, .. }) = &self.pager else {
+            return Err(no_pager().into());
+        };
+        if let Err(error) = client.go().await {
+            never_ran(client).await?;
+            return Err(pager_failed(error).into());
+        }
+        self.announce_again();
+        Ok(())
+    }
+
+    async fn attach(&mut self) -> Result<(), Failure> {
+        let Some(Pager { client, .. }) = &self.pager else {
+            return Err(no_pager());
         };
         if self.namespace(NamespaceKind::Net).is_none() && !self.links.is_empty() {
             let status = client.status().await.map_err(pager_failed)?;
@@ -344,22 +368,20 @@ impl Site {
                 .await
                 .map_err(|error| network_unfit(&error))?;
         }
-        let Some(Pager { client, .. }) = &self.pager else {
-            return Err(no_pager());
-        };
-        client.go().await.map_err(pager_failed)?;
-        self.announce_again();
         Ok(())
     }
 
     /// What an ended pager has left says whether the workload runs.
-    fn without_pager(&self) -> Result<(), Failure> {
+    fn without_pager(&self) -> Result<(), LetGoError> {
         let remains = Remains::read(&self.directory).map_err(|error| internal(&error))?;
         match remains {
             Remains::Filled(_) => Ok(()),
-            Remains::FillLost(line) => Err(Failure::new(ErrorCode::FillLost, line)),
-            Remains::RestoreLost(line) => Err(Failure::new(ErrorCode::CriuFailed, line)),
-            Remains::Nothing => Err(no_pager()),
+            Remains::FillLost(line) => Err(Failure::new(ErrorCode::FillLost, line).into()),
+            Remains::RestoreLost(line) => {
+                let failure = Failure::new(ErrorCode::CriuFailed, line);
+                Err(LetGoError::NeverRan(failure))
+            }
+            Remains::Nothing => Err(no_pager().into()),
         }
     }
 
@@ -391,7 +413,7 @@ impl Site {
                     tracing::info!(migration = %self.id, ?report, "filled");
                 }
                 Some(Notice::Failed { failure, .. }) => return Err(failure),
-                Some(Notice::Lost) | None => self.without_pager()?,
+                Some(Notice::Lost) | None => self.without_pager().map_err(LetGoError::failure)?,
             }
         }
         self.pager = None;
@@ -478,11 +500,65 @@ impl Site {
     }
 }
 
+/// What CRIU will make.
+struct Images {
+    spaces: BTreeSet<SpaceId>,
+    /// Pids and thread ids.
+    tasks: Vec<i32>,
+}
+
+/// Rewrites the page maps for a lazy restore.
+fn make_images_lazy(images: &Path) -> Result<Images, Failure> {
+    let (mut spaces, mut tasks) = (BTreeSet::new(), Vec::new());
+    let entries = fs::read_dir(images).map_err(|error| internal(&error))?;
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let number = |kind| -> Option<u32> {
+            let name = name.to_str()?.strip_prefix(kind)?;
+            name.strip_suffix(".img")?.parse().ok()
+        };
+        tasks.extend(number("core-").and_then(|task| i32::try_from(task).ok()));
+        // Only a process that has memory has this image: zombies have none.
+        if let Some(vpid) = number("mm-") {
+            pagemap::rewrite(images, vpid)
+                .map_err(|error| Failure::new(ErrorCode::CriuFailed, chain(&error)))?;
+            spaces.insert(SpaceId(vpid));
+        }
+    }
+    Ok(Images { spaces, tasks })
+}
+
+/// Fails if the pager says that its tree died before it was let go, which it says only when nothing
+/// of the tree is left. A pager that does not answer proves nothing.
+async fn never_ran(pager: &PagerClient) -> Result<(), LetGoError> {
+    match pager.status().await {
+        Ok(status) if status.state == PagerState::Failed => match status.failure {
+            Some(fault) if !fault.after_go => Err(LetGoError::NeverRan(fault.failure())),
+            Some(_) | None => Ok(()),
+        },
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
 /// Names of this node's link ends begin with this: `pf`, nine digits of the migration, and a number
 /// of at most two follows, 13 characters of the 15 that a name may have.
 fn link_prefix(id: MigrationId) -> String {
     let digits: String = id.to_string().chars().take(9).collect();
     format!("pf{digits}n")
+}
+
+impl LetGoError {
+    fn failure(self) -> Failure {
+        match self {
+            Self::NeverRan(failure) | Self::Unclear(failure) => failure,
+        }
+    }
+}
+
+impl From<Failure> for LetGoError {
+    fn from(failure: Failure) -> Self {
+        Self::Unclear(failure)
+    }
 }
 
 fn version_text(version: u32) -> String {

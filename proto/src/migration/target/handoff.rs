@@ -114,7 +114,7 @@ impl TargetMachine {
         }
     }
 
-    /// The decision to run: excludes every refusal from here on.
+    /// The decision to run: from here on only proof that nothing ran permits to refuse.
     pub(super) fn run(&mut self, generation: Generation) {
         self.state = State::Running(Running {
             generation,
@@ -178,6 +178,21 @@ impl TargetMachine {
             step: Refusal::Recording,
         });
         self.journal(Entry::Refused { generation });
+    }
+
+    /// What was to run cannot, and did not: the source may have it back. Before `Started` nobody
+    /// was told otherwise.
+    pub(super) fn never_ran(&mut self, now: Time, failure: Failure) {
+        let State::Running(Running {
+            generation,
+            step: Start::LettingGo { .. },
+            ..
+        }) = self.state
+        else {
+            return self.failed(now, failure);
+        };
+        self.timers.stop_all();
+        self.refuse(generation, failure);
     }
 
     fn refusal_recorded(&mut self) {
