@@ -3,7 +3,7 @@
 //!
 //! A state is observed from outside (`pageferry list`), so the links are shaped and the final round
 //! is large: states last long enough to be hit. Those between `Ready` and `Started` are made to
-//! last by stopping (SIGSTOP) the other daemon. What happened is judged by what is alive
+//! last by stopping (SIGSTOP) whoever would end them. What happened is judged by what is alive
 //! afterwards, not by whether the fault hit the very state it was meant for; a state never seen is
 //! a failure.
 
@@ -49,11 +49,11 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
             continue;
         }
         match fault.run(&mut lab) {
-            Ok(survivor) if fault.expected.contains(&survivor) => {
-                println!("{name}: {survivor:?} runs on, memory right");
+            Ok((survivor, silence)) if fault.expected.contains(&survivor) => {
+                println!("{name}: {survivor:?} runs on, memory right, silence {silence:.1?}");
                 report.note_contents(true);
             }
-            Ok(survivor) => {
+            Ok((survivor, _)) => {
                 report.fail(format!(
                     "{name}: {survivor:?} runs on, not {:?}",
                     fault.expected
@@ -70,7 +70,7 @@ struct Fault {
     act: Act,
     /// When this node says that this is its phase.
     at: (&'static str, &'static str),
-    stall: Option<Stall>,
+    stall: Stall,
     expected: &'static [Survivor],
 }
 
@@ -82,10 +82,15 @@ enum Act {
     KillPager,
 }
 
-/// Stops a daemon when a node is in a phase, so that the other one stays in the next.
-struct Stall {
-    stopped: &'static str,
-    when: (&'static str, &'static str),
+/// Who is stopped, so that a state lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stall {
+    Nobody,
+    /// The source, while the target restores: the target stays ready.
+    Source,
+    /// The source until the target is ready, then the target: `Ready` is on its way to a source
+    /// that goes on and decides, and whose `Go` nobody hears.
+    Target,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +115,7 @@ impl Fault {
         format!("{act} while {side} is {}", self.at.1)
     }
 
-    fn run(&self, lab: &mut Lab) -> Result<Survivor> {
+    fn run(&self, lab: &mut Lab) -> Result<(Survivor, Duration)> {
         for _ in 0..ATTEMPTS_MAX {
             if let Some(survivor) = self.attempt(lab)? {
                 return Ok(survivor);
@@ -120,8 +125,8 @@ impl Fault {
     }
 
     /// One move with the fault; none when the state was not seen.
-    fn attempt(&self, lab: &mut Lab) -> Result<Option<Survivor>> {
-        let memory = if self.act == Act::KillPager {
+    fn attempt(&self, lab: &mut Lab) -> Result<Option<(Survivor, Duration)>> {
+        let memory = if self.act == Act::KillPager && self.at == RUNNING {
             FILL_BYTES
         } else {
             CASE_BYTES
@@ -139,6 +144,7 @@ impl Fault {
             ..MigrateFlags::default()
         };
         let name = session.workload.name();
+        let begun = Instant::now();
         let migration = Migration::start(lab.node("a")?, &name, "b", &flags)?;
         let hit = self.strike(lab, &name)?;
         let outcome = migration.finish()?;
@@ -153,60 +159,107 @@ impl Fault {
             None => "the migration succeeded".to_owned(),
         })?;
         settled?;
+        let silence = session.prober.longest_silence_since(begun);
         session.workload.kill(lab)?;
-        Ok(Some(survivor))
+        Ok(Some((survivor, silence)))
     }
 
     /// Waits for the state and does it; whether the state was seen.
     fn strike(&self, lab: &mut Lab, workload: &str) -> Result<bool> {
-        let mut stopped = None;
-        if let Some(stall) = &self.stall {
-            if wait_for_phase(lab, workload, stall.when)?.is_none() {
-                return Ok(false);
-            }
-            let pid = lab.daemon(stall.stopped)?.host_pid();
-            let pid = Pid::from_raw(i32::try_from(pid).context("the kernel's pids are ints")?);
-            kill(pid, Signal::SIGSTOP).context("stopping a daemon")?;
-            stopped = Some(pid);
+        let mut stopped = Stopped::default();
+        if !self.stall(lab, workload, &mut stopped)? {
+            return Ok(false);
         }
-        let seen = wait_for_phase(lab, workload, self.at)?;
-        let result = match &seen {
-            Some(id) => self.act(lab, id),
-            None => Ok(None),
+        let Some(id) = wait_for_phase(lab, workload, self.at)? else {
+            return Ok(false);
         };
-        if let Some(pid) = stopped {
-            kill(pid, Signal::SIGCONT).context("continuing a daemon")?;
-        }
-        if let Some(mut abort) = result? {
+        let struck = self.act(lab, &id)?;
+        drop(stopped);
+        match struck {
+            Struck::Missed => return Ok(false),
+            Struck::Done => {}
             // Refused once it is committed, which is right.
-            abort.wait().context("waiting for pageferry abort")?;
+            Struck::Asked(mut abort) => {
+                abort.wait().context("waiting for pageferry abort")?;
+            }
         }
-        if let Act::KillDaemon(node) = self.act
-            && seen.is_some()
-        {
+        if let Act::KillDaemon(node) = self.act {
             lab.restart_daemon(node)?;
         }
-        Ok(seen.is_some())
+        Ok(true)
+    }
+
+    /// Makes the state last; false when it passed unseen.
+    fn stall(&self, lab: &mut Lab, workload: &str, stopped: &mut Stopped) -> Result<bool> {
+        if self.stall == Stall::Nobody {
+            return Ok(true);
+        }
+        if wait_for_phase(lab, workload, ("b", "restoring"))?.is_none() {
+            return Ok(false);
+        }
+        stopped.stop(lab, "a")?;
+        if self.stall == Stall::Target {
+            if wait_for_phase(lab, workload, ("b", "ready"))?.is_none() {
+                return Ok(false);
+            }
+            let source = std::mem::take(stopped);
+            stopped.stop(lab, "b")?;
+            drop(source);
+        }
+        Ok(true)
     }
 
     /// Does it; an abort ends only when the daemon goes on.
-    fn act(&self, lab: &mut Lab, id: &str) -> Result<Option<Child>> {
+    fn act(&self, lab: &mut Lab, id: &str) -> Result<Struck> {
         match self.act {
-            Act::Abort => return pageferry::abort(lab.node("a")?, id).map(Some),
+            Act::Abort => return pageferry::abort(lab.node("a")?, id).map(Struck::Asked),
             Act::KillDaemon(node) => lab.daemon(node)?.kill()?,
-            Act::KillCriu(node) => kill_first(lab, node, "criu")?,
-            Act::KillPager => kill_first(lab, "b", "pageferry-pager")?,
+            Act::KillCriu(node) => return kill_first(lab, node, "criu"),
+            Act::KillPager => return kill_first(lab, "b", "pageferry-pager"),
         }
-        Ok(None)
+        Ok(Struck::Done)
     }
 }
 
-fn kill_first(lab: &Lab, node: &str, command: &str) -> Result<()> {
+/// Daemons that are stopped, to go on when this is dropped.
+#[derive(Debug, Default)]
+struct Stopped(Vec<Pid>);
+
+impl Stopped {
+    fn stop(&mut self, lab: &mut Lab, node: &str) -> Result<()> {
+        let pid = lab.daemon(node)?.host_pid();
+        let pid = Pid::from_raw(i32::try_from(pid).context("the kernel's pids are ints")?);
+        kill(pid, Signal::SIGSTOP).context("stopping a daemon")?;
+        self.0.push(pid);
+        Ok(())
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        for pid in &self.0 {
+            // One that was killed meanwhile is gone.
+            let _ = kill(*pid, Signal::SIGCONT);
+        }
+    }
+}
+
+/// What came of a fault.
+enum Struck {
+    Done,
+    /// There was nothing to kill: not yet, or no more.
+    Missed,
+    /// `pageferry abort`, which ends when the daemon has answered.
+    Asked(Child),
+}
+
+fn kill_first(lab: &Lab, node: &str, command: &str) -> Result<Struck> {
     let pids = lab.node(node)?.host_processes_named(command);
-    let pid = pids
-        .first()
-        .with_context(|| format!("no {command} runs at node {node}"))?;
-    kill(Pid::from_raw(*pid), Signal::SIGKILL).with_context(|| format!("killing {command}"))
+    let Some(pid) = pids.first() else {
+        return Ok(Struck::Missed);
+    };
+    kill(Pid::from_raw(*pid), Signal::SIGKILL).with_context(|| format!("killing {command}"))?;
+    Ok(Struck::Done)
 }
 
 /// Polls until a node says that its migration of the workload is in a phase; its id. None when the
@@ -270,7 +323,7 @@ const FILL_LOST: &[Survivor] = &[Survivor::NobodyFrozen, Survivor::Target];
 const fn fault(
     act: Act,
     at: (&'static str, &'static str),
-    stall: Option<Stall>,
+    stall: Stall,
     expected: &'static [Survivor],
 ) -> Fault {
     Fault {
@@ -281,45 +334,48 @@ const fn fault(
     }
 }
 
-/// The target stops once it is ready: the source stays with its decision.
-const TARGET_STOPS: Option<Stall> = Some(Stall {
-    stopped: "b",
-    when: ("b", "ready"),
-});
-/// The source stops while the target restores: the target stays ready.
-const SOURCE_STOPS: Option<Stall> = Some(Stall {
-    stopped: "a",
-    when: ("b", "restoring"),
-});
+const OFFERED: (&str, &str) = ("a", "offered");
+const COPYING: (&str, &str) = ("a", "copying");
+const FINISHING: (&str, &str) = ("a", "finishing");
+const RECEIVING: (&str, &str) = ("b", "receiving");
+const RESTORING: (&str, &str) = ("b", "restoring");
+const READY: (&str, &str) = ("b", "ready");
+const COMMITTED: (&str, &str) = ("a", "committed");
+const RUNNING: (&str, &str) = ("b", "running");
 
-const FAULTS: [Fault; 22] = [
-    fault(Act::Abort, ("a", "offered"), None, SOURCE),
-    fault(Act::Abort, ("a", "copying"), None, SOURCE),
-    fault(Act::Abort, ("a", "finishing"), None, SOURCE),
-    fault(Act::Abort, ("b", "restoring"), None, ONE),
-    fault(Act::Abort, ("b", "ready"), SOURCE_STOPS, ONE),
-    fault(Act::Abort, ("a", "committed"), TARGET_STOPS, TARGET),
-    fault(Act::KillDaemon("a"), ("a", "copying"), None, SOURCE),
-    fault(Act::KillDaemon("a"), ("a", "finishing"), None, SOURCE),
-    fault(Act::KillDaemon("a"), ("b", "restoring"), None, ONE),
-    fault(
-        Act::KillDaemon("a"),
-        ("a", "committed"),
-        TARGET_STOPS,
-        TARGET,
-    ),
-    fault(Act::KillDaemon("b"), ("b", "receiving"), None, SOURCE),
-    fault(Act::KillDaemon("b"), ("b", "restoring"), None, ONE),
-    fault(Act::KillDaemon("b"), ("b", "ready"), SOURCE_STOPS, ONE),
-    fault(Act::KillDaemon("b"), ("b", "running"), None, TARGET),
-    fault(Act::KillCriu("a"), ("a", "finishing"), None, SOURCE),
-    fault(Act::KillCriu("a"), ("a", "committed"), TARGET_STOPS, TARGET),
-    fault(Act::KillCriu("b"), ("b", "restoring"), None, ONE),
-    fault(Act::KillCriu("b"), ("b", "ready"), SOURCE_STOPS, SOURCE),
-    fault(Act::KillPager, ("b", "receiving"), None, SOURCE),
-    fault(Act::KillPager, ("b", "restoring"), None, ONE),
-    fault(Act::KillPager, ("b", "ready"), SOURCE_STOPS, SOURCE),
-    fault(Act::KillPager, ("b", "running"), None, FILL_LOST),
+const FAULTS: [Fault; 30] = [
+    fault(Act::Abort, OFFERED, Stall::Nobody, SOURCE),
+    fault(Act::Abort, COPYING, Stall::Nobody, SOURCE),
+    fault(Act::Abort, FINISHING, Stall::Nobody, SOURCE),
+    fault(Act::Abort, RESTORING, Stall::Nobody, ONE),
+    fault(Act::Abort, READY, Stall::Source, ONE),
+    fault(Act::Abort, COMMITTED, Stall::Target, ONE),
+    fault(Act::KillDaemon("a"), COPYING, Stall::Nobody, SOURCE),
+    fault(Act::KillDaemon("a"), FINISHING, Stall::Nobody, SOURCE),
+    fault(Act::KillDaemon("a"), RESTORING, Stall::Nobody, ONE),
+    fault(Act::KillDaemon("a"), READY, Stall::Source, SOURCE),
+    fault(Act::KillDaemon("a"), COMMITTED, Stall::Target, TARGET),
+    fault(Act::KillDaemon("a"), RUNNING, Stall::Nobody, TARGET),
+    fault(Act::KillDaemon("b"), RECEIVING, Stall::Nobody, SOURCE),
+    fault(Act::KillDaemon("b"), FINISHING, Stall::Nobody, SOURCE),
+    fault(Act::KillDaemon("b"), RESTORING, Stall::Nobody, ONE),
+    fault(Act::KillDaemon("b"), READY, Stall::Source, ONE),
+    fault(Act::KillDaemon("b"), COMMITTED, Stall::Target, TARGET),
+    fault(Act::KillDaemon("b"), RUNNING, Stall::Nobody, TARGET),
+    // Once it has dumped, all that is left to it is to let go.
+    fault(Act::KillCriu("a"), FINISHING, Stall::Nobody, ONE),
+    fault(Act::KillCriu("a"), RESTORING, Stall::Nobody, ONE),
+    fault(Act::KillCriu("a"), READY, Stall::Source, ONE),
+    fault(Act::KillCriu("a"), COMMITTED, Stall::Target, TARGET),
+    fault(Act::KillCriu("b"), RESTORING, Stall::Nobody, ONE),
+    fault(Act::KillCriu("b"), READY, Stall::Source, SOURCE),
+    // Nothing has run at the target, which is known there.
+    fault(Act::KillCriu("b"), COMMITTED, Stall::Target, SOURCE),
+    fault(Act::KillPager, RECEIVING, Stall::Nobody, SOURCE),
+    fault(Act::KillPager, RESTORING, Stall::Nobody, ONE),
+    fault(Act::KillPager, READY, Stall::Source, SOURCE),
+    fault(Act::KillPager, COMMITTED, Stall::Target, SOURCE),
+    fault(Act::KillPager, RUNNING, Stall::Nobody, FILL_LOST),
 ];
 
 const ATTEMPTS_MAX: u32 = 5;
@@ -329,5 +385,6 @@ const HOT_BYTES: usize = 64 << 20; // 64 MiB: half a second at 1 Gbit/s
 const HOT_RATE: u32 = 20_000;
 const PHASE_TIME_MAX: Duration = Duration::from_secs(20);
 const SETTLE_TIME_MAX: Duration = Duration::from_secs(60);
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+/// A client asks again after twice the time it has waited already (TCP's backoff).
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 const ANSWER_POLL: Duration = Duration::from_millis(200);

@@ -14,6 +14,9 @@ use super::{LinkError, announce};
 /// How many links a workload may have.
 pub const LINKS_MAX: usize = 16;
 
+/// As a link's controller: none.
+const NO_BRIDGE: u32 = 0;
+
 /// A network that waits for its workload: complete inside, attached to nothing outside.
 ///
 /// The links vanish with the namespace, that is with the last of its descriptors and processes.
@@ -103,6 +106,16 @@ impl PreparedNetwork {
             enslave(&node, index, bridge, name).await?;
         }
         announce::announce(net.as_fd(), &self.links)
+    }
+
+    /// Takes the links off the bridge again; from the kernel's answer on, no frame passes.
+    pub async fn detach(&self) -> Result<(), LinkError> {
+        let node = Netlink::open(None)?;
+        for name in &self.node_ends {
+            let index = index_of(&node, name).await?;
+            enslave(&node, index, NO_BRIDGE, name).await?;
+        }
+        Ok(())
     }
 
     /// Announces the addresses once more, for switches that lost the first frame.

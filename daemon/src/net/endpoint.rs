@@ -150,13 +150,14 @@ impl Endpoint {
         // not be able to move.
         server.migration(false);
         server.max_incoming(HANDSHAKES_MAX);
+        let resets = credentials.resets();
         let mut client = ClientConfig::new(credentials.client());
         client.transport_config(tuning::dialling());
 
         let socket = socket::bind(listen).map_err(|source| BindError::Socket { listen, source })?;
         let start = |source| BindError::Start { listen, source };
         let listener = quinn::Endpoint::new_with_abstract_socket(
-            tuning::endpoint(),
+            tuning::listening_endpoint(resets),
             Some(server),
             socket,
             Arc::new(TokioRuntime),

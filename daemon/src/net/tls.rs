@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::ring::hmac;
 use pageferry_proto::id::NodeName;
 use pageferry_proto::wire::version::ALPN;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
@@ -50,6 +51,7 @@ pub struct Credentials {
     node: NodeName,
     server: Arc<QuicServerConfig>,
     client: Arc<QuicClientConfig>,
+    reset_seed: [u8; 32],
 }
 
 /// Why a node cannot prove itself.
@@ -142,6 +144,12 @@ pub enum PeerNameError {
     Form(String),
 }
 
+/// What a listening endpoint makes its reset tokens and connection ids of.
+pub(super) struct Resets {
+    pub(super) tokens: Arc<hmac::Key>,
+    pub(super) connection_ids: u64,
+}
+
 impl Credentials {
     /// Reads the files, and makes sure that peers will accept what is in them.
     pub fn load(files: &TlsFiles, node: &NodeName) -> Result<Self, TlsError> {
@@ -160,6 +168,10 @@ impl Credentials {
                 "this node's certificate or its authority's expires within 30 days"
             );
         }
+        // One way: neither tokens nor connection ids say anything about the key.
+        let mut reset_seed = [0; 32];
+        let label = hmac::Key::new(hmac::HMAC_SHA256, b"pageferry stateless resets");
+        reset_seed.copy_from_slice(hmac::sign(&label, key.secret_der()).as_ref());
         let mismatch = |source| TlsError::Key {
             key: files.key.clone(),
             certificate: files.certificate.clone(),
@@ -189,6 +201,7 @@ impl Credentials {
             node: node.clone(),
             server: Arc::new(QuicServerConfig::try_from(server).map_err(no_suite)?),
             client: Arc::new(QuicClientConfig::try_from(client).map_err(no_suite)?),
+            reset_seed,
         })
     }
 
@@ -200,6 +213,20 @@ impl Credentials {
     /// What a listening endpoint shows and asks for.
     pub(super) fn server(&self) -> Arc<QuicServerConfig> {
         Arc::clone(&self.server)
+    }
+
+    /// Secrets that are the same after a restart: a listener that was restarted tells peers at once
+    /// that it does not know their connections (RFC 9000 section 10.3), instead of letting them
+    /// wait for the idle timeout with a workload in the freezer.
+    pub(super) fn resets(&self) -> Resets {
+        Resets {
+            tokens: Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &self.reset_seed[..16])),
+            connection_ids: u64::from_le_bytes(
+                *self.reset_seed[16..]
+                    .first_chunk()
+                    .expect("a digest has 32 bytes"),
+            ),
+        }
     }
 
     /// What a dialling endpoint shows and asks for.

@@ -16,6 +16,9 @@ use std::time::Duration;
 
 use quinn::congestion::CubicConfig;
 use quinn::{AckFrequencyConfig, EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
+
+use super::tls::Resets;
 
 /// The transport of a target's connections: the source opens streams, the target none.
 pub(super) fn accepting() -> Arc<TransportConfig> {
@@ -67,7 +70,19 @@ fn transport() -> TransportConfig {
 
 /// The endpoint's side of the largest datagram: what we are ready to receive.
 pub(super) fn endpoint() -> EndpointConfig {
-    let mut endpoint = EndpointConfig::default();
+    sized(EndpointConfig::default())
+}
+
+/// The same for an endpoint that peers come back to after a restart.
+pub(super) fn listening_endpoint(resets: Resets) -> EndpointConfig {
+    let mut endpoint = EndpointConfig::new(resets.tokens);
+    endpoint.cid_generator(move || {
+        Box::new(HashedConnectionIdGenerator::from_key(resets.connection_ids))
+    });
+    sized(endpoint)
+}
+
+fn sized(mut endpoint: EndpointConfig) -> EndpointConfig {
     endpoint
         .max_udp_payload_size(PAYLOAD_BYTES_MAX)
         .expect("the constant is above the minimum of 1200");
@@ -132,10 +147,12 @@ const ACK_PACKETS: u32 = 10;
 /// of one cluster are nearer, and a lost first packet should not cost a second.
 const INITIAL_RTT: Duration = Duration::from_millis(50);
 
-/// A lane with nothing to say says so this often, so that a dead peer is seen in a pause.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// A lane with nothing to say says so this often, so that a dead peer is seen in a pause: a daemon
+/// that was restarted answers the next packet with a reset.
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
 
-/// Silence after which a peer is lost, in milliseconds: three keep-alives.
-const IDLE_MS_MAX: u32 = 15_000;
+/// Silence after which a peer is lost, in milliseconds. Long enough for a node that is out of
+/// breath; a workload may be frozen meanwhile, so not longer.
+const IDLE_MS_MAX: u32 = 10_000;
 
 const _: () = assert!(LANE_WINDOW_BYTES >= DATA_STREAMS * STREAM_WINDOW_BYTES);

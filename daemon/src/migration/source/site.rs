@@ -12,6 +12,7 @@
 mod survey;
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
 use super::sent::Sent;
 use super::task::{alive, repaired_sockets, tracer};
+use crate::link::announce::announce;
+use crate::link::describe::describe;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
 use crate::migration::text::{chain, internal, network_unfit};
@@ -371,6 +374,10 @@ impl Site {
                     .await
                     .map_err(|error| network_unfit(&error))?;
             }
+            if untrack && let Err(error) = self.announce().await {
+                // Its next frame says the same.
+                tracing::warn!("the workload's addresses are not announced: {error}");
+            }
         }
         if untrack {
             block_in_place(|| self.spaces.clear());
@@ -381,6 +388,17 @@ impl Site {
             self.prepare_dump()?;
         }
         Ok(())
+    }
+
+    /// Says where the workload's addresses are. A target that failed late has said otherwise, and
+    /// bridges believe it until the workload sends something.
+    async fn announce(&self) -> Result<(), Failure> {
+        let net = namespace::open(self.root, NamespaceKind::Net);
+        let net = net.map_err(|error| internal(&error))?;
+        let network = describe(&net)
+            .await
+            .map_err(|error| network_unfit(&error))?;
+        announce(net.as_fd(), &network.links).map_err(|error| network_unfit(&error))
     }
 
     /// Takes sockets out of repair mode that a killed CRIU has left in it. The tree is still

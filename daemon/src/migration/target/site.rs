@@ -6,15 +6,13 @@
 //! was recovered can let go or discard what a dead daemon has prepared, since the pager that holds
 //! the workload has outlived it.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use criu_glue::image::pagemap;
-use pageferry_proto::id::{MigrationId, SpaceId};
+use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
@@ -25,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
+use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal, network_unfit};
@@ -345,6 +344,13 @@ impl Site {
             return Err(no_pager().into());
         };
         if let Err(error) = client.go().await {
+            // The kernel would answer for a tree that is dying, with resets.
+            if let Some(network) = &self.network {
+                network
+                    .detach()
+                    .await
+                    .map_err(|error| network_unfit(&error))?;
+            }
             never_ran(client).await?;
             return Err(pager_failed(error).into());
         }
@@ -500,43 +506,16 @@ impl Site {
     }
 }
 
-/// What CRIU will make.
-struct Images {
-    spaces: BTreeSet<SpaceId>,
-    /// Pids and thread ids.
-    tasks: Vec<i32>,
-}
-
-/// Rewrites the page maps for a lazy restore.
-fn make_images_lazy(images: &Path) -> Result<Images, Failure> {
-    let (mut spaces, mut tasks) = (BTreeSet::new(), Vec::new());
-    let entries = fs::read_dir(images).map_err(|error| internal(&error))?;
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let number = |kind| -> Option<u32> {
-            let name = name.to_str()?.strip_prefix(kind)?;
-            name.strip_suffix(".img")?.parse().ok()
-        };
-        tasks.extend(number("core-").and_then(|task| i32::try_from(task).ok()));
-        // Only a process that has memory has this image: zombies have none.
-        if let Some(vpid) = number("mm-") {
-            pagemap::rewrite(images, vpid)
-                .map_err(|error| Failure::new(ErrorCode::CriuFailed, chain(&error)))?;
-            spaces.insert(SpaceId(vpid));
-        }
-    }
-    Ok(Images { spaces, tasks })
-}
-
 /// Fails if the pager says that its tree died before it was let go, which it says only when nothing
-/// of the tree is left. A pager that does not answer proves nothing.
+/// of the tree is left. A pager that does not answer proves nothing, but its tree may be dying, and
+/// its network must not be attached.
 async fn never_ran(pager: &PagerClient) -> Result<(), LetGoError> {
-    match pager.status().await {
-        Ok(status) if status.state == PagerState::Failed => match status.failure {
-            Some(fault) if !fault.after_go => Err(LetGoError::NeverRan(fault.failure())),
-            Some(_) | None => Ok(()),
-        },
-        Ok(_) | Err(_) => Ok(()),
+    let status = pager.status().await.map_err(pager_failed)?;
+    match status.failure {
+        Some(fault) if status.state == PagerState::Failed && !fault.after_go => {
+            Err(LetGoError::NeverRan(fault.failure()))
+        }
+        Some(_) | None => Ok(()),
     }
 }
 

@@ -33,14 +33,16 @@ impl Cluster {
     }
 
     fn credentials(&self, name: &str) -> Credentials {
-        let node = node(name);
-        let issued = ca::issue(self.folder.path(), &node, true).unwrap();
-        let files = TlsFiles {
+        Credentials::load(&self.issue(name), &node(name)).unwrap()
+    }
+
+    fn issue(&self, name: &str) -> TlsFiles {
+        let issued = ca::issue(self.folder.path(), &node(name), true).unwrap();
+        TlsFiles {
             authority: issued.authority,
             certificate: issued.certificate,
             key: issued.key,
-        };
-        Credentials::load(&files, &node).unwrap()
+        }
     }
 
     /// An endpoint on a port of its own.

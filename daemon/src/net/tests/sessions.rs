@@ -50,6 +50,45 @@ async fn last_words_arrive_before_the_lanes_close() {
     );
 }
 
+/// A daemon that is killed takes its runtime along and says nothing.
+#[test]
+fn a_listener_that_was_killed_and_started_again_is_noticed_by_its_reset() {
+    let cluster = Cluster::new();
+    let files = cluster.issue("b");
+    let nowhere: SocketAddr = ANY_PORT.parse().unwrap();
+    let bind = |listen| {
+        Endpoint::bind(EndpointConfig {
+            listen,
+            credentials: Credentials::load(&files, &node("b")).unwrap(),
+            peers: BTreeMap::from([(node("a"), nowhere)]),
+        })
+    };
+    let doomed = tokio::runtime::Runtime::new().unwrap();
+    let target = doomed.block_on(async { bind(nowhere).unwrap() });
+    let address = target.listen();
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let source = cluster.endpoint("a", &[("b", address)]);
+        let peer = node("b");
+        let (dialled, accepted) =
+            within(async { tokio::join!(source.dial(&peer), target.accept()) }).await;
+        let dialled = dialled.unwrap();
+        doomed.shutdown_background();
+        drop((target, accepted));
+        // The runtime gives its socket back in the background.
+        let _restarted = within(async {
+            loop {
+                match bind(address) {
+                    Ok(endpoint) => return endpoint,
+                    Err(_) => tokio::task::yield_now().await,
+                }
+            }
+        })
+        .await;
+        let end = within(dialled.closed()).await;
+        assert_eq!(end, quinn::ConnectionError::Reset);
+    });
+}
+
 #[tokio::test]
 async fn a_session_is_lost_with_its_first_lane_to_break() {
     let cluster = Cluster::new();
