@@ -89,7 +89,8 @@ impl Workload {
         }
     }
 
-    fn signal(&self, lab: &Lab) -> Result<()> {
+    /// Sends SIGKILL, wherever it is: a frozen process does not die of it before it is thawed.
+    pub fn signal(&self, lab: &Lab) -> Result<()> {
         for node in &lab.nodes {
             let pids = node.session(self.pid);
             if !pids.is_empty() {

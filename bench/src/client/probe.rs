@@ -116,6 +116,14 @@ impl Prober {
         false
     }
 
+    /// Why its connection broke, if it did.
+    pub fn broken(&self) -> Option<String> {
+        let seen = self.seen.lock();
+        seen.expect("no thread panics while it notes an answer")
+            .broken
+            .clone()
+    }
+
     /// Ends the prober; why its connection broke, if it did.
     pub fn finish(mut self) -> Option<String> {
         self.stop.store(true, Ordering::Relaxed);

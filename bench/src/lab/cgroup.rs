@@ -125,7 +125,7 @@ pub fn remove_all(hierarchies: &[Hierarchy]) -> Result<()> {
 
 /// A frozen task of version 1 does not die of SIGKILL, so everything is thawed first. The children
 /// come after their parent: a child cannot thaw below a frozen parent.
-fn thaw(folder: &Path) {
+pub fn thaw(folder: &Path) {
     // Writes fail where the file does not belong to this hierarchy: nothing to thaw there.
     let _ = fs::write(folder.join("freezer.state"), "THAWED");
     let _ = fs::write(folder.join("cgroup.freeze"), "0");

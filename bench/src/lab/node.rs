@@ -179,6 +179,14 @@ impl Node {
             .any(|folder| cgroup::is_frozen_below(folder))
     }
 
+    /// Thaws whatever is frozen in the node.
+    pub fn thaw(&self) {
+        self.record
+            .cgroups
+            .iter()
+            .for_each(|folder| cgroup::thaw(folder));
+    }
+
     /// Processes of this node in the session that `leader` leads.
     pub fn session(&self, leader: i32) -> Vec<i32> {
         let mut pids = self.pids();

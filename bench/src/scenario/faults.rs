@@ -148,20 +148,26 @@ impl Fault {
         let migration = Migration::start(lab.node("a")?, &name, "b", &flags)?;
         let hit = self.strike(lab, &name)?;
         let outcome = migration.finish()?;
-        let settled = wait_settled(lab, SETTLE_TIME_MAX);
         if !hit {
-            settled?;
+            wait_settled(lab, SETTLE_TIME_MAX)?;
             session.finish(lab, &mut Report::new("unused"))?;
             return Ok(None);
         }
         let survivor = judge(lab, &mut session).with_context(|| match outcome.error {
             Some((code, text)) => format!("the migration ended with {code}: {text}"),
             None => "the migration succeeded".to_owned(),
-        })?;
-        settled?;
+        });
         let silence = session.prober.longest_silence_since(begun);
+        if let Ok(Survivor::NobodyFrozen) = survivor {
+            // As its operator would: it is told to die, and then thawed.
+            session.workload.signal(lab)?;
+            lab.node("b")?.thaw();
+        } else {
+            wait_settled(lab, SETTLE_TIME_MAX)?;
+        }
         session.workload.kill(lab)?;
-        Ok(Some((survivor, silence)))
+        wait_settled(lab, SETTLE_TIME_MAX)?;
+        Ok(Some((survivor?, silence)))
     }
 
     /// Waits for the state and does it; whether the state was seen.
@@ -294,6 +300,9 @@ fn judge(lab: &Lab, session: &mut WriterSession) -> Result<Survivor> {
         session.workload.is_at(source),
         session.workload.is_at(target),
     );
+    if let Some(why) = session.prober.broken() {
+        bail!("{why}; the workload is at (a, b): {at:?}");
+    }
     if !answers {
         ensure!(
             at == (false, true),

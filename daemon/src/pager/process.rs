@@ -387,15 +387,14 @@ impl Desk {
                 self.waiting.push((id, Awaited::Resumed));
                 None
             }
-            (State::Resuming, _) => {
+            // What is being undone ends in a failure, which is the answer.
+            (State::Resuming | State::Discarding, _) => {
                 self.waiting.push((id, Awaited::Resumed));
                 None
             }
             (State::Running | State::Filled, _) => Some(Reply::Resumed),
             (State::Failed, Some(fault)) => Some(Reply::Failed(fault.clone())),
-            (State::Idle | State::Restoring | State::Discarding | State::Failed, _) => {
-                Some(self.out_of_order("go"))
-            }
+            (State::Idle | State::Restoring | State::Failed, _) => Some(self.out_of_order("go")),
         }
     }
 
@@ -457,9 +456,16 @@ impl Desk {
                 self.answer(Awaited::Resumed, &Reply::Resumed).await;
             }
             Progress::Filled(report) => self.filled(report).await,
+            Progress::Failing => {
+                if matches!(self.state, State::Restoring | State::Held) {
+                    self.state = State::Discarding;
+                }
+            }
             Progress::Discarded => {
                 let fault = Fault::new(ErrorCode::Aborted, "the restore was discarded");
-                self.answer(Awaited::Restored, &Reply::Failed(fault)).await;
+                let reply = Reply::Failed(fault);
+                self.answer(Awaited::Restored, &reply).await;
+                self.answer(Awaited::Resumed, &reply).await;
                 self.answer(Awaited::Discarded, &Reply::Ok).await;
                 self.over = true;
             }

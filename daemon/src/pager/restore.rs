@@ -88,6 +88,8 @@ pub enum Progress {
     Resumed,
     /// Its memory is complete, or it has ended.
     Filled(FillReport),
+    /// It has failed, and what is there is being undone.
+    Failing,
     /// Nothing of it is left, as was decided.
     Discarded,
     /// It failed. Before `Go` nothing of it is left.
@@ -152,7 +154,10 @@ pub async fn run(
     };
     let root_pid = match prepared {
         Ok(root_pid) => root_pid,
-        Err(error) => return tell(restore.fail(error).await),
+        Err(error) => {
+            tell(Progress::Failing);
+            return tell(restore.fail(error).await);
+        }
     };
     let restore_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
     info!(root_pid, restore_ms, "restored, held");
@@ -163,7 +168,10 @@ pub async fn run(
     match restore.held(&mut decisions).await {
         Held::Decided(Decision::Go) => {}
         Held::Decided(Decision::Discard) => return tell(restore.discard().await),
-        Held::Failed(error) => return tell(restore.fail(error).await),
+        Held::Failed(error) => {
+            tell(Progress::Failing);
+            return tell(restore.fail(error).await);
+        }
     }
     let start = Instant::now();
     match restore.go().await {

@@ -50,7 +50,7 @@ pub struct TargetDriver {
     clock: Clock,
     site: Option<Box<Site>>,
     intake: Arc<Intake>,
-    operation: Option<JoinHandle<(Box<Site>, TargetEvent)>>,
+    operation: Option<JoinHandle<Performed>>,
     waiting: VecDeque<Operation>,
     session: Option<Session<TargetMessage>>,
     connections: u64,
@@ -87,6 +87,8 @@ enum Operation {
     Action(Box<TargetAction>),
     /// Wait for the end of the fill: follows a successful `LetGo` by itself.
     Fill,
+    /// Wait until a workload whose memory was lost in the fill has been killed.
+    Bury,
 }
 
 #[derive(Debug)]
@@ -305,20 +307,18 @@ impl TargetDriver {
             return;
         };
         self.operation = Some(tokio::spawn(async move {
-            let event = operation(&mut site, next).await;
-            (site, event)
+            let (event, follows) = operation(&mut site, next).await;
+            (site, follows, event)
         }));
     }
 
-    fn operation_ended(&mut self, ended: Result<(Box<Site>, TargetEvent), tokio::task::JoinError>) {
+    fn operation_ended(&mut self, ended: Result<Performed, tokio::task::JoinError>) {
         self.operation = None;
         match ended {
-            Ok((site, event)) => {
+            Ok((site, follows, event)) => {
                 self.root_pid = site.root_pid();
                 self.site = Some(site);
-                if event == TargetEvent::Resumed {
-                    self.waiting.push_back(Operation::Fill);
-                }
+                self.waiting.extend(follows);
                 self.handle(event);
             }
             // What the kernel and the pager hold is found again from the journal.
@@ -339,12 +339,26 @@ async fn trouble(site: &mut Option<Box<Site>>) -> Failure {
     }
 }
 
-async fn operation(site: &mut Site, operation: Operation) -> TargetEvent {
-    let done = match operation {
-        Operation::Fill => site.filled().await.map(|()| TargetEvent::Filled),
-        Operation::Action(action) => perform(site, *action).await,
-    };
-    done.unwrap_or_else(TargetEvent::Failure)
+/// What came of an operation: the site again, what follows by itself, and what happened.
+type Performed = (Box<Site>, Option<Operation>, TargetEvent);
+
+async fn operation(site: &mut Site, operation: Operation) -> (TargetEvent, Option<Operation>) {
+    match operation {
+        Operation::Fill => match site.filled().await {
+            Ok(()) => (TargetEvent::Filled, None),
+            Err(failure) => (TargetEvent::Failure(failure), Some(Operation::Bury)),
+        },
+        // Nothing of it is missing any more.
+        Operation::Bury => {
+            site.emptied().await;
+            (TargetEvent::Filled, None)
+        }
+        Operation::Action(action) => match perform(site, *action).await {
+            Ok(TargetEvent::Resumed) => (TargetEvent::Resumed, Some(Operation::Fill)),
+            Ok(event) => (event, None),
+            Err(failure) => (TargetEvent::Failure(failure), None),
+        },
+    }
 }
 
 async fn perform(site: &mut Site, action: TargetAction) -> Result<TargetEvent, Failure> {

@@ -6,6 +6,8 @@
 //! was recovered can let go or discard what a dead daemon has prepared, since the pager that holds
 //! the workload has outlived it.
 
+mod run;
+
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -27,19 +29,17 @@ use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal, network_unfit};
-use crate::pager::client::{ClientError, Notice, PagerClient, Remains, Spawn};
-use crate::pager::message::{Namespace, RestoreRequest, State as PagerState};
+use crate::pager::client::{ClientError, Notice, PagerClient, Spawn};
+use crate::pager::message::{Namespace, RestoreRequest};
 use crate::pages::store::{Store, StoreLimits};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
+pub use run::LetGoError;
 
 /// How long killed tasks may take to end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// Announcements after the first, for switches that were busy: at these times after attaching.
-const ANNOUNCEMENTS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(500)];
 
 /// What every target of this node shares.
 #[derive(Debug, Clone)]
@@ -91,15 +91,6 @@ impl From<(PagerClient, mpsc::UnboundedReceiver<Notice>)> for Pager {
     fn from((client, notices): (PagerClient, mpsc::UnboundedReceiver<Notice>)) -> Self {
         Self { client, notices }
     }
-}
-
-/// Why a workload does not run that was let go.
-#[derive(Debug)]
-pub enum LetGoError {
-    /// It died before its first instruction, and nothing of it is left.
-    NeverRan(Failure),
-    /// It may run, or may yet.
-    Unclear(Failure),
 }
 
 /// A workload's place at its target.
@@ -331,118 +322,6 @@ impl Site {
         }
     }
 
-    /// Attaches the network and lets the workload run. Only when `Running` is durable; doing it
-    /// again does no harm.
-    pub async fn let_go(&mut self) -> Result<(), LetGoError> {
-        if let Some(Pager { client, .. }) = &self.pager {
-            never_ran(client).await?;
-        } else {
-            return self.without_pager();
-        }
-        self.attach().await?;
-        let Some(Pager { client, .. }) = &self.pager else {
-            return Err(no_pager().into());
-        };
-        if let Err(error) = client.go().await {
-            // The kernel would answer for a tree that is dying, with resets.
-            if let Some(network) = &self.network {
-                network
-                    .detach()
-                    .await
-                    .map_err(|error| network_unfit(&error))?;
-            }
-            never_ran(client).await?;
-            return Err(pager_failed(error).into());
-        }
-        self.announce_again();
-        Ok(())
-    }
-
-    async fn attach(&mut self) -> Result<(), Failure> {
-        let Some(Pager { client, .. }) = &self.pager else {
-            return Err(no_pager());
-        };
-        if self.namespace(NamespaceKind::Net).is_none() && !self.links.is_empty() {
-            let status = client.status().await.map_err(pager_failed)?;
-            let root = status.root_pid.ok_or_else(no_pager)?;
-            let net = namespace::open(root, NamespaceKind::Net).map_err(|e| internal(&e))?;
-            self.namespaces.push((NamespaceKind::Net, net));
-        }
-        if let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) {
-            network
-                .attach(net)
-                .await
-                .map_err(|error| network_unfit(&error))?;
-        }
-        Ok(())
-    }
-
-    /// What an ended pager has left says whether the workload runs.
-    fn without_pager(&self) -> Result<(), LetGoError> {
-        let remains = Remains::read(&self.directory).map_err(|error| internal(&error))?;
-        match remains {
-            Remains::Filled(_) => Ok(()),
-            Remains::FillLost(line) => Err(Failure::new(ErrorCode::FillLost, line).into()),
-            Remains::RestoreLost(line) => {
-                let failure = Failure::new(ErrorCode::CriuFailed, line);
-                Err(LetGoError::NeverRan(failure))
-            }
-            Remains::Nothing => Err(no_pager().into()),
-        }
-    }
-
-    /// Repeats the announcements in the background.
-    fn announce_again(&self) {
-        let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) else {
-            return;
-        };
-        let (network, Ok(net)) = (network.clone(), net.try_clone()) else {
-            return;
-        };
-        tokio::spawn(async move {
-            for pause in ANNOUNCEMENTS {
-                tokio::time::sleep(pause).await;
-                if let Err(error) = network.announce(&net) {
-                    // The workload may have moved on or ended.
-                    tracing::debug!("announcing again: {}", chain(&error));
-                    return;
-                }
-            }
-        });
-    }
-
-    /// Waits until all memory of the running workload is in place.
-    pub async fn filled(&mut self) -> Result<(), Failure> {
-        if let Some(pager) = &mut self.pager {
-            match pager.notices.recv().await {
-                Some(Notice::Filled(report)) => {
-                    tracing::info!(migration = %self.id, ?report, "filled");
-                }
-                Some(Notice::Failed { failure, .. }) => return Err(failure),
-                Some(Notice::Lost) | None => self.without_pager().map_err(LetGoError::failure)?,
-            }
-        }
-        self.pager = None;
-        self.namespaces.clear();
-        drop(fs::remove_dir_all(&self.directory));
-        Ok(())
-    }
-
-    /// Waits until the pager of a workload that has not been let go tells of its end.
-    pub async fn trouble(&mut self) -> Failure {
-        let Some(pager) = &mut self.pager else {
-            return std::future::pending().await;
-        };
-        match pager.notices.recv().await {
-            Some(Notice::Failed { failure, .. }) => failure,
-            // Nothing is filled before it runs, so whatever else is said, the pager is at its end.
-            Some(Notice::Filled(_) | Notice::Lost) | None => {
-                self.pager = None;
-                no_pager()
-            }
-        }
-    }
-
     /// Undoes everything down to nothing.
     pub async fn discard(&mut self) -> Result<(), Failure> {
         if let Some(pager) = self.pager.take()
@@ -506,38 +385,11 @@ impl Site {
     }
 }
 
-/// Fails if the pager says that its tree died before it was let go, which it says only when nothing
-/// of the tree is left. A pager that does not answer proves nothing, but its tree may be dying, and
-/// its network must not be attached.
-async fn never_ran(pager: &PagerClient) -> Result<(), LetGoError> {
-    let status = pager.status().await.map_err(pager_failed)?;
-    match status.failure {
-        Some(fault) if status.state == PagerState::Failed && !fault.after_go => {
-            Err(LetGoError::NeverRan(fault.failure()))
-        }
-        Some(_) | None => Ok(()),
-    }
-}
-
 /// Names of this node's link ends begin with this: `pf`, nine digits of the migration, and a number
 /// of at most two follows, 13 characters of the 15 that a name may have.
 fn link_prefix(id: MigrationId) -> String {
     let digits: String = id.to_string().chars().take(9).collect();
     format!("pf{digits}n")
-}
-
-impl LetGoError {
-    fn failure(self) -> Failure {
-        match self {
-            Self::NeverRan(failure) | Self::Unclear(failure) => failure,
-        }
-    }
-}
-
-impl From<Failure> for LetGoError {
-    fn from(failure: Failure) -> Self {
-        Self::Unclear(failure)
-    }
 }
 
 fn version_text(version: u32) -> String {

@@ -1,0 +1,189 @@
+//! How a held workload comes to run, and to all of its memory.
+//!
+//! Invariants: the network is attached only for a tree that its pager holds; that nothing ran is
+//! said only when the pager, or its watcher, has said so.
+
+use std::fs;
+use std::time::Duration;
+
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+
+use super::{Pager, Site, no_pager, pager_failed};
+use crate::migration::text::{chain, internal, network_unfit};
+use crate::pager::client::{Notice, PagerClient, Remains};
+use crate::pager::message::State as PagerState;
+use crate::sys::namespace::{self, NamespaceKind};
+
+/// How often it is looked whether a workload that is frozen for good has been killed.
+const EMPTY_POLL: Duration = Duration::from_millis(500);
+
+/// Announcements after the first, for switches that were busy: at these times after attaching.
+const ANNOUNCEMENTS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(500)];
+
+/// Why a workload does not run that was let go.
+#[derive(Debug)]
+pub enum LetGoError {
+    /// It died before its first instruction, and nothing of it is left.
+    NeverRan(Failure),
+    /// It may run, or may yet.
+    Unclear(Failure),
+}
+
+impl Site {
+    /// Attaches the network and lets the workload run. Only when `Running` is durable; doing it
+    /// again does no harm.
+    pub async fn let_go(&mut self) -> Result<(), LetGoError> {
+        let Some(Pager { client, .. }) = &self.pager else {
+            return self.without_pager();
+        };
+        // Where a tree is dying the kernel would answer for it, with resets.
+        if never_ran(client).await? != PagerState::Discarding {
+            self.attach().await?;
+        }
+        let Some(Pager { client, .. }) = &self.pager else {
+            return Err(no_pager().into());
+        };
+        if let Err(error) = client.go().await {
+            if let Some(network) = &self.network {
+                network
+                    .detach()
+                    .await
+                    .map_err(|error| network_unfit(&error))?;
+            }
+            never_ran(client).await?;
+            return Err(pager_failed(error).into());
+        }
+        self.announce_again();
+        Ok(())
+    }
+
+    async fn attach(&mut self) -> Result<(), Failure> {
+        let Some(Pager { client, .. }) = &self.pager else {
+            return Err(no_pager());
+        };
+        if self.namespace(NamespaceKind::Net).is_none() && !self.links.is_empty() {
+            let status = client.status().await.map_err(pager_failed)?;
+            let root = status.root_pid.ok_or_else(no_pager)?;
+            let net = namespace::open(root, NamespaceKind::Net).map_err(|e| internal(&e))?;
+            self.namespaces.push((NamespaceKind::Net, net));
+        }
+        if let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) {
+            network
+                .attach(net)
+                .await
+                .map_err(|error| network_unfit(&error))?;
+        }
+        Ok(())
+    }
+
+    /// What an ended pager has left says whether the workload runs.
+    fn without_pager(&self) -> Result<(), LetGoError> {
+        let remains = Remains::read(&self.directory).map_err(|error| internal(&error))?;
+        match remains {
+            Remains::Filled(_) => Ok(()),
+            Remains::FillLost(line) => Err(Failure::new(ErrorCode::FillLost, line).into()),
+            Remains::RestoreLost(line) => {
+                let failure = Failure::new(ErrorCode::CriuFailed, line);
+                Err(LetGoError::NeverRan(failure))
+            }
+            Remains::Nothing => Err(no_pager().into()),
+        }
+    }
+
+    /// Repeats the announcements in the background.
+    fn announce_again(&self) {
+        let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) else {
+            return;
+        };
+        let (network, Ok(net)) = (network.clone(), net.try_clone()) else {
+            return;
+        };
+        tokio::spawn(async move {
+            for pause in ANNOUNCEMENTS {
+                tokio::time::sleep(pause).await;
+                if let Err(error) = network.announce(&net) {
+                    // The workload may have moved on or ended.
+                    tracing::debug!("announcing again: {}", chain(&error));
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Waits until all memory of the running workload is in place.
+    pub async fn filled(&mut self) -> Result<(), Failure> {
+        if let Some(pager) = &mut self.pager {
+            match pager.notices.recv().await {
+                Some(Notice::Filled(report)) => {
+                    tracing::info!(migration = %self.id, ?report, "filled");
+                }
+                Some(Notice::Failed { failure, .. }) => return Err(failure),
+                Some(Notice::Lost) | None => {
+                    self.without_pager().map_err(LetGoError::failure)?;
+                }
+            }
+        }
+        self.clear();
+        Ok(())
+    }
+
+    /// Waits until nothing of the workload is left: memory that was lost in the fill has frozen it
+    /// for good, and somebody must kill it.
+    pub async fn emptied(&mut self) {
+        while !self.freezer.is_empty() {
+            tokio::time::sleep(EMPTY_POLL).await;
+        }
+        if let Err(error) = self.freezer.remove() {
+            tracing::warn!(migration = %self.id, "its cgroup is left: {}", chain(&error));
+        }
+        self.clear();
+    }
+
+    fn clear(&mut self) {
+        self.pager = None;
+        self.namespaces.clear();
+        drop(fs::remove_dir_all(&self.directory));
+    }
+
+    /// Waits until the pager of a workload that has not been let go tells of its end.
+    pub async fn trouble(&mut self) -> Failure {
+        let Some(pager) = &mut self.pager else {
+            return std::future::pending().await;
+        };
+        match pager.notices.recv().await {
+            Some(Notice::Failed { failure, .. }) => failure,
+            // Nothing is filled before it runs, so whatever else is said, the pager is at its end.
+            Some(Notice::Filled(_) | Notice::Lost) | None => {
+                self.pager = None;
+                no_pager()
+            }
+        }
+    }
+}
+
+impl LetGoError {
+    fn failure(self) -> Failure {
+        match self {
+            Self::NeverRan(failure) | Self::Unclear(failure) => failure,
+        }
+    }
+}
+
+impl From<Failure> for LetGoError {
+    fn from(failure: Failure) -> Self {
+        Self::Unclear(failure)
+    }
+}
+
+/// Fails if the pager says that its tree died before it was let go, which it says only when nothing
+/// of the tree is left; else says how things stand. A pager that does not answer proves nothing, but
+/// its tree may be dying, and its network must not be attached.
+async fn never_ran(pager: &PagerClient) -> Result<PagerState, LetGoError> {
+    let status = pager.status().await.map_err(pager_failed)?;
+    match status.failure {
+        Some(fault) if status.state == PagerState::Failed && !fault.after_go => {
+            Err(LetGoError::NeverRan(fault.failure()))
+        }
+        Some(_) | None => Ok(status.state),
+    }
+}
