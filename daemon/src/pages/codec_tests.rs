@@ -191,6 +191,29 @@ fn compressible_pages_shrink_and_random_ones_hardly_grow() {
 }
 
 #[test]
+fn pages_that_are_noise_only_in_part_shrink_wherever_it_is() {
+    for noise in [0..2048, 2048..4096, 1024..3072] {
+        for count in [1, 2, 3, 16, 100] {
+            let half = |at: u64| {
+                let mut page = page(Contents::Random(at + 1));
+                page[..noise.start].fill(0);
+                page[noise.end..].fill(0);
+                page
+            };
+            let pages = (0..count).map(|at| (at, half(at))).collect();
+            let (parcel, _) = encode(&pages);
+            let raw_bytes = pages.len() * PAGE_SIZE;
+            assert!(
+                parcel.len() < raw_bytes * 5 / 8,
+                "{noise:?} {count} {}",
+                parcel.len()
+            );
+            assert_eq!(decode(&parcel).unwrap(), pages);
+        }
+    }
+}
+
+#[test]
 fn a_parcel_cut_short_is_damaged() {
     let pages = (0..4)
         .map(|at| (at, page(Contents::Random(at + 1))))
