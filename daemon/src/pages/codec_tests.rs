@@ -14,7 +14,8 @@ use crate::pages::encode::{Encoded, Encoder};
 struct Memory(RefCell<BTreeMap<u64, Vec<u8>>>);
 
 impl PageSink for Memory {
-    fn write(&self, start: PageIndex, bytes: &[u8]) -> io::Result<()> {
+    fn write(&self, start: PageIndex, parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+        let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
         for (page, bytes) in (start.0..).zip(bytes.chunks(PAGE_SIZE)) {
             assert!(
                 self.0.borrow_mut().insert(page, bytes.to_vec()).is_none(),
