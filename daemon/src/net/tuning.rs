@@ -125,8 +125,10 @@ const DISCOVERY_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 /// it, for which the sender waits.
 const INITIAL_WINDOW_BYTES: u64 = 128 << 10;
 
-/// Packets a receiver may take before it must acknowledge: ten, about one coalesced read.
-const ACK_PACKETS: u32 = 10;
+/// Packets a receiver may take before it must acknowledge: four coalesced reads. An acknowledgement
+/// costs both nodes as much as a packet of data; a lost packet is still noticed at once, because
+/// what arrives out of order is acknowledged at once.
+const ACK_PACKETS: u32 = 40;
 
 /// Assumed round trip until one was measured. RFC 9002 has 333 ms for the whole Internet; nodes
 /// of one cluster are nearer, and a lost first packet should not cost a second.
