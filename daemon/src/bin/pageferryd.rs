@@ -5,9 +5,11 @@ use std::process::ExitCode;
 use clap::Parser;
 use pageferry::args::DaemonArgs;
 use pageferry::config::Config;
+use pageferry::sys::heap;
 use pageferry::{node, telemetry};
 
 fn main() -> ExitCode {
+    heap::keep_little();
     let args = DaemonArgs::parse();
     // Images hold memory: whatever is created here is its owner's alone.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));

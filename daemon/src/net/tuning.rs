@@ -9,6 +9,22 @@
 //!
 //! # Where the time goes
 //!
+//! Seconds of processor time per GiB that does not compress, over a veth pair with packets of 1470
+//! bytes, on a 2-core virtual machine (AMD EPYC with VAES) that was busy with other work too:
+//!
+//! | where | source | target |
+//! |---|---|---|
+//! | `sendmsg`, 10 packets each, up to the queue of the target's socket | 0.70 | 0.08 |
+//! | `recvmmsg` | 0.02 | 0.24 |
+//! | copies: pages to parcel to packets; datagram to packets to parcel | 0.57 | 0.30 |
+//! | `process_vm_readv`; `pwritev` into the store, half of it new pages | 0.47 | 0.60 |
+//! | QUIC's own books | 0.3 | 0.25 |
+//! | AES-128-GCM | 0.20 | 0.19 |
+//! | crc32 | 0.05 | 0.07 |
+//!
+//! Nothing of it waits: two processors are the limit, and of what remains most is per byte or per
+//! packet of 1500. New pages cost up to 2 s more where the host of a virtual machine has to find
+//! the memory first. LZ4 takes 2.5 s per GiB of text, and 0.2 of pages that are half zero.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -140,8 +156,10 @@ const DISCOVERY_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 /// it, for which the sender waits.
 const INITIAL_WINDOW_BYTES: u64 = 128 << 10;
 
-/// Packets a receiver may take before it must acknowledge: ten, about one coalesced read.
-const ACK_PACKETS: u32 = 10;
+/// Packets a receiver may take before it must acknowledge: four coalesced reads. An acknowledgement
+/// costs both nodes as much as a packet of data; a lost packet is still noticed at once, because
+/// what arrives out of order is acknowledged at once.
+const ACK_PACKETS: u32 = 40;
 
 /// Assumed round trip until one was measured. RFC 9002 has 333 ms for the whole Internet; nodes
 /// of one cluster are nearer, and a lost first packet should not cost a second.

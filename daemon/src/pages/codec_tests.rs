@@ -14,7 +14,8 @@ use crate::pages::encode::{Encoded, Encoder};
 struct Memory(RefCell<BTreeMap<u64, Vec<u8>>>);
 
 impl PageSink for Memory {
-    fn write(&self, start: PageIndex, bytes: &[u8]) -> io::Result<()> {
+    fn write(&self, start: PageIndex, parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+        let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
         for (page, bytes) in (start.0..).zip(bytes.chunks(PAGE_SIZE)) {
             assert!(
                 self.0.borrow_mut().insert(page, bytes.to_vec()).is_none(),
@@ -188,6 +189,29 @@ fn compressible_pages_shrink_and_random_ones_hardly_grow() {
         "{}",
         zero.len()
     );
+}
+
+#[test]
+fn pages_that_are_noise_only_in_part_shrink_wherever_it_is() {
+    for noise in [0..2048, 2048..4096, 1024..3072] {
+        for count in [1, 2, 3, 16, 100] {
+            let half = |at: u64| {
+                let mut page = page(Contents::Random(at + 1));
+                page[..noise.start].fill(0);
+                page[noise.end..].fill(0);
+                page
+            };
+            let pages = (0..count).map(|at| (at, half(at))).collect();
+            let (parcel, _) = encode(&pages);
+            let raw_bytes = pages.len() * PAGE_SIZE;
+            assert!(
+                parcel.len() < raw_bytes * 5 / 8,
+                "{noise:?} {count} {}",
+                parcel.len()
+            );
+            assert_eq!(decode(&parcel).unwrap(), pages);
+        }
+    }
 }
 
 #[test]

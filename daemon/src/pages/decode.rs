@@ -3,22 +3,23 @@
 //! Pure but for the [`PageSink`] that takes the pages. A parcel comes from a peer: every number in
 //! it is checked, and what does not fit is an error, never a panic.
 
-use std::io;
+use std::io::{self, IoSlice};
 
 use pageferry_proto::id::{Round, SpaceId};
 use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::ErrorCode;
 use pageferry_proto::wire::parcel::{
-    BLOCK_RAW_BYTES_MAX, BlockHeader, Codec, ParcelError, ParcelHeader, RunKind,
+    BLOCK_RAW_BYTES_MAX, BlockHeader, Codec, DATA_PAGES_MAX, ParcelError, ParcelHeader, RunKind,
 };
 use pageferry_proto::wire::stream::{self, StreamError};
 use thiserror::Error;
 
 /// Takes the pages of one space.
 pub trait PageSink {
-    /// Puts the bytes of consecutive pages, from `start` on, in their place.
-    fn write(&self, start: PageIndex, bytes: &[u8]) -> io::Result<()>;
+    /// Puts the bytes of consecutive pages, from `start` on, in their place. Each part is whole
+    /// pages; there are at most [`PARTS_MAX`]. The slices may be changed.
+    fn write(&self, start: PageIndex, parts: &mut [IoSlice<'_>]) -> io::Result<()>;
 
     /// Makes the pages of `run` zero.
     fn clear(&self, run: PageRun) -> io::Result<()>;
@@ -166,9 +167,13 @@ impl Decoder {
             .runs()
             .iter()
             .filter(|run| run.kind == RunKind::Data);
-        let mut places = Places {
+        let mut writer = Writer {
             runs: data.map(|run| run.pages),
             rest: None,
+            sink,
+            start: PageIndex(0),
+            end: PageIndex(0),
+            parts: Vec::with_capacity(PARTS_MAX),
         };
         let mut body = parcel.body;
         let mut raw_bytes = 0;
@@ -181,16 +186,17 @@ impl Decoder {
                 raw_bytes,
             };
             let (stored, rest) = rest.split_at_checked(block.bytes() as usize).ok_or(short)?;
-            let pages = match block.codec() {
-                Codec::Raw => stored,
-                Codec::Lz4 => self.decompress(stored, &block, offset)?,
+            let placed = match block.codec() {
+                Codec::Raw => writer.gather(stored)?,
+                Codec::Lz4 => writer.write(self.decompress(stored, &block, offset)?)?,
             };
-            raw_bytes += pages.len();
-            if !places.fill(pages, sink)? {
+            raw_bytes += block.raw_bytes() as usize;
+            if !placed {
                 break;
             }
             body = rest;
         }
+        writer.flush()?;
         if raw_bytes as u64 != parcel.data_pages().bytes() || !body.is_empty() {
             return Err(DecodeError::Body {
                 data_pages: parcel.header.data_pages(),
@@ -215,31 +221,79 @@ impl Decoder {
     }
 }
 
-/// Where the next bytes of the body belong.
-struct Places<Runs> {
+/// Puts the bytes of the body where they belong.
+struct Writer<'a, Runs, Sink> {
+    /// Where the next bytes belong: first into the rest of a run, then into these.
     runs: Runs,
     rest: Option<PageRun>,
+    sink: &'a Sink,
+    /// What is gathered: consecutive pages from `start` up to `end`.
+    parts: Vec<IoSlice<'a>>,
+    start: PageIndex,
+    end: PageIndex,
 }
 
-impl<Runs: Iterator<Item = PageRun>> Places<Runs> {
-    /// Stores the pages of one block; false when there are more than the parcel has.
-    fn fill(&mut self, mut pages: &[u8], sink: &impl PageSink) -> Result<bool, DecodeError> {
+impl<'a, Runs: Iterator<Item = PageRun>, Sink: PageSink> Writer<'a, Runs, Sink> {
+    /// Takes the pages of one block, and writes them together with those of the next ones; false
+    /// when there are more than the parcel has.
+    fn gather(&mut self, mut pages: &'a [u8]) -> Result<bool, DecodeError> {
         while !pages.is_empty() {
-            let Some(run) = self.rest.take().or_else(|| self.runs.next()) else {
+            let Some((page, now, later)) = self.place(pages) else {
                 return Ok(false);
             };
-            let count = run.count().min(PageCount((pages.len() / PAGE_SIZE) as u64));
-            let length = usize::try_from(count.bytes()).expect("at most a block");
-            let (now, later) = pages.split_at(length);
-            let page = run.start();
-            sink.write(page, now)
-                .map_err(|source| DecodeError::Store { page, source })?;
-            self.rest = PageRun::between(PageIndex(page.0 + count.0), run.end()).ok();
+            if self.parts.is_empty() || page != self.end || self.parts.len() == PARTS_MAX {
+                self.flush()?;
+                self.start = page;
+            }
+            self.parts.push(IoSlice::new(now));
+            self.end = PageIndex(page.0 + (now.len() / PAGE_SIZE) as u64);
             pages = later;
         }
         Ok(true)
     }
+
+    /// Writes the pages of one block; false when there are more than the parcel has.
+    fn write(&mut self, mut pages: &[u8]) -> Result<bool, DecodeError> {
+        while !pages.is_empty() {
+            let Some((page, now, later)) = self.place(pages) else {
+                return Ok(false);
+            };
+            self.sink
+                .write(page, &mut [IoSlice::new(now)])
+                .map_err(|source| DecodeError::Store { page, source })?;
+            pages = later;
+        }
+        Ok(true)
+    }
+
+    /// Writes what is gathered.
+    fn flush(&mut self) -> Result<(), DecodeError> {
+        if self.parts.is_empty() {
+            return Ok(());
+        }
+        let page = self.start;
+        self.sink
+            .write(page, &mut self.parts)
+            .map_err(|source| DecodeError::Store { page, source })?;
+        self.parts.clear();
+        Ok(())
+    }
+
+    /// Splits `pages` where their run ends, and says where the first part belongs; `None` when the
+    /// parcel has no more runs.
+    fn place<'p>(&mut self, pages: &'p [u8]) -> Option<(PageIndex, &'p [u8], &'p [u8])> {
+        let run = self.rest.take().or_else(|| self.runs.next())?;
+        let count = run.count().min(PageCount((pages.len() / PAGE_SIZE) as u64));
+        let length = usize::try_from(count.bytes()).expect("at most a block");
+        let (now, later) = pages.split_at(length);
+        let page = run.start();
+        self.rest = PageRun::between(PageIndex(page.0 + count.0), run.end()).ok();
+        Some((page, now, later))
+    }
 }
+
+/// Most parts of one write: as many as a full parcel has blocks.
+pub const PARTS_MAX: usize = DATA_PAGES_MAX as usize * PAGE_SIZE / BLOCK_RAW_BYTES_MAX as usize;
 
 #[cfg(test)]
 #[path = "codec_tests.rs"]

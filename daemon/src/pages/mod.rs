@@ -14,7 +14,7 @@
 //! |---|---|---|
 //! | raw batches at the source | N × 4 MiB | 8 MiB |
 //! | parcels at the source | (N + 8) × 4.2 MiB | 42 MiB |
-//! | parcels at the target | one per open stream × 4.2 MiB | bounded by `net` |
+//! | parcels at the target | 8 × 4.2 MiB, used again and again | 34 MiB |
 //! | page sets | 16 bytes per run of pages, at most 2^22 runs | 64 MiB at the very worst |
 //!
 //! Everything works on batches of up to 1024 pages; nothing is locked, allocated, logged or awaited
@@ -23,6 +23,7 @@
 pub mod decode;
 pub mod digest;
 pub mod encode;
+pub mod pool;
 pub mod read;
 pub mod recv;
 pub mod send;

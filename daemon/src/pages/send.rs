@@ -21,7 +21,8 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 
 use super::encode::{self, Encoder};
-use super::read::{Pool, ReadError, Reader};
+use super::pool::Pool;
+use super::read::{ReadError, Reader};
 
 /// Takes parcels to the target. A parcel is the bytes of a stream without its prefix.
 pub trait ParcelSink: Sync {

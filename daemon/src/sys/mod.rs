@@ -5,6 +5,7 @@
 //! Absent: policy, logging, anything that decides.
 
 pub mod fdpass;
+pub mod heap;
 pub mod namespace;
 pub mod packet;
 pub mod pagemap;

@@ -28,6 +28,7 @@ use crate::migration::text::{chain, internal};
 use crate::net::lanes::DataReceiver;
 use crate::net::stream::{DataStream, StreamReader};
 use crate::pages::digest;
+use crate::pages::pool::Pool;
 use crate::pages::recv::Receiver;
 use crate::pages::store::Store;
 
@@ -45,6 +46,10 @@ pub struct Intake {
 struct Shared {
     receiver: Receiver,
     images: PathBuf,
+    /// One for each stream that is read.
+    places: Arc<Semaphore>,
+    /// One for each place, so that whoever has a place need not wait.
+    parcels: Pool,
     sets: Mutex<Sets>,
     counts: watch::Sender<Counts>,
 }
@@ -79,6 +84,8 @@ impl Intake {
         let shared = Shared {
             receiver: Receiver::new(store, threads),
             images,
+            places: Arc::new(Semaphore::new(STREAMS_MAX)),
+            parcels: Pool::new(STREAMS_MAX, PARCEL_BYTES_MAX),
             sets: Mutex::default(),
             counts: watch::Sender::default(),
         };
@@ -92,9 +99,8 @@ impl Intake {
     pub fn serve(&self, mut data: DataReceiver, failures: mpsc::Sender<Failure>) -> JoinHandle<()> {
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
-            let places = Arc::new(Semaphore::new(STREAMS_MAX));
             while let Some(stream) = data.next().await {
-                let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+                let Ok(place) = Arc::clone(&shared.places).acquire_owned().await else {
                     return;
                 };
                 let (shared, failures) = (Arc::clone(&shared), failures.clone());
@@ -161,28 +167,24 @@ impl Shared {
         self.sets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn take(&self, mut stream: DataStream) -> Result<(), Failure> {
+    async fn take(&self, stream: DataStream) -> Result<(), Failure> {
         let kind = stream.kind;
-        if kind == StreamKind::ImageFile {
-            take_image(&self.images, &mut stream.reader).await?;
-            self.counts.send_modify(|counts| counts.images += 1);
-            return Ok(());
-        }
-        let mut bytes = Vec::with_capacity(match kind {
-            StreamKind::Parcel => PARCEL_BYTES_MAX / 4,
-            StreamKind::LiveSet | StreamKind::ImageFile | StreamKind::Digests => 0,
-        });
-        stream
-            .reader
-            .read_to_end(&mut bytes)
-            .await
-            .map_err(|error| lost(&error))?;
+        let mut reader = stream.reader;
         match kind {
+            StreamKind::ImageFile => {
+                take_image(&self.images, &mut reader).await?;
+                self.counts.send_modify(|counts| counts.images += 1);
+                Ok(())
+            }
             StreamKind::Parcel => {
-                let received = self.receiver.receive(Bytes::from(bytes)).await;
+                let mut parcel = self.parcels.take();
+                let read = reader.read_to_end(&mut parcel).await;
+                read.map_err(|error| lost(&error))?;
+                let received = self.receiver.receive(Bytes::from_owner(parcel)).await;
                 received.map(drop).map_err(|error| corrupt(&error))
             }
             StreamKind::LiveSet => {
+                let bytes = whole(&mut reader).await?;
                 let (space, set, rest) = set(&bytes)?;
                 if !rest.is_empty() {
                     return Err(malformed("live set"));
@@ -192,6 +194,7 @@ impl Shared {
                 Ok(())
             }
             StreamKind::Digests => {
+                let bytes = whole(&mut reader).await?;
                 let (space, set, rest) = set(&bytes)?;
                 let (digests, odd) = rest.as_chunks::<8>();
                 if !odd.is_empty() || digests.len() as u64 != set.len().0 {
@@ -205,7 +208,6 @@ impl Shared {
                 self.counts.send_modify(|counts| counts.digests += 1);
                 Ok(())
             }
-            StreamKind::ImageFile => Ok(()),
         }
     }
 
@@ -268,6 +270,13 @@ impl Shared {
         );
         Ok(())
     }
+}
+
+/// All that is left of a stream.
+async fn whole(reader: &mut StreamReader) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    let read = reader.read_to_end(&mut bytes).await;
+    read.map(|()| bytes).map_err(|error| lost(&error))
 }
 
 /// Space, page set, and what follows them in a sealed body.

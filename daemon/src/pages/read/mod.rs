@@ -7,8 +7,6 @@
 //! A process may be read while it runs. A page that changes during the read is torn; its write is
 //! found by the next scan, because scans protect before they return.
 
-mod pool;
-
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -16,8 +14,6 @@ use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::ErrorCode;
 use thiserror::Error;
-
-pub use pool::{Buffer, Pool};
 
 use crate::sys::process_vm::{self, ProcessMemory, RUNS_MAX, RemoteRun};
 use crate::sys::ptrace;

@@ -1,15 +1,17 @@
 //! The pages of one address space.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::fs::MetadataExt;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::uio::pwritev;
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
@@ -23,6 +25,9 @@ use crate::pages::digest;
 pub struct SpaceStore {
     id: SpaceId,
     memory: File,
+    /// Held while pages are written. The kernel lets one writer into a file at a time; the others
+    /// spin for it, and take the processor from whoever could bring more.
+    turn: Mutex<()>,
     held: Mutex<Held>,
     /// Data pages of all spaces of the store.
     used: Arc<AtomicU64>,
@@ -88,6 +93,7 @@ impl SpaceStore {
         Ok(Self {
             id,
             memory,
+            turn: Mutex::default(),
             held: Mutex::default(),
             used,
         })
@@ -99,6 +105,7 @@ impl SpaceStore {
         Self {
             id,
             memory: File::from(memory),
+            turn: Mutex::default(),
             held: Mutex::new(held),
             used,
         }
@@ -225,8 +232,21 @@ impl SpaceStore {
 }
 
 impl PageSink for SpaceStore {
-    fn write(&self, start: PageIndex, bytes: &[u8]) -> io::Result<()> {
-        self.memory.write_all_at(bytes, start.address())
+    fn write(&self, start: PageIndex, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+        let mut offset = i64::try_from(start.address()).map_err(io::Error::other)?;
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        while !parts.is_empty() {
+            match pwritev(&self.memory, parts, offset) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    offset += i64::try_from(written).map_err(io::Error::other)?;
+                    IoSlice::advance_slices(&mut parts, written);
+                }
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     fn clear(&self, run: PageRun) -> io::Result<()> {

@@ -176,8 +176,8 @@ impl From<Failure> for LetGoError {
 }
 
 /// Fails if the pager says that its tree died before it was let go, which it says only when nothing
-/// of the tree is left; else says how things stand. A pager that does not answer proves nothing, but
-/// its tree may be dying, and its network must not be attached.
+/// of the tree is left; else says how things stand. A pager that does not answer proves nothing,
+/// but its tree may be dying, and its network must not be attached.
 async fn never_ran(pager: &PagerClient) -> Result<PagerState, LetGoError> {
     let status = pager.status().await.map_err(pager_failed)?;
     match status.failure {
