@@ -24,6 +24,8 @@ pub(crate) struct ChildSetup {
     pub inherited: Vec<OwnedFd>,
     /// Whether memory may come in huge pages; inherited by everything the child starts.
     pub huge_pages: bool,
+    /// Whether it goes before others, if that is permitted.
+    pub urgent: bool,
 }
 
 /// The step of [`ChildSetup`] that failed; the number is the index in its list.
@@ -36,6 +38,9 @@ pub(crate) enum FailedStep {
     /// `fork` or `exec` itself.
     Exec,
 }
+
+/// The least nice value.
+const URGENT: i32 = -20;
 
 const STEP_CGROUP: u8 = 1;
 const STEP_NAMESPACE: u8 = 2;
@@ -125,6 +130,10 @@ fn prepare_child(setup: &ChildSetup, report: RawFd) -> io::Result<()> {
         // SAFETY: fcntl(F_SETFD) takes a descriptor, open as long as `setup` lives, and flags.
         let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) };
         check(result.into()).or_else(|error| fail(report, STEP_INHERIT, index, error))?;
+    }
+    if setup.urgent {
+        // SAFETY: numbers only. A kernel that refuses leaves the child as it is, only slower.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, URGENT) };
     }
     if !setup.huge_pages {
         let (on, unused): (libc::c_ulong, libc::c_ulong) = (1, 0);

@@ -61,6 +61,10 @@ pub struct SwrkConfig {
     /// freeze of a dump and between `post-restore` and the first instruction of a restored task.
     /// Without them CRIU stops tasks at system calls, as it does on machines that have none.
     pub breakpoints: bool,
+    /// Whether it goes before everything that is not real-time, if the kernel permits (needs
+    /// CAP_SYS_NICE): a workload stands still while it works. CRIU gives each task it restores
+    /// the nice value the task had.
+    pub urgent: bool,
 }
 
 /// The preload library and the memory it is fed through.
@@ -158,6 +162,7 @@ impl SwrkConfig {
             inherited: Vec::new(),
             huge_pages: true,
             breakpoints: false,
+            urgent: false,
         }
     }
 }
@@ -366,6 +371,7 @@ fn start(
         namespaces: config.namespaces,
         inherited,
         huge_pages: config.huge_pages,
+        urgent: config.urgent,
     };
     sys::spawn(command, setup).map_err(|(step, source)| match step {
         FailedStep::Cgroup(index) => SwrkError::Cgroup {

@@ -162,16 +162,32 @@ impl StreamReader {
         Ok(self.ready.pop())
     }
 
+    /// As [`StreamReader::chunk`], but not more than `most` bytes.
+    pub async fn chunk_of(&mut self, most: usize) -> Result<Option<Bytes>, ReadStreamError> {
+        let Some(mut chunk) = self.chunk().await? else {
+            return Ok(None);
+        };
+        if most < chunk.len() {
+            self.ready.push(chunk.split_off(most));
+        }
+        Ok(Some(chunk))
+    }
+
+    /// Whether nothing is left. Waits for the next byte or the end.
+    pub async fn is_over(&mut self) -> Result<bool, ReadStreamError> {
+        let Some(chunk) = self.chunk().await? else {
+            return Ok(true);
+        };
+        self.ready.push(chunk);
+        Ok(false)
+    }
+
     /// Fills the buffer; the stream ending before that is an error. Cancelling loses bytes.
     pub async fn read_exact(&mut self, mut buffer: &mut [u8]) -> Result<(), ReadStreamError> {
         while !buffer.is_empty() {
-            let Some(mut chunk) = self.chunk().await? else {
+            let Some(taken) = self.chunk_of(buffer.len()).await? else {
                 return Err(ReadStreamError::Early(buffer.len()));
             };
-            let taken = chunk.split_to(chunk.len().min(buffer.len()));
-            if !chunk.is_empty() {
-                self.ready.push(chunk);
-            }
             let (filled, rest) = buffer.split_at_mut(taken.len());
             filled.copy_from_slice(&taken);
             buffer = rest;

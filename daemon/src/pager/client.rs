@@ -250,6 +250,21 @@ impl PagerClient {
         Ok(())
     }
 
+    /// Starts CRIU for a [`PagerClient::restore`] with the same arguments, which then need not wait
+    /// for that.
+    pub async fn prepare(
+        &self,
+        request: RestoreRequest,
+        namespaces: &[(Namespace, BorrowedFd<'_>)],
+    ) -> Result<(), ClientError> {
+        let request = RestoreRequest {
+            namespaces: namespaces.iter().map(|(kind, _)| *kind).collect(),
+            ..request
+        };
+        let fds: Vec<_> = namespaces.iter().map(|(_, fd)| *fd).collect();
+        self.ask_ok(Request::Prepare(Box::new(request)), &fds).await
+    }
+
     /// Restores the tree and holds it; answers when it is held. `namespaces` and `inherited` fill
     /// the fields of the request that name descriptors.
     pub async fn restore(

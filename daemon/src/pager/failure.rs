@@ -8,7 +8,7 @@ use criu_glue::report;
 use criu_glue::rpc::{RequestFailed, SwrkError};
 use pageferry_proto::wire::code::ErrorCode;
 
-use super::message::Fault;
+use super::message::{Fault, Reply};
 use super::plan::PlanError;
 use super::serve::ServeError;
 use super::watcher::WatcherError;
@@ -102,6 +102,29 @@ impl RestoreError {
             | Self::Missing(_)
             | Self::Serve(_)
             | Self::Uffd { .. } => ErrorCode::CriuFailed,
+        }
+    }
+}
+
+/// There is no network namespace to start CRIU in.
+pub(super) fn no_network(error: &io::Error) -> Reply {
+    let text = format!("cannot use the pager's network namespace: {error}");
+    Reply::Failed(Fault::new(ErrorCode::Internal, text))
+}
+
+/// What was asked has no place.
+pub(super) fn unexpected(text: &str) -> Reply {
+    Reply::Failed(Fault::new(ErrorCode::Unexpected, text))
+}
+
+/// The answer to a piece of a plan.
+pub(super) fn planned(result: Result<(), PlanError>) -> Reply {
+    match result {
+        Ok(()) => Reply::Ok,
+        Err(error) => {
+            let source = std::error::Error::source(&error).map(|source| format!(": {source}"));
+            let text = format!("{error}{}", source.unwrap_or_default());
+            Reply::Failed(Fault::new(ErrorCode::Malformed, text))
         }
     }
 }

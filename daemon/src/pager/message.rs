@@ -12,6 +12,7 @@
 //! |---|---|---|
 //! | `space` | the store | `ok` |
 //! | `plan` | per space, in order, a memfd of pending runs ([`super::plan`]) | `ok` |
+//! | `prepare` | as for `restore` | `ok` |
 //! | `restore` | the namespaces, then the inherited ones | `restored`, `failed` |
 //! | `go` | – | `resumed`, `failed` |
 //! | `discard` | – | `ok` when nothing of the tree is left, `failed` after `go` |
@@ -54,6 +55,8 @@ pub enum Request {
         /// Which spaces, in the order of the descriptors.
         spaces: Vec<u32>,
     },
+    /// Start CRIU already, for a restore that will ask for the same: it waits.
+    Prepare(Box<RestoreRequest>),
     /// Restore the tree and hold it.
     Restore(Box<RestoreRequest>),
     /// Let it run, and fill its memory.
@@ -103,6 +106,17 @@ pub struct RestoreRequest {
     pub shell_job: bool,
     /// `--link-remap`.
     pub link_remap: bool,
+}
+
+impl RestoreRequest {
+    /// Whether CRIU would be started in the same way for both.
+    pub fn starts_like(&self, other: &Self) -> bool {
+        self.criu == other.criu
+            && self.work_dir == other.work_dir
+            && self.cgroup_procs == other.cgroup_procs
+            && self.namespaces == other.namespaces
+            && self.inherit == other.inherit
+    }
 }
 
 /// A kind of namespace that CRIU can be started in. A pid namespace cannot be entered by exec.

@@ -22,6 +22,7 @@ pub mod plan;
 pub mod process;
 pub mod restore;
 pub mod serve;
+mod signals;
 pub mod space;
 pub mod store;
 pub mod watcher;

@@ -15,25 +15,28 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use criu_glue::rpc::Swrk;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
 use super::channel::{Channel, ChannelError, Listener};
+use super::failure::{RestoreError, no_network, planned, unexpected};
 use super::message::{
     Ask, Fault, FillReport, Namespace, Reply, Request, RestoreRequest, Restored, State, Status,
     Told,
 };
-use super::plan::{Plan, PlanError};
+use super::plan::Plan;
 use super::restore::{self, Decision, Job, Progress};
 use super::serve::Counters;
+use super::signals::Signals;
 use super::watcher::{Watcher, WatcherError};
 use crate::runtime::cgroup::Freezer;
 use crate::sys::fdpass::watched_for_reading;
+use crate::sys::priority;
 
 /// Name of the pager's socket in its directory.
 pub const SOCKET: &str = "pager.sock";
@@ -76,11 +79,13 @@ pub enum PagerError {
 pub fn run(directory: &Path) -> Result<(), PagerError> {
     let network = shield()?;
     let watcher = Watcher::start(directory).map_err(PagerError::Watcher)?;
+    // Until the workload runs every millisecond is one that its clients wait for.
+    let nice = priority::make_urgent();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(PagerError::Runtime)?;
-    runtime.block_on(serve(directory, Arc::new(watcher), network))
+    runtime.block_on(serve(directory, Arc::new(watcher), network, nice))
 }
 
 /// Makes this process one that lives long and can do little. Answers the network namespace it
@@ -104,6 +109,7 @@ async fn serve(
     directory: &Path,
     watcher: Arc<Watcher>,
     network: OwnedFd,
+    nice: i32,
 ) -> Result<(), PagerError> {
     let listener = Listener::bind(&directory.join(SOCKET)).map_err(PagerError::Channel)?;
     println!("{READY}");
@@ -115,7 +121,7 @@ async fn serve(
     let pidfd = pidfd.map_err(PagerError::Runtime)?;
     let mut look = tokio::time::interval(LOOK_EVERY);
     let (told, mut progress) = mpsc::unbounded_channel();
-    let mut desk = Desk::new(directory, watcher, network, told);
+    let mut desk = Desk::new(directory, watcher, network, nice, told);
     let mut watched = true;
     while !desk.is_over() {
         tokio::select! {
@@ -147,31 +153,6 @@ async fn receive(connection: Option<&Channel>) -> Option<(Ask, Vec<OwnedFd>)> {
     }
 }
 
-/// The signals that ask a process to end.
-struct Signals {
-    hangup: Signal,
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            hangup: signal(SignalKind::hangup())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-        })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.hangup.recv() => "SIGHUP",
-            _ = self.interrupt.recv() => "SIGINT",
-            _ = self.terminate.recv() => "SIGTERM",
-        }
-    }
-}
-
 /// What the pager knows and who wants to know it.
 struct Desk {
     directory: PathBuf,
@@ -187,6 +168,10 @@ struct Desk {
     counters: Option<oneshot::Receiver<Arc<Counters>>>,
     counted: Option<Arc<Counters>>,
     cgroup: Option<Freezer>,
+    /// Started for this request, and waiting.
+    criu: Option<(RestoreRequest, Swrk)>,
+    /// How nice this process was.
+    nice: i32,
     restored: Option<Restored>,
     fault: Option<Fault>,
     report: Option<FillReport>,
@@ -210,6 +195,7 @@ impl Desk {
         directory: &Path,
         watcher: Arc<Watcher>,
         network: OwnedFd,
+        nice: i32,
         progress: mpsc::UnboundedSender<Progress>,
     ) -> Self {
         Self {
@@ -225,6 +211,8 @@ impl Desk {
             counters: None,
             counted: None,
             cgroup: None,
+            criu: None,
+            nice,
             restored: None,
             fault: None,
             report: None,
@@ -304,6 +292,7 @@ impl Desk {
         let reply = match ask.request {
             Request::Space { space } => Some(self.store(space, fds)),
             Request::Plan { spaces } => Some(self.pending(&spaces, fds)),
+            Request::Prepare(request) => Some(self.prepare(*request, fds)),
             Request::Restore(request) => self.restore(id, *request, fds),
             Request::Go => self.go(id),
             Request::Discard => self.discard(id),
@@ -340,8 +329,7 @@ impl Desk {
                     return Some(unexpected("a restore needs each descriptor it names"));
                 }
                 if let Err(error) = self.start(request, fds) {
-                    let text = format!("cannot use the pager's network namespace: {error}");
-                    return Some(Reply::Failed(Fault::new(ErrorCode::Internal, text)));
+                    return Some(no_network(&error));
                 }
                 self.state = State::Restoring;
                 self.waiting.push((id, Awaited::Restored));
@@ -357,19 +345,54 @@ impl Desk {
         }
     }
 
-    fn start(&mut self, request: RestoreRequest, mut fds: Vec<OwnedFd>) -> io::Result<()> {
+    fn prepare(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> Reply {
+        if self.state != State::Idle {
+            return self.out_of_order("a preparation");
+        }
+        if fds.len() != request.namespaces.len() + request.inherit.len() {
+            return unexpected("a preparation needs each descriptor it names");
+        }
+        let (namespaces, inherited) = match self.divide(&request, fds) {
+            Ok(divided) => divided,
+            Err(error) => return no_network(&error),
+        };
+        match restore::start_criu(&request, namespaces, inherited) {
+            Ok(criu) => {
+                self.criu = Some((request, criu));
+                Reply::Ok
+            }
+            Err(error) => Reply::Failed(RestoreError::Swrk(error).fault(None)),
+        }
+    }
+
+    /// Namespaces and inherited descriptors of a request. Without a network namespace among them
+    /// CRIU is started in the one that this process was.
+    fn divide(
+        &self,
+        request: &RestoreRequest,
+        mut fds: Vec<OwnedFd>,
+    ) -> io::Result<(Vec<OwnedFd>, Vec<OwnedFd>)> {
         let inherited = fds.split_off(request.namespaces.len());
         if !request.namespaces.contains(&Namespace::Net) {
             fds.insert(0, self.network.try_clone()?);
         }
+        Ok((fds, inherited))
+    }
+
+    fn start(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> io::Result<()> {
+        let (namespaces, inherited) = self.divide(&request, fds)?;
+        let prepared = self.criu.take();
+        let criu = prepared.and_then(|(asked, criu)| asked.starts_like(&request).then_some(criu));
         // The restore itself says so if it is not one.
         self.cgroup = Freezer::open(&request.freezer).ok();
         let job = Job {
             request,
-            namespaces: fds,
+            namespaces,
             inherited,
             plan: std::mem::take(&mut self.plan),
             watcher: self.watcher.clone(),
+            criu,
+            nice: self.nice,
         };
         let (decisions, decided) = mpsc::unbounded_channel();
         let (count, counters) = oneshot::channel();
@@ -563,20 +586,5 @@ impl Desk {
             "{what} has no place in the state {:?}",
             self.state
         ))
-    }
-}
-
-fn unexpected(text: &str) -> Reply {
-    Reply::Failed(Fault::new(ErrorCode::Unexpected, text))
-}
-
-fn planned(result: Result<(), PlanError>) -> Reply {
-    match result {
-        Ok(()) => Reply::Ok,
-        Err(error) => {
-            let source = std::error::Error::source(&error).map(|source| format!(": {source}"));
-            let text = format!("{error}{}", source.unwrap_or_default());
-            Reply::Failed(Fault::new(ErrorCode::Malformed, text))
-        }
     }
 }

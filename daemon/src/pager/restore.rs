@@ -25,7 +25,7 @@ use criu_glue::lazy::{LazyMessage, LazySocket, Session};
 use criu_glue::options::{
     Directories, InheritFd, JoinNamespace, Log, LogLevel, Request, RestoreOptions,
 };
-use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig};
+use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError};
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
 use tokio::sync::mpsc;
@@ -68,6 +68,10 @@ pub struct Job {
     pub plan: Plan,
     /// Holds the descriptors, too.
     pub watcher: Arc<Watcher>,
+    /// A CRIU that was started before, by [`start_criu`] with the same request.
+    pub criu: Option<Swrk>,
+    /// What [`crate::sys::priority`] was before this process was urgent.
+    pub nice: i32,
 }
 
 /// What is decided about a tree.
@@ -210,22 +214,14 @@ impl Restore {
             work: Some(open(&work_dir)?),
         };
         let (filled_tell, filled) = mpsc::unbounded_channel();
-        let server = Server::start(&filled_tell).map_err(RestoreError::Serve)?;
+        let server = Server::start(&filled_tell, job.nice).map_err(RestoreError::Serve)?;
         let socket = LazySocket::bind(&work_dir).map_err(RestoreError::Lazy)?;
         let options = options(&job.request, directories, &job.inherited);
-        let config = SwrkConfig {
-            criu: job.request.criu,
-            namespaces: job.namespaces,
-            cgroup_procs: job.request.cgroup_procs,
-            // A huge page would be put where pages are missing.
-            huge_pages: false,
-            breakpoints: false,
-            view: None,
-            output: work_dir.join(OUTPUT),
-            env: Vec::new(),
-            inherited: job.inherited,
+        let swrk = match job.criu {
+            Some(swrk) => swrk,
+            None => start_criu(&job.request, job.namespaces, job.inherited)
+                .map_err(RestoreError::Swrk)?,
         };
-        let swrk = Swrk::spawn(config).map_err(RestoreError::Swrk)?;
         Ok(Self {
             server,
             filled,
@@ -514,6 +510,27 @@ impl Restore {
     fn fault(&self, error: &RestoreError) -> Fault {
         error.fault(Some(&self.work_dir.join(LOG)))
     }
+}
+
+/// Starts the CRIU of a restore. It waits to be asked for one.
+pub fn start_criu(
+    request: &RestoreRequest,
+    namespaces: Vec<OwnedFd>,
+    inherited: Vec<OwnedFd>,
+) -> Result<Swrk, SwrkError> {
+    Swrk::spawn(SwrkConfig {
+        criu: request.criu.clone(),
+        namespaces,
+        cgroup_procs: request.cgroup_procs.clone(),
+        // A huge page would be put where pages are missing.
+        huge_pages: false,
+        breakpoints: false,
+        urgent: true,
+        view: None,
+        output: request.work_dir.join(OUTPUT),
+        env: Vec::new(),
+        inherited,
+    })
 }
 
 fn open(path: &PathBuf) -> Result<OwnedFd, RestoreError> {

@@ -34,6 +34,7 @@ use tokio::sync::oneshot;
 
 use super::store::Store;
 use super::worker::Worker;
+use crate::sys::priority;
 use crate::sys::uffd::{EVENTS, Uffd};
 
 /// Most serving threads. Two fill a third faster than one; beyond, memory is the limit.
@@ -140,12 +141,15 @@ pub(super) struct Shared {
 
 impl Server {
     /// Starts the threads. `filled` is told, once per thread, when a thread has nothing left to
-    /// fill.
-    pub fn start(filled: &tokio::sync::mpsc::UnboundedSender<()>) -> Result<Self, ServeError> {
+    /// fill. They are as nice as is said: they copy for as long as the workload runs beside them.
+    pub fn start(
+        filled: &tokio::sync::mpsc::UnboundedSender<()>,
+        nice: i32,
+    ) -> Result<Self, ServeError> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let counters = Arc::new(Counters::default());
         let threads = (0..cores.min(THREADS_MAX))
-            .map(|number| Thread::start(number, counters.clone(), filled.clone()))
+            .map(|number| Thread::start(number, nice, counters.clone(), filled.clone()))
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             loads: vec![0; threads.len()],
@@ -219,6 +223,7 @@ impl Drop for Server {
 impl Thread {
     fn start(
         number: usize,
+        nice: i32,
         counters: Arc<Counters>,
         filled: tokio::sync::mpsc::UnboundedSender<()>,
     ) -> Result<Self, ServeError> {
@@ -238,6 +243,9 @@ impl Thread {
                 // Without this thread its tasks wait for ever and nobody knows why. When the whole
                 // process ends, the watcher freezes them and says so.
                 let guard = AbortOnPanic;
+                if let Err(error) = priority::set(nice) {
+                    tracing::debug!(%error, "urgent without need");
+                }
                 worker.run();
                 std::mem::forget(guard);
             })

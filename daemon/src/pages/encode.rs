@@ -3,6 +3,8 @@
 //!
 //! Pure: bytes in, bytes out. The form is that of `pageferry_proto::wire::parcel`.
 
+use std::time::{Duration, Instant};
+
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use pageferry_proto::id::{Round, SpaceId};
 use pageferry_proto::page::{PAGE_SIZE, PageCount, PageRun};
@@ -15,11 +17,22 @@ use pageferry_proto::wire::stream;
 /// Most pages of one parcel. All of them may be data.
 pub const PAGES_MAX: PageCount = PageCount(DATA_PAGES_MAX as u64);
 
+/// What holds a round up, and so what compressing must save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bottleneck {
+    /// The link: every byte that is not sent is time saved.
+    Link,
+    /// The processors: a byte saved is worth what sending it costs them.
+    Processor,
+}
+
 /// Makes parcels; keeps its working memory (150 KiB) between them.
 pub struct Encoder {
     table: CompressTable,
     compressed: Vec<u8>,
     sample: Vec<u8>,
+    /// What to assume of the next parcel.
+    pub bottleneck: Bottleneck,
 }
 
 /// What became of the pages of a parcel.
@@ -50,6 +63,7 @@ impl Encoder {
             table: CompressTable::large(),
             compressed: vec![0; get_maximum_output_size(BLOCK_BYTES)],
             sample: vec![0; SAMPLE_BYTES],
+            bottleneck: Bottleneck::Link,
         }
     }
 
@@ -114,7 +128,8 @@ impl Encoder {
         parcel.extend_from_slice(stored);
     }
 
-    /// Whether compressing the block is worth its time: a sample of it shrinks by an eighth.
+    /// Whether compressing the block is worth its time: a sample of it shrinks by an eighth, and,
+    /// where time is that of processors, took less of it than sending what it saves.
     fn pays(&mut self, block: &[u8]) -> bool {
         let stride = block.len() / SAMPLE_PARTS;
         for (part, sample) in self.sample.chunks_mut(SAMPLE_PART_BYTES).enumerate() {
@@ -123,8 +138,15 @@ impl Encoder {
             sample.copy_from_slice(&block[start..start + SAMPLE_PART_BYTES]);
         }
         let sample = &self.sample;
-        compress_into_with_table(sample, &mut self.compressed, &mut self.table)
-            .is_ok_and(|length| length < SAMPLE_BYTES / 8 * 7)
+        let began = Instant::now();
+        let compressed = compress_into_with_table(sample, &mut self.compressed, &mut self.table);
+        let took = began.elapsed();
+        let saved = SAMPLE_BYTES.saturating_sub(compressed.unwrap_or(SAMPLE_BYTES));
+        let worth = match self.bottleneck {
+            Bottleneck::Link => Duration::MAX,
+            Bottleneck::Processor => Duration::from_nanos(saved as u64 * WIRE_NS_PER_BYTE),
+        };
+        SAMPLE_BYTES / 8 < saved && took < worth
     }
 
     /// The block's length in `self.compressed`; `None` when it is not shorter there.
@@ -189,6 +211,10 @@ const BLOCK_BYTES: usize = BLOCK_RAW_BYTES_MAX as usize;
 const SAMPLE_PARTS: usize = 4;
 const SAMPLE_PART_BYTES: usize = PAGE_SIZE / SAMPLE_PARTS;
 const SAMPLE_BYTES: usize = SAMPLE_PARTS * SAMPLE_PART_BYTES;
+
+/// What a byte on the wire costs processors on both sides, in nanoseconds: copying, sealing,
+/// sending, receiving. Of 2.8 s per GiB (see `net::tuning`) what decompressing costs is taken off.
+const WIRE_NS_PER_BYTE: u64 = 2;
 
 /// Two cache lines.
 const ZERO_CHUNK_BYTES: usize = 128;

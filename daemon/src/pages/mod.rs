@@ -23,6 +23,7 @@
 pub mod decode;
 pub mod digest;
 pub mod encode;
+mod pace;
 pub mod pool;
 pub mod read;
 pub mod recv;

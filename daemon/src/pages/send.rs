@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -21,6 +21,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 
 use super::encode::{self, Encoder};
+use super::pace::Pace;
 use super::pool::Pool;
 use super::read::{ReadError, Reader};
 
@@ -41,6 +42,7 @@ pub struct Sender {
     threads: usize,
     raw: Pool,
     parcels: Pool,
+    pace: Arc<Mutex<Pace>>,
 }
 
 /// What one round of one space came to.
@@ -100,6 +102,7 @@ impl Sender {
             threads,
             raw: Pool::new(threads, raw_bytes),
             parcels: Pool::new(threads + SENDS_MAX, PARCEL_BYTES_MAX),
+            pace: Arc::new(Mutex::new(Pace::new())),
         }
     }
 
@@ -127,7 +130,9 @@ impl Sender {
             stopped: AtomicBool::new(false),
             raw: self.raw.clone(),
             parcels: self.parcels.clone(),
+            pace: Arc::clone(&self.pace),
         });
+        work.pace().begin(began);
         // Threads stop at their next batch when this future is dropped.
         let _stop = StopOnDrop(Arc::clone(&work));
         let (output, parcels) = mpsc::channel(SENDS_MAX);
@@ -215,9 +220,14 @@ struct Work {
     stopped: AtomicBool,
     raw: Pool,
     parcels: Pool,
+    pace: Arc<Mutex<Pace>>,
 }
 
 impl Work {
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes parcels until there are no batches left, or nobody wants them. Returns what could not
     /// be read.
     fn run(&self, output: &mpsc::Sender<Made>) -> Result<PageSet, ReadError> {
@@ -236,7 +246,9 @@ impl Work {
             let length = usize::try_from(pages.read.len().bytes()).expect("part of the batch");
             let mut parcel = self.parcels.take();
             let bytes = &mut raw[..length];
+            encoder.bottleneck = self.pace().bottleneck();
             let made = encoder.encode(self.space, self.round, &pages.read, bytes, &mut parcel);
+            let data_bytes = made.data_pages.bytes();
             let made = Made {
                 parcel: Bytes::from_owner(parcel),
                 pages: pages.read.len(),
@@ -245,6 +257,7 @@ impl Work {
             if output.blocking_send(made).is_err() {
                 break;
             }
+            self.pace().note(Instant::now(), data_bytes);
         }
         Ok(unread)
     }

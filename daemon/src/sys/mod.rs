@@ -9,6 +9,7 @@ pub mod heap;
 pub mod namespace;
 pub mod packet;
 pub mod pagemap;
+pub mod priority;
 pub mod process_vm;
 pub mod ptrace;
 pub mod tcp;

@@ -141,37 +141,22 @@ impl Dump {
             inherited: Vec::new(),
             huge_pages: true,
             breakpoints: false,
+            urgent: true,
         })?;
         let open = |path: &Path| -> Result<OwnedFd, DumpError> {
             Ok(fs::File::open(path).map_err(io("opening", path))?.into())
         };
-        let request = Request::dump(DumpOptions {
+        let directories = Directories {
+            images: open(&images)?,
+            work: Some(open(&plan.directory)?),
+        };
+        let options = DumpOptions {
             pid: plan.root_pid,
-            directories: Directories {
-                images: open(&images)?,
-                work: Some(open(&plan.directory)?),
-            },
-            log: Log {
-                file: LOG_FILE.to_owned(),
-                level: LogLevel::Warning,
-            },
             freeze_cgroup: Some(plan.freezer.path().to_string_lossy().into_owned()),
-            freeze_timeout: None,
-            after: AfterDump::Kill,
-            tcp_established: true,
-            file_locks: true,
-            ext_unix_sk: false,
-            shell_job: false,
-            link_remap: true,
-            ghost_limit: Some(u32::try_from(DELETED_FILE_MAX).unwrap_or(u32::MAX)),
-            network_lock: NetworkLock::Skip,
-            manage_cgroups: ManageCgroups::Ignore,
             external: external_at_dump(&plan.mounts),
-            root: None,
-            notify: true,
-            page_server: None,
-        });
-        swrk.request(request).await?;
+            ..options(directories)
+        };
+        swrk.request(Request::dump(options)).await?;
         let mut dump = Self {
             swrk,
             feed,
@@ -279,5 +264,32 @@ impl Dump {
             limit,
             log: self.log.clone(),
         })
+    }
+}
+
+/// What is the same for every dump.
+fn options(directories: Directories) -> DumpOptions {
+    DumpOptions {
+        pid: 0,
+        directories,
+        log: Log {
+            file: LOG_FILE.to_owned(),
+            level: LogLevel::Warning,
+        },
+        freeze_cgroup: None,
+        freeze_timeout: None,
+        after: AfterDump::Kill,
+        tcp_established: true,
+        file_locks: true,
+        ext_unix_sk: false,
+        shell_job: false,
+        link_remap: true,
+        ghost_limit: Some(u32::try_from(DELETED_FILE_MAX).unwrap_or(u32::MAX)),
+        network_lock: NetworkLock::Skip,
+        manage_cgroups: ManageCgroups::Ignore,
+        external: Vec::new(),
+        root: None,
+        notify: true,
+        page_server: None,
     }
 }

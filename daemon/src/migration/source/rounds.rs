@@ -352,6 +352,8 @@ impl Site {
             )
         };
         let (mut files, mut bytes) = (0, 0);
+        // Most are small, and each stream costs a round trip: small ones go together.
+        let mut together = Vec::new();
         let entries = fs::read_dir(&folder).map_err(|error| unreadable(&folder, error))?;
         for entry in entries {
             let path = entry.map_err(|error| unreadable(&folder, error))?.path();
@@ -370,9 +372,20 @@ impl Site {
             seal(&mut body);
             bytes += body.len() as u64;
             files += 1;
-            send_pieces(&data, body.into())
-                .await
-                .map_err(|error| lost(&error))?;
+            if IMAGE_PIECE < body.len() {
+                let sent = send_pieces(&data, body.into()).await;
+                sent.map_err(|error| lost(&error))?;
+                continue;
+            }
+            together.extend(body);
+            if IMAGE_PIECE < together.len() {
+                let sent = send_pieces(&data, std::mem::take(&mut together).into()).await;
+                sent.map_err(|error| lost(&error))?;
+            }
+        }
+        if !together.is_empty() {
+            let sent = send_pieces(&data, together.into()).await;
+            sent.map_err(|error| lost(&error))?;
         }
         Ok((files, bytes))
     }

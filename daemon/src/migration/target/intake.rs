@@ -172,8 +172,8 @@ impl Shared {
         let mut reader = stream.reader;
         match kind {
             StreamKind::ImageFile => {
-                take_image(&self.images, &mut reader).await?;
-                self.counts.send_modify(|counts| counts.images += 1);
+                let files = take_images(&self.images, &mut reader).await?;
+                self.counts.send_modify(|counts| counts.images += files);
                 Ok(())
             }
             StreamKind::Parcel => {
@@ -291,7 +291,17 @@ fn set(bytes: &[u8]) -> Result<(SpaceId, PageSet, &[u8]), Failure> {
     Ok((header.space, set, rest))
 }
 
-/// Writes an image file as it comes. Its checksum covers the header too.
+/// Writes the image files of a stream as they come; how many there were.
+async fn take_images(folder: &Path, reader: &mut StreamReader) -> Result<u32, Failure> {
+    let mut files = 0;
+    while !reader.is_over().await.map_err(|error| lost(&error))? {
+        take_image(folder, reader).await?;
+        files += 1;
+    }
+    Ok(files)
+}
+
+/// Writes one image file. Its checksum covers the header too.
 async fn take_image(folder: &Path, reader: &mut StreamReader) -> Result<(), Failure> {
     let mut head = vec![0; 1];
     reader
@@ -310,18 +320,20 @@ async fn take_image(folder: &Path, reader: &mut StreamReader) -> Result<(), Fail
     let mut hasher = crc32fast::Hasher::new();
     hasher.update(&head);
     let mut left = header.length();
-    let mut trailer = Vec::with_capacity(CHECKSUM_BYTES);
-    while let Some(mut chunk) = reader.chunk().await.map_err(|error| lost(&error))? {
-        let content = chunk.split_to(chunk.len().min(usize::try_from(left).unwrap_or(usize::MAX)));
+    while 0 < left {
+        let most = usize::try_from(left).unwrap_or(usize::MAX);
+        let content = reader.chunk_of(most).await.map_err(|error| lost(&error))?;
+        let content = content.ok_or_else(|| malformed("image file"))?;
         hasher.update(&content);
         file.write_all(&content).map_err(failed)?;
         left -= content.len() as u64;
-        trailer.extend_from_slice(&chunk);
-        if trailer.len() > CHECKSUM_BYTES {
-            return Err(malformed("image file"));
-        }
     }
-    if left > 0 || trailer != hasher.finalize().to_le_bytes() {
+    let mut checksum = [0; CHECKSUM_BYTES];
+    reader
+        .read_exact(&mut checksum)
+        .await
+        .map_err(|error| lost(&error))?;
+    if checksum != hasher.finalize().to_le_bytes() {
         let name = header.name();
         return Err(Failure::new(
             ErrorCode::Checksum,

@@ -9,7 +9,7 @@
 mod run;
 
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -256,7 +256,11 @@ impl Site {
             cgroup_procs: Vec::new(),
         };
         let pager = PagerClient::spawn(&spawn).await.map_err(pager_failed)?;
-        self.pager = Some(Pager::from(pager));
+        let pager = Pager::from(pager);
+        let criu = self.restore_request();
+        let prepared = pager.client.prepare(criu, &self.pager_namespaces()?).await;
+        self.pager = Some(pager);
+        prepared.map_err(pager_failed)?;
         self.state()
     }
 
@@ -286,27 +290,12 @@ impl Site {
         }
         let pending: Vec<_> = plan.iter().map(|(id, pages)| (*id, pages)).collect();
         pager.plan(&pending).await.map_err(pager_failed)?;
-        let mut namespaces = Vec::with_capacity(self.namespaces.len());
-        for (kind, fd) in &self.namespaces {
-            namespaces.push((pager_kind(*kind)?, fd.as_fd()));
-        }
         let request = RestoreRequest {
-            criu: self.node.criu.clone(),
-            images_dir: images,
-            work_dir: self.directory.clone(),
-            log_level: 2,
-            cgroup_procs: vec![self.freezer.procs_file()],
-            freezer: self.freezer.path().to_owned(),
             spaces: u32::try_from(plan.len()).map_err(|error| internal(&error))?,
-            tcp_established: true,
-            file_locks: true,
-            link_remap: true,
-            external: external_at_restore(&self.mounts),
-            root: self.mounts.first().map(|mount| mount.node_path.clone()),
-            ..RestoreRequest::default()
+            ..self.restore_request()
         };
         let restored = pager
-            .restore(request, &namespaces, &[])
+            .restore(request, &self.pager_namespaces()?, &[])
             .await
             .map_err(pager_failed)?;
         self.root_pid = Some(restored.root_pid);
@@ -314,6 +303,30 @@ impl Site {
         tracing::info!(migration = %self.id, root = restored.root_pid,
             took = ?self.restore_time, "restored and held");
         self.state()
+    }
+
+    fn restore_request(&self) -> RestoreRequest {
+        RestoreRequest {
+            criu: self.node.criu.clone(),
+            images_dir: self.directory.join("images"),
+            work_dir: self.directory.clone(),
+            log_level: 2,
+            cgroup_procs: vec![self.freezer.procs_file()],
+            freezer: self.freezer.path().to_owned(),
+            tcp_established: true,
+            file_locks: true,
+            link_remap: true,
+            external: external_at_restore(&self.mounts),
+            root: self.mounts.first().map(|mount| mount.node_path.clone()),
+            ..RestoreRequest::default()
+        }
+    }
+
+    /// The namespaces that CRIU is started in.
+    fn pager_namespaces(&self) -> Result<Vec<(Namespace, BorrowedFd<'_>)>, Failure> {
+        let own = self.namespaces.iter();
+        own.map(|(kind, fd)| Ok((pager_kind(*kind)?, fd.as_fd())))
+            .collect()
     }
 
     fn begin_pids_above(&self, pids: &[i32]) {
