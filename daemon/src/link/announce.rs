@@ -21,7 +21,8 @@ pub fn announce(net: BorrowedFd<'_>, links: &[LinkDescription]) -> Result<(), Li
         action: "announcing the workload's addresses",
         source,
     };
-    run_inside(&[(NamespaceKind::Net, net)], || {
+    let sockets = run_inside(&[(NamespaceKind::Net, net)], || {
+        let mut sockets = Vec::with_capacity(links.len());
         for link in links {
             let index = nix::net::if_::if_nametoindex(link.name.as_str())?;
             let socket = PacketSocket::open(index)?;
@@ -31,11 +32,17 @@ pub fn announce(net: BorrowedFd<'_>, links: &[LinkDescription]) -> Result<(), Li
                     IpAddr::V6(ip) => socket.send(&neighbour_frame(link.mac, ip))?,
                 }
             }
+            sockets.push(socket);
         }
-        Ok(())
-    })
-    .flatten()
-    .map_err(io)
+        Ok(sockets)
+    });
+    let sockets = sockets.flatten().map_err(io)?;
+    // Closing one waits until no processor can still be using it (`synchronize_net` in
+    // `packet_release`): 8 to 18 ms in which the workload would stand still. Without a thread to
+    // spare it is closed here.
+    let closer = std::thread::Builder::new().name("close-packet".to_owned());
+    drop(closer.spawn(move || drop(sockets)));
+    Ok(())
 }
 
 fn arp_frame(mac: [u8; 6], ip: Ipv4Addr) -> Vec<u8> {

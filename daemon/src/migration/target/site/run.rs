@@ -4,7 +4,7 @@
 //! said only when the pager, or its watcher, has said so.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
@@ -36,10 +36,12 @@ impl Site {
         let Some(Pager { client, .. }) = &self.pager else {
             return self.without_pager();
         };
+        let began = Instant::now();
         // Where a tree is dying the kernel would answer for it, with resets.
         if never_ran(client).await? != PagerState::Discarding {
             self.attach().await?;
         }
+        let attached = began.elapsed();
         let Some(Pager { client, .. }) = &self.pager else {
             return Err(no_pager().into());
         };
@@ -53,6 +55,7 @@ impl Site {
             never_ran(client).await?;
             return Err(pager_failed(error).into());
         }
+        tracing::debug!(migration = %self.id, ?attached, resumed = ?began.elapsed(), "let go");
         self.announce_again();
         Ok(())
     }
