@@ -19,7 +19,6 @@ pub(super) struct Borrowed<'a> {
     registers: Registers,
     mask: u64,
     gadget: u64,
-    deadline: Instant,
     /// Where it stands: false when it must be brought back to a stop on its way to user mode.
     at_trap: bool,
     given_back: bool,
@@ -27,11 +26,7 @@ pub(super) struct Borrowed<'a> {
 
 impl<'a> Borrowed<'a> {
     /// Takes a thread that stands still on its way to user mode.
-    pub(super) fn take(
-        held: &'a mut Held,
-        gadget: u64,
-        deadline: Instant,
-    ) -> Result<Self, InjectError> {
+    pub(super) fn take(held: &'a mut Held, gadget: u64) -> Result<Self, InjectError> {
         let tid = held.tid;
         let mut registers = ptrace::registers(tid).map_err(tracing(tid, "read registers of"))?;
         if registers.cs != CODE_SEGMENT_64 {
@@ -62,7 +57,6 @@ impl<'a> Borrowed<'a> {
             registers,
             mask,
             gadget,
-            deadline,
             at_trap: true,
             given_back: false,
         };
@@ -109,18 +103,16 @@ impl<'a> Borrowed<'a> {
         Ok(after.rax)
     }
 
-    /// Allows for one more call after the deadline of the attempt.
-    pub(super) fn extend(&mut self) {
-        self.deadline = self.deadline.max(Instant::now() + GIVE_BACK_MAX);
-    }
-
+    /// The calls do not block, so all they take is a turn on a processor; a thread that gets none
+    /// would not run without us either.
     fn run_to_syscall_stop(&mut self) -> Result<(), InjectError> {
         let tid = self.held.tid;
+        let deadline = Instant::now() + CALL_MAX;
         let mut signal = 0;
         loop {
             self.at_trap = false;
             ptrace::resume(tid, Resume::ToSyscall, signal).map_err(tracing(tid, "resume"))?;
-            signal = match self.wait(self.deadline)? {
+            signal = match self.wait(Some(deadline))? {
                 Stop::Syscall => return Ok(()),
                 // A group stop. It cannot be blocked; it holds again when the thread is let go.
                 Stop::Signal(libc::SIGSTOP) => libc::SIGSTOP,
@@ -131,14 +123,16 @@ impl<'a> Borrowed<'a> {
         }
     }
 
-    fn wait(&self, deadline: Instant) -> Result<Stop, InjectError> {
+    fn wait(&self, deadline: Option<Instant>) -> Result<Stop, InjectError> {
         let tid = self.held.tid;
         let mut idle = 0;
         loop {
             match ptrace::poll(tid) {
                 Ok(Some(stop)) => return Ok(stop),
-                Ok(None) if Instant::now() < deadline => pause(&mut idle),
-                Ok(None) => return Err(InjectError::Stuck { tid }),
+                Ok(None) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
+                    return Err(InjectError::Stuck { tid });
+                }
+                Ok(None) => pause(&mut idle),
                 Err(source) => {
                     return Err(InjectError::Trace {
                         tid,
@@ -170,14 +164,14 @@ impl<'a> Borrowed<'a> {
     /// looked at.
     fn settle(&mut self) -> Result<(), InjectError> {
         let tid = self.held.tid;
-        // Not the deadline of the attempt: the thread must come back even when that has passed.
-        let deadline = Instant::now() + GIVE_BACK_MAX;
         ptrace::interrupt(tid).map_err(tracing(tid, "interrupt"))?;
         let mut signal = 0;
         loop {
             // Fails with ESRCH while the thread runs, which it may after an error above.
             let resumed = ptrace::resume(tid, Resume::Freely, signal);
-            match self.wait(deadline) {
+            // Without a limit: let go with our registers the thread would run into nowhere, and its
+            // process would die. It stands still or is about to, or it has been killed.
+            match self.wait(None) {
                 Ok(Stop::Trap) => break,
                 Ok(Stop::Signal(libc::SIGSTOP)) => signal = libc::SIGSTOP,
                 Ok(Stop::Ended) => return Err(InjectError::Ended { tid }),
@@ -245,5 +239,5 @@ const SYSCALL_BYTES: u64 = 2;
 /// Results from `-ERRNO_MAX` to -1 are errors (`MAX_ERRNO`).
 const ERRNO_MAX: i64 = 4095;
 
-/// How long a thread may take to come back to a stop. It is standing at one or is about to.
-const GIVE_BACK_MAX: Duration = Duration::from_millis(100);
+/// How long a thread may take to get its turn on a processor.
+const CALL_MAX: Duration = Duration::from_secs(10);

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!   all threads of all tasks with the same descriptor table      ── stopped ──────────┐
-//!   one of them: userfaultfd() ─► pidfd_getfd (ours) ─► close() ─► registers restored │ ≤ 20 ms
+//!   one of them: userfaultfd() ─► pidfd_getfd (ours) ─► close() ─► registers restored │ short
 //!   all                                                          ── let go ───────────┘
 //! ```
 //!
@@ -196,8 +196,9 @@ pub enum InjectError {
 }
 
 /// Makes process `pid` create a userfaultfd and takes it. `tree` are the other processes of the
-/// workload; those that share `pid`'s descriptor table are stopped with it. Blocks the caller for
-/// little more than `stop_max`, which is also the longest the workload stands still.
+/// workload; those that share `pid`'s descriptor table are stopped with it. All must stand still
+/// within `stop_max`, or they are let go again. From then on it takes as long as one of them needs
+/// to get its turn on a processor four times: some microseconds on a machine that has one to spare.
 pub(super) fn borrow_userfaultfd(
     pid: i32,
     tree: &[i32],
@@ -240,7 +241,7 @@ fn attempt(
 ) -> Result<Injected, InjectError> {
     let began = Instant::now();
     let mut stopped = Stopped::stop(tasks, began + stop_max, stop_max)?;
-    let userfaultfd = borrow_from_any(pid, &mut stopped, gadget, pidfd, began + stop_max);
+    let userfaultfd = borrow_from_any(pid, &mut stopped, gadget, pidfd);
     let threads = stopped.len();
     drop(stopped);
     Ok(Injected {
@@ -256,14 +257,14 @@ fn borrow_from_any(
     stopped: &mut Stopped,
     gadget: u64,
     pidfd: &OwnedFd,
-    deadline: Instant,
 ) -> Result<OwnedFd, InjectError> {
     let mut last = InjectError::NoThread { pid };
     let fit = |held: &&mut Held| held.process == pid && held.usable && has_files_of(pid, held.tid);
     for held in stopped.iter_mut().filter(fit).take(THREADS_TRIED_MAX) {
-        match borrow_from(pid, held, gadget, pidfd, deadline) {
-            Err(leaked @ InjectError::Leaked { .. }) => return Err(leaked),
-            Err(error) if deadline <= Instant::now() => return Err(error),
+        match borrow_from(pid, held, gadget, pidfd) {
+            Err(error @ (InjectError::Leaked { .. } | InjectError::Stuck { .. })) => {
+                return Err(error);
+            }
             Err(error) => last = error,
             Ok(userfaultfd) => return Ok(userfaultfd),
         }
@@ -280,15 +281,13 @@ fn borrow_from(
     held: &mut Held,
     gadget: u64,
     pidfd: &OwnedFd,
-    deadline: Instant,
 ) -> Result<OwnedFd, InjectError> {
-    let mut thread = Borrowed::take(held, gadget, deadline)?;
+    let mut thread = Borrowed::take(held, gadget)?;
     let made = thread.call("userfaultfd", libc::SYS_userfaultfd, USERFAULTFD_FLAGS);
     let result = made.and_then(|number| {
         let number = i32::try_from(number).expect("descriptors are ints");
         let taken = take(pid, number, pidfd);
-        // What was made must not be left, also when the time for making it has passed.
-        thread.extend();
+        // What was made must not be left, whether it could be taken or not.
         let closed = thread.call("close", libc::SYS_close, number.cast_unsigned().into());
         match closed {
             Ok(_) => taken,
@@ -333,7 +332,7 @@ pub(super) mod tests {
         let attempt = || {
             let mut stopped = Stopped::stop(&[pid], deadline, Duration::from_secs(5)).unwrap();
             let held = stopped.iter_mut().find(|held| held.tid == tid).unwrap();
-            borrow_from(pid, held, gadget, &pidfd, deadline).unwrap();
+            borrow_from(pid, held, gadget, &pidfd).unwrap();
         };
         // The thread that traces must end: that is when the kernel lets go of the rest.
         std::thread::scope(|scope| scope.spawn(attempt).join().unwrap());
