@@ -182,6 +182,7 @@ impl Site {
         // CRIU has thawed the cgroup and holds the tasks by ptrace alone: from here on they stay
         // frozen whoever dies.
         block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
+        self.begin_comparing();
         let mut sums = match sent {
             Some(sent) => sent?,
             None => {

@@ -101,6 +101,8 @@ pub struct Site {
     /// When the last scan was, for the rate of dirtying.
     pub(super) scanned: Instant,
     dumping: Dumping,
+    /// Compares the smaps CRIU was shown with the true ones.
+    comparing: Option<JoinHandle<Result<(), Failure>>>,
     /// Bytes of memory, for progress.
     pub(super) memory_bytes: u64,
     /// Bytes only CRIU can copy, as of the last scan.
@@ -339,19 +341,36 @@ impl Site {
         self.dumping = Dumping::Prepared(dump);
     }
 
-    /// Compares what CRIU was shown with the truth. The tree must be frozen.
-    pub fn compare_smaps(&self) -> Result<(), Failure> {
-        block_in_place(|| {
-            self.spaces.values().try_for_each(|space| {
-                space
-                    .compare_smaps()
-                    .map_err(|error| Failure::new(ErrorCode::SmapsDiffer, chain(&error)))
+    /// Begins to compare what CRIU was shown with the truth, in the background: the tree is frozen
+    /// for good or until a thaw.
+    pub(super) fn begin_comparing(&mut self) {
+        let shown: Vec<_> = self
+            .spaces
+            .values()
+            .filter_map(Space::shown_smaps)
+            .collect();
+        self.comparing = Some(tokio::task::spawn_blocking(move || {
+            shown.iter().try_for_each(|shown| {
+                let compared = shown.compare();
+                compared.map_err(|error| Failure::new(ErrorCode::SmapsDiffer, chain(&error)))
             })
-        })
+        }));
+    }
+
+    /// Whether CRIU was told the truth. After [`Site::finish`] in the same freeze.
+    pub async fn compare_smaps(&mut self) -> Result<(), Failure> {
+        match self.comparing.take() {
+            Some(comparing) => comparing.await.map_err(|error| internal(&error))?,
+            None => Err(Failure::new(
+                ErrorCode::Internal,
+                "nothing was dumped that could be compared",
+            )),
+        }
     }
 
     /// Undoes everything down to a running workload; with `untrack`, tracking too.
     pub async fn thaw(&mut self, untrack: bool) -> Result<(), Failure> {
+        self.comparing = None;
         match std::mem::take(&mut self.dumping) {
             Dumping::No => {}
             Dumping::Preparing(task) => task.abort(),

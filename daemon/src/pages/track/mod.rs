@@ -5,7 +5,7 @@
 //! *scan and protect, then read*: a write that comes during the read is found by the next scan.
 //!
 //! ```text
-//!   attach ──► scan ──► scan ──► … ──► (frozen) final_scan ──► compare_smaps
+//!   attach ──► scan ──► scan ──► … ──► (frozen) final_scan ──► shown_smaps
 //!     │         dirty    dirty          dirty, live, hidden, smaps
 //!     └ borrow a userfaultfd (`inject`), register every private mapping of no file
 //! ```
@@ -102,7 +102,7 @@ pub struct Space {
     owed: PageSet,
     recorded: Option<Record>,
     /// The text `final_scan` returned.
-    shown: Option<Vec<u8>>,
+    shown: Option<Arc<[u8]>>,
     reader: Arc<Reader>,
     attached: Attached,
 }
@@ -258,26 +258,42 @@ impl Space {
         Ok(())
     }
 
-    /// Compares the smaps the last `final_scan` returned with the true one. 11 ms per GiB; to be
-    /// done while the target restores. The process must still be frozen.
-    pub fn compare_smaps(&self) -> Result<(), TrackError> {
-        let pid = self.pid;
-        let Some(shown) = &self.shown else {
-            return Ok(());
-        };
-        let inspecting = |source| TrackError::Inspect {
-            pid,
-            what: "smaps",
-            source,
-        };
-        let text = maps::read_smaps_text(pid).map_err(inspecting)?;
-        smaps::compare(&text, shown).map_err(|source| TrackError::SmapsChanged { pid, source })
+    /// The smaps the last `final_scan` returned, to be compared with the true one; none if that
+    /// was the true one.
+    pub fn shown_smaps(&self) -> Option<ShownSmaps> {
+        let text = Arc::clone(self.shown.as_ref()?);
+        Some(ShownSmaps {
+            pid: self.pid,
+            text,
+        })
     }
 
     /// Takes all protection off and forgets the process. Blocks, 26 ms per GiB; a process that is
     /// to run on should run already.
     pub fn detach(self) {
         drop(self);
+    }
+}
+
+/// What CRIU was shown of a process instead of its smaps.
+#[derive(Debug)]
+pub struct ShownSmaps {
+    pid: i32,
+    text: Arc<[u8]>,
+}
+
+impl ShownSmaps {
+    /// Compares it with the true smaps: 11 ms per GiB, which the kernel takes to count pages that
+    /// nobody asked for. The process must still be frozen.
+    pub fn compare(&self) -> Result<(), TrackError> {
+        let pid = self.pid;
+        let inspecting = |source| TrackError::Inspect {
+            pid,
+            what: "smaps",
+            source,
+        };
+        let text = maps::read_smaps_text(pid).map_err(inspecting)?;
+        smaps::compare(&text, &self.text).map_err(|source| TrackError::SmapsChanged { pid, source })
     }
 }
 

@@ -1,6 +1,7 @@
 //! The scans of a [`Space`].
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
 use pageferry_proto::page::PageRun;
@@ -123,7 +124,7 @@ impl Space {
         live.union_with(&late);
         dirty.union_with(&late);
         dirty.union_with(&self.owed.intersection(&live));
-        self.shown = smaps_rendered.then(|| smaps.clone());
+        self.shown = smaps_rendered.then(|| Arc::from(smaps.as_slice()));
         Ok(FinalScan {
             dirty,
             live,

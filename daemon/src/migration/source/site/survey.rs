@@ -175,6 +175,7 @@ impl Site {
             pending: BTreeMap::new(),
             scanned: Instant::now(),
             dumping: Dumping::No,
+            comparing: None,
             memory_bytes: found.memory_bytes,
             eager_bytes: 0,
             image_bytes: 0,

@@ -381,11 +381,11 @@ fn a_lock_after_the_record_is_found_by_the_comparison() {
     let (mut trial, mut space, mut mirror) = tracked(16);
     space.record_smaps().unwrap();
     assert!(mirror.finish(&mut space).smaps_rendered);
-    space.compare_smaps().unwrap();
+    space.shown_smaps().unwrap().compare().unwrap();
     trial.tell(&format!("lock {} 4", at(4)));
     mirror.finish(&mut space);
     assert!(matches!(
-        space.compare_smaps(),
+        space.shown_smaps().unwrap().compare(),
         Err(TrackError::SmapsChanged { .. })
     ));
 }
