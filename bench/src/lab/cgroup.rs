@@ -159,13 +159,15 @@ pub fn members_below(folder: &Path) -> Vec<i32> {
     pids
 }
 
-/// Whether this cgroup or one below it is frozen.
+/// Whether this cgroup or one below it is frozen, or about to be: a task that waits for a page
+/// (userfaultfd) freezes only when it has got it, and if nobody gives it, never.
 pub fn is_frozen_below(folder: &Path) -> bool {
     let holds = |file: &str, wanted: &str| {
         fs::read_to_string(folder.join(file)).is_ok_and(|text| text.contains(wanted))
     };
     holds("freezer.state", "FROZEN")
-        || holds("cgroup.events", "frozen 1")
+        || holds("freezer.state", "FREEZING")
+        || holds("cgroup.freeze", "1")
         || subfolders(folder)
             .iter()
             .any(|child| is_frozen_below(child))

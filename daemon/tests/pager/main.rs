@@ -68,6 +68,22 @@ async fn all_memory_is_right_after_the_fill_and_the_pager_ends() {
 }
 
 #[tokio::test]
+async fn a_criu_that_was_started_ahead_is_the_one_that_restores() {
+    let tree = Tree::of(MIB);
+    let mut lab = Lab::start().await;
+    lab.plan(&tree).await;
+    lab.client.prepare(lab.request(&tree), &[]).await.unwrap();
+    let ahead = lab.processes();
+    assert_eq!(ahead.len(), 1);
+    let restoring = lab.client.restore(lab.request(&tree), &[], &[]);
+    restoring.await.unwrap();
+    let now = lab.processes();
+    assert!(now.contains(&ahead[0]), "{now:?} without {ahead:?}");
+    lab.client.discard().await.unwrap();
+    assert!(lab.processes().is_empty());
+}
+
+#[tokio::test]
 async fn faults_are_served_while_held_and_nothing_else_is_filled() {
     let tree = Tree {
         early: vec![0, 1, 700, 3000, 3001, 4095],
