@@ -354,6 +354,8 @@ fn what_was_to_run_and_provably_never_did_is_refused() {
     let actions = target.feed(TargetEvent::NeverRan(failure()));
     assert_eq!(actions, [target_journal(refused())]);
     assert_eq!(target.journalled(refused()), [TargetAction::Discard]);
+    // Proven twice, but not yet discarded.
+    assert_eq!(target.feed(TargetEvent::NeverRan(failure())), []);
     let actions = target.feed(TargetEvent::Discarded);
     assert_eq!(actions[0], say_refused());
     assert_eq!(target.hear(GO), [say_refused()]);

@@ -125,6 +125,9 @@ pub enum ClientError {
     /// The pager is gone.
     #[error("the pager has closed the connection")]
     Lost,
+    /// It has not answered yet.
+    #[error("the pager has not answered within {0:?}")]
+    Silent(Duration),
     /// It said no.
     #[error("{failure}")]
     Failed {

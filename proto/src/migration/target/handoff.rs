@@ -183,16 +183,31 @@ impl TargetMachine {
     /// What was to run cannot, and did not: the source may have it back. Before `Started` nobody
     /// was told otherwise.
     pub(super) fn never_ran(&mut self, now: Time, failure: Failure) {
-        let State::Running(Running {
-            generation,
-            step: Start::LettingGo { .. },
-            ..
-        }) = self.state
-        else {
-            return self.failed(now, failure);
-        };
-        self.timers.stop_all();
-        self.refuse(generation, failure);
+        match &self.state {
+            State::Running(Running {
+                generation,
+                step: Start::LettingGo { .. },
+                ..
+            }) => {
+                let generation = *generation;
+                self.timers.stop_all();
+                self.refuse(generation, failure);
+            }
+            // Asked for twice, and known already.
+            State::Refusing(_) | State::Refused { .. } => {}
+            State::Idle
+            | State::Preparing { .. }
+            | State::Accepting
+            | State::Receiving(_)
+            | State::Storing(_)
+            | State::Restoring { .. }
+            | State::Readying { .. }
+            | State::Ready { .. }
+            | State::Running(_)
+            | State::Aborting(_)
+            | State::Aborted
+            | State::Done { .. } => self.failed(now, failure),
+        }
     }
 
     fn refusal_recorded(&mut self) {

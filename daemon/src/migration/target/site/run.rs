@@ -10,9 +10,13 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 
 use super::{Pager, Site, no_pager, pager_failed};
 use crate::migration::text::{chain, internal, network_unfit};
-use crate::pager::client::{Notice, PagerClient, Remains};
+use crate::pager::client::{ClientError, Notice, PagerClient, Remains};
 use crate::pager::message::State as PagerState;
 use crate::sys::namespace::{self, NamespaceKind};
+
+/// How long a pager may take to let a tree go, or to undo it instead: five seconds for CRIU to give
+/// up, ten for its tasks to die, and then it says that they do not.
+const GO_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often it is looked whether a workload that is frozen for good has been killed.
 const EMPTY_POLL: Duration = Duration::from_millis(500);
@@ -45,15 +49,27 @@ impl Site {
         let Some(Pager { client, .. }) = &self.pager else {
             return Err(no_pager().into());
         };
-        if let Err(error) = client.go().await {
-            if let Some(network) = &self.network {
-                network
-                    .detach()
-                    .await
-                    .map_err(|error| network_unfit(&error))?;
+        let went = tokio::time::timeout(GO_TIMEOUT, client.go()).await;
+        match went.unwrap_or(Err(ClientError::Silent(GO_TIMEOUT))) {
+            Ok(()) => {}
+            // It may run, so it keeps its network.
+            Err(error @ ClientError::Failed { after_go: true, .. }) => {
+                return Err(pager_failed(error).into());
             }
-            never_ran(client).await?;
-            return Err(pager_failed(error).into());
+            Err(error) => {
+                let known = match error {
+                    // What it has left was written before the connection closed.
+                    ClientError::Lost => self.without_pager(),
+                    _ => never_ran(client).await.map(drop),
+                };
+                if let Err(LetGoError::NeverRan(_)) = &known {
+                    self.detach().await;
+                }
+                known?;
+                if !matches!(error, ClientError::Lost) {
+                    return Err(pager_failed(error).into());
+                }
+            }
         }
         tracing::debug!(migration = %self.id, ?attached, resumed = ?began.elapsed(), "let go");
         self.announce_again();
@@ -77,6 +93,17 @@ impl Site {
                 .map_err(|error| network_unfit(&error))?;
         }
         Ok(())
+    }
+
+    /// Takes the network of a tree that has died away from its neighbours: the kernel would answer
+    /// them with resets.
+    async fn detach(&self) {
+        if let Some(network) = &self.network
+            && let Err(error) = network.detach().await
+        {
+            // Discarding deletes it.
+            tracing::warn!(migration = %self.id, "the network stays attached: {}", chain(&error));
+        }
     }
 
     /// What an ended pager has left says whether the workload runs.
