@@ -73,8 +73,12 @@ async fn a_pager_killed_in_the_fill_leaves_its_tree_frozen_and_no_zero_is_read()
     peers[0].tell(&check(FIRST_PAGE, MIB)).await;
     child.tell(&check(FIRST_PAGE, MIB)).await;
     lab.until(is_frozen).await;
-    let remains = Remains::read(lab.directory.path()).unwrap();
-    assert!(matches!(remains, Remains::FillLost(_)), "{remains:?}");
+    // It says so as soon as it has frozen them.
+    let says_so = |lab: &Lab| {
+        let remains = Remains::read(lab.directory.path());
+        matches!(remains, Ok(Remains::FillLost(_)))
+    };
+    lab.until(says_so).await;
     assert_eq!(lab.notice().await, Notice::Lost);
     // Let run again, they wait: the descriptors are still held.
     let _ = fs::write(lab.cgroup.join("freezer.state"), "THAWED");
@@ -129,10 +133,12 @@ async fn a_daemon_that_goes_away_after_go_is_not_missed() {
     let Status { state, watched, .. } = lab.status().await;
     assert_eq!((state, watched), (State::Resuming, true));
     let client = lab.client.clone();
-    let going = tokio::spawn(async move { client.go().await });
-    let mut criu = lab.peer("criu").await;
-    criu.line().await;
-    going.await.unwrap().unwrap();
+    // Asked first: so little memory is filled, and the pager gone, before a task has its turn.
+    let (went, ()) = tokio::join!(client.go(), async {
+        let mut criu = lab.peer("criu").await;
+        criu.line().await;
+    });
+    went.unwrap();
     filled(&mut lab).await;
     peers[0].ok(&check(FIRST_PAGE, MIB)).await;
 }
