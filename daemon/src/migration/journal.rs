@@ -265,6 +265,13 @@ impl Journals {
         Ok(gone)
     }
 
+    /// Removes the journal of a migration that never began.
+    pub fn remove(&self, migration: MigrationId) -> Result<(), JournalError> {
+        let path = self.path(migration);
+        // Not synced: one that comes back after a crash is as empty as before.
+        fs::remove_file(&path).map_err(|source| JournalError::Remove { path, source })
+    }
+
     fn list(&self) -> Result<Vec<MigrationId>, JournalError> {
         let refuse = |source| JournalError::Folder {
             folder: self.folder.clone(),

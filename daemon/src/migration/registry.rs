@@ -6,18 +6,20 @@
 //!
 //! Limits: so many migrations in each direction at once, and the last [`FINISHED_MAX`] that ended.
 
+mod incoming;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use pageferry_proto::id::{Incarnation, MigrationId, NodeName, WorkloadName};
+use pageferry_proto::id::{MigrationId, NodeName, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::{Entry as Written, Record};
 use pageferry_proto::migration::source::{SourceMachine, SourceOffer};
 use pageferry_proto::migration::status::Phase;
-use pageferry_proto::migration::target::{TargetMachine, TargetOrigin};
+use pageferry_proto::migration::target::TargetMachine;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::{mpsc, watch};
 
@@ -26,11 +28,10 @@ use super::journal::{FINISHED_MAX, Found, Journal, Journals, Recovered};
 use super::progress::Progress;
 use super::source::site::{Site as SourceSite, SourceNode};
 use super::source::{Ended, SourceDriver, SourceParts, SourceRequest};
+use super::target::TargetRequest;
 use super::target::site::{Site as TargetSite, TargetNode};
-use super::target::{TargetDriver, TargetParts, TargetRequest};
 use super::text::{chain, internal};
 use crate::net::endpoint::Endpoint;
-use crate::net::lanes::TargetSession;
 
 /// Requests that may wait for a driver.
 const REQUESTS_MAX: usize = 8;
@@ -70,6 +71,8 @@ pub struct Registry {
 struct Inner {
     parts: RegistryParts,
     entries: Mutex<BTreeMap<MigrationId, Entry>>,
+    /// Held while an incoming migration begins, or is forgotten.
+    beginnings: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Clone)]
@@ -106,6 +109,7 @@ impl Registry {
         let inner = Inner {
             parts,
             entries: Mutex::default(),
+            beginnings: tokio::sync::Mutex::default(),
         };
         let registry = Self {
             inner: Arc::new(inner),
@@ -136,7 +140,12 @@ impl Registry {
         let journal = recovered.journal;
         match records.first().map(|record| &record.entry) {
             // A crash came before the first record: nothing was begun.
-            None => Ok(()),
+            None => self
+                .inner
+                .parts
+                .journals
+                .remove(id)
+                .map_err(|error| internal(&error)),
             Some(Written::Offered(offered)) => {
                 let (peer, policy) = (offered.peer.clone(), offered.policy);
                 let machine =
@@ -266,101 +275,6 @@ impl Registry {
         Ok(())
     }
 
-    /// Gives a session to the migration it names, or begins a new incoming one.
-    pub async fn accept(&self, session: TargetSession) {
-        let (id, peer) = (session.migration, session.peer.clone());
-        let mut session = Box::new(session);
-        let known = self.lock().get(&id).cloned();
-        if let Some(Entry { status, requests }) = known {
-            let ours = match requests {
-                Requests::Target(requests) if status.borrow().status.peer == peer => requests,
-                Requests::Target(_) | Requests::Source(_) => {
-                    tracing::warn!(migration = %id, %peer, "named a migration of another node");
-                    return session.lanes.close(ErrorCode::MigrationUnknown);
-                }
-            };
-            match ours.send(TargetRequest::Connected(session)).await {
-                Ok(()) => return,
-                // It is over, and the source asks once more how it ended.
-                Err(mpsc::error::SendError(TargetRequest::Connected(back))) => session = back,
-                Err(_) => return,
-            }
-        }
-        if let Err((failure, session)) = self.begin_incoming(session).await {
-            tracing::warn!(migration = %id, %failure, "refused");
-            session.lanes.close(failure.code());
-        }
-    }
-
-    async fn begin_incoming(
-        &self,
-        session: Box<TargetSession>,
-    ) -> Result<(), (Failure, Box<TargetSession>)> {
-        let (id, peer) = (session.migration, session.peer.clone());
-        match self.incoming(id, peer).await {
-            Ok((machine, clock, site, journal)) => {
-                self.start_target(machine, clock, site, journal, Some(session));
-                Ok(())
-            }
-            Err(failure) => Err((failure, session)),
-        }
-    }
-
-    /// What an incoming migration is driven with: what its journal says, or a beginning.
-    async fn incoming(
-        &self,
-        id: MigrationId,
-        peer: NodeName,
-    ) -> Result<(TargetMachine, Clock, TargetSite, Journal), Failure> {
-        let parts = &self.inner.parts;
-        let clock = Clock::start();
-        if self.lock().contains_key(&id) {
-            let recovered = parts.journals.read(id).map_err(|error| internal(&error))?;
-            let records = parse(id, &recovered)?;
-            if !records.is_empty() {
-                let machine = TargetMachine::recover(&records, clock.now())
-                    .map_err(|error| internal(&error))?;
-                let state = machine.driver_state();
-                let site = TargetSite::recover(parts.target.clone(), id, state).await?;
-                return Ok((machine, clock, site, recovered.journal));
-            }
-        }
-        let incoming = self.list();
-        let incoming = incoming
-            .iter()
-            .filter(|known| known.status.role == Side::Target && !known.status.phase.is_final());
-        if incoming.count() >= parts.incoming_max {
-            return Err(Failure::new(
-                ErrorCode::TargetBusy,
-                format!(
-                    "{} migrations come to this node already",
-                    parts.incoming_max
-                ),
-            ));
-        }
-        let journal = match parts.journals.create(id) {
-            Ok(journal) => journal,
-            Err(error) => match parts.journals.read(id) {
-                // A beginning that never got as far as its first record.
-                Ok(recovered) if recovered.records.is_empty() => recovered.journal,
-                Ok(_) | Err(_) => return Err(internal(&error)),
-            },
-        };
-        let site = TargetSite::new(parts.target.clone(), id)?;
-        let incarnation = Incarnation(u64::from_le_bytes(random()));
-        let origin = TargetOrigin {
-            id,
-            peer,
-            incarnation,
-        };
-        Ok((
-            TargetMachine::new(origin, clock.now()),
-            clock,
-            site,
-            journal,
-        ))
-    }
-
     fn start_source(
         &self,
         machine: SourceMachine,
@@ -425,33 +339,6 @@ impl Registry {
             Err(failure) => tracing::warn!(migration = %id, %failure, "not started again"),
         }
         status.send_replace(Arc::new(last));
-    }
-
-    fn start_target(
-        &self,
-        machine: TargetMachine,
-        clock: Clock,
-        site: TargetSite,
-        journal: Journal,
-        session: Option<Box<TargetSession>>,
-    ) {
-        let id = machine.id();
-        let (status, watched) = watch::channel(Arc::new(Progress::of(machine.status(clock.now()))));
-        let (requests, asked) = mpsc::channel(REQUESTS_MAX);
-        let driver = TargetDriver::new(TargetParts {
-            machine,
-            clock,
-            site,
-            requests: asked,
-            status,
-            journal,
-        });
-        let entry = Entry {
-            status: watched,
-            requests: Requests::Target(requests),
-        };
-        self.lock().insert(id, entry);
-        self.run(driver.run(session));
     }
 
     fn run(&self, driver: impl Future<Output = ()> + Send + 'static) {

@@ -211,6 +211,11 @@ impl TargetMachine {
         self.state.is_closed() || (self.state.is_idle() && !self.connected)
     }
 
+    /// Whether there ever was an offer, or a record of one.
+    pub const fn is_begun(&self) -> bool {
+        !self.state.is_idle()
+    }
+
     /// The migration.
     pub const fn id(&self) -> MigrationId {
         self.id

@@ -65,6 +65,15 @@ pub struct TargetDriver {
     log: Log,
 }
 
+/// How a driver ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// There was an offer; how it ended is remembered.
+    Begun,
+    /// Somebody connected, and was gone before there was an offer.
+    NeverBegun,
+}
+
 /// What the driver needs besides machine and site.
 #[derive(Debug)]
 pub struct TargetParts {
@@ -133,7 +142,7 @@ impl TargetDriver {
     /// Runs the migration to its end, and until the source has gone: it may ask once more.
     ///
     /// `session` is the one that began it; a recovered migration has none.
-    pub async fn run(mut self, session: Option<Box<TargetSession>>) {
+    pub async fn run(mut self, session: Option<Box<TargetSession>>) -> Over {
         if let Some(session) = session {
             self.connected(*session);
         }
@@ -156,6 +165,11 @@ impl TargetDriver {
         }
         if let Some(site) = self.site {
             site.tidy();
+        }
+        if self.machine.is_begun() {
+            Over::Begun
+        } else {
+            Over::NeverBegun
         }
     }
 

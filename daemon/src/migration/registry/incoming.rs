@@ -1,0 +1,174 @@
+//! Migrations that come to this node.
+//!
+//! A session names its migration: it goes to the driver of that migration, or begins one. What
+//! begins, and what is forgotten again because it never began, do so one after the other, so that
+//! no journal is removed that somebody has just taken up.
+
+use std::sync::Arc;
+
+use pageferry_proto::id::{Incarnation, MigrationId, NodeName};
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::target::{TargetMachine, TargetOrigin};
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use tokio::sync::{mpsc, watch};
+
+use super::{Entry, REQUESTS_MAX, Registry, Requests, parse, random};
+use crate::migration::clock::Clock;
+use crate::migration::journal::Journal;
+use crate::migration::progress::Progress;
+use crate::migration::target::site::Site as TargetSite;
+use crate::migration::target::{Over, TargetDriver, TargetParts, TargetRequest};
+use crate::migration::text::{chain, internal};
+use crate::net::lanes::TargetSession;
+
+impl Registry {
+    /// Gives a session to the migration it names, or begins a new incoming one.
+    pub async fn accept(&self, session: TargetSession) {
+        let (id, peer) = (session.migration, session.peer.clone());
+        let mut session = Box::new(session);
+        let known = self.lock().get(&id).cloned();
+        if let Some(Entry { status, requests }) = known {
+            let ours = match requests {
+                Requests::Target(requests) if status.borrow().status.peer == peer => requests,
+                Requests::Target(_) | Requests::Source(_) => {
+                    tracing::warn!(migration = %id, %peer, "named a migration of another node");
+                    return session.lanes.close(ErrorCode::MigrationUnknown);
+                }
+            };
+            match ours.send(TargetRequest::Connected(session)).await {
+                Ok(()) => return,
+                // It is over, and the source asks once more how it ended.
+                Err(mpsc::error::SendError(TargetRequest::Connected(back))) => session = back,
+                Err(_) => return,
+            }
+        }
+        let _beginning = self.inner.beginnings.lock().await;
+        if let Err((failure, session)) = self.begin_incoming(session).await {
+            tracing::warn!(migration = %id, %failure, "refused");
+            session.lanes.close(failure.code());
+        }
+    }
+
+    async fn begin_incoming(
+        &self,
+        session: Box<TargetSession>,
+    ) -> Result<(), (Failure, Box<TargetSession>)> {
+        let (id, peer) = (session.migration, session.peer.clone());
+        match self.incoming(id, peer).await {
+            Ok((machine, clock, site, journal)) => {
+                self.start_target(machine, clock, site, journal, Some(session));
+                Ok(())
+            }
+            Err(failure) => Err((failure, session)),
+        }
+    }
+
+    /// What an incoming migration is driven with: what its journal says, or a beginning.
+    async fn incoming(
+        &self,
+        id: MigrationId,
+        peer: NodeName,
+    ) -> Result<(TargetMachine, Clock, TargetSite, Journal), Failure> {
+        let parts = &self.inner.parts;
+        let clock = Clock::start();
+        if self.lock().contains_key(&id) {
+            let recovered = parts.journals.read(id).map_err(|error| internal(&error))?;
+            let records = parse(id, &recovered)?;
+            if !records.is_empty() {
+                let machine = TargetMachine::recover(&records, clock.now())
+                    .map_err(|error| internal(&error))?;
+                let state = machine.driver_state();
+                let site = TargetSite::recover(parts.target.clone(), id, state).await?;
+                return Ok((machine, clock, site, recovered.journal));
+            }
+        }
+        let incoming = self.list();
+        let incoming = incoming
+            .iter()
+            .filter(|known| known.status.role == Side::Target && !known.status.phase.is_final());
+        if incoming.count() >= parts.incoming_max {
+            return Err(Failure::new(
+                ErrorCode::TargetBusy,
+                format!(
+                    "{} migrations come to this node already",
+                    parts.incoming_max
+                ),
+            ));
+        }
+        let journal = match parts.journals.create(id) {
+            Ok(journal) => journal,
+            Err(error) => match parts.journals.read(id) {
+                // A beginning that never got as far as its first record.
+                Ok(recovered) if recovered.records.is_empty() => recovered.journal,
+                Ok(_) | Err(_) => return Err(internal(&error)),
+            },
+        };
+        let site = TargetSite::new(parts.target.clone(), id)?;
+        let incarnation = Incarnation(u64::from_le_bytes(random()));
+        let origin = TargetOrigin {
+            id,
+            peer,
+            incarnation,
+        };
+        Ok((
+            TargetMachine::new(origin, clock.now()),
+            clock,
+            site,
+            journal,
+        ))
+    }
+
+    pub(super) fn start_target(
+        &self,
+        machine: TargetMachine,
+        clock: Clock,
+        site: TargetSite,
+        journal: Journal,
+        session: Option<Box<TargetSession>>,
+    ) {
+        let id = machine.id();
+        let (status, watched) = watch::channel(Arc::new(Progress::of(machine.status(clock.now()))));
+        let (requests, asked) = mpsc::channel(REQUESTS_MAX);
+        let driver = TargetDriver::new(TargetParts {
+            machine,
+            clock,
+            site,
+            requests: asked,
+            status,
+            journal,
+        });
+        let entry = Entry {
+            status: watched,
+            requests: Requests::Target(requests),
+        };
+        self.lock().insert(id, entry);
+        let registry = self.clone();
+        self.run(async move {
+            match driver.run(session).await {
+                Over::Begun => {}
+                Over::NeverBegun => registry.forget(id).await,
+            }
+        });
+    }
+
+    /// Nobody made an offer, so there is nothing to remember.
+    async fn forget(&self, id: MigrationId) {
+        let _beginning = self.inner.beginnings.lock().await;
+        {
+            let mut entries = self.lock();
+            // The source may have come back meanwhile, and have begun it.
+            let ended = |entry: &Entry| match &entry.requests {
+                Requests::Target(requests) => requests.is_closed(),
+                Requests::Source(_) => false,
+            };
+            if !entries.get(&id).is_some_and(ended) {
+                return;
+            }
+            entries.remove(&id);
+        }
+        match self.inner.parts.journals.remove(id) {
+            Ok(()) => tracing::debug!(migration = %id, "was never offered"),
+            Err(error) => tracing::warn!("forgetting what was never offered: {}", chain(&error)),
+        }
+    }
+}
