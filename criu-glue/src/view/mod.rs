@@ -10,6 +10,7 @@
 //! some other way is lost; a smaps text that is not what the kernel would say makes a workload that
 //! is restored differently. [`smaps`] renders such a text and finds the difference.
 
+pub mod flags;
 #[path = "../../view/src/layout.rs"]
 mod layout;
 pub mod smaps;

@@ -74,10 +74,10 @@ pub enum Unequal {
     Different(#[from] Difference),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Mapping {
-    start: u64,
-    end: u64,
+#[derive(Clone, Debug)]
+pub(super) struct Mapping {
+    pub(super) start: u64,
+    pub(super) end: u64,
     permissions: [u8; 4],
     offset: u64,
     /// `major:minor`, as printed.
@@ -87,7 +87,9 @@ struct Mapping {
     /// The whole first line: addresses, the above, padding.
     line: Vec<u8>,
     /// Those that count, sorted.
-    flags: Vec<[u8; 2]>,
+    pub(super) flags: Vec<[u8; 2]>,
+    /// How many there are, with those that do not count.
+    pub(super) words: usize,
 }
 
 impl Recorded {
@@ -97,7 +99,7 @@ impl Recorded {
     /// [`Malformed`] with the first line that is not understood.
     pub fn parse(smaps: &[u8]) -> Result<Self, Malformed> {
         Ok(Self {
-            mappings: parse(smaps)?,
+            mappings: mappings(smaps)?,
         })
     }
 
@@ -107,7 +109,7 @@ impl Recorded {
     /// # Errors
     /// [`Unrenderable::Unknown`] when a mapping is new and not like its kin.
     pub fn render(&self, maps: &[u8]) -> Result<Vec<u8>, Unrenderable> {
-        let fresh = parse(maps)?;
+        let fresh = mappings(maps)?;
         let mut text = Vec::with_capacity(maps.len() + fresh.len() * "VmFlags: nr \n".len());
         let mut first = 0;
         for mapping in &fresh {
@@ -187,11 +189,14 @@ fn unanimous<'a>(mut mappings: impl Iterator<Item = &'a Mapping>) -> Option<&'a 
 /// # Errors
 /// [`Unequal::Different`] with the first mapping that differs.
 pub fn compare(actual: &[u8], rendered: &[u8]) -> Result<(), Unequal> {
-    let (actual, rendered) = (parse(actual)?, parse(rendered)?);
+    let (actual, rendered) = (mappings(actual)?, mappings(rendered)?);
     let longest = actual.len().max(rendered.len());
     let pairs = (0..longest).map(|index| (actual.get(index), rendered.get(index)));
     for (actual, rendered) in pairs {
-        if actual == rendered {
+        if let (Some(actual), Some(rendered)) = (actual, rendered)
+            && actual.line == rendered.line
+            && actual.flags == rendered.flags
+        {
             continue;
         }
         let Some(named) = actual.or(rendered) else {
@@ -260,8 +265,8 @@ impl Mapping {
 }
 
 /// Mappings of a smaps or maps text; lines of smaps other than the first and `VmFlags` are skipped.
-fn parse(text: &[u8]) -> Result<Vec<Mapping>, Malformed> {
-    let mut mappings: Vec<Mapping> = Vec::new();
+pub(super) fn mappings(text: &[u8]) -> Result<Vec<Mapping>, Malformed> {
+    let mut found: Vec<Mapping> = Vec::new();
     for line in text
         .split(|byte| *byte == b'\n')
         .filter(|line| !line.is_empty())
@@ -270,18 +275,19 @@ fn parse(text: &[u8]) -> Result<Vec<Mapping>, Malformed> {
             line: String::from_utf8_lossy(line).into_owned(),
         };
         if let Some(flags) = line.strip_prefix(b"VmFlags:") {
-            let mapping = mappings.last_mut().ok_or_else(malformed)?;
+            let mapping = found.last_mut().ok_or_else(malformed)?;
             mapping.flags = parse_flags(flags);
+            mapping.words = words(flags).count();
         } else if !is_attribute(line) {
             let mapping = parse_first_line(line).ok_or_else(malformed)?;
-            let sorted = mappings.last().is_none_or(|last| last.end <= mapping.start);
+            let sorted = found.last().is_none_or(|last| last.end <= mapping.start);
             if !sorted || mapping.start >= mapping.end {
                 return Err(malformed());
             }
-            mappings.push(mapping);
+            found.push(mapping);
         }
     }
-    Ok(mappings)
+    Ok(found)
 }
 
 /// `Name:   value`: the first lines of mappings start with a lower-case hexadecimal number.
@@ -290,12 +296,15 @@ fn is_attribute(line: &[u8]) -> bool {
 }
 
 fn parse_flags(text: &[u8]) -> Vec<[u8; 2]> {
-    let words = text
-        .split(u8::is_ascii_whitespace)
-        .filter(|word| !IGNORED.contains(word));
-    let mut flags: Vec<[u8; 2]> = words.filter_map(|word| word.try_into().ok()).collect();
+    let counted = words(text).filter(|word| !IGNORED.contains(word));
+    let mut flags: Vec<[u8; 2]> = counted.filter_map(|word| word.try_into().ok()).collect();
     flags.sort_unstable();
     flags
+}
+
+fn words(text: &[u8]) -> impl Iterator<Item = &[u8]> {
+    text.split(u8::is_ascii_whitespace)
+        .filter(|word| !word.is_empty())
 }
 
 fn parse_first_line(line: &[u8]) -> Option<Mapping> {
@@ -317,6 +326,7 @@ fn parse_first_line(line: &[u8]) -> Option<Mapping> {
         name: fields.next().unwrap_or_default().trim_ascii().to_owned(),
         line: line.to_owned(),
         flags: Vec::new(),
+        words: 0,
     })
 }
 

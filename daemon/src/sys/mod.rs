@@ -4,6 +4,7 @@
 //! process (never dereferenced here), kernel structs have their size asserted at compile time.
 //! Absent: policy, logging, anything that decides.
 
+pub mod bpf;
 pub mod fdpass;
 pub mod heap;
 pub mod namespace;

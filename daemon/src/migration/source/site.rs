@@ -157,7 +157,7 @@ impl Site {
             }
             check_trackable(found.leader, self.root)?;
             let options = TrackOptions {
-                support: self.node.support,
+                support: self.node.support.clone(),
                 tree: pids.clone(),
                 stop_max: crate::pages::track::STOP_MAX,
                 attempts: crate::pages::track::ATTEMPTS,

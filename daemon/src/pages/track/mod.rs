@@ -29,6 +29,7 @@
 //! Absent: shared memory, huge pages, devices (see [`refuse`]); who is in the workload ([`tree`]
 //! tells, the caller decides); reading pages.
 
+pub mod areas;
 mod eager;
 mod error;
 mod inject;
@@ -43,6 +44,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use areas::Probe;
+use criu_glue::view::flags::{Area, FlagNames};
 use criu_glue::view::smaps::{self, Recorded};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
@@ -56,10 +59,12 @@ use super::read::Reader;
 use crate::sys::{pagemap, ptrace, track};
 
 /// That this kernel can track, and how.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Support {
     /// Guard regions are told apart from memory; else there are none.
     guard: bool,
+    /// Tells flags of mappings without a walk of page tables.
+    flags: Option<Arc<Probe>>,
 }
 
 /// How a space is attached.
@@ -113,6 +118,10 @@ struct Record {
     smaps: Recorded,
     /// Mappings with flags that make a difference, for the forecast of what is eager.
     special: Vec<(Mapping, Flags)>,
+    /// What it taught about the flags that the kernel holds.
+    names: Arc<FlagNames>,
+    /// The mappings it is of; none if they changed while it was taken, or are not all understood.
+    areas: Option<Vec<Area>>,
 }
 
 /// What attaching cost the workload.
@@ -177,7 +186,13 @@ impl Support {
                 "a page category for its guard regions",
             ));
         }
-        Ok(Self { guard: scan.guard })
+        let flags = Probe::load().inspect_err(|error| {
+            tracing::info!("smaps is read in every freeze, for 11 ms per GiB: {error}");
+        });
+        Ok(Self {
+            guard: scan.guard,
+            flags: flags.ok().map(Arc::new),
+        })
     }
 }
 
@@ -197,7 +212,7 @@ impl Space {
             pid,
             start_time,
             tracker,
-            support: options.support,
+            support: options.support.clone(),
             registered: PageSet::new(),
             owed: PageSet::new(),
             recorded: None,
@@ -234,37 +249,56 @@ impl Space {
     }
 
     /// Records the true smaps, from which the one of the freeze is rendered. 11 ms per GiB of the
-    /// running process; to be done in a late round.
+    /// running process, unless the last record is known to be true still; to be done in every
+    /// round.
     ///
     /// The kernel renders it in pieces, so a process that unmaps meanwhile may get a text that is
     /// none: then nothing is recorded, and without a better one later CRIU gets the true one.
     pub fn record_smaps(&mut self) -> Result<(), TrackError> {
+        let before = self.areas();
+        let last = self.recorded.as_ref();
+        if before.is_some() && last.is_some_and(|last| last.areas == before) {
+            return Ok(());
+        }
         let pid = self.pid;
         let text = maps::read_smaps_text(pid).map_err(|source| TrackError::Inspect {
             pid,
             what: "smaps",
             source,
         })?;
-        let (Some(mappings), Ok(smaps)) = (maps::parse_smaps(&text), Recorded::parse(&text)) else {
+        let after = self.areas();
+        self.recorded = record(
+            &text,
+            &before.unwrap_or_default(),
+            &after.unwrap_or_default(),
+        );
+        if self.recorded.is_none() {
             tracing::debug!(pid, "its smaps changed while it was read");
-            self.recorded = None;
-            return Ok(());
-        };
-        let special = |(_, flags): &(Mapping, Flags)| *flags != Flags::default();
-        self.recorded = Some(Record {
-            smaps,
-            special: mappings.into_iter().filter(special).collect(),
-        });
+        }
         Ok(())
+    }
+
+    /// What the kernel holds, where it can be asked.
+    fn areas(&self) -> Option<Vec<Area>> {
+        let probe = self.support.flags.as_ref()?;
+        let areas = probe.areas(self.pid);
+        areas
+            .inspect_err(|error| tracing::debug!(pid = self.pid, %error, "no flags of mappings"))
+            .ok()
     }
 
     /// The smaps the last `final_scan` returned, to be compared with the true one; none if that
     /// was the true one.
     pub fn shown_smaps(&self) -> Option<ShownSmaps> {
         let text = Arc::clone(self.shown.as_ref()?);
+        let names = self
+            .recorded
+            .as_ref()
+            .map(|record| Arc::clone(&record.names));
         Some(ShownSmaps {
             pid: self.pid,
             text,
+            flags: self.support.flags.clone().zip(names),
         })
     }
 
@@ -280,12 +314,19 @@ impl Space {
 pub struct ShownSmaps {
     pid: i32,
     text: Arc<[u8]>,
+    /// The kernel's flags, and what is known of their meaning.
+    flags: Option<(Arc<Probe>, Arc<FlagNames>)>,
 }
 
 impl ShownSmaps {
-    /// Compares it with the true smaps: 11 ms per GiB, which the kernel takes to count pages that
-    /// nobody asked for. The process must still be frozen.
+    /// Compares it with what the kernel holds. The process must still be frozen.
+    ///
+    /// Where that is not understood, with the true smaps: 11 ms per GiB, which the kernel takes to
+    /// count pages that nobody asked for.
     pub fn compare(&self) -> Result<(), TrackError> {
+        if self.is_confirmed() {
+            return Ok(());
+        }
         let pid = self.pid;
         let inspecting = |source| TrackError::Inspect {
             pid,
@@ -294,6 +335,24 @@ impl ShownSmaps {
         };
         let text = maps::read_smaps_text(pid).map_err(inspecting)?;
         smaps::compare(&text, &self.text).map_err(|source| TrackError::SmapsChanged { pid, source })
+    }
+
+    /// Whether the kernel's flags say the same. If not, they may only be unknown.
+    fn is_confirmed(&self) -> bool {
+        let Some((probe, names)) = &self.flags else {
+            return false;
+        };
+        let areas = probe.areas(self.pid);
+        let confirmed = areas.is_ok_and(|areas| {
+            let confirmed = names.confirm(&self.text, &areas);
+            confirmed.is_ok_and(|confirmed| confirmed)
+        });
+        tracing::debug!(
+            pid = self.pid,
+            confirmed,
+            "compared the flags of all mappings"
+        );
+        confirmed
     }
 }
 
@@ -320,6 +379,27 @@ const DETACH_BYTES: u64 = 64 << 20;
 
 /// In how many pieces it is done at most: a reservation of terabytes holds little.
 const DETACH_PIECES_MAX: u64 = 4096;
+
+/// A record, if the text is one. The areas are those before and after it was read, none where they
+/// are not known.
+fn record(text: &[u8], before: &[Area], after: &[Area]) -> Option<Record> {
+    let mappings = maps::parse_smaps(text)?;
+    let smaps = Recorded::parse(text).ok()?;
+    let same = |area: &&Area| {
+        let place = after.binary_search_by_key(&area.start, |after| after.start);
+        place.is_ok_and(|place| after[place] == **area)
+    };
+    let lasting: Vec<Area> = before.iter().filter(same).copied().collect();
+    let names = FlagNames::learn(text, &lasting).ok()?;
+    let special = |(_, flags): &(Mapping, Flags)| *flags != Flags::default();
+    Some(Record {
+        smaps,
+        special: mappings.into_iter().filter(special).collect(),
+        areas: (before == after && names.confirm(text, before).is_ok_and(|told| told))
+            .then_some(lasting),
+        names: Arc::new(names),
+    })
+}
 
 fn inject(pid: i32, options: &TrackOptions) -> Result<inject::Injected, TrackError> {
     let mut attempt = 1;

@@ -382,8 +382,11 @@ fn a_lock_after_the_record_is_found_by_the_comparison() {
     space.record_smaps().unwrap();
     assert!(mirror.finish(&mut space).smaps_rendered);
     space.shown_smaps().unwrap().compare().unwrap();
+    let asked = space.support.flags.is_some();
+    assert_eq!(space.shown_smaps().unwrap().is_confirmed(), asked);
     trial.tell(&format!("lock {} 4", at(4)));
     mirror.finish(&mut space);
+    assert!(!space.shown_smaps().unwrap().is_confirmed());
     assert!(matches!(
         space.shown_smaps().unwrap().compare(),
         Err(TrackError::SmapsChanged { .. })
