@@ -1,4 +1,5 @@
-//! Cutting hidden addresses out of what the kernel found. Pure.
+//! Cutting hidden addresses out of what the kernel found, and filling in what is known of them.
+//! Pure.
 
 use crate::layout::Range;
 
@@ -54,6 +55,59 @@ pub fn cut(found: &[Region], hidden: &[Range], limit: usize) -> Option<Answer> {
         if rest.start < rest.end {
             regions.push(rest);
         }
+    }
+    let walk_end = regions.get(limit).map(|region| region.start);
+    regions.truncate(limit);
+    Some(Answer { regions, walk_end })
+}
+
+/// `PAGE_IS_GUARD` of `linux/fs.h`.
+pub const GUARD: u64 = 1 << 8;
+
+/// Joins `guards`, which are all there are within `hidden`, with what `scan` finds in the gaps
+/// between the hidden ranges of `wanted`. `scan` appends what it finds from the start of a gap on,
+/// and says how far it came.
+///
+/// `None` when there is no memory for it, or the scan fails or makes no progress.
+pub fn fill(
+    wanted: Range,
+    hidden: &[Range],
+    guards: &[Range],
+    limit: usize,
+    mut scan: impl FnMut(Range, &mut Vec<Region>) -> Option<u64>,
+) -> Option<Answer> {
+    let mut regions = Vec::new();
+    let mut guards = guards.iter().peekable();
+    let mut at = wanted.start;
+    let last = Range {
+        start: wanted.end,
+        end: wanted.end,
+    };
+    for range in hidden.iter().chain([&last]) {
+        let gap_end = range.start.min(wanted.end);
+        while at < gap_end && regions.len() <= limit {
+            let gap = Range {
+                start: at,
+                end: gap_end,
+            };
+            let walked = scan(gap, &mut regions)?;
+            if walked <= at || walked > gap_end {
+                return None;
+            }
+            at = walked;
+        }
+        if regions.len() > limit {
+            break;
+        }
+        while let Some(guard) = guards.next_if(|guard| guard.start < range.end) {
+            regions.try_reserve(1).ok()?;
+            regions.push(Region {
+                start: guard.start.max(wanted.start),
+                end: guard.end.min(wanted.end),
+                categories: GUARD,
+            });
+        }
+        at = at.max(range.end.min(wanted.end));
     }
     let walk_end = regions.get(limit).map(|region| region.start);
     regions.truncate(limit);
@@ -156,5 +210,68 @@ mod tests {
                 check(&runs(found), &runs(hidden), 99, (&expected, None));
             }
         }
+    }
+
+    /// Guards in gaps, as a kernel would tell them: `step` regions at a time.
+    fn gaps(
+        all: &'static [(u64, u64)],
+        step: usize,
+    ) -> impl FnMut(Range, &mut Vec<Region>) -> Option<u64> {
+        move |gap, into| {
+            let inside = all
+                .iter()
+                .filter(|guard| guard.0 >= gap.start && guard.1 <= gap.end);
+            let told: Vec<_> = inside.take(step).collect();
+            into.extend(told.iter().map(|&&(start, end)| Region {
+                start,
+                end,
+                categories: GUARD,
+            }));
+            let full = told.len() == step;
+            Some(told.last().filter(|_| full).map_or(gap.end, |last| last.1))
+        }
+    }
+
+    fn filled(limit: usize, step: usize) -> (Vec<(u64, u64)>, Option<u64>) {
+        let range = |&(start, end): &(u64, u64)| Range { start, end };
+        let hidden: Vec<_> = [(10, 20), (30, 40)].iter().map(range).collect();
+        let guards: Vec<_> = [(10, 11), (19, 20), (35, 36)].iter().map(range).collect();
+        let found = gaps(&[(2, 3), (4, 5), (25, 26), (50, 51)], step);
+        let wanted = Range { start: 0, end: 60 };
+        let answer = fill(wanted, &hidden, &guards, limit, found).expect("there is memory");
+        let told = |region: &Region| (region.start, region.end);
+        (answer.regions.iter().map(told).collect(), answer.walk_end)
+    }
+
+    #[test]
+    fn guards_of_gaps_and_of_hidden_ranges_come_in_order() {
+        let all = [
+            (2, 3),
+            (4, 5),
+            (10, 11),
+            (19, 20),
+            (25, 26),
+            (35, 36),
+            (50, 51),
+        ];
+        for step in 1..4 {
+            assert_eq!(filled(9, step), (all.to_vec(), None));
+            // Taken up again where the last answer was full.
+            for limit in 1..all.len() {
+                let expected = (all[..limit].to_vec(), Some(all[limit].0));
+                assert_eq!(filled(limit, step), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_fails_or_stands_still_is_not_covered_up() {
+        let wanted = || Range { start: 0, end: 60 };
+        assert_eq!(fill(wanted(), &[], &[], 9, |_, _| None), None);
+        assert_eq!(fill(wanted(), &[], &[], 9, |gap, _| Some(gap.start)), None);
+        assert_eq!(
+            fill(wanted(), &[], &[], 9, |gap, _| Some(gap.end + 1)),
+            None
+        );
     }
 }

@@ -126,27 +126,41 @@ impl Feed {
 
     /// Hidden ranges that overlap `start..end`, or `None` if the table is malformed.
     pub fn hidden(&self, space: &Space, start: u64, end: u64) -> Option<Vec<Range>> {
-        let first = self.first_ending_after(space, start)?;
-        let mut hidden: Vec<Range> = Vec::new();
-        for index in first..space.ranges {
-            let range = self.range(space, index)?;
+        self.overlapping(space.ranges_at, space.ranges, start, end)
+    }
+
+    /// Guard regions within hidden ranges that overlap `start..end`, or `None` if the table is
+    /// malformed or there is none.
+    pub fn guards(&self, space: &Space, start: u64, end: u64) -> Option<Vec<Range>> {
+        if space.guards_at == 0 {
+            return None;
+        }
+        self.overlapping(space.guards_at, space.guards, start, end)
+    }
+
+    /// What of a table of `count` ranges overlaps `start..end`.
+    fn overlapping(&self, table: u64, count: u32, start: u64, end: u64) -> Option<Vec<Range>> {
+        let first = self.first_ending_after(table, count, start)?;
+        let mut found: Vec<Range> = Vec::new();
+        for index in first..count {
+            let range = self.range(table, index)?;
             if range.start >= end {
                 break;
             }
-            let sorted = hidden.last().is_none_or(|last| last.end <= range.start);
-            if range.start >= range.end || !sorted || hidden.try_reserve(1).is_err() {
+            let sorted = found.last().is_none_or(|last| last.end <= range.start);
+            if range.start >= range.end || !sorted || found.try_reserve(1).is_err() {
                 return None;
             }
-            hidden.push(range);
+            found.push(range);
         }
-        Some(hidden)
+        Some(found)
     }
 
-    fn first_ending_after(&self, space: &Space, address: u64) -> Option<u32> {
-        let (mut low, mut high) = (0, space.ranges);
+    fn first_ending_after(&self, table: u64, count: u32, address: u64) -> Option<u32> {
+        let (mut low, mut high) = (0, count);
         while low < high {
             let middle = low + (high - low) / 2;
-            if self.range(space, middle)?.end <= address {
+            if self.range(table, middle)?.end <= address {
                 low = middle + 1;
             } else {
                 high = middle;
@@ -155,10 +169,8 @@ impl Feed {
         Some(low)
     }
 
-    fn range(&self, space: &Space, index: u32) -> Option<Range> {
-        let at = space
-            .ranges_at
-            .checked_add(u64::from(index) * Range::SIZE as u64)?;
+    fn range(&self, table: u64, index: u32) -> Option<Range> {
+        let at = table.checked_add(u64::from(index) * Range::SIZE as u64)?;
         read(self.base, at).map(|bytes| Range::from_bytes(&bytes))
     }
 
@@ -231,6 +243,8 @@ mod tests {
         ranges_at: 8192,
         smaps_at: 0,
         smaps_length: 0,
+        guards_at: 0,
+        guards: 0,
     };
 
     #[test]

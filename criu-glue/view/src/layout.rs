@@ -8,7 +8,7 @@
 //! 0      Header      magic, version, spaces, generation
 //! 64     counters    written by the library, one u64 each
 //! 4096   Space * n   one per process, any order
-//! ...    ranges, smaps texts, wherever the Space entries point to
+//! ...    ranges, guards, smaps texts, wherever the Space entries point to
 //! ```
 //!
 //! `generation` is 0 while the feed is unpublished. The writer sets it to 0 before it changes
@@ -25,7 +25,7 @@ pub const FEED_VARIABLE: &str = "CRIU_VIEW_FEED";
 pub const MAGIC: u64 = 0x5745_4956_5549_5243;
 
 /// Raised with every change of this file.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Size of the memory file, in bytes, sealed against shrinking. It is sparse: memory is used for
 /// what is written only. Large enough for 65536 VMAs (the kernel's default limit for one process)
@@ -38,7 +38,8 @@ pub const SPACES_AT: u64 = 4096;
 /// Offset of the first counter.
 pub const COUNTERS_AT: u64 = 64;
 
-/// Most processes in one feed, and most ranges of one process: what a reader believes at most.
+/// Most processes in one feed, and most ranges of one process, and as many guards: what a reader
+/// believes at most.
 pub const SPACES_MAX: u32 = 65_536;
 pub const RANGES_MAX: u32 = 1 << 20;
 
@@ -61,9 +62,11 @@ pub enum Counter {
     SmapsServed = 4,
     /// Opens of `smaps` passed to the kernel.
     SmapsPassed = 5,
+    /// Scans for guard regions answered without the kernel, but for what is not hidden.
+    GuardsServed = 6,
 }
 
-pub const COUNTERS: usize = 6;
+pub const COUNTERS: usize = 7;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
@@ -81,6 +84,10 @@ pub struct Space {
     pub smaps_at: u64,
     /// 0: the true smaps is shown.
     pub smaps_length: u64,
+    /// Where all guard regions within the ranges are told, as [`Range`]s; 0: they are not told.
+    pub guards_at: u64,
+    /// Number of them, sorted by address, disjoint.
+    pub guards: u32,
 }
 
 /// Addresses that seem to hold no pages; page-aligned, `start < end`.
@@ -115,7 +122,7 @@ impl Header {
 }
 
 impl Space {
-    pub const SIZE: usize = 32;
+    pub const SIZE: usize = 48;
 
     pub fn to_bytes(self) -> [u8; Self::SIZE] {
         let mut bytes = [0; Self::SIZE];
@@ -124,6 +131,8 @@ impl Space {
         bytes[8..16].copy_from_slice(&self.ranges_at.to_ne_bytes());
         bytes[16..24].copy_from_slice(&self.smaps_at.to_ne_bytes());
         bytes[24..32].copy_from_slice(&self.smaps_length.to_ne_bytes());
+        bytes[32..40].copy_from_slice(&self.guards_at.to_ne_bytes());
+        bytes[40..44].copy_from_slice(&self.guards.to_ne_bytes());
         bytes
     }
 
@@ -135,10 +144,14 @@ impl Space {
             ranges_at: u64_at(bytes, 8),
             smaps_at: u64_at(bytes, 16),
             smaps_length: u64_at(bytes, 24),
+            guards_at: u64_at(bytes, 32),
+            guards: u32_at(bytes, 40),
         };
-        let length = u64::from(space.ranges) * Range::SIZE as u64;
+        let length = |ranges: u32| u64::from(ranges) * Range::SIZE as u64;
         let inside = space.ranges <= RANGES_MAX
-            && space.ranges_at.checked_add(length)? <= capacity
+            && space.guards <= RANGES_MAX
+            && space.ranges_at.checked_add(length(space.ranges))? <= capacity
+            && space.guards_at.checked_add(length(space.guards))? <= capacity
             && space.smaps_at.checked_add(space.smaps_length)? <= capacity;
         inside.then_some(space)
     }

@@ -8,8 +8,9 @@
 //!
 //! It interposes `ioctl` and `openat` in a dynamically linked `criu`. The rule is *the real call on
 //! any doubt*: no feed, a feed that is unpublished, malformed or changes while it is read, a
-//! descriptor that is not what it should be, a scan that CRIU does not make today. Scans for guard
-//! regions always go to the kernel.
+//! descriptor that is not what it should be, a scan that CRIU does not make today. A scan for guard
+//! regions goes to the kernel for everything that is not hidden, and for all of it unless the guards
+//! within the hidden ranges were told.
 //!
 //! It also answers for limits that the kernel does not tell (see `limits`).
 //!
@@ -29,7 +30,7 @@ use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
 
 use cut::Region;
 use feed::{Feed, count};
-use layout::Counter;
+use layout::{Counter, Range};
 
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("variadic functions are interposed by their 64-bit calling convention");
@@ -59,7 +60,6 @@ const _: () = assert!(size_of::<Region>() == 24);
 
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
-const PAGE_IS_GUARD: u64 = 1 << 8;
 
 /// Runs before `main`, in every program this library is preloaded into.
 #[cfg_attr(not(test), used, unsafe(link_section = ".init_array"))]
@@ -76,7 +76,8 @@ extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int
     if request == PAGEMAP_SCAN && !argument.is_null() {
         // SAFETY: the caller passes what the kernel expects with this request.
         let scan = unsafe { &mut *argument.cast::<ScanArgument>() };
-        if let Some(found) = scan_through_view(fd, scan) {
+        let seen = scan_through_view(fd, scan).or_else(|| guards_through_view(fd, scan));
+        if let Some(found) = seen {
             return found;
         }
         count(Counter::ScansPassed);
@@ -151,6 +152,76 @@ fn scan_through_view(fd: c_int, scan: &mut ScanArgument) -> Option<c_int> {
     c_int::try_from(answer.regions.len()).ok()
 }
 
+/// The number of guard regions: those that were told of hidden ranges, and those the kernel finds
+/// elsewhere. `None` to let the kernel answer.
+fn guards_through_view(fd: c_int, scan: &mut ScanArgument) -> Option<c_int> {
+    if !asks_for_guards(scan) {
+        return None;
+    }
+    let feed = Feed::current()?;
+    let pid = process_of(fd, b"/pagemap")?;
+    let space = feed.space(pid)?;
+    let hidden = feed.hidden(&space, scan.start, scan.end)?;
+    let guards = feed.guards(&space, scan.start, scan.end)?;
+    if !feed.is_unchanged() {
+        return None;
+    }
+    let limit = usize::try_from(scan.vec_len).ok()?;
+    let regions = scan.vec as *mut Region;
+    if limit == 0 || regions.is_null() || !regions.is_aligned() {
+        return None;
+    }
+    let asked = *scan;
+    let wanted = Range {
+        start: scan.start,
+        end: scan.end,
+    };
+    let answer = cut::fill(wanted, &hidden, &guards, limit, |gap, into| {
+        scan_gap(fd, asked, gap, into)
+    })?;
+    // SAFETY: at most `limit` regions, the length of the caller's array, from our own memory.
+    unsafe { regions.copy_from_nonoverlapping(answer.regions.as_ptr(), answer.regions.len()) };
+    scan.walk_end = answer.walk_end.unwrap_or(scan.end);
+    count(Counter::GuardsServed);
+    c_int::try_from(answer.regions.len()).ok()
+}
+
+/// What the kernel finds from the start of `gap` on, and how far it came.
+fn scan_gap(fd: c_int, asked: ScanArgument, gap: Range, into: &mut Vec<Region>) -> Option<u64> {
+    into.try_reserve(GAP_REGIONS).ok()?;
+    let mut scan = ScanArgument {
+        start: gap.start,
+        end: gap.end,
+        walk_end: 0,
+        vec: into.spare_capacity_mut().as_mut_ptr() as u64,
+        vec_len: GAP_REGIONS as u64,
+        ..asked
+    };
+    let found = real_ioctl(fd, PAGEMAP_SCAN, (&raw mut scan).cast());
+    let found = usize::try_from(found)
+        .ok()
+        .filter(|found| *found <= GAP_REGIONS)?;
+    // SAFETY: the kernel has just written `found` regions behind those that were there, and no more
+    // than were reserved.
+    unsafe { into.set_len(into.len() + found) };
+    Some(scan.walk_end)
+}
+
+/// How many regions the kernel may tell at once of what is not hidden.
+const GAP_REGIONS: usize = 1024;
+
+/// Whether this is CRIU's search for guard regions, and for nothing else.
+fn asks_for_guards(scan: &ScanArgument) -> bool {
+    scan.size == size_of::<ScanArgument>() as u64
+        && scan.flags == 0
+        && scan.max_pages == 0
+        && scan.start < scan.end
+        && scan.category_mask == cut::GUARD
+        && scan.return_mask == cut::GUARD
+        && scan.category_inverted == 0
+        && scan.category_anyof_mask == 0
+}
+
 /// Whether this is CRIU's search for pages it would copy: no write-protecting, no guards, and
 /// matching only pages that are present or swapped.
 fn asks_for_contents(scan: &ScanArgument) -> bool {
@@ -158,7 +229,7 @@ fn asks_for_contents(scan: &ScanArgument) -> bool {
     scan.size == size_of::<ScanArgument>() as u64
         && scan.flags == 0
         && scan.start < scan.end
-        && (scan.category_mask | scan.category_inverted) & (PAGE_IS_GUARD | contents) == 0
+        && (scan.category_mask | scan.category_inverted) & (cut::GUARD | contents) == 0
         && scan.category_anyof_mask != 0
         && scan.category_anyof_mask & !contents == 0
 }
@@ -286,12 +357,82 @@ mod tests {
             assert!(!asks_for_contents(&scan));
         };
         other(|scan| scan.flags = 1);
-        other(|scan| scan.category_mask = PAGE_IS_GUARD);
+        other(|scan| scan.category_mask = cut::GUARD);
         other(|scan| scan.category_inverted |= PAGE_IS_PRESENT);
         other(|scan| scan.category_anyof_mask = 0);
         other(|scan| scan.category_anyof_mask = 2);
         other(|scan| scan.size = 88);
         other(|scan| scan.end = scan.start);
+    }
+
+    /// As `collect_madv_guards` in CRIU's `mem.c` asks.
+    fn criu_guard_scan() -> ScanArgument {
+        ScanArgument {
+            category_inverted: 0,
+            category_mask: cut::GUARD,
+            category_anyof_mask: 0,
+            return_mask: cut::GUARD,
+            ..criu_scan()
+        }
+    }
+
+    #[test]
+    fn only_a_search_for_guards_is_answered_with_guards() {
+        assert!(asks_for_guards(&criu_guard_scan()));
+        assert!(!asks_for_guards(&criu_scan()));
+        let other = |change: fn(&mut ScanArgument)| {
+            let mut scan = criu_guard_scan();
+            change(&mut scan);
+            assert!(!asks_for_guards(&scan));
+        };
+        other(|scan| scan.flags = 1);
+        other(|scan| scan.max_pages = 1);
+        other(|scan| scan.category_mask |= PAGE_IS_PRESENT);
+        other(|scan| scan.category_inverted = cut::GUARD);
+        other(|scan| scan.category_anyof_mask = PAGE_IS_SWAPPED);
+        other(|scan| scan.return_mask = 0);
+        other(|scan| scan.size = 88);
+        other(|scan| scan.end = scan.start);
+    }
+
+    #[test]
+    fn the_kernel_is_asked_for_guards_in_a_gap() {
+        const GUARD_INSTALL: c_int = 102;
+        let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let (length, protection) = (16 * 4096, libc::PROT_READ | libc::PROT_WRITE);
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base =
+            unsafe { libc::mmap(std::ptr::null_mut(), length, protection, anonymous, -1, 0) };
+        assert_ne!(base, libc::MAP_FAILED);
+        let start = base as u64;
+        let page = |index: u64| start + index * 4096;
+        for (first, count) in [(2, 1), (8, 4)] {
+            // SAFETY: inside the new mapping, which nobody uses.
+            let installed =
+                unsafe { libc::madvise(page(first) as *mut c_void, count * 4096, GUARD_INSTALL) };
+            if installed != 0 {
+                let error = std::io::Error::last_os_error();
+                assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+                eprintln!("this kernel has no guard regions (Linux 6.13)");
+                return;
+            }
+        }
+        let pagemap = File::open("/proc/self/pagemap").expect("procfs");
+        let gap = Range {
+            start: page(1),
+            end: page(10),
+        };
+        let mut found = Vec::new();
+        let walked = scan_gap(pagemap.as_raw_fd(), criu_guard_scan(), gap, &mut found);
+        assert_eq!(walked, Some(page(10)));
+        let guard = |start, end| Region {
+            start,
+            end,
+            categories: cut::GUARD,
+        };
+        assert_eq!(found, [guard(page(2), page(3)), guard(page(8), page(10))]);
+        // SAFETY: mapped above, not used any more.
+        unsafe { libc::munmap(base, length) };
     }
 
     #[test]

@@ -161,6 +161,7 @@ impl Site {
             };
             let feed = dump.feed();
             feed.set_ranges(space.pid(), &scan.hidden)
+                .and_then(|()| feed.set_guards(space.pid(), &scan.guards))
                 .map_err(|error| internal(&error))?;
             feed.set_smaps(space.pid(), &scan.smaps);
         }

@@ -156,6 +156,8 @@ pub struct FinalScan {
     pub live: PageSet,
     /// Ranges of bytes CRIU must be shown without pages: the lazy mappings.
     pub hidden: Vec<(u64, u64)>,
+    /// All guard regions within `hidden`, in bytes.
+    pub guards: Vec<(u64, u64)>,
     /// The smaps CRIU is to be shown: rendered from the record, or the true one if it cannot be.
     pub smaps: Vec<u8>,
     /// Whether `smaps` is rendered and must be compared before anybody relies on it.

@@ -119,6 +119,7 @@ impl Space {
                 bytes: late_bytes,
             });
         }
+        let guards = found.guards().union(&late.guards());
         let (mut live, mut dirty) = found.into_sets();
         let (late, _) = late.into_sets();
         live.union_with(&late);
@@ -129,6 +130,7 @@ impl Space {
             dirty,
             live,
             hidden,
+            guards: addresses(&guards),
             smaps,
             smaps_rendered,
             eager,
@@ -377,6 +379,13 @@ fn is_scanned(mapping: &Mapping) -> bool {
 
 fn pages<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> PageSet {
     PageSet::from_runs(mappings.filter_map(Mapping::pages))
+}
+
+/// Start and end of each run, in bytes.
+fn addresses(set: &PageSet) -> Vec<(u64, u64)> {
+    let runs = set.runs().iter();
+    runs.map(|run| (run.address(), run.address() + run.bytes()))
+        .collect()
 }
 
 fn overlaps(set: &PageSet, range: &Range<u64>) -> bool {

@@ -19,7 +19,8 @@ use crate::sys::pagemap::{Categories, PageRegion, Pagemap, Protect, ScanRequest}
 #[derive(Debug)]
 pub(super) struct Walker {
     regions: Vec<PageRegion>,
-    not_live: Categories,
+    /// The category of guard regions; none on a kernel without them.
+    guard: Categories,
 }
 
 /// Which pages of a range count.
@@ -27,9 +28,9 @@ pub(super) struct Walker {
 pub(super) enum Look {
     /// Live ones and written ones; the written ones are protected. Fails in untracked mappings.
     Protect,
-    /// Live ones and written ones. Fails in untracked mappings.
+    /// Live ones and written ones, and guard regions. Fails in untracked mappings.
     Tracked,
-    /// Live ones, in any mapping; all count as written.
+    /// Live ones, in any mapping; all count as written. And guard regions.
     Any,
     /// Own copies of a file's pages.
     Copies,
@@ -40,6 +41,7 @@ pub(super) enum Look {
 pub(super) struct Found {
     live: Vec<PageRun>,
     written: Vec<PageRun>,
+    guards: Vec<PageRun>,
 }
 
 /// A walk that ended early. What was found before it is in [`Found`], but pages beyond may be
@@ -75,10 +77,16 @@ impl Found {
         self.live.iter().map(PageRun::count).sum()
     }
 
+    /// The guard regions, which are not among the pages.
+    pub(super) fn guards(&self) -> PageSet {
+        PageSet::from_runs(self.guards.iter().copied())
+    }
+
     /// Adds what a later walk has found.
     pub(super) fn append(&mut self, mut later: Self) {
         self.live.append(&mut later.live);
         self.written.append(&mut later.written);
+        self.guards.append(&mut later.guards);
     }
 }
 
@@ -147,7 +155,7 @@ impl Walker {
         };
         Self {
             regions: vec![PageRegion::default(); REGIONS],
-            not_live: Categories::PFNZERO.with(guard),
+            guard,
         }
     }
 
@@ -181,9 +189,15 @@ impl Walker {
     }
 
     fn request(&self, range: &Range<u64>, look: Look) -> ScanRequest {
-        let none_of = match look {
-            Look::Protect | Look::Tracked | Look::Any => self.not_live,
-            Look::Copies => self.not_live.with(Categories::FILE),
+        let not_live = Categories::PFNZERO;
+        let (none_of, report) = match look {
+            // A guard region is a marker that must not be protected.
+            Look::Protect => (not_live.with(self.guard), Categories::WRITTEN),
+            Look::Tracked | Look::Any => (not_live, Categories::WRITTEN.with(self.guard)),
+            Look::Copies => {
+                let none_of = not_live.with(self.guard).with(Categories::FILE);
+                (none_of, Categories::WRITTEN)
+            }
         };
         ScanRequest {
             start: range.start,
@@ -196,7 +210,7 @@ impl Walker {
             all_of: Categories::NONE,
             none_of,
             any_of: Categories::PRESENT.with(Categories::SWAPPED),
-            report: Categories::WRITTEN,
+            report,
         }
     }
 }
@@ -208,6 +222,10 @@ impl Found {
             let Ok(run) = PageRun::touching(&(region.start..region.end)) else {
                 continue;
             };
+            if region.categories().has(Categories::GUARD) {
+                self.guards.push(run);
+                continue;
+            }
             self.live.push(run);
             let all = matches!(look, Look::Any | Look::Copies);
             if all || region.categories().has(Categories::WRITTEN) {

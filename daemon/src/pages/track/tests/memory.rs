@@ -82,8 +82,22 @@ fn guard_regions_are_neither_live_nor_disturbed() {
     let (mut trial, mut space, mut mirror) = tracked(16);
     trial.tell(&format!("advise {} 4 guard", at(4)));
     assert_eq!(dirty(&mut mirror, &mut space), []);
-    assert_eq!(ours(&mirror.finish(&mut space).live), [(0, 4), (8, 8)]);
+    let last = mirror.finish(&mut space);
+    assert_eq!(ours(&last.live), [(0, 4), (8, 8)]);
+    let guards = |scan: &FinalScan| {
+        let pages = scan
+            .guards
+            .iter()
+            .map(|(start, end)| start / 4096..end / 4096);
+        let runs = pages.map(|range| {
+            let (start, count) = (PageIndex(range.start), PageCount(range.end - range.start));
+            PageRun::new(start, count).unwrap()
+        });
+        ours(&PageSet::from_runs(runs))
+    };
+    assert_eq!(guards(&last), [(4, 4)]);
     trial.tell(&format!("advise {} 4 unguard", at(4)));
+    assert_eq!(guards(&mirror.finish(&mut space)), []);
     assert_eq!(trial.tell(&format!("get {}", at(5))), "0");
     trial.tell(&format!("fill {} 1 8", at(5)));
     assert_eq!(dirty(&mut mirror, &mut space), [(5, 1)]);
