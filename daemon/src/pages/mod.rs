@@ -15,6 +15,8 @@
 //! | raw batches at the source | N × 4 MiB | 8 MiB |
 //! | parcels at the source | (N + 8) × 4.2 MiB | 42 MiB |
 //! | parcels at the target | 8 × 4.2 MiB, used again and again | 34 MiB |
+//! | hashing at the source, if verified | N × 0.5 MiB, and N + 16 streams of 64 KiB | 2.2 MiB |
+//! | digests at the target, if verified | 9 bytes per page, 550 at worst | 2.8 MiB for 1.3 GiB |
 //! | page sets | 16 bytes per run of pages, at most 2^22 runs | 64 MiB at the very worst |
 //!
 //! Everything works on batches of up to 1024 pages; nothing is locked, allocated, logged or awaited

@@ -4,6 +4,7 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 
 use super::dump::DumpError;
 use crate::migration::text::chain;
+use crate::net::stream::SendStreamError;
 use crate::pages::track::TrackError;
 use crate::runtime::cgroup::CgroupError;
 
@@ -31,4 +32,9 @@ pub(super) fn failed_to_track(error: &TrackError) -> Failure {
 /// The freezer cgroup failed.
 pub(super) fn freeze_failed(error: &CgroupError) -> Failure {
     Failure::new(ErrorCode::FreezeFailed, chain(error))
+}
+
+/// A stream could not be sent.
+pub(super) fn lost(error: &SendStreamError) -> Failure {
+    Failure::new(ErrorCode::PeerLost, chain(error))
 }

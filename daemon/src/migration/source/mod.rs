@@ -15,6 +15,7 @@ pub mod sent;
 pub mod site;
 mod state;
 mod task;
+mod verify;
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -13,18 +13,17 @@ use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::parcel::ParcelHeader;
-use pageferry_proto::wire::stream::{
-    DIGESTS_PAGES_MAX, ImageFileHeader, ImageName, SetHeader, StreamKind, seal,
-};
+use pageferry_proto::wire::stream::{ImageFileHeader, ImageName, SetHeader, StreamKind, seal};
 use tokio::task::block_in_place;
 
-use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::dump::Dump;
+use super::failure::{criu_failed, failed_to_track, freeze_failed, lost};
 use super::sent::Sent;
 use super::site::Site;
 use super::task::alive;
+use super::verify;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
-use crate::pages::digest;
 use crate::pages::send::{ParcelSink, RoundSent, SendError};
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
@@ -155,17 +154,7 @@ impl Site {
         };
         let scanned = began.elapsed();
         let mut dump = self.take_dump()?;
-        for (id, scan) in &scans {
-            let Some(space) = self.spaces.get(id) else {
-                continue;
-            };
-            let feed = dump.feed();
-            feed.set_ranges(space.pid(), &scan.hidden)
-                .and_then(|()| feed.set_guards(space.pid(), &scan.guards))
-                .map_err(|error| internal(&error))?;
-            feed.set_smaps(space.pid(), &scan.smaps);
-        }
-        dump.feed().publish().map_err(|error| internal(&error))?;
+        self.show(&mut dump, &scans)?;
         let in_criu = Instant::now();
         let dumping = async {
             let dumped = dump.run().await;
@@ -183,21 +172,25 @@ impl Site {
         // CRIU has thawed the cgroup and holds the tasks by ptrace alone: from here on they stay
         // frozen whoever dies.
         block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
+        let frozen_again = began.elapsed();
+        let hashing = self
+            .policy
+            .verify
+            .then(|| verify::begin(&self.spaces, &scans, self.node.workers));
         self.begin_comparing();
-        let mut sums = match sent {
-            Some(sent) => sent?,
-            None => {
-                self.scan_again(&mut scans)?;
-                self.send_final(&scans, round).await?
+        if hashing.is_some() {
+            self.scan_again(&mut scans)?;
+        }
+        let (data, images) = (self.data()?, self.dump()?.images().to_owned());
+        let digests = verify::send(hashing, &data, self.cancelled.clone());
+        let last = async {
+            match sent {
+                Some(sent) => sent,
+                None => self.send_final(&scans, round).await,
             }
         };
-        let frozen_again = began.elapsed();
-        let digests = if self.policy.verify {
-            self.send_digests(&scans).await?
-        } else {
-            0
-        };
-        let (images, image_bytes) = self.send_images().await?;
+        let (digests, mut sums, (images, image_bytes)) =
+            tokio::try_join!(digests, last, send_images(&data, &images))?;
         sums.wire_bytes += image_bytes;
         self.image_bytes = image_bytes;
         tracing::info!(%round, pages = sums.pages, wire_bytes = sums.wire_bytes, ?scanned,
@@ -212,6 +205,21 @@ impl Site {
             raw_bytes: sums.raw_bytes,
             wire_bytes: sums.wire_bytes,
         }))
+    }
+
+    /// Shows CRIU what it may see of the spaces.
+    fn show(&self, dump: &mut Dump, scans: &BTreeMap<SpaceId, FinalScan>) -> Result<(), Failure> {
+        for (id, scan) in scans {
+            let Some(space) = self.spaces.get(id) else {
+                continue;
+            };
+            let feed = dump.feed();
+            feed.set_ranges(space.pid(), &scan.hidden)
+                .and_then(|()| feed.set_guards(space.pid(), &scan.guards))
+                .map_err(|error| internal(&error))?;
+            feed.set_smaps(space.pid(), &scan.smaps);
+        }
+        dump.feed().publish().map_err(|error| internal(&error))
     }
 
     /// Scans every tracked space; the inner error is a reason for another round.
@@ -303,100 +311,58 @@ impl Site {
         Ok(sums)
     }
 
-    /// Hashes every live page, one stream for each piece of a space.
-    async fn send_digests(&self, scans: &BTreeMap<SpaceId, FinalScan>) -> Result<u32, Failure> {
-        let data = self.data()?;
-        let mut streams = 0;
-        for (id, scan) in scans {
-            let Some(space) = self.spaces.get(id) else {
-                continue;
-            };
-            for piece in scan.live.partition(PageCount(DIGESTS_PAGES_MAX)) {
-                let reader = space.reader();
-                let hashed = block_in_place(|| digest::of_process(&reader, &piece));
-                let hashed = hashed.map_err(|error| internal(&error))?;
-                if !hashed.unread.is_empty() {
-                    return Err(Failure::new(
-                        ErrorCode::VerifyMismatch,
-                        format!(
-                            "{} pages of space {id} cannot be read",
-                            hashed.unread.len().0
-                        ),
-                    ));
-                }
-                let set = piece.to_wire();
-                let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
-                let mut body = SetHeader { space: *id, length }.encode().to_vec();
-                body.extend(set);
-                body.extend(
-                    hashed
-                        .digests
-                        .iter()
-                        .flat_map(|digest| digest.to_le_bytes()),
-                );
-                seal(&mut body);
-                let sent = data.send_stream(StreamKind::Digests, body.into()).await;
-                sent.map_err(|error| lost(&error))?;
-                streams += 1;
-            }
-        }
-        Ok(streams)
-    }
-
-    /// Sends every image file; answers with how many and how many bytes.
-    async fn send_images(&mut self) -> Result<(u32, u64), Failure> {
-        let data = self.data()?;
-        let folder = self.dump()?.images().to_owned();
-        let unreadable = |path: &PathBuf, error: std::io::Error| {
-            Failure::new(
-                ErrorCode::CriuFailed,
-                format!("image {}: {error}", path.display()),
-            )
-        };
-        let (mut files, mut bytes) = (0, 0);
-        // Most are small, and each stream costs a round trip: small ones go together.
-        let mut together = Vec::new();
-        let entries = fs::read_dir(&folder).map_err(|error| unreadable(&folder, error))?;
-        for entry in entries {
-            let path = entry.map_err(|error| unreadable(&folder, error))?.path();
-            if !path.is_file() {
-                continue;
-            }
-            let content = fs::read(&path).map_err(|error| unreadable(&path, error))?;
-            let name = path
-                .file_name()
-                .and_then(|name| name.to_str())
-                .unwrap_or_default();
-            let name = ImageName::new(name).map_err(|error| internal(&error))?;
-            let header = ImageFileHeader::new(name, content.len() as u64);
-            let mut body = header.map_err(|error| internal(&error))?.encode();
-            body.extend(&content);
-            seal(&mut body);
-            bytes += body.len() as u64;
-            files += 1;
-            if IMAGE_PIECE < body.len() {
-                let sent = send_pieces(&data, body.into()).await;
-                sent.map_err(|error| lost(&error))?;
-                continue;
-            }
-            together.extend(body);
-            if IMAGE_PIECE < together.len() {
-                let sent = send_pieces(&data, std::mem::take(&mut together).into()).await;
-                sent.map_err(|error| lost(&error))?;
-            }
-        }
-        if !together.is_empty() {
-            let sent = send_pieces(&data, together.into()).await;
-            sent.map_err(|error| lost(&error))?;
-        }
-        Ok((files, bytes))
-    }
-
     fn data(&self) -> Result<DataSender, Failure> {
         self.data.clone().ok_or_else(|| {
             Failure::new(ErrorCode::PeerLost, "there is no connection to the target")
         })
     }
+}
+
+/// Sends every image file of a folder; answers with how many and how many bytes.
+async fn send_images(data: &DataSender, folder: &Path) -> Result<(u32, u64), Failure> {
+    let unreadable = |path: &Path, error: std::io::Error| {
+        Failure::new(
+            ErrorCode::CriuFailed,
+            format!("image {}: {error}", path.display()),
+        )
+    };
+    let (mut files, mut bytes) = (0, 0);
+    // Most are small, and each stream costs a round trip: small ones go together.
+    let mut together = Vec::new();
+    let entries = fs::read_dir(folder).map_err(|error| unreadable(folder, error))?;
+    for entry in entries {
+        let path = entry.map_err(|error| unreadable(folder, error))?.path();
+        if !path.is_file() {
+            continue;
+        }
+        let content = fs::read(&path).map_err(|error| unreadable(&path, error))?;
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default();
+        let name = ImageName::new(name).map_err(|error| internal(&error))?;
+        let header = ImageFileHeader::new(name, content.len() as u64);
+        let mut body = header.map_err(|error| internal(&error))?.encode();
+        body.extend(&content);
+        seal(&mut body);
+        bytes += body.len() as u64;
+        files += 1;
+        if IMAGE_PIECE < body.len() {
+            let sent = send_pieces(data, body.into()).await;
+            sent.map_err(|error| lost(&error))?;
+            continue;
+        }
+        together.extend(body);
+        if IMAGE_PIECE < together.len() {
+            let sent = send_pieces(data, std::mem::take(&mut together).into()).await;
+            sent.map_err(|error| lost(&error))?;
+        }
+    }
+    if !together.is_empty() {
+        let sent = send_pieces(data, together.into()).await;
+        sent.map_err(|error| lost(&error))?;
+    }
+    Ok((files, bytes))
 }
 
 async fn send_pieces(data: &DataSender, mut body: Bytes) -> Result<(), SendStreamError> {
@@ -430,8 +396,4 @@ fn send_failed(error: &SendError<SendStreamError>) -> Failure {
         SendError::Cut => ErrorCode::Aborted,
     };
     Failure::new(code, chain(error))
-}
-
-fn lost(error: &SendStreamError) -> Failure {
-    Failure::new(ErrorCode::PeerLost, chain(error))
 }

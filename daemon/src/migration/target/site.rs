@@ -210,6 +210,10 @@ impl Site {
             ));
         }
         block_in_place(|| process::check(description))?;
+        if offer.policy.verify {
+            // No page comes before the offer is accepted.
+            self.intake.store().keep_digests();
+        }
         self.shares_pids = !description.own_namespaces.contains(Namespaces::PID);
         self.begin_pids_above(&description.pids);
         let mut kinds = process::kinds(description.own_namespaces);

@@ -1,10 +1,11 @@
 use std::io;
 use std::sync::atomic::AtomicUsize;
 
+use pageferry_proto::page::PageIndex;
 use tokio::sync::Semaphore;
 
 use super::*;
-use crate::pages::digest;
+use crate::pages::digest::Hashing;
 use crate::pages::recv::Receiver;
 use crate::pages::store::{Store, StoreLimits};
 use crate::pages::track::tests::{attach, start};
@@ -17,7 +18,9 @@ fn receiver() -> Receiver {
         data_pages_max: PageCount(1 << 20),
         spaces_max: 8,
     };
-    Receiver::new(Arc::new(Store::new(limits)), 2)
+    let store = Store::new(limits);
+    store.keep_digests();
+    Receiver::new(Arc::new(store), 2)
 }
 
 /// Straight into the receiver.
@@ -87,19 +90,38 @@ async fn a_running_process_arrives_in_rounds() {
         .unwrap();
     let store = receiver.store().space(SPACE).unwrap();
     assert_eq!(store.keep_only(&last.live).unwrap(), PageSet::new());
-    let source = digest::of_process(&space.reader(), &last.live).unwrap();
-    assert_eq!(
-        (&source.pages, &source.unread),
-        (&last.live, &PageSet::new())
-    );
-    let target = store.digests(&last.live).unwrap();
-    assert_eq!(
-        digest::first_difference(&last.live, &source.digests, &target),
-        None
-    );
+    let mut hashing = Hashing::begin([(SPACE, space.reader(), last.live.clone())], 2);
+    let mut equal = PageSet::new();
+    while let Some(made) = hashing.next().await {
+        let made = made.unwrap();
+        assert_eq!(store.first_difference(&made.pages, &made.digests), None);
+        equal.union_with(&made.pages);
+    }
+    assert_eq!(equal, last.live);
     let (data, zero) = store.held_pages();
     assert_eq!(data.0 + zero.0, last.live.len().0);
     assert!(zero.0 >= 4000);
+}
+
+#[tokio::test]
+async fn a_page_that_no_round_has_sent_is_found() {
+    let (mut trial, reader, dirty) = big(20_000);
+    let (sender, receiver) = (Sender::new(2), receiver());
+    let round = Round::FIRST;
+    let sink = Loop(&receiver);
+    let sent = sender.round(SPACE, &reader, &dirty, round, &sink).await;
+    sent.unwrap();
+    // As if a scan had missed it.
+    let lost = PageIndex::containing(BASE + 12_345 * 4096);
+    trial.tell(&format!("fill {:#x} 1 9", lost.address()));
+    let store = receiver.store().space(SPACE).unwrap();
+    let mut hashing = Hashing::begin([(SPACE, reader, dirty)], 2);
+    let mut found = Vec::new();
+    while let Some(made) = hashing.next().await {
+        let made = made.unwrap();
+        found.extend(store.first_difference(&made.pages, &made.digests));
+    }
+    assert!(found.contains(&lost), "{found:?}");
 }
 
 /// Takes parcels only when it is told to, and keeps them.

@@ -12,13 +12,19 @@
 //! Invariant: a page is in `data` or `zero` only after its contents are in the file ("data before
 //! bitmap"), and in at most one of them.
 //!
+//! A store may keep digests of its pages, for a comparison in the freeze that must not read all of
+//! them. They say what was in the file when the page was written: a byte that changes later, by no
+//! call of this module, is not seen. That the file still has as many pages as were written can be
+//! asked for, and costs nothing.
+//!
 //! Absent: serving faults; telling what is missing to anybody (set algebra of the caller's).
 
+mod digests;
 mod space;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry_proto::id::SpaceId;
@@ -37,6 +43,8 @@ pub struct Store {
     /// Data pages of all spaces.
     used: Arc<AtomicU64>,
     limits: StoreLimits,
+    /// New spaces keep digests.
+    digests: AtomicBool,
 }
 
 /// How much a store may hold.
@@ -105,17 +113,6 @@ pub enum StoreError {
         #[source]
         source: io::Error,
     },
-    /// Pages could not be read back.
-    #[error("cannot read the page {page} of space {space}")]
-    Read {
-        /// The space.
-        space: SpaceId,
-        /// The first of them.
-        page: PageIndex,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
 }
 
 impl StoreError {
@@ -125,7 +122,7 @@ impl StoreError {
             Self::TooManySpaces { .. } | Self::Full { .. } => ErrorCode::Limit,
             Self::Address { .. } => ErrorCode::Malformed,
             Self::Decode { source, .. } => source.code(),
-            Self::Create { .. } | Self::Punch { .. } | Self::Read { .. } => ErrorCode::Capacity,
+            Self::Create { .. } | Self::Punch { .. } => ErrorCode::Capacity,
         }
     }
 }
@@ -137,7 +134,14 @@ impl Store {
             spaces: Mutex::default(),
             used: Arc::default(),
             limits,
+            digests: AtomicBool::new(false),
         }
+    }
+
+    /// From now on, spaces that are made keep a digest of each page, made when it is written, for
+    /// [`SpaceStore::first_difference`].
+    pub fn keep_digests(&self) {
+        self.digests.store(true, Ordering::Relaxed);
     }
 
     /// The space `id`, made if it is new.
@@ -150,7 +154,9 @@ impl Store {
         if max <= spaces.len() {
             return Err(StoreError::TooManySpaces { space: id, max });
         }
-        let space = Arc::new(SpaceStore::create(id, Arc::clone(&self.used))?);
+        let digests = self.digests.load(Ordering::Relaxed);
+        let space = SpaceStore::create(id, Arc::clone(&self.used), digests)?;
+        let space = Arc::new(space);
         spaces.insert(id, Arc::clone(&space));
         Ok(space)
     }

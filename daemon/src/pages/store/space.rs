@@ -4,21 +4,20 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::fs::MetadataExt;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::uio::pwritev;
 use pageferry_proto::id::SpaceId;
-use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
+use pageferry_proto::page::{PageCount, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
 
+use super::digests::Digests;
 use super::{ADDRESS_MAX, StoreError};
 use crate::pages::decode::{Decoder, PageSink, Parcel};
-use crate::pages::digest;
 
 /// The pages of one address space.
 #[derive(Debug)]
@@ -29,6 +28,8 @@ pub struct SpaceStore {
     /// spin for it, and take the processor from whoever could bring more.
     turn: Mutex<()>,
     held: Mutex<Held>,
+    /// Of what is in the file, if it is to be compared. Locked before the others.
+    digests: Option<Mutex<Digests>>,
     /// Data pages of all spaces of the store.
     used: Arc<AtomicU64>,
 }
@@ -81,8 +82,12 @@ fn overlapping<'a>(set: &'a PageSet, run: &PageRun) -> &'a [PageRun] {
 }
 
 impl SpaceStore {
-    /// An empty store.
-    pub(super) fn create(id: SpaceId, used: Arc<AtomicU64>) -> Result<Self, StoreError> {
+    /// An empty store, with digests or without.
+    pub(super) fn create(
+        id: SpaceId,
+        used: Arc<AtomicU64>,
+        digests: bool,
+    ) -> Result<Self, StoreError> {
         let name = format!("pageferry-{id}");
         let create = || -> io::Result<File> {
             let file = File::from(memfd_create(name.as_str(), MFdFlags::MFD_CLOEXEC)?);
@@ -95,6 +100,7 @@ impl SpaceStore {
             memory,
             turn: Mutex::default(),
             held: Mutex::default(),
+            digests: digests.then(Mutex::default),
             used,
         })
     }
@@ -107,6 +113,7 @@ impl SpaceStore {
             memory: File::from(memory),
             turn: Mutex::default(),
             held: Mutex::new(held),
+            digests: None,
             used,
         }
     }
@@ -150,7 +157,7 @@ impl SpaceStore {
             }
             Err(source) => {
                 // Some of the pages may be overwritten: none of them is what it was held for.
-                self.change(|held| held.forget(&data.union(&zero)));
+                self.forget(&data.union(&zero));
                 Err(StoreError::Decode {
                     space: self.id,
                     source,
@@ -169,7 +176,7 @@ impl SpaceStore {
 
     /// Gives up pages, held or not, and their memory.
     pub fn punch(&self, pages: &PageSet) -> Result<(), StoreError> {
-        self.change(|held| held.forget(pages));
+        let _digests = self.forget(pages);
         for run in pages.runs() {
             self.punch_run(*run).map_err(|source| StoreError::Punch {
                 space: self.id,
@@ -180,28 +187,28 @@ impl SpaceStore {
         Ok(())
     }
 
-    /// The digest of every page of `pages`, in order. Pages that are not held read as zero.
-    pub fn digests(&self, pages: &PageSet) -> Result<Vec<u64>, StoreError> {
-        let mut digests = Vec::new();
-        let mut buffer = vec![0; DIGEST_BATCH_BYTES];
-        for run in pages.runs() {
-            let mut offset = run.address();
-            let end = offset + run.bytes();
-            while offset < end {
-                let length = usize::try_from(end - offset).unwrap_or(usize::MAX);
-                let batch = &mut buffer[..length.min(DIGEST_BATCH_BYTES)];
-                self.memory
-                    .read_exact_at(batch, offset)
-                    .map_err(|source| StoreError::Read {
-                        space: self.id,
-                        page: PageIndex::containing(offset),
-                        source,
-                    })?;
-                digests.extend(batch.chunks_exact(PAGE_SIZE).map(digest::of_page));
-                offset += batch.len() as u64;
-            }
+    /// The first page of `pages` that is not held, or whose digest is not the one of `theirs`,
+    /// which has one for each of `pages`, in order. Without digests, that is the first of all.
+    pub fn first_difference(&self, pages: &PageSet, theirs: &[u64]) -> Option<PageIndex> {
+        match self.digests() {
+            Some(digests) => digests.first_difference(&self.lock(), pages, theirs),
+            None => pages.runs().first().map(PageRun::start),
         }
-        Ok(digests)
+    }
+
+    /// Takes pages out of what is held. The guard keeps others from putting digests of them in.
+    fn forget(&self, pages: &PageSet) -> Option<MutexGuard<'_, Digests>> {
+        let mut digests = self.digests();
+        if let Some(digests) = &mut digests {
+            pages.runs().iter().for_each(|run| digests.forget(*run));
+        }
+        self.change(|held| held.forget(pages));
+        digests
+    }
+
+    fn digests(&self) -> Option<MutexGuard<'_, Digests>> {
+        let digests = self.digests.as_ref()?;
+        Some(digests.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn change(&self, change: impl FnOnce(&mut Held)) {
@@ -214,25 +221,11 @@ impl SpaceStore {
             .fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Held> {
+    fn lock(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn punch_run(&self, run: PageRun) -> io::Result<()> {
-        let offset = |bytes: u64| i64::try_from(bytes).map_err(io::Error::other);
-        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(
-            &self.memory,
-            mode,
-            offset(run.address())?,
-            offset(run.bytes())?,
-        )?;
-        Ok(())
-    }
-}
-
-impl PageSink for SpaceStore {
-    fn write(&self, start: PageIndex, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+    fn put(&self, start: PageIndex, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
         let mut offset = i64::try_from(start.address()).map_err(io::Error::other)?;
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         while !parts.is_empty() {
@@ -249,7 +242,7 @@ impl PageSink for SpaceStore {
         Ok(())
     }
 
-    fn clear(&self, run: PageRun) -> io::Result<()> {
+    fn empty(&self, run: PageRun) -> io::Result<()> {
         // Most zero pages were never anything else; only what has contents must be punched.
         let occupied = overlapping(&self.lock().data, &run).to_vec();
         occupied
@@ -257,10 +250,41 @@ impl PageSink for SpaceStore {
             .filter_map(|held| held.intersection(&run))
             .try_for_each(|part| self.punch_run(part))
     }
+
+    fn punch_run(&self, run: PageRun) -> io::Result<()> {
+        let offset = |bytes: u64| i64::try_from(bytes).map_err(io::Error::other);
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(
+            &self.memory,
+            mode,
+            offset(run.address())?,
+            offset(run.bytes())?,
+        )?;
+        Ok(())
+    }
+}
+
+impl PageSink for SpaceStore {
+    fn write(&self, start: PageIndex, parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+        let Some(mut digests) = self.digests() else {
+            return self.put(start, parts);
+        };
+        let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
+        let run = PageRun::new(start, PageCount::covering(bytes)).map_err(io::Error::other)?;
+        digests.forget(run);
+        self.put(start, parts)?;
+        digests.record(&self.memory, run)
+    }
+
+    fn clear(&self, run: PageRun) -> io::Result<()> {
+        let Some(mut digests) = self.digests() else {
+            return self.empty(run);
+        };
+        digests.forget(run);
+        self.empty(run)?;
+        digests.record_contents(&self.memory, run)
+    }
 }
 
 /// Unit of `st_blocks`, in bytes.
 const BLOCK_BYTES: u64 = 512;
-
-/// How much is read at a time to make digests, in bytes.
-const DIGEST_BATCH_BYTES: usize = 256 << 10;

@@ -76,8 +76,7 @@ proptest! {
 
     #[test]
     fn a_store_is_a_map(steps in prop::collection::vec(step(), 1..12)) {
-        let store = Store::new(LIMITS);
-        let space = store.space(SpaceId(1)).unwrap();
+        let (store, space) = with_digests();
         let mut model: BTreeMap<u64, u8> = BTreeMap::new();
         for step in steps {
             match step {
@@ -102,11 +101,32 @@ proptest! {
             prop_assert_eq!(&held.zero, &set(with(true).map(|(page, _)| *page)));
             prop_assert_eq!(store.data_pages(), held.data.len());
             prop_assert_eq!(space.resident_bytes().unwrap(), held.data.len().bytes());
+            prop_assert_eq!(first_difference(&space, &model), None);
             for page in 0..40 {
+                if !model.contains_key(&page) {
+                    prop_assert_eq!(first_difference(&space, &[(page, 0)].into()), Some(page));
+                }
                 prop_assert_eq!(read(&space, page), model.get(&page).copied().unwrap_or(0));
             }
         }
     }
+}
+
+/// A parcel of one run of 20 pages, whose second block is none.
+fn broken_parcel(pages: &BTreeMap<u64, u8>) -> Vec<u8> {
+    let mut broken = parcel(1, pages);
+    broken.truncate(broken.len() - 4);
+    // One run, so the blocks begin after one; the second of the two gets an unknown codec.
+    let blocks = ParcelHeader::FIXED_BYTES + ParcelRun::BYTES;
+    let first = BlockHeader::decode(&broken[blocks..]).unwrap().0;
+    broken[blocks + BlockHeader::BYTES + first.bytes() as usize] = 9;
+    pageferry_proto::wire::stream::seal(&mut broken);
+    broken
+}
+
+fn take_broken(store: &Store, broken: &[u8]) {
+    let taken = store.take(&mut Decoder::new(), &Parcel::parse(broken).unwrap());
+    assert!(matches!(taken, Err(StoreError::Decode { .. })), "{taken:?}");
 }
 
 #[test]
@@ -114,15 +134,7 @@ fn a_parcel_that_breaks_half_way_holds_nothing() {
     let store = Store::new(LIMITS);
     let pages: BTreeMap<u64, u8> = (0..20).map(|page| (page, 3)).collect();
     take(&store, 1, &pages).unwrap();
-    let mut broken = parcel(1, &pages);
-    broken.truncate(broken.len() - 4);
-    // One run, so the blocks begin after one; the second of the two gets an unknown codec.
-    let blocks = ParcelHeader::FIXED_BYTES + ParcelRun::BYTES;
-    let first = BlockHeader::decode(&broken[blocks..]).unwrap().0;
-    broken[blocks + BlockHeader::BYTES + first.bytes() as usize] = 9;
-    pageferry_proto::wire::stream::seal(&mut broken);
-    let taken = store.take(&mut Decoder::new(), &Parcel::parse(&broken).unwrap());
-    assert!(matches!(taken, Err(StoreError::Decode { .. })), "{taken:?}");
+    take_broken(&store, &broken_parcel(&pages));
     let space = store.space(SpaceId(1)).unwrap();
     assert_eq!(space.held(), space::Held::default());
     assert_eq!(store.data_pages(), PageCount::ZERO);
@@ -168,14 +180,73 @@ fn a_space_opened_again_is_the_same() {
     assert_eq!((read(&space, 0), read(&space, 5)), (1, 0));
 }
 
-#[test]
-fn digests_are_of_single_pages() {
+/// Digests of pages that are full of one byte each.
+fn digests(pages: &BTreeMap<u64, u8>) -> Vec<u64> {
+    let digest = |byte: &u8| digest::of_page(&[*byte; PAGE_SIZE]);
+    pages.values().map(digest).collect()
+}
+
+fn first_difference(space: &SpaceStore, pages: &BTreeMap<u64, u8>) -> Option<u64> {
+    let found = space.first_difference(&set(pages.keys().copied()), &digests(pages));
+    found.map(|page| page.0 - BASE)
+}
+
+fn with_digests() -> (Store, Arc<SpaceStore>) {
     let store = Store::new(LIMITS);
-    take(&store, 1, &[(0, 1), (1, 0), (5, 2)].into()).unwrap();
+    store.keep_digests();
     let space = store.space(SpaceId(1)).unwrap();
-    let of = |byte: u8| digest::of_page(&[byte; PAGE_SIZE]);
-    assert_eq!(
-        space.digests(&set([0, 1, 5])).unwrap(),
-        [of(1), of(0), of(2)]
-    );
+    (store, space)
+}
+
+#[test]
+fn the_first_page_that_differs_is_named() {
+    let (store, space) = with_digests();
+    let pages: BTreeMap<u64, u8> = [(0, 1), (1, 0), (5, 2), (200, 3), (201, 0)].into();
+    take(&store, 1, &pages).unwrap();
+    assert_eq!(first_difference(&space, &pages), None);
+    for (page, byte) in &pages {
+        let mut others = pages.clone();
+        others.insert(*page, byte + 1);
+        assert_eq!(first_difference(&space, &others), Some(*page));
+    }
+    let absent = [(0, 1), (2, 0)].into();
+    assert_eq!(first_difference(&space, &absent), Some(2));
+    let all = set(pages.keys().copied());
+    let short = &digests(&pages)[..2];
+    let found = space.first_difference(&all, short);
+    assert_eq!(found, Some(PageIndex(BASE + 5)));
+}
+
+#[test]
+fn contents_of_a_page_that_should_be_zero_are_a_difference() {
+    let (store, space) = with_digests();
+    let offset = i64::try_from((BASE + 70) << 12).unwrap();
+    nix::sys::uio::pwrite(space.descriptor(), &[7], offset).unwrap();
+    let pages: BTreeMap<u64, u8> = (0..200).map(|page| (page, 0)).collect();
+    take(&store, 1, &pages).unwrap();
+    assert_eq!(first_difference(&space, &pages), Some(70));
+    // Cleared memory that the kernel has kept is none.
+    nix::sys::uio::pwrite(space.descriptor(), &[0], offset).unwrap();
+    take(&store, 1, &pages).unwrap();
+    assert_eq!(first_difference(&space, &pages), None);
+}
+
+#[test]
+fn pages_of_a_parcel_that_breaks_have_no_digests() {
+    let (store, space) = with_digests();
+    let pages: BTreeMap<u64, u8> = (0..20).map(|page| (page, 3)).collect();
+    take(&store, 1, &pages).unwrap();
+    let broken = broken_parcel(&pages);
+    take_broken(&store, &broken);
+    assert_eq!(first_difference(&space, &pages), Some(0));
+}
+
+#[test]
+fn without_digests_everything_differs() {
+    let store = Store::new(LIMITS);
+    let pages = [(3, 1)].into();
+    take(&store, 1, &pages).unwrap();
+    let space = store.space(SpaceId(1)).unwrap();
+    assert_eq!(first_difference(&space, &pages), Some(3));
+    assert_eq!(space.first_difference(&PageSet::new(), &[]), None);
 }

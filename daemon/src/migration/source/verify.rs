@@ -1,0 +1,99 @@
+//! What the target compares its pages with: digests of everything that is alive, read anew while
+//! the workload stands still. Nothing that was known before counts: a page that tracking lost would
+//! not be in it.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use pageferry_proto::id::SpaceId;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::stream::{DIGESTS_PAGES_MAX, SetHeader, StreamKind, seal};
+use tokio::sync::watch;
+
+use super::failure::lost;
+use crate::migration::text::{chain, internal};
+use crate::net::stream::DataSender;
+use crate::pages::digest::{DigestError, Digests, Hashing, PIECE_PAGES};
+use crate::pages::send::SENDS_MAX;
+use crate::pages::track::{FinalScan, Space};
+
+const _: () = assert!(PIECE_PAGES.0 <= DIGESTS_PAGES_MAX);
+
+/// Begins to hash every live page.
+pub(super) fn begin(
+    spaces: &BTreeMap<SpaceId, Space>,
+    scans: &BTreeMap<SpaceId, FinalScan>,
+    threads: usize,
+) -> Hashing {
+    let live = scans.iter().filter_map(|(id, scan)| {
+        let reader = spaces.get(id)?.reader();
+        Some((*id, reader, scan.live.clone()))
+    });
+    Hashing::begin(live, threads)
+}
+
+/// Sends digests, if any are made, while others are made; answers with how many streams it took.
+pub(super) async fn send(
+    hashing: Option<Hashing>,
+    data: &DataSender,
+    mut cancelled: watch::Receiver<bool>,
+) -> Result<u32, Failure> {
+    let Some(mut hashing) = hashing else {
+        return Ok(0);
+    };
+    let began = Instant::now();
+    let cut = || Failure::new(ErrorCode::Aborted, "hashing was cut off");
+    let mut streams = 0;
+    let mut sends = FuturesUnordered::new();
+    let mut over = false;
+    while !over || !sends.is_empty() {
+        tokio::select! {
+            _ = cancelled.wait_for(|cancelled| *cancelled) => return Err(cut()),
+            Some(sent) = sends.next(), if !sends.is_empty() => {
+                let sent: Result<(), _> = sent;
+                sent.map_err(|error| lost(&error))?;
+            }
+            made = hashing.next(), if !over && sends.len() < SENDS_MAX => match made {
+                Some(made) => {
+                    let body = stream_of(&made.map_err(|error| failed(&error))?)?;
+                    sends.push(data.send_stream(StreamKind::Digests, body));
+                    streams += 1;
+                }
+                None => over = true,
+            },
+        }
+    }
+    tracing::info!(streams, took = ?began.elapsed(), "digests of every live page sent");
+    Ok(streams)
+}
+
+fn stream_of(made: &Digests) -> Result<Bytes, Failure> {
+    let space = made.space;
+    if !made.unread.is_empty() {
+        return Err(Failure::new(
+            ErrorCode::VerifyMismatch,
+            format!(
+                "{} pages of space {space} cannot be read",
+                made.unread.len()
+            ),
+        ));
+    }
+    let set = made.pages.to_wire();
+    let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
+    let mut body = SetHeader { space, length }.encode().to_vec();
+    body.extend(set);
+    body.extend(made.digests.iter().flat_map(|digest| digest.to_le_bytes()));
+    seal(&mut body);
+    Ok(body.into())
+}
+
+fn failed(error: &DigestError) -> Failure {
+    let code = match error {
+        DigestError::Read { source, .. } => source.code(),
+        DigestError::Cut => ErrorCode::Aborted,
+    };
+    Failure::new(code, chain(error))
+}
