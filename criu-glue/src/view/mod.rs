@@ -50,8 +50,8 @@ struct Shown {
 /// How often the library was asked, since the feed was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Workers that loaded the library and found the feed. 0 after a dump means that it did not
-    /// load, and that CRIU copied everything.
+    /// Workers that loaded the library and found a feed of their version. 0 once the worker has
+    /// answered anything means that there is no such library in it: a dump would copy everything.
     pub attached: u64,
     /// Scans answered without the kernel, cut, and passed on.
     pub scans_hidden: u64,
@@ -96,6 +96,13 @@ impl Feed {
         memory.set_len(CAPACITY).map_err(FeedError::Create)?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&memory, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| FeedError::Create(e.into()))?;
+        let unpublished = Header {
+            spaces: 0,
+            generation: 0,
+        };
+        memory
+            .write_all_at(&unpublished.to_bytes(), 0)
+            .map_err(FeedError::Create)?;
         Ok(Self {
             memory,
             spaces: BTreeMap::new(),

@@ -26,7 +26,10 @@ pub fn attach() {
     let Some(fd) = feed_descriptor() else { return };
     if let Some(base) = map(fd) {
         MAPPING.store(base, Ordering::Release);
-        count(Counter::Attached);
+        // The other side refuses to dump if nobody says so.
+        if read(base, 0).is_some_and(|bytes| Header::is_known(&bytes)) {
+            count(Counter::Attached);
+        }
     }
     // SAFETY: a descriptor meant for us alone; closing a wrong number only fails.
     unsafe { libc::close(fd) };

@@ -50,7 +50,7 @@ pub const GENERATION_AT: u64 = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Counter {
-    /// The library found and mapped the feed.
+    /// The library found and mapped a feed of its version.
     Attached = 0,
     /// Scans answered "no pages" without asking the kernel.
     ScansHidden = 1,
@@ -109,15 +109,19 @@ impl Header {
         bytes
     }
 
+    /// Whether this is a feed of this version, published or not.
+    pub fn is_known(bytes: &[u8; Self::SIZE]) -> bool {
+        u64_at(bytes, 0) == MAGIC && u32_at(bytes, 8) == VERSION
+    }
+
     /// `None` for another magic or version, an unpublished feed, or an absurd count.
     pub fn from_bytes(bytes: &[u8; Self::SIZE]) -> Option<Self> {
         let header = Self {
             spaces: u32_at(bytes, 12),
             generation: u64_at(bytes, 16),
         };
-        let known = u64_at(bytes, 0) == MAGIC && u32_at(bytes, 8) == VERSION;
         let sane = header.generation != 0 && header.spaces <= SPACES_MAX;
-        (known && sane).then_some(header)
+        (Self::is_known(bytes) && sane).then_some(header)
     }
 }
 

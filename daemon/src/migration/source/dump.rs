@@ -61,6 +61,16 @@ pub enum DumpError {
     /// The view of memory could not be made or published.
     #[error("making criu's view of memory")]
     View(#[from] FeedError),
+    /// CRIU would see all memory, and copy it in the freeze.
+    #[error(
+        "criu did not load {} of this version: it must be dynamically linked and allowed to \
+         read the file",
+        library.display()
+    )]
+    Unseeing {
+        /// The view library.
+        library: PathBuf,
+    },
     /// CRIU gave up; `cause` is the first error in its log.
     #[error("criu could not dump the workload: {cause} (log: {log})")]
     Failed {
@@ -131,11 +141,12 @@ impl Dump {
         }
         fs::create_dir_all(&images).map_err(io("creating", &images))?;
         let feed = Feed::create()?;
+        let library = plan.view_library;
         let mut swrk = Swrk::spawn(SwrkConfig {
             criu: plan.criu,
             namespaces: plan.namespaces,
             cgroup_procs: Vec::new(),
-            view: Some(feed.share(plan.view_library)?),
+            view: Some(feed.share(library.clone())?),
             output: plan.directory.join("dump.out"),
             env: Vec::new(),
             inherited: Vec::new(),
@@ -165,6 +176,10 @@ impl Dump {
         };
         dump.advance(&NotifyScript::PreDump, "pre-dump", PREPARE_TIMEOUT)
             .await?;
+        if dump.feed.counters()?.attached == 0 {
+            dump.rollback().await?;
+            return Err(DumpError::Unseeing { library });
+        }
         Ok(dump)
     }
 
