@@ -208,6 +208,17 @@ impl Swrk {
         self.pid
     }
 
+    /// Says when the kernel may kill the worker for want of memory, from -1000 (never) to 1000. A
+    /// tree that is restored inherits it, unless its own was another than 0: `prepare_proc_misc` in
+    /// CRIU's `cr-restore.c` passes 0 over.
+    ///
+    /// # Errors
+    /// What the kernel says; less than before needs `CAP_SYS_RESOURCE`.
+    pub fn set_oom_score_adj(&self, adjustment: i16) -> io::Result<()> {
+        let path = format!("/proc/{}/oom_score_adj", self.pid);
+        std::fs::write(path, adjustment.to_string())
+    }
+
     /// Sends a request. The descriptors it names stay open until the worker is dropped.
     ///
     /// # Errors

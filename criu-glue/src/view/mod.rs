@@ -2,13 +2,13 @@
 //! `criu-glue/view`.
 //!
 //! A [`Feed`] is made and shared with a worker when the worker starts; what it tells is set and
-//! published later, before the dump is requested. Told of a process can be: address ranges that seem
-//! to hold no pages, the guard regions within them, and the text of its `smaps`. A process that is not mentioned
-//! is seen as it is.
+//! published later, before the dump is requested. Told of a process can be: address ranges that
+//! seem to hold no pages, the guard regions within them, and the text of its `smaps`. A process
+//! that is not mentioned is seen as it is.
 //!
-//! The caller answers for the truth of it. A hidden range whose pages do not reach the target
-//! some other way is lost; a smaps text that is not what the kernel would say makes a workload that
-//! is restored differently. [`smaps`] renders such a text and finds the difference.
+//! The caller answers for the truth of it. A hidden range whose pages do not reach the target some
+//! other way is lost; a smaps text that is not what the kernel would say makes a workload that is
+//! restored differently. [`smaps`] renders such a text and finds the difference.
 
 pub mod flags;
 #[path = "../../view/src/layout.rs"]

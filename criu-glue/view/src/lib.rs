@@ -9,8 +9,8 @@
 //! It interposes `ioctl` and `openat` in a dynamically linked `criu`. The rule is *the real call on
 //! any doubt*: no feed, a feed that is unpublished, malformed or changes while it is read, a
 //! descriptor that is not what it should be, a scan that CRIU does not make today. A scan for guard
-//! regions goes to the kernel for everything that is not hidden, and for all of it unless the guards
-//! within the hidden ranges were told.
+//! regions goes to the kernel for everything that is not hidden, and for all of it unless the
+//! guards within the hidden ranges were told.
 //!
 //! It also answers for limits that the kernel does not tell (see `limits`).
 //!

@@ -518,7 +518,7 @@ pub fn start_criu(
     namespaces: Vec<OwnedFd>,
     inherited: Vec<OwnedFd>,
 ) -> Result<Swrk, SwrkError> {
-    Swrk::spawn(SwrkConfig {
+    let swrk = Swrk::spawn(SwrkConfig {
         criu: request.criu.clone(),
         namespaces,
         cgroup_procs: request.cgroup_procs.clone(),
@@ -530,7 +530,12 @@ pub fn start_criu(
         output: request.work_dir.join(OUTPUT),
         env: Vec::new(),
         inherited,
-    })
+    })?;
+    // The workload would be spared like the pager, at the cost of everybody else.
+    if let Err(error) = swrk.set_oom_score_adj(0) {
+        warn!(%error, "the workload inherits the pager's oom_score_adj");
+    }
+    Ok(swrk)
 }
 
 fn open(path: &PathBuf) -> Result<OwnedFd, RestoreError> {

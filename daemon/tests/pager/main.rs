@@ -69,12 +69,16 @@ async fn all_memory_is_right_after_the_fill_and_the_pager_ends() {
 
 #[tokio::test]
 async fn a_criu_that_was_started_ahead_is_the_one_that_restores() {
+    // The pager has it from us. CRIU must not have it from the pager: the workload would keep it.
+    std::fs::write("/proc/self/oom_score_adj", "300").unwrap();
     let tree = Tree::of(MIB);
     let mut lab = Lab::start().await;
     lab.plan(&tree).await;
     lab.client.prepare(lab.request(&tree), &[]).await.unwrap();
     let ahead = lab.processes();
     assert_eq!(ahead.len(), 1);
+    let inherited = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", ahead[0])).unwrap();
+    assert_eq!(inherited.trim(), "0");
     let restoring = lab.client.restore(lab.request(&tree), &[], &[]);
     restoring.await.unwrap();
     let now = lab.processes();

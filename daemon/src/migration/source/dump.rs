@@ -41,6 +41,9 @@ const END_TIMEOUT: Duration = Duration::from_secs(30);
 
 const LOG_FILE: &str = "dump.log";
 
+/// The lowest but for never (-1000): whoever has this is the last to be killed for memory.
+const OOM_SCORE_ADJ: i16 = -999;
+
 /// Why a dump did not come to its end.
 #[derive(Debug, Error)]
 pub enum DumpError {
@@ -154,6 +157,10 @@ impl Dump {
             breakpoints: false,
             urgent: true,
         })?;
+        // Killed in the middle of the dump it could take the workload with it.
+        if let Err(error) = swrk.set_oom_score_adj(OOM_SCORE_ADJ) {
+            tracing::debug!(%error, "criu is killed for memory like any other");
+        }
         let open = |path: &Path| -> Result<OwnedFd, DumpError> {
             Ok(fs::File::open(path).map_err(io("opening", path))?.into())
         };
