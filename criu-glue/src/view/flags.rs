@@ -4,10 +4,11 @@
 //! letters. Which bit has which word differs between kernels and machines, so it is learned from a
 //! process of which both are known: its smaps, and the numbers just before and just after.
 //!
-//! A number is believed to mean certain words only if there are as many words as bits. A flag that
-//! came and went between the three readings changes words and no bits, and is found out by that;
-//! so is a bit that has no word, for which smaps is to be read as before. What was not learned is
-//! not guessed.
+//! A process may change a flag and change it back between these readings. So a number is believed
+//! to mean certain words only if there are as many words as bits, if it was met with them twice,
+//! and if it was never met with others. A flag that comes and goes changes words and no bits; one
+//! that takes another's place for a moment would have to do so whenever we look. For what was not
+//! learned smaps is to be read as before: nothing is guessed.
 
 use std::collections::BTreeMap;
 
@@ -25,35 +26,53 @@ pub struct Area {
 /// The words of numbers that were met.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FlagNames {
-    /// Only the words that count, sorted.
-    words: BTreeMap<u64, Vec<[u8; 2]>>,
+    met: BTreeMap<u64, Met>,
 }
+
+/// A number, and the words it was met with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Met {
+    /// So often with these, of which only those that count are kept, sorted.
+    With(Vec<[u8; 2]>, u32),
+    /// With different ones.
+    Contradicted,
+}
+
+/// How often a number must be met before it is believed.
+const MET_MIN: u32 = 2;
 
 impl FlagNames {
     /// What a smaps text and the areas of the same moment teach.
     ///
     /// # Errors
-    /// [`Malformed`] with the first line of the text that is not understood.
-    pub fn learn(smaps: &[u8], areas: &[Area]) -> Result<Self, Malformed> {
-        let mut names = Self::default();
-        let mut ambiguous = Vec::new();
+    /// [`Malformed`] with the first line of the text that is not understood; then nothing was
+    /// learned.
+    pub fn learn(&mut self, smaps: &[u8], areas: &[Area]) -> Result<(), Malformed> {
         let told = smaps::mappings(smaps)?;
         for (mapping, area) in pairs(&told, areas) {
             if mapping.words != area.flags.count_ones() as usize {
                 continue;
             }
-            let known = names
-                .words
+            let met = self
+                .met
                 .entry(area.flags)
-                .or_insert_with(|| mapping.flags.clone());
-            if *known != mapping.flags {
-                ambiguous.push(area.flags);
+                .or_insert_with(|| Met::With(mapping.flags.clone(), 0));
+            match met {
+                Met::With(words, times) if *words == mapping.flags => {
+                    *times = times.saturating_add(1);
+                }
+                Met::With(..) => *met = Met::Contradicted,
+                Met::Contradicted => {}
             }
         }
-        for flags in ambiguous {
-            names.words.remove(&flags);
+        Ok(())
+    }
+
+    fn words(&self, flags: u64) -> Option<&[[u8; 2]]> {
+        match self.met.get(&flags)? {
+            Met::With(words, times) if MET_MIN <= *times => Some(words),
+            Met::With(..) | Met::Contradicted => None,
         }
-        Ok(names)
     }
 
     /// Whether a text, rendered or true, says of every mapping what the areas say, as far as CRIU
@@ -67,7 +86,7 @@ impl FlagNames {
         Ok(own.count() == areas.len()
             && pairs(&told, areas).count() == areas.len()
             && pairs(&told, areas)
-                .all(|(mapping, area)| self.words.get(&area.flags) == Some(&mapping.flags)))
+                .all(|(mapping, area)| self.words(area.flags) == Some(&mapping.flags)))
     }
 }
 
@@ -108,9 +127,17 @@ VmFlags: ex \n";
         [area(0x1000, 0x2000, first), area(0x3000, 0x5000, second)]
     }
 
+    fn learned(times: u32, text: &[u8], areas: &[Area]) -> FlagNames {
+        let mut names = FlagNames::default();
+        for _ in 0..times {
+            names.learn(text, areas).unwrap();
+        }
+        names
+    }
+
     #[test]
     fn what_was_learned_is_confirmed_and_a_change_is_not() {
-        let names = FlagNames::learn(SMAPS, &areas(LOCKED, PLAIN)).unwrap();
+        let names = learned(2, SMAPS, &areas(LOCKED, PLAIN));
         let confirm = |first, second| names.confirm(SMAPS, &areas(first, second)).unwrap();
         assert!(confirm(LOCKED, PLAIN));
         assert!(!confirm(PLAIN, PLAIN));
@@ -120,8 +147,14 @@ VmFlags: ex \n";
     }
 
     #[test]
+    fn what_was_met_once_is_not_believed() {
+        let names = learned(1, SMAPS, &areas(LOCKED, PLAIN));
+        assert!(!names.confirm(SMAPS, &areas(LOCKED, PLAIN)).unwrap());
+    }
+
+    #[test]
     fn a_mapping_more_or_less_or_moved_is_not_confirmed() {
-        let names = FlagNames::learn(SMAPS, &areas(LOCKED, PLAIN)).unwrap();
+        let names = learned(2, SMAPS, &areas(LOCKED, PLAIN));
         let [first, second] = areas(LOCKED, PLAIN);
         let third = Area {
             start: 0x7000,
@@ -139,17 +172,24 @@ VmFlags: ex \n";
 
     #[test]
     fn a_flag_that_was_there_for_the_text_only_teaches_nothing() {
-        let names = FlagNames::learn(SMAPS, &areas(PLAIN, PLAIN)).unwrap();
+        let names = learned(2, SMAPS, &areas(PLAIN, PLAIN));
         assert!(!names.confirm(SMAPS, &areas(PLAIN, PLAIN)).unwrap());
-        let names = FlagNames::learn(SMAPS, &areas(LOCKED, LOCKED)).unwrap();
+        let names = learned(2, SMAPS, &areas(LOCKED, LOCKED));
         assert!(!names.confirm(SMAPS, &areas(LOCKED, LOCKED)).unwrap());
     }
 
     #[test]
-    fn a_number_with_two_meanings_has_none() {
-        let text = b"1000-2000 rw-p 00000000 00:00 0 \nVmFlags: rd dc \n\
-                     3000-5000 rw-p 00000000 00:00 0 \nVmFlags: rd dd \n";
-        let names = FlagNames::learn(text, &areas(0b11, 0b11)).unwrap();
-        assert!(!names.confirm(text, &areas(0b11, 0b11)).unwrap());
+    fn a_number_that_once_had_another_meaning_has_none() {
+        let text = |word: &str| {
+            let other = "3000-5000 rw-p 00000000 00:00 0 \nVmFlags: rd wr \n";
+            format!("1000-2000 rw-p 00000000 00:00 0 \nVmFlags: rd {word} \n{other}").into_bytes()
+        };
+        let areas = areas(0b101, 0b11);
+        let mut names = learned(2, &text("hg"), &areas);
+        assert!(names.confirm(&text("hg"), &areas).unwrap());
+        names.learn(&text("nh"), &areas).unwrap();
+        names.learn(&text("hg"), &areas).unwrap();
+        assert!(!names.confirm(&text("hg"), &areas).unwrap());
+        assert!(!names.confirm(&text("nh"), &areas).unwrap());
     }
 }

@@ -159,7 +159,8 @@ impl Feed {
         if let Some(&(start, end)) = guards.iter().find(|guard| !hidden(guard)) {
             return Err(FeedError::Guard { pid, start, end });
         }
-        shown.guards = Some(guards);
+        // More than the table holds: the kernel is asked.
+        shown.guards = (guards.len() <= RANGES_MAX as usize).then_some(guards);
         Ok(())
     }
 

@@ -163,7 +163,7 @@ fn guards_through_view(fd: c_int, scan: &mut ScanArgument) -> Option<c_int> {
     let space = feed.space(pid)?;
     let hidden = feed.hidden(&space, scan.start, scan.end)?;
     let guards = feed.guards(&space, scan.start, scan.end)?;
-    if !feed.is_unchanged() {
+    if !feed.is_unchanged() || HIDDEN_MAX < hidden.len() {
         return None;
     }
     let limit = usize::try_from(scan.vec_len).ok()?;
@@ -206,6 +206,10 @@ fn scan_gap(fd: c_int, asked: ScanArgument, gap: Range, into: &mut Vec<Region>) 
     unsafe { into.set_len(into.len() + found) };
     Some(scan.walk_end)
 }
+
+/// With more hidden ranges than these, asking for every gap between them would take longer than one
+/// scan of everything: some microseconds each.
+const HIDDEN_MAX: usize = 2048;
 
 /// How many regions the kernel may tell at once of what is not hidden.
 const GAP_REGIONS: usize = 1024;

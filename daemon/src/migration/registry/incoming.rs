@@ -83,10 +83,11 @@ impl Registry {
             }
         }
         let incoming = self.list();
-        let incoming = incoming
-            .iter()
-            .filter(|known| known.status.role == Side::Target && !known.status.phase.is_final());
-        if incoming.count() >= parts.incoming_max {
+        let others = incoming.iter().filter(|known| {
+            let status = &known.status;
+            status.role == Side::Target && !status.phase.is_final() && status.id != id
+        });
+        if others.count() >= parts.incoming_max {
             return Err(Failure::new(
                 ErrorCode::TargetBusy,
                 format!(
@@ -139,29 +140,29 @@ impl Registry {
         });
         let entry = Entry {
             status: watched,
-            requests: Requests::Target(requests),
+            requests: Requests::Target(requests.clone()),
         };
         self.lock().insert(id, entry);
         let registry = self.clone();
         self.run(async move {
             match driver.run(session).await {
                 Over::Begun => {}
-                Over::NeverBegun => registry.forget(id).await,
+                Over::NeverBegun => registry.forget(id, &requests).await,
             }
         });
     }
 
     /// Nobody made an offer, so there is nothing to remember.
-    async fn forget(&self, id: MigrationId) {
+    async fn forget(&self, id: MigrationId, its: &mpsc::Sender<TargetRequest>) {
         let _beginning = self.inner.beginnings.lock().await;
         {
             let mut entries = self.lock();
             // The source may have come back meanwhile, and have begun it.
-            let ended = |entry: &Entry| match &entry.requests {
-                Requests::Target(requests) => requests.is_closed(),
+            let same = |entry: &Entry| match &entry.requests {
+                Requests::Target(requests) => requests.same_channel(its),
                 Requests::Source(_) => false,
             };
-            if !entries.get(&id).is_some_and(ended) {
+            if !entries.get(&id).is_some_and(same) {
                 return;
             }
             entries.remove(&id);

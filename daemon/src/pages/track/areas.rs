@@ -35,9 +35,16 @@ impl Probe {
         let probe = Self {
             program: bpf::load_iterator(&program, LICENSE, iterator)?,
         };
-        // A kernel that ignores whom it is asked about would tell of all processes.
+        // A kernel that ignores whom it is asked about would tell of others.
         let own = i32::try_from(std::process::id()).map_err(io::Error::other)?;
-        probe.areas(own)?;
+        let here = ITERATOR.as_ptr() as u64;
+        let areas = probe.areas(own)?;
+        if !areas
+            .iter()
+            .any(|area| area.start <= here && here < area.end)
+        {
+            return Err(odd());
+        }
         Ok(probe)
     }
 

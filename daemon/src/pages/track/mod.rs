@@ -106,6 +106,8 @@ pub struct Space {
     /// Dirty whatever a scan says: taken by a scan that failed, or not read by the caller.
     owed: PageSet,
     recorded: Option<Record>,
+    /// What records taught about the flags that the kernel holds.
+    names: Arc<FlagNames>,
     /// The text `final_scan` returned.
     shown: Option<Arc<[u8]>>,
     reader: Arc<Reader>,
@@ -118,8 +120,8 @@ struct Record {
     smaps: Recorded,
     /// Mappings with flags that make a difference, for the forecast of what is eager.
     special: Vec<(Mapping, Flags)>,
-    /// What it taught about the flags that the kernel holds.
-    names: Arc<FlagNames>,
+    /// What `maps` said just after.
+    maps: Vec<u8>,
     /// The mappings it is of; none if they changed while it was taken, or are not all understood.
     areas: Option<Vec<Area>>,
 }
@@ -218,6 +220,7 @@ impl Space {
             registered: PageSet::new(),
             owed: PageSet::new(),
             recorded: None,
+            names: Arc::default(),
             shown: None,
             reader: Arc::new(Reader::open(pid, pidfd).map_err(inspecting("mem"))?),
             attached: Attached {
@@ -257,23 +260,22 @@ impl Space {
     /// The kernel renders it in pieces, so a process that unmaps meanwhile may get a text that is
     /// none: then nothing is recorded, and without a better one later CRIU gets the true one.
     pub fn record_smaps(&mut self) -> Result<(), TrackError> {
+        let pid = self.pid;
+        let inspecting = |what| move |source| TrackError::Inspect { pid, what, source };
         let before = self.areas();
-        let last = self.recorded.as_ref();
-        if before.is_some() && last.is_some_and(|last| last.areas == before) {
+        if let Some(last) = &self.recorded
+            && before.is_some()
+            && last.areas == before
+            && maps::read_text(pid).map_err(inspecting("maps"))? == last.maps
+        {
             return Ok(());
         }
-        let pid = self.pid;
-        let text = maps::read_smaps_text(pid).map_err(|source| TrackError::Inspect {
-            pid,
-            what: "smaps",
-            source,
-        })?;
+        let text = maps::read_smaps_text(pid).map_err(inspecting("smaps"))?;
+        let maps = maps::read_text(pid).map_err(inspecting("maps"))?;
         let after = self.areas();
-        self.recorded = record(
-            &text,
-            &before.unwrap_or_default(),
-            &after.unwrap_or_default(),
-        );
+        let names = Arc::make_mut(&mut self.names);
+        let (before, after) = (before.unwrap_or_default(), after.unwrap_or_default());
+        self.recorded = record(&text, maps, names, &before, &after);
         if self.recorded.is_none() {
             tracing::debug!(pid, "its smaps changed while it was read");
         }
@@ -293,14 +295,11 @@ impl Space {
     /// was the true one.
     pub fn shown_smaps(&self) -> Option<ShownSmaps> {
         let text = Arc::clone(self.shown.as_ref()?);
-        let names = self
-            .recorded
-            .as_ref()
-            .map(|record| Arc::clone(&record.names));
+        let names = Arc::clone(&self.names);
         Some(ShownSmaps {
             pid: self.pid,
             text,
-            flags: self.support.flags.clone().zip(names),
+            flags: self.support.flags.clone().map(|probe| (probe, names)),
         })
     }
 
@@ -384,7 +383,13 @@ const DETACH_PIECES_MAX: u64 = 4096;
 
 /// A record, if the text is one. The areas are those before and after it was read, none where they
 /// are not known.
-fn record(text: &[u8], before: &[Area], after: &[Area]) -> Option<Record> {
+fn record(
+    text: &[u8],
+    maps: Vec<u8>,
+    names: &mut FlagNames,
+    before: &[Area],
+    after: &[Area],
+) -> Option<Record> {
     let mappings = maps::parse_smaps(text)?;
     let smaps = Recorded::parse(text).ok()?;
     let same = |area: &&Area| {
@@ -392,14 +397,14 @@ fn record(text: &[u8], before: &[Area], after: &[Area]) -> Option<Record> {
         place.is_ok_and(|place| after[place] == **area)
     };
     let lasting: Vec<Area> = before.iter().filter(same).copied().collect();
-    let names = FlagNames::learn(text, &lasting).ok()?;
+    names.learn(text, &lasting).ok()?;
     let special = |(_, flags): &(Mapping, Flags)| *flags != Flags::default();
+    let told = before == after && names.confirm(text, before).is_ok_and(|told| told);
     Some(Record {
         smaps,
         special: mappings.into_iter().filter(special).collect(),
-        areas: (before == after && names.confirm(text, before).is_ok_and(|told| told))
-            .then_some(lasting),
-        names: Arc::new(names),
+        maps,
+        areas: told.then_some(lasting),
     })
 }
 
