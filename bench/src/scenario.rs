@@ -16,7 +16,7 @@ pub mod writing;
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::lab::network::Link;
 use crate::lab::{Lab, LabOptions};
@@ -27,6 +27,8 @@ use report::Report;
 pub struct Scenario {
     pub name: &'static str,
     pub summary: &'static str,
+    /// Whether it has cases, of which one may be run alone.
+    pub cases: bool,
     run: fn(&Settings, &mut Report) -> Result<()>,
 }
 
@@ -70,51 +72,61 @@ pub const ALL: [Scenario; 10] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
+        cases: false,
         run: stop_and_copy::run,
     },
     Scenario {
         name: "baseline",
         summary: "stock CRIU moves every case of `memory`: what CRIU itself can and cannot",
+        cases: true,
         run: baseline::run,
     },
     Scenario {
         name: "demo",
         summary: "one move of Redis with 512 MiB under write load",
+        cases: false,
         run: redis::demo,
     },
     Scenario {
         name: "chain",
         summary: "20 moves of Redis with 1 GiB, then the heavier load",
+        cases: false,
         run: redis::chain,
     },
     Scenario {
         name: "cross",
         summary: "two Redis move in opposite directions at the same time",
+        cases: false,
         run: redis::cross,
     },
     Scenario {
         name: "sizes",
         summary: "64 MiB, 1 GiB and 4 GiB: does the downtime depend on the size?",
+        cases: false,
         run: writing::sizes,
     },
     Scenario {
         name: "rate",
         summary: "how fast the first round goes, by contents and link",
+        cases: false,
         run: writing::rate,
     },
     Scenario {
         name: "memory",
         summary: "everything odd with memory, 5 moves each, every page compared",
+        cases: true,
         run: memory::run,
     },
     Scenario {
         name: "faults",
         summary: "aborts and kills in every state of the hand-off",
+        cases: true,
         run: faults::run,
     },
     Scenario {
         name: "capture",
         summary: "5 moves under a packet capture: no reset, no answer from the wrong side",
+        cases: false,
         run: capture::run,
     },
 ];
@@ -126,6 +138,9 @@ pub fn find(name: &str) -> Option<&'static Scenario> {
 impl Scenario {
     /// Runs it from start to clean-up and reports.
     pub fn run(&self, settings: &Settings, json: Option<&Path>) -> Result<bool> {
+        if settings.only.is_some() && !self.cases {
+            bail!("{} has no cases: leave out --only", self.name);
+        }
         let mut report = Report::new(self.name);
         if let Err(error) = (self.run)(settings, &mut report) {
             report.fail(format!("{error:#}"));

@@ -110,7 +110,8 @@ fn parse_peer(text: &str) -> Result<(NodeName, SocketAddr), String> {
 const AFTER_HELP: &str = "\
 Times are written like 300ms, 10s or 1h30m; sizes like 4096B, 64MiB or 1GiB.
 
-Exit codes: 0 after an orderly stop, 1 on a failure, 64 on a wrong flag or configuration.";
+Exit codes: 0 after an orderly stop, 1 on a failure, 2 on a wrong flag, 64 on a wrong
+configuration.";
 
 #[cfg(test)]
 mod tests {

@@ -183,8 +183,7 @@ impl Control for LocalControl {
         &self,
         _: Request<schema::ListRequest>,
     ) -> Result<Response<schema::ListReply>, Status> {
-        let mut known = self.registry.list();
-        known.sort_by_key(|progress| progress.status.elapsed);
+        let known = self.registry.list();
         let migrations = known
             .iter()
             .map(|progress| status(&self.node, progress))

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use pageferry::args::DaemonArgs;
 use pageferry::config::Config;
+use pageferry::net::tls::Credentials;
 use pageferry::sys::heap;
 use pageferry::{node, telemetry};
 
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
         }
     };
     if args.check {
-        return ExitCode::SUCCESS;
+        return check(&config);
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -46,6 +47,23 @@ fn main() -> ExitCode {
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// Says whether a daemon could start with this configuration and these certificates.
+fn check(config: &Config) -> ExitCode {
+    match Credentials::load(&config.tls, &config.node) {
+        Ok(_) => {
+            println!(
+                "configuration and certificates of node {} are right",
+                config.node
+            );
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            tracing::error!("{}", telemetry::Chain(&error));
+            ExitCode::from(telemetry::EXIT_USAGE)
         }
     }
 }

@@ -61,7 +61,7 @@ pub struct MigrateArgs {
     /// Freeze when the workload would be gone no longer than this [default: the daemon's, 300ms]
     #[arg(long, value_name = "TIME")]
     pub downtime_max: Option<Span>,
-    /// Abort if the hand-off is not committed after this long [default: the daemon's, 1h]
+    /// Abort if the workload is not frozen after this long [default: the daemon's, 1h]
     #[arg(long, value_name = "TIME")]
     pub timeout: Option<Span>,
     /// Rounds of copying before the freeze comes whatever it costs [default: the daemon's, 30]

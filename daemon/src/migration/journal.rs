@@ -290,6 +290,13 @@ impl Journals {
 }
 
 impl Journal {
+    /// When it was made, as far as the file system knows.
+    pub fn begun(&self) -> SystemTime {
+        let times = fs::metadata(&self.path)
+            .and_then(|metadata| metadata.created().or_else(|_| metadata.modified()));
+        times.unwrap_or(SystemTime::UNIX_EPOCH)
+    }
+
     fn new(path: PathBuf, disk: Box<dyn Disk>) -> Self {
         Self {
             path,

@@ -8,10 +8,11 @@
 
 mod incoming;
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use pageferry_proto::id::{MigrationId, NodeName, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
@@ -77,6 +78,8 @@ struct Inner {
 
 #[derive(Debug, Clone)]
 struct Entry {
+    /// When its journal was made.
+    begun: SystemTime,
     status: watch::Receiver<Arc<Progress>>,
     requests: Requests,
 }
@@ -284,7 +287,7 @@ impl Registry {
         peer: NodeName,
         again: Option<MigrateRequest>,
     ) {
-        let id = machine.id();
+        let (id, begun) = (machine.id(), journal.begun());
         let (status, watched) = watch::channel(Arc::new(Progress::of(machine.status(clock.now()))));
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
         let driver = SourceDriver::new(SourceParts {
@@ -301,6 +304,7 @@ impl Registry {
             repeatable: again.is_some(),
         });
         let entry = Entry {
+            begun,
             status: watched,
             requests: Requests::Source(requests),
         };
@@ -372,10 +376,12 @@ impl Registry {
         }
     }
 
-    /// All migrations, in no particular order.
+    /// All migrations, the newest first.
     pub fn list(&self) -> Vec<Arc<Progress>> {
-        self.lock()
-            .values()
+        let mut entries: Vec<Entry> = self.lock().values().cloned().collect();
+        entries.sort_by_key(|entry| Reverse(entry.begun));
+        entries
+            .iter()
             .map(|entry| Arc::clone(&entry.status.borrow()))
             .collect()
     }

@@ -138,8 +138,25 @@ pub fn check(description: &WorkloadDescription) -> Result<(), Failure> {
     for file in &description.files {
         files::check(file, Path::new("/"))?;
     }
+    check_folder(description)?;
     // Empty with a pid namespace of its own.
     check_pids(&description.pids)
+}
+
+/// CRIU opens the working directory of the root again, in the freeze.
+fn check_folder(description: &WorkloadDescription) -> Result<(), Failure> {
+    // Among mounts of its own it is where those say.
+    if description.own_namespaces.contains(Namespaces::MNT) || Path::new(&description.cwd).is_dir()
+    {
+        return Ok(());
+    }
+    Err(Failure::new(
+        ErrorCode::FileDiffers,
+        format!(
+            "the working directory {} is missing at the target",
+            description.cwd
+        ),
+    ))
 }
 
 /// Refuses a tree whose pids or thread ids are in use at this node.
@@ -324,12 +341,13 @@ fn own_mounts(root: i32, own: &[NamespaceKind]) -> Result<Option<Mounts>, Failur
     Ok(Some(mounts))
 }
 
-/// A session or process group whose leader is outside the tree cannot be made again.
+/// A session or process group whose leader is outside the tree cannot be made again. A leader
+/// outside of the node's pid namespace is called 0.
 fn check_session(process: &Process, tasks: &BTreeSet<i32>) -> Result<(), Failure> {
     let Ok(stat) = process.stat() else {
         return Ok(());
     };
-    if stat.session != 0 && !tasks.contains(&stat.session) {
+    if !tasks.contains(&stat.session) {
         return Err(Failure::new(
             ErrorCode::UnsupportedWorkload,
             format!(

@@ -27,7 +27,10 @@ impl Registry {
         let (id, peer) = (session.migration, session.peer.clone());
         let mut session = Box::new(session);
         let known = self.lock().get(&id).cloned();
-        if let Some(Entry { status, requests }) = known {
+        if let Some(Entry {
+            status, requests, ..
+        }) = known
+        {
             let ours = match requests {
                 Requests::Target(requests) if status.borrow().status.peer == peer => requests,
                 Requests::Target(_) | Requests::Source(_) => {
@@ -127,7 +130,7 @@ impl Registry {
         journal: Journal,
         session: Option<Box<TargetSession>>,
     ) {
-        let id = machine.id();
+        let (id, begun) = (machine.id(), journal.begun());
         let (status, watched) = watch::channel(Arc::new(Progress::of(machine.status(clock.now()))));
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
         let driver = TargetDriver::new(TargetParts {
@@ -139,6 +142,7 @@ impl Registry {
             journal,
         });
         let entry = Entry {
+            begun,
             status: watched,
             requests: Requests::Target(requests.clone()),
         };

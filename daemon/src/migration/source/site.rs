@@ -230,14 +230,20 @@ impl Site {
         let which = largest.map_or(String::new(), |object| {
             format!(", the largest {} of {} bytes", object.name, object.bytes)
         });
+        let advice = if budget == self.node.eager_memory_max {
+            "more than limits.eager_memory_max, whatever the downtime: raise it".to_owned()
+        } else {
+            format!(
+                "more than fits into {:?} of downtime: allow more downtime",
+                self.policy.downtime_max
+            )
+        };
         Err(Failure::new(
             ErrorCode::SharedMemoryBudget,
             format!(
                 "{} bytes of shared, locked or executable memory can only be copied in the \
-                 freeze{which}; within {:?} of downtime {budget} bytes are: allow more downtime, \
-                 or use --force-eager",
-                eager.bytes(),
-                self.policy.downtime_max
+                 freeze{which}; {budget} bytes may be, and that is {advice}, or use --force-eager",
+                eager.bytes()
             ),
         ))
     }
