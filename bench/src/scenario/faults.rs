@@ -153,7 +153,11 @@ impl Fault {
         let migration = Migration::start(lab.node("a")?, &name, "b", &flags)?;
         let (hit, outcome) = if self.stall == Stall::Moved {
             let outcome = migration.finish()?;
-            (self.strike(lab, &name)?, outcome)
+            let hit = self.strike(lab, &name)?;
+            if hit {
+                wait_for_fill(lab, &name)?;
+            }
+            (hit, outcome)
         } else {
             let hit = self.strike(lab, &name)?;
             (hit, migration.finish()?)
@@ -171,14 +175,16 @@ impl Fault {
             None => "the migration succeeded".to_owned(),
         });
         let silence = session.prober.longest_silence_since(begun);
-        if let Ok(Survivor::NobodyFrozen) = survivor {
+        if !matches!(survivor, Ok(Survivor::Source | Survivor::Target)) {
             // As its operator would: it is told to die, and then thawed.
             session.workload.signal(lab)?;
             lab.node("b")?.thaw();
         }
-        session.workload.kill(lab)?;
+        let killed = session.workload.kill(lab);
+        let survivor = survivor?;
+        killed?;
         wait_settled(lab, SETTLE_TIME_MAX)?;
-        Ok(Some((survivor?, silence)))
+        Ok(Some((survivor, silence)))
     }
 
     /// Waits for the state and does it; whether the state was seen.
@@ -295,6 +301,20 @@ fn wait_for_phase(lab: &Lab, workload: &str, at: (&str, &str)) -> Result<Option<
         }
     }
     Ok(None)
+}
+
+/// Waits until the target's fill is over, or lost and the workload frozen for it: for some
+/// milliseconds after the pager's death the workload still answers.
+fn wait_for_fill(lab: &Lab, workload: &str) -> Result<()> {
+    let target = lab.node("b")?;
+    let deadline = Instant::now() + PHASE_TIME_MAX;
+    while under_way(target, workload).is_some() && !target.has_frozen_cgroup() {
+        ensure!(
+            Instant::now() < deadline,
+            "the fill neither ended nor was the workload frozen for it"
+        );
+    }
+    Ok(())
 }
 
 /// Who runs the workload now? Exactly one node may, and its memory must be right.
