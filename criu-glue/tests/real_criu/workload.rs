@@ -7,6 +7,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use memmap2::MmapMut;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -94,6 +95,7 @@ impl Workload {
             child,
         };
         let ready = workload.wait_for("ready");
+        pin(pid);
         let (start, end) = ready.split_once(' ').expect("two addresses");
         let number = |text| u64::from_str_radix(text, 16).expect("an address");
         workload.region = (number(start), number(end));
@@ -151,3 +153,15 @@ pub fn wait_until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
 
 /// For everything that has to happen sooner or later.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Keeps a process on one processor. While the parasite of a dump runs in it on another one than
+/// before, the kernel writes that one's number into its memory (rseq), behind the back of the dump.
+fn pin(pid: i32) {
+    let pid = Pid::from_raw(pid);
+    let allowed = sched_getaffinity(pid).expect("a live process");
+    let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu) == Ok(true));
+    let mut one = CpuSet::new();
+    one.set(first.expect("a processor"))
+        .expect("a number in range");
+    sched_setaffinity(pid, &one).expect("root");
+}
