@@ -81,12 +81,13 @@ impl FlagNames {
     /// # Errors
     /// [`Malformed`] with the first line of the text that is not understood.
     pub fn confirm(&self, rendered: &[u8], areas: &[Area]) -> Result<bool, Malformed> {
-        let told = smaps::mappings(rendered)?;
-        let own = told.iter().filter(|mapping| !is_of_kernel(mapping.start));
-        Ok(own.count() == areas.len()
-            && pairs(&told, areas).count() == areas.len()
-            && pairs(&told, areas)
-                .all(|(mapping, area)| self.words(area.flags) == Some(&mapping.flags)))
+        let mut told = smaps::mappings(rendered)?;
+        told.retain(|mapping| !is_of_kernel(mapping.start));
+        let says = |(mapping, area): (&smaps::Mapping, &Area)| {
+            (mapping.start, mapping.end) == (area.start, area.end)
+                && self.words(area.flags) == Some(&mapping.flags)
+        };
+        Ok(told.len() == areas.len() && told.iter().zip(areas).all(says))
     }
 }
 

@@ -129,11 +129,9 @@ impl Feed {
     /// # Errors
     /// [`FeedError::Range`]; then nothing is changed.
     pub fn set_ranges(&mut self, pid: i32, ranges: &[(u64, u64)]) -> Result<(), FeedError> {
-        if let Some(&(start, end)) = ranges.iter().find(|range| !is_range(range)) {
-            return Err(FeedError::Range { pid, start, end });
-        }
+        let hidden = merged(pid, ranges)?;
         let shown = self.spaces.entry(pid).or_default();
-        shown.hidden = merged(ranges);
+        shown.hidden = hidden;
         shown.guards = None;
         Ok(())
     }
@@ -144,11 +142,8 @@ impl Feed {
     /// # Errors
     /// [`FeedError::Range`] or [`FeedError::Guard`]; then nothing is changed.
     pub fn set_guards(&mut self, pid: i32, guards: &[(u64, u64)]) -> Result<(), FeedError> {
-        if let Some(&(start, end)) = guards.iter().find(|range| !is_range(range)) {
-            return Err(FeedError::Range { pid, start, end });
-        }
+        let guards = merged(pid, guards)?;
         let shown = self.spaces.entry(pid).or_default();
-        let guards = merged(guards);
         let hidden = |&&(start, end): &&(u64, u64)| {
             let place = shown.hidden.partition_point(|range| range.1 <= start);
             shown
@@ -281,11 +276,12 @@ impl Feed {
     }
 }
 
-fn is_range(&(start, end): &(u64, u64)) -> bool {
-    start < end && (start | end) % PAGE_SIZE == 0
-}
-
-fn merged(ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
+/// Sorted, disjoint, not adjacent; refused if one of them is no range of pages.
+fn merged(pid: i32, ranges: &[(u64, u64)]) -> Result<Vec<(u64, u64)>, FeedError> {
+    let fits = |&(start, end): &(u64, u64)| start < end && (start | end) % PAGE_SIZE == 0;
+    if let Some(&(start, end)) = ranges.iter().find(|range| !fits(range)) {
+        return Err(FeedError::Range { pid, start, end });
+    }
     let mut sorted = ranges.to_vec();
     sorted.sort_unstable();
     let mut merged: Vec<(u64, u64)> = Vec::with_capacity(sorted.len());
@@ -295,7 +291,7 @@ fn merged(ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
             _ => merged.push((start, end)),
         }
     }
-    merged
+    Ok(merged)
 }
 
 /// The smallest page of every supported machine, in bytes: what pagemap counts in.
