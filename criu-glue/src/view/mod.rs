@@ -62,6 +62,8 @@ pub struct Counters {
     pub smaps_passed: u64,
     /// Scans for guard regions that were answered with what was told of them.
     pub guards_served: u64,
+    /// Calls of ptrace and wait that CRIU left to its tracer; 0 where it traces by itself.
+    pub tracer_asked: u64,
 }
 
 /// Why a feed could not be made or told something.
@@ -234,6 +236,7 @@ impl Feed {
             smaps_served: of(Counter::SmapsServed),
             smaps_passed: of(Counter::SmapsPassed),
             guards_served: of(Counter::GuardsServed),
+            tracer_asked: of(Counter::TracerAsked),
         })
     }
 

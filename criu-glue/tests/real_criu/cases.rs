@@ -18,6 +18,7 @@ use criu_glue::view::smaps::{self, Recorded};
 use criu_glue::view::{Counters, Feed};
 use tokio::sync::oneshot;
 
+use crate::killed::{a_dump_without_its_tracer_fails, a_killed_criu_leaves_the_workload_as_it_was};
 use crate::lazy::{Server, Store, take_over};
 use crate::node::LIBRARY;
 use crate::workload::{PATIENCE, Workload};
@@ -41,6 +42,8 @@ cases! {
     a_worker_inside_the_namespaces_of_a_workload_leaves_them_alone,
     a_dump_refused_at_its_gate_leaves_the_workload_running,
     a_dropped_worker_leaves_the_workload_running,
+    a_killed_criu_leaves_the_workload_as_it_was,
+    a_dump_without_its_tracer_fails,
     a_failed_request_names_its_cause,
     a_worker_that_cannot_be_prepared_names_the_step,
 }
@@ -64,13 +67,13 @@ fn run_one<F: Future<Output = ()>>(name: &str, filter: &[&str], case: impl FnOnc
 }
 
 /// The directories of one dump and its restores.
-struct Run {
-    images: PathBuf,
-    work: PathBuf,
+pub struct Run {
+    pub images: PathBuf,
+    pub work: PathBuf,
 }
 
 impl Run {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let base = tempfile::tempdir_in("/tmp").expect("tmp").keep();
         let (images, work) = (base.join("images"), base.join("work"));
         fs::create_dir(&images).expect("an empty directory");
@@ -86,11 +89,11 @@ impl Run {
         }
     }
 
-    fn config(&self) -> SwrkConfig {
+    pub fn config(&self) -> SwrkConfig {
         SwrkConfig::new("criu".into(), self.work.join("criu.out"))
     }
 
-    fn dump_options(&self, workload: &Workload) -> DumpOptions {
+    pub fn dump_options(&self, workload: &Workload) -> DumpOptions {
         let log = Log {
             file: "dump.log".to_owned(),
             level: LogLevel::Debug,
@@ -406,7 +409,7 @@ async fn a_half_hidden_mapping_is_dumped_in_part() {
 }
 
 async fn a_worker_inside_the_namespaces_of_a_workload_leaves_them_alone() {
-    let mut workload = Workload::start_with(&["unshare", "--uts", "--ipc", "--"], 8);
+    let mut workload = Workload::start_with(&["unshare", "--uts", "--ipc", "--"], 8, 0);
     let pid = workload.pid;
     let namespaces = || -> Vec<OwnedFd> {
         let open = |kind| File::open(format!("/proc/{pid}/ns/{kind}"));

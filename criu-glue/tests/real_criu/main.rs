@@ -6,6 +6,7 @@
 //! image is changed, and the kernel takes all of it down when the test ends, however it ends.
 
 mod cases;
+mod killed;
 mod lazy;
 mod node;
 mod sys;
@@ -18,8 +19,9 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["--workload", directory, mebibytes] => {
-            workload::run(Path::new(directory), mebibytes.parse().expect("a number"))
+        ["--workload", directory, mebibytes, threads] => {
+            let number = |text: &str| text.parse().expect("a number");
+            workload::run(Path::new(directory), number(mebibytes), number(threads))
         }
         ["--inside", image, base, library, filter @ ..] => {
             node::enter(Path::new(image), Path::new(base), Path::new(library));

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::{Arc, Barrier};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -19,7 +20,8 @@ const WORD: usize = 8;
 
 /// The workload's own `main`: fills memory, says where it is, and checks it when asked to. It never
 /// holds a file open for longer than it takes.
-pub fn run(directory: &Path, mebibytes: usize) -> ExitCode {
+/// `threads` more wait beside the first.
+pub fn run(directory: &Path, mebibytes: usize, threads: usize) -> ExitCode {
     nix::unistd::setsid().expect("a child is no group leader");
     let mut memory = MmapMut::map_anon(mebibytes << 20).expect("memory");
     for (index, page) in memory.chunks_exact_mut(PAGE).enumerate() {
@@ -27,6 +29,18 @@ pub fn run(directory: &Path, mebibytes: usize) -> ExitCode {
             word.copy_from_slice(&expected(index, at).to_ne_bytes());
         }
     }
+    // A thread that only begins has its signals blocked.
+    let begun = Arc::new(Barrier::new(threads + 1));
+    for _ in 0..threads {
+        let begun = Arc::clone(&begun);
+        std::thread::spawn(move || {
+            begun.wait();
+            loop {
+                sleep(Duration::from_millis(5));
+            }
+        });
+    }
+    begun.wait();
     let start = memory.as_ptr() as usize;
     say(
         directory,
@@ -71,17 +85,18 @@ pub struct Workload {
 
 impl Workload {
     pub fn start(mebibytes: usize) -> Self {
-        Self::start_with(&[], mebibytes)
+        Self::start_with(&[], mebibytes, 0)
     }
 
     /// Started by `prefix`, a command that becomes the one it is given.
-    pub fn start_with(prefix: &[&str], mebibytes: usize) -> Self {
+    pub fn start_with(prefix: &[&str], mebibytes: usize, threads: usize) -> Self {
         let directory = tempfile::tempdir_in("/tmp").expect("tmp").keep();
         let words = [prefix, &[PROGRAM]].concat();
         let child = Command::new(words[0])
             .args(&words[1..])
             .arg("--workload")
-            .args([directory.as_os_str(), mebibytes.to_string().as_ref()])
+            .arg(&directory)
+            .args([mebibytes.to_string(), threads.to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

@@ -22,17 +22,24 @@ pub struct Feed {
 /// nothing CRIU starts is preloaded.
 ///
 /// The descriptor is closed: it must not be among CRIU's own when it moves those about.
-pub fn attach() {
-    let Some(fd) = feed_descriptor() else { return };
+///
+/// True if there is a feed of this version.
+pub fn attach() -> bool {
+    let Some(fd) = feed_descriptor() else {
+        return false;
+    };
+    let mut known = false;
     if let Some(base) = map(fd) {
         MAPPING.store(base, Ordering::Release);
         // The other side refuses to dump if nobody says so.
-        if read(base, 0).is_some_and(|bytes| Header::is_known(&bytes)) {
+        known = read(base, 0).is_some_and(|bytes| Header::is_known(&bytes));
+        if known {
             count(Counter::Attached);
         }
     }
     // SAFETY: a descriptor meant for us alone; closing a wrong number only fails.
     unsafe { libc::close(fd) };
+    known
 }
 
 fn feed_descriptor() -> Option<i32> {

@@ -25,7 +25,7 @@ pub const FEED_VARIABLE: &str = "CRIU_VIEW_FEED";
 pub const MAGIC: u64 = 0x5745_4956_5549_5243;
 
 /// Raised with every change of this file.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Size of the memory file, in bytes, sealed against shrinking. It is sparse: memory is used for
 /// what is written only. Large enough for 65536 VMAs (the kernel's default limit for one process)
@@ -64,9 +64,11 @@ pub enum Counter {
     SmapsPassed = 5,
     /// Scans for guard regions answered without the kernel, but for what is not hidden.
     GuardsServed = 6,
+    /// Calls of ptrace and wait that were passed to the tracer.
+    TracerAsked = 7,
 }
 
-pub const COUNTERS: usize = 7;
+pub const COUNTERS: usize = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {

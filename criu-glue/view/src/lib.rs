@@ -12,7 +12,8 @@
 //! regions goes to the kernel for everything that is not hidden, and for all of it unless the
 //! guards within the hidden ranges were told.
 //!
-//! It also answers for limits that the kernel does not tell (see `limits`).
+//! It also answers for limits that the kernel does not tell (see `limits`), and leaves tracing to a
+//! process that outlives CRIU (see `tracer`).
 //!
 //! Absent: everything for restores. A restored task must never run with this library's answers.
 
@@ -25,6 +26,8 @@ mod cut;
 mod feed;
 mod layout;
 mod limits;
+#[cfg(target_arch = "x86_64")]
+mod tracer;
 
 use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
 
@@ -65,7 +68,10 @@ const PAGE_IS_SWAPPED: u64 = 1 << 4;
 #[cfg_attr(not(test), used, unsafe(link_section = ".init_array"))]
 static CONSTRUCTOR: extern "C" fn() = {
     extern "C" fn constructor() {
-        feed::attach();
+        if feed::attach() {
+            #[cfg(target_arch = "x86_64")]
+            tracer::start();
+        }
     }
     constructor
 };

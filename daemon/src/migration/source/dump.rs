@@ -9,7 +9,8 @@
 //!
 //! Invariants: between `pre-dump` and `post-dump` CRIU alone touches the tasks; at `post-dump` they
 //! are held by ptrace *and*, once the caller has frozen the cgroup again, by the cgroup; dropping a
-//! `Dump` closes CRIU's socket, which CRIU takes as a failed dump.
+//! `Dump` closes CRIU's socket, which CRIU takes as a failed dump. A CRIU that ends by itself is
+//! heard of when the tracer in its view library has put the tasks back.
 
 use std::fs;
 use std::io;
@@ -157,7 +158,8 @@ impl Dump {
             breakpoints: false,
             urgent: true,
         })?;
-        // Killed in the middle of the dump it could take the workload with it.
+        // Killed in the middle of the dump it fails the migration; its tracer, which takes this
+        // over from it, would take the workload with it.
         if let Err(error) = swrk.set_oom_score_adj(OOM_SCORE_ADJ) {
             tracing::debug!(%error, "criu is killed for memory like any other");
         }

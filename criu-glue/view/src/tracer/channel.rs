@@ -1,0 +1,235 @@
+//! Memory shared by CRIU and its tracer, and one call at a time through it.
+//!
+//! CRIU writes a call and raises `asked`; the tracer serves it, writes the result and raises
+//! `answered`. Each side touches the call only in its turn, which is what makes sharing it sound.
+
+use std::cell::UnsafeCell;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// `ptrace(2)`, with its request.
+    Ptrace(u32),
+    /// `wait4(2)`, with its options.
+    Wait(i32),
+}
+
+/// Which of `ptrace`'s arguments point to the buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// None: both are numbers.
+    Plain,
+    /// `data`.
+    Data,
+    /// `addr`.
+    Address,
+    /// `data` is an `iovec` over the buffer.
+    Vector,
+    /// `addr` to its first [`PEEK_BYTES`] bytes, `data` behind them (`PTRACE_PEEKSIGINFO`).
+    Both,
+}
+
+/// One call, its arguments and its result.
+#[derive(Debug)]
+pub struct Call {
+    pub what: What,
+    pub shape: Shape,
+    /// A thread, or -1 for a wait for any.
+    pub pid: i32,
+    /// The processor CRIU runs on.
+    pub cpu: i32,
+    pub address: u64,
+    pub data: u64,
+    /// What the kernel returned, negative errors included.
+    pub result: i64,
+    /// Of a wait.
+    pub status: i32,
+    /// Bytes of `buffer` that mean something.
+    pub length: usize,
+    pub buffer: [u8; BUFFER_BYTES],
+}
+
+/// The largest thing passed: a seccomp filter of 4096 instructions (`BPF_MAXINSNS`) of 8 bytes.
+pub const BUFFER_BYTES: usize = 32 << 10;
+
+/// `sizeof(struct ptrace_peeksiginfo_args)`.
+pub const PEEK_BYTES: usize = 16;
+
+/// Lies in memory that both processes have mapped.
+pub struct Channel {
+    asked: AtomicU32,
+    answered: AtomicU32,
+    call: UnsafeCell<Call>,
+}
+
+/// A channel for this process and those it forks; never unmapped.
+#[derive(Clone, Copy)]
+pub struct Shared(NonNull<Channel>);
+
+impl Shared {
+    pub fn create() -> Option<Self> {
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let memory = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                size_of::<Channel>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if memory == libc::MAP_FAILED {
+            return None;
+        }
+        let channel = NonNull::new(memory.cast::<Channel>())?;
+        let nothing = Call {
+            what: What::Wait(0),
+            shape: Shape::Plain,
+            pid: 0,
+            cpu: 0,
+            address: 0,
+            data: 0,
+            result: 0,
+            status: 0,
+            length: 0,
+            buffer: [0; BUFFER_BYTES],
+        };
+        // SAFETY: large enough, page-aligned, and known to nobody else yet.
+        unsafe {
+            channel.write(Channel {
+                asked: AtomicU32::new(0),
+                answered: AtomicU32::new(0),
+                call: UnsafeCell::new(nothing),
+            });
+        }
+        Some(Self(channel))
+    }
+
+    pub fn as_ptr(self) -> *mut Channel {
+        self.0.as_ptr()
+    }
+
+    /// `None` for null.
+    pub fn from_ptr(channel: *mut Channel) -> Option<Self> {
+        NonNull::new(channel).map(Self)
+    }
+
+    fn channel(&self) -> &Channel {
+        // SAFETY: mapped and initialised by `create`, and never unmapped.
+        unsafe { self.0.as_ref() }
+    }
+
+    /// CRIU's turn: fills the call and hands it over by `notify`; `alive` is asked now and then
+    /// whether anybody is left to answer. Gives what `read` makes of the answered call.
+    ///
+    /// Not to be called by a signal handler that interrupts it.
+    pub fn ask<T>(
+        &self,
+        fill: impl FnOnce(&mut Call),
+        notify: impl FnOnce(),
+        mut alive: impl FnMut() -> bool,
+        read: impl FnOnce(&Call) -> T,
+    ) -> Option<T> {
+        let channel = self.channel();
+        let turn = channel.answered.load(Ordering::Acquire).wrapping_add(1);
+        // SAFETY: everything asked has been answered, so the call is ours until `asked` is raised.
+        fill(unsafe { &mut *channel.call.get() });
+        channel.asked.store(turn, Ordering::Release);
+        notify();
+        loop {
+            let answered = channel.answered.load(Ordering::Acquire);
+            if answered == turn {
+                // SAFETY: it was answered, so it is ours again.
+                return Some(read(unsafe { &*channel.call.get() }));
+            }
+            if futex_wait(&channel.answered, answered) == Waited::TimedOut && !alive() {
+                return None;
+            }
+        }
+    }
+
+    /// The tracer's turn, if it is: serves what was asked for.
+    pub fn serve(&self, serve: impl FnOnce(&mut Call)) {
+        let channel = self.channel();
+        let turn = channel.asked.load(Ordering::Acquire);
+        if turn == channel.answered.load(Ordering::Relaxed) {
+            return;
+        }
+        // SAFETY: it was asked and not answered, so the call is ours until `answered` is raised.
+        serve(unsafe { &mut *channel.call.get() });
+        channel.answered.store(turn, Ordering::Release);
+        futex_wake(&channel.answered);
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Waited {
+    Woken,
+    TimedOut,
+}
+
+fn futex_wait(word: &AtomicU32, unchanged: u32) -> Waited {
+    let limit = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 100_000_000, // 100 ms
+    };
+    let limit = ptr::from_ref(&limit);
+    // SAFETY: the word and the time limit live across the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT,
+            unchanged,
+            limit,
+        )
+    };
+    let timed_out =
+        result < 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::ETIMEDOUT);
+    if timed_out {
+        Waited::TimedOut
+    } else {
+        Waited::Woken
+    }
+}
+
+fn futex_wake(word: &AtomicU32) {
+    // SAFETY: the word lives across the call.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, 1) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_is_answered_by_the_other_side() {
+        let shared = Shared::create().expect("memory");
+        let channel = shared.as_ptr() as usize;
+        let server = std::thread::spawn(move || {
+            let shared = Shared::from_ptr(channel as *mut Channel).expect("not null");
+            let mut served = 0;
+            while served < 3 {
+                shared.serve(|call| {
+                    served += 1;
+                    call.result = i64::from(call.pid) * 2;
+                });
+            }
+        });
+        for pid in 1..=3 {
+            let result = shared.ask(|call| call.pid = pid, || (), || true, |call| call.result);
+            assert_eq!(result, Some(2 * i64::from(pid)));
+        }
+        server.join().expect("no panic");
+    }
+
+    #[test]
+    fn nobody_left_to_answer_is_noticed() {
+        let shared = Shared::create().expect("memory");
+        let result = shared.ask(|call| call.pid = 1, || (), || false, |call| call.result);
+        assert_eq!(result, None);
+    }
+}

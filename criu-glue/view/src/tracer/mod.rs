@@ -1,0 +1,48 @@
+//! CRIU's tracer: a process of its own, so that CRIU's end is not the end of the workload.
+//!
+//! Whoever traces a thread must not die while the thread runs code that is not its own: the kernel
+//! lets tracees go on when their tracer ends, and the next thing they meet is a trap that nobody
+//! waits for any more. In a dump that is true for a millisecond or two in every ten. So CRIU does
+//! not trace: it asks a small child, forked before CRIU's `main`, which makes the calls in its
+//! place, remembers what is changed in each thread ([`tracee`]), and when CRIU ends brings all of
+//! them home before it ends as well. It holds CRIU's socket open for as long; whoever talks to CRIU
+//! hears of its end when the workload is whole again.
+//!
+//! Invariants: the tracer is the only one to trace what was seized under a published feed, and
+//! never serves anybody but the process that forked it.
+//!
+//! Absent: help for a tracer that is itself killed in those moments, and other architectures than
+//! x86-64, where CRIU traces by itself.
+
+mod channel;
+mod home;
+mod kernel;
+mod known;
+mod remote;
+mod serve;
+mod tracee;
+
+use channel::Shared;
+
+/// Forks the tracer, in a process that has one thread. Where that fails CRIU traces by itself.
+pub fn start() {
+    let Some(shared) = Shared::create() else {
+        return;
+    };
+    // SAFETY: no arguments.
+    let owner = unsafe { libc::getpid() };
+    // In the child nothing may arrive before it listens; CRIU gets its own mask back.
+    let before = kernel::block(!0);
+    // No signal at its end: for `wait` without `__WALL`, CRIU has no such child.
+    // SAFETY: a fork; the child has all of this process's one thread.
+    let child = unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) };
+    if child == 0 {
+        serve::run(shared, owner);
+    }
+    kernel::unblock_to(before);
+    if let Ok(child) = i32::try_from(child)
+        && child > 0
+    {
+        remote::attach(shared, owner, child);
+    }
+}

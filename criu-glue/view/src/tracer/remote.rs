@@ -1,0 +1,395 @@
+//! CRIU's side: `ptrace`, `wait4` and `waitpid`, passed to the tracer where they concern a tracee.
+//!
+//! A thread is a tracee from its `PTRACE_SEIZE` under a published feed on. Children of CRIU's own,
+//! of which its probes trace some, are waited for and traced as ever.
+
+use std::collections::BTreeMap;
+use std::ffi::{c_int, c_long, c_uint, c_void};
+use std::ptr;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
+
+use super::channel::{BUFFER_BYTES, Call, Channel, PEEK_BYTES, Shape, Shared, What};
+use super::{kernel, known};
+use crate::feed::{self, Feed};
+use crate::layout::Counter;
+
+/// The two ends: CRIU's process, which may use the channel, and the tracer's.
+static OWNER: AtomicI32 = AtomicI32::new(0);
+static TRACER: AtomicI32 = AtomicI32::new(0);
+static CHANNEL: AtomicPtr<Channel> = AtomicPtr::new(ptr::null_mut());
+static GONE: AtomicBool = AtomicBool::new(false);
+
+/// Held for the length of a call, with SIGCHLD blocked: CRIU's handler for it waits, too.
+static TRACEES: Mutex<Tracees> = Mutex::new(Tracees::new());
+
+/// Each with what is known of it since it stopped, if nothing was done to it.
+type Tracees = BTreeMap<i32, Vec<u8>>;
+
+/// From now on `shared` leads to the tracer.
+pub fn attach(shared: Shared, owner: i32, tracer: i32) {
+    OWNER.store(owner, Ordering::Relaxed);
+    TRACER.store(tracer, Ordering::Relaxed);
+    CHANNEL.store(shared.as_ptr(), Ordering::Release);
+}
+
+/// `ptrace(2)`. Not variadic: on x86-64 the arguments are in the same registers.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+extern "C" fn ptrace(request: c_uint, pid: c_int, address: u64, data: u64) -> c_long {
+    let seizes = request == kernel::SEIZE && Feed::current().is_some();
+    let remote = with_tracees(|tracees| {
+        let known = tracees.get_mut(&pid);
+        if known.is_none() && !seizes {
+            return None;
+        }
+        if let Some(known) = known {
+            if let Some(result) = answer_at_once(known, request, pid, address, data) {
+                return Some(Ok(result));
+            }
+            if !keeps_known(request, data) {
+                known.clear();
+            }
+        }
+        let result = ptrace_remotely(request, pid, address, data);
+        if result.is_ok() && seizes {
+            tracees.insert(pid, Vec::new());
+        }
+        if result.is_ok() && request == kernel::DETACH {
+            tracees.remove(&pid);
+        }
+        Some(result)
+    });
+    if let Some(result) = remote {
+        return finish(result);
+    }
+    let mut word = 0_i64;
+    if tells_a_word(request) {
+        let result = checked(kernel::ptrace(
+            request,
+            pid,
+            address,
+            (&raw mut word) as u64,
+        ));
+        return finish(result.map(|_| word));
+    }
+    finish(checked(kernel::ptrace(request, pid, address, data)))
+}
+
+/// `waitpid(2)`.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+extern "C" fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int {
+    wait4(pid, status, options, ptr::null_mut())
+}
+
+/// `wait4(2)`.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+extern "C" fn wait4(pid: c_int, status: *mut c_int, options: c_int, usage: *mut c_void) -> c_int {
+    let remote = loop {
+        let waited = with_tracees(|tracees| wait_once(tracees, pid, options));
+        if !matches!(waited, Some((0, _))) || options & libc::WNOHANG != 0 {
+            break waited;
+        }
+        // Children of CRIU and tracees, and none has anything to tell.
+        std::thread::sleep(std::time::Duration::from_micros(100));
+    };
+    let Some((result, told)) = remote else {
+        // Among any, the tracer is not meant: a child that only `__WALL` finds.
+        let hidden = pid == -1 && has_tracer();
+        let options = if hidden {
+            options & !libc::__WALL
+        } else {
+            options
+        };
+        // SAFETY: passed on as it came.
+        let result = unsafe { libc::syscall(libc::SYS_wait4, pid, status, options, usage) };
+        return c_int::try_from(result).unwrap_or(-1);
+    };
+    if result > 0 && !status.is_null() {
+        // SAFETY: the caller passes a place for the status, or null.
+        unsafe { status.write(told) };
+    }
+    c_int::try_from(finish(checked(result))).unwrap_or(-1)
+}
+
+/// `None` for CRIU's own children, 0 when nobody had anything to tell.
+fn wait_once(tracees: &mut Tracees, pid: i32, options: i32) -> Option<(i64, i32)> {
+    if pid > 0 {
+        return tracees
+            .contains_key(&pid)
+            .then(|| wait_remotely(tracees, pid, options));
+    }
+    if pid != -1 || tracees.is_empty() {
+        return None;
+    }
+    let own = kernel::wait(pid, (options | libc::WNOHANG) & !libc::__WALL);
+    let childless = own.0 == -i64::from(libc::ECHILD);
+    if own.0 != 0 && !childless {
+        return Some(own);
+    }
+    let patience = if childless { 0 } else { libc::WNOHANG };
+    Some(wait_remotely(tracees, pid, options | patience))
+}
+
+fn wait_remotely(tracees: &mut Tracees, pid: i32, options: i32) -> (i64, i32) {
+    let fill = |call: &mut Call| {
+        call.what = What::Wait(options);
+        call.pid = pid;
+    };
+    let read = |call: &Call| {
+        let known = call.buffer.get(..call.length).unwrap_or_default();
+        (call.result, call.status, known.to_vec())
+    };
+    let gone = (-i64::from(libc::ECHILD), 0, Vec::new());
+    let (result, status, known) = ask(fill, read).unwrap_or(gone);
+    if let Ok(tid @ 1..) = i32::try_from(result) {
+        if libc::WIFSTOPPED(status) {
+            tracees.insert(tid, known);
+        } else {
+            tracees.remove(&tid);
+        }
+    }
+    if result == -i64::from(libc::ECHILD) && pid == -1 {
+        tracees.clear();
+    }
+    (result, status)
+}
+
+/// What is known already, or can be had without being the tracer.
+fn answer_at_once(known: &[u8], request: u32, pid: i32, address: u64, data: u64) -> Option<i64> {
+    if request == kernel::PEEKDATA {
+        return kernel::peek(pid, address).map(u64::cast_signed);
+    }
+    if !keeps_known(request, data) {
+        return None;
+    }
+    let passed = passed(request, address, data)?;
+    let key = if request == kernel::GETSIGINFO {
+        0
+    } else {
+        address
+    };
+    let (result, bytes) = known::find(known, request, key)?;
+    if passed.length < bytes.len() {
+        return None;
+    }
+    // SAFETY: the caller has room for what this request tells, and that is no more.
+    unsafe { ptr::copy(bytes.as_ptr(), passed.at, bytes.len()) };
+    if passed.shape == Shape::Vector {
+        let vector = data as *mut libc::iovec;
+        // SAFETY: the caller passes an iovec with this shape.
+        unsafe { (*vector).iov_len = bytes.len() };
+    }
+    Some(result)
+}
+
+/// Whether what is known of a thread is true after the request, too.
+fn keeps_known(request: u32, data: u64) -> bool {
+    let reads_shadow_stack = request == kernel::ARCH_PRCTL && data == ARCH_SHSTK_STATUS;
+    reads_shadow_stack
+        || matches!(
+            request,
+            kernel::PEEKTEXT
+                | kernel::PEEKDATA
+                | kernel::PEEKUSER
+                | kernel::GETREGSET
+                | kernel::GETFPREGS
+                | kernel::GETSIGINFO
+                | kernel::GETSIGMASK
+                | kernel::GETEVENTMSG
+                | kernel::GET_THREAD_AREA
+                | kernel::PEEKSIGINFO
+                | kernel::SECCOMP_GET_FILTER
+                | kernel::SECCOMP_GET_METADATA
+                | kernel::GET_RSEQ_CONFIGURATION
+                | kernel::GET_SYSCALL_USER_DISPATCH_CONFIG
+                | kernel::SETOPTIONS
+        )
+}
+
+/// What of the caller's memory goes to the tracer and back.
+struct Passed {
+    shape: Shape,
+    at: *mut u8,
+    length: usize,
+}
+
+/// The result, or the error's number.
+fn ptrace_remotely(request: u32, pid: i32, address: u64, data: u64) -> Result<i64, i32> {
+    let passed = passed(request, address, data).ok_or(libc::EIO)?;
+    let fill = |call: &mut Call| {
+        call.what = What::Ptrace(request);
+        call.shape = passed.shape;
+        call.pid = pid;
+        (call.address, call.data) = (address, data);
+        call.length = passed.length;
+        if passed.shape == Shape::Both {
+            // SAFETY: the caller passes a `ptrace_peeksiginfo_args`.
+            unsafe { ptr::copy(address as *const u8, call.buffer.as_mut_ptr(), PEEK_BYTES) };
+        } else if !passed.at.is_null() {
+            // SAFETY: the caller passes as many bytes as the request implies, no more than there
+            // is room for.
+            unsafe { ptr::copy(passed.at, call.buffer.as_mut_ptr(), passed.length) };
+        }
+    };
+    let answer = ask(fill, |call| {
+        let result = checked(call.result)?;
+        let word = call
+            .buffer
+            .first_chunk()
+            .map(|word| i64::from_ne_bytes(*word));
+        if tells_a_word(request) {
+            return Ok(word.unwrap_or_default());
+        }
+        take_back(request, &passed, call, data);
+        Ok(result)
+    });
+    answer.unwrap_or(Err(libc::ESRCH))
+}
+
+/// Copies to the caller what the kernel told.
+fn take_back(request: u32, passed: &Passed, call: &Call, data: u64) {
+    let records = usize::try_from(call.result).unwrap_or_default();
+    let (from, length) = match (passed.shape, request) {
+        (Shape::Plain, _) => return,
+        (Shape::Both, _) => (PEEK_BYTES, records * kernel::SIGINFO_BYTES),
+        (_, kernel::SECCOMP_GET_FILTER) => (0, records * FILTER_BYTES),
+        (Shape::Vector, _) => (0, call.length.min(passed.length)),
+        _ => (0, passed.length),
+    };
+    let Some(bytes) = call.buffer.get(from..from + length) else {
+        return;
+    };
+    if !passed.at.is_null() {
+        // SAFETY: the caller has room for what this request tells.
+        unsafe { ptr::copy(bytes.as_ptr(), passed.at, bytes.len()) };
+    }
+    if passed.shape == Shape::Vector {
+        let vector = data as *mut libc::iovec;
+        // SAFETY: the caller passes an iovec with this shape.
+        unsafe { (*vector).iov_len = call.length };
+    }
+}
+
+/// `None` for a request nobody makes of a tracee, or one with more than there is room for.
+fn passed(request: u32, address: u64, data: u64) -> Option<Passed> {
+    let at = |shape, at: u64, length: usize| Passed {
+        shape,
+        at: at as *mut u8,
+        length,
+    };
+    let sized = usize::try_from(address).unwrap_or(usize::MAX);
+    let passed = match request {
+        kernel::POKEDATA
+        | kernel::POKEUSER
+        | kernel::CONT
+        | kernel::DETACH
+        | kernel::SYSCALL
+        | kernel::SETOPTIONS
+        | kernel::SEIZE
+        | kernel::INTERRUPT => at(Shape::Plain, 0, 0),
+        kernel::PEEKTEXT | kernel::PEEKDATA | kernel::PEEKUSER => at(Shape::Data, 0, 8),
+        kernel::GETFPREGS | kernel::SETFPREGS => at(Shape::Data, data, 512),
+        kernel::GET_THREAD_AREA => at(Shape::Data, data, 16),
+        kernel::GETEVENTMSG => at(Shape::Data, data, 8),
+        kernel::GETSIGINFO => at(Shape::Data, data, kernel::SIGINFO_BYTES),
+        kernel::GETSIGMASK
+        | kernel::SETSIGMASK
+        | kernel::SECCOMP_GET_METADATA
+        | kernel::GET_RSEQ_CONFIGURATION
+        | kernel::GET_SYSCALL_USER_DISPATCH_CONFIG => at(Shape::Data, data, sized),
+        // Without a place for it, only its length is asked for.
+        kernel::SECCOMP_GET_FILTER if data == 0 => at(Shape::Plain, 0, 0),
+        kernel::SECCOMP_GET_FILTER => Passed {
+            shape: Shape::Data,
+            at: data as *mut u8,
+            length: 0,
+        },
+        // The place for the answer comes first in this one.
+        kernel::ARCH_PRCTL => at(Shape::Address, address, 8),
+        kernel::GETREGSET | kernel::SETREGSET => {
+            // SAFETY: the caller passes an iovec with these.
+            let vector = unsafe { &*(data as *const libc::iovec) };
+            at(Shape::Vector, vector.iov_base as u64, vector.iov_len)
+        }
+        kernel::PEEKSIGINFO => {
+            // SAFETY: the caller passes a `ptrace_peeksiginfo_args`: u64, u32, and the number.
+            let wanted = unsafe { ((address + 12) as *const i32).read_unaligned() };
+            let length = usize::try_from(wanted)
+                .ok()?
+                .checked_mul(kernel::SIGINFO_BYTES)?;
+            at(Shape::Both, data, PEEK_BYTES.checked_add(length)?)
+        }
+        _ => return None,
+    };
+    (passed.length <= BUFFER_BYTES).then_some(passed)
+}
+
+fn ask<T>(fill: impl FnOnce(&mut Call), read: impl FnOnce(&Call) -> T) -> Option<T> {
+    let shared = Shared::from_ptr(CHANNEL.load(Ordering::Acquire))?;
+    let tracer = TRACER.load(Ordering::Relaxed);
+    if GONE.load(Ordering::Relaxed) {
+        return None;
+    }
+    feed::count(Counter::TracerAsked);
+    let fill = |call: &mut Call| {
+        // SAFETY: no arguments.
+        call.cpu = unsafe { libc::sched_getcpu() };
+        fill(call);
+    };
+    // SAFETY: numbers only; the tracer is a child nobody else waits for.
+    let notify = || unsafe {
+        libc::kill(tracer, kernel::ASKED);
+    };
+    let alive = || kernel::wait(tracer, libc::__WALL | libc::WNOHANG).0 == 0;
+    let answer = shared.ask(fill, notify, alive, read);
+    GONE.store(answer.is_none(), Ordering::Relaxed);
+    answer
+}
+
+fn has_tracer() -> bool {
+    // SAFETY: no arguments.
+    let own = unsafe { libc::getpid() };
+    !CHANNEL.load(Ordering::Acquire).is_null() && own == OWNER.load(Ordering::Relaxed)
+}
+
+/// `None` where there is no tracer, and in what CRIU forks.
+fn with_tracees<T>(act: impl FnOnce(&mut Tracees) -> Option<T>) -> Option<T> {
+    if !has_tracer() {
+        return None;
+    }
+    let before = kernel::block(kernel::mask_of(&[libc::SIGCHLD]));
+    let result = TRACEES
+        .lock()
+        .ok()
+        .and_then(|mut tracees| act(&mut tracees));
+    kernel::block(before);
+    result
+}
+
+/// The kernel writes the word where `data` points; the C library returns it.
+fn tells_a_word(request: u32) -> bool {
+    matches!(
+        request,
+        kernel::PEEKTEXT | kernel::PEEKDATA | kernel::PEEKUSER
+    )
+}
+
+fn checked(result: i64) -> Result<i64, i32> {
+    match i32::try_from(result) {
+        Ok(error) if error < 0 => Err(-error),
+        _ => Ok(result),
+    }
+}
+
+/// As the C library returns it. A word of memory may look like an error, and is none: errno tells.
+fn finish(result: Result<i64, i32>) -> c_long {
+    // SAFETY: the C library's own errno of this thread.
+    unsafe { *libc::__errno_location() = result.err().unwrap_or_default() };
+    result.unwrap_or(-1)
+}
+
+/// From arch/x86/include/uapi/asm/prctl.h.
+const ARCH_SHSTK_STATUS: u64 = 0x5005;
+
+/// `sizeof(struct sock_filter)`.
+const FILTER_BYTES: usize = 8;

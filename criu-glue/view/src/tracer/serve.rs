@@ -1,0 +1,221 @@
+//! The tracer's own process: serves CRIU's calls, and brings everything home when CRIU has ended.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::channel::{BUFFER_BYTES, Call, PEEK_BYTES, Shape, Shared, What};
+use super::kernel::{self, Registers, Signal, Stop};
+use super::known;
+use super::tracee::Tracee;
+
+/// The process, from its fork to its end. All signals are blocked in it.
+pub fn run(shared: Shared, owner: i32) -> ! {
+    // SAFETY: a C string and a number; the kernel sends the signal when our parent ends.
+    unsafe {
+        libc::prctl(libc::PR_SET_NAME, c"criu-tracer".as_ptr());
+        libc::prctl(libc::PR_SET_PDEATHSIG, kernel::ORPHANED);
+    }
+    let mut tracer = Tracer {
+        owner,
+        cpu: None,
+        tracees: BTreeMap::new(),
+    };
+    // It may have ended before the kernel was told to say so.
+    while tracer.has_owner() {
+        match kernel::next_signal(Some(LOOK_ROUND)) {
+            Signal::Asked => shared.serve(|call| tracer.serve(call)),
+            Signal::Child => tracer.pass_on(),
+            Signal::Orphaned => break,
+            Signal::None => {}
+        }
+    }
+    tracer.let_all_go()
+}
+
+/// How often it is made sure that CRIU is there, besides being told.
+const LOOK_ROUND: Duration = Duration::from_secs(1);
+
+struct Tracer {
+    /// CRIU's process id.
+    owner: i32,
+    /// The processor we share with CRIU.
+    cpu: Option<i32>,
+    tracees: BTreeMap<i32, Tracee>,
+}
+
+impl Tracer {
+    fn has_owner(&self) -> bool {
+        // SAFETY: no arguments.
+        unsafe { libc::getppid() == self.owner }
+    }
+
+    fn serve(&mut self, call: &mut Call) {
+        self.follow(call.cpu);
+        match call.what {
+            What::Ptrace(request) => self.ptrace(request, call),
+            What::Wait(options) => self.wait(options, call),
+        }
+    }
+
+    /// A call goes to and fro between two processes: on one processor that takes 6 us, between two
+    /// of which one sleeps, 50 (measured in a virtual machine).
+    fn follow(&mut self, cpu: i32) {
+        if self.cpu.is_none() {
+            kernel::stay_on(self.owner, cpu);
+            kernel::stay_on(0, cpu);
+            self.cpu = Some(cpu);
+            self.inherit_oom_score();
+        }
+    }
+
+    /// CRIU was told after it had forked us how unwilling the kernel should be to kill it.
+    fn inherit_oom_score(&self) {
+        let path = |process: &str| format!("/proc/{process}/oom_score_adj");
+        if let Ok(score) = std::fs::read(path(&self.owner.to_string())) {
+            // Where it may not be lowered it is not.
+            let _ = std::fs::write(path("self"), score);
+        }
+    }
+
+    fn ptrace(&mut self, request: u32, call: &mut Call) {
+        let before = self.remember(request, call);
+        let pointer = call.buffer.as_mut_ptr() as u64;
+        call.result = match call.shape {
+            Shape::Plain => kernel::ptrace(request, call.pid, call.address, call.data),
+            Shape::Data => kernel::ptrace(request, call.pid, call.address, pointer),
+            Shape::Address => kernel::ptrace(request, call.pid, pointer, call.data),
+            Shape::Both => {
+                let behind = pointer + PEEK_BYTES as u64;
+                kernel::ptrace(request, call.pid, pointer, behind)
+            }
+            Shape::Vector => {
+                let mut vector = libc::iovec {
+                    iov_base: call.buffer.as_mut_ptr().cast(),
+                    iov_len: call.length.min(BUFFER_BYTES),
+                };
+                let vector_at = (&raw mut vector) as u64;
+                let result = kernel::ptrace(request, call.pid, call.address, vector_at);
+                call.length = vector.iov_len;
+                result
+            }
+        };
+        if call.result >= 0 {
+            self.note(request, call, before);
+        }
+    }
+
+    /// Before a change: what is there now. Gives the word that is going to be replaced.
+    fn remember(&mut self, request: u32, call: &Call) -> Option<u64> {
+        let tracee = self.tracees.get_mut(&call.pid)?;
+        match request {
+            kernel::SETREGSET | kernel::SETSIGMASK | kernel::SETFPREGS => {
+                tracee.leaves(call.pid);
+                None
+            }
+            kernel::POKEDATA => kernel::word(call.pid, call.address),
+            _ => None,
+        }
+    }
+
+    /// After a call that succeeded.
+    fn note(&mut self, request: u32, call: &Call, before: Option<u64>) {
+        match request {
+            kernel::SEIZE => {
+                self.tracees.insert(call.pid, Tracee::default());
+            }
+            kernel::DETACH => {
+                self.tracees.remove(&call.pid);
+            }
+            _ => {}
+        }
+        let Some(tracee) = self.tracees.get_mut(&call.pid) else {
+            return;
+        };
+        match request {
+            kernel::CONT | kernel::SYSCALL => tracee.resumed(),
+            kernel::SETREGSET if call.address == kernel::NT_PRSTATUS => {
+                if let Some(registers) = registers_in(call) {
+                    tracee.has_registers(&registers);
+                }
+            }
+            kernel::SETSIGMASK => {
+                let mask = call
+                    .buffer
+                    .first_chunk()
+                    .map(|mask| u64::from_ne_bytes(*mask));
+                tracee.has_mask(mask.unwrap_or_default());
+            }
+            kernel::POKEDATA => {
+                if let Some(before) = before {
+                    tracee.has_word(call.address, before, call.data);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn wait(&mut self, options: i32, call: &mut Call) {
+        let polled = options | libc::__WALL | libc::WNOHANG;
+        call.length = 0;
+        loop {
+            (call.result, call.status) = kernel::wait(call.pid, polled);
+            if call.result != 0 || options & libc::WNOHANG != 0 {
+                break;
+            }
+            if kernel::next_signal(Some(LOOK_ROUND)) == Signal::Orphaned || !self.has_owner() {
+                self.let_all_go();
+            }
+        }
+        let Ok(tid) = i32::try_from(call.result) else {
+            return;
+        };
+        match Stop::from_status(call.status) {
+            Stop::Ended => {
+                self.tracees.remove(&tid);
+            }
+            stop => {
+                let (length, registers) = known::collect(tid, &mut call.buffer);
+                call.length = length;
+                if let Some(tracee) = self.tracees.get_mut(&tid) {
+                    tracee.stopped(stop);
+                    tracee.shows(registers.as_ref());
+                }
+            }
+        }
+    }
+
+    /// CRIU is the one who has a handler for what its tracees do without being asked to.
+    fn pass_on(&self) {
+        if kernel::somebody_waits_to_be_heard() {
+            // SAFETY: numbers only.
+            unsafe { libc::kill(self.owner, libc::SIGCHLD) };
+        }
+    }
+
+    /// The kernel lets go of all that are stopped when this process ends.
+    fn let_all_go(&mut self) -> ! {
+        let tracees = self.tracees.iter_mut();
+        let homeless: Vec<i32> = tracees
+            .filter_map(|(tid, tracee)| (!tracee.come_home(*tid)).then_some(*tid))
+            .collect();
+        for (tid, tracee) in &mut self.tracees {
+            if !homeless.contains(tid) && !tracee.clean_up(*tid) {
+                eprintln!("criu-tracer: something of criu is left in process {tid}");
+            }
+        }
+        if !homeless.is_empty() {
+            eprintln!("criu-tracer: criu has ended, and these threads are broken: {homeless:?}");
+        }
+        // SAFETY: a number; what CRIU wants done at its exit is not for us to do.
+        unsafe { libc::_exit(0) }
+    }
+}
+
+fn registers_in(call: &Call) -> Option<Registers> {
+    let bytes = call.buffer.get(..size_of::<Registers>())?;
+    if call.length != bytes.len() {
+        return None;
+    }
+    // SAFETY: as many bytes as the struct has, all integers; read without alignment.
+    Some(unsafe { bytes.as_ptr().cast::<Registers>().read_unaligned() })
+}
