@@ -18,6 +18,8 @@ pub mod lazy;
 pub mod image;
 
 pub mod probe;
+#[path = "../view/src/repair.rs"]
+pub mod repair;
 pub mod report;
 
 mod sys;

@@ -268,6 +268,15 @@ impl Swrk {
         Ok(())
     }
 
+    /// Whether the other end is open: the worker lives, or its tracer does and has let go of
+    /// nothing yet. While a notification waits, nothing else comes from there.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let peeked = recv(self.socket.as_raw_fd(), &mut [0], flags);
+        peeked == Err(Errno::EAGAIN) || peeked.is_ok_and(|length| length > 0)
+    }
+
     /// Waits for the worker's end.
     ///
     /// # Errors

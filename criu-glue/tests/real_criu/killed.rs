@@ -1,9 +1,11 @@
 //! A criu that is killed wherever it may be in a dump.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 
-use criu_glue::options::Request;
+use criu_glue::options::{DumpOptions, NetworkLock, Request};
 use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig};
 use criu_glue::view::Feed;
 use nix::sys::signal::{Signal, kill};
@@ -17,6 +19,8 @@ use crate::workload::Workload;
 /// on with its own registers, code, memory, descriptors and blocked signals.
 pub async fn a_killed_criu_leaves_the_workload_as_it_was() {
     let workload = Workload::start_with(&[], 1, THREADS);
+    let mut connections = workload.dial();
+    connections.iter_mut().for_each(answers);
     let before = traces(&workload);
     let mut killed = 0;
     for calls in (1..).step_by(STEP) {
@@ -26,12 +30,19 @@ pub async fn a_killed_criu_leaves_the_workload_as_it_was() {
             Hit::Never => break,
         }
         workload.check();
+        connections.iter_mut().for_each(answers);
         let (mapped, open, states) = traces(&workload);
         assert_eq!(open, before.1, "descriptors after {calls} calls");
         assert_eq!(states, before.2, "threads after {calls} calls");
         assert_eq!(mapped, before.0, "mappings after {calls} calls");
     }
     assert!(killed > 20, "only {killed} dumps were hit");
+}
+
+fn answers(connection: &mut TcpStream) {
+    let mut byte = [7];
+    connection.write_all(&byte).expect("a connection");
+    connection.read_exact(&mut byte).expect("an answer");
 }
 
 /// Without its tracer CRIU cannot begin, says so, and does not wait for it for ever.
@@ -68,7 +79,11 @@ async fn begin(run: &Run, workload: &Workload, feed: &mut Feed) -> Swrk {
         ..run.config()
     })
     .expect("criu");
-    let request = Request::dump(run.dump_options(workload));
+    let request = Request::dump(DumpOptions {
+        tcp_established: true,
+        network_lock: NetworkLock::Skip,
+        ..run.dump_options(workload)
+    });
     worker.request(request).await.expect("criu listens");
     until(&mut worker, &NotifyScript::PreDump).await;
     feed.set_ranges(workload.pid, &[workload.region])

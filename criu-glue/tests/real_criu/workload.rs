@@ -1,6 +1,8 @@
 //! A process with memory that can tell whether it is still right, and its owner's side.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::{Arc, Barrier};
@@ -20,7 +22,7 @@ const WORD: usize = 8;
 
 /// The workload's own `main`: fills memory, says where it is, and checks it when asked to. It never
 /// holds a file open for longer than it takes.
-/// `threads` more wait beside the first.
+/// `threads` more send back what they receive, each on a port of its own.
 pub fn run(directory: &Path, mebibytes: usize, threads: usize) -> ExitCode {
     nix::unistd::setsid().expect("a child is no group leader");
     let mut memory = MmapMut::map_anon(mebibytes << 20).expect("memory");
@@ -31,16 +33,21 @@ pub fn run(directory: &Path, mebibytes: usize, threads: usize) -> ExitCode {
     }
     // A thread that only begins has its signals blocked.
     let begun = Arc::new(Barrier::new(threads + 1));
+    let mut ports = String::new();
     for _ in 0..threads {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
+        let port = listener.local_addr().expect("bound").port();
+        ports += &format!("{port} ");
         let begun = Arc::clone(&begun);
         std::thread::spawn(move || {
             begun.wait();
-            loop {
-                sleep(Duration::from_millis(5));
-            }
+            let (mut peer, _) = listener.accept().expect("somebody dials");
+            let mut byte = [0];
+            while peer.read_exact(&mut byte).is_ok() && peer.write_all(&byte).is_ok() {}
         });
     }
     begun.wait();
+    say(directory, "ports", &ports);
     let start = memory.as_ptr() as usize;
     say(
         directory,
@@ -115,6 +122,20 @@ impl Workload {
         let number = |text| u64::from_str_radix(text, 16).expect("an address");
         workload.region = (number(start), number(end));
         workload
+    }
+
+    /// A connection to each of its threads but the first.
+    pub fn dial(&self) -> Vec<TcpStream> {
+        let ports = self.wait_for("ports");
+        let ports = ports.split_whitespace();
+        let dialled = ports.map(|port| {
+            let address = format!("127.0.0.1:{port}");
+            let stream = TcpStream::connect(address).expect("a listener");
+            let limit = Some(PATIENCE);
+            stream.set_read_timeout(limit).expect("not zero");
+            stream
+        });
+        dialled.collect()
     }
 
     /// Asks the workload to check its memory.

@@ -27,6 +27,8 @@ mod feed;
 mod layout;
 mod limits;
 #[cfg(target_arch = "x86_64")]
+mod repair;
+#[cfg(target_arch = "x86_64")]
 mod tracer;
 
 use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};

@@ -13,6 +13,5 @@ pub mod pagemap;
 pub mod priority;
 pub mod process_vm;
 pub mod ptrace;
-pub mod tcp;
 pub mod track;
 pub mod uffd;

@@ -6,7 +6,8 @@ use std::time::Duration;
 use super::channel::{BUFFER_BYTES, Call, PEEK_BYTES, Shape, Shared, What};
 use super::kernel::{self, Registers, Signal, Stop};
 use super::known;
-use super::tracee::Tracee;
+use super::tracee::{Tracee, is_first_thread};
+use crate::repair;
 
 /// The process, from its fork to its end. All signals are blocked in it.
 pub fn run(shared: Shared, owner: i32) -> ! {
@@ -199,6 +200,11 @@ impl Tracer {
             .filter_map(|(tid, tracee)| (!tracee.come_home(*tid)).then_some(*tid))
             .collect();
         for (tid, tracee) in &mut self.tracees {
+            if is_first_thread(*tid)
+                && let Err(error) = repair::end(*tid)
+            {
+                eprintln!("criu-tracer: sockets of process {tid} may be left in repair: {error}");
+            }
             if !homeless.contains(tid) && !tracee.clean_up(*tid) {
                 eprintln!("criu-tracer: something of criu is left in process {tid}");
             }

@@ -262,7 +262,7 @@ fn run(tid: i32, gadget: u64) -> Option<u64> {
 }
 
 /// Whether this thread's number is that of its process.
-fn is_first_thread(tid: i32) -> bool {
+pub fn is_first_thread(tid: i32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
     let group = status.lines().find_map(|line| line.strip_prefix("Tgid:"));
     group.and_then(|group| group.trim().parse().ok()) == Some(tid)

@@ -204,6 +204,16 @@ impl Dump {
             .await
     }
 
+    /// Whether the tasks have been held since [`Dump::run`] returned: to be asked when something
+    /// else holds them, too.
+    pub fn holds(&self) -> Result<(), DumpError> {
+        if self.swrk.is_open() {
+            Ok(())
+        } else {
+            Err(self.failed(None))
+        }
+    }
+
     /// The folder of images, complete once [`Dump::run`] has returned.
     pub fn images(&self) -> &Path {
         &self.images

@@ -172,6 +172,8 @@ impl Site {
         // CRIU has thawed the cgroup and holds the tasks by ptrace alone: from here on they stay
         // frozen whoever dies.
         block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
+        // A CRIU that was killed before that has let them run after their dump.
+        self.dump()?.holds().map_err(|error| criu_failed(&error))?;
         let frozen_again = began.elapsed();
         let hashing = self
             .policy

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use criu_glue::repair;
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::set::PageSet;
@@ -27,7 +28,7 @@ use tokio::task::{JoinHandle, block_in_place};
 use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
 use super::sent::Sent;
-use super::task::{alive, repaired_sockets, tracer};
+use super::task::{alive, tracer};
 use crate::link::announce::announce;
 use crate::link::describe::describe;
 use crate::link::netlink::Netlink;
@@ -426,11 +427,11 @@ impl Site {
         announce(net.as_fd(), &network.links).map_err(|error| network_unfit(&error))
     }
 
-    /// Takes sockets out of repair mode that a killed CRIU has left in it. The tree is still
-    /// frozen.
+    /// Takes sockets out of repair mode that a killed CRIU and a killed tracer have left in it. The
+    /// tree is still frozen.
     fn end_repair(&self) {
         for pid in self.freezer.processes().unwrap_or_default() {
-            match repaired_sockets(pid) {
+            match repair::end(pid) {
                 Ok(0) => {}
                 Ok(count) => tracing::warn!(pid, count, "sockets were left in repair mode"),
                 Err(error) => tracing::warn!(pid, %error, "sockets cannot be looked at"),

@@ -2,12 +2,16 @@
 //!
 //! CRIU puts every established socket into repair mode while it dumps and takes it out again when
 //! it lets the tasks go. A CRIU that was killed does not: the sockets of a workload that runs on
-//! would then neither send nor answer.
+//! would then neither send nor answer, and what it reads from them fails.
+//!
+//! Compiled into both the preload library, whose tracer does it before the tasks go on, and the
+//! crate, for tasks that a cgroup holds.
 
 #![allow(unsafe_code)]
 
+use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// `TCP_REPAIR` of `linux/tcp.h`.
 const TCP_REPAIR: libc::c_int = 19;
@@ -15,8 +19,43 @@ const TCP_REPAIR: libc::c_int = 19;
 /// `TCP_REPAIR_OFF`: a window probe follows, which makes the peer send again what was lost.
 const TCP_REPAIR_OFF: libc::c_int = 0;
 
+/// Takes the sockets of process `pid` out of repair mode, and says how many were in it. The process
+/// must stand still.
+///
+/// # Errors
+/// What the kernel says of its descriptors. Those before are out of it.
+pub fn end(pid: i32) -> io::Result<usize> {
+    // SAFETY: two integers; returns a new descriptor or -1.
+    let process = owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    let mut ended = 0;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        let is_socket = fs::read_link(entry.path())
+            .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
+        let number: Option<i32> = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
+        if let (true, Some(number)) = (is_socket, number) {
+            let process = process.as_raw_fd();
+            // SAFETY: three integers; returns a new descriptor or -1.
+            let socket = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process, number, 0) };
+            ended += usize::from(end_one(owned(socket)?.as_fd())?);
+        }
+    }
+    Ok(ended)
+}
+
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).unwrap_or(-1);
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just returned this descriptor to us and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Takes `socket` out of repair mode; false if it was not in it, or is not TCP.
-pub fn repair_off(socket: BorrowedFd<'_>) -> io::Result<bool> {
+fn end_one(socket: BorrowedFd<'_>) -> io::Result<bool> {
     let mut mode: libc::c_int = 0;
     let mut length = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: both pointers are to live local variables, and `length` is the size of the first.
@@ -85,9 +124,10 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let mut ours = TcpStream::connect(listener.local_addr().expect("address")).expect("dial");
         let (mut theirs, _) = listener.accept().expect("accept");
-        assert!(!repair_off(ours.as_fd()).expect("ask"));
+        assert!(!end_one(ours.as_fd()).expect("ask"));
         assert!(repair(&ours), "root may repair");
-        assert!(repair_off(ours.as_fd()).expect("ask"));
+        let own = std::process::id().cast_signed();
+        assert_eq!(end(own).expect("our own"), 1);
         ours.write_all(b"x").expect("write");
         let mut byte = [0];
         theirs.read_exact(&mut byte).expect("read");
@@ -97,6 +137,6 @@ mod tests {
     #[test]
     fn other_sockets_are_left_alone() {
         let socket = UdpSocket::bind("127.0.0.1:0").expect("bind");
-        assert!(!repair_off(socket.as_fd()).expect("ask"));
+        assert!(!end_one(socket.as_fd()).expect("ask"));
     }
 }
