@@ -42,13 +42,62 @@ pub struct Call {
     pub cpu: i32,
     pub address: u64,
     pub data: u64,
-    /// What the kernel returned, negative errors included.
+    /// What comes before, and is not worth a call of its own.
+    pub posted: [Posted; POSTED_MAX],
+    pub posts: usize,
+    /// What the kernel returned, negative errors included. If something posted failed, its error.
     pub result: i64,
     /// Of a wait.
     pub status: i32,
     /// Bytes of `buffer` that mean something.
     pub length: usize,
     pub buffer: [u8; BUFFER_BYTES],
+}
+
+/// A change of a thread that CRIU does not wait for: its result is only asked for if it is an error.
+#[derive(Clone, Copy, Debug)]
+pub struct Posted {
+    pub request: u32,
+    pub shape: Shape,
+    pub pid: i32,
+    pub address: u64,
+    pub data: u64,
+    pub length: usize,
+    pub bytes: [u8; POSTED_BYTES],
+}
+
+impl Posted {
+    const NOTHING: Self = Self {
+        request: 0,
+        shape: Shape::Plain,
+        pid: 0,
+        address: 0,
+        data: 0,
+        length: 0,
+        bytes: [0; POSTED_BYTES],
+    };
+}
+
+pub const POSTED_MAX: usize = 8;
+
+/// The general registers are the largest thing posted.
+pub const POSTED_BYTES: usize = 256;
+
+impl Call {
+    pub const NOTHING: Self = Self {
+        what: What::Wait(0),
+        shape: Shape::Plain,
+        pid: 0,
+        cpu: 0,
+        address: 0,
+        data: 0,
+        posted: [Posted::NOTHING; POSTED_MAX],
+        posts: 0,
+        result: 0,
+        status: 0,
+        length: 0,
+        buffer: [0; BUFFER_BYTES],
+    };
 }
 
 /// The largest thing passed: a seccomp filter of 4096 instructions (`BPF_MAXINSNS`) of 8 bytes.
@@ -85,24 +134,12 @@ impl Shared {
             return None;
         }
         let channel = NonNull::new(memory.cast::<Channel>())?;
-        let nothing = Call {
-            what: What::Wait(0),
-            shape: Shape::Plain,
-            pid: 0,
-            cpu: 0,
-            address: 0,
-            data: 0,
-            result: 0,
-            status: 0,
-            length: 0,
-            buffer: [0; BUFFER_BYTES],
-        };
         // SAFETY: large enough, page-aligned, and known to nobody else yet.
         unsafe {
             channel.write(Channel {
                 asked: AtomicU32::new(0),
                 answered: AtomicU32::new(0),
-                call: UnsafeCell::new(nothing),
+                call: UnsafeCell::new(Call::NOTHING),
             });
         }
         Some(Self(channel))

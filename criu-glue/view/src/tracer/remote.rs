@@ -9,7 +9,9 @@ use std::ptr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
 
-use super::channel::{BUFFER_BYTES, Call, Channel, PEEK_BYTES, Shape, Shared, What};
+use super::channel::{
+    BUFFER_BYTES, Call, Channel, PEEK_BYTES, POSTED_BYTES, POSTED_MAX, Posted, Shape, Shared, What,
+};
 use super::{kernel, known};
 use crate::feed::{self, Feed};
 use crate::layout::Counter;
@@ -21,10 +23,17 @@ static CHANNEL: AtomicPtr<Channel> = AtomicPtr::new(ptr::null_mut());
 static GONE: AtomicBool = AtomicBool::new(false);
 
 /// Held for the length of a call, with SIGCHLD blocked: CRIU's handler for it waits, too.
-static TRACEES: Mutex<Tracees> = Mutex::new(Tracees::new());
+static TRACEES: Mutex<Tracees> = Mutex::new(Tracees {
+    known: BTreeMap::new(),
+    posted: Vec::new(),
+});
 
-/// Each with what is known of it since it stopped, if nothing was done to it.
-type Tracees = BTreeMap<i32, Vec<u8>>;
+struct Tracees {
+    /// Each with what is known of it since it stopped, if nothing was done to it.
+    known: BTreeMap<i32, Vec<u8>>,
+    /// What goes with the next call.
+    posted: Vec<Posted>,
+}
 
 /// From now on `shared` leads to the tracer.
 pub fn attach(shared: Shared, owner: i32, tracer: i32) {
@@ -38,7 +47,7 @@ pub fn attach(shared: Shared, owner: i32, tracer: i32) {
 extern "C" fn ptrace(request: c_uint, pid: c_int, address: u64, data: u64) -> c_long {
     let seizes = request == kernel::SEIZE && Feed::current().is_some();
     let remote = with_tracees(|tracees| {
-        let known = tracees.get_mut(&pid);
+        let known = tracees.known.get_mut(&pid);
         if known.is_none() && !seizes {
             return None;
         }
@@ -49,13 +58,16 @@ extern "C" fn ptrace(request: c_uint, pid: c_int, address: u64, data: u64) -> c_
             if !keeps_known(request, data) {
                 known.clear();
             }
+            if post(&mut tracees.posted, request, pid, address, data) {
+                return Some(Ok(0));
+            }
         }
-        let result = ptrace_remotely(request, pid, address, data);
+        let result = ptrace_remotely(&mut tracees.posted, request, pid, address, data);
         if result.is_ok() && seizes {
-            tracees.insert(pid, Vec::new());
+            tracees.known.insert(pid, Vec::new());
         }
         if result.is_ok() && request == kernel::DETACH {
-            tracees.remove(&pid);
+            tracees.known.remove(&pid);
         }
         Some(result)
     });
@@ -115,10 +127,11 @@ extern "C" fn wait4(pid: c_int, status: *mut c_int, options: c_int, usage: *mut 
 fn wait_once(tracees: &mut Tracees, pid: i32, options: i32) -> Option<(i64, i32)> {
     if pid > 0 {
         return tracees
+            .known
             .contains_key(&pid)
             .then(|| wait_remotely(tracees, pid, options));
     }
-    if pid != -1 || tracees.is_empty() {
+    if pid != -1 || tracees.known.is_empty() {
         return None;
     }
     let own = kernel::wait(pid, (options | libc::WNOHANG) & !libc::__WALL);
@@ -140,16 +153,16 @@ fn wait_remotely(tracees: &mut Tracees, pid: i32, options: i32) -> (i64, i32) {
         (call.result, call.status, known.to_vec())
     };
     let gone = (-i64::from(libc::ECHILD), 0, Vec::new());
-    let (result, status, known) = ask(fill, read).unwrap_or(gone);
+    let (result, status, known) = ask(&mut tracees.posted, fill, read).unwrap_or(gone);
     if let Ok(tid @ 1..) = i32::try_from(result) {
         if libc::WIFSTOPPED(status) {
-            tracees.insert(tid, known);
+            tracees.known.insert(tid, known);
         } else {
-            tracees.remove(&tid);
+            tracees.known.remove(&tid);
         }
     }
     if result == -i64::from(libc::ECHILD) && pid == -1 {
-        tracees.clear();
+        tracees.known.clear();
     }
     (result, status)
 }
@@ -213,8 +226,45 @@ struct Passed {
     length: usize,
 }
 
+/// Keeps a change for the next call. Registers and masks matter when a thread goes on, for which a
+/// call is needed; memory is seen by others at once, and is never kept.
+fn post(posted: &mut Vec<Posted>, request: u32, pid: i32, address: u64, data: u64) -> bool {
+    let general = request != kernel::SETREGSET || address == kernel::NT_PRSTATUS;
+    let kept = matches!(
+        request,
+        kernel::SETOPTIONS | kernel::SETSIGMASK | kernel::SETREGSET
+    );
+    let Some(passed) = passed(request, address, data) else {
+        return false;
+    };
+    if !kept || !general || POSTED_BYTES < passed.length || POSTED_MAX <= posted.len() {
+        return false;
+    }
+    let mut bytes = [0; POSTED_BYTES];
+    if !passed.at.is_null() {
+        // SAFETY: the caller passes as many bytes as the request implies, and there is room.
+        unsafe { ptr::copy(passed.at, bytes.as_mut_ptr(), passed.length) };
+    }
+    posted.push(Posted {
+        request,
+        shape: passed.shape,
+        pid,
+        address,
+        data,
+        length: passed.length,
+        bytes,
+    });
+    true
+}
+
 /// The result, or the error's number.
-fn ptrace_remotely(request: u32, pid: i32, address: u64, data: u64) -> Result<i64, i32> {
+fn ptrace_remotely(
+    posted: &mut Vec<Posted>,
+    request: u32,
+    pid: i32,
+    address: u64,
+    data: u64,
+) -> Result<i64, i32> {
     let passed = passed(request, address, data).ok_or(libc::EIO)?;
     let fill = |call: &mut Call| {
         call.what = What::Ptrace(request);
@@ -231,7 +281,7 @@ fn ptrace_remotely(request: u32, pid: i32, address: u64, data: u64) -> Result<i6
             unsafe { ptr::copy(passed.at, call.buffer.as_mut_ptr(), passed.length) };
         }
     };
-    let answer = ask(fill, |call| {
+    let answer = ask(posted, fill, |call| {
         let result = checked(call.result)?;
         let word = call
             .buffer
@@ -324,7 +374,11 @@ fn passed(request: u32, address: u64, data: u64) -> Option<Passed> {
     (passed.length <= BUFFER_BYTES).then_some(passed)
 }
 
-fn ask<T>(fill: impl FnOnce(&mut Call), read: impl FnOnce(&Call) -> T) -> Option<T> {
+fn ask<T>(
+    posted: &mut Vec<Posted>,
+    fill: impl FnOnce(&mut Call),
+    read: impl FnOnce(&Call) -> T,
+) -> Option<T> {
     let shared = Shared::from_ptr(CHANNEL.load(Ordering::Acquire))?;
     let tracer = TRACER.load(Ordering::Relaxed);
     if GONE.load(Ordering::Relaxed) {
@@ -334,6 +388,9 @@ fn ask<T>(fill: impl FnOnce(&mut Call), read: impl FnOnce(&Call) -> T) -> Option
     let fill = |call: &mut Call| {
         // SAFETY: no arguments.
         call.cpu = unsafe { libc::sched_getcpu() };
+        call.posts = posted.len();
+        call.posted[..posted.len()].copy_from_slice(posted);
+        posted.clear();
         fill(call);
     };
     // SAFETY: numbers only; the tracer is a child nobody else waits for.

@@ -20,6 +20,7 @@ pub fn run(shared: Shared, owner: i32) -> ! {
         owner,
         cpu: None,
         tracees: BTreeMap::new(),
+        scratch: Some(Box::new(Call::NOTHING)),
     };
     // It may have ended before the kernel was told to say so.
     while tracer.has_owner() {
@@ -42,6 +43,8 @@ struct Tracer {
     /// The processor we share with CRIU.
     cpu: Option<i32>,
     tracees: BTreeMap<i32, Tracee>,
+    /// For what is posted, one after the other.
+    scratch: Option<Box<Call>>,
 }
 
 impl Tracer {
@@ -52,10 +55,35 @@ impl Tracer {
 
     fn serve(&mut self, call: &mut Call) {
         self.follow(call.cpu);
+        if let Err(error) = self.serve_posted(call) {
+            call.result = error;
+            return;
+        }
         match call.what {
             What::Ptrace(request) => self.ptrace(request, call),
             What::Wait(options) => self.wait(options, call),
         }
+    }
+
+    fn serve_posted(&mut self, call: &mut Call) -> Result<(), i64> {
+        let posts = call.posts.min(call.posted.len());
+        let mut each = self.scratch.take().ok_or(-i64::from(libc::EIO))?;
+        let mut result = Ok(());
+        for posted in &call.posted[..posts] {
+            each.shape = posted.shape;
+            each.pid = posted.pid;
+            (each.address, each.data) = (posted.address, posted.data);
+            each.length = posted.length.min(posted.bytes.len());
+            each.buffer[..posted.bytes.len()].copy_from_slice(&posted.bytes);
+            self.ptrace(posted.request, &mut each);
+            if each.result < 0 {
+                result = Err(each.result);
+                break;
+            }
+        }
+        self.scratch = Some(each);
+        call.posts = 0;
+        result
     }
 
     /// A call goes to and fro between two processes: on one processor that takes 6 us, between two
