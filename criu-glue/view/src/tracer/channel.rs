@@ -54,7 +54,7 @@ pub struct Call {
     pub buffer: [u8; BUFFER_BYTES],
 }
 
-/// A change of a thread that CRIU does not wait for: its result is only asked for if it is an error.
+/// A change of a thread that CRIU does not wait for: of its result only an error is told.
 #[derive(Clone, Copy, Debug)]
 pub struct Posted {
     pub request: u32,
