@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 pub type Registers = libc::user_regs_struct;
 
 /// Bytes of the extended state this has room for; AMX makes it 11 KiB.
-pub const EXTENDED_BYTES: usize = 16 << 10;
+const EXTENDED_BYTES: usize = 16 << 10;
 
 /// What made a tracee stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -264,7 +264,7 @@ pub fn stay_on(pid: i32, cpu: i32) {
 }
 
 /// A result, or minus the number of the error.
-pub fn or_errno(result: libc::c_long) -> i64 {
+fn or_errno(result: libc::c_long) -> i64 {
     if result != -1 {
         return result;
     }
@@ -282,7 +282,7 @@ const SYSCALL_GOOD: i32 = 0x80;
 pub const SIGINFO_BYTES: usize = 128;
 
 pub const NT_PRSTATUS: u64 = 1;
-pub const NT_X86_XSTATE: u64 = 0x202;
+const NT_X86_XSTATE: u64 = 0x202;
 const MASK_BYTES: u64 = size_of::<u64>() as u64;
 
 // Requests, from include/uapi/linux/ptrace.h and arch/x86/include/uapi/asm/ptrace-abi.h.

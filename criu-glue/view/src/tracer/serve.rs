@@ -18,7 +18,7 @@ pub fn run(shared: Shared, owner: i32) -> ! {
     }
     let mut tracer = Tracer {
         owner,
-        cpu: None,
+        beside: false,
         tracees: BTreeMap::new(),
         scratch: Some(Box::new(Call::NOTHING)),
     };
@@ -40,8 +40,8 @@ const LOOK_ROUND: Duration = Duration::from_secs(1);
 struct Tracer {
     /// CRIU's process id.
     owner: i32,
-    /// The processor we share with CRIU.
-    cpu: Option<i32>,
+    /// We share a processor with CRIU.
+    beside: bool,
     tracees: BTreeMap<i32, Tracee>,
     /// For what is posted, one after the other.
     scratch: Option<Box<Call>>,
@@ -89,10 +89,10 @@ impl Tracer {
     /// A call goes to and fro between two processes: on one processor that takes 6 us, between two
     /// of which one sleeps, 50 (measured in a virtual machine).
     fn follow(&mut self, cpu: i32) {
-        if self.cpu.is_none() {
+        if !self.beside {
             kernel::stay_on(self.owner, cpu);
             kernel::stay_on(0, cpu);
-            self.cpu = Some(cpu);
+            self.beside = true;
             self.inherit_oom_score();
         }
     }
