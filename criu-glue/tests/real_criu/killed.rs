@@ -112,6 +112,7 @@ async fn kill_after(workload: &Workload, calls: u64) -> Hit {
             event = worker.next() => match event.expect("criu talks") {
                 Event::Notify { script: NotifyScript::PostDump, .. } => {
                     assert!(asked() > 0, "criu left nothing to its tracer");
+                    assert!(hears_of_children(worker.pid()), "SIGCHLD is blocked in criu");
                     worker.answer(false).await.expect("criu listens");
                     while worker.next().await.is_ok() {}
                     return if asked() < calls { Hit::Never } else { Hit::Late };
@@ -132,6 +133,14 @@ async fn kill_after(workload: &Workload, calls: u64) -> Hit {
     assert!(!said.contains("left"), "{calls}: {said}");
     fs::remove_dir_all(run.images).expect("our own");
     Hit::Killed
+}
+
+/// Whether CRIU's handler for a parasite that dies can run.
+fn hears_of_children(pid: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a live process");
+    let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+    let blocked = u64::from_str_radix(blocked.expect("a mask").trim(), 16);
+    blocked.expect("a number") & 1 << (Signal::SIGCHLD as i32 - 1) == 0
 }
 
 async fn until(worker: &mut Swrk, point: &NotifyScript) {

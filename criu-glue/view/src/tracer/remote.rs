@@ -419,7 +419,7 @@ fn with_tracees<T>(act: impl FnOnce(&mut Tracees) -> Option<T>) -> Option<T> {
         .lock()
         .ok()
         .and_then(|mut tracees| act(&mut tracees));
-    kernel::block(before);
+    kernel::unblock_to(before);
     result
 }
 
