@@ -18,7 +18,10 @@ use criu_glue::view::smaps::{self, Recorded};
 use criu_glue::view::{Counters, Feed};
 use tokio::sync::oneshot;
 
-use crate::killed::{a_dump_without_its_tracer_fails, a_killed_criu_leaves_the_workload_as_it_was};
+use crate::killed::{
+    a_dump_without_its_tracer_fails, a_killed_criu_leaves_the_workload_as_it_was,
+    a_late_tracer_finds_the_parasite_still_at_work,
+};
 use crate::lazy::{Server, Store, take_over};
 use crate::node::LIBRARY;
 use crate::workload::{PATIENCE, Workload};
@@ -43,6 +46,7 @@ cases! {
     a_dump_refused_at_its_gate_leaves_the_workload_running,
     a_dropped_worker_leaves_the_workload_running,
     a_killed_criu_leaves_the_workload_as_it_was,
+    a_late_tracer_finds_the_parasite_still_at_work,
     a_dump_without_its_tracer_fails,
     a_failed_request_names_its_cause,
     a_worker_that_cannot_be_prepared_names_the_step,

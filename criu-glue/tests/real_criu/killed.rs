@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 
 use criu_glue::options::{DumpOptions, NetworkLock, Request};
@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use crate::cases::Run;
 use crate::node::LIBRARY;
-use crate::workload::Workload;
+use crate::workload::{Workload, wait_until};
 
 /// Whatever it was doing when it was killed, after so many calls of its tracer: the workload runs
 /// on with its own registers, code, memory, descriptors and blocked signals.
@@ -45,6 +45,88 @@ fn answers(connection: &mut TcpStream) {
     connection.read_exact(&mut byte).expect("an answer");
 }
 
+/// The first thread runs CRIU's parasite, which ends when CRIU's sockets close. Its own code must
+/// not run before its sockets are right again, however late the tracer hears of CRIU's end.
+pub async fn a_late_tracer_finds_the_parasite_still_at_work() {
+    let workload = Workload::start_with(&[], 1, THREADS);
+    let mut connections = workload.dial();
+    connections.iter_mut().for_each(answers);
+    let before = traces(&workload);
+    let run = Run::new();
+    let mut feed = Feed::create().expect("memfd");
+    let mut worker = begin(&run, &workload, &mut feed).await;
+    let (criu, late) = (Pid::from_raw(worker.pid()), tracer(&worker));
+    worker.answer(true).await.expect("criu listens");
+    let log = run.work.join("dump.log");
+    let said = || fs::read_to_string(&log).unwrap_or_default();
+    while !said().contains("Turning repair on") {
+        tokio::select! {
+            event = worker.next() => match event.expect("criu talks") {
+                Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
+                Event::Response(response) => panic!("{response:?}"),
+            },
+            () = tokio::task::yield_now() => {}
+        }
+    }
+    kill(criu, Signal::SIGSTOP).expect("our child");
+    assert!(
+        !said().contains("Curing"),
+        "the parasite was over before we looked"
+    );
+    kill(late, Signal::SIGSTOP).expect("root");
+    kill(criu, Signal::SIGKILL).expect("our child");
+    worker.wait().await.expect("our child");
+    let at = wait_until("a system call", || program_counter(&workload));
+    let shared = traces(&workload).0;
+    kill(late, Signal::SIGCONT).expect("root");
+    assert!(
+        shared.iter().any(|mapping| has(mapping, at)),
+        "the first thread is at {at:#x}, out of {shared:?}"
+    );
+    while worker.next().await.is_ok() {}
+    workload.check();
+    connections.iter_mut().for_each(answers);
+    assert!(traces(&workload) == before);
+    // A server whose connections are not yet forgotten may start again, if all had SO_REUSEADDR.
+    drop(workload);
+    for connection in connections {
+        let address = connection.peer_addr().expect("it was connected");
+        TcpListener::bind(address).expect("SO_REUSEADDR at both");
+    }
+}
+
+/// Of the first thread, when it waits in a system call.
+fn program_counter(workload: &Workload) -> Option<u64> {
+    let told = String::from_utf8(workload.proc("syscall")).expect("text");
+    let (_, at) = told.trim_end().rsplit_once(" 0x")?;
+    u64::from_str_radix(at, 16).ok()
+}
+
+/// Whether a line of `/proc/PID/maps` is about the mapping with this address.
+fn has(mapping: &str, address: u64) -> bool {
+    let range = mapping
+        .split_once(' ')
+        .and_then(|(range, _)| range.split_once('-'));
+    let (start, end) = range.expect("a range");
+    let number = |text| u64::from_str_radix(text, 16).expect("an address");
+    (number(start)..number(end)).contains(&address)
+}
+
+/// The process that traces for `worker`.
+fn tracer(worker: &Swrk) -> Pid {
+    let own = format!("/proc/{0}/task/{0}/children", worker.pid());
+    let is_tracer = |child: &&str| {
+        let name = fs::read_to_string(format!("/proc/{child}/comm"));
+        name.is_ok_and(|name| name == "criu-tracer\n")
+    };
+    // It gives itself this name when it first runs.
+    wait_until("tracer", || {
+        let children = fs::read_to_string(&own).expect("a live process");
+        let tracer = children.split_ascii_whitespace().find(is_tracer)?;
+        Some(Pid::from_raw(tracer.parse().expect("a pid")))
+    })
+}
+
 /// Without its tracer CRIU cannot begin, says so, and does not wait for it for ever.
 pub async fn a_dump_without_its_tracer_fails() {
     let workload = Workload::start_with(&[], 1, THREADS);
@@ -52,14 +134,7 @@ pub async fn a_dump_without_its_tracer_fails() {
     let run = Run::new();
     let mut feed = Feed::create().expect("memfd");
     let mut worker = begin(&run, &workload, &mut feed).await;
-    let own = format!("/proc/{0}/task/{0}/children", worker.pid());
-    let children = fs::read_to_string(own).expect("a live process");
-    let tracer = children.split_ascii_whitespace().find(|child| {
-        let name = fs::read_to_string(format!("/proc/{child}/comm"));
-        name.is_ok_and(|name| name == "criu-tracer\n")
-    });
-    let tracer = tracer.expect("a tracer").parse().expect("a pid");
-    kill(Pid::from_raw(tracer), Signal::SIGKILL).expect("root");
+    kill(tracer(&worker), Signal::SIGKILL).expect("root");
     worker.answer(true).await.expect("criu listens");
     let response = loop {
         match worker.next().await.expect("criu talks") {

@@ -1,7 +1,7 @@
 //! A process with memory that can tell whether it is still right, and its owner's side.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -22,7 +22,7 @@ const WORD: usize = 8;
 
 /// The workload's own `main`: fills memory, says where it is, and checks it when asked to. It never
 /// holds a file open for longer than it takes.
-/// `threads` more send back what they receive, each on a port of its own.
+/// With `threads` more, each sends back what it receives on a port of its own, the first one too.
 pub fn run(directory: &Path, mebibytes: usize, threads: usize) -> ExitCode {
     nix::unistd::setsid().expect("a child is no group leader");
     let mut memory = MmapMut::map_anon(mebibytes << 20).expect("memory");
@@ -34,10 +34,15 @@ pub fn run(directory: &Path, mebibytes: usize, threads: usize) -> ExitCode {
     // A thread that only begins has its signals blocked.
     let begun = Arc::new(Barrier::new(threads + 1));
     let mut ports = String::new();
-    for _ in 0..threads {
+    let mut listen = || {
         let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
         let port = listener.local_addr().expect("bound").port();
         ports += &format!("{port} ");
+        listener
+    };
+    let mut own = Echo::Listening((threads > 0).then(&mut listen));
+    for _ in 0..threads {
+        let listener = listen();
         let begun = Arc::clone(&begun);
         std::thread::spawn(move || {
             begun.wait();
@@ -67,7 +72,43 @@ pub fn run(directory: &Path, mebibytes: usize, threads: usize) -> ExitCode {
                 &format!("{:?}", wrong.map(|(index, _)| index)),
             );
         }
+        own = own.go_on();
         sleep(Duration::from_millis(1));
+    }
+}
+
+/// The first thread's connection, which it looks at between other things and drops at any error.
+enum Echo {
+    Listening(Option<TcpListener>),
+    Open(TcpStream),
+    Over,
+}
+
+impl Echo {
+    fn go_on(self) -> Self {
+        match self {
+            Self::Listening(Some(listener)) => {
+                listener.set_nonblocking(true).expect("a socket");
+                match listener.accept() {
+                    Ok((peer, _)) => {
+                        peer.set_nonblocking(true).expect("a socket");
+                        Self::Open(peer)
+                    }
+                    Err(_) => Self::Listening(Some(listener)),
+                }
+            }
+            Self::Open(mut peer) => {
+                let mut byte = [0];
+                match peer
+                    .read_exact(&mut byte)
+                    .and_then(|()| peer.write_all(&byte))
+                {
+                    Err(error) if error.kind() != ErrorKind::WouldBlock => Self::Over,
+                    _ => Self::Open(peer),
+                }
+            }
+            idle => idle,
+        }
     }
 }
 
@@ -124,7 +165,7 @@ impl Workload {
         workload
     }
 
-    /// A connection to each of its threads but the first.
+    /// A connection to each of its threads, the first one first.
     pub fn dial(&self) -> Vec<TcpStream> {
         let ports = self.wait_for("ports");
         let ports = ports.split_whitespace();

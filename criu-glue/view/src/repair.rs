@@ -14,13 +14,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// `TCP_REPAIR` of `linux/tcp.h`.
-const TCP_REPAIR: libc::c_int = 19;
+pub(crate) const TCP_REPAIR: libc::c_int = 19;
 
 /// `TCP_REPAIR_OFF`: a window probe follows, which makes the peer send again what was lost.
 const TCP_REPAIR_OFF: libc::c_int = 0;
 
 /// Takes the sockets of process `pid` out of repair mode, and says how many were in it. The process
-/// must stand still.
+/// must stand still. Their `SO_REUSEADDR`, which the kernel forgets, is off then.
 ///
 /// # Errors
 /// What the kernel says of its descriptors. Those before are out of it.
@@ -54,8 +54,9 @@ fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Takes `socket` out of repair mode; false if it was not in it, or is not TCP.
-fn end_one(socket: BorrowedFd<'_>) -> io::Result<bool> {
+/// Takes `socket` out of repair mode; false if it was not in it, or is not TCP. Its `SO_REUSEADDR`
+/// is off then.
+pub(crate) fn end_one(socket: BorrowedFd<'_>) -> io::Result<bool> {
     let mut mode: libc::c_int = 0;
     let mut length = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: both pointers are to live local variables, and `length` is the size of the first.

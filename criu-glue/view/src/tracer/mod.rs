@@ -5,8 +5,12 @@
 //! waits for any more. In a dump that is true for a millisecond or two in every ten. So CRIU does
 //! not trace: it asks a small child, forked before CRIU's `main`, which makes the calls in its
 //! place, remembers what is changed in each thread ([`tracee`]), and when CRIU ends brings all of
-//! them home before it ends as well. It holds CRIU's socket open for as long; whoever talks to CRIU
-//! hears of its end when the workload is whole again.
+//! them home before it ends as well.
+//!
+//! The two share one table of descriptors, so that CRIU's end closes none: the parasite in the
+//! first thread of a process ends when its socket closes, and the thread would then run on with
+//! its sockets still in repair mode. The tracer closes it when it holds the thread. Whoever talks
+//! to CRIU hears of its end when the workload is whole again.
 //!
 //! Invariants: the tracer is the only one to trace what was seized under a published feed, and
 //! never serves anybody but the process that forked it.
@@ -15,34 +19,40 @@
 //! x86-64, where CRIU traces by itself.
 
 mod channel;
+mod files;
 mod home;
 mod kernel;
 mod known;
 mod remote;
 mod serve;
+mod sockets;
 mod tracee;
 
 use channel::Shared;
+use files::Inherited;
+use sockets::Marks;
 
 /// Forks the tracer, in a process that has one thread. Where that fails CRIU traces by itself.
 pub fn start() {
-    let Some(shared) = Shared::create() else {
+    let (Some(shared), Some(marks)) = (Shared::create(), Marks::create()) else {
         return;
     };
     // SAFETY: no arguments.
     let owner = unsafe { libc::getpid() };
     // In the child nothing may arrive before it listens; CRIU gets its own mask back.
     let before = kernel::block(!0);
+    let inherited = Inherited::now();
     // No signal at its end: for `wait` without `__WALL`, CRIU has no such child.
-    // SAFETY: a fork; the child has all of this process's one thread.
-    let child = unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) };
+    // SAFETY: a fork but for descriptors; the child has all of this process's one thread.
+    let child = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) };
     if child == 0 {
-        serve::run(shared, owner);
+        serve::run(shared, marks, owner, inherited);
     }
     kernel::unblock_to(before);
     if let Ok(child) = i32::try_from(child)
         && child > 0
     {
         remote::attach(shared, owner, child);
+        marks.attach();
     }
 }

@@ -403,7 +403,8 @@ fn ask<T>(
     answer
 }
 
-fn has_tracer() -> bool {
+/// False in what CRIU forks.
+pub fn has_tracer() -> bool {
     // SAFETY: no arguments.
     let own = unsafe { libc::getpid() };
     !CHANNEL.load(Ordering::Acquire).is_null() && own == OWNER.load(Ordering::Relaxed)

@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::channel::{BUFFER_BYTES, Call, PEEK_BYTES, Shape, Shared, What};
+use super::files::Inherited;
 use super::kernel::{self, Registers, Signal, Stop};
 use super::known;
+use super::sockets::Marks;
 use super::tracee::{Tracee, is_first_thread};
 use crate::repair;
 
 /// The process, from its fork to its end. All signals are blocked in it.
-pub fn run(shared: Shared, owner: i32) -> ! {
+pub fn run(shared: Shared, marks: &'static Marks, owner: i32, inherited: Inherited) -> ! {
     // SAFETY: a C string and a number; the kernel sends the signal when our parent ends.
     unsafe {
         libc::prctl(libc::PR_SET_NAME, c"criu-tracer".as_ptr());
@@ -18,6 +20,8 @@ pub fn run(shared: Shared, owner: i32) -> ! {
     }
     let mut tracer = Tracer {
         owner,
+        inherited,
+        marks,
         beside: false,
         tracees: BTreeMap::new(),
         scratch: Some(Box::new(Call::NOTHING)),
@@ -40,6 +44,9 @@ const LOOK_ROUND: Duration = Duration::from_secs(1);
 struct Tracer {
     /// CRIU's process id.
     owner: i32,
+    /// What stays open when CRIU has ended.
+    inherited: Inherited,
+    marks: &'static Marks,
     /// We share a processor with CRIU.
     beside: bool,
     tracees: BTreeMap<i32, Tracee>,
@@ -223,6 +230,14 @@ impl Tracer {
 
     /// The kernel lets go of all that are stopped when this process ends.
     fn let_all_go(&mut self) -> ! {
+        for (tid, tracee) in &mut self.tracees {
+            tracee.hold(*tid);
+        }
+        if let Err(error) = self.marks.end_repair() {
+            eprintln!("criu-tracer: a socket may be left in repair mode: {error}");
+        }
+        // Only now may the parasites notice that nobody speaks to them any more.
+        self.inherited.close_others();
         let tracees = self.tracees.iter_mut();
         let homeless: Vec<i32> = tracees
             .filter_map(|(tid, tracee)| (!tracee.come_home(*tid)).then_some(*tid))

@@ -110,13 +110,26 @@ impl Tracee {
         }
     }
 
+    /// Stops thread `tid` if it serves CRIU in the parasite: it must not leave that unseen.
+    pub fn hold(&mut self, tid: i32) {
+        if self.stop.is_none() && self.serves_in_parasite(tid) {
+            kernel::ptrace(kernel::INTERRUPT, tid, 0, 0);
+            self.stop = kernel::next_stop(tid, CALL_TIME_MAX);
+        }
+    }
+
     /// Brings thread `tid` home; it stays stopped. False if that could not be done within the time.
     pub fn come_home(&mut self, tid: i32) -> bool {
-        if self.in_parasite && self.code.is_empty() && is_first_thread(tid) {
+        if self.serves_in_parasite(tid) {
             self.accompany(tid)
         } else {
             self.bring_home(tid)
         }
+    }
+
+    /// Other threads, and the first one at times, run a single command and end in a trap.
+    fn serves_in_parasite(&self, tid: i32) -> bool {
+        self.in_parasite && self.code.is_empty() && is_first_thread(tid)
     }
 
     /// A thread that runs is waited for: it comes to the end of what it was sent to do.
@@ -148,9 +161,6 @@ impl Tracee {
     /// `rt_sigreturn`.
     fn accompany(&mut self, tid: i32) -> bool {
         let deadline = Instant::now() + CURE_TIME_MAX;
-        if self.stop.is_none() {
-            kernel::ptrace(kernel::INTERRUPT, tid, 0, 0);
-        }
         loop {
             let stop = self.stop.or_else(|| {
                 let left = deadline.saturating_duration_since(Instant::now());
