@@ -319,28 +319,31 @@ fn wait_for_fill(lab: &Lab, workload: &str) -> Result<()> {
 
 /// Who runs the workload now? Exactly one node may, and its memory must be right.
 fn judge(lab: &Lab, session: &mut WriterSession) -> Result<Survivor> {
+    let (source, target) = (lab.node("a")?, lab.node("b")?);
+    let (workload, client) = (&session.workload, &mut session.client);
+    let at = || (workload.is_at(source), workload.is_at(target));
+    let is_frozen = || target.has_frozen_cgroup() && at() == (false, true);
     let deadline = Instant::now() + ANSWER_WITHIN;
     let mut answers = false;
     while !answers && Instant::now() < deadline {
+        if is_frozen() {
+            return Ok(Survivor::NobodyFrozen);
+        }
         answers = session
             .prober
             .wait_for_answer_after(Instant::now(), ANSWER_POLL);
     }
-    let (source, target) = (lab.node("a")?, lab.node("b")?);
-    let at = (
-        session.workload.is_at(source),
-        session.workload.is_at(target),
-    );
     if !answers {
-        if at == (false, true) && target.has_frozen_cgroup() {
-            return Ok(Survivor::NobodyFrozen);
-        }
         let why = session.prober.broken();
         let why = why.unwrap_or_else(|| "the workload does not answer".to_owned());
-        bail!("{why}; it is at (a, b): {at:?}");
+        bail!("{why}; it is at (a, b): {:?}", at());
     }
-    session.client.verify()?;
-    match at {
+    match client.verify() {
+        // That was its last answer before it was frozen.
+        Err(_) if is_frozen() => return Ok(Survivor::NobodyFrozen),
+        verified => verified?,
+    };
+    match at() {
         (true, false) => Ok(Survivor::Source),
         (false, true) => Ok(Survivor::Target),
         (true, true) => bail!("the workload is at both nodes"),

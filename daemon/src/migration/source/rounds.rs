@@ -24,6 +24,7 @@ use super::task::alive;
 use super::verify;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
+use crate::pages::read::ReadError;
 use crate::pages::send::{ParcelSink, RoundSent, SendError};
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
@@ -122,8 +123,11 @@ impl Site {
                     space.put_back(&sent.unread);
                     sums.add(&sent);
                 }
-                // It has ended, and takes its memory with it; the rest of the tree goes on.
-                Err(SendError::Read { sent, .. }) if !alive(space.pid()) => {
+                // It has ended, or is about to, when it has lost its memory already; the rest of the
+                // tree goes on.
+                Err(SendError::Read { sent, source, .. })
+                    if matches!(source, ReadError::Gone { .. }) || !alive(space.pid()) =>
+                {
                     sums.add(&sent);
                 }
                 Err(error) => return Err(send_failed(&error)),
