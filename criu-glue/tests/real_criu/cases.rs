@@ -21,6 +21,7 @@ use tokio::sync::oneshot;
 use crate::killed::{
     a_dump_without_its_tracer_fails, a_killed_criu_leaves_the_workload_as_it_was,
     a_late_tracer_finds_the_parasite_still_at_work,
+    a_thread_in_a_restartable_sequence_begins_it_anew,
 };
 use crate::lazy::{Server, Store, take_over};
 use crate::node::LIBRARY;
@@ -47,6 +48,7 @@ cases! {
     a_dropped_worker_leaves_the_workload_running,
     a_killed_criu_leaves_the_workload_as_it_was,
     a_late_tracer_finds_the_parasite_still_at_work,
+    a_thread_in_a_restartable_sequence_begins_it_anew,
     a_dump_without_its_tracer_fails,
     a_failed_request_names_its_cause,
     a_worker_that_cannot_be_prepared_names_the_step,

@@ -95,6 +95,19 @@ pub async fn a_late_tracer_finds_the_parasite_still_at_work() {
     }
 }
 
+/// What the kernel would have had it begin anew, because something else ran in between, it begins
+/// anew: after a dump that is taken back, and after one whose CRIU was killed.
+pub async fn a_thread_in_a_restartable_sequence_begins_it_anew() {
+    let workload = Workload::start_in_sequence();
+    for calls in (1..).step_by(7) {
+        let hit = kill_after(&workload, calls).await;
+        workload.check();
+        if matches!(hit, Hit::Never) {
+            return;
+        }
+    }
+}
+
 /// Of the first thread, when it waits in a system call.
 fn program_counter(workload: &Workload) -> Option<u64> {
     let told = String::from_utf8(workload.proc("syscall")).expect("text");

@@ -1,4 +1,4 @@
-//! The two userfaultfd calls a page-fault side cannot do without.
+//! The two userfaultfd calls a page-fault side cannot do without, and a restartable sequence.
 
 #![allow(unsafe_code)]
 
@@ -54,4 +54,39 @@ pub fn zero(uffd: BorrowedFd<'_>, address: u64) -> Result<(), Errno> {
     };
     // SAFETY: the kernel writes the argument only; memory of ours none.
     unsafe { uffdio_zeropage(uffd.as_raw_fd(), &raw mut argument) }.map(drop)
+}
+
+/// Stays in the middle of a restartable sequence, from which the kernel sends it back to the
+/// beginning whenever something else has run. Returns when the kernel has forgotten that.
+#[cfg(target_arch = "x86_64")]
+pub fn stay_in_sequence() {
+    // SAFETY: a C string; the C library has one such symbol, or none.
+    let offset = unsafe { nix::libc::dlsym(nix::libc::RTLD_DEFAULT, c"__rseq_offset".as_ptr()) };
+    assert!(!offset.is_null(), "a C library that registers its threads");
+    // SAFETY: a `ptrdiff_t` that the C library has set before `main`.
+    let offset = unsafe { offset.cast::<isize>().read() };
+    // SAFETY: writes only the field `rseq_cs` of this thread's own `struct rseq`, which is there
+    // for it. The descriptor is a `struct rseq_cs`; the abort handler has the signature glibc
+    // registers (RSEQ_SIG of sys/rseq.h) before it. Registers are told; the stack is not touched.
+    unsafe {
+        std::arch::asm!(
+            ".pushsection .data.sequence, \"aw\"",
+            ".balign 32",
+            "22: .long 0, 0",
+            ".quad 33f, 44f - 33f, 55f",
+            ".popsection",
+            "add {area}, fs:[0]",
+            "66: lea {descriptor}, [rip + 22b]",
+            "mov [{area} + 8], {descriptor}",
+            "33: cmp qword ptr [{area} + 8], 0",
+            "jne 33b",
+            "44: jmp 77f",
+            ".long 0x53053053",
+            "55: jmp 66b",
+            "77:",
+            area = inout(reg) offset => _,
+            descriptor = out(reg) _,
+            options(nostack),
+        );
+    }
 }

@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -16,9 +17,13 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::node::PROGRAM;
+use crate::sys::stay_in_sequence;
 
 const PAGE: usize = 4096;
 const WORD: usize = 8;
+
+/// In its environment, of any value.
+const SEQUENCE: &str = "IN_SEQUENCE";
 
 /// The workload's own `main`: fills memory, says where it is, and checks it when asked to. It never
 /// holds a file open for longer than it takes.
@@ -40,7 +45,7 @@ pub fn run(directory: &Path, mebibytes: usize, threads: usize) -> ExitCode {
         ports += &format!("{port} ");
         listener
     };
-    let mut own = Echo::Listening((threads > 0).then(&mut listen));
+    let own = Echo::Listening((threads > 0).then(&mut listen));
     for _ in 0..threads {
         let listener = listen();
         let begun = Arc::clone(&begun);
@@ -59,6 +64,24 @@ pub fn run(directory: &Path, mebibytes: usize, threads: usize) -> ExitCode {
         "ready",
         &format!("{start:x} {:x}", start + memory.len()),
     );
+    if std::env::var_os(SEQUENCE).is_none() {
+        serve(directory, &memory, own, &AtomicBool::new(false));
+    }
+    let broken = AtomicBool::new(false);
+    let stay = || {
+        stay_in_sequence();
+        broken.store(true, Ordering::Relaxed);
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| serve(directory, &memory, own, &broken));
+        scope.spawn(stay);
+        stay();
+    });
+    ExitCode::FAILURE
+}
+
+/// Does what the owner asks for, for ever.
+fn serve(directory: &Path, memory: &[u8], mut own: Echo, broken: &AtomicBool) -> ! {
     loop {
         if fs::remove_file(directory.join("check")).is_ok() {
             let wrong = memory.chunks_exact(PAGE).enumerate().find(|(index, page)| {
@@ -66,10 +89,12 @@ pub fn run(directory: &Path, mebibytes: usize, threads: usize) -> ExitCode {
                 let mut words = words.map(|(at, word)| word == expected(*index, at).to_ne_bytes());
                 !words.all(|right| right)
             });
+            let wrong = format!("{:?}", wrong.map(|(index, _)| index));
+            let broken = broken.load(Ordering::Relaxed);
             say(
                 directory,
                 "result",
-                &format!("{:?}", wrong.map(|(index, _)| index)),
+                if broken { "a sequence" } else { &wrong },
             );
         }
         own = own.go_on();
@@ -165,6 +190,11 @@ impl Workload {
         workload
     }
 
+    /// Two of its threads, the first one too, never leave a restartable sequence.
+    pub fn start_in_sequence() -> Self {
+        Self::start_with(&["env", &format!("{SEQUENCE}=")], 1, 0)
+    }
+
     /// A connection to each of its threads, the first one first.
     pub fn dial(&self) -> Vec<TcpStream> {
         let ports = self.wait_for("ports");
@@ -182,7 +212,11 @@ impl Workload {
     /// Asks the workload to check its memory.
     pub fn check(&self) {
         fs::write(self.directory.join("check"), "").expect("a writable directory");
-        assert_eq!(self.wait_for("result"), "None", "index of a wrong page");
+        assert_eq!(
+            self.wait_for("result"),
+            "None",
+            "index of a wrong page, or a sequence"
+        );
         fs::remove_file(self.directory.join("result")).expect("just read");
     }
 

@@ -160,7 +160,8 @@ impl Shared {
     }
 
     /// CRIU's turn: fills the call and hands it over by `notify`; `alive` is asked now and then
-    /// whether anybody is left to answer. Gives what `read` makes of the answered call.
+    /// whether anybody is left to answer. Gives what `read` makes of the answered call and of
+    /// whether a signal was handled meanwhile.
     ///
     /// Not to be called by a signal handler that interrupts it.
     pub fn ask<T>(
@@ -168,7 +169,7 @@ impl Shared {
         fill: impl FnOnce(&mut Call),
         notify: impl FnOnce(),
         mut alive: impl FnMut() -> bool,
-        read: impl FnOnce(&Call) -> T,
+        read: impl FnOnce(&Call, bool) -> T,
     ) -> Option<T> {
         let channel = self.channel();
         let turn = channel.answered.load(Ordering::Acquire).wrapping_add(1);
@@ -176,14 +177,17 @@ impl Shared {
         fill(unsafe { &mut *channel.call.get() });
         channel.asked.store(turn, Ordering::Release);
         notify();
+        let mut interrupted = false;
         loop {
             let answered = channel.answered.load(Ordering::Acquire);
             if answered == turn {
                 // SAFETY: it was answered, so it is ours again.
-                return Some(read(unsafe { &*channel.call.get() }));
+                return Some(read(unsafe { &*channel.call.get() }, interrupted));
             }
-            if futex_wait(&channel.answered, answered) == Waited::TimedOut && !alive() {
-                return None;
+            match futex_wait(&channel.answered, answered) {
+                Waited::TimedOut if !alive() => return None,
+                Waited::Interrupted => interrupted = true,
+                Waited::TimedOut | Waited::Woken => {}
             }
         }
     }
@@ -205,6 +209,7 @@ impl Shared {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Waited {
     Woken,
+    Interrupted,
     TimedOut,
 }
 
@@ -224,12 +229,11 @@ fn futex_wait(word: &AtomicU32, unchanged: u32) -> Waited {
             limit,
         )
     };
-    let timed_out =
-        result < 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::ETIMEDOUT);
-    if timed_out {
-        Waited::TimedOut
-    } else {
-        Waited::Woken
+    let error = std::io::Error::last_os_error().raw_os_error();
+    match error.filter(|_| result < 0) {
+        Some(libc::ETIMEDOUT) => Waited::TimedOut,
+        Some(libc::EINTR) => Waited::Interrupted,
+        _ => Waited::Woken,
     }
 }
 
@@ -257,7 +261,7 @@ mod tests {
             }
         });
         for pid in 1..=3 {
-            let result = shared.ask(|call| call.pid = pid, || (), || true, |call| call.result);
+            let result = shared.ask(|call| call.pid = pid, || (), || true, |call, _| call.result);
             assert_eq!(result, Some(2 * i64::from(pid)));
         }
         server.join().expect("no panic");
@@ -266,7 +270,41 @@ mod tests {
     #[test]
     fn nobody_left_to_answer_is_noticed() {
         let shared = Shared::create().expect("memory");
-        let result = shared.ask(|call| call.pid = 1, || (), || false, |call| call.result);
+        let result = shared.ask(|call| call.pid = 1, || (), || false, |call, _| call.result);
         assert_eq!(result, None);
+    }
+
+    static HANDLED: AtomicU32 = AtomicU32::new(0);
+
+    extern "C" fn handle(_: libc::c_int) {
+        HANDLED.fetch_add(1, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn a_signal_handled_while_nobody_answers_is_told() {
+        // SAFETY: all integers or none, for which zero is a value; no flags, so nothing restarts.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = handle as *const () as usize;
+        // SAFETY: the action lives across the call, and its handler only counts.
+        unsafe { libc::sigaction(libc::SIGURG, &raw const action, ptr::null_mut()) };
+        let shared = Shared::create().expect("memory");
+        let channel = shared.as_ptr() as usize;
+        // SAFETY: no arguments.
+        let asker = unsafe { libc::gettid() };
+        let server = std::thread::spawn(move || {
+            let shared = Shared::from_ptr(channel as *mut Channel).expect("not null");
+            let sleeps = || {
+                let stat = std::fs::read_to_string(format!("/proc/self/task/{asker}/stat"));
+                stat.is_ok_and(|stat| stat.contains(") S "))
+            };
+            while shared.channel().asked.load(Ordering::Acquire) == 0 || !sleeps() {}
+            // SAFETY: numbers only.
+            unsafe { libc::syscall(libc::SYS_tkill, asker, libc::SIGURG) };
+            while HANDLED.load(Ordering::Relaxed) == 0 {}
+            shared.serve(|call| call.result = 1);
+        });
+        let told = shared.ask(|_| (), || (), || true, |call, signal| (call.result, signal));
+        assert_eq!(told, Some((1, true)));
+        server.join().expect("no panic");
     }
 }

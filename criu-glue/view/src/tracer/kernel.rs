@@ -17,7 +17,9 @@ const EXTENDED_BYTES: usize = 16 << 10;
 pub enum Stop {
     /// The entry or the exit of a system call.
     Syscall,
-    /// A signal that is about to be delivered, or an event.
+    /// A signal that is about to be delivered: it is lost unless it is sent again.
+    Signal(i32),
+    /// An event, or a trap or a fault of the code it runs, which comes again by itself.
     Other,
     /// It has ended.
     Ended,
@@ -29,11 +31,21 @@ impl Stop {
             Self::Ended
         } else if libc::WSTOPSIG(status) == libc::SIGTRAP | SYSCALL_GOOD {
             Self::Syscall
+        } else if status >> 16 == 0 && !OF_THE_CODE.contains(&libc::WSTOPSIG(status)) {
+            Self::Signal(libc::WSTOPSIG(status))
         } else {
             Self::Other
         }
     }
 }
+
+const OF_THE_CODE: [i32; 5] = [
+    libc::SIGTRAP,
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+];
 
 /// `ptrace`; a negative error number or the result.
 pub fn ptrace(request: u32, pid: i32, address: u64, data: u64) -> i64 {
@@ -156,6 +168,12 @@ pub fn peek(tid: i32, address: u64) -> Option<u64> {
 
 pub fn set_word(tid: i32, address: u64, word: u64) -> bool {
     ptrace(POKEDATA, tid, address, word) == 0
+}
+
+/// Sends a signal to one thread.
+pub fn send(tid: i32, signal: i32) {
+    // SAFETY: numbers only. One that has ended needs none.
+    unsafe { libc::syscall(libc::SYS_tkill, tid, signal) };
 }
 
 /// Waits for a tracee's next stop; `None` after `limit`.

@@ -49,13 +49,15 @@ impl Head {
 const ASKED: [(u32, u64, usize); 6] = [
     (kernel::GETSIGINFO, 0, kernel::SIGINFO_BYTES),
     (kernel::GETSIGMASK, 8, 8),
-    // sizeof(struct ptrace_rseq_configuration)
-    (kernel::GET_RSEQ_CONFIGURATION, 24, 24),
+    (kernel::GET_RSEQ_CONFIGURATION, RSEQ_BYTES, 24),
     // GDT_ENTRY_TLS_MIN and the next ones
     (kernel::GET_THREAD_AREA, 12, 16),
     (kernel::GET_THREAD_AREA, 13, 16),
     (kernel::GET_THREAD_AREA, 14, 16),
 ];
+
+/// `sizeof(struct ptrace_rseq_configuration)`.
+pub const RSEQ_BYTES: u64 = 24;
 
 /// Fills `buffer` with what is known of the stopped thread `tid`; its length, and the registers.
 pub fn collect(tid: i32, buffer: &mut [u8]) -> (usize, Option<kernel::Registers>) {

@@ -24,6 +24,7 @@ mod home;
 mod kernel;
 mod known;
 mod remote;
+mod section;
 mod serve;
 mod sockets;
 mod tracee;

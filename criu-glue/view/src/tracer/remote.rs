@@ -148,9 +148,13 @@ fn wait_remotely(tracees: &mut Tracees, pid: i32, options: i32) -> (i64, i32) {
         call.what = What::Wait(options);
         call.pid = pid;
     };
-    let read = |call: &Call| {
+    let read = |call: &Call, interrupted| {
         let known = call.buffer.get(..call.length).unwrap_or_default();
-        (call.result, call.status, known.to_vec())
+        let result = match call.result {
+            0 if interrupted && options & libc::WNOHANG == 0 => -i64::from(libc::EINTR),
+            result => result,
+        };
+        (result, call.status, known.to_vec())
     };
     let gone = (-i64::from(libc::ECHILD), 0, Vec::new());
     let (result, status, known) = ask(&mut tracees.posted, fill, read).unwrap_or(gone);
@@ -281,7 +285,7 @@ fn ptrace_remotely(
             unsafe { ptr::copy(passed.at, call.buffer.as_mut_ptr(), passed.length) };
         }
     };
-    let answer = ask(posted, fill, |call| {
+    let answer = ask(posted, fill, |call, _| {
         let result = checked(call.result)?;
         let word = call
             .buffer
@@ -377,7 +381,7 @@ fn passed(request: u32, address: u64, data: u64) -> Option<Passed> {
 fn ask<T>(
     posted: &mut Vec<Posted>,
     fill: impl FnOnce(&mut Call),
-    read: impl FnOnce(&Call) -> T,
+    read: impl FnOnce(&Call, bool) -> T,
 ) -> Option<T> {
     let shared = Shared::from_ptr(CHANNEL.load(Ordering::Acquire))?;
     let tracer = TRACER.load(Ordering::Relaxed);

@@ -1,7 +1,8 @@
 //! The tracer's own process: serves CRIU's calls, and brings everything home when CRIU has ended.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::io::Write;
+use std::time::{Duration, Instant};
 
 use super::channel::{BUFFER_BYTES, Call, PEEK_BYTES, Shape, Shared, What};
 use super::files::Inherited;
@@ -24,6 +25,8 @@ pub fn run(shared: Shared, marks: &'static Marks, owner: i32, inherited: Inherit
         marks,
         beside: false,
         tracees: BTreeMap::new(),
+        let_some_go: false,
+        saw_end: false,
         scratch: Some(Box::new(Call::NOTHING)),
     };
     // It may have ended before the kernel was told to say so.
@@ -41,6 +44,9 @@ pub fn run(shared: Shared, marks: &'static Marks, owner: i32, inherited: Inherit
 /// How often it is made sure that CRIU is there, besides being told.
 const LOOK_ROUND: Duration = Duration::from_secs(1);
 
+/// How long CRIU waits in one call, so that its alarms can end the wait.
+const WAIT_TIME_MAX: Duration = Duration::from_millis(20);
+
 struct Tracer {
     /// CRIU's process id.
     owner: i32,
@@ -50,6 +56,9 @@ struct Tracer {
     /// We share a processor with CRIU.
     beside: bool,
     tracees: BTreeMap<i32, Tracee>,
+    /// Threads have been let go, have ended.
+    let_some_go: bool,
+    saw_end: bool,
     /// For what is posted, one after the other.
     scratch: Option<Box<Call>>,
 }
@@ -149,6 +158,10 @@ impl Tracer {
                 None
             }
             kernel::POKEDATA => kernel::word(call.pid, call.address),
+            kernel::DETACH => {
+                tracee.begins_section_anew(call.pid);
+                None
+            }
             _ => None,
         }
     }
@@ -161,6 +174,7 @@ impl Tracer {
             }
             kernel::DETACH => {
                 self.tracees.remove(&call.pid);
+                self.let_some_go = true;
             }
             _ => {}
         }
@@ -193,12 +207,14 @@ impl Tracer {
     fn wait(&mut self, options: i32, call: &mut Call) {
         let polled = options | libc::__WALL | libc::WNOHANG;
         call.length = 0;
+        let deadline = Instant::now() + WAIT_TIME_MAX;
         loop {
             (call.result, call.status) = kernel::wait(call.pid, polled);
-            if call.result != 0 || options & libc::WNOHANG != 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if call.result != 0 || options & libc::WNOHANG != 0 || left.is_zero() {
                 break;
             }
-            if kernel::next_signal(Some(LOOK_ROUND)) == Signal::Orphaned || !self.has_owner() {
+            if kernel::next_signal(Some(left)) == Signal::Orphaned || !self.has_owner() {
                 self.let_all_go();
             }
         }
@@ -207,13 +223,13 @@ impl Tracer {
         };
         match Stop::from_status(call.status) {
             Stop::Ended => {
-                self.tracees.remove(&tid);
+                self.saw_end |= self.tracees.remove(&tid).is_some();
             }
             stop => {
                 let (length, registers) = known::collect(tid, &mut call.buffer);
                 call.length = length;
                 if let Some(tracee) = self.tracees.get_mut(&tid) {
-                    tracee.stopped(stop);
+                    tracee.stopped(tid, stop, &call.buffer[..length]);
                     tracee.shows(registers.as_ref());
                 }
             }
@@ -233,27 +249,43 @@ impl Tracer {
         for (tid, tracee) in &mut self.tracees {
             tracee.hold(*tid);
         }
-        if let Err(error) = self.marks.end_repair() {
-            eprintln!("criu-tracer: a socket may be left in repair mode: {error}");
-        }
+        // A tree that CRIU has ended leaves its sockets in repair mode, for them to end silently.
+        let is_ended = self.tracees.is_empty() && self.saw_end && !self.let_some_go;
+        let repaired = if is_ended {
+            Ok(())
+        } else {
+            self.marks.end_repair()
+        };
         // Only now may the parasites notice that nobody speaks to them any more.
         self.inherited.close_others();
         let tracees = self.tracees.iter_mut();
         let homeless: Vec<i32> = tracees
             .filter_map(|(tid, tracee)| (!tracee.come_home(*tid)).then_some(*tid))
             .collect();
+        let mut said = String::new();
         for (tid, tracee) in &mut self.tracees {
             if is_first_thread(*tid)
                 && let Err(error) = repair::end(*tid)
             {
-                eprintln!("criu-tracer: sockets of process {tid} may be left in repair: {error}");
+                said += &format!("sockets of process {tid} may be left in repair mode: {error}\n");
             }
-            if !homeless.contains(tid) && !tracee.clean_up(*tid) {
-                eprintln!("criu-tracer: something of criu is left in process {tid}");
+            if !homeless.contains(tid) {
+                if !tracee.clean_up(*tid) {
+                    said += &format!("something of criu is left in process {tid}\n");
+                }
+                tracee.begins_section_anew(*tid);
+                tracee.send_owed(*tid);
             }
         }
+        if let Err(error) = repaired {
+            said += &format!("a socket may be left in repair mode: {error}\n");
+        }
         if !homeless.is_empty() {
-            eprintln!("criu-tracer: criu has ended, and these threads are broken: {homeless:?}");
+            said += &format!("criu has ended, and these threads are broken: {homeless:?}\n");
+        }
+        if !said.is_empty() {
+            // Where it cannot be said it is not; nothing may keep the threads from going on.
+            let _ = write!(std::io::stderr(), "criu-tracer: {said}");
         }
         // SAFETY: a number; what CRIU wants done at its exit is not for us to do.
         unsafe { libc::_exit(0) }

@@ -100,7 +100,11 @@ impl Marks {
                 let value = ptr::from_ref(&on).cast();
                 set(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, value, LENGTH);
             }
-            result = ended.map(drop).and(result);
+            // CRIU has closed it since.
+            let gone = matches!(&ended, Err(error) if error.raw_os_error() == Some(libc::EBADF));
+            if !gone {
+                result = ended.map(drop).and(result);
+            }
         }
         result
     }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::home::Home;
 use super::kernel::{self, Registers, Stop};
+use super::section::Section;
 
 /// A traced thread.
 #[derive(Debug, Default)]
@@ -35,6 +36,9 @@ pub struct Tracee {
     /// The one it was sent off to make.
     calling: Option<(i64, [u64; 2])>,
     left: Leftovers,
+    section: Option<Section>,
+    /// Signals that it was stopped for and has not got.
+    owed: Vec<i32>,
 }
 
 /// What CRIU's own calls left in the process: mappings with their lengths, and descriptors.
@@ -45,8 +49,12 @@ struct Leftovers {
 }
 
 impl Tracee {
-    pub fn stopped(&mut self, stop: Stop) {
+    /// Thread `tid` has stopped; `known` is what was collected of it.
+    pub fn stopped(&mut self, tid: i32, stop: Stop, known: &[u8]) {
         self.stop = Some(stop);
+        if self.home.is_none() {
+            self.section = Section::of(tid, known);
+        }
     }
 
     pub fn resumed(&mut self) {
@@ -118,6 +126,31 @@ impl Tracee {
         }
     }
 
+    /// To be called before the stopped thread `tid` is let go, at home. False if a restartable
+    /// sequence may go on in its middle.
+    pub fn begins_section_anew(&mut self, tid: i32) -> bool {
+        let section = self.section.take();
+        section.is_none_or(|section| section.put_back(tid))
+    }
+
+    /// Sends the stopped thread `tid` the signals it was kept from, for when it is let go.
+    pub fn send_owed(&mut self, tid: i32) {
+        if let Some(Stop::Signal(signal)) = self.stop {
+            self.owed.push(signal);
+        }
+        for signal in self.owed.drain(..) {
+            kernel::send(tid, signal);
+        }
+    }
+
+    /// Lets it go on by `request`; a signal it was stopped for has to wait.
+    fn go_on(&mut self, tid: i32, request: u32) -> bool {
+        if let Some(Stop::Signal(signal)) = self.stop.take() {
+            self.owed.push(signal);
+        }
+        kernel::ptrace(request, tid, 0, 0) >= 0
+    }
+
     /// Brings thread `tid` home; it stays stopped. False if that could not be done within the time.
     pub fn come_home(&mut self, tid: i32) -> bool {
         if self.serves_in_parasite(tid) {
@@ -169,7 +202,7 @@ impl Tracee {
             match stop {
                 None => return false,
                 Some(Stop::Ended) => return true,
-                Some(Stop::Syscall | Stop::Other) => self.stop = stop,
+                Some(_) => self.stop = stop,
             }
             let Some(registers) = kernel::registers(tid) else {
                 return false;
@@ -178,10 +211,9 @@ impl Tracee {
                 self.home = None;
                 return true;
             }
-            if kernel::ptrace(kernel::SYSCALL, tid, 0, 0) < 0 {
+            if !self.go_on(tid, kernel::SYSCALL) {
                 return false;
             }
-            self.stop = None;
         }
     }
 
@@ -206,8 +238,8 @@ impl Tracee {
             None => {
                 kernel::ptrace(kernel::INTERRUPT, tid, 0, 0);
                 match kernel::next_stop(tid, CALL_TIME_MAX) {
-                    Some(stop @ (Stop::Syscall | Stop::Other)) => stop,
                     Some(Stop::Ended) => return true,
+                    Some(stop) => stop,
                     None => return false,
                 }
             }
@@ -222,12 +254,32 @@ impl Tracee {
         let sent = kernel::set_word(tid, gadget, SYSCALL_AND_TRAP)
             && kernel::set_mask(tid, !kernel::mask_of(&[libc::SIGTRAP]))
             && kernel::set_registers(tid, home.calling(gadget, number, arguments));
-        let result = if sent { run(tid, gadget) } else { None };
+        let result = if sent { self.run(tid, gadget) } else { None };
+        if self.stop.is_none() {
+            // It is away for too long, and must not go on from there by itself.
+            kernel::ptrace(kernel::INTERRUPT, tid, 0, 0);
+            self.stop = kernel::next_stop(tid, CALL_TIME_MAX);
+        }
         let whole = kernel::set_word(tid, gadget, code);
-        // Whatever it stopped for, it is stopped for a signal now and no longer in the call.
-        self.stop = Some(Stop::Other);
         let back = home.put_back(tid, stop != Stop::Syscall);
         whole && back && result == Some(0)
+    }
+
+    /// Lets a thread that is set for a system call at `gadget` make it; its result.
+    fn run(&mut self, tid: i32, gadget: u64) -> Option<u64> {
+        for _ in 0..STOPS_MAX {
+            if !self.go_on(tid, kernel::CONT) {
+                return None;
+            }
+            self.stop = kernel::next_stop(tid, CURE_TIME_MAX);
+            self.stop.filter(|stop| *stop != Stop::Ended)?;
+            let registers = kernel::registers(tid)?;
+            // An interruption that was asked for earlier comes first.
+            if registers.rip != gadget {
+                return Some(registers.rax);
+            }
+        }
+        None
     }
 }
 
@@ -253,22 +305,6 @@ impl Leftovers {
             _ => {}
         }
     }
-}
-
-/// Lets a thread that is set for a system call at `gadget` make it; its result.
-fn run(tid: i32, gadget: u64) -> Option<u64> {
-    for _ in 0..STOPS_MAX {
-        if kernel::ptrace(kernel::CONT, tid, 0, 0) < 0 {
-            return None;
-        }
-        kernel::next_stop(tid, CURE_TIME_MAX).filter(|stop| *stop != Stop::Ended)?;
-        let registers = kernel::registers(tid)?;
-        // An interruption that was asked for earlier comes first.
-        if registers.rip != gadget {
-            return Some(registers.rax);
-        }
-    }
-    None
 }
 
 /// Whether this thread's number is that of its process.
