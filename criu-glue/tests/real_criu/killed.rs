@@ -18,7 +18,11 @@ use crate::workload::{Workload, wait_until};
 /// Whatever it was doing when it was killed, after so many calls of its tracer: the workload runs
 /// on with its own registers, code, memory, descriptors and blocked signals.
 pub async fn a_killed_criu_leaves_the_workload_as_it_was() {
-    let workload = Workload::start_with(&[], 1, THREADS);
+    let files = tempfile::tempdir_in("/tmp").expect("tmp");
+    let links = || fs::read_dir(&files).expect("a directory").count();
+    // A file that is open, and whose name is gone while it has another.
+    let script = format!("cd {}; {OPEN_A_FILE}", files.path().display());
+    let workload = Workload::start_with(&["sh", "-c", &script], 1, THREADS);
     let mut connections = workload.dial();
     connections.iter_mut().for_each(answers);
     let before = traces(&workload);
@@ -35,6 +39,7 @@ pub async fn a_killed_criu_leaves_the_workload_as_it_was() {
         assert_eq!(open, before.1, "descriptors after {calls} calls");
         assert_eq!(states, before.2, "threads after {calls} calls");
         assert_eq!(mapped, before.0, "mappings after {calls} calls");
+        assert_eq!(links(), 1, "files after {calls} calls");
     }
     assert!(killed > 20, "only {killed} dumps were hit");
 }
@@ -169,6 +174,7 @@ async fn begin(run: &Run, workload: &Workload, feed: &mut Feed) -> Swrk {
     .expect("criu");
     let request = Request::dump(DumpOptions {
         tcp_established: true,
+        link_remap: true,
         network_lock: NetworkLock::Skip,
         ..run.dump_options(workload)
     });
@@ -263,5 +269,6 @@ fn traces(workload: &Workload) -> (Vec<String>, Vec<PathBuf>, Vec<String>) {
     (shared, open.collect(), states)
 }
 
+const OPEN_A_FILE: &str = "echo x >one; exec 3<>one; ln one two; rm one; exec \"$0\" \"$@\"";
 const THREADS: usize = 3;
 const STEP: usize = 1;

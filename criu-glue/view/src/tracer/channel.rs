@@ -119,21 +119,7 @@ pub struct Shared(NonNull<Channel>);
 
 impl Shared {
     pub fn create() -> Option<Self> {
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let memory = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                size_of::<Channel>(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        if memory == libc::MAP_FAILED {
-            return None;
-        }
-        let channel = NonNull::new(memory.cast::<Channel>())?;
+        let channel = super::shared_memory::<Channel>()?;
         // SAFETY: large enough, page-aligned, and known to nobody else yet.
         unsafe {
             channel.write(Channel {

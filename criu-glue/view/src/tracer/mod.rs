@@ -23,19 +23,26 @@ mod files;
 mod home;
 mod kernel;
 mod known;
+mod links;
 mod remote;
 mod section;
 mod serve;
 mod sockets;
 mod tracee;
 
+use std::ptr::{self, NonNull};
+
 use channel::Shared;
 use files::Inherited;
+use links::Links;
 use sockets::Marks;
 
 /// Forks the tracer, in a process that has one thread. Where that fails CRIU traces by itself.
 pub fn start() {
-    let (Some(shared), Some(marks)) = (Shared::create(), Marks::create()) else {
+    let Some(shared) = Shared::create() else {
+        return;
+    };
+    let (Some(marks), Some(links)) = (Marks::create(), Links::create()) else {
         return;
     };
     // SAFETY: no arguments.
@@ -47,7 +54,7 @@ pub fn start() {
     // SAFETY: a fork but for descriptors; the child has all of this process's one thread.
     let child = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) };
     if child == 0 {
-        serve::run(shared, marks, owner, inherited);
+        serve::run(shared, owner, (inherited, marks, links));
     }
     kernel::unblock_to(before);
     if let Ok(child) = i32::try_from(child)
@@ -55,5 +62,26 @@ pub fn start() {
     {
         remote::attach(shared, owner, child);
         marks.attach();
+        links.attach();
     }
+}
+
+/// Memory for a `T`, zeros, shared with whoever is forked and never unmapped. Its pages come as
+/// they are used.
+fn shared_memory<T>() -> Option<NonNull<T>> {
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let memory = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            size_of::<T>(),
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if memory == libc::MAP_FAILED {
+        return None;
+    }
+    NonNull::new(memory.cast())
 }

@@ -8,12 +8,13 @@ use super::channel::{BUFFER_BYTES, Call, PEEK_BYTES, Shape, Shared, What};
 use super::files::Inherited;
 use super::kernel::{self, Registers, Signal, Stop};
 use super::known;
+use super::links::Links;
 use super::sockets::Marks;
 use super::tracee::{Tracee, is_first_thread};
 use crate::repair;
 
 /// The process, from its fork to its end. All signals are blocked in it.
-pub fn run(shared: Shared, marks: &'static Marks, owner: i32, inherited: Inherited) -> ! {
+pub fn run(shared: Shared, owner: i32, things: (Inherited, &'static Marks, &'static Links)) -> ! {
     // SAFETY: a C string and a number; the kernel sends the signal when our parent ends.
     unsafe {
         libc::prctl(libc::PR_SET_NAME, c"criu-tracer".as_ptr());
@@ -21,8 +22,9 @@ pub fn run(shared: Shared, marks: &'static Marks, owner: i32, inherited: Inherit
     }
     let mut tracer = Tracer {
         owner,
-        inherited,
-        marks,
+        inherited: things.0,
+        marks: things.1,
+        links: things.2,
         beside: false,
         tracees: BTreeMap::new(),
         let_some_go: false,
@@ -53,6 +55,7 @@ struct Tracer {
     /// What stays open when CRIU has ended.
     inherited: Inherited,
     marks: &'static Marks,
+    links: &'static Links,
     /// We share a processor with CRIU.
     beside: bool,
     tracees: BTreeMap<i32, Tracee>,
@@ -251,10 +254,10 @@ impl Tracer {
         }
         // A tree that CRIU has ended leaves its sockets in repair mode, for them to end silently.
         let is_ended = self.tracees.is_empty() && self.saw_end && !self.let_some_go;
-        let repaired = if is_ended {
-            Ok(())
+        let (unlinked, repaired) = if is_ended {
+            (Ok(()), Ok(()))
         } else {
-            self.marks.end_repair()
+            (self.links.remove(), self.marks.end_repair())
         };
         // Only now may the parasites notice that nobody speaks to them any more.
         self.inherited.close_others();
@@ -279,6 +282,9 @@ impl Tracer {
         }
         if let Err(error) = repaired {
             said += &format!("a socket may be left in repair mode: {error}\n");
+        }
+        if let Err(error) = unlinked {
+            said += &format!("a name of criu's, link_remap.N, may be left: {error}\n");
         }
         if !homeless.is_empty() {
             said += &format!("criu has ended, and these threads are broken: {homeless:?}\n");

@@ -36,24 +36,11 @@ const TCP_REPAIR_ON: c_int = 1;
 static MARKS: AtomicPtr<Marks> = AtomicPtr::new(ptr::null_mut());
 
 impl Marks {
-    /// New ones, shared with whoever is forked; never unmapped. Pages of it come as they are used.
+    /// New ones, shared with whoever is forked, and never unmapped.
     pub fn create() -> Option<&'static Self> {
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let memory = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                size_of::<Self>(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if memory == libc::MAP_FAILED {
-            return None;
-        }
-        // SAFETY: large enough, page-aligned, never unmapped; zeros are values of all its integers.
-        unsafe { memory.cast::<Self>().as_ref() }
+        let memory = super::shared_memory::<Self>()?;
+        // SAFETY: never unmapped, and zeros are values of all its integers.
+        Some(unsafe { memory.as_ref() })
     }
 
     /// From now on CRIU's calls leave marks here.

@@ -123,7 +123,7 @@ impl Site {
                     space.put_back(&sent.unread);
                     sums.add(&sent);
                 }
-                // It has ended, or is about to and has lost its memory; the rest of the tree goes on.
+                // It has ended, or is about to without its memory; the rest of the tree goes on.
                 Err(SendError::Read { sent, source, .. })
                     if matches!(source, ReadError::Gone { .. }) || !alive(space.pid()) =>
                 {
