@@ -81,6 +81,10 @@ codes! {
     PeerUnknown = 18, "peer-unknown";
     /// The stream or connection names a migration that this node does not know.
     MigrationUnknown = 19, "migration-unknown";
+    /// The workload stood still for as long as it may, and runs on at the source.
+    FrozenTooLong = 20, "frozen-too-long";
+    /// The peer's certificate, or ours, is not accepted.
+    PeerUntrusted = 21, "peer-untrusted";
 
     /// This build cannot move this kind of workload, or something it is made of.
     UnsupportedWorkload = 32, "unsupported-workload";
@@ -114,6 +118,16 @@ codes! {
     NetworkUnfit = 46, "network-unfit";
     /// The workload's terminal or standard streams cannot be moved.
     StdioUnfit = 47, "stdio-unfit";
+    /// Live pages of the frozen workload could not be read.
+    PagesUnread = 48, "pages-unread";
+    /// Each freeze met the workload in a state that passes, but cannot be dumped.
+    PassingState = 49, "passing-state";
+    /// The workload holds a lock on a file that both nodes share.
+    SharedLock = 50, "shared-lock";
+    /// The workload maps a file, shared and writable, whose caches are not coherent.
+    SharedIncoherent = 51, "shared-incoherent";
+    /// A connection over loopback to a process that does not move.
+    LoopbackPeer = 52, "loopback-peer";
 
     /// The target has as many migrations as it takes.
     TargetBusy = 64, "target-busy";
@@ -133,6 +147,14 @@ codes! {
     SmapsDiffer = 71, "smaps-differ";
     /// The process that fills the workload's memory died.
     FillLost = 72, "fill-lost";
+    /// A path declared shared is not the same storage at both nodes.
+    SharedDiffers = 73, "shared-differs";
+    /// What the workload wrote to shared storage could not be made durable.
+    SyncFailed = 74, "sync-failed";
+    /// The node has less memory than the workload may need.
+    MemoryShort = 75, "memory-short";
+    /// The target's processor lacks something that the source's has.
+    CpuDiffers = 76, "cpu-differs";
 }
 
 /// What went wrong: a code to act upon and a text to read.
