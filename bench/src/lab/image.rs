@@ -166,11 +166,12 @@ const SUITE: &str = "testing";
 /// Older debootstraps know no script for the present code name; that of sid serves every suite.
 const SCRIPT: &str = "/usr/share/debootstrap/scripts/sid";
 const VARIANT: &str = "minbase";
-const PACKAGES: [&str; 9] = [
+const PACKAGES: [&str; 10] = [
     "criu",
     "crun",
     "iproute2",
     "nftables",
+    "nginx",
     "procps",
     "redis-server",
     "redis-tools",
