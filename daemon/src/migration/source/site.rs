@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use criu_glue::repair;
 use pageferry_proto::id::SpaceId;
-use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::policy::{EAGER_BYTES_PER_SECOND, Policy};
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::watch;
@@ -48,10 +48,6 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long a dead daemon's CRIU may take to let go of the tasks.
 const LET_GO_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// How fast CRIU copies memory in the freeze, in bytes per second: 64 MiB of shared memory took
-/// 276 ms. With the budget for downtime it says how much of such memory is accepted.
-const EAGER_BYTES_PER_SECOND: u64 = 240 << 20; // 240 MiB/s
 
 /// What every source of this node shares.
 #[derive(Debug, Clone)]
@@ -221,6 +217,7 @@ impl Site {
         self.check_budget(&eager)
     }
 
+    /// What CRIU copies in the downtime allowed is accepted.
     fn check_budget(&self, eager: &Eager) -> Result<(), Failure> {
         let budget = self.policy.downtime_max.as_millis() as u64 * EAGER_BYTES_PER_SECOND / 1000;
         let budget = budget.min(self.node.eager_memory_max);

@@ -112,6 +112,8 @@ pub(super) enum Timer {
     Overall,
     /// The present step takes too long.
     Step,
+    /// The workload has stood still for as long as it may.
+    Frozen,
     /// Ask or tell again.
     Resend,
     /// Dial again.
