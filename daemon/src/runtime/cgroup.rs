@@ -301,9 +301,18 @@ impl Freezer {
     /// Freezes and waits until the kernel says that every task is frozen. Blocks, at most
     /// [`FREEZE_TIMEOUT`]; on a time-out the cgroup is thawed again.
     pub fn freeze(&self) -> Result<(), CgroupError> {
+        self.freeze_unless(|| false)
+    }
+
+    /// As [`Freezer::freeze`], but ends early, with the cgroup thawed, once `cut` says so: ask
+    /// whether it did.
+    pub fn freeze_unless(&self, cut: impl Fn() -> bool) -> Result<(), CgroupError> {
         let deadline = Instant::now() + FREEZE_TIMEOUT;
         self.begin_freeze()?;
         while !self.is_frozen()? {
+            if cut() {
+                return self.write_state(false);
+            }
             if Instant::now() > deadline {
                 self.write_state(false)?;
                 return Err(CgroupError::FreezeTimeout {
