@@ -461,3 +461,7 @@ fn send_failed(error: &SendError<SendStreamError>) -> Failure {
     };
     Failure::new(code, chain(error))
 }
+
+#[cfg(test)]
+#[path = "rounds_tests.rs"]
+mod tests;

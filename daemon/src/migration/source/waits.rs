@@ -107,6 +107,7 @@ fn was_cut(what: Wait) -> Failure {
 #[cfg(test)]
 mod tests {
     use std::future::{pending, ready};
+    use std::time::Duration;
 
     use super::*;
 
@@ -133,7 +134,8 @@ mod tests {
         assert!(!blocked.is_cut() && blocked.check().is_ok());
         assert_eq!(names(&waits), [Wait::Dump, Wait::Pages, Wait::Cgroup]);
         cut.send_replace(true);
-        let (dump, pages) = both.await.unwrap();
+        let both = tokio::time::timeout(Duration::from_secs(20), both).await;
+        let (dump, pages) = both.expect("both are cut").unwrap();
         assert_eq!(dump.unwrap_err().code(), ErrorCode::Aborted);
         assert!(pages.is_err() && blocked.is_cut() && blocked.check().is_err());
         drop(blocked);

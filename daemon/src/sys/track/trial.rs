@@ -162,6 +162,7 @@ fn act_silently(words: &[&str]) -> io::Result<()> {
         "open-direct" => open_direct(words[1])?,
         "userfaultfd" => open_userfaultfd().map(drop)?,
         "poison" => lost::poison(number(1), size(2))?,
+        "wait-for-page" => lost::wait_for_page(number(1))?,
         "end-first-thread" => lost::end_first_thread()?,
         "io-uring" => open_io_uring()?,
         other => return Err(io::Error::other(format!("unknown order {other}"))),

@@ -1,32 +1,56 @@
-//! What a process may lose while it goes on: pages, and its first thread.
+//! What a process may lose while it goes on: pages, its first thread, and the will to be frozen.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use super::{check, open_userfaultfd};
+use super::{check, open_userfaultfd, pointer};
 
 /// Makes pages that nothing was ever in such as the kernel can no longer read, as after an error of
 /// memory or swap: by a userfaultfd that is gone again afterwards, while what it did stays.
 pub(super) fn poison(address: u64, pages: usize) -> io::Result<()> {
+    let fd = register(address, pages)?;
+    let mut poison = [address, pages as u64 * 4096, 0, 0];
+    // SAFETY: as long as the kernel reads and writes it; the pages were mapped for this by the test.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), POISON, poison.as_mut_ptr()) })
+}
+
+/// A thread that waits in the kernel for a page which nobody brings, and cannot be frozen there.
+pub(super) fn wait_for_page(address: u64) -> io::Result<()> {
+    let fd = register(address, 1)?;
+    std::thread::spawn(move || {
+        // The kernel, on behalf of this process, looks at this process from outside.
+        let _kept = fd;
+        let mut byte = 0_u8;
+        let local = libc::iovec {
+            iov_base: (&raw mut byte).cast(),
+            iov_len: 1,
+        };
+        let remote = libc::iovec {
+            iov_base: pointer(address),
+            iov_len: 1,
+        };
+        // SAFETY: room for one byte; the other address is only looked at by the kernel.
+        unsafe {
+            libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
+        }
+    });
+    Ok(())
+}
+
+/// A userfaultfd that is asked for what is missing in these pages.
+fn register(address: u64, pages: usize) -> io::Result<OwnedFd> {
     let fd = open_userfaultfd()?;
     // SAFETY: just opened, and nobody else's.
-    let _closed_at_the_end = unsafe { OwnedFd::from_raw_fd(fd) };
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let length = pages as u64 * 4096;
-    // What the kernel asks for: version and features; range and mode; range, mode and result.
+    // What the kernel asks for: version, features and calls; range, mode and calls.
     let mut api = [0xaa_u64, FEATURE_POISON, 0];
     let mut register = [address, length, MODE_MISSING, 0];
-    let mut poison = [address, length, 0, 0];
-    let requests = [
-        (API, api.as_mut_ptr()),
-        (REGISTER, register.as_mut_ptr()),
-        (POISON, poison.as_mut_ptr()),
-    ];
-    for (request, argument) in requests {
-        // SAFETY: each argument is as long as the kernel reads and writes it; the pages were mapped
-        // for this by the test.
-        check(unsafe { libc::ioctl(fd, request, argument) })?;
+    for (request, argument) in [(API, api.as_mut_ptr()), (REGISTER, register.as_mut_ptr())] {
+        // SAFETY: as long as the kernel reads and writes it; the pages were mapped for this.
+        check(unsafe { libc::ioctl(fd.as_raw_fd(), request, argument) })?;
     }
-    Ok(())
+    Ok(fd)
 }
 
 /// Ends the first thread, which the test harness waits in, and no other.
