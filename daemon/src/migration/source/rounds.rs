@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pageferry_proto::id::{Round, SpaceId};
+use pageferry_proto::id::{Generation, Round, SpaceId};
 use pageferry_proto::migration::policy::RoundReport;
 use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent};
 use pageferry_proto::page::PageCount;
@@ -64,12 +64,31 @@ impl Sums {
         self.raw_bytes += sent.raw_bytes;
         self.wire_bytes += sent.wire_bytes;
     }
+
+    /// The freeze is given up, with so much of the final round on its way.
+    fn given_up(&self, reason: Failure, pause: Duration) -> Result<SourceEvent, Failure> {
+        Ok(SourceEvent::Retry(RetryReport {
+            parcels: u32::try_from(self.parcels).map_err(|error| internal(&error))?,
+            pages: PageCount(self.pages),
+            raw_bytes: self.raw_bytes,
+            wire_bytes: self.wire_bytes,
+            pause,
+            reason,
+        }))
+    }
 }
 
 impl Site {
     /// Sends what is pending and finds what became dirty meanwhile.
     pub async fn round(&mut self, round: Round) -> Result<RoundReport, Failure> {
         let began = Instant::now();
+        // A freeze that was given up has left nothing pending, and has met what no round has seen.
+        if self.pending.is_empty() {
+            block_in_place(|| {
+                self.attach_new()?;
+                self.scan()
+            })?;
+        }
         let last_scan = self.scanned;
         let pending = std::mem::take(&mut self.pending);
         let sums = self.send_pages(&pending, round).await?;
@@ -136,23 +155,24 @@ impl Site {
     }
 
     /// The final round: everything the target still lacks, with the tree frozen.
-    pub async fn finish(&mut self, round: Round) -> SourceEvent {
-        match self.try_finish(round).await {
+    pub async fn finish(&mut self, generation: Generation, round: Round) -> SourceEvent {
+        match self.try_finish(generation, round).await {
             Ok(event) => event,
             Err(failure) => SourceEvent::Failure(failure),
         }
     }
 
-    async fn try_finish(&mut self, round: Round) -> Result<SourceEvent, Failure> {
+    async fn try_finish(
+        &mut self,
+        generation: Generation,
+        round: Round,
+    ) -> Result<SourceEvent, Failure> {
         let began = Instant::now();
         let mut scans = match block_in_place(|| self.final_scans())? {
             Ok(scans) => scans,
             Err(reason) => {
-                return Ok(SourceEvent::Retry(RetryReport {
-                    parcels: 0,
-                    pages: PageCount::ZERO,
-                    reason,
-                }));
+                let reason = Failure::new(ErrorCode::RetryRound, reason);
+                return Sums::default().given_up(reason, Duration::ZERO);
             }
         };
         let scanned = began.elapsed();
@@ -166,7 +186,7 @@ impl Site {
         let ((dumped, frozen_in_criu), sent) = if self.policy.verify {
             (dumping.await, None)
         } else {
-            let (dumped, sent) = tokio::join!(dumping, self.send_final(&scans, round));
+            let (dumped, sent) = tokio::join!(dumping, self.send_final(&scans, generation, round));
             (dumped, Some(sent))
         };
         self.return_dump(dump);
@@ -187,15 +207,15 @@ impl Site {
             self.scan_again(&mut scans)?;
         }
         let (data, images) = (self.data()?, self.dump()?.images().to_owned());
-        let digests = verify::send(hashing, &data, self.cancelled.clone());
+        let digests = verify::send(hashing, &data, generation, self.cancelled.clone());
         let last = async {
             match sent {
                 Some(sent) => sent,
-                None => self.send_final(&scans, round).await,
+                None => self.send_final(&scans, generation, round).await,
             }
         };
         let (digests, mut sums, (images, image_bytes)) =
-            tokio::try_join!(digests, last, send_images(&data, &images))?;
+            tokio::try_join!(digests, last, send_images(&data, generation, &images))?;
         sums.wire_bytes += image_bytes;
         self.image_bytes = image_bytes;
         tracing::info!(%round, pages = sums.pages, wire_bytes = sums.wire_bytes, ?scanned,
@@ -295,6 +315,7 @@ impl Site {
     async fn send_final(
         &mut self,
         scans: &BTreeMap<SpaceId, FinalScan>,
+        generation: Generation,
         round: Round,
     ) -> Result<Sums, Failure> {
         let data = self.data()?;
@@ -306,7 +327,12 @@ impl Site {
         for (id, scan) in scans {
             let set = scan.live.to_wire();
             let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
-            let mut body = SetHeader { space: *id, length }.encode().to_vec();
+            let header = SetHeader {
+                generation,
+                space: *id,
+                length,
+            };
+            let mut body = header.encode().to_vec();
             body.extend(set);
             seal(&mut body);
             sums.wire_bytes += body.len() as u64;
@@ -324,7 +350,11 @@ impl Site {
 }
 
 /// Sends every image file of a folder; answers with how many and how many bytes.
-async fn send_images(data: &DataSender, folder: &Path) -> Result<(u32, u64), Failure> {
+async fn send_images(
+    data: &DataSender,
+    generation: Generation,
+    folder: &Path,
+) -> Result<(u32, u64), Failure> {
     let unreadable = |path: &Path, error: std::io::Error| {
         Failure::new(
             ErrorCode::CriuFailed,
@@ -346,7 +376,7 @@ async fn send_images(data: &DataSender, folder: &Path) -> Result<(u32, u64), Fai
             .and_then(|name| name.to_str())
             .unwrap_or_default();
         let name = ImageName::new(name).map_err(|error| internal(&error))?;
-        let header = ImageFileHeader::new(name, content.len() as u64);
+        let header = ImageFileHeader::new(generation, name, content.len() as u64);
         let mut body = header.map_err(|error| internal(&error))?.encode();
         body.extend(&content);
         seal(&mut body);
