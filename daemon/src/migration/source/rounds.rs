@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pageferry_proto::id::{Round, SpaceId};
+use pageferry_proto::id::{Generation, Round, SpaceId};
 use pageferry_proto::migration::policy::RoundReport;
 use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent, Wait};
 use pageferry_proto::page::PageCount;
@@ -64,12 +64,31 @@ impl Sums {
         self.raw_bytes += sent.raw_bytes;
         self.wire_bytes += sent.wire_bytes;
     }
+
+    /// The freeze is given up, with so much of the final round on its way.
+    fn given_up(&self, reason: Failure, pause: Duration) -> Result<SourceEvent, Failure> {
+        Ok(SourceEvent::Retry(RetryReport {
+            parcels: u32::try_from(self.parcels).map_err(|error| internal(&error))?,
+            pages: PageCount(self.pages),
+            raw_bytes: self.raw_bytes,
+            wire_bytes: self.wire_bytes,
+            pause,
+            reason,
+        }))
+    }
 }
 
 impl Site {
     /// Sends what is pending and finds what became dirty meanwhile.
     pub async fn round(&mut self, round: Round) -> Result<RoundReport, Failure> {
         let began = Instant::now();
+        // A freeze that was given up has left nothing pending, and has met what no round has seen.
+        if self.pending.is_empty() {
+            block_in_place(|| {
+                self.attach_new()?;
+                self.scan()
+            })?;
+        }
         let last_scan = self.scanned;
         let pending = std::mem::take(&mut self.pending);
         // What was not sent is dirty again, or gone.
@@ -138,22 +157,30 @@ impl Site {
     }
 
     /// The final round: everything the target still lacks, with the tree frozen.
-    pub async fn finish(&mut self, round: Round) -> SourceEvent {
-        match self.try_finish(round).await {
+    pub async fn finish(&mut self, generation: Generation, round: Round) -> SourceEvent {
+        match self.try_finish(generation, round).await {
             Ok(event) => event,
             Err(failure) => SourceEvent::Failure(failure),
         }
     }
 
-    async fn try_finish(&mut self, round: Round) -> Result<SourceEvent, Failure> {
+    async fn try_finish(
+        &mut self,
+        generation: Generation,
+        round: Round,
+    ) -> Result<SourceEvent, Failure> {
         let began = Instant::now();
         let mut scans = match block_in_place(|| self.final_scans())? {
             Ok(scans) => scans,
-            Err(reason) => return Ok(again(&Sums::default(), reason)),
+            Err(reason) => {
+                let reason = Failure::new(ErrorCode::RetryRound, reason);
+                return Sums::default().given_up(reason, Duration::ZERO);
+            }
         };
         let scanned = began.elapsed();
         let mut dump = self.take_dump()?;
-        let sent = self.dump_and_send(&mut dump, &scans, round).await;
+        let attempt = (generation, round);
+        let sent = self.dump_and_send(&mut dump, &scans, attempt).await;
         // Also a dump that was cut: the thaw has CRIU let go.
         self.return_dump(dump);
         let (frozen_in_criu, sent) = sent?;
@@ -161,7 +188,7 @@ impl Site {
         let sent = match sent {
             Some((sums, unsent)) => match self.unread.judge(&unsent, self.root) {
                 None => Some(sums),
-                Some(Verdict::Again(failure)) => return Ok(again(&sums, failure.to_string())),
+                Some(Verdict::Again(failure)) => return sums.given_up(failure, Duration::ZERO),
                 Some(Verdict::Never(failure)) => return Err(failure),
             },
             None => None,
@@ -183,17 +210,17 @@ impl Site {
         let (data, images) = (self.data()?, self.dump()?.images().to_owned());
         let waits = self.waits.clone();
         let digests = async {
-            let digests = verify::send(hashing, &data);
+            let digests = verify::send(hashing, &data, generation);
             waits.on(Wait::Digests, digests).await?
         };
         let last = async {
             match sent {
                 Some(sums) => Ok(sums),
-                None => self.send_verified(&scans, round).await,
+                None => self.send_verified(&scans, generation, round).await,
             }
         };
         let images = async {
-            let images = send_images(&data, &images);
+            let images = send_images(&data, generation, &images);
             waits.on(Wait::Images, images).await?
         };
         let (digests, mut sums, (images, image_bytes)) = tokio::try_join!(digests, last, images)?;
@@ -219,7 +246,7 @@ impl Site {
         &mut self,
         dump: &mut Dump,
         scans: &BTreeMap<SpaceId, FinalScan>,
-        round: Round,
+        (generation, round): (Generation, Round),
     ) -> Result<(Duration, Option<(Sums, Unsent)>), Failure> {
         self.show(dump, scans)?;
         let waits = self.waits.clone();
@@ -232,7 +259,7 @@ impl Site {
         if self.policy.verify {
             return Ok((dumping.await?, None));
         }
-        let (dumped, sent) = tokio::join!(dumping, self.send_final(scans, round));
+        let (dumped, sent) = tokio::join!(dumping, self.send_final(scans, generation, round));
         Ok((dumped?, Some(sent?)))
     }
 
@@ -241,9 +268,10 @@ impl Site {
     async fn send_verified(
         &mut self,
         scans: &BTreeMap<SpaceId, FinalScan>,
+        generation: Generation,
         round: Round,
     ) -> Result<Sums, Failure> {
-        let (sums, unsent) = self.send_final(scans, round).await?;
+        let (sums, unsent) = self.send_final(scans, generation, round).await?;
         match self.unread.judge(&unsent, self.root) {
             None => Ok(sums),
             Some(Verdict::Again(failure) | Verdict::Never(failure)) => Err(failure),
@@ -340,6 +368,7 @@ impl Site {
     async fn send_final(
         &mut self,
         scans: &BTreeMap<SpaceId, FinalScan>,
+        generation: Generation,
         round: Round,
     ) -> Result<(Sums, Unsent), Failure> {
         let data = self.data()?;
@@ -355,7 +384,12 @@ impl Site {
         for (id, scan) in scans {
             let set = scan.live.to_wire();
             let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
-            let mut body = SetHeader { space: *id, length }.encode().to_vec();
+            let header = SetHeader {
+                generation,
+                space: *id,
+                length,
+            };
+            let mut body = header.encode().to_vec();
             body.extend(set);
             seal(&mut body);
             sums.wire_bytes += body.len() as u64;
@@ -373,17 +407,12 @@ impl Site {
     }
 }
 
-/// Another round must come first.
-fn again(sent: &Sums, reason: String) -> SourceEvent {
-    SourceEvent::Retry(RetryReport {
-        parcels: u32::try_from(sent.parcels).unwrap_or(u32::MAX),
-        pages: PageCount(sent.pages),
-        reason,
-    })
-}
-
 /// Sends every image file of a folder; answers with how many and how many bytes.
-async fn send_images(data: &DataSender, folder: &Path) -> Result<(u32, u64), Failure> {
+async fn send_images(
+    data: &DataSender,
+    generation: Generation,
+    folder: &Path,
+) -> Result<(u32, u64), Failure> {
     let unreadable = |path: &Path, error: std::io::Error| {
         Failure::new(
             ErrorCode::CriuFailed,
@@ -405,7 +434,7 @@ async fn send_images(data: &DataSender, folder: &Path) -> Result<(u32, u64), Fai
             .and_then(|name| name.to_str())
             .unwrap_or_default();
         let name = ImageName::new(name).map_err(|error| internal(&error))?;
-        let header = ImageFileHeader::new(name, content.len() as u64);
+        let header = ImageFileHeader::new(generation, name, content.len() as u64);
         let mut body = header.map_err(|error| internal(&error))?.encode();
         body.extend(&content);
         seal(&mut body);
