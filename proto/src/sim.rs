@@ -26,6 +26,7 @@
 //! report. Not modelled: two connections at once, bytes that change on the way (checksums), and
 //! operators who declare a living side dead.
 
+mod attempt;
 mod driver;
 mod journal;
 mod memory;

@@ -139,6 +139,7 @@ impl Site {
             };
             match sent {
                 Ok(sent) => {
+                    self.delivered.sent(*id, pages, &sent.unread);
                     space.put_back(&sent.unread);
                     sums.add(&sent);
                 }
@@ -319,12 +320,16 @@ impl Site {
         round: Round,
     ) -> Result<Sums, Failure> {
         let data = self.data()?;
-        let dirty = scans
+        let dirty: BTreeMap<_, _> = scans
             .iter()
             .map(|(id, scan)| (*id, scan.dirty.clone()))
             .collect();
+        for (id, dirty) in &dirty {
+            self.delivered.written(*id, dirty);
+        }
         let mut sums = self.send_pages(&dirty, round).await?;
         for (id, scan) in scans {
+            self.delivered.check(*id, &scan.live)?;
             let set = scan.live.to_wire();
             let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
             let header = SetHeader {
