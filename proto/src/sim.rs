@@ -28,6 +28,7 @@
 //! report; any of them may hang until it is undone. Not modelled: two connections at once, bytes that change on the way (checksums), and
 //! operators who declare a living side dead.
 
+mod attempt;
 mod driver;
 mod journal;
 mod memory;

@@ -1,12 +1,10 @@
 //! What the drivers of both sides do with their machines' actions.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::attempt::images;
 use super::memory::Memory;
-use super::node::{
-    Attempt, Images, Last, Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload,
-};
+use super::node::{Attempt, Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload};
 use super::oracle::Violation;
 use super::world::{PAGE_DURATION, World, workload_gone};
 use crate::id::{Generation, Round, SpaceId};
@@ -165,36 +163,6 @@ impl World {
             sent: 0,
             pages: 0,
             last: attempt.map(|generation| self.last(generation)),
-        }
-    }
-
-    fn last(&self, generation: Generation) -> Last {
-        let memory = &self.source.memory.memory;
-        let live = memory.live();
-        let spaces = u32::try_from(live.len()).expect("few spaces");
-        let mut unsent = VecDeque::new();
-        for (space, live) in live {
-            let pages = memory.read(space, &live);
-            unsent.push_back(Stream::LiveSet {
-                generation,
-                space,
-                live,
-            });
-            unsent.push_back(Stream::Digests {
-                generation,
-                space,
-                pages,
-            });
-        }
-        let images = images(generation);
-        let image = |(name, generation)| Stream::Image { generation, name };
-        let files = u32::try_from(images.len()).expect("few images");
-        unsent.extend(images.into_iter().map(image));
-        Last {
-            live_sets: spaces,
-            images: files,
-            digests: spaces,
-            unsent,
         }
     }
 
@@ -560,24 +528,6 @@ fn set_of(pages: &[(u64, u32)]) -> PageSet {
     let run = |(page, _): &(u64, u32)| PageRun::new(PageIndex(*page), PageCount(1));
     let set = pages.iter().map(run).collect::<Result<PageSet, _>>();
     set.expect("small page numbers")
-}
-
-impl Attempt {
-    /// Drops what an older attempt has left.
-    fn belong_to(&mut self, generation: Generation) {
-        if self.generation != Some(generation) {
-            *self = Self {
-                generation: Some(generation),
-                ..Self::default()
-            };
-        }
-    }
-}
-
-/// The image files that an attempt writes: not always of the same names.
-fn images(generation: Generation) -> Images {
-    let odd = u8::from(generation.number() % 2 == 1);
-    [(0, generation), (1 + odd, generation)].into()
 }
 
 fn ledger_failure(error: &LedgerError) -> TargetEvent {

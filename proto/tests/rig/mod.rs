@@ -12,7 +12,7 @@ use pageferry_proto::migration::record::{
 use pageferry_proto::migration::source::{
     FinalReport, SourceAction, SourceEvent, SourceMachine, SourceOffer,
 };
-use pageferry_proto::migration::status::Status;
+use pageferry_proto::migration::status::{Phase, Status};
 use pageferry_proto::migration::target::{TargetAction, TargetEvent, TargetMachine, TargetOrigin};
 use pageferry_proto::migration::timer::Time;
 use pageferry_proto::page::PageCount;
@@ -424,4 +424,22 @@ fn description() -> WorkloadDescription {
         root: "/".to_owned(),
         mounts: Vec::new(),
     }
+}
+
+pub const THAW: SourceAction = SourceAction::Thaw { untrack: true };
+
+pub fn is_abort(action: &SourceAction) -> bool {
+    matches!(action, SourceAction::Send(SourceMessage::Abort { .. }))
+}
+
+/// Aborted, thawed and untracked with this code, and the target told.
+pub fn assert_aborts(actions: &[SourceAction], source: &Source, code: ErrorCode) {
+    let [abort, thaw] = actions else {
+        panic!("{actions:?}")
+    };
+    assert!(is_abort(abort), "{actions:?}");
+    assert_eq!(*thaw, THAW);
+    let status = source.status();
+    assert_eq!(status.phase, Phase::Aborting);
+    assert_eq!(status.failure.unwrap().code(), code);
 }

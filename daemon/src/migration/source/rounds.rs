@@ -139,6 +139,7 @@ impl Site {
             let sending = self.sender.round(*id, read, pages, round, &sink);
             match self.waits.on(Wait::Pages, sending).await? {
                 Ok(sent) => {
+                    self.delivered.sent(*id, pages, &sent.unread);
                     space.put_back(&sent.unread);
                     sums.add(&sent);
                     if !sent.unread.is_empty() {
@@ -372,16 +373,20 @@ impl Site {
         round: Round,
     ) -> Result<(Sums, Unsent), Failure> {
         let data = self.data()?;
-        let dirty = scans
+        let dirty: BTreeMap<_, _> = scans
             .iter()
             .map(|(id, scan)| (*id, scan.dirty.clone()))
             .collect();
+        for (id, dirty) in &dirty {
+            self.delivered.written(*id, dirty);
+        }
         let (mut sums, mut unsent) = self.send_pages(&dirty, round, Misses::Settle).await?;
         unsent.keep(scans);
         if !unsent.is_empty() {
             return Ok((sums, unsent));
         }
         for (id, scan) in scans {
+            self.delivered.check(*id, &scan.live)?;
             let set = scan.live.to_wire();
             let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
             let header = SetHeader {

@@ -25,6 +25,7 @@ use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::task::{JoinHandle, block_in_place};
 
+use super::delivered::Delivered;
 use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
 use super::sent::Sent;
@@ -104,6 +105,8 @@ pub struct Site {
     pub(super) spaces: BTreeMap<SpaceId, Space>,
     /// Pages found dirty that the next round sends.
     pub(super) pending: BTreeMap<SpaceId, PageSet>,
+    /// What the target has of the spaces.
+    pub(super) delivered: Delivered,
     /// When the last scan was, for the rate of dirtying.
     pub(super) scanned: Instant,
     dumping: Dumping,
@@ -175,6 +178,7 @@ impl Site {
                     tracing::debug!(pid = found.leader, stopped = ?space.attached().stopped,
                         threads = space.attached().threads, "attached");
                     self.spaces.insert(found.id, space);
+                    self.delivered.begin(found.id);
                 }
                 // It has ended since the tree was read; whoever is left is in the next round.
                 Err(error) if error.tells_of_end() && found.leader != self.root => {}
@@ -221,6 +225,7 @@ impl Site {
                 }
                 Err(error) => return Err(failed_to_track(&error)),
             };
+            self.delivered.written(*id, &scan.dirty);
             self.pending.entry(*id).or_default().union_with(&scan.dirty);
             eager.merge(scan.eager);
         }

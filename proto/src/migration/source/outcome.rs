@@ -310,15 +310,6 @@ impl SourceMachine {
         }
     }
 
-    pub(super) fn continue_after_retry(&mut self) {
-        let State::Retrying(retrying) = &self.state else {
-            return self.out_of_place("the end of a retry");
-        };
-        if retrying.thawed && retrying.rested && retrying.held {
-            self.send_round(retrying.round.next());
-        }
-    }
-
     /// The workload runs here, and that is on disk. What the target may still hold it can give
     /// up, once it is told.
     fn conclude(&mut self, now: Time) {

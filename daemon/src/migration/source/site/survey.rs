@@ -13,7 +13,7 @@ use pageferry_proto::wire::description::WorkloadDescription;
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 
-use super::{Dumping, Site, SourceNode, check_trackable};
+use super::{Delivered, Dumping, Site, SourceNode, check_trackable};
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
@@ -175,6 +175,7 @@ impl Site {
             ports: found.ports,
             spaces: BTreeMap::new(),
             pending: BTreeMap::new(),
+            delivered: Delivered::default(),
             scanned: Instant::now(),
             dumping: Dumping::No,
             comparing: None,
