@@ -52,15 +52,17 @@ impl World {
         }
     }
 
-    /// The jobs that may get further: of the records being written only the first.
+    /// The jobs that may get further: none that hangs, and of the records being written the first.
     pub(super) fn source_jobs(&self) -> Vec<usize> {
         let writes = |job: &SourceJob| matches!(job, SourceJob::Journal { .. });
-        allowed(&self.source.jobs, writes)
+        let hangs = |job: &SourceJob| matches!(job, SourceJob::Hung);
+        allowed(&self.source.jobs, writes, hangs)
     }
 
     pub(super) fn target_jobs(&self) -> Vec<usize> {
         let writes = |job: &TargetJob| matches!(job, TargetJob::Journal { .. });
-        allowed(&self.target.jobs, writes)
+        let hangs = |job: &TargetJob| matches!(job, TargetJob::Hung);
+        allowed(&self.target.jobs, writes, hangs)
     }
 
     pub(super) fn begin_at_source(&mut self) -> Result<(), Violation> {
@@ -80,6 +82,7 @@ impl World {
             SourceAction::Freeze { round: _ } => {
                 if self.source.workload == SourceWorkload::Running {
                     self.source.workload = SourceWorkload::Frozen;
+                    self.source.frozen_at = Some(self.now);
                 }
                 SourceJob::Freeze
             }
@@ -108,6 +111,7 @@ impl World {
                 self.check_thaw()?;
                 if self.source.workload == SourceWorkload::Frozen {
                     self.source.workload = SourceWorkload::Running;
+                    self.source.frozen_at = None;
                 }
                 SourceJob::Thaw
             }
@@ -115,6 +119,14 @@ impl World {
                 self.source.memory.restart();
                 SourceJob::Track
             }
+        };
+        let job = match job {
+            SourceJob::CompareSmaps | SourceJob::Freeze | SourceJob::Send(_) | SourceJob::Track
+                if std::mem::take(&mut self.source.hang_next) =>
+            {
+                SourceJob::Hung
+            }
+            job => job,
         };
         self.source.jobs.push(job);
         Ok(())
@@ -126,6 +138,7 @@ impl World {
             match job {
                 SourceJob::CompareSmaps
                 | SourceJob::Freeze
+                | SourceJob::Hung
                 | SourceJob::Send(_)
                 | SourceJob::Track => {
                     *job = SourceJob::Late(SourceEvent::Failure(injected()));
@@ -213,7 +226,7 @@ impl World {
                     SourceEvent::Journalled(record)
                 }
             }
-            SourceJob::Journal { .. } => return,
+            SourceJob::Hung | SourceJob::Journal { .. } => return,
             SourceJob::Late(event) => event,
             SourceJob::Release => outcome(SourceEvent::Released),
             SourceJob::Send(_) if failed => SourceEvent::Failure(injected()),
@@ -354,6 +367,14 @@ impl World {
                 return Ok(());
             }
         };
+        let job = match job {
+            TargetJob::Prepare | TargetJob::Restore
+                if std::mem::take(&mut self.target.hang_next) =>
+            {
+                TargetJob::Hung
+            }
+            job => job,
+        };
         self.target.jobs.push(job);
         Ok(())
     }
@@ -381,7 +402,10 @@ impl World {
         }
         for job in &mut self.target.jobs {
             match job {
-                TargetJob::Prepare | TargetJob::Restore | TargetJob::Stored(_) => {
+                TargetJob::Hung
+                | TargetJob::Prepare
+                | TargetJob::Restore
+                | TargetJob::Stored(_) => {
                     *job = TargetJob::Late(TargetEvent::Failure(injected()));
                 }
                 TargetJob::Discard
@@ -418,7 +442,7 @@ impl World {
                     TargetEvent::Journalled(record)
                 }
             }
-            TargetJob::Journal { .. } => return,
+            TargetJob::Hung | TargetJob::Journal { .. } => return,
             TargetJob::Late(event) | TargetJob::Stored(event) => event,
             TargetJob::LetGo if self.target.workload == TargetWorkload::Dropped => {
                 TargetEvent::NeverRan(workload_gone())
@@ -575,10 +599,15 @@ fn injected() -> Failure {
     Failure::new(ErrorCode::Internal, "injected")
 }
 
-fn allowed<Job>(jobs: &[Job], writes: impl Fn(&Job) -> bool) -> Vec<usize> {
+fn allowed<Job>(
+    jobs: &[Job],
+    writes: impl Fn(&Job) -> bool,
+    hangs: impl Fn(&Job) -> bool,
+) -> Vec<usize> {
     let first = jobs.iter().position(&writes);
     (0..jobs.len())
         .filter(|place| !writes(&jobs[*place]) || Some(*place) == first)
+        .filter(|place| !hangs(&jobs[*place]))
         .collect()
 }
 
