@@ -67,6 +67,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         },
         target: TargetNode {
             criu: config.criu.clone(),
+            view_library: config.view_library.clone(),
             criu_version,
             pager: config.pager.clone(),
             migrations,

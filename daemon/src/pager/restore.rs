@@ -527,6 +527,7 @@ pub fn start_criu(
         breakpoints: false,
         urgent: true,
         view: None,
+        reaper: request.reaper.clone(),
         output: request.work_dir.join(OUTPUT),
         env: Vec::new(),
         inherited,

@@ -24,6 +24,11 @@ pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often the kernel is asked whether a freeze is complete; a freeze takes 0.1–2 ms.
 const FREEZE_POLL: Duration = Duration::from_micros(100);
 
+/// How often the kernel is asked to freeze, until it has: a task on its way into a stop of job
+/// control does not notice the v1 freezer, and once it is stopped it is frozen only when it is asked
+/// for anew.
+const FREEZE_AGAIN: Duration = Duration::from_millis(3);
+
 /// How often it is looked whether tasks have died.
 const KILL_POLL: Duration = Duration::from_millis(1);
 
@@ -309,6 +314,7 @@ impl Freezer {
     pub fn freeze_unless(&self, cut: impl Fn() -> bool) -> Result<(), CgroupError> {
         let deadline = Instant::now() + FREEZE_TIMEOUT;
         self.begin_freeze()?;
+        let mut asked = Instant::now();
         while !self.is_frozen()? {
             if cut() {
                 return self.write_state(false);
@@ -320,6 +326,10 @@ impl Freezer {
                 });
             }
             std::thread::sleep(FREEZE_POLL);
+            if FREEZE_AGAIN < asked.elapsed() {
+                self.begin_freeze()?;
+                asked = Instant::now();
+            }
         }
         Ok(())
     }
@@ -455,6 +465,32 @@ mod tests {
         drop(child);
         freezer.remove().expect("remove");
     }
+
+    /// A task that is on its way into a stop when it is asked to freeze does not notice.
+    #[test]
+    fn tasks_that_stop_while_they_are_frozen_freeze() {
+        let root = FreezerRoot::detect().expect("a freezer");
+        let freezer = made(&root, "test-stops");
+        let children: Vec<Reaped> = (0..CHILDREN).map(|_| sleeper()).collect();
+        let pid = |child: &Reaped| i32::try_from(child.0.id()).expect("pid");
+        let pids: Vec<i32> = children.iter().map(pid).collect();
+        freezer.adopt(|| Ok(pids.clone())).expect("adopt");
+        let frozen = (0..STOPS).try_for_each(|_| {
+            for signal in [Signal::SIGCONT, Signal::SIGSTOP] {
+                for pid in &pids {
+                    kill(Pid::from_raw(*pid), signal).expect("our child");
+                }
+            }
+            freezer.freeze()?;
+            freezer.thaw()
+        });
+        drop(children);
+        freezer.remove().expect("remove");
+        frozen.expect("every time");
+    }
+
+    const CHILDREN: usize = 8;
+    const STOPS: usize = 500;
 
     #[test]
     fn a_freeze_that_is_cut_is_given_up_at_once() {

@@ -105,6 +105,11 @@ pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described
     })
 }
 
+/// The mounts of a namespace of its own that the root of a tree sees, if it has one.
+pub fn mounts(root: i32) -> Result<Option<Mounts>, Failure> {
+    own_mounts(root, &own_namespaces(root)?)
+}
+
 /// The spaces and all tasks of the tree; what they have open goes to `descriptors`.
 fn members(
     pids: &[i32],
@@ -264,10 +269,12 @@ fn space(
     // Zombies have no memory; CRIU restores them by itself.
     let Some(resident) = status.vmrss else {
         tasks.insert(process.pid);
+        tasks.extend(dead_leaders(process));
         return Ok(None);
     };
     let threads: Vec<i32> = threads.flatten().map(|task| task.tid).collect();
     tasks.extend(&threads);
+    tasks.extend(dead_leaders(process));
     let vpid = innermost(&status);
     Ok(Some(SpaceDescription {
         vpid: SpaceId(u32::try_from(vpid).unwrap_or(0)),
@@ -275,6 +282,14 @@ fn space(
         threads,
         memory_bytes: (resident + status.vmswap.unwrap_or(0)) << 10, // KiB
     }))
+}
+
+/// Leaders of its session and its group that are dead. CRIU makes them again for a moment.
+fn dead_leaders(process: &Process) -> impl Iterator<Item = i32> {
+    let stat = process.stat().ok();
+    let leaders = stat.map(|stat| [stat.session, stat.pgrp]);
+    let leaders = leaders.into_iter().flatten();
+    leaders.filter(|leader| 0 < *leader && !Path::new(&format!("/proc/{leader}")).exists())
 }
 
 /// The pid in the innermost pid namespace, which is what CRIU knows a process by: there is at most

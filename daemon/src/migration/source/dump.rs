@@ -22,7 +22,7 @@ use criu_glue::options::{
     AfterDump, Directories, DumpOptions, Log, LogLevel, ManageCgroups, NetworkLock, Request,
 };
 use criu_glue::report;
-use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError};
+use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError, ViewFds};
 use criu_glue::view::{Feed, FeedError};
 use pageferry_proto::wire::description::MountDescription;
 use thiserror::Error;
@@ -148,8 +148,12 @@ impl Dump {
             criu: plan.criu,
             namespaces: plan.namespaces,
             cgroup_procs: Vec::new(),
-            view: Some(feed.share(library.clone())?),
+            view: Some(ViewFds {
+                freezer: Some(plan.freezer.path().to_owned()),
+                ..feed.share(library.clone())?
+            }),
             output: plan.directory.join("dump.out"),
+            reaper: None,
             env: Vec::new(),
             inherited: Vec::new(),
             huge_pages: true,

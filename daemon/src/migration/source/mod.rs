@@ -438,7 +438,7 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
             memory: PageCount::covering(site.memory_bytes),
         }),
         SourceAction::SendRound { round } => site.round(round).await.map(SourceEvent::RoundSent),
-        SourceAction::Freeze { .. } => site.freeze().await.map(|()| SourceEvent::Frozen),
+        SourceAction::Freeze { .. } => site.freeze().await,
         SourceAction::Finish { generation, round } => Ok(site.finish(generation, round).await),
         SourceAction::CompareSmaps => site.compare_smaps().await.map(|()| SourceEvent::SmapsEqual),
         SourceAction::Thaw { untrack } => site.thaw(untrack).await.map(|()| SourceEvent::Thawed),

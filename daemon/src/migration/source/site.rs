@@ -9,6 +9,7 @@
 //! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the
 //! cgroup is frozen again after CRIU's dump and read back; nothing here decides.
 
+mod locked;
 mod survey;
 
 use std::collections::BTreeMap;
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 use criu_glue::repair;
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::migration::policy::{EAGER_BYTES_PER_SECOND, Policy};
-use pageferry_proto::migration::source::Wait;
+use pageferry_proto::migration::source::{SourceEvent, Wait};
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::task::{JoinHandle, block_in_place};
@@ -29,7 +30,7 @@ use super::delivered::Delivered;
 use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
 use super::sent::Sent;
-use super::task::{alive, tracer};
+use super::task::{alive, is_seizing, tracer};
 use super::unread::Unreadable;
 use super::waits::Waits;
 use crate::link::announce::announce;
@@ -43,6 +44,7 @@ use crate::pages::track::task::threads;
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
 use crate::sys::namespace::{self, NamespaceKind};
 pub use survey::Survey;
@@ -99,6 +101,8 @@ pub struct Site {
     /// As surveyed, if it has a mount namespace of its own.
     mounts: Option<Mounts>,
     pub(super) freezer: Freezer,
+    /// Tells which locks it holds that cannot move.
+    locks: Locks,
     origin: Option<PathBuf>,
     ports: Vec<Port>,
     directory: PathBuf,
@@ -300,8 +304,8 @@ impl Site {
         Ok(())
     }
 
-    /// Closes the ports and freezes the tree. CRIU stands ready before either.
-    pub async fn freeze(&mut self) -> Result<(), Failure> {
+    /// Closes the ports and freezes the tree, or gives that up. CRIU stands ready before either.
+    pub async fn freeze(&mut self) -> Result<SourceEvent, Failure> {
         if let Dumping::Preparing(task) = &mut self.dumping {
             let prepared = self.waits.on(Wait::Prepared, task).await?;
             self.dumping = Dumping::No;
@@ -322,7 +326,8 @@ impl Site {
             }
         }
         self.freeze_cgroup()?;
-        self.check_mounts()
+        self.check_mounts()?;
+        Ok(self.held_lock()?.unwrap_or(SourceEvent::Frozen))
     }
 
     /// Freezes the cgroup, unless that is cut.
@@ -494,10 +499,15 @@ impl Site {
         }
     }
 
-    /// A CRIU that lost its daemon lets go by itself; a thaw before that would do nothing.
+    /// A CRIU that lost its daemon lets go by itself; a thaw before that would do nothing. But one
+    /// that was killed while its tracer waited for a task to trap, which is stopped and frozen, has
+    /// left it waiting for the thaw.
     async fn wait_untraced(&self) -> Result<(), Failure> {
         let deadline = Instant::now() + LET_GO_TIMEOUT;
         while let Some(tracer) = tracer(self.root) {
+            if is_seizing(tracer) && self.freezer.exists() {
+                self.freezer.thaw().map_err(|error| freeze_failed(&error))?;
+            }
             if Instant::now() > deadline {
                 return Err(Failure::new(
                     ErrorCode::Traced,

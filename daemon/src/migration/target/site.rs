@@ -46,6 +46,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 pub struct TargetNode {
     /// The `criu` program.
     pub criu: PathBuf,
+    /// CRIU's view library.
+    pub view_library: PathBuf,
     /// CRIU's version as the wire carries it.
     pub criu_version: u32,
     /// The pager program.
@@ -271,7 +273,11 @@ impl Site {
     /// Restores the workload and holds it before its first instruction.
     pub async fn restore(&mut self) -> Result<DriverState, Failure> {
         let images = self.intake.images();
-        let Images { spaces, tasks } = block_in_place(|| make_images_lazy(&images))?;
+        let Images {
+            spaces,
+            tasks,
+            adopts,
+        } = block_in_place(|| make_images_lazy(&images))?;
         if self.shares_pids {
             // It may have forked since it was offered.
             process::check_pids(&tasks)?;
@@ -296,6 +302,7 @@ impl Site {
         pager.plan(&pending).await.map_err(pager_failed)?;
         let request = RestoreRequest {
             spaces: u32::try_from(plan.len()).map_err(|error| internal(&error))?,
+            reaper: adopts.then(|| self.node.view_library.clone()),
             ..self.restore_request()
         };
         let restored = pager

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::policy::Policy;
@@ -24,9 +24,14 @@ use crate::migration::text::network_unfit;
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
 use crate::runtime::cgroup::Freezer;
+use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
+
+/// How often it is looked for locks, and how long between two looks.
+const LOOKS: usize = 5;
+const LOOK_PAUSE: Duration = Duration::from_millis(100);
 
 /// A surveyed workload: nothing of it has been touched.
 #[derive(Debug)]
@@ -46,6 +51,7 @@ struct Found {
     own: Vec<NamespaceKind>,
     mounts: Option<Mounts>,
     freezer: Freezer,
+    locks: Locks,
     origin: Option<PathBuf>,
     ports: Vec<Port>,
     memory_bytes: u64,
@@ -68,6 +74,12 @@ impl Site {
         };
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| gone(&error))?;
         let pids = tree.pids();
+        // First: to open a file that is leased would break the lease.
+        let locks = Locks {
+            shared: shared.to_vec(),
+            mounts: block_in_place(|| process::mounts(root))?,
+        };
+        check_locks(&locks, &pids).await?;
         let described = block_in_place(|| process::describe(root, &pids, shared))?;
         block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid, root)))?;
         let mut description = described.description;
@@ -108,6 +120,7 @@ impl Site {
             own: described.own,
             mounts: described.mounts,
             freezer,
+            locks,
             origin,
             ports,
             memory_bytes,
@@ -147,6 +160,7 @@ impl Site {
             own: Vec::new(),
             mounts: None,
             freezer: Freezer::at(state.freezer),
+            locks: Locks::default(),
             origin: state.origin,
             ports,
             memory_bytes: 0,
@@ -171,6 +185,7 @@ impl Site {
             own: found.own,
             mounts: found.mounts,
             freezer: found.freezer,
+            locks: found.locks,
             origin: found.origin,
             ports: found.ports,
             spaces: BTreeMap::new(),
@@ -190,4 +205,18 @@ impl Site {
             true_smaps: found.true_smaps,
         }
     }
+}
+
+/// Refuses a lock that is held whenever it is looked for.
+async fn check_locks(locks: &Locks, pids: &[i32]) -> Result<(), Failure> {
+    let mut held = block_in_place(|| locks.held(pids));
+    for _ in 1..LOOKS {
+        if held.is_empty() {
+            return Ok(());
+        }
+        tokio::time::sleep(LOOK_PAUSE).await;
+        let now = block_in_place(|| locks.held(pids));
+        held.retain(|lock| now.contains(lock));
+    }
+    held.first().map_or(Ok(()), |lock| Err(lock.refused()))
 }

@@ -4,6 +4,7 @@ mod blocked;
 mod injected;
 mod memory;
 mod refused;
+mod stopped;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
