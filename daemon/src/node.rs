@@ -26,6 +26,7 @@ use crate::net::tls::Credentials;
 use crate::pages::store::StoreLimits;
 use crate::pages::track::Support;
 use crate::runtime::cgroup::FreezerRoot;
+use crate::runtime::hierarchies::Hierarchies;
 
 /// Address spaces of all incoming workloads together.
 const SPACES_MAX: usize = 4096;
@@ -39,6 +40,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     raise_descriptor_limit();
     let support = Support::probe().context("this node cannot be a source or a target")?;
     let freezers = FreezerRoot::detect().context("this node cannot freeze workloads")?;
+    let hierarchies = Hierarchies::detect().context("this node's cgroups cannot be found")?;
     let criu_version = probe_criu(&config).await?;
     let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let limits = StoreLimits {
@@ -61,6 +63,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             criu_version,
             migrations: migrations.clone(),
             freezers: freezers.clone(),
+            hierarchies: hierarchies.clone(),
             support,
             workers,
             eager_memory_max: config.limits.eager_memory_max,
@@ -71,6 +74,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             pager: config.pager.clone(),
             migrations,
             freezers,
+            hierarchies,
             bridge: config.bridge.clone(),
             limits,
             workers,

@@ -18,6 +18,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use thiserror::Error;
 
+use super::hierarchies::FOLDER;
+
 /// How long a freeze may take before it is given up: tasks in uninterruptible sleep do not freeze.
 pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -126,14 +128,14 @@ impl FreezerRoot {
             let mut right = right.split(' ');
             let (kind, options) = (right.next()?, right.nth(1)?);
             if kind == "cgroup" && options.split(',').any(|option| option == "freezer") {
-                let directory = point.join("pageferry");
+                let directory = point.join(FOLDER);
                 return Some(Self {
                     directory,
                     version: FreezerVersion::V1,
                 });
             }
             if kind == "cgroup2" {
-                unified.get_or_insert(point.join("pageferry"));
+                unified.get_or_insert(point.join(FOLDER));
             }
         }
         unified.map(|directory| Self {
@@ -235,6 +237,13 @@ impl Freezer {
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Its name, if it is one of our own at the root of the hierarchy.
+    pub fn name(&self) -> Option<&str> {
+        let folder = self.path.parent()?;
+        let ours = folder.file_name()? == FOLDER;
+        ours.then(|| self.path.file_name()?.to_str()).flatten()
     }
 
     /// The file into which a task writes its pid to join.

@@ -7,8 +7,8 @@
 //! the workload has outlived it.
 
 mod run;
+mod undo;
 
-use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,13 +33,11 @@ use crate::pager::client::{ClientError, Notice, PagerClient, Spawn};
 use crate::pager::message::{Namespace, RestoreRequest};
 use crate::pages::store::{Store, StoreLimits};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::hierarchies::{Groups, Hierarchies};
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
 pub use run::LetGoError;
-
-/// How long killed tasks may take to end.
-const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What every target of this node shares.
 #[derive(Debug, Clone)]
@@ -54,6 +52,8 @@ pub struct TargetNode {
     pub migrations: PathBuf,
     /// Where freezer cgroups are made.
     pub freezers: FreezerRoot,
+    /// Where all other cgroups are made.
+    pub hierarchies: Hierarchies,
     /// The bridge that links become ports of; without one only workloads without links may come.
     pub bridge: Option<String>,
     /// How much memory incoming workloads may have.
@@ -100,6 +100,8 @@ pub struct Site {
     id: MigrationId,
     directory: PathBuf,
     freezer: Freezer,
+    /// The tree's is the freezer's cgroup too.
+    groups: Groups,
     namespaces: Vec<(NamespaceKind, OwnedFd)>,
     network: Option<PreparedNetwork>,
     links: Vec<LinkDescription>,
@@ -121,8 +123,10 @@ impl Site {
         let directory = node.migrations.join(id.to_string());
         let store = Arc::new(Store::new(node.limits));
         let intake = Intake::new(store, directory.join("images"), node.workers)?;
+        let freezer = node.freezers.plan(&id.to_string());
         Ok(Self {
-            freezer: node.freezers.plan(&id.to_string()),
+            groups: groups(&node, id, &freezer),
+            freezer,
             node,
             id,
             directory,
@@ -144,8 +148,10 @@ impl Site {
         id: MigrationId,
         state: &DriverState,
     ) -> Result<Self, Failure> {
+        let freezer = node.freezers.plan(&id.to_string());
         let mut site = Self {
-            freezer: node.freezers.plan(&id.to_string()),
+            groups: groups(&node, id, &freezer),
+            freezer,
             directory: node.migrations.join(id.to_string()),
             intake: Arc::new(Intake::detached(Arc::new(Store::new(node.limits)))),
             node,
@@ -242,29 +248,43 @@ impl Site {
                 )
             })?;
         }
-        if let Some(net) = self.namespace(NamespaceKind::Net) {
+        let own = self.namespaces.iter();
+        let mut own = own.filter(|(kind, _)| *kind == NamespaceKind::Net);
+        if let Some((_, net)) = own.next() {
             let prefix = link_prefix(self.id);
             let bridge = self.bridge(&description.links)?;
             let (links, routes) = (&description.links, &description.routes);
+            let begun = PreparedNetwork::recovered(links, &bridge, &prefix);
             let network = PreparedNetwork::build(net, links, routes, &bridge, &prefix);
+            // What is begun is known from here on: it may be cut off.
+            self.network = Some(begun);
             self.network = Some(network.await.map_err(|error| network_unfit(&error))?);
             self.links.clone_from(&description.links);
         }
-        self.freezer
-            .make()
-            .map_err(|error| Failure::new(ErrorCode::NodeUnfit, chain(&error)))?;
+        let Groups {
+            tree,
+            pager,
+            watcher,
+        } = &self.groups;
+        for group in [tree, pager, watcher] {
+            group
+                .make()
+                .map_err(|error| Failure::new(ErrorCode::NodeUnfit, chain(&error)))?;
+        }
         let spawn = Spawn {
             program: self.node.pager.clone(),
             directory: self.directory.clone(),
             id: self.id,
-            cgroup_procs: Vec::new(),
+            cgroup_procs: pager.procs_files(),
+            watcher_cgroup_procs: watcher.procs_files(),
         };
         let pager = PagerClient::spawn(&spawn).await.map_err(pager_failed)?;
-        let pager = Pager::from(pager);
-        let criu = self.restore_request();
-        let prepared = pager.client.prepare(criu, &self.pager_namespaces()?).await;
-        self.pager = Some(pager);
-        prepared.map_err(pager_failed)?;
+        // From here on a discard finds it, wherever this is cut off.
+        self.pager = Some(Pager::from(pager));
+        let client = &self.pager.as_ref().ok_or_else(no_pager)?.client;
+        let namespaces = self.pager_namespaces()?;
+        let prepared = client.prepare(self.restore_request(), &namespaces);
+        prepared.await.map_err(pager_failed)?;
         self.state()
     }
 
@@ -315,7 +335,7 @@ impl Site {
             images_dir: self.directory.join("images"),
             work_dir: self.directory.clone(),
             log_level: 2,
-            cgroup_procs: vec![self.freezer.procs_file()],
+            cgroup_procs: self.groups.tree.procs_files(),
             freezer: self.freezer.path().to_owned(),
             tcp_established: true,
             file_locks: true,
@@ -336,38 +356,6 @@ impl Site {
     fn begin_pids_above(&self, pids: &[i32]) {
         if let Err(error) = process::begin_pids_above(pids) {
             tracing::warn!(migration = %self.id, %error, "new pids may be below the workload's");
-        }
-    }
-
-    /// Undoes everything down to nothing.
-    pub async fn discard(&mut self) -> Result<(), Failure> {
-        if let Some(pager) = self.pager.take()
-            && let Err(error) = pager.client.discard().await
-        {
-            // A pager that is gone has closed CRIU's socket, and CRIU has killed the tree.
-            tracing::warn!(migration = %self.id, "discarding: {}", chain(&error));
-        }
-        if self.freezer.exists() {
-            let killed = block_in_place(|| self.freezer.kill(KILL_TIMEOUT));
-            killed
-                .and_then(|()| self.freezer.remove())
-                .map_err(|error| internal(&error))?;
-        }
-        if let Some(network) = self.network.take() {
-            network
-                .delete()
-                .await
-                .map_err(|error| network_unfit(&error))?;
-        }
-        self.namespaces.clear();
-        drop(fs::remove_dir_all(&self.directory));
-        Ok(())
-    }
-
-    /// Removes the folder of a migration for which nothing was ever prepared.
-    pub fn tidy(&self) {
-        if self.pager.is_none() && !self.freezer.exists() {
-            drop(fs::remove_dir_all(&self.directory));
         }
     }
 
@@ -399,6 +387,15 @@ impl Site {
         };
         let bytes = serde_json::to_vec(&state).map_err(|error| internal(&error))?;
         DriverState::new(bytes).map_err(|error| internal(&error))
+    }
+}
+
+/// The cgroups of a migration: the tree's is its freezer's wherever that is.
+fn groups(node: &TargetNode, id: MigrationId, freezer: &Freezer) -> Groups {
+    let groups = node.hierarchies.groups(&id.to_string());
+    Groups {
+        tree: groups.tree.and(freezer.path().to_owned()),
+        ..groups
     }
 }
 
