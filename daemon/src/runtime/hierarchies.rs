@@ -46,11 +46,11 @@ pub struct Hierarchy {
 }
 
 /// The hierarchies of this node. Cheap to clone.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Hierarchies(Arc<[Hierarchy]>);
 
 /// A cgroup of one name in several hierarchies.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Group {
     folders: Vec<PathBuf>,
 }
@@ -104,6 +104,16 @@ impl Hierarchies {
         Self(found.into())
     }
 
+    /// A node that has version 2 alone, at this folder.
+    #[cfg(test)]
+    pub(super) fn unified_at(point: PathBuf) -> Self {
+        let unified = Hierarchy {
+            point,
+            controllers: None,
+        };
+        Self([unified].into())
+    }
+
     /// All of them.
     pub fn iter(&self) -> impl Iterator<Item = &Hierarchy> {
         self.0.iter()
@@ -154,6 +164,13 @@ impl Hierarchy {
     /// The folder below which our cgroups are.
     pub fn ours(&self) -> PathBuf {
         self.point.join(FOLDER)
+    }
+
+    /// `folder` and all above it, up to the root of the hierarchy.
+    pub fn chain<'a>(&'a self, folder: &'a Path) -> impl Iterator<Item = PathBuf> + 'a {
+        let all = folder.ancestors();
+        all.take_while(|folder| folder.starts_with(&self.point))
+            .map(Path::to_owned)
     }
 
     /// The cgroup of `pid` in it, if this process can see it.

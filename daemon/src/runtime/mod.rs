@@ -1,13 +1,16 @@
 //! What kinds of workload there are, and how each is described, frozen, and made again.
 //!
 //! This step knows one kind, the bare process tree ([`process`]); its freezer cgroup is [`cgroup`],
-//! the other cgroups of what comes in are [`hierarchies`], the files it stands on are [`files`], and
-//! [`mounts`] are those of a namespace of its own.
+//! the other cgroups of what comes in are [`hierarchies`], its limits [`limits`], the memory that is left
+//! for it [`memory`]; the files it stands on are [`files`], and [`mounts`] are those of a namespace of
+//! its own.
 //! Nothing here knows the network or the pages.
 
 pub mod build_id;
 pub mod cgroup;
 pub mod files;
 pub mod hierarchies;
+pub mod limits;
+pub mod memory;
 pub mod mounts;
 pub mod process;

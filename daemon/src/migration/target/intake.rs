@@ -172,7 +172,8 @@ impl Shared {
         let mut reader = stream.reader;
         match kind {
             StreamKind::ImageFile => {
-                let files = take_images(&self.images, &mut reader).await?;
+                let store = self.receiver.store();
+                let files = take_images(&self.images, store, &mut reader).await?;
                 self.counts.send_modify(|counts| counts.images += files);
                 Ok(())
             }
@@ -181,7 +182,9 @@ impl Shared {
                 let read = reader.read_to_end(&mut parcel).await;
                 read.map_err(|error| lost(&error))?;
                 let received = self.receiver.receive(Bytes::from_owner(parcel)).await;
-                received.map(drop).map_err(|error| corrupt(&error))
+                received
+                    .map(drop)
+                    .map_err(|error| Failure::new(error.code(), chain(&error)))
             }
             StreamKind::LiveSet => {
                 let bytes = whole(&mut reader).await?;
@@ -311,17 +314,26 @@ fn set(bytes: &[u8]) -> Result<(SpaceId, PageSet, &[u8]), Failure> {
 }
 
 /// Writes the image files of a stream as they come; how many there were.
-async fn take_images(folder: &Path, reader: &mut StreamReader) -> Result<u32, Failure> {
+async fn take_images(
+    folder: &Path,
+    store: &Store,
+    reader: &mut StreamReader,
+) -> Result<u32, Failure> {
     let mut files = 0;
     while !reader.is_over().await.map_err(|error| lost(&error))? {
-        take_image(folder, reader).await?;
+        take_image(folder, store, reader).await?;
         files += 1;
     }
     Ok(files)
 }
 
-/// Writes one image file. Its checksum covers the header too.
-async fn take_image(folder: &Path, reader: &mut StreamReader) -> Result<(), Failure> {
+/// Writes one image file. Its checksum covers the header too. Images are on a tmpfs, so they are
+/// memory like the store's.
+async fn take_image(
+    folder: &Path,
+    store: &Store,
+    reader: &mut StreamReader,
+) -> Result<(), Failure> {
     let mut head = vec![0; 1];
     reader
         .read_exact(&mut head)
@@ -333,6 +345,9 @@ async fn take_image(folder: &Path, reader: &mut StreamReader) -> Result<(), Fail
         .await
         .map_err(|error| lost(&error))?;
     let (header, _) = ImageFileHeader::decode(&head).map_err(|error| corrupt(&error))?;
+    store
+        .take_besides(header.length())
+        .map_err(|error| Failure::new(error.code(), chain(&error)))?;
     let path = folder.join(header.name().as_str());
     let failed = |error: std::io::Error| image_failed(&path, &error);
     let mut file = File::create(&path).map_err(failed)?;

@@ -7,6 +7,7 @@
 //! A target never dials: a session is handed to it whenever the source comes, and takes the place
 //! of an older one.
 
+pub mod admission;
 mod images;
 pub mod intake;
 pub mod site;

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::record::DriverState;
+use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
 use pageferry_proto::wire::description::{
@@ -25,19 +26,31 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
+use super::admission::{Ledger, Promise};
+use super::cut_off;
 use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::pager::client::{ClientError, Notice, PagerClient, Spawn};
 use crate::pager::message::{Namespace, RestoreRequest};
-use crate::pages::store::{Store, StoreLimits};
+use crate::pages::store::{Growth, Store, StoreLimits};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
-use crate::runtime::hierarchies::{Groups, Hierarchies};
+use crate::runtime::hierarchies::{Group, Groups, Hierarchies};
+use crate::runtime::limits;
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
 pub use run::LetGoError;
+
+/// Most address spaces of a workload; each has a memory file.
+const SPACES_MAX: usize = 4096;
+
+/// No page comes before an offer is accepted, and memory promised.
+const UNPROMISED: StoreLimits = StoreLimits {
+    data_pages_max: PageCount::ZERO,
+    spaces_max: SPACES_MAX,
+};
 
 /// What every target of this node shares.
 #[derive(Debug, Clone)]
@@ -56,8 +69,8 @@ pub struct TargetNode {
     pub hierarchies: Hierarchies,
     /// The bridge that links become ports of; without one only workloads without links may come.
     pub bridge: Option<String>,
-    /// How much memory incoming workloads may have.
-    pub limits: StoreLimits,
+    /// What incoming workloads have been promised of this node's memory.
+    pub memory: Ledger,
     /// Threads that decode.
     pub workers: usize,
 }
@@ -113,6 +126,8 @@ pub struct Site {
     root_pid: Option<i32>,
     pager: Option<Pager>,
     intake: Arc<Intake>,
+    /// Until it has all its memory, or is gone. A recovered one is restored: what it needs is taken.
+    promise: Option<Arc<Promise>>,
     /// From the request to CRIU's post-restore.
     pub(super) restore_time: Option<Duration>,
 }
@@ -121,7 +136,7 @@ impl Site {
     /// A place with nothing in it but a folder.
     pub fn new(node: TargetNode, id: MigrationId) -> Result<Self, Failure> {
         let directory = node.migrations.join(id.to_string());
-        let store = Arc::new(Store::new(node.limits));
+        let store = Arc::new(Store::new(UNPROMISED));
         let intake = Intake::new(store, directory.join("images"), node.workers)?;
         let freezer = node.freezers.plan(&id.to_string());
         Ok(Self {
@@ -138,6 +153,7 @@ impl Site {
             root_pid: None,
             pager: None,
             intake: Arc::new(intake),
+            promise: None,
             restore_time: None,
         })
     }
@@ -153,7 +169,7 @@ impl Site {
             groups: groups(&node, id, &freezer),
             freezer,
             directory: node.migrations.join(id.to_string()),
-            intake: Arc::new(Intake::detached(Arc::new(Store::new(node.limits)))),
+            intake: Arc::new(Intake::detached(Arc::new(Store::new(UNPROMISED)))),
             node,
             id,
             namespaces: Vec::new(),
@@ -163,6 +179,7 @@ impl Site {
             shares_pids: false,
             root_pid: None,
             pager: None,
+            promise: None,
             restore_time: None,
         };
         if state.as_bytes().is_empty() {
@@ -216,6 +233,7 @@ impl Site {
             ));
         }
         block_in_place(|| process::check(description))?;
+        self.admit(offer)?;
         if offer.policy.verify {
             // No page comes before the offer is accepted.
             self.intake.store().keep_digests();
@@ -261,6 +279,13 @@ impl Site {
             self.network = Some(network.await.map_err(|error| network_unfit(&error))?);
             self.links.clone_from(&description.links);
         }
+        let (limits, name) = (&description.needs.limits, self.id.to_string());
+        let limited = limits::set(limits, &name, &self.node.hierarchies).map_err(|error| {
+            let text = format!("the limits of the workload: {}", chain(&error));
+            Failure::new(ErrorCode::NodeUnfit, text)
+        })?;
+        let tree = std::mem::take(&mut self.groups.tree);
+        self.groups.tree = limited.into_iter().fold(tree, Group::and);
         let Groups {
             tree,
             pager,
@@ -286,6 +311,22 @@ impl Site {
         let prepared = client.prepare(self.restore_request(), &namespaces);
         prepared.await.map_err(pager_failed)?;
         self.state()
+    }
+
+    /// Has the memory promised that the workload may need.
+    fn admit(&mut self, offer: &Offer) -> Result<(), Failure> {
+        let store = self.intake.store();
+        let (needs, verify) = (&offer.description.needs, offer.policy.verify);
+        let promise = block_in_place(|| self.node.memory.promise(needs, verify, store.counter()))?;
+        let promise = Arc::new(promise);
+        let asked = Arc::downgrade(&promise);
+        let growth = Growth::new(move |held| match asked.upgrade() {
+            Some(promise) => promise.grow(held),
+            None => Err(cut_off()),
+        });
+        store.admit(promise.pages(), growth);
+        self.promise = Some(promise);
+        Ok(())
     }
 
     /// Restores the workload and holds it before its first instruction.

@@ -87,6 +87,7 @@ impl Site {
     /// The workload has all its memory, or nothing of it is left.
     pub(super) fn clear(&mut self) {
         self.pager = None;
+        self.promise = None;
         self.namespaces.clear();
         block_in_place(|| {
             for group in [&self.groups.pager, &self.groups.watcher] {
@@ -100,7 +101,10 @@ impl Site {
 
     /// Removes the workload's cgroups, in which nobody is any more.
     fn end_groups(&self) {
-        let removed = block_in_place(|| self.groups.tree.remove(END_TIMEOUT));
+        // Also what a daemon before this one has made for a limit.
+        let group = self.node.hierarchies.everywhere(&self.id.to_string());
+        let group = group.and(self.freezer.path().to_owned());
+        let removed = block_in_place(|| group.remove(END_TIMEOUT));
         if let Err(error) = removed {
             tracing::warn!(migration = %self.id, "a cgroup is left: {}", chain(&error));
         }
