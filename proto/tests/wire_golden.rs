@@ -21,6 +21,7 @@ use pageferry_proto::wire::description::{
     SpaceDescription, WorkloadDescription,
 };
 use pageferry_proto::wire::frame;
+use pageferry_proto::wire::needs::{CpuMax, Needs, ResourceLimits};
 use pageferry_proto::wire::parcel::{BlockHeader, Codec, ParcelHeader, ParcelRun, RunKind};
 use pageferry_proto::wire::stream::{self, ImageFileHeader, ImageName, SetHeader};
 use pageferry_proto::wire::stream::{StreamKind, StreamPrefix};
@@ -116,6 +117,25 @@ fn description() -> WorkloadDescription {
         cwd: "/".to_owned(),
         root: "/".to_owned(),
         mounts: Vec::new(),
+        needs: needs(),
+    }
+}
+
+fn needs() -> Needs {
+    Needs {
+        private_bytes: 1 << 30,
+        shared_bytes: 1 << 20,
+        limits: ResourceLimits {
+            memory_max: Some(2 << 30),
+            memory_high: None,
+            swap_max: Some(0),
+            cpu_max: Some(CpuMax {
+                quota_us: 150_000,
+                period_us: 100_000,
+            }),
+            cpu_weight: Some(200),
+            pids_max: Some(512),
+        },
     }
 }
 

@@ -15,6 +15,7 @@ use pageferry_proto::id::SpaceId;
 use pageferry_proto::page::PAGE_SIZE;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::{Namespaces, SpaceDescription, WorkloadDescription};
+use pageferry_proto::wire::needs::Needs;
 use procfs::process::{Process, Status};
 
 use super::files::{self, Descriptors};
@@ -97,6 +98,10 @@ pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described
         cwd: link("cwd"),
         root: link("root"),
         mounts: mounts.as_ref().map_or(Ok(Vec::new()), Mounts::describe)?,
+        needs: Needs {
+            private_bytes: private_bytes(pids),
+            ..Needs::default()
+        },
     };
     Ok(Described {
         description,
@@ -290,6 +295,18 @@ fn dead_leaders(process: &Process) -> impl Iterator<Item = i32> {
     let leaders = stat.map(|stat| [stat.session, stat.pgrp]);
     let leaders = leaders.into_iter().flatten();
     leaders.filter(|leader| 0 < *leader && !Path::new(&format!("/proc/{leader}")).exists())
+}
+
+/// Memory that each process has for itself, of all of them. A page that parent and child still have
+/// in common is counted for both: at the target each has its own.
+fn private_bytes(pids: &[i32]) -> u64 {
+    let of = |pid: &i32| {
+        let status = Process::new(*pid)
+            .and_then(|process| process.status())
+            .ok()?;
+        Some((status.rssanon? + status.vmswap.unwrap_or_default()) << 10) // KiB
+    };
+    pids.iter().filter_map(of).sum()
 }
 
 /// The pid in the innermost pid namespace, which is what CRIU knows a process by: there is at most

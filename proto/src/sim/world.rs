@@ -25,6 +25,7 @@ use crate::wire::description::{
     LinkAddress, LinkDescription, Namespaces, SpaceDescription, WorkloadDescription,
 };
 use crate::wire::frame;
+use crate::wire::needs::Needs;
 
 /// What a world begins with.
 #[derive(Clone, Copy, Debug)]
@@ -573,6 +574,7 @@ fn offer(setup: &Setup) -> SourceOffer {
             cwd: "/".to_owned(),
             root: "/".to_owned(),
             mounts: Vec::new(),
+            needs: Needs::default(),
         },
         state: DriverState::new(b"source".to_vec()).expect("six bytes"),
     }

@@ -19,6 +19,7 @@ use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
+use pageferry_proto::wire::needs::Needs;
 use pageferry_proto::wire::version::Version;
 
 pub const ID: MigrationId = MigrationId::new([1; 16]);
@@ -423,6 +424,7 @@ fn description() -> WorkloadDescription {
         cwd: "/".to_owned(),
         root: "/".to_owned(),
         mounts: Vec::new(),
+        needs: Needs::default(),
     }
 }
 

@@ -44,6 +44,7 @@ use crate::pages::track::task::threads;
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::hierarchies::Hierarchies;
 use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
 use crate::sys::namespace::{self, NamespaceKind};
@@ -74,6 +75,8 @@ pub struct SourceNode {
     pub migrations: PathBuf,
     /// Where freezer cgroups are made.
     pub freezers: FreezerRoot,
+    /// Where a workload that came here has its other cgroups.
+    pub hierarchies: Hierarchies,
     /// What the kernel offers for tracking.
     pub support: Support,
     /// Threads that read and encode.
@@ -558,8 +561,22 @@ impl Site {
                 .remove()
                 .map_err(|error| freeze_failed(&error))?;
         }
+        self.remove_groups();
         drop(std::fs::remove_dir_all(&self.directory));
         Ok(())
+    }
+}
+
+impl Site {
+    /// A workload that had come here before had cgroups in all hierarchies.
+    fn remove_groups(&self) {
+        let Some(name) = self.freezer.name() else {
+            return;
+        };
+        let group = self.node.hierarchies.everywhere(name);
+        if let Err(error) = block_in_place(|| group.remove(Duration::ZERO)) {
+            tracing::warn!("a cgroup of the workload is left: {}", chain(&error));
+        }
     }
 }
 

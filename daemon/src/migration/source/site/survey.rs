@@ -22,8 +22,10 @@ use crate::migration::source::unread::Unreadable;
 use crate::migration::source::waits::Waits;
 use crate::migration::text::network_unfit;
 use crate::pages::send::Sender;
+use crate::pages::track::shared_bytes;
 use crate::pages::track::tree::Tree;
 use crate::runtime::cgroup::Freezer;
+use crate::runtime::limits;
 use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::process;
@@ -84,6 +86,14 @@ impl Site {
         block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid, root)))?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
+        let (shared, limited) =
+            block_in_place(|| (shared_bytes(&pids), limits::read(root, &node.hierarchies)));
+        description.needs.shared_bytes = shared;
+        description.needs.limits = limited.limits;
+        for path in limited.left_behind {
+            tracing::warn!(migration = %id, path = %path.display(),
+                "what its cgroup says here is not carried to the target");
+        }
         let mut ports = Vec::new();
         if described.own.contains(&NamespaceKind::Net) {
             let net = namespace::open(root, NamespaceKind::Net).map_err(|error| gone(&error))?;
@@ -97,8 +107,10 @@ impl Site {
         let (freezer, origin) = match node.freezers.holding(&pids) {
             Some(freezer) => (freezer, None),
             None => {
-                let origin = node.freezers.current_of(root);
-                (node.freezers.plan(&id.to_string()), origin)
+                let place = node.freezers.place(root, &pids, &id.to_string());
+                place.map_err(|error| {
+                    Failure::new(ErrorCode::UnsupportedWorkload, error.to_string())
+                })?
             }
         };
         let state = SiteState {
