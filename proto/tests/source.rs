@@ -214,7 +214,13 @@ fn the_frozen_copy_is_killed_when_the_target_runs_the_workload() {
         root_pid: None,
     };
     assert_eq!(source.hear(message), [journal(started.clone())]);
-    assert_eq!(source.journalled(started), [SourceAction::Release]);
+    assert_eq!(
+        source.journalled(started),
+        [SourceAction::Release, say_settled()]
+    );
+    source.hear(TargetMessage::Forgotten {
+        generation: GENERATION,
+    });
     assert_eq!(source.feed(SourceEvent::Released), [journal(Entry::Done)]);
     source.journalled(Entry::Done);
     assert!(source.machine.is_finished());
@@ -361,7 +367,7 @@ fn a_refused_workload_is_thawed_when_that_is_on_disk() {
     assert_eq!(source.journalled(refusal()), [THAW]);
     assert_eq!(source.feed(SourceEvent::Failure(failure())), []);
     assert_eq!(source.wait(RETRY), [THAW]);
-    assert_eq!(source.feed(SourceEvent::Thawed), [journal(Entry::Done)]);
+    assert_eq!(source.feed(SourceEvent::Thawed), [say_settled()]);
     assert_eq!(source.status().phase, Phase::Aborted);
 }
 

@@ -14,6 +14,7 @@ mod message;
 mod outcome;
 mod output;
 mod recovery;
+mod settle;
 mod state;
 
 use std::collections::VecDeque;
@@ -209,6 +210,8 @@ pub struct SourceMachine {
     touched: bool,
     /// The target holds nothing, or was not to be reached for so long that it is given up.
     told: bool,
+    /// The target has said how it ended, and keeps that until it hears that nobody asks again.
+    answered: bool,
     incarnation: Option<Incarnation>,
     failure: Option<Failure>,
     fence_wanted: bool,
@@ -246,6 +249,7 @@ impl SourceMachine {
             offered: false,
             touched: false,
             told: false,
+            answered: false,
             incarnation: None,
             failure: None,
             fence_wanted: false,
@@ -279,7 +283,7 @@ impl SourceMachine {
             SourceEvent::Message(message) => self.message(now, message),
             SourceEvent::PeerConnected => self.peer_connected(now),
             SourceEvent::PeerLost => self.peer_lost(now),
-            SourceEvent::Released => self.released(),
+            SourceEvent::Released => self.released(now),
             SourceEvent::Retry(report) => self.retry(&report),
             SourceEvent::RoundSent(report) => self.round_sent(&report),
             SourceEvent::SmapsEqual => self.smaps_equal(),
@@ -341,6 +345,7 @@ impl SourceMachine {
             elapsed: now.since(self.started_at),
             failure: self.failure.clone(),
             fence_wanted: self.fence_wanted,
+            unsettled: false,
         }
     }
 
@@ -351,6 +356,7 @@ impl SourceMachine {
             State::Dialling => self.offer(now),
             State::Committed { .. } => self.ask(now),
             State::Telling => self.tell(now),
+            State::Settling { .. } => self.settle(now),
             State::Journalling
             | State::Offered
             | State::Tracking
@@ -382,7 +388,9 @@ impl SourceMachine {
             | State::Finishing(_) => {
                 self.abort_with(ErrorCode::PeerLost, "the connection to the target is gone");
             }
-            State::Committed { .. } | State::Telling => self.redial_later(now),
+            State::Committed { .. } | State::Telling | State::Settling { .. } => {
+                self.redial_later(now);
+            }
             // Nothing was dialled, or nobody waits for an answer: what needs the peer dials.
             State::Journalling
             | State::Prepared { .. }
@@ -536,6 +544,7 @@ impl SourceMachine {
             | State::Reclaiming { .. }
             | State::Aborting(_)
             | State::Telling
+            | State::Settling { .. }
             | State::Closing { .. }
             | State::Closed { .. } => return self.out_of_place("a retry"),
         };

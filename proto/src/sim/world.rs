@@ -15,7 +15,7 @@ use crate::migration::policy::Policy;
 use crate::migration::record::{DriverState, Entry};
 use crate::migration::source::{SourceEvent, SourceMachine, SourceOffer};
 use crate::migration::status::{Phase, Status};
-use crate::migration::target::{TargetEvent, TargetMachine, TargetOrigin};
+use crate::migration::target::{self, TargetEvent, TargetMachine, TargetOrigin};
 use crate::migration::timer::Time;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::Message;
@@ -198,6 +198,8 @@ impl World {
             Op::Break => self.break_link(),
             Op::Crash(side, found) => self.crash(side, found),
             Op::DropHeld => self.drop_held(),
+            Op::Expire(Side::Source) => self.expire_source(),
+            Op::Expire(Side::Target) => self.expire_target(),
             Op::Fail(Side::Source) => self.source.fail_next = self.source.machine.is_some(),
             Op::Fail(Side::Target) => self.target.fail_next = self.target.machine.is_some(),
             Op::Fence(side) => self.fence(side),
@@ -477,6 +479,33 @@ impl World {
         if ready && !held {
             self.at_target(TargetEvent::Failure(workload_gone()));
         }
+    }
+
+    fn expire_source(&mut self) {
+        let node = &mut self.source;
+        let over = node
+            .machine
+            .as_ref()
+            .is_some_and(SourceMachine::is_finished);
+        if over && node.actions.is_empty() && node.jobs.is_empty() {
+            node.journal.replace(&[]);
+        }
+    }
+
+    fn expire_target(&mut self) {
+        let node = &mut self.target;
+        let over = node
+            .machine
+            .as_ref()
+            .is_some_and(TargetMachine::is_finished);
+        if self.link.target_thinks || !over || !node.actions.is_empty() || !node.jobs.is_empty() {
+            return;
+        }
+        let kept = target::answer(&node.journal.records());
+        node.journal
+            .replace(&kept.ok().flatten().unwrap_or_default());
+        self.restart_target();
+        self.drain();
     }
 
     fn next_timer(&self) -> Option<Time> {
