@@ -239,6 +239,24 @@ fn a_connection_lost_before_the_commit_aborts() {
     assert_eq!(source.status().phase, Phase::Prepared);
 }
 
+#[test]
+fn a_connection_that_is_refused_says_why() {
+    let busy = || Failure::new(ErrorCode::TargetBusy, "four migrations come to it");
+    let refused = || SourceEvent::PeerRefused(busy());
+    let mut source = Source::new();
+    source.actions();
+    source.journalled(offered());
+    assert_eq!(source.feed(refused()), [journal(Entry::Aborted(busy()))]);
+    let mut source = Source::copying();
+    assert_eq!(source.feed(refused()), [THAW]);
+    assert_eq!(source.status().failure, Some(busy()));
+    // After the commit it is asked again all the same.
+    let mut source = Source::committed();
+    assert_eq!(source.feed(refused()), []);
+    assert_eq!(source.status().failure, Some(busy()));
+    assert_eq!(source.wait(REDIAL), [SourceAction::Connect]);
+}
+
 // clause: N-5
 #[test]
 fn what_has_no_place_aborts_before_the_commit_and_is_noted_after_it() {

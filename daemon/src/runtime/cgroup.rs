@@ -189,6 +189,16 @@ impl FreezerRoot {
         None
     }
 
+    /// The cgroups there are, by name.
+    pub fn made(&self) -> Vec<(String, Freezer)> {
+        let Ok(entries) = fs::read_dir(&self.directory) else {
+            return Vec::new();
+        };
+        let folders = entries.flatten().filter(|entry| entry.path().is_dir());
+        let named = folders.filter_map(|entry| entry.file_name().into_string().ok());
+        named.map(|name| (name.clone(), self.plan(&name))).collect()
+    }
+
     /// The interface in use.
     pub fn version(&self) -> FreezerVersion {
         self.version

@@ -18,6 +18,7 @@ use pageferry_proto::wire::description::{Namespaces, SpaceDescription, WorkloadD
 use procfs::process::{Process, Status};
 
 use super::files::{self, Descriptors};
+use super::identity;
 use super::mounts::{self, Mounts};
 use crate::sys::namespace::{self, NamespaceKind};
 
@@ -42,7 +43,7 @@ pub struct Described {
 pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
     let gone = |error: &dyn std::fmt::Display| {
         Failure::new(
-            ErrorCode::UnsupportedWorkload,
+            ErrorCode::WorkloadGone,
             format!("there is no process {root}: {error}"),
         )
     };
@@ -216,19 +217,14 @@ const PID_MAX: &str = "/proc/sys/kernel/pid_max";
 const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 
 fn refuse_ourselves(root: i32) -> Result<(), Failure> {
-    let mut pid = i32::try_from(std::process::id()).unwrap_or(1);
-    while pid > 0 {
-        if pid == root {
-            return Err(Failure::new(
-                ErrorCode::UnsupportedWorkload,
-                format!("process {root} is this daemon or one of its ancestors"),
-            ));
-        }
-        pid = Process::new(pid)
-            .and_then(|process| process.stat())
-            .map_or(0, |stat| stat.ppid);
+    let own = i32::try_from(std::process::id()).unwrap_or(1);
+    if own != root && !identity::ancestors(own).contains(&root) {
+        return Ok(());
     }
-    Ok(())
+    Err(Failure::new(
+        ErrorCode::UnsupportedWorkload,
+        format!("process {root} is this daemon or one of its ancestors"),
+    ))
 }
 
 fn own_namespaces(root: i32) -> Result<Vec<NamespaceKind>, Failure> {

@@ -97,6 +97,9 @@ pub enum SourceEvent {
     /// [`SourceAction::Connect`] failed, or the connection is gone. Comes before the next
     /// `PeerConnected`.
     PeerLost,
+    /// Instead of `PeerLost`: the connection is gone, or there is none, because one of the two nodes
+    /// does not want it.
+    PeerRefused(Failure),
     /// [`SourceAction::Release`] is done: the frozen copy is gone.
     Released,
     /// Instead of `Frozen` or `Finished`: another round must come first. Only before the first
@@ -283,6 +286,7 @@ impl SourceMachine {
             SourceEvent::Message(message) => self.message(now, message),
             SourceEvent::PeerConnected => self.peer_connected(now),
             SourceEvent::PeerLost => self.peer_lost(now),
+            SourceEvent::PeerRefused(failure) => self.peer_refused(now, failure),
             SourceEvent::Released => self.released(now),
             SourceEvent::Retry(report) => self.retry(&report),
             SourceEvent::RoundSent(report) => self.round_sent(&report),
@@ -373,7 +377,7 @@ impl SourceMachine {
         }
     }
 
-    fn peer_lost(&mut self, now: Time) {
+    pub(super) fn peer_lost(&mut self, now: Time) {
         self.link = Link::Down;
         self.timers.stop(Timer::Resend);
         match &self.state {

@@ -8,6 +8,7 @@
 
 mod images;
 pub mod intake;
+pub mod orphans;
 pub mod site;
 
 use std::collections::VecDeque;
@@ -62,6 +63,7 @@ pub struct TargetDriver {
     status: watch::Sender<Arc<Progress>>,
     /// The workload's root, once it is restored.
     root_pid: Option<i32>,
+    recovered: bool,
     log: Log,
 }
 
@@ -89,6 +91,8 @@ pub struct TargetParts {
     pub status: watch::Sender<Arc<Progress>>,
     /// The migration's journal.
     pub journal: Journal,
+    /// Made from a journal.
+    pub recovered: bool,
 }
 
 #[derive(Debug)]
@@ -125,6 +129,7 @@ impl TargetDriver {
             clock: parts.clock,
             intake: parts.site.intake(),
             root_pid: parts.site.root_pid(),
+            recovered: parts.recovered,
             site: Some(Box::new(parts.site)),
             operation: None,
             waiting: VecDeque::new(),
@@ -274,6 +279,7 @@ impl TargetDriver {
                 tracing::debug!(migration = %status.id, phase = %status.phase.name(), "status");
                 self.status.send_replace(Arc::new(Progress {
                     pid_at_target: self.root_pid,
+                    recovered: self.recovered,
                     ..Progress::of(status)
                 }));
             }
