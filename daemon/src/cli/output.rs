@@ -514,8 +514,17 @@ mod tests {
     #[test]
     fn what_is_not_known_is_null_and_no_zero() {
         let json = serde_json::to_string(&Known::of(&uncounted())).unwrap();
-        for field in ["round", "memory_bytes", "sent_bytes", "wire_bytes", "total_ms"] {
-            assert!(json.contains(&format!("\"{field}\":null")), "{field}: {json}");
+        for field in [
+            "round",
+            "memory_bytes",
+            "sent_bytes",
+            "wire_bytes",
+            "total_ms",
+        ] {
+            assert!(
+                json.contains(&format!("\"{field}\":null")),
+                "{field}: {json}"
+            );
         }
         let row = row(&uncounted());
         assert_eq!(row[5..], ["-", "-", "-"]);

@@ -17,8 +17,8 @@ use super::output::{self, Known, Listed, Moved};
 use super::progress::Shown;
 use crate::api::schema::control_client::ControlClient;
 use crate::api::schema::{
-    self, AbortRequest, ForgetRequest, ListRequest, MigrateRequest, ResolveRequest, ShowRequest, Status,
-    WatchRequest,
+    self, AbortRequest, ForgetRequest, ListRequest, MigrateRequest, ResolveRequest, ShowRequest,
+    Status, WatchRequest,
 };
 use crate::config::units::Span;
 use crate::telemetry::Chain;
@@ -70,7 +70,12 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
         Command::Abort { id } => return abort(daemon, &id.to_string()).await,
         Command::Forget { id, sure } => {
             let id = id.to_string();
-            daemon.forget(ForgetRequest { id: id.clone(), sure }).await?;
+            daemon
+                .forget(ForgetRequest {
+                    id: id.clone(),
+                    sure,
+                })
+                .await?;
             say(&format!("{id} is forgotten"));
         }
         Command::Resolve { id, fenced } => {
@@ -83,7 +88,9 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
                 fenced: fenced.into(),
             };
             daemon.resolve(request).await?;
-            say(&format!("told: see `pageferry show {id}` for what comes of it"));
+            say(&format!(
+                "told: see `pageferry show {id}` for what comes of it"
+            ));
         }
         // Both were carried out above.
         Command::Ca(_) | Command::Migrate(_) => {}
@@ -188,10 +195,7 @@ async fn to_its_end(mut daemon: ControlClient<Channel>, id: &str) -> Result<Stat
 }
 
 /// Asks to give a migration up, waits for a while, and tells what came of it.
-async fn abort(
-    mut daemon: ControlClient<Channel>,
-    id: &str,
-) -> Result<ExitCode, CallError> {
+async fn abort(mut daemon: ControlClient<Channel>, id: &str) -> Result<ExitCode, CallError> {
     let id = || id.to_owned();
     let before = daemon.show(ShowRequest { id: id() }).await?.into_inner();
     if before.r#final {

@@ -184,7 +184,14 @@ impl Registry {
                 let node = self.inner.parts.source.clone();
                 let state = machine.driver_state().clone();
                 let site = SourceSite::recover(node, id, policy, &state, cancelled).await?;
-                self.start_source(machine, clock, (site, cancel), journal, peer, Origin::Journal);
+                self.start_source(
+                    machine,
+                    clock,
+                    (site, cancel),
+                    journal,
+                    peer,
+                    Origin::Journal,
+                );
                 Ok(())
             }
             Some(_) => {

@@ -182,11 +182,15 @@ pub(super) fn untrusted(
                 "" => meaning,
                 reason => reason,
             };
-            Some(format!("the certificate of {peer} is not accepted here: {reason}"))
+            Some(format!(
+                "the certificate of {peer} is not accepted here: {reason}"
+            ))
         }
         ConnectionError::ConnectionClosed(close) => {
             let meaning = alert(close.error_code)?;
-            Some(format!("{peer} does not accept this node's certificate: {meaning}"))
+            Some(format!(
+                "{peer} does not accept this node's certificate: {meaning}"
+            ))
         }
         ConnectionError::VersionMismatch
         | ConnectionError::ApplicationClosed(_)

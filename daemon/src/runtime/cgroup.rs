@@ -102,6 +102,8 @@ pub enum FreezerVersion {
 /// Where freezer cgroups are made on this node.
 #[derive(Debug, Clone)]
 pub struct FreezerRoot {
+    /// Where the hierarchy is mounted.
+    hierarchy: PathBuf,
     directory: PathBuf,
     version: FreezerVersion,
 }
@@ -126,20 +128,31 @@ impl FreezerRoot {
             let mut right = right.split(' ');
             let (kind, options) = (right.next()?, right.nth(1)?);
             if kind == "cgroup" && options.split(',').any(|option| option == "freezer") {
-                let directory = point.join("pageferry");
                 return Some(Self {
-                    directory,
+                    directory: point.join("pageferry"),
+                    hierarchy: point,
                     version: FreezerVersion::V1,
                 });
             }
             if kind == "cgroup2" {
-                unified.get_or_insert(point.join("pageferry"));
+                unified.get_or_insert(point);
             }
         }
-        unified.map(|directory| Self {
-            directory,
+        unified.map(|point| Self {
+            directory: point.join("pageferry"),
+            hierarchy: point,
             version: FreezerVersion::V2,
         })
+    }
+
+    /// A folder of its own within this one, for a daemon that shares a hierarchy with others.
+    #[must_use]
+    pub fn within(&self, name: &str) -> Self {
+        Self {
+            hierarchy: self.hierarchy.clone(),
+            directory: self.directory.join(name),
+            version: self.version,
+        }
     }
 
     /// The cgroup `name`, which need not exist yet.
@@ -165,9 +178,7 @@ impl FreezerRoot {
         let inside = path.trim_start_matches('/');
         // A path that leaves the cgroup namespace names nothing that can be written here.
         let visible = !inside.split('/').any(|part| part == "..");
-        visible
-            .then(|| self.directory.parent().map(|root| root.join(inside)))
-            .flatten()
+        visible.then(|| self.hierarchy.join(inside))
     }
 
     /// The cgroup that holds all of `pids` and nothing else, if it is one of ours.

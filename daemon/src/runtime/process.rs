@@ -346,10 +346,19 @@ fn check_session(process: &Process, tasks: &BTreeSet<i32>) -> Result<(), Failure
     if !tasks.contains(&stat.session) {
         return Err(Failure::new(
             ErrorCode::UnsupportedWorkload,
-            format!(
-                "process {} belongs to session {} of another process: start it with setsid",
-                process.pid, stat.session
-            ),
+            if stat.session == 0 {
+                format!(
+                    "process {} belongs to a session that was begun outside of this node's pid \
+                     namespace: start it with setsid",
+                    process.pid
+                )
+            } else {
+                format!(
+                    "process {} belongs to the session of process {}, which is not part of what \
+                     moves: start it with setsid",
+                    process.pid, stat.session
+                )
+            },
         ));
     }
     Ok(())

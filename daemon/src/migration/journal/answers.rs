@@ -54,7 +54,9 @@ impl Journals {
         let paths = names_ending(&self.folder, ANSWER_SUFFIX).map_err(refuse)?;
         let mut answers = Vec::with_capacity(paths.len());
         for path in paths {
-            let id = path.file_stem().and_then(|stem| stem.to_str()?.parse().ok());
+            let id = path
+                .file_stem()
+                .and_then(|stem| stem.to_str()?.parse().ok());
             let Some(id) = id else { continue };
             if self.path(id).exists() {
                 fs::remove_file(&path).map_err(refuse)?;
@@ -111,7 +113,9 @@ mod tests {
         let journals = Journals::open(&folder.path().join("journal")).unwrap();
         let mut journal = journals.create(ID).unwrap();
         journal.append(&[1; 3000]).unwrap();
-        journals.bury(ID, &[b"kept".to_vec(), b"this".to_vec()]).unwrap();
+        journals
+            .bury(ID, &[b"kept".to_vec(), b"this".to_vec()])
+            .unwrap();
         (folder, journals)
     }
 

@@ -72,7 +72,10 @@ impl Registry {
 
     /// The records of a finished migration that must be kept.
     fn kept_of(&self, id: MigrationId) -> Result<Option<Vec<Vec<u8>>>, JournalError> {
-        let role = self.lock().get(&id).map(|entry| entry.status.borrow().status.role);
+        let role = self
+            .lock()
+            .get(&id)
+            .map(|entry| entry.status.borrow().status.role);
         // Nobody asks a source.
         if role != Some(Side::Target) {
             return Ok(None);
@@ -115,7 +118,9 @@ impl Registry {
         let _beginning = self.inner.beginnings.lock().await;
         let status = Arc::clone(&self.watch(id)?.borrow());
         let known = self.lock().get(&id).cloned();
-        let at_work = known.as_ref().is_some_and(|entry| !entry.requests.is_over());
+        let at_work = known
+            .as_ref()
+            .is_some_and(|entry| !entry.requests.is_over());
         if at_work {
             return Err(Failure::new(
                 ErrorCode::Unexpected,
@@ -176,10 +181,7 @@ impl Registry {
     }
 
     /// The status of a migration of which only the answer is kept.
-    pub(super) fn watch_answer(
-        &self,
-        id: MigrationId,
-    ) -> Option<watch::Receiver<Arc<Progress>>> {
+    pub(super) fn watch_answer(&self, id: MigrationId) -> Option<watch::Receiver<Arc<Progress>>> {
         if !self.answers().contains(&id) {
             return None;
         }

@@ -70,11 +70,7 @@ impl Registry {
     }
 
     /// What an incoming migration is driven with: what its journal says, or a beginning.
-    async fn incoming(
-        &self,
-        id: MigrationId,
-        peer: NodeName,
-    ) -> Result<(Driven, Origin), Failure> {
+    async fn incoming(&self, id: MigrationId, peer: NodeName) -> Result<(Driven, Origin), Failure> {
         let parts = &self.inner.parts;
         let clock = Clock::start();
         let is_answer = self.answers().contains(&id);

@@ -52,3 +52,34 @@ impl Registry {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::clock::Clock;
+    use pageferry_proto::id::{Incarnation, MigrationId};
+    use pageferry_proto::migration::target::{TargetMachine, TargetOrigin};
+
+    #[test]
+    fn what_comes_here_is_named_by_its_pid_here_and_not_by_the_one_it_had() {
+        let now = Clock::start().now();
+        let origin = TargetOrigin {
+            id: MigrationId::new([1; 16]),
+            peer: "a".parse().unwrap(),
+            incarnation: Incarnation(1),
+        };
+        let mut progress = Progress::of(TargetMachine::new(origin, now).status(now));
+        progress.status.workload = Some(WorkloadName::Process(4711));
+        assert_eq!(root(&progress), None);
+        progress.pid_at_target = Some(12);
+        assert_eq!(root(&progress), Some(12));
+    }
+
+    #[test]
+    fn a_tree_overlaps_with_what_it_is_a_part_of() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let parent = identity::ancestors(own)[0];
+        assert!(overlap(own, own) && overlap(own, parent) && overlap(parent, own));
+        assert!(!overlap(own, i32::MAX));
+    }
+}

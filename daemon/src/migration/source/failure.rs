@@ -56,7 +56,10 @@ pub(super) fn unreachable(error: &LanesError) -> Failure {
             ErrorCode::Timeout => ErrorCode::PeerLost,
             code => code,
         };
-        Failure::new(code, format!("the target cannot be reached: {}", chain(error)))
+        Failure::new(
+            code,
+            format!("the target cannot be reached: {}", chain(error)),
+        )
     })
 }
 

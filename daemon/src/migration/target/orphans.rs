@@ -34,7 +34,10 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
     for (name, freezer) in node.freezers.made() {
         let ours = name.parse().is_ok_and(|id| !is_known(id));
         // One that still has a process cannot be removed.
-        if ours && freezer.is_empty() && let Err(error) = freezer.remove() {
+        if ours
+            && freezer.is_empty()
+            && let Err(error) = freezer.remove()
+        {
             tracing::debug!("{}", chain(&error));
         }
     }
