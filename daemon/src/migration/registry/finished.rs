@@ -124,7 +124,11 @@ impl Registry {
         if at_work {
             return Err(Failure::new(
                 ErrorCode::Unexpected,
-                format!("migration {id} is not over yet, or its source is connected"),
+                format!(
+                    "migration {id} is not over yet, or has still something to say to node {}, or \
+                     to hear from it",
+                    status.status.peer
+                ),
             ));
         }
         let status = &status.status;

@@ -137,7 +137,10 @@ impl Site {
                 self.check_root().map_err(std::io::Error::other)?;
                 Ok(tree.pids())
             });
-            adopted.map_err(|error| freeze_failed(&error))?;
+            adopted.map_err(|error| match self.check_root() {
+                Ok(()) => freeze_failed(&error),
+                Err(gone) => gone,
+            })?;
             self.attach_new()?;
             self.scan()
         })?;
