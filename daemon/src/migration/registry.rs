@@ -199,7 +199,7 @@ impl Registry {
                     TargetMachine::recover(&records, clock.now()).map_err(contradiction)?;
                 let node = self.inner.parts.target.clone();
                 let site = TargetSite::recover(node, id, machine.driver_state()).await?;
-                self.start_target((machine, clock, site, journal), None, Origin::Journal);
+                self.start_target((machine, clock, site, journal), None, &Origin::Journal);
                 Ok(())
             }
         }

@@ -62,7 +62,7 @@ impl Registry {
         let (id, peer) = (session.migration, session.peer.clone());
         match self.incoming(id, peer).await {
             Ok((driven, origin)) => {
-                self.start_target(driven, Some(session), origin);
+                self.start_target(driven, Some(session), &origin);
                 Ok(())
             }
             Err(failure) => Err((failure, session)),
@@ -134,7 +134,7 @@ impl Registry {
         &self,
         (machine, clock, site, journal): Driven,
         session: Option<Box<TargetSession>>,
-        origin: Origin,
+        origin: &Origin,
     ) {
         let (id, begun) = (machine.id(), journal.begun());
         let recovered = origin.is_recovered();
