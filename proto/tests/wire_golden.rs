@@ -126,6 +126,7 @@ fn offer() -> Offer {
         generation: Generation::FIRST,
         policy: Policy {
             downtime_max: Duration::from_millis(1),
+            frozen_max: Some(Duration::from_secs(2)),
             ..Policy::DEFAULT
         },
         description: description(),
@@ -169,22 +170,23 @@ fn the_offer_keeps_its_bytes() {
     check(
         SourceMessage::Offer(Box::new(offer())),
         &expect![[r#"
-        eb0000008201e7010801120c70726f63
-        6573732f343731311801220b08e80710
-        1e1880c8ceb40d2ac50108e724121a08
-        01120c72656469732d7365727665721a
-        0201072080808080041a04e724ed2420
-        092a037765623206286e6f6e65293a37
-        0a0465746830120602000000000118dc
-        0b22080a040a000007101822150a1000
-        00000000000000000000000000000110
-        80012a0362723042140a04000000001a
-        040a00000122046574683028644a240a
-        152f7573722f62696e2f72656469732d
-        7365727665721080201a02abcd28ed83
-        02300152052f646174615889ba026080
-        206a06362e31322e3072012f7a012f
-    "#]],
+            ef0000008201eb010801120c70726f63
+            6573732f343731311801220f08e80710
+            1e1880c8ceb40d3080897a2ac50108e7
+            24121a0801120c72656469732d736572
+            7665721a0201072080808080041a04e7
+            24ed2420092a037765623206286e6f6e
+            65293a370a0465746830120602000000
+            000118dc0b22080a040a000007101822
+            150a1000000000000000000000000000
+            0000011080012a0362723042140a0400
+            0000001a040a00000122046574683028
+            644a240a152f7573722f62696e2f7265
+            6469732d7365727665721080201a02ab
+            cd28ed8302300152052f646174615889
+            ba026080206a06362e31322e3072012f
+            7a012f
+        "#]],
     );
 }
 
@@ -362,17 +364,20 @@ fn headers_of_streams_keep_their_bytes() {
     .assert_eq(&hex(&block.encode()));
     let set: PageSet = [run(0x10, 2), run(0x1000, 300)].into_iter().collect();
     let header = SetHeader {
+        generation: Generation::new(3).unwrap(),
         space: SpaceId(7),
         length: set.to_wire().len().try_into().unwrap(),
     };
     expect![[r#"
-        07000000060000001002ee1fac02
+        0300000007000000060000001002ee1f
+        ac02
     "#]]
     .assert_eq(&hex(&[&header.encode()[..], &set.to_wire()].concat()));
-    let file = ImageFileHeader::new(ImageName::new("core-7.img").unwrap(), 1000).unwrap();
+    let name = ImageName::new("core-7.img").unwrap();
+    let file = ImageFileHeader::new(Generation::new(3).unwrap(), name, 1000).unwrap();
     expect![[r#"
-        0a636f72652d372e696d67e803000000
-        000000
+        030000000a636f72652d372e696d67e8
+        03000000000000
     "#]]
     .assert_eq(&hex(&file.encode()));
     let mut body = b"pageferry".to_vec();

@@ -256,6 +256,7 @@ impl TargetMachine {
             parts: Parts::default(),
             elapsed: now.since(self.started_at),
             failure: self.failure.clone(),
+            frozen_max: None,
             fence_wanted: self.state.is_ready() && !self.connected,
             unsettled: self.is_unsettled(),
         }

@@ -1,6 +1,6 @@
 //! What the target says, and what the source makes of it.
 
-use super::state::{Link, Place, State, Timer};
+use super::state::{Place, State, Timer};
 use super::{SourceAction, SourceMachine};
 use crate::id::{Generation, Incarnation, Round};
 use crate::migration::handoff::Evidence;
@@ -9,32 +9,6 @@ use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::TargetMessage;
 
 impl SourceMachine {
-    /// There is no connection, and that has a reason which says more than that.
-    pub(super) fn peer_refused(&mut self, now: Time, failure: Failure) {
-        self.link = Link::Down;
-        match &self.state {
-            State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_) => self.abort(failure),
-            // It may change its mind, or its certificate.
-            State::Committed { .. } => self.note(failure),
-            State::Journalling
-            | State::Prepared { .. }
-            | State::Releasing(_)
-            | State::Reclaiming { .. }
-            | State::Aborting(_)
-            | State::Telling
-            | State::Settling { .. }
-            | State::Closing { .. }
-            | State::Closed { .. } => {}
-        }
-        self.peer_lost(now);
-    }
-
     pub(super) fn message(&mut self, now: Time, message: TargetMessage) {
         match message {
             TargetMessage::Accepted { incarnation } => self.accepted(now, incarnation),

@@ -18,6 +18,8 @@ use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
 use crate::migration::source::state::{PortState, SiteState, encode_state};
+use crate::migration::source::unread::Unreadable;
+use crate::migration::source::waits::Waits;
 use crate::migration::text::network_unfit;
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
@@ -208,7 +210,8 @@ impl Site {
             image_bytes: 0,
             frozen_in_criu: None,
             data: None,
-            cancelled,
+            waits: Waits::new(cancelled),
+            unread: Unreadable::default(),
             sent: Arc::default(),
             true_smaps: found.true_smaps,
         }
