@@ -334,6 +334,8 @@ impl TargetMessage {
 impl TryFrom<Wire> for Message {
     type Error = ControlError;
 
+    // One arm for each message there is.
+    #[allow(clippy::too_many_lines)]
     fn try_from(wire: Wire) -> Result<Self, ControlError> {
         use {SourceMessage as Source, TargetMessage as Target};
         Ok(match wire {

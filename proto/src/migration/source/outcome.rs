@@ -541,7 +541,7 @@ impl SourceMachine {
     fn again(&mut self) {
         match &self.state {
             State::Releasing(Release::Killing { .. }) => {
-                self.actions.push_back(SourceAction::Release)
+                self.actions.push_back(SourceAction::Release);
             }
             State::Reclaiming {
                 evidence,
