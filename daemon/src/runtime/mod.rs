@@ -1,8 +1,8 @@
 //! What kinds of workload there are, and how each is described, frozen, and made again.
 //!
 //! This step knows one kind, the bare process tree ([`process`]). Its freezer cgroup is [`cgroup`],
-//! the other cgroups of what comes in are [`hierarchies`], its limits [`limits`], and what memory is
-//! left for it says [`memory`]. The files it stands on are [`files`], and [`mounts`] are those of a
+//! the other cgroups of what comes in are [`hierarchies`], its limits [`limits`], and the memory
+//! that is left for it says [`memory`]. The files it stands on are [`files`], and [`mounts`] are those of a
 //! namespace of its own.
 //! Nothing here knows the network or the pages.
 
