@@ -1,9 +1,9 @@
 //! The limits of a workload: read from its cgroups at the source, set on its cgroup at the target.
 //!
 //! What is carried is in [`ResourceLimits`]: memory, swap, processor time and weight, processes.
-//! The strictest limit counts of the workload's own cgroup and those above it, but for the root of the
-//! hierarchy, whose limits are the node's. What is bound to devices, processors or memory nodes of
-//! one machine is not carried; it is named ([`Found::left_behind`]).
+//! The strictest limit counts of the workload's own cgroup and those above it, but for the root of
+//! the hierarchy, whose limits are the node's. What is bound to devices, processors or memory nodes
+//! of one machine is not carried; it is named ([`Found::left_behind`]).
 //!
 //! Both versions of cgroups are read and set; each controller is in one of them.
 

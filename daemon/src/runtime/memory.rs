@@ -2,7 +2,8 @@
 //! node, and every memory cgroup that is charged.
 //!
 //! The daemon is charged for what it stores of a workload, and a cgroup below our own folder for
-//! what is restored. A cgroup's limit holds for all below it, so both are asked, and all above them.
+//! what is restored. A cgroup's limit holds for all below it, so both are asked, and all above
+//! them.
 //!
 //! Absent: who may have how much.
 

@@ -2,9 +2,8 @@
 //!
 //! This step knows one kind, the bare process tree ([`process`]). Its freezer cgroup is [`cgroup`],
 //! the other cgroups of what comes in are [`hierarchies`], its limits [`limits`], and the memory
-//! that is left for it says [`memory`]. The files it stands on are [`files`], and [`mounts`] are those of a
-//! namespace of its own.
-//! Nothing here knows the network or the pages.
+//! that is left for it says [`memory`]. The files it stands on are [`files`], and [`mounts`] are
+//! those of a namespace of its own. Nothing here knows the network or the pages.
 
 pub mod build_id;
 pub mod cgroup;
