@@ -24,6 +24,10 @@ pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often the kernel is asked whether a freeze is complete; a freeze takes 0.1–2 ms.
 const FREEZE_POLL: Duration = Duration::from_micros(100);
 
+/// After how long a freeze that is not complete is asked for again: the v1 freezer passes over a
+/// task that sleeps uninterruptibly and was moved a moment before, and does not come back to it.
+const FREEZE_AGAIN: Duration = Duration::from_millis(10);
+
 /// How often it is looked whether tasks have died.
 const KILL_POLL: Duration = Duration::from_millis(1);
 
@@ -67,12 +71,12 @@ pub enum CgroupError {
         source: io::Error,
     },
     /// The tasks did not freeze in time.
-    #[error(
-        "{path} did not freeze within {FREEZE_TIMEOUT:?}: a task may be in uninterruptible sleep"
-    )]
+    #[error("{path} did not freeze within {limit:?}: a task may be in uninterruptible sleep")]
     FreezeTimeout {
         /// The cgroup.
         path: PathBuf,
+        /// For how long it was waited.
+        limit: Duration,
     },
     /// The tree kept forking while it was moved into the cgroup.
     #[error("the tree forks faster than its tasks can be moved into {path}")]
@@ -301,14 +305,25 @@ impl Freezer {
     /// Freezes and waits until the kernel says that every task is frozen. Blocks, at most
     /// [`FREEZE_TIMEOUT`]; on a time-out the cgroup is thawed again.
     pub fn freeze(&self) -> Result<(), CgroupError> {
-        let deadline = Instant::now() + FREEZE_TIMEOUT;
+        self.freeze_within(FREEZE_TIMEOUT)
+    }
+
+    /// As [`Freezer::freeze`], within another time.
+    pub fn freeze_within(&self, limit: Duration) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + limit;
         self.begin_freeze()?;
+        let mut asked = Instant::now();
         while !self.is_frozen()? {
             if Instant::now() > deadline {
                 self.write_state(false)?;
                 return Err(CgroupError::FreezeTimeout {
                     path: self.path.clone(),
+                    limit,
                 });
+            }
+            if FREEZE_AGAIN < asked.elapsed() {
+                self.begin_freeze()?;
+                asked = Instant::now();
             }
             std::thread::sleep(FREEZE_POLL);
         }
