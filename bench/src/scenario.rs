@@ -8,6 +8,7 @@ pub mod baseline;
 pub mod capture;
 pub mod faults;
 pub mod memory;
+pub mod nginx;
 pub mod redis;
 pub mod report;
 pub mod session;
@@ -68,7 +69,7 @@ impl Settings {
 }
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 10] = [
+pub const ALL: [Scenario; 11] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -116,6 +117,12 @@ pub const ALL: [Scenario; 10] = [
         summary: "everything odd with memory, 5 moves each, every page compared",
         cases: true,
         run: memory::run,
+    },
+    Scenario {
+        name: "nginx",
+        summary: "20 moves of a web server under 500 new connections per second",
+        cases: true,
+        run: nginx::run,
     },
     Scenario {
         name: "faults",

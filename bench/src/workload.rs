@@ -4,6 +4,7 @@
 //! one workload is ever taken by another, on whatever node they are.
 
 pub mod launch;
+pub mod nginx;
 pub mod redis;
 pub mod writer;
 

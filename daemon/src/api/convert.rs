@@ -44,6 +44,7 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
             .map(|id| id.to_string())
             .unwrap_or_default(),
         pid_at_target: progress.pid_at_target,
+        retries: status.retries,
     }
 }
 

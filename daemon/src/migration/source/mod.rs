@@ -8,6 +8,7 @@
 //! Invariant: every action that asks for an answer is answered by exactly one event, whatever
 //! happens; the machine's timers bound how long that may take.
 
+mod calm;
 pub mod dump;
 mod failure;
 pub mod rounds;
@@ -417,7 +418,7 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
             memory: PageCount::covering(site.memory_bytes),
         }),
         SourceAction::SendRound { round } => site.round(round).await.map(SourceEvent::RoundSent),
-        SourceAction::Freeze { .. } => site.freeze().await.map(|()| SourceEvent::Frozen),
+        SourceAction::Freeze { .. } => site.freeze().await,
         SourceAction::Finish { round, .. } => Ok(site.finish(round).await),
         SourceAction::CompareSmaps => site.compare_smaps().await.map(|()| SourceEvent::SmapsEqual),
         SourceAction::Thaw { untrack } => site.thaw(untrack).await.map(|()| SourceEvent::Thawed),

@@ -20,11 +20,13 @@ use std::time::{Duration, Instant};
 use criu_glue::repair;
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::source::SourceEvent;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
+use super::calm::OnItsWay;
 use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
 use super::sent::Sent;
@@ -40,6 +42,7 @@ use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::mounts::Mounts;
+use crate::runtime::passing::Observer;
 use crate::sys::namespace::{self, NamespaceKind};
 pub use survey::Survey;
 
@@ -89,12 +92,12 @@ pub struct Site {
     pub(super) node: SourceNode,
     pub(super) policy: Policy,
     pub(super) root: i32,
-    own: Vec<NamespaceKind>,
+    pub(super) own: Vec<NamespaceKind>,
     /// As surveyed, if it has a mount namespace of its own.
     mounts: Option<Mounts>,
     pub(super) freezer: Freezer,
     origin: Option<PathBuf>,
-    ports: Vec<Port>,
+    pub(super) ports: Vec<Port>,
     directory: PathBuf,
     pub(super) spaces: BTreeMap<SpaceId, Space>,
     /// Pages found dirty that the next round sends.
@@ -102,6 +105,12 @@ pub struct Site {
     /// When the last scan was, for the rate of dirtying.
     pub(super) scanned: Instant,
     dumping: Dumping,
+    /// CRIU was let in: what is prepared is used up.
+    pub(super) let_in: bool,
+    /// Looks for states that pass; made for the first freeze.
+    pub(super) observer: Option<Observer>,
+    /// Freezes that were given up because of one.
+    pub(super) tries: u32,
     /// Compares the smaps CRIU was shown with the true ones.
     comparing: Option<JoinHandle<Result<(), Failure>>>,
     /// Bytes of memory, for progress.
@@ -278,12 +287,13 @@ impl Site {
                 None => Vec::new(),
             },
         };
+        self.let_in = false;
         self.dumping = Dumping::Preparing(tokio::spawn(Dump::prepare(plan)));
         Ok(())
     }
 
-    /// Closes the ports and freezes the tree. CRIU stands ready before either.
-    pub async fn freeze(&mut self) -> Result<(), Failure> {
+    /// Closes the ports and freezes the tree, or gives that up. CRIU stands ready before either.
+    pub async fn freeze(&mut self) -> Result<SourceEvent, Failure> {
         if let Dumping::Preparing(task) = std::mem::take(&mut self.dumping) {
             let prepared = task.await.map_err(|error| internal(&error))?;
             self.dumping =
@@ -294,16 +304,11 @@ impl Site {
                 space.put_back(&pages);
             }
         }
-        if !self.ports.is_empty() {
-            let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
-            for port in &self.ports {
-                port.close(&netlink)
-                    .await
-                    .map_err(|error| network_unfit(&error))?;
-            }
+        if let Some(passing) = self.freeze_calmly().await? {
+            return Ok(self.give_up(&passing.to_string(), OnItsWay::default()));
         }
-        block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
-        self.check_mounts()
+        self.check_mounts()?;
+        Ok(SourceEvent::Frozen)
     }
 
     /// CRIU and the target were told of the mounts before the rounds.
@@ -380,6 +385,8 @@ impl Site {
         self.comparing = None;
         match std::mem::take(&mut self.dumping) {
             Dumping::No => {}
+            // It has not touched anything, and can wait for the next freeze.
+            waiting if !untrack && !self.let_in => self.dumping = waiting,
             Dumping::Preparing(task) => task.abort(),
             Dumping::Prepared(dump) => {
                 // A CRIU that fails here has let go of the tasks all the same, by its end.
@@ -410,7 +417,7 @@ impl Site {
             self.pending.clear();
             self.leave_cgroup();
             drop(std::fs::remove_dir_all(&self.directory));
-        } else {
+        } else if matches!(self.dumping, Dumping::No) {
             self.prepare_dump()?;
         }
         Ok(())
