@@ -19,12 +19,12 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use pageferry_proto::migration::source::{RetryReport, SourceEvent};
-use pageferry_proto::page::PageCount;
+use pageferry_proto::migration::source::SourceEvent;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::task::block_in_place;
 
 use super::failure::freeze_failed;
+use super::rounds::Sums;
 use super::site::Site;
 use crate::link::netlink::Netlink;
 use crate::migration::text::network_unfit;
@@ -33,31 +33,22 @@ use crate::runtime::cgroup::CgroupError;
 use crate::runtime::passing::{self, Observer, Passing, State};
 use crate::sys::namespace::{self, NamespaceKind};
 
-/// What of an attempt is on its way already.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct OnItsWay {
-    pub(super) parcels: u32,
-    pub(super) pages: PageCount,
-    pub(super) raw_bytes: u64,
-    pub(super) wire_bytes: u64,
-}
-
 impl Site {
     /// Closes the ports and freezes the cgroup, or says which passing state stands against it. The
     /// thaw that follows opens the ports.
     pub(super) async fn freeze_calmly(&mut self) -> Result<Option<Passing>, Failure> {
         let began = Instant::now();
         for closing in 1..=CLOSINGS_MAX {
-            let before = self.wait_for_calm(LOOKS_OPEN, PAUSE_OPEN, |_| true).await?;
+            let open = self.wait_open().await?;
             self.close_ports().await?;
             let closed = Instant::now();
-            let alone = |passing: &Passing| passing.state.passes_alone();
-            let left = self.wait_for_calm(LOOKS_CLOSED, PAUSE_CLOSED, alone).await?;
-            tracing::debug!(closing, before = ?before.map(|p| p.state), left = ?left, since = ?closed.elapsed(),
-                "ports closed");
+            let left = self.wait_closed().await?;
+            tracing::debug!(closing, ?open, ?left, waited = ?closed.elapsed(), "ports closed");
             match left {
                 None => break,
-                Some(left) if alone(&left) || closing == CLOSINGS_MAX => return Ok(Some(left)),
+                Some(left) if left.state.passes_alone() || closing == CLOSINGS_MAX => {
+                    return Ok(Some(left));
+                }
                 Some(_) => {
                     self.open_ports().await?;
                     tokio::time::sleep(PAUSE_REOPENED).await;
@@ -83,28 +74,38 @@ impl Site {
         Ok(found)
     }
 
-    /// Looks until no passing state is seen, or one that is not worth waiting for; at most so often.
-    /// Returns what was seen last.
-    async fn wait_for_calm(
-        &mut self,
-        looks: u32,
-        pause: Duration,
-        worth_waiting: impl Fn(&Passing) -> bool,
-    ) -> Result<Option<Passing>, Failure> {
-        for look in 1..=looks {
-            let mut found = self.look()?;
+    /// Gives a busy server some moments to be in no passing state. Returns what was seen last.
+    async fn wait_open(&mut self) -> Result<Option<Passing>, Failure> {
+        let mut found = None;
+        for look in 0..LOOKS_OPEN {
+            if 0 < look {
+                tokio::time::sleep(PAUSE_OPEN).await;
+            }
+            found = self.look()?;
             if found.is_none() {
                 let pids = self.pids()?;
                 found = block_in_place(|| passing::uninterruptible(&pids));
             }
-            match found {
-                Some(passing) if look < looks && worth_waiting(&passing) => {
-                    tokio::time::sleep(pause).await;
-                }
-                found => return Ok(found),
+            if found.is_none() {
+                break;
             }
         }
-        Ok(None)
+        Ok(found)
+    }
+
+    /// With closed ports, lets the workload end what it ends by itself. Returns what is left.
+    async fn wait_closed(&mut self) -> Result<Option<Passing>, Failure> {
+        let mut left = None;
+        for look in 0..LOOKS_CLOSED {
+            if 0 < look {
+                tokio::time::sleep(PAUSE_CLOSED).await;
+            }
+            left = self.look()?;
+            if left.as_ref().is_none_or(|left| !left.state.passes_alone()) {
+                break;
+            }
+        }
+        Ok(left)
     }
 
     /// A passing state of the workload's sockets; first one that needs the other side.
@@ -167,8 +168,9 @@ impl Site {
         Ok(())
     }
 
-    /// Gives the freeze up for a state that passes: `what` names it, its process, and what to do.
-    pub(super) fn give_up(&mut self, what: &str, sent: OnItsWay) -> SourceEvent {
+    /// The freeze is given up for a state that passes, with so much of it on its way: `what` names
+    /// the state, its process, and what to do.
+    pub(super) fn give_up(&mut self, what: &str, sent: &Sums) -> Result<SourceEvent, Failure> {
         self.tries += 1;
         let tries = self.tries;
         let pause = pause(tries, RandomState::new().build_hasher().finish());
@@ -178,20 +180,8 @@ impl Site {
         } else {
             format!("{tries} freezes were given up, the last because {what}")
         };
-        again(sent, pause, Failure::new(ErrorCode::PassingState, text))
+        sent.given_up(Failure::new(ErrorCode::PassingState, text), pause)
     }
-}
-
-/// Another round must come first.
-pub(super) fn again(sent: OnItsWay, pause: Duration, reason: Failure) -> SourceEvent {
-    SourceEvent::Retry(RetryReport {
-        parcels: sent.parcels,
-        pages: sent.pages,
-        raw_bytes: sent.raw_bytes,
-        wire_bytes: sent.wire_bytes,
-        pause,
-        reason,
-    })
 }
 
 /// How long the workload runs after freeze number `tries` was given up: doubled each time up to a

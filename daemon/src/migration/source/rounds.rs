@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use pageferry_proto::id::{Round, SpaceId};
 use pageferry_proto::migration::policy::RoundReport;
-use pageferry_proto::migration::source::{FinalReport, SourceEvent};
+use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -16,7 +16,6 @@ use pageferry_proto::wire::parcel::ParcelHeader;
 use pageferry_proto::wire::stream::{ImageFileHeader, ImageName, SetHeader, StreamKind, seal};
 use tokio::task::block_in_place;
 
-use super::calm::{OnItsWay, again};
 use super::dump::Dump;
 use super::failure::{criu_failed, failed_to_track, freeze_failed, lost};
 use super::sent::Sent;
@@ -29,7 +28,6 @@ use crate::pages::read::ReadError;
 use crate::pages::send::{ParcelSink, RoundSent, SendError};
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
-use crate::runtime::passing::Passing;
 
 /// Bytes of an image file given to the network at once.
 const IMAGE_PIECE: usize = 256 << 10; // 256 KiB
@@ -66,25 +64,6 @@ impl Sums {
         self.raw_bytes += sent.raw_bytes;
         self.wire_bytes += sent.wire_bytes;
     }
-
-    /// Of an attempt that is given up.
-    fn on_its_way(&self) -> Result<OnItsWay, Failure> {
-        Ok(OnItsWay {
-            parcels: u32::try_from(self.parcels).map_err(|error| internal(&error))?,
-            pages: PageCount(self.pages),
-            raw_bytes: self.raw_bytes,
-            wire_bytes: self.wire_bytes,
-        })
-    }
-}
-
-/// Why a frozen tree is not dumped, but copied for another round.
-#[derive(Debug)]
-enum Unfit {
-    /// Memory was born that no round has seen.
-    LateBirth(String),
-    /// CRIU would not come to an end.
-    Passing(Passing),
 }
 
 impl Site {
@@ -168,18 +147,17 @@ impl Site {
         let began = Instant::now();
         let mut scans = match block_in_place(|| self.final_scans())? {
             Ok(scans) => scans,
-            Err(Unfit::Passing(passing)) => {
-                return Ok(self.give_up(&passing.to_string(), OnItsWay::default()));
-            }
-            Err(Unfit::LateBirth(reason)) => {
-                let reason = Failure::new(ErrorCode::RetryRound, reason);
-                return Ok(again(OnItsWay::default(), Duration::ZERO, reason));
+            Err(reason) => {
+                return Ok(SourceEvent::Retry(RetryReport {
+                    parcels: 0,
+                    pages: PageCount::ZERO,
+                    reason,
+                }));
             }
         };
         let scanned = began.elapsed();
         let mut dump = self.take_dump()?;
         self.show(&mut dump, &scans)?;
-        self.let_in = true;
         let in_criu = Instant::now();
         let dumping = async {
             let dumped = dump.run().await;
@@ -192,15 +170,7 @@ impl Site {
             (dumped, Some(sent))
         };
         self.return_dump(dump);
-        if let Err(error) = dumped {
-            // What was sent meanwhile is of this attempt, and is told even if nothing else is.
-            let Some(state) = error.passing() else {
-                return Err(criu_failed(&error));
-            };
-            let sums = sent.unwrap_or_else(|| Ok(Sums::default()))?;
-            let what = format!("criu met it in a moment it cannot dump ({state}): move it again");
-            return Ok(self.give_up(&what, sums.on_its_way()?));
-        }
+        dumped.map_err(|error| criu_failed(&error))?;
         self.frozen_in_criu = Some(frozen_in_criu);
         // CRIU has thawed the cgroup and holds the tasks by ptrace alone: from here on they stay
         // frozen whoever dies.
@@ -258,12 +228,9 @@ impl Site {
     }
 
     /// Scans every tracked space; the inner error is a reason for another round.
-    fn final_scans(&mut self) -> Result<Result<BTreeMap<SpaceId, FinalScan>, Unfit>, Failure> {
+    fn final_scans(&mut self) -> Result<Result<BTreeMap<SpaceId, FinalScan>, String>, Failure> {
         let tree = Tree::read(self.root)
             .map_err(|error| Failure::new(ErrorCode::WorkloadGone, chain(&error)))?;
-        if let Some(passing) = Self::find_vfork(&tree) {
-            return Ok(Err(Unfit::Passing(passing)));
-        }
         for found in &tree.spaces {
             let tracked = self
                 .spaces
@@ -272,10 +239,10 @@ impl Site {
             let bytes = resident_bytes(found.leader);
             // CRIU copies a small one by itself; see design: late births.
             if !tracked && bytes > LATE_BIRTH_BYTES_MAX {
-                return Ok(Err(Unfit::LateBirth(format!(
+                return Ok(Err(format!(
                     "process {} with {bytes} bytes was born after the last round",
                     found.leader
-                ))));
+                )));
             }
         }
         self.spaces.retain(|id, space| {
@@ -290,16 +257,14 @@ impl Site {
                 Ok(scan) => {
                     scans.insert(*id, scan);
                 }
-                Err(error @ TrackError::LateBirth { .. }) => {
-                    return Ok(Err(Unfit::LateBirth(chain(&error))));
-                }
+                Err(error @ TrackError::LateBirth { .. }) => return Ok(Err(chain(&error))),
                 // It is a zombie by now, or about to be one.
                 Err(error) if error.tells_of_end() && space.pid() != self.root => {
                     replaced.push(*id);
                 }
                 Err(error @ TrackError::Exec { .. }) => {
                     if resident_bytes(space.pid()) > LATE_BIRTH_BYTES_MAX {
-                        return Ok(Err(Unfit::LateBirth(chain(&error))));
+                        return Ok(Err(chain(&error)));
                     }
                     replaced.push(*id);
                 }

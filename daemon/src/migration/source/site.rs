@@ -26,9 +26,9 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
-use super::calm::OnItsWay;
 use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::rounds::Sums;
 use super::sent::Sent;
 use super::task::{alive, tracer};
 use crate::link::announce::announce;
@@ -305,7 +305,7 @@ impl Site {
             }
         }
         if let Some(passing) = self.freeze_calmly().await? {
-            return Ok(self.give_up(&passing.to_string(), OnItsWay::default()));
+            return self.give_up(&passing.to_string(), &Sums::default());
         }
         self.check_mounts()?;
         Ok(SourceEvent::Frozen)
