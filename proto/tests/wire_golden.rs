@@ -350,17 +350,20 @@ fn headers_of_streams_keep_their_bytes() {
     .assert_eq(&hex(&block.encode()));
     let set: PageSet = [run(0x10, 2), run(0x1000, 300)].into_iter().collect();
     let header = SetHeader {
+        generation: Generation::new(3).unwrap(),
         space: SpaceId(7),
         length: set.to_wire().len().try_into().unwrap(),
     };
     expect![[r#"
-        07000000060000001002ee1fac02
+        0300000007000000060000001002ee1f
+        ac02
     "#]]
     .assert_eq(&hex(&[&header.encode()[..], &set.to_wire()].concat()));
-    let file = ImageFileHeader::new(ImageName::new("core-7.img").unwrap(), 1000).unwrap();
+    let name = ImageName::new("core-7.img").unwrap();
+    let file = ImageFileHeader::new(Generation::new(3).unwrap(), name, 1000).unwrap();
     expect![[r#"
-        0a636f72652d372e696d67e803000000
-        000000
+        030000000a636f72652d372e696d67e8
+        03000000000000
     "#]]
     .assert_eq(&hex(&file.encode()));
     let mut body = b"pageferry".to_vec();

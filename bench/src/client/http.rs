@@ -80,7 +80,14 @@ impl Requests {
         let (stopped, shared) = (Arc::clone(&stop), Arc::clone(&seen));
         let thread = std::thread::Builder::new().name("requests".to_owned());
         let thread = thread.spawn(move || {
-            let work = || drive(target, Duration::from_secs(1) / per_second, &stopped, &shared);
+            let work = || {
+                drive(
+                    target,
+                    Duration::from_secs(1) / per_second,
+                    &stopped,
+                    &shared,
+                )
+            };
             in_network(&net, work)?
         });
         Ok(Self {
@@ -162,7 +169,14 @@ fn drive(
                 number += 1;
             }
         }
-        wait(&open, if stopped { POLL } else { next.saturating_duration_since(now) })?;
+        wait(
+            &open,
+            if stopped {
+                POLL
+            } else {
+                next.saturating_duration_since(now)
+            },
+        )?;
         open.retain_mut(|connection| {
             let step = match connection.advance() {
                 Ok(Step::Waiting) if connection.begun.elapsed() < ANSWER_TIME_MAX => return true,
@@ -181,8 +195,14 @@ fn wait(open: &[Connection], time: Duration) -> Result<()> {
     let mut wanted: Vec<PollFd<'_>> = open
         .iter()
         .map(|connection| {
-            let sending = connection.sent.is_none_or(|sent| sent < connection.request.len());
-            let flags = if sending { PollFlags::POLLOUT } else { PollFlags::POLLIN };
+            let sending = connection
+                .sent
+                .is_none_or(|sent| sent < connection.request.len());
+            let flags = if sending {
+                PollFlags::POLLOUT
+            } else {
+                PollFlags::POLLIN
+            };
             PollFd::new(connection.stream.as_fd(), flags)
         })
         .collect();
@@ -201,7 +221,10 @@ impl Connection {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let fd = socket(AddressFamily::Inet, SockType::Stream, flags, None)
             .context("making a socket")?;
-        match connect(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(address)) {
+        match connect(
+            std::os::fd::AsRawFd::as_raw_fd(&fd),
+            &SockaddrIn::from(address),
+        ) {
             Ok(()) | Err(Errno::EINPROGRESS) => {}
             Err(error) => return Err(error).with_context(|| format!("connecting to {target}")),
         }
@@ -266,7 +289,10 @@ impl Connection {
         let text = &self.received;
         let head = text.windows(4).position(|bytes| bytes == b"\r\n\r\n");
         let Some(head) = head else {
-            return Err(io::Error::other(format!("closed after {} bytes", text.len())));
+            return Err(io::Error::other(format!(
+                "closed after {} bytes",
+                text.len()
+            )));
         };
         let body = &text[head + 4..];
         if !text.starts_with(b"HTTP/1.1 200 ") {
@@ -315,7 +341,8 @@ impl Seen {
 }
 
 fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
-    seen.lock().expect("no thread panics while it notes an answer")
+    seen.lock()
+        .expect("no thread panics while it notes an answer")
 }
 
 const BLOB_EVERY: u64 = 4;

@@ -31,7 +31,10 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut workload = nginx::start(&mut lab, "a")?;
     let target = SocketAddr::from((workload.link.address, nginx::PORT));
     let requests = Requests::start(&lab.client.net, target, CONNECTIONS_PER_SECOND)?;
-    ensure!(requests.wait_for_answers(ANSWERS_AROUND), "nginx does not answer");
+    ensure!(
+        requests.wait_for_answers(ANSWERS_AROUND),
+        "nginx does not answer"
+    );
     let flags = MigrateFlags {
         shared: vec![SHARED.to_owned()],
         ..MigrateFlags::default()

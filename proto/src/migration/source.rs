@@ -47,8 +47,9 @@ pub const TRACK_MAX: Duration = Duration::from_secs(120);
 pub const FROZEN_MAX: Duration = Duration::from_secs(120);
 
 /// How often a freeze may be given up for another round. Each one stops the workload for some
-/// milliseconds, and what needs more than this changes faster than rounds are sent.
-pub const RETRIES_MAX: u32 = 3;
+/// tens of milliseconds, and what needs more than this is no passing state, or changes faster
+/// than rounds are sent.
+pub const RETRIES_MAX: u32 = 10;
 
 /// How long a committed source waits for an answer before it says that a fence is wanted.
 pub const SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -98,8 +99,8 @@ pub enum SourceEvent {
     PeerLost,
     /// [`SourceAction::Release`] is done: the frozen copy is gone.
     Released,
-    /// Instead of `Frozen` or `Finished`: another round must come first. Only before the first
-    /// live set, image or digest was sent.
+    /// Instead of `Frozen` or `Finished`: another round must come first. Whatever of this attempt
+    /// is sent already is of its generation, and the target drops it.
     Retry(RetryReport),
     /// [`SourceAction::SendRound`] is done: all parcels are handed to the lanes.
     RoundSent(RoundReport),
@@ -183,8 +184,15 @@ pub struct RetryReport {
     pub parcels: u32,
     /// Pages in those parcels, zero pages too.
     pub pages: PageCount,
-    /// For the log and for the error if it happens too often.
-    pub reason: String,
+    /// Bytes of those pages, before compression.
+    pub raw_bytes: u64,
+    /// Bytes on the wire, of live sets, images and digests too.
+    pub wire_bytes: u64,
+    /// How long the workload runs before the next round begins: chosen at random, so as not to
+    /// meet it in step.
+    pub pause: Duration,
+    /// What ends the migration if it happens too often.
+    pub reason: Failure,
 }
 
 /// The machine.
@@ -202,6 +210,8 @@ pub struct SourceMachine {
     undecided: Option<Undecided>,
     generation: Generation,
     retries: u32,
+    /// Why the last freeze was given up.
+    given_up: Option<Failure>,
     link: Link,
     /// An offer was sent, so the target may hold something.
     offered: bool,
@@ -242,6 +252,7 @@ impl SourceMachine {
             undecided: Some(Undecided::without_commit()),
             generation: Generation::FIRST,
             retries: 0,
+            given_up: None,
             link: Link::Down,
             offered: false,
             touched: false,
@@ -280,7 +291,7 @@ impl SourceMachine {
             SourceEvent::PeerConnected => self.peer_connected(now),
             SourceEvent::PeerLost => self.peer_lost(now),
             SourceEvent::Released => self.released(),
-            SourceEvent::Retry(report) => self.retry(&report),
+            SourceEvent::Retry(report) => self.retry(report),
             SourceEvent::RoundSent(report) => self.round_sent(&report),
             SourceEvent::SmapsEqual => self.smaps_equal(),
             SourceEvent::Thawed => self.thawed(now),
@@ -518,9 +529,9 @@ impl SourceMachine {
         self.prepare_if_complete();
     }
 
-    /// Thaws and sends another round, after what is on its way has arrived: a page must never be
-    /// in flight twice, or the older one may be the one that stays.
-    fn retry(&mut self, report: &RetryReport) {
+    /// Thaws and sends another round, after a pause, and after what is on its way has arrived: a
+    /// page must never be in flight twice, or the older one may be the one that stays.
+    fn retry(&mut self, report: RetryReport) {
         let round = match &self.state {
             State::Freezing { round } => *round,
             State::Finishing(finishing) if !finishing.sent => finishing.round,
@@ -540,8 +551,10 @@ impl SourceMachine {
             | State::Closing { .. }
             | State::Closed { .. } => return self.out_of_place("a retry"),
         };
+        self.counters.sent_bytes += report.raw_bytes;
+        self.counters.wire_bytes += report.wire_bytes;
         if self.retries == RETRIES_MAX {
-            return self.abort_with(ErrorCode::RetryRound, &report.reason);
+            return self.abort(report.reason);
         }
         let Some(undecided) = &self.undecided else {
             return self.out_of_place("a retry after the commit");
@@ -549,21 +562,23 @@ impl SourceMachine {
         let permit = undecided.permit();
         self.retries += 1;
         self.generation = self.generation.next();
+        self.given_up = Some(report.reason);
         self.edges = Edges::default();
         self.timers.stop(Timer::Step);
         self.timers
             .set(Timer::Overall, self.started_at.after(self.policy.timeout));
         self.state = State::Retrying(Retrying {
             round,
+            pause: report.pause,
             thawed: false,
+            rested: false,
             held: false,
         });
         self.thaw(permit, false);
-        let RetryReport { parcels, pages, .. } = *report;
         self.send(SourceMessage::RoundEnd(RoundEnd {
             round,
-            parcels,
-            pages,
+            parcels: report.parcels,
+            pages: report.pages,
         }));
     }
 }

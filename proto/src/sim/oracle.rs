@@ -82,10 +82,15 @@ impl World {
             committed || self.source.dead,
             "the target starts what the source has not committed",
         )?;
-        let right = self.frozen.as_ref() == Some(&self.target.restored);
+        let (memory, images) = &self.target.restored;
+        let frozen = self.frozen.as_ref();
         self.demand(
-            right,
+            frozen.is_some_and(|frozen| frozen.0 == *memory),
             "the memory at the target is not the memory at the source",
+        )?;
+        self.demand(
+            frozen.is_some_and(|frozen| frozen.1 == *images),
+            "the images at the target are not those of the last attempt",
         )
     }
 

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use super::journal::Journal;
 use super::memory::{Memory, TrackedMemory};
-use super::node::{SourceNode, SourceWorkload, Stream, TargetNode, TargetWorkload};
+use super::node::{
+    Attempt, Images, SourceNode, SourceWorkload, Stream, TargetNode, TargetWorkload,
+};
 use super::oracle::Violation;
 use super::step::{Op, Step};
 use crate::id::{Incarnation, MigrationId, SpaceId, WorkloadName};
@@ -58,8 +60,8 @@ pub struct World {
     pub(super) starts: u32,
     /// The target was told to go.
     pub(super) go_said: bool,
-    /// The memory in the last freeze.
-    pub(super) frozen: Option<Memory>,
+    /// The memory in the last freeze, and the images of its attempt.
+    pub(super) frozen: Option<(Memory, Images)>,
     /// The generation of the last status of each side's present machine.
     pub(super) reported: [u64; 2],
     pub(super) trace: Vec<String>,
@@ -107,7 +109,8 @@ impl World {
                 workload: TargetWorkload::Nothing,
                 store: Memory::default(),
                 ledger: None,
-                restored: Memory::default(),
+                attempt: Attempt::default(),
+                restored: Default::default(),
                 actions: VecDeque::new(),
                 jobs: Vec::new(),
                 fail_next: false,

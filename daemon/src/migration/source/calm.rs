@@ -112,7 +112,10 @@ impl Site {
     fn look(&mut self) -> Result<Option<Passing>, Failure> {
         let pids = self.pids()?;
         let unlisted = |error: std::io::Error| {
-            let text = format!("the sockets of process {} cannot be listed: {error}", self.root);
+            let text = format!(
+                "the sockets of process {} cannot be listed: {error}",
+                self.root
+            );
             Failure::new(ErrorCode::NodeUnfit, text)
         };
         block_in_place(|| {
@@ -133,7 +136,9 @@ impl Site {
 
     /// The processes of the workload: all are in its cgroup.
     fn pids(&self) -> Result<Vec<i32>, Failure> {
-        self.freezer.processes().map_err(|error| freeze_failed(&error))
+        self.freezer
+            .processes()
+            .map_err(|error| freeze_failed(&error))
     }
 
     /// A thread in a `vfork`, which the freezer counts as frozen: its child lives in its memory.

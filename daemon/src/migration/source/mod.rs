@@ -419,7 +419,7 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
         }),
         SourceAction::SendRound { round } => site.round(round).await.map(SourceEvent::RoundSent),
         SourceAction::Freeze { .. } => site.freeze().await,
-        SourceAction::Finish { round, .. } => Ok(site.finish(round).await),
+        SourceAction::Finish { generation, round } => Ok(site.finish(generation, round).await),
         SourceAction::CompareSmaps => site.compare_smaps().await.map(|()| SourceEvent::SmapsEqual),
         SourceAction::Thaw { untrack } => site.thaw(untrack).await.map(|()| SourceEvent::Thawed),
         SourceAction::Release => site.release().await.map(|()| SourceEvent::Released),

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pageferry_proto::id::{Round, SpaceId};
+use pageferry_proto::id::{Generation, Round, SpaceId};
 use pageferry_proto::migration::policy::RoundReport;
 use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent};
 use pageferry_proto::page::PageCount;
@@ -28,6 +28,7 @@ use crate::pages::read::ReadError;
 use crate::pages::send::{ParcelSink, RoundSent, SendError};
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
+use crate::runtime::passing::Passing;
 
 /// Bytes of an image file given to the network at once.
 const IMAGE_PIECE: usize = 256 << 10; // 256 KiB
@@ -50,7 +51,7 @@ impl ParcelSink for Parcels<'_> {
 
 /// The sums of what was sent in one round, over all spaces.
 #[derive(Debug, Default)]
-struct Sums {
+pub(super) struct Sums {
     parcels: u64,
     pages: u64,
     raw_bytes: u64,
@@ -64,12 +65,44 @@ impl Sums {
         self.raw_bytes += sent.raw_bytes;
         self.wire_bytes += sent.wire_bytes;
     }
+
+    /// The freeze is given up, with so much of the final round on its way.
+    pub(super) fn given_up(
+        &self,
+        reason: Failure,
+        pause: Duration,
+    ) -> Result<SourceEvent, Failure> {
+        Ok(SourceEvent::Retry(RetryReport {
+            parcels: u32::try_from(self.parcels).map_err(|error| internal(&error))?,
+            pages: PageCount(self.pages),
+            raw_bytes: self.raw_bytes,
+            wire_bytes: self.wire_bytes,
+            pause,
+            reason,
+        }))
+    }
+}
+
+/// Why a frozen tree is not dumped, but copied for another round.
+#[derive(Debug)]
+enum Unfit {
+    /// Memory was born that no round has seen.
+    LateBirth(String),
+    /// CRIU would not come to an end.
+    Passing(Passing),
 }
 
 impl Site {
     /// Sends what is pending and finds what became dirty meanwhile.
     pub async fn round(&mut self, round: Round) -> Result<RoundReport, Failure> {
         let began = Instant::now();
+        // A freeze that was given up has left nothing pending, and has met what no round has seen.
+        if self.pending.is_empty() {
+            block_in_place(|| {
+                self.attach_new()?;
+                self.scan()
+            })?;
+        }
         let last_scan = self.scanned;
         let pending = std::mem::take(&mut self.pending);
         let sums = self.send_pages(&pending, round).await?;
@@ -136,28 +169,33 @@ impl Site {
     }
 
     /// The final round: everything the target still lacks, with the tree frozen.
-    pub async fn finish(&mut self, round: Round) -> SourceEvent {
-        match self.try_finish(round).await {
+    pub async fn finish(&mut self, generation: Generation, round: Round) -> SourceEvent {
+        match self.try_finish(generation, round).await {
             Ok(event) => event,
             Err(failure) => SourceEvent::Failure(failure),
         }
     }
 
-    async fn try_finish(&mut self, round: Round) -> Result<SourceEvent, Failure> {
+    async fn try_finish(
+        &mut self,
+        generation: Generation,
+        round: Round,
+    ) -> Result<SourceEvent, Failure> {
         let began = Instant::now();
         let mut scans = match block_in_place(|| self.final_scans())? {
             Ok(scans) => scans,
-            Err(reason) => {
-                return Ok(SourceEvent::Retry(RetryReport {
-                    parcels: 0,
-                    pages: PageCount::ZERO,
-                    reason,
-                }));
+            Err(Unfit::Passing(passing)) => {
+                return self.give_up(&passing.to_string(), &Sums::default());
+            }
+            Err(Unfit::LateBirth(reason)) => {
+                let reason = Failure::new(ErrorCode::RetryRound, reason);
+                return Sums::default().given_up(reason, Duration::ZERO);
             }
         };
         let scanned = began.elapsed();
         let mut dump = self.take_dump()?;
         self.show(&mut dump, &scans)?;
+        self.let_in = true;
         let in_criu = Instant::now();
         let dumping = async {
             let dumped = dump.run().await;
@@ -166,11 +204,18 @@ impl Site {
         let ((dumped, frozen_in_criu), sent) = if self.policy.verify {
             (dumping.await, None)
         } else {
-            let (dumped, sent) = tokio::join!(dumping, self.send_final(&scans, round));
+            let (dumped, sent) = tokio::join!(dumping, self.send_final(&scans, generation, round));
             (dumped, Some(sent))
         };
         self.return_dump(dump);
-        dumped.map_err(|error| criu_failed(&error))?;
+        if let Err(error) = dumped {
+            let Some(cause) = error.passing() else {
+                return Err(criu_failed(&error));
+            };
+            let sums = sent.unwrap_or_else(|| Ok(Sums::default()))?;
+            let what = format!("criu met it in a moment that it cannot dump ({cause}): try again");
+            return self.give_up(&what, &sums);
+        }
         self.frozen_in_criu = Some(frozen_in_criu);
         // CRIU has thawed the cgroup and holds the tasks by ptrace alone: from here on they stay
         // frozen whoever dies.
@@ -187,15 +232,15 @@ impl Site {
             self.scan_again(&mut scans)?;
         }
         let (data, images) = (self.data()?, self.dump()?.images().to_owned());
-        let digests = verify::send(hashing, &data, self.cancelled.clone());
+        let digests = verify::send(hashing, &data, generation, self.cancelled.clone());
         let last = async {
             match sent {
                 Some(sent) => sent,
-                None => self.send_final(&scans, round).await,
+                None => self.send_final(&scans, generation, round).await,
             }
         };
         let (digests, mut sums, (images, image_bytes)) =
-            tokio::try_join!(digests, last, send_images(&data, &images))?;
+            tokio::try_join!(digests, last, send_images(&data, generation, &images))?;
         sums.wire_bytes += image_bytes;
         self.image_bytes = image_bytes;
         tracing::info!(%round, pages = sums.pages, wire_bytes = sums.wire_bytes, ?scanned,
@@ -228,9 +273,12 @@ impl Site {
     }
 
     /// Scans every tracked space; the inner error is a reason for another round.
-    fn final_scans(&mut self) -> Result<Result<BTreeMap<SpaceId, FinalScan>, String>, Failure> {
+    fn final_scans(&mut self) -> Result<Result<BTreeMap<SpaceId, FinalScan>, Unfit>, Failure> {
         let tree = Tree::read(self.root)
             .map_err(|error| Failure::new(ErrorCode::WorkloadGone, chain(&error)))?;
+        if let Some(passing) = Self::find_vfork(&tree) {
+            return Ok(Err(Unfit::Passing(passing)));
+        }
         for found in &tree.spaces {
             let tracked = self
                 .spaces
@@ -239,10 +287,10 @@ impl Site {
             let bytes = resident_bytes(found.leader);
             // CRIU copies a small one by itself; see design: late births.
             if !tracked && bytes > LATE_BIRTH_BYTES_MAX {
-                return Ok(Err(format!(
+                return Ok(Err(Unfit::LateBirth(format!(
                     "process {} with {bytes} bytes was born after the last round",
                     found.leader
-                )));
+                ))));
             }
         }
         self.spaces.retain(|id, space| {
@@ -257,14 +305,16 @@ impl Site {
                 Ok(scan) => {
                     scans.insert(*id, scan);
                 }
-                Err(error @ TrackError::LateBirth { .. }) => return Ok(Err(chain(&error))),
+                Err(error @ TrackError::LateBirth { .. }) => {
+                    return Ok(Err(Unfit::LateBirth(chain(&error))));
+                }
                 // It is a zombie by now, or about to be one.
                 Err(error) if error.tells_of_end() && space.pid() != self.root => {
                     replaced.push(*id);
                 }
                 Err(error @ TrackError::Exec { .. }) => {
                     if resident_bytes(space.pid()) > LATE_BIRTH_BYTES_MAX {
-                        return Ok(Err(chain(&error)));
+                        return Ok(Err(Unfit::LateBirth(chain(&error))));
                     }
                     replaced.push(*id);
                 }
@@ -295,6 +345,7 @@ impl Site {
     async fn send_final(
         &mut self,
         scans: &BTreeMap<SpaceId, FinalScan>,
+        generation: Generation,
         round: Round,
     ) -> Result<Sums, Failure> {
         let data = self.data()?;
@@ -306,7 +357,12 @@ impl Site {
         for (id, scan) in scans {
             let set = scan.live.to_wire();
             let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
-            let mut body = SetHeader { space: *id, length }.encode().to_vec();
+            let header = SetHeader {
+                generation,
+                space: *id,
+                length,
+            };
+            let mut body = header.encode().to_vec();
             body.extend(set);
             seal(&mut body);
             sums.wire_bytes += body.len() as u64;
@@ -324,7 +380,11 @@ impl Site {
 }
 
 /// Sends every image file of a folder; answers with how many and how many bytes.
-async fn send_images(data: &DataSender, folder: &Path) -> Result<(u32, u64), Failure> {
+async fn send_images(
+    data: &DataSender,
+    generation: Generation,
+    folder: &Path,
+) -> Result<(u32, u64), Failure> {
     let unreadable = |path: &Path, error: std::io::Error| {
         Failure::new(
             ErrorCode::CriuFailed,
@@ -346,7 +406,7 @@ async fn send_images(data: &DataSender, folder: &Path) -> Result<(u32, u64), Fai
             .and_then(|name| name.to_str())
             .unwrap_or_default();
         let name = ImageName::new(name).map_err(|error| internal(&error))?;
-        let header = ImageFileHeader::new(name, content.len() as u64);
+        let header = ImageFileHeader::new(generation, name, content.len() as u64);
         let mut body = header.map_err(|error| internal(&error))?.encode();
         body.extend(&content);
         seal(&mut body);

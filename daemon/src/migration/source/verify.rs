@@ -8,7 +8,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use pageferry_proto::id::SpaceId;
+use pageferry_proto::id::{Generation, SpaceId};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::stream::{DIGESTS_PAGES_MAX, SetHeader, StreamKind, seal};
 use tokio::sync::watch;
@@ -39,6 +39,7 @@ pub(super) fn begin(
 pub(super) async fn send(
     hashing: Option<Hashing>,
     data: &DataSender,
+    generation: Generation,
     mut cancelled: watch::Receiver<bool>,
 ) -> Result<u32, Failure> {
     let Some(mut hashing) = hashing else {
@@ -58,7 +59,7 @@ pub(super) async fn send(
             }
             made = hashing.next(), if !over && sends.len() < SENDS_MAX => match made {
                 Some(made) => {
-                    let body = stream_of(&made.map_err(|error| failed(&error))?)?;
+                    let body = stream_of(generation, &made.map_err(|error| failed(&error))?)?;
                     sends.push(data.send_stream(StreamKind::Digests, body));
                     streams += 1;
                 }
@@ -70,7 +71,7 @@ pub(super) async fn send(
     Ok(streams)
 }
 
-fn stream_of(made: &Digests) -> Result<Bytes, Failure> {
+fn stream_of(generation: Generation, made: &Digests) -> Result<Bytes, Failure> {
     let space = made.space;
     if !made.unread.is_empty() {
         return Err(Failure::new(
@@ -83,7 +84,12 @@ fn stream_of(made: &Digests) -> Result<Bytes, Failure> {
     }
     let set = made.pages.to_wire();
     let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
-    let mut body = SetHeader { space, length }.encode().to_vec();
+    let header = SetHeader {
+        generation,
+        space,
+        length,
+    };
+    let mut body = header.encode().to_vec();
     body.extend(set);
     body.extend(made.digests.iter().flat_map(|digest| digest.to_le_bytes()));
     seal(&mut body);

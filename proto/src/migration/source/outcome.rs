@@ -264,6 +264,11 @@ impl SourceMachine {
         match &mut self.state {
             State::Retrying(retrying) => {
                 retrying.thawed = true;
+                if retrying.pause.is_zero() {
+                    retrying.rested = true;
+                } else {
+                    self.timers.set(Timer::Pause, now.after(retrying.pause));
+                }
                 self.continue_after_retry();
             }
             State::Aborting(Undo::Thawing(_)) => {
@@ -309,7 +314,7 @@ impl SourceMachine {
         let State::Retrying(retrying) = &self.state else {
             return self.out_of_place("the end of a retry");
         };
-        if retrying.thawed && retrying.held {
+        if retrying.thawed && retrying.rested && retrying.held {
             self.send_round(retrying.round.next());
         }
     }
@@ -442,11 +447,25 @@ impl SourceMachine {
     pub(super) fn expired(&mut self, now: Time, timer: Timer) {
         match timer {
             Timer::Overall => {
-                self.abort_with(ErrorCode::Timeout, "the workload was not frozen in time");
+                let given_up = self.given_up.as_ref().map(|given_up| {
+                    let tries = self.retries;
+                    format!("; {tries} freezes were given up, the last because: {given_up}")
+                });
+                let text = format!(
+                    "the workload was not frozen in time{}",
+                    given_up.unwrap_or_default()
+                );
+                self.abort_with(ErrorCode::Timeout, &text);
             }
             Timer::Step => {
                 let text = format!("{} took too long", self.state.phase());
                 self.abort_with(ErrorCode::Timeout, &text);
+            }
+            Timer::Pause => {
+                if let State::Retrying(retrying) = &mut self.state {
+                    retrying.rested = true;
+                    self.continue_after_retry();
+                }
             }
             Timer::Resend | Timer::Redial => match &self.state {
                 State::Committed { .. } => self.ask(now),
