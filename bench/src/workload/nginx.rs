@@ -87,7 +87,7 @@ fn configuration() -> String {
     )
 }
 
-/// 8 KiB or so: several segments.
-const ECHO_LINES: usize = 256;
+/// 2 KiB or so: nginx takes no longer text.
+const ECHO_LINES: usize = 100;
 const START_TIME_MAX: Duration = Duration::from_secs(10);
 const START_POLL: Duration = Duration::from_millis(20);

@@ -182,7 +182,7 @@ pub fn summary(status: &Status) -> String {
         text += &format!(", {pages} pages in the final round");
     }
     if status.retries > 0 {
-        text += &format!("\n  {} freezes were given up before", status.retries);
+        text += &format!("\n  freezes given up before: {}", status.retries);
     }
     if let Some(downtime) = status.downtime_us {
         text += &format!("\n  downtime {:.1} ms", millis(downtime));
@@ -232,7 +232,7 @@ pub fn line(status: &Status) -> String {
         text += &format!(", round {}", status.round);
     }
     if status.retries > 0 {
-        text += &format!(", {} freezes given up", status.retries);
+        text += &format!(", freezes given up: {}", status.retries);
     }
     if status.sent_bytes > 0 {
         text += &format!(", {} sent", Bytes(status.sent_bytes).rounded());
