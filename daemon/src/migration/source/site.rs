@@ -294,8 +294,10 @@ impl Site {
 
     /// Closes the ports and freezes the tree, or gives that up. CRIU stands ready before either.
     pub async fn freeze(&mut self) -> Result<SourceEvent, Failure> {
-        if let Dumping::Preparing(task) = std::mem::take(&mut self.dumping) {
-            let prepared = task.await.map_err(|error| internal(&error))?;
+        if let Dumping::Preparing(task) = &mut self.dumping {
+            let prepared = task.await;
+            self.dumping = Dumping::No;
+            let prepared = prepared.map_err(|error| internal(&error))?;
             self.dumping =
                 Dumping::Prepared(Box::new(prepared.map_err(|error| criu_failed(&error))?));
         }
