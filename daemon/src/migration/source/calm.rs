@@ -38,22 +38,39 @@ impl Site {
     /// thaw that follows opens the ports.
     pub(super) async fn freeze_calmly(&mut self) -> Result<Option<Passing>, Failure> {
         let began = Instant::now();
+        let netlink = if self.ports.is_empty() {
+            None
+        } else {
+            Some(Netlink::open(None).map_err(|error| network_unfit(&error))?)
+        };
         for closing in 1..=CLOSINGS_MAX {
-            let open = self.wait_open().await?;
-            self.close_ports().await?;
+            // Closing the ports would not end it, and would hold up what does.
+            if let Some(open) = self.wait_open().await?
+                && !open.state.passes_alone()
+            {
+                return Ok(Some(open));
+            }
+            for port in &self.ports {
+                let Some(netlink) = &netlink else { break };
+                let closed = port.close(netlink).await;
+                closed.map_err(|error| network_unfit(&error))?;
+            }
             let closed = Instant::now();
             let left = self.wait_closed().await?;
-            tracing::debug!(closing, ?open, ?left, waited = ?closed.elapsed(), "ports closed");
+            tracing::debug!(closing, ?left, waited = ?closed.elapsed(), "ports closed");
             match left {
                 None => break,
                 Some(left) if left.state.passes_alone() || closing == CLOSINGS_MAX => {
                     return Ok(Some(left));
                 }
-                Some(_) => {
-                    self.open_ports().await?;
-                    tokio::time::sleep(PAUSE_REOPENED).await;
-                }
+                Some(_) => {}
             }
+            for port in &self.ports {
+                let Some(netlink) = &netlink else { break };
+                let opened = port.open(netlink).await;
+                opened.map_err(|error| network_unfit(&error))?;
+            }
+            tokio::time::sleep(PAUSE_OPEN).await;
         }
         match block_in_place(|| self.freezer.freeze_within(FREEZE_MAX)) {
             Ok(()) => {}
@@ -76,21 +93,23 @@ impl Site {
 
     /// Gives a busy server some moments to be in no passing state. Returns what was seen last.
     async fn wait_open(&mut self) -> Result<Option<Passing>, Failure> {
-        let mut found = None;
-        for look in 0..LOOKS_OPEN {
-            if 0 < look {
-                tokio::time::sleep(PAUSE_OPEN).await;
-            }
-            found = self.look()?;
+        let began = Instant::now();
+        loop {
+            let mut found = self.look()?;
             if found.is_none() {
                 let pids = self.pids()?;
                 found = block_in_place(|| passing::uninterruptible(&pids));
             }
-            if found.is_none() {
-                break;
+            let patience = match &found {
+                None => return Ok(None),
+                Some(passing) if passing.state.passes_alone() => PATIENCE_ALONE,
+                Some(_) => PATIENCE_OTHERS,
+            };
+            if patience < began.elapsed() {
+                return Ok(found);
             }
+            tokio::time::sleep(PAUSE_OPEN).await;
         }
-        Ok(found)
     }
 
     /// With closed ports, lets the workload end what it ends by itself. Returns what is left.
@@ -149,30 +168,6 @@ impl Site {
             .find_map(|pids| passing::vfork(&pids))
     }
 
-    async fn close_ports(&self) -> Result<(), Failure> {
-        if self.ports.is_empty() {
-            return Ok(());
-        }
-        let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
-        for port in &self.ports {
-            let closed = port.close(&netlink).await;
-            closed.map_err(|error| network_unfit(&error))?;
-        }
-        Ok(())
-    }
-
-    async fn open_ports(&self) -> Result<(), Failure> {
-        if self.ports.is_empty() {
-            return Ok(());
-        }
-        let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
-        for port in &self.ports {
-            let opened = port.open(&netlink).await;
-            opened.map_err(|error| network_unfit(&error))?;
-        }
-        Ok(())
-    }
-
     /// The freeze is given up for a state that passes, with so much of it on its way: `what` names
     /// the state, its process, and what to do.
     pub(super) fn give_up(&mut self, what: &str, sent: &Sums) -> Result<SourceEvent, Failure> {
@@ -201,18 +196,21 @@ fn pause(tries: u32, random: u64) -> Duration {
 /// How often the ports are closed in one attempt.
 const CLOSINGS_MAX: u32 = 4;
 
-/// How often it is looked before the ports are closed, and how long a busy server gets in between.
-/// What lasts longer than all of them is no accident of the moment.
-const LOOKS_OPEN: u32 = 8;
+/// How long a busy server gets before the ports are closed, for what it ends by itself: what lasts
+/// longer is no accident of the moment.
+const PATIENCE_ALONE: Duration = Duration::from_millis(16);
+
+/// The same for what needs others, above all an answer to a packet that met closed ports before: the
+/// shortest retransmission timeout is 200 ms.
+const PATIENCE_OTHERS: Duration = Duration::from_millis(250);
+
+/// Between two looks while the ports are open.
 const PAUSE_OPEN: Duration = Duration::from_millis(2);
 
-/// The same with closed ports, when every moment is one without an answer: a server that waits for
+/// How often it is looked with closed ports, when every moment is one without an answer: a server that waits for
 /// connections accepts one within a fraction of a millisecond.
 const LOOKS_CLOSED: u32 = 30;
 const PAUSE_CLOSED: Duration = Duration::from_micros(500);
-
-/// How long ports are open again before another try: some round trips of a local network.
-const PAUSE_REOPENED: Duration = Duration::from_millis(3);
 
 /// How long a freeze may take before it is given up: it takes 0.1–2 ms unless a task is in
 /// uninterruptible sleep.

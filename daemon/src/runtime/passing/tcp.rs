@@ -62,10 +62,10 @@ pub(super) fn look(diag: &mut Diag, pids: &[i32], own_network: bool) -> io::Resu
 }
 
 impl Socket {
-    /// A peer that has let a time-out pass is gone or far: nobody waits for it, and what it has been
-    /// sent it may not have.
+    /// A peer that has let several time-outs pass is gone: nobody waits for it. One of them it may
+    /// have let pass because the answer met a port that was closed for a moment.
     fn passing(&self) -> Option<State> {
-        let lively = self.retransmits == 0;
+        let lively = self.retransmits < RETRANSMITS_GONE;
         match self.state {
             LISTEN if 0 < self.receive_queue => Some(State::Unaccepted),
             SYN_RECEIVED if lively => Some(State::Handshake),
@@ -100,6 +100,9 @@ fn parse(record: &[u8]) -> Option<Socket> {
         inode: number(record, 68)?,
     })
 }
+
+/// 0.6 s for bytes on a local network, 3 s for a handshake.
+const RETRANSMITS_GONE: u8 = 2;
 
 const SYN_RECEIVED: u8 = 3;
 const FIN_WAIT_1: u8 = 4;
