@@ -54,7 +54,7 @@ pub(crate) fn error_of(line: &str) -> Option<String> {
     (!harmless).then(|| format!("{place}: {text}"))
 }
 
-/// Whether the error that made a dump fail is of a state that passes by itself: the same tree may be
+/// Whether the error that made a dump fail is of a state that passes by itself: the tree may be
 /// dumped without it a moment later.
 pub fn passes(error: &str) -> bool {
     PASSING.iter().any(|known| error.contains(known))
@@ -136,7 +136,7 @@ mod tests {
             assert!(passes(text), "{text}");
         }
         for text in [
-            "criu/sk-unix.c:874: unix: External socket is used. Consider using --ext-unix-sk option.",
+            "criu/sk-unix.c:874: unix: External socket is used. Consider using --ext-unix-sk",
             "criu/sk-inet.c:137: inet: Unsupported proto 262 for socket 61442",
             "criu/files-reg.c:2227: Can't lookup mount=23 for fd=3",
         ] {

@@ -1,7 +1,7 @@
 //! A client that opens connections at a fixed rate: one GET on each, and the whole answer compared.
 //!
 //! An answer may be late, since a SYN that met a closed port is sent again after a second. A
-//! connection that is refused, reset or closed early, a wrong byte, and no answer at all are failures.
+//! connection that is refused, reset or closed early, a wrong byte, and no answer are failures.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};

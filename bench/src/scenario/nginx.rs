@@ -1,6 +1,6 @@
 //! `nginx`: a web server under 500 new connections per second, moved to and fro.
 //!
-//! At nearly every moment a connection waits to be accepted, is being made, or is being closed: what
+//! At nearly every moment a connection waits to be accepted, is being made or is being closed: what
 //! CRIU cannot dump, and what would be lost without a word. A request fails only if it was refused,
 //! reset, answered wrongly or not at all; a late answer is right.
 

@@ -9,7 +9,7 @@
 //! look ── exact: nothing changes any more, and CRIU has not been let in
 //! ```
 //!
-//! If a state is left, the freeze is given up: the machine thaws, and tries again after a pause that
+//! If a state is left, the freeze is given up: the machine thaws and tries again after a pause that
 //! grows, and is random, so that it does not meet a client that tries again at fixed times. How
 //! often, the machine decides.
 //!
@@ -200,15 +200,15 @@ const CLOSINGS_MAX: u32 = 4;
 /// longer is no accident of the moment.
 const PATIENCE_ALONE: Duration = Duration::from_millis(16);
 
-/// The same for what needs others, above all an answer to a packet that met closed ports before: the
+/// The same for what needs others, above all an answer to a packet that met closed ports: the
 /// shortest retransmission timeout is 200 ms.
 const PATIENCE_OTHERS: Duration = Duration::from_millis(250);
 
 /// Between two looks while the ports are open.
 const PAUSE_OPEN: Duration = Duration::from_millis(2);
 
-/// How often it is looked with closed ports, when every moment is one without an answer: a server that waits for
-/// connections accepts one within a fraction of a millisecond.
+/// How often it is looked with closed ports, when every moment is one without an answer: a server
+/// that waits for connections accepts one within a fraction of a millisecond.
 const LOOKS_CLOSED: u32 = 30;
 const PAUSE_CLOSED: Duration = Duration::from_micros(500);
 

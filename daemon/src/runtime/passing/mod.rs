@@ -2,14 +2,14 @@
 //! a connection that nobody has accepted yet, a handshake, a descriptor on its way, an unread
 //! netlink message, a `vfork`, a task in uninterruptible sleep.
 //!
-//! A busy server is in one of them at any moment, so none is a reason not to move it: it is a reason
+//! A busy server is in one of them at any moment, so none is a reason not to move it, but one
 //! to look again a moment later. Of a running workload a look is a picture of that moment; of a
 //! frozen one whose ports are closed it is exact.
 //!
 //! What is asked is what CRIU would stumble over ([`tcp`], [`unix`], [`netlink`], [`tasks`]), and
 //! two things that it does not notice and that would end a connection: a handshake whose socket has
-//! no descriptor yet, and a closed connection that still owes its peer bytes. One dump of sockets by
-//! `sock_diag` for each family; descriptors are looked through only for sockets in such a state.
+//! no descriptor yet, and a closed connection that still owes its peer bytes. One dump of sockets
+//! by `sock_diag` for each family; descriptors are looked through only for sockets in such a state.
 //!
 //! Absent: sockets in another network namespace than the root's; control messages that a socket
 //! asks for (`SO_PASSCRED`), which only CRIU sees, and says in its log.

@@ -1,6 +1,6 @@
 //! Tasks that cannot be interrupted: the parent in a `vfork`, and one in uninterruptible sleep.
 //!
-//! The freezer counts a parent in `vfork` as frozen, but ptrace does not stop it, so CRIU would wait
+//! The freezer counts a parent in `vfork` as frozen, but ptrace does not stop it: CRIU would wait
 //! for it until its own time-out. A task in any other uninterruptible sleep does not freeze.
 
 use std::fs;
