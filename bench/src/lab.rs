@@ -155,6 +155,11 @@ impl Lab {
         &self.state.link
     }
 
+    /// How many workloads were started: the number of the next one.
+    pub fn workloads(&self) -> usize {
+        self.state.workloads
+    }
+
     /// A number for a workload that no other workload of this lab has: its address and the name of
     /// its link are made of it.
     pub fn next_workload(&mut self) -> Result<usize> {
@@ -359,9 +364,10 @@ const NODES_MAX: usize = 8;
 /// Addresses 10.90.0.101 to 10.90.0.250.
 const WORKLOADS_MAX: usize = 150;
 /// Name, folder in the node, need.
-const BINARIES: [(&str, &str, Need); 6] = [
+const BINARIES: [(&str, &str, Need); 7] = [
     ("lab", "usr/local/bin", Need::Always),
     ("lab-writer", "usr/local/bin", Need::Always),
+    ("lab-cases", "usr/local/bin", Need::Always),
     ("pageferry", "usr/local/bin", Need::WithDaemons),
     ("pageferryd", "usr/local/bin", Need::WithDaemons),
     ("pageferry-pager", "usr/local/bin", Need::WithDaemons),

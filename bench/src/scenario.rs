@@ -6,6 +6,7 @@
 
 pub mod baseline;
 pub mod capture;
+pub mod cases;
 pub mod faults;
 pub mod memory;
 pub mod nginx;
@@ -69,7 +70,7 @@ impl Settings {
 }
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 11] = [
+pub const ALL: [Scenario; 12] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -123,6 +124,12 @@ pub const ALL: [Scenario; 11] = [
         summary: "20 moves of a web server under 500 new connections per second",
         cases: true,
         run: nginx::run,
+    },
+    Scenario {
+        name: "cases",
+        summary: "state that made other tools hang: moved or refused, and never frozen for long",
+        cases: true,
+        run: cases::run,
     },
     Scenario {
         name: "faults",

@@ -110,6 +110,14 @@ fn memory_that_is_remapped_while_it_is_copied_arrives_right() {
     check(&["memory", "--only", "remap"], 5);
 }
 
+/// Stopped children, processes of a dead session, locks on storage that both nodes have.
+#[test]
+fn workloads_that_made_criu_hang_move_or_are_refused_by_name() {
+    let hung = "stopped-children,orphan-session,posix-lock,flock-lock,ofd-lock,lease-lock,\
+                momentary-lock";
+    check(&["cases", "--only", hung], 6);
+}
+
 #[test]
 fn a_lab_stays_up_until_it_is_taken_down_and_is_the_only_one() {
     let _turn = turn();

@@ -5,13 +5,11 @@
 //! reaches it finds a daemon that knows all its migrations.
 
 use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
 use criu_glue::probe::Capabilities;
 use pageferry_proto::migration::policy::Policy;
-use pageferry_proto::page::PageCount;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api;
@@ -19,16 +17,15 @@ use crate::config::Config;
 use crate::migration::journal::Journals;
 use crate::migration::registry::{Registry, RegistryParts};
 use crate::migration::source::site::SourceNode;
+use crate::migration::target::admission::Ledger;
 use crate::migration::target::site::TargetNode;
 use crate::net::endpoint::{Endpoint, EndpointConfig};
 use crate::net::lanes::Listener;
 use crate::net::tls::Credentials;
-use crate::pages::store::StoreLimits;
 use crate::pages::track::Support;
 use crate::runtime::cgroup::FreezerRoot;
-
-/// Address spaces of all incoming workloads together.
-const SPACES_MAX: usize = 4096;
+use crate::runtime::hierarchies::Hierarchies;
+use crate::runtime::memory;
 
 /// Runs a daemon until it is told to stop by SIGTERM or SIGINT. Migrations under way are not waited
 /// for: their journals let the next daemon go on with them.
@@ -39,12 +36,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     raise_descriptor_limit();
     let support = Support::probe().context("this node cannot be a source or a target")?;
     let freezers = FreezerRoot::detect().context("this node cannot freeze workloads")?;
+    let hierarchies = Hierarchies::detect().context("this node's cgroups cannot be found")?;
     let criu_version = probe_criu(&config).await?;
     let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    let limits = StoreLimits {
-        data_pages_max: memory_pages()?,
-        spaces_max: SPACES_MAX,
-    };
+    let charged = hierarchies.clone();
+    let memory = Ledger::new(move || memory::rooms(&charged));
     let credentials =
         Credentials::load(&config.tls, &config.node).context("loading certificates")?;
     let endpoint = Endpoint::bind(EndpointConfig {
@@ -61,18 +57,21 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             criu_version,
             migrations: migrations.clone(),
             freezers: freezers.clone(),
+            hierarchies: hierarchies.clone(),
             support,
             workers,
             eager_memory_max: config.limits.eager_memory_max,
         },
         target: TargetNode {
             criu: config.criu.clone(),
+            view_library: config.view_library.clone(),
             criu_version,
             pager: config.pager.clone(),
             migrations,
             freezers,
+            hierarchies,
             bridge: config.bridge.clone(),
-            limits,
+            memory,
             workers,
         },
         endpoint: Arc::clone(&endpoint),
@@ -89,6 +88,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         timeout: config.migrate.timeout,
         verify: false,
         force_eager: false,
+        frozen_max: config.migrate.frozen_max,
     };
     let listener = Listener::start(endpoint);
     let control = api::LocalControl::new(config.node.clone(), registry.clone(), defaults);
@@ -157,14 +157,4 @@ fn raise_descriptor_limit() {
     if let Err(error) = raised {
         tracing::warn!(%error, "the limit of open files stays as it is");
     }
-}
-
-/// All the memory this node has: no incoming workload can have more.
-fn memory_pages() -> anyhow::Result<PageCount> {
-    let path = Path::new("/proc/meminfo");
-    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    let kib = total.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    let kib = kib.context("/proc/meminfo does not tell the memory of this node")?;
-    Ok(PageCount::covering(kib << 10))
 }

@@ -205,6 +205,29 @@ impl PageSet {
         }
     }
 
+    /// Removes the pages of `other`. Linear in the runs of `other` and in those of this set that lie
+    /// between its first and last page.
+    pub fn difference_with(&mut self, other: &Self) {
+        let Some((first, last)) = other.runs.first().zip(other.runs.last()) else {
+            return;
+        };
+        let from = self.runs.partition_point(|run| run.end() <= first.start());
+        let to = from + self.runs[from..].partition_point(|run| run.start() < last.end());
+        let window = Self {
+            runs: self.runs[from..to].to_vec(),
+        };
+        self.runs.splice(from..to, window.difference(other).runs);
+    }
+
+    /// How many pages of `run` are in the set. Linear in the runs that have any.
+    pub fn count_of(&self, run: &PageRun) -> PageCount {
+        let first = self.runs.partition_point(|held| held.end() <= run.start());
+        let held = self.runs[first..].iter();
+        held.map_while(|held| held.intersection(run))
+            .map(|part| part.count())
+            .sum()
+    }
+
     /// The pages of this set that are not in `other`.
     pub fn difference(&self, other: &Self) -> Self {
         let mut runs = Vec::new();

@@ -63,8 +63,10 @@ proptest! {
         grown.union_with(&b);
         let mut shrunk = a.clone();
         right.iter().for_each(|run| shrunk.remove(*run));
+        let mut cut = a.clone();
+        cut.difference_with(&b);
         let results = [a.union(&b), a.difference(&b), a.intersection(&b)];
-        for result in results.iter().chain([&grown, &shrunk]) {
+        for result in results.iter().chain([&grown, &shrunk, &cut]) {
             assert_well_formed(result);
         }
         let union: BTreeSet<u64> = &model_a | &model_b;
@@ -75,6 +77,11 @@ proptest! {
         prop_assert_eq!(pages(&a.intersection(&b)), intersection);
         prop_assert_eq!(grown, a.union(&b));
         prop_assert_eq!(shrunk, missing(&a, &b));
+        prop_assert_eq!(cut, missing(&a, &b));
+        for run in &right {
+            let both = a.intersection(&PageSet::from(*run)).len();
+            prop_assert_eq!(a.count_of(run), both);
+        }
         prop_assert_eq!(a.is_superset(&b), model_a.is_superset(&model_b));
     }
 

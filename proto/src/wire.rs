@@ -13,6 +13,7 @@ pub mod code;
 pub mod control;
 pub mod description;
 pub mod frame;
+pub mod needs;
 pub mod parcel;
 pub mod stream;
 pub mod version;

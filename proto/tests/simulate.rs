@@ -51,8 +51,10 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (side(), any::<u8>()).prop_map(|(side, found)| Op::Crash(side, found)),
         2 => side().prop_map(Op::Fail),
         1 => side().prop_map(Op::Fence),
+        2 => side().prop_map(Op::Hang),
         1 => (side(), any::<u8>()).prop_map(|(side, found)| Op::PowerLoss(side, found)),
         6 => side().prop_map(Op::Restart),
+        4 => (0..32u8).prop_map(Op::Pass),
         4 => Just(Op::Retry),
         2 => Just(Op::Tick),
     ]
@@ -87,8 +89,10 @@ fn storm() -> impl Strategy<Value = Op> {
         6 => (side(), any::<u8>()).prop_map(|(side, found)| Op::Crash(side, found)),
         6 => side().prop_map(Op::Fail),
         1 => side().prop_map(Op::Fence),
+        2 => side().prop_map(Op::Hang),
         1 => (side(), any::<u8>()).prop_map(|(side, found)| Op::PowerLoss(side, found)),
         12 => side().prop_map(Op::Restart),
+        4 => (0..32u8).prop_map(Op::Pass),
         4 => Just(Op::Tick),
     ]
 }

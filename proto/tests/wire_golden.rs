@@ -21,6 +21,7 @@ use pageferry_proto::wire::description::{
     SpaceDescription, WorkloadDescription,
 };
 use pageferry_proto::wire::frame;
+use pageferry_proto::wire::needs::{CpuMax, Needs, ResourceLimits};
 use pageferry_proto::wire::parcel::{BlockHeader, Codec, ParcelHeader, ParcelRun, RunKind};
 use pageferry_proto::wire::stream::{self, ImageFileHeader, ImageName, SetHeader};
 use pageferry_proto::wire::stream::{StreamKind, StreamPrefix};
@@ -116,6 +117,25 @@ fn description() -> WorkloadDescription {
         cwd: "/".to_owned(),
         root: "/".to_owned(),
         mounts: Vec::new(),
+        needs: needs(),
+    }
+}
+
+fn needs() -> Needs {
+    Needs {
+        private_bytes: 1 << 30,
+        shared_bytes: 1 << 20,
+        limits: ResourceLimits {
+            memory_max: Some(2 << 30),
+            memory_high: None,
+            swap_max: Some(0),
+            cpu_max: Some(CpuMax {
+                quota_us: 150_000,
+                period_us: 100_000,
+            }),
+            cpu_weight: Some(200),
+            pids_max: Some(512),
+        },
     }
 }
 
@@ -126,6 +146,7 @@ fn offer() -> Offer {
         generation: Generation::FIRST,
         policy: Policy {
             downtime_max: Duration::from_millis(1),
+            frozen_max: Some(Duration::from_secs(2)),
             ..Policy::DEFAULT
         },
         description: description(),
@@ -169,22 +190,23 @@ fn the_offer_keeps_its_bytes() {
     check(
         SourceMessage::Offer(Box::new(offer())),
         &expect![[r#"
-        eb0000008201e7010801120c70726f63
-        6573732f343731311801220b08e80710
-        1e1880c8ceb40d2ac50108e724121a08
-        01120c72656469732d7365727665721a
-        0201072080808080041a04e724ed2420
-        092a037765623206286e6f6e65293a37
-        0a0465746830120602000000000118dc
-        0b22080a040a000007101822150a1000
-        00000000000000000000000000000110
-        80012a0362723042140a04000000001a
-        040a00000122046574683028644a240a
-        152f7573722f62696e2f72656469732d
-        7365727665721080201a02abcd28ed83
-        02300152052f646174615889ba026080
-        206a06362e31322e3072012f7a012f
-    "#]],
+            ef0000008201eb010801120c70726f63
+            6573732f343731311801220f08e80710
+            1e1880c8ceb40d3080897a2ac50108e7
+            24121a0801120c72656469732d736572
+            7665721a0201072080808080041a04e7
+            24ed2420092a037765623206286e6f6e
+            65293a370a0465746830120602000000
+            000118dc0b22080a040a000007101822
+            150a1000000000000000000000000000
+            0000011080012a0362723042140a0400
+            0000001a040a00000122046574683028
+            644a240a152f7573722f62696e2f7265
+            6469732d7365727665721080201a02ab
+            cd28ed8302300152052f646174615889
+            ba026080206a06362e31322e3072012f
+            7a012f
+        "#]],
     );
 }
 

@@ -71,7 +71,7 @@ enum Command {
         /// wrong itself).
         #[arg(long)]
         baseline: bool,
-        /// Of a scenario with cases, only this one.
+        /// Of a scenario with cases, only this one; of `cases` several, with commas between them.
         #[arg(long)]
         only: Option<String>,
     },

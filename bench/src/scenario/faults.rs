@@ -83,6 +83,8 @@ enum Act {
     KillDaemon(&'static str),
     KillCriu(&'static str),
     KillPager,
+    /// The target's CRIU hears and does nothing any more; then the operator gives up.
+    StopCriuAndAbort,
 }
 
 /// Who is stopped, so that a state lasts.
@@ -115,6 +117,7 @@ impl Fault {
             Act::KillCriu("a") => "kill source criu".to_owned(),
             Act::KillCriu(_) => "kill target criu".to_owned(),
             Act::KillPager => "kill pager".to_owned(),
+            Act::StopCriuAndAbort => "stop target criu and abort".to_owned(),
         };
         let side = if self.at.0 == "a" { "source" } else { "target" };
         format!("{act} while {side} is {}", self.at.1)
@@ -196,7 +199,7 @@ impl Fault {
         let Some(id) = wait_for_phase(lab, workload, self.at)? else {
             return Ok(false);
         };
-        let struck = self.act(lab, &id)?;
+        let struck = self.act(lab, workload, &id)?;
         drop(stopped);
         match struck {
             Struck::Missed => return Ok(false),
@@ -233,12 +236,13 @@ impl Fault {
     }
 
     /// Does it; an abort ends only when the daemon goes on.
-    fn act(&self, lab: &mut Lab, id: &str) -> Result<Struck> {
+    fn act(&self, lab: &mut Lab, workload: &str, id: &str) -> Result<Struck> {
         match self.act {
             Act::Abort => return pageferry::abort(lab.node("a")?, id).map(Struck::Asked),
             Act::KillDaemon(node) => lab.daemon(node)?.kill()?,
-            Act::KillCriu(node) => return kill_first(lab, node, "criu"),
-            Act::KillPager => return kill_first(lab, "b", "pageferry-pager"),
+            Act::KillCriu(node) => return signal_first(lab, node, "criu", Signal::SIGKILL),
+            Act::KillPager => return signal_first(lab, "b", "pageferry-pager", Signal::SIGKILL),
+            Act::StopCriuAndAbort => return stop_criu_and_abort(lab, workload, id),
         }
         Ok(Struck::Done)
     }
@@ -276,13 +280,31 @@ enum Struck {
     Asked(Child),
 }
 
-fn kill_first(lab: &Lab, node: &str, command: &str) -> Result<Struck> {
+fn signal_first(lab: &Lab, node: &str, command: &str, signal: Signal) -> Result<Struck> {
     let pids = lab.node(node)?.host_processes_named(command);
     let Some(pid) = pids.first() else {
         return Ok(Struck::Missed);
     };
-    kill(Pid::from_raw(*pid), Signal::SIGKILL).with_context(|| format!("killing {command}"))?;
+    kill(Pid::from_raw(*pid), signal).with_context(|| format!("{signal} to {command}"))?;
     Ok(Struck::Done)
+}
+
+/// Stops the target's CRIU for good, before it has restored, and gives up.
+fn stop_criu_and_abort(lab: &Lab, workload: &str, id: &str) -> Result<Struck> {
+    let target = lab.node("b")?;
+    let Struck::Done = signal_first(lab, "b", "criu", Signal::SIGSTOP)? else {
+        return Ok(Struck::Missed);
+    };
+    // One that had restored just before would be waited for by a workload that is to run.
+    let stopped = Instant::now();
+    while stopped.elapsed() < HANGS_FOR {
+        let is_restoring =
+            under_way(target, workload).is_some_and(|(_, phase)| phase == RESTORING.1);
+        if !is_restoring {
+            return signal_first(lab, "b", "criu", Signal::SIGCONT).map(|_| Struck::Missed);
+        }
+    }
+    pageferry::abort(lab.node("a")?, id).map(Struck::Asked)
 }
 
 /// Polls until a node says that its migration of the workload is in a phase; its id. None when the
@@ -380,7 +402,7 @@ const READY: (&str, &str) = ("b", "ready");
 const COMMITTED: (&str, &str) = ("a", "committed");
 const RUNNING: (&str, &str) = ("b", "running");
 
-const FAULTS: [Fault; 30] = [
+const FAULTS: [Fault; 31] = [
     fault(Act::Abort, OFFERED, Stall::Nobody, SOURCE),
     fault(Act::Abort, COPYING, Stall::Nobody, SOURCE),
     fault(Act::Abort, FINISHING, Stall::Nobody, SOURCE),
@@ -413,6 +435,8 @@ const FAULTS: [Fault; 30] = [
     fault(Act::KillPager, READY, Stall::Source, SOURCE),
     fault(Act::KillPager, COMMITTED, Stall::Target, SOURCE),
     fault(Act::KillPager, RUNNING, Stall::Moved, FILL_LOST),
+    // What was restored so far goes, and does not wait for a CRIU that never ends.
+    fault(Act::StopCriuAndAbort, RESTORING, Stall::Nobody, SOURCE),
 ];
 
 const ATTEMPTS_MAX: u32 = 5;
@@ -421,6 +445,7 @@ const FILL_BYTES: usize = 1 << 30; // 1 GiB: its fill lasts long enough to be hi
 const HOT_BYTES: usize = 64 << 20; // 64 MiB: half a second at 1 Gbit/s
 const HOT_RATE: u32 = 20_000;
 const PHASE_TIME_MAX: Duration = Duration::from_secs(20);
+const HANGS_FOR: Duration = Duration::from_millis(300);
 const SETTLE_TIME_MAX: Duration = Duration::from_secs(60);
 /// A client asks again after twice the time it has waited already (TCP's backoff).
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);

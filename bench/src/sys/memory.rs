@@ -6,6 +6,7 @@
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::AtomicU64;
 
 use super::check;
 
@@ -20,6 +21,14 @@ pub struct Mapping {
 
 // SAFETY: the range belongs to the value alone; nothing about it is tied to a thread.
 unsafe impl Send for Mapping {}
+
+/// Words of 0 that this process shares with those it forks, for as long as one of them lives.
+pub fn shared_words(count: usize) -> io::Result<&'static [AtomicU64]> {
+    let length = (count * size_of::<AtomicU64>()).next_multiple_of(PAGE);
+    let mapping = std::mem::ManuallyDrop::new(Mapping::new(Backing::Shared, length)?);
+    // SAFETY: zeros, page-aligned, large enough, never unmapped, and only ever used as atomics.
+    Ok(unsafe { std::slice::from_raw_parts(mapping.address.cast(), count) })
+}
 
 /// What is behind a mapping.
 #[derive(Clone, Copy, Debug)]

@@ -1,7 +1,9 @@
 //! What the writer does to its own process: forks, filters, and the things a move may refuse.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Cloned, check};
 
@@ -22,6 +24,51 @@ pub fn fork() -> io::Result<Cloned> {
 pub fn exit_now(code: i32) -> ! {
     // SAFETY: _exit takes no pointers and does not return.
     unsafe { libc::_exit(code) }
+}
+
+/// Makes a child in this process's memory and waits until it has ended, as `vfork` does; its id. The
+/// child does nothing but count in `beats` while `wanted` is not 0.
+pub fn vfork_while(wanted: &AtomicU64, beats: &AtomicU64) -> io::Result<i32> {
+    extern "C" fn stay(flags: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: the two references below, whose owner waits in the kernel until this has ended.
+        let [wanted, beats] = unsafe { *flags.cast::<[&AtomicU64; 2]>() };
+        let moment = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 2_000_000, // 2 ms
+        };
+        while wanted.load(Ordering::Acquire) != 0 {
+            beats.fetch_add(1, Ordering::Release);
+            // SAFETY: a time that lives across the call, and nobody asks for the rest.
+            unsafe { libc::nanosleep(&raw const moment, std::ptr::null_mut()) };
+        }
+        0
+    }
+    let mut stack = vec![0_u128; VFORK_STACK / size_of::<u128>()];
+    let mut flags = [wanted, beats];
+    let top = stack.as_mut_ptr_range().end;
+    let how = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: the stack, aligned to 16 bytes, and the flags are there until the child has ended,
+    // which is when this call returns. The child makes system calls only.
+    let child = unsafe { libc::clone(stay, top.cast(), how, (&raw mut flags).cast()) };
+    check(child)?;
+    Ok(child)
+}
+
+const VFORK_STACK: usize = 64 << 10; // 64 KiB
+
+/// Takes a write lease on a file that nobody else has open.
+pub fn take_lease(file: &File) -> io::Result<()> {
+    lease(file, libc::F_WRLCK)
+}
+
+/// Gives it up.
+pub fn give_lease(file: &File) -> io::Result<()> {
+    lease(file, libc::F_UNLCK)
+}
+
+fn lease(file: &File, kind: i32) -> io::Result<()> {
+    // SAFETY: fcntl(F_SETLEASE) takes a descriptor and a number.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) })
 }
 
 /// What happens to a forbidden call.

@@ -6,6 +6,7 @@
 //! Only what is needed is decoded. What is rewritten ([`pagemap`]) is rewritten byte for byte, so
 //! that fields this crate has never heard of stay.
 
+pub mod core;
 pub mod inventory;
 pub mod mm;
 pub mod pagemap;

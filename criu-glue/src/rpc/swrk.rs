@@ -34,7 +34,7 @@ use super::event::Event;
 use super::message::{CriuRequest, CriuResponse, RequestType};
 use crate::options::Request;
 use crate::sys::{self, ChildSetup, FailedStep};
-use crate::view::FEED_VARIABLE;
+use crate::view::{FEED_VARIABLE, FREEZER_VARIABLE, REAPER_VARIABLE};
 
 /// How a worker is started.
 #[derive(Debug)]
@@ -47,6 +47,9 @@ pub struct SwrkConfig {
     pub cgroup_procs: Vec<PathBuf>,
     /// The view through which the worker sees memory; for dumps only.
     pub view: Option<ViewFds>,
+    /// The view library, as above, for a restore whose root is no init and has to adopt orphans
+    /// from the beginning: processes of sessions whose leaders are dead.
+    pub reaper: Option<PathBuf>,
     /// Where stdout and stderr go (appended): what CRIU says before its log is open.
     pub output: PathBuf,
     /// Environment besides `PATH`; nothing else of ours is passed on.
@@ -72,6 +75,9 @@ pub struct SwrkConfig {
 pub struct ViewFds {
     /// `libcriu_view.so`, as seen in the mount namespace the worker is started in.
     pub library: PathBuf,
+    /// The freezer cgroup that holds the tree, if the dump is told of one: without it CRIU waits for
+    /// ever for a task that job control has stopped and the v1 freezer has frozen.
+    pub freezer: Option<PathBuf>,
     pub feed: OwnedFd,
 }
 
@@ -158,6 +164,7 @@ impl SwrkConfig {
             namespaces: Vec::new(),
             cgroup_procs: Vec::new(),
             view: None,
+            reaper: None,
             env: Vec::new(),
             inherited: Vec::new(),
             huge_pages: true,
@@ -370,6 +377,12 @@ fn command(config: &SwrkConfig, socket: i32) -> Result<Command, SwrkError> {
     if let Some(view) = &config.view {
         command.env("LD_PRELOAD", &view.library);
         command.env(FEED_VARIABLE, view.feed.as_raw_fd().to_string());
+        if let Some(freezer) = &view.freezer {
+            command.env(FREEZER_VARIABLE, freezer);
+        }
+    } else if let Some(library) = &config.reaper {
+        command.env("LD_PRELOAD", library);
+        command.env(REAPER_VARIABLE, "");
     }
     Ok(command)
 }

@@ -28,7 +28,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use crate::rpc::ViewFds;
 use layout::{CAPACITY, COUNTERS, COUNTERS_AT, Counter, Header, RANGES_MAX, SPACES_MAX, Space};
 
-pub(crate) use layout::FEED_VARIABLE;
+pub(crate) use layout::{FEED_VARIABLE, FREEZER_VARIABLE, REAPER_VARIABLE};
 
 /// The writer's end of a feed.
 #[derive(Debug)]
@@ -121,6 +121,7 @@ impl Feed {
         let feed = self.memory.try_clone().map_err(FeedError::Share)?;
         Ok(ViewFds {
             library,
+            freezer: None,
             feed: OwnedFd::from(feed),
         })
     }

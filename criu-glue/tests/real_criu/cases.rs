@@ -25,6 +25,12 @@ use crate::killed::{
 };
 use crate::lazy::{Server, Store, take_over};
 use crate::node::LIBRARY;
+use crate::stopped::{
+    a_killed_criu_leaves_stopped_children_in_their_cgroup,
+    stopped_children_in_a_frozen_cgroup_are_dumped_and_given_back,
+    stopped_children_in_a_frozen_cgroup_come_back_by_a_restore,
+    stopped_children_in_a_frozen_cgroup_of_v2_are_dumped_and_given_back,
+};
 use crate::workload::{PATIENCE, Workload};
 
 macro_rules! cases {
@@ -50,6 +56,10 @@ cases! {
     a_late_tracer_finds_the_parasite_still_at_work,
     a_thread_in_a_restartable_sequence_begins_it_anew,
     a_dump_without_its_tracer_fails,
+    stopped_children_in_a_frozen_cgroup_are_dumped_and_given_back,
+    stopped_children_in_a_frozen_cgroup_of_v2_are_dumped_and_given_back,
+    stopped_children_in_a_frozen_cgroup_come_back_by_a_restore,
+    a_killed_criu_leaves_stopped_children_in_their_cgroup,
     a_failed_request_names_its_cause,
     a_worker_that_cannot_be_prepared_names_the_step,
 }
@@ -87,7 +97,7 @@ impl Run {
         Self { images, work }
     }
 
-    fn directories(&self) -> Directories {
+    pub fn directories(&self) -> Directories {
         let open = |path: &Path| OwnedFd::from(File::open(path).expect("a directory"));
         Directories {
             images: open(&self.images),
@@ -100,17 +110,21 @@ impl Run {
     }
 
     pub fn dump_options(&self, workload: &Workload) -> DumpOptions {
+        self.dump_options_of(workload.pid)
+    }
+
+    pub fn dump_options_of(&self, root: i32) -> DumpOptions {
         let log = Log {
             file: "dump.log".to_owned(),
             level: LogLevel::Debug,
         };
         DumpOptions {
             log,
-            ..DumpOptions::new(workload.pid, self.directories())
+            ..DumpOptions::new(root, self.directories())
         }
     }
 
-    fn restore_options(&self) -> RestoreOptions {
+    pub fn restore_options(&self) -> RestoreOptions {
         let log = Log {
             file: "restore.log".to_owned(),
             level: LogLevel::Debug,

@@ -9,6 +9,7 @@ mod cases;
 mod killed;
 mod lazy;
 mod node;
+mod stopped;
 mod sys;
 mod workload;
 
@@ -22,6 +23,10 @@ fn main() -> ExitCode {
         ["--workload", directory, mebibytes, threads] => {
             let number = |text: &str| text.parse().expect("a number");
             workload::run(Path::new(directory), number(mebibytes), number(threads))
+        }
+        ["--case", name, folder] => {
+            nix::unistd::setsid().expect("a child is no group leader");
+            pageferry_bench::cases::be(name, Path::new(folder))
         }
         ["--inside", image, base, library, filter @ ..] => {
             node::enter(Path::new(image), Path::new(base), Path::new(library));

@@ -1,11 +1,13 @@
 //! The mapped feed, read with doubt: whatever does not fit is answered with `None`, and then the
 //! kernel is asked.
 
-use std::ffi::{CStr, c_void};
+use std::ffi::{CStr, CString, OsString, c_void};
+use std::os::unix::ffi::OsStringExt;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering, fence};
 
 use crate::layout::{
-    CAPACITY, COUNTERS_AT, Counter, FEED_VARIABLE, GENERATION_AT, Header, Range, SPACES_AT, Space,
+    CAPACITY, COUNTERS_AT, Counter, FEED_VARIABLE, FREEZER_VARIABLE, GENERATION_AT, Header, Range,
+    SPACES_AT, Space,
 };
 
 /// Start of the mapping; null until the constructor has found a feed. It stays mapped until the
@@ -25,6 +27,7 @@ pub struct Feed {
 ///
 /// True if there is a feed of this version.
 pub fn attach() -> bool {
+    let freezer = variable(FREEZER_VARIABLE);
     let Some(fd) = feed_descriptor() else {
         return false;
     };
@@ -35,6 +38,10 @@ pub fn attach() -> bool {
         known = read(base, 0).is_some_and(|bytes| Header::is_known(&bytes));
         if known {
             count(Counter::Attached);
+            #[cfg(target_arch = "x86_64")]
+            if let Some(cgroup) = freezer {
+                crate::tracer::frozen::attach(std::path::Path::new(&cgroup));
+            }
         }
     }
     // SAFETY: a descriptor meant for us alone; closing a wrong number only fails.
@@ -43,22 +50,25 @@ pub fn attach() -> bool {
 }
 
 fn feed_descriptor() -> Option<i32> {
-    let name = std::ffi::CString::new(FEED_VARIABLE).ok()?;
-    // SAFETY: the name is a C string; the value is read before the environment is changed.
-    let number = unsafe {
+    // SAFETY: the process has one thread while its libraries are initialised.
+    unsafe { libc::unsetenv(c"LD_PRELOAD".as_ptr()) };
+    variable(FEED_VARIABLE)?.to_str()?.parse().ok()
+}
+
+/// The value of a variable of the environment, which forgets it.
+fn variable(name: &str) -> Option<OsString> {
+    let name = CString::new(name).ok()?;
+    // SAFETY: the name is a C string; the value is copied before the environment is changed, by the
+    // one thread there is while libraries are initialised.
+    unsafe {
         let value = libc::getenv(name.as_ptr());
         if value.is_null() {
-            None
-        } else {
-            CStr::from_ptr(value).to_str().ok()?.parse().ok()
+            return None;
         }
-    };
-    // SAFETY: the process has one thread while its libraries are initialised.
-    unsafe {
-        libc::unsetenv(c"LD_PRELOAD".as_ptr());
+        let value = OsString::from_vec(CStr::from_ptr(value).to_bytes().to_vec());
         libc::unsetenv(name.as_ptr());
+        Some(value)
     }
-    number
 }
 
 fn map(fd: i32) -> Option<*mut u8> {

@@ -21,6 +21,12 @@
 /// Environment variable with the number of the feed's descriptor.
 pub const FEED_VARIABLE: &str = "CRIU_VIEW_FEED";
 
+/// Environment variable with the path of the cgroup that holds the tree, if one does.
+pub const FREEZER_VARIABLE: &str = "CRIU_VIEW_FREEZER";
+
+/// Environment variable, of any value, for a restore whose root has to adopt orphans.
+pub const REAPER_VARIABLE: &str = "CRIU_VIEW_REAPER";
+
 /// "CRIUVIEW", little-endian.
 pub const MAGIC: u64 = 0x5745_4956_5549_5243;
 

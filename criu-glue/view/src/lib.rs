@@ -15,7 +15,8 @@
 //! It also answers for limits that the kernel does not tell (see `limits`), and leaves tracing to a
 //! process that outlives CRIU (see `tracer`).
 //!
-//! Absent: everything for restores. A restored task must never run with this library's answers.
+//! Of a restore it changes one thing, where it is asked to (see `reaper`). Absent: every other help
+//! for restores. A restored task must never run with this library's answers.
 
 // Interposing is made of C calls; the pure part is in `cut` and `layout`.
 #![allow(unsafe_code)]
@@ -26,6 +27,7 @@ mod cut;
 mod feed;
 mod layout;
 mod limits;
+mod reaper;
 #[cfg(target_arch = "x86_64")]
 mod repair;
 #[cfg(target_arch = "x86_64")]
@@ -70,6 +72,7 @@ const PAGE_IS_SWAPPED: u64 = 1 << 4;
 #[cfg_attr(not(test), used, unsafe(link_section = ".init_array"))]
 static CONSTRUCTOR: extern "C" fn() = {
     extern "C" fn constructor() {
+        reaper::attach();
         if feed::attach() {
             #[cfg(target_arch = "x86_64")]
             tracer::start();

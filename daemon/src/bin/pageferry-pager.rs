@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Parser;
+use pageferry::pager::process::CgroupFiles;
 use pageferry_proto::id::MigrationId;
 use tracing_subscriber::EnvFilter;
 
@@ -17,6 +18,12 @@ struct Arguments {
     /// The migration, for whoever reads a list of processes.
     #[arg(long)]
     id: MigrationId,
+    /// `cgroup.procs` file of a cgroup to go into; may be repeated.
+    #[arg(long)]
+    cgroup_procs: Vec<PathBuf>,
+    /// The same for the watcher.
+    #[arg(long)]
+    watcher_cgroup_procs: Vec<PathBuf>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -28,5 +35,9 @@ fn main() -> anyhow::Result<()> {
         .with_ansi(false)
         .init();
     tracing::info!(id = %arguments.id, "pager starts");
-    pageferry::pager::process::run(&arguments.dir).context("the pager failed")
+    let cgroups = CgroupFiles {
+        pager: arguments.cgroup_procs,
+        watcher: arguments.watcher_cgroup_procs,
+    };
+    pageferry::pager::process::run(&arguments.dir, &cgroups).context("the pager failed")
 }

@@ -4,6 +4,7 @@
 //! ends in an answer or in [`ClientError::Lost`].
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,7 +18,7 @@ use pageferry_proto::id::{MigrationId, SpaceId};
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::Failure;
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot};
 
 use super::channel::{Channel, ChannelError};
@@ -44,9 +45,11 @@ pub struct Spawn {
     pub directory: PathBuf,
     /// Only for whoever reads a list of processes.
     pub id: MigrationId,
-    /// `cgroup.procs` files the pager is put into: not the daemon's cgroup, so that it outlives
+    /// `cgroup.procs` files of cgroups the pager goes into: not the daemon's, so that it outlives
     /// the daemon's service.
     pub cgroup_procs: Vec<PathBuf>,
+    /// The same for its watcher: others than the pager's, so that nothing takes both.
+    pub watcher_cgroup_procs: Vec<PathBuf>,
 }
 
 /// A connection to a pager.
@@ -100,21 +103,12 @@ pub enum ClientError {
         source: io::Error,
     },
     /// It was started and did not get as far as its socket.
-    #[error("{program} ended or hung before it could be talked to; see {log}")]
+    #[error("{program} ended or hung before it could be talked to{said}")]
     NotReady {
         /// The program.
         program: PathBuf,
-        /// Its log.
-        log: PathBuf,
-    },
-    /// It could not be put into its cgroup.
-    #[error("cannot put the pager into the cgroup of {path}")]
-    Cgroup {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
+        /// The last line of its log, after a colon; empty if it has said nothing.
+        said: String,
     },
     /// The socket failed.
     #[error("cannot talk to the pager")]
@@ -163,32 +157,28 @@ impl PagerClient {
             .append(true)
             .open(&log)
             .map_err(start)?;
+        let flags = |flag: &'static str, files: &[PathBuf]| {
+            let files = files.to_vec().into_iter();
+            files.flat_map(move |file| [OsString::from(flag), file.into()])
+        };
         let mut child = Command::new(&spawn.program)
             .arg("--dir")
             .arg(&spawn.directory)
             .arg("--id")
             .arg(spawn.id.to_string())
+            .args(flags("--cgroup-procs", &spawn.cgroup_procs))
+            .args(flags("--watcher-cgroup-procs", &spawn.watcher_cgroup_procs))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(output)
             .process_group(0)
             .kill_on_drop(false)
             .spawn()
+            .map(|child| Starting(Some(child)))
             .map_err(start)?;
-        let pid = child.id().unwrap_or_default();
-        for path in &spawn.cgroup_procs {
-            if let Err(source) = std::fs::write(path, pid.to_string()) {
-                // It holds nothing yet; that it is gone already is as good.
-                let _ = child.start_kill();
-                return Err(ClientError::Cgroup {
-                    path: path.clone(),
-                    source,
-                });
-            }
-        }
         let mut line = String::new();
         let ready = async {
-            match child.stdout.take() {
+            match child.0.as_mut().and_then(|child| child.stdout.take()) {
                 Some(stdout) => BufReader::new(stdout).read_line(&mut line).await.is_ok(),
                 None => false,
             }
@@ -197,15 +187,14 @@ impl PagerClient {
             .await
             .unwrap_or(false);
         if !ready || line.trim_end() != READY {
-            let _ = child.start_kill();
             return Err(ClientError::NotReady {
                 program: spawn.program.clone(),
-                log,
+                said: last_line(&log),
             });
         }
-        // Collects its status, so that it does not stay a zombie of a long-lived daemon.
-        tokio::spawn(async move { child.wait().await });
-        Self::connect(&spawn.directory)
+        let connected = Self::connect(&spawn.directory)?;
+        child.has_started();
+        Ok(connected)
     }
 
     /// Connects to the pager of a directory: after a restart of the daemon.
@@ -377,6 +366,36 @@ impl Remains {
         }
         Ok(read(RESTORE_LOST)?.map_or(Self::Nothing, Self::RestoreLost))
     }
+}
+
+/// A pager that nobody can talk to yet. Dropped, it is killed: it holds nothing.
+#[derive(Debug)]
+struct Starting(Option<Child>);
+
+impl Starting {
+    /// It lives on. Its status is collected, so that it does not stay a zombie of a long-lived
+    /// daemon.
+    fn has_started(mut self) {
+        if let Some(mut child) = self.0.take() {
+            tokio::spawn(async move { child.wait().await });
+        }
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // That it is gone already is as good.
+            let _ = child.start_kill();
+        }
+    }
+}
+
+/// What the log says last, for whoever never sees the log.
+fn last_line(log: &Path) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let last = text.lines().rfind(|line| !line.trim().is_empty());
+    last.map_or_else(String::new, |line| format!(": {}", line.trim()))
 }
 
 async fn read(

@@ -72,6 +72,8 @@ pub enum Request {
 pub struct RestoreRequest {
     /// The `criu` program.
     pub criu: PathBuf,
+    /// CRIU's view library, for a root that has to adopt orphans from the beginning.
+    pub reaper: Option<PathBuf>,
     /// Directory of the images.
     pub images_dir: PathBuf,
     /// Directory for CRIU's log and the lazy-pages socket. Short: a socket's path has 107 bytes.
@@ -112,6 +114,7 @@ impl RestoreRequest {
     /// Whether CRIU would be started in the same way for both.
     pub fn starts_like(&self, other: &Self) -> bool {
         self.criu == other.criu
+            && self.reaper == other.reaper
             && self.work_dir == other.work_dir
             && self.cgroup_procs == other.cgroup_procs
             && self.namespaces == other.namespaces

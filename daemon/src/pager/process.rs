@@ -61,6 +61,15 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Why a pager could not run.
 #[derive(Debug, thiserror::Error)]
 pub enum PagerError {
+    /// It cannot leave the cgroup of the daemon.
+    #[error("cannot join the cgroup of {path}")]
+    Cgroup {
+        /// Its `cgroup.procs`.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// There is no watcher.
     #[error("cannot be watched")]
     Watcher(#[source] WatcherError),
@@ -75,10 +84,20 @@ pub enum PagerError {
     Channel(#[source] ChannelError),
 }
 
+/// The `cgroup.procs` files of the cgroups that the two processes go into.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CgroupFiles {
+    /// The pager's.
+    pub pager: Vec<PathBuf>,
+    /// The watcher's, which must be others: what takes one must not take both.
+    pub watcher: Vec<PathBuf>,
+}
+
 /// Runs a pager with its files in `directory`. To be called while the process has one thread.
-pub fn run(directory: &Path) -> Result<(), PagerError> {
+pub fn run(directory: &Path, cgroups: &CgroupFiles) -> Result<(), PagerError> {
+    join(&cgroups.pager)?;
     let network = shield()?;
-    let watcher = Watcher::start(directory).map_err(PagerError::Watcher)?;
+    let watcher = Watcher::start(directory, &cgroups.watcher).map_err(PagerError::Watcher)?;
     // Until the workload runs every millisecond is one that its clients wait for.
     let nice = priority::make_urgent();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -86,6 +105,18 @@ pub fn run(directory: &Path) -> Result<(), PagerError> {
         .build()
         .map_err(PagerError::Runtime)?;
     runtime.block_on(serve(directory, Arc::new(watcher), network, nice))
+}
+
+fn join(cgroups: &[PathBuf]) -> Result<(), PagerError> {
+    let mut files = cgroups.iter();
+    files.try_for_each(|path| {
+        // The kernel reads it as the process that writes.
+        let written = fs::write(path, "0");
+        written.map_err(|source| PagerError::Cgroup {
+            path: path.clone(),
+            source,
+        })
+    })
 }
 
 /// Makes this process one that lives long and can do little. Answers the network namespace it

@@ -471,9 +471,10 @@ impl Restore {
         {
             warn!("criu does not give up, killing it");
         }
-        // Also after a normal end: a killed CRIU leaves tasks behind.
+        // Also after a normal end: a killed CRIU leaves tasks behind. It is in the cgroup, too, so
+        // that it is seen there if it does not die.
         let _ = self.swrk.kill();
-        let _ = self.swrk.wait().await;
+        let _ = tokio::time::timeout(GIVE_UP_TIMEOUT, self.swrk.wait()).await;
         self.kill().await?;
         self.watcher
             .done()
@@ -527,6 +528,7 @@ pub fn start_criu(
         breakpoints: false,
         urgent: true,
         view: None,
+        reaper: request.reaper.clone(),
         output: request.work_dir.join(OUTPUT),
         env: Vec::new(),
         inherited,

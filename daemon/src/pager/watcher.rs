@@ -7,6 +7,8 @@
 //! microseconds between the reading of a fork event and the sending, in which the death of the
 //! pager would let the child read zeros.) What the pager closes is closed for both.
 //!
+//! It is in other cgroups than the pager, so that nothing that kills a cgroup kills both.
+//!
 //! When the pager has died:
 //! - after `Go`: the tree's cgroup is frozen, the file `fill-lost` is written, every descriptor but
 //!   the userfaultfds is closed, and those are kept until the cgroup is empty. The tree never reads
@@ -59,6 +61,15 @@ pub enum WatcherError {
     /// It could not be started.
     #[error("cannot start the watcher")]
     Start(#[source] io::Error),
+    /// It could not be put into a cgroup of its own. It ends with the pager.
+    #[error("cannot put the watcher into the cgroup of {path}")]
+    Cgroup {
+        /// Its `cgroup.procs`.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// It is gone.
     #[error("the watcher has died")]
     Gone,
@@ -81,8 +92,8 @@ enum Word {
 
 impl Watcher {
     /// Forks the watcher of the calling process, which must have one thread. Files are written to
-    /// `directory`.
-    pub fn start(directory: &Path) -> Result<Self, WatcherError> {
+    /// `directory`. It is moved into the cgroups with these `cgroup.procs` files.
+    pub fn start(directory: &Path, cgroup_procs: &[PathBuf]) -> Result<Self, WatcherError> {
         let start = |errno: nix::errno::Errno| WatcherError::Start(errno.into());
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (ours, theirs) =
@@ -98,6 +109,12 @@ impl Watcher {
                 // here.
                 std::mem::forget((own, theirs));
                 let pidfd = fdpass::open_process(child).map_err(WatcherError::Start)?;
+                for path in cgroup_procs {
+                    fs::write(path, child.to_string()).map_err(|source| WatcherError::Cgroup {
+                        path: path.clone(),
+                        source,
+                    })?;
+                }
                 Ok(Self {
                     socket: ours,
                     pidfd,

@@ -6,7 +6,9 @@
 //!
 //! Invariants: a cgroup made here holds tasks of one workload only; it is removed when empty.
 //! Both kernels' interfaces are known: the freezer hierarchy of cgroup v1, and `cgroup.freeze` of
-//! cgroup v2. Absent: resource limits; the workload keeps those of its other hierarchies.
+//! cgroup v2. In v1 a workload keeps the limits of its other hierarchies while it is in a freezer
+//! cgroup; in v2, where there is one hierarchy, its freezer cgroup is made below the cgroup it is in.
+//! Absent: resource limits ([`super::limits`]).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,15 +20,18 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use thiserror::Error;
 
+use super::hierarchies::FOLDER;
+
 /// How long a freeze may take before it is given up: tasks in uninterruptible sleep do not freeze.
 pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How often the kernel is asked whether a freeze is complete; a freeze takes 0.1–2 ms.
 const FREEZE_POLL: Duration = Duration::from_micros(100);
 
-/// After how long a freeze that is not complete is asked for again: the v1 freezer passes over a
-/// task that sleeps uninterruptibly and was moved a moment before, and does not come back to it.
-const FREEZE_AGAIN: Duration = Duration::from_millis(10);
+/// How often the kernel is asked to freeze, until it has: a task on its way into a stop of job
+/// control does not notice the v1 freezer, and once it is stopped it is frozen only when it is asked
+/// for anew.
+const FREEZE_AGAIN: Duration = Duration::from_millis(3);
 
 /// How often it is looked whether tasks have died.
 const KILL_POLL: Duration = Duration::from_millis(1);
@@ -36,6 +41,9 @@ const STATE_V1: &str = "freezer.state";
 
 /// Whether a cgroup of the unified hierarchy should be frozen: 0 or 1.
 const FREEZE_V2: &str = "cgroup.freeze";
+
+/// How the name of a cgroup begins that is made below another of the unified hierarchy.
+const BELOW: &str = "pageferry-";
 
 /// How long tasks are moved before giving up on a tree that forks faster than it is moved, or has a
 /// process that does not come to its end.
@@ -71,12 +79,25 @@ pub enum CgroupError {
         source: io::Error,
     },
     /// The tasks did not freeze in time.
-    #[error("{path} did not freeze within {limit:?}: a task may be in uninterruptible sleep")]
+    #[error(
+        "{path} did not freeze within {FREEZE_TIMEOUT:?}: a task may be in uninterruptible sleep"
+    )]
     FreezeTimeout {
         /// The cgroup.
         path: PathBuf,
-        /// For how long it was waited.
-        limit: Duration,
+    },
+    /// In v2 the tree would lose limits.
+    #[error(
+        "process {pid} is in the cgroup {path}, not in {root} as the root of its tree: its limits \
+         would be lost"
+    )]
+    Scattered {
+        /// The process.
+        pid: i32,
+        /// Its cgroup.
+        path: PathBuf,
+        /// The cgroup of the root.
+        root: PathBuf,
     },
     /// The tree kept forking while it was moved into the cgroup.
     #[error("the tree forks faster than its tasks can be moved into {path}")]
@@ -130,14 +151,14 @@ impl FreezerRoot {
             let mut right = right.split(' ');
             let (kind, options) = (right.next()?, right.nth(1)?);
             if kind == "cgroup" && options.split(',').any(|option| option == "freezer") {
-                let directory = point.join("pageferry");
+                let directory = point.join(FOLDER);
                 return Some(Self {
                     directory,
                     version: FreezerVersion::V1,
                 });
             }
             if kind == "cgroup2" {
-                unified.get_or_insert(point.join("pageferry"));
+                unified.get_or_insert(point.join(FOLDER));
             }
         }
         unified.map(|directory| Self {
@@ -172,6 +193,47 @@ impl FreezerRoot {
         visible
             .then(|| self.directory.parent().map(|root| root.join(inside)))
             .flatten()
+    }
+
+    /// Where the tree of `root` is to be frozen, and the cgroup it comes back to.
+    ///
+    /// In v2 that is a cgroup below the one it is in, whose limits then go on to count. One without
+    /// controllers of its own may be made also below a cgroup that holds processes.
+    pub fn place(
+        &self,
+        root: i32,
+        pids: &[i32],
+        name: &str,
+    ) -> Result<(Freezer, Option<PathBuf>), CgroupError> {
+        let origin = self.current_of(root);
+        let top = self.directory.parent();
+        let Some(folder) = origin
+            .as_deref()
+            .filter(|folder| self.version == FreezerVersion::V2 && Some(*folder) != top)
+        else {
+            return Ok((self.plan(name), origin));
+        };
+        for pid in pids {
+            // One that has ended is nowhere.
+            let path = self.current_of(*pid);
+            if let Some(path) = path.filter(|path| path != folder) {
+                return Err(CgroupError::Scattered {
+                    pid: *pid,
+                    path,
+                    root: folder.to_owned(),
+                });
+            }
+        }
+        let version = self.version;
+        let begins = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(BELOW);
+        // A migration before this one could not bring it back.
+        if folder.file_name().is_some_and(begins) {
+            let path = folder.to_owned();
+            let above = folder.parent().map(Path::to_owned);
+            return Ok((Freezer { path, version }, above));
+        }
+        let path = folder.join(format!("{BELOW}{name}"));
+        Ok((Freezer { path, version }, origin))
     }
 
     /// The cgroup that holds all of `pids` and nothing else, if it is one of ours.
@@ -241,6 +303,13 @@ impl Freezer {
         &self.path
     }
 
+    /// Its name, if it is one of our own at the root of the hierarchy.
+    pub fn name(&self) -> Option<&str> {
+        let folder = self.path.parent()?;
+        let ours = folder.file_name()? == FOLDER;
+        ours.then(|| self.path.file_name()?.to_str()).flatten()
+    }
+
     /// The file into which a task writes its pid to join.
     pub fn procs_file(&self) -> PathBuf {
         self.path.join("cgroup.procs")
@@ -305,27 +374,30 @@ impl Freezer {
     /// Freezes and waits until the kernel says that every task is frozen. Blocks, at most
     /// [`FREEZE_TIMEOUT`]; on a time-out the cgroup is thawed again.
     pub fn freeze(&self) -> Result<(), CgroupError> {
-        self.freeze_within(FREEZE_TIMEOUT)
+        self.freeze_unless(|| false)
     }
 
-    /// As [`Freezer::freeze`], within another time.
-    pub fn freeze_within(&self, limit: Duration) -> Result<(), CgroupError> {
-        let deadline = Instant::now() + limit;
+    /// As [`Freezer::freeze`], but ends early, with the cgroup thawed, once `cut` says so: ask
+    /// whether it did.
+    pub fn freeze_unless(&self, cut: impl Fn() -> bool) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + FREEZE_TIMEOUT;
         self.begin_freeze()?;
         let mut asked = Instant::now();
         while !self.is_frozen()? {
+            if cut() {
+                return self.write_state(false);
+            }
             if Instant::now() > deadline {
                 self.write_state(false)?;
                 return Err(CgroupError::FreezeTimeout {
                     path: self.path.clone(),
-                    limit,
                 });
             }
+            std::thread::sleep(FREEZE_POLL);
             if FREEZE_AGAIN < asked.elapsed() {
                 self.begin_freeze()?;
                 asked = Instant::now();
             }
-            std::thread::sleep(FREEZE_POLL);
         }
         Ok(())
     }
@@ -416,74 +488,5 @@ fn has_ended(pid: i32) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::process::{Child, Command};
-
-    struct Reaped(Child);
-
-    impl Drop for Reaped {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
-
-    fn made(root: &FreezerRoot, name: &str) -> Freezer {
-        let freezer = root.plan(&format!("{name}-{}", std::process::id()));
-        freezer.make().expect("make");
-        freezer
-    }
-
-    fn sleeper() -> Reaped {
-        Reaped(
-            Command::new("sleep")
-                .arg("1000")
-                .spawn()
-                .expect("sleep starts"),
-        )
-    }
-
-    #[test]
-    fn a_frozen_cgroup_reads_back_frozen_and_thaws() {
-        let root = FreezerRoot::detect().expect("a freezer");
-        let freezer = made(&root, "test-freeze");
-        let child = sleeper();
-        let pid = i32::try_from(child.0.id()).expect("pid");
-        freezer.adopt(|| Ok(vec![pid])).expect("adopt");
-        assert_eq!(freezer.processes().expect("list"), vec![pid]);
-        freezer.freeze().expect("freeze");
-        assert!(freezer.is_frozen().expect("state"));
-        freezer.thaw().expect("thaw");
-        assert!(!freezer.is_frozen().expect("state"));
-        assert_eq!(root.holding(&[pid]).expect("ours").path(), freezer.path());
-        drop(child);
-        freezer.remove().expect("remove");
-    }
-
-    #[test]
-    fn killing_a_frozen_cgroup_empties_it() {
-        let root = FreezerRoot::detect().expect("a freezer");
-        let freezer = made(&root, "test-kill");
-        let mut child = sleeper();
-        let pid = i32::try_from(child.0.id()).expect("pid");
-        freezer.adopt(|| Ok(vec![pid])).expect("adopt");
-        freezer.freeze().expect("freeze");
-        let reaper = std::thread::spawn(move || child.0.wait());
-        freezer.kill(Duration::from_secs(5)).expect("kill");
-        assert!(!reaper.join().expect("join").expect("wait").success());
-        freezer.remove().expect("remove");
-    }
-
-    #[test]
-    fn the_v1_hierarchy_is_preferred_and_v2_is_the_fallback() {
-        let v2 = "30 24 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n";
-        let both = format!("{v2}31 24 0:27 / /cg/freezer rw - cgroup cgroup rw,freezer\n");
-        let root = FreezerRoot::from_mountinfo(v2).expect("v2");
-        assert_eq!(root.version(), FreezerVersion::V2);
-        let root = FreezerRoot::from_mountinfo(&both).expect("v1");
-        assert_eq!(root.version(), FreezerVersion::V1);
-        assert_eq!(root.directory, Path::new("/cg/freezer/pageferry"));
-        assert!(FreezerRoot::from_mountinfo("").is_none());
-    }
-}
+#[path = "cgroup_tests.rs"]
+mod tests;

@@ -280,7 +280,7 @@ fn strip(path: &Path) -> &Path {
 }
 
 /// The name of a deleted file, as the kernel marks it in /proc.
-fn deleted(path: &Path) -> Option<&str> {
+pub(super) fn deleted(path: &Path) -> Option<&str> {
     path.to_str()?.strip_suffix(" (deleted)")
 }
 
@@ -290,6 +290,6 @@ fn is_terminal(path: &Path) -> bool {
         || path == Path::new("/dev/console")
 }
 
-fn is_shared(path: &Path, shared: &[PathBuf]) -> bool {
+pub(super) fn is_shared(path: &Path, shared: &[PathBuf]) -> bool {
     shared.iter().any(|prefix| path.starts_with(prefix))
 }

@@ -1,13 +1,19 @@
 //! What kinds of workload there are, and how each is described, frozen, and made again.
 //!
-//! This step knows one kind, the bare process tree ([`process`]); its freezer cgroup is [`cgroup`],
-//! the files it stands on are [`files`], [`mounts`] are those of a namespace of its own, and states
-//! in which it cannot be dumped for a moment are [`passing`].
+//! This step knows one kind, the bare process tree ([`process`]). Its freezer cgroup is [`cgroup`],
+//! the other cgroups of what comes in are [`hierarchies`], its limits [`limits`], and what memory is
+//! left for it says [`memory`]. The files it stands on are [`files`], what it has locked of them
+//! [`locks`], and [`mounts`] are those of a namespace of its own. States in which it cannot be
+//! dumped for a moment are [`passing`].
 //! Nothing here knows the links or the pages.
 
 pub mod build_id;
 pub mod cgroup;
 pub mod files;
+pub mod hierarchies;
+pub mod limits;
+pub mod locks;
+pub mod memory;
 pub mod mounts;
 pub mod passing;
 pub mod process;

@@ -15,6 +15,7 @@ use pageferry_proto::id::SpaceId;
 use pageferry_proto::page::PAGE_SIZE;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::{Namespaces, SpaceDescription, WorkloadDescription};
+use pageferry_proto::wire::needs::Needs;
 use procfs::process::{Process, Status};
 
 use super::files::{self, Descriptors};
@@ -97,12 +98,21 @@ pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described
         cwd: link("cwd"),
         root: link("root"),
         mounts: mounts.as_ref().map_or(Ok(Vec::new()), Mounts::describe)?,
+        needs: Needs {
+            private_bytes: private_bytes(pids),
+            ..Needs::default()
+        },
     };
     Ok(Described {
         description,
         own,
         mounts,
     })
+}
+
+/// The mounts of a namespace of its own that the root of a tree sees, if it has one.
+pub fn mounts(root: i32) -> Result<Option<Mounts>, Failure> {
+    own_mounts(root, &own_namespaces(root)?)
 }
 
 /// The spaces and all tasks of the tree; what they have open goes to `descriptors`.
@@ -264,10 +274,12 @@ fn space(
     // Zombies have no memory; CRIU restores them by itself.
     let Some(resident) = status.vmrss else {
         tasks.insert(process.pid);
+        tasks.extend(dead_leaders(process));
         return Ok(None);
     };
     let threads: Vec<i32> = threads.flatten().map(|task| task.tid).collect();
     tasks.extend(&threads);
+    tasks.extend(dead_leaders(process));
     let vpid = innermost(&status);
     Ok(Some(SpaceDescription {
         vpid: SpaceId(u32::try_from(vpid).unwrap_or(0)),
@@ -275,6 +287,26 @@ fn space(
         threads,
         memory_bytes: (resident + status.vmswap.unwrap_or(0)) << 10, // KiB
     }))
+}
+
+/// Leaders of its session and its group that are dead. CRIU makes them again for a moment.
+fn dead_leaders(process: &Process) -> impl Iterator<Item = i32> {
+    let stat = process.stat().ok();
+    let leaders = stat.map(|stat| [stat.session, stat.pgrp]);
+    let leaders = leaders.into_iter().flatten();
+    leaders.filter(|leader| 0 < *leader && !Path::new(&format!("/proc/{leader}")).exists())
+}
+
+/// Memory that each process has for itself, of all of them. A page that parent and child still have
+/// in common is counted for both: at the target each has its own.
+fn private_bytes(pids: &[i32]) -> u64 {
+    let of = |pid: &i32| {
+        let status = Process::new(*pid)
+            .and_then(|process| process.status())
+            .ok()?;
+        Some((status.rssanon? + status.vmswap.unwrap_or_default()) << 10) // KiB
+    };
+    pids.iter().filter_map(of).sum()
 }
 
 /// The pid in the innermost pid namespace, which is what CRIU knows a process by: there is at most

@@ -37,6 +37,8 @@ pub enum Fail {
     Late,
     /// It never gets ready.
     Hang,
+    /// It is stopped before it is ready, and hears nothing.
+    Stop,
 }
 
 struct Criu {
@@ -70,6 +72,9 @@ pub fn run(script: &Script, socket: i32) {
     for (_, gate) in &mut criu.workloads {
         let ready = gate.read(&mut [0]).unwrap();
         assert_eq!(ready, 1, "a workload ended before it was ready");
+    }
+    if script.fail == Fail::Stop {
+        nix::sys::signal::raise(nix::sys::signal::Signal::SIGSTOP).unwrap();
     }
     if script.fail == Fail::Hang {
         let _ = criu.receive();

@@ -15,6 +15,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry::pager::client::{ClientError, Notice, PagerClient, Spawn};
 use pageferry::pager::message::{RestoreRequest, Status};
+use pageferry::runtime::cgroup::FreezerRoot;
+use pageferry::runtime::hierarchies::{Groups, Hierarchies};
 use pageferry_proto::id::{MigrationId, SpaceId};
 use pageferry_proto::page::{PageCount, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
@@ -37,7 +39,9 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 
 pub struct Lab {
     pub directory: tempfile::TempDir,
+    /// The freezer's of the tree.
     pub cgroup: PathBuf,
+    pub groups: Groups,
     pub client: Arc<PagerClient>,
     pub notices: mpsc::UnboundedReceiver<Notice>,
     pub stores: BTreeMap<u32, File>,
@@ -89,13 +93,8 @@ impl Lab {
     /// Starts a pager.
     pub async fn start() -> Self {
         let directory = tempfile::Builder::new().prefix("pfp").tempdir().unwrap();
-        let cgroup = cgroup();
-        let spawn = Spawn {
-            program: env!("CARGO_BIN_EXE_pageferry-pager").into(),
-            directory: directory.path().to_owned(),
-            id: MigrationId::new([7; 16]),
-            cgroup_procs: Vec::new(),
-        };
+        let (groups, cgroup) = cgroups();
+        let spawn = spawn(directory.path(), &groups);
         let (client, notices) = PagerClient::spawn(&spawn).await.unwrap();
         let pager = find_pager(directory.path());
         let listener = UnixListener::bind(directory.path().join("control")).unwrap();
@@ -103,6 +102,7 @@ impl Lab {
         Self {
             directory,
             cgroup,
+            groups,
             client: Arc::new(client),
             notices,
             stores,
@@ -197,7 +197,7 @@ impl Lab {
             images_dir: self.directory.path().to_owned(),
             work_dir: self.directory.path().to_owned(),
             log_level: 2,
-            cgroup_procs: vec![self.cgroup.join("cgroup.procs")],
+            cgroup_procs: self.groups.tree.procs_files(),
             freezer: self.cgroup.clone(),
             spaces: u32::try_from(tree.spaces.len()).unwrap(),
             ..RestoreRequest::default()
@@ -266,9 +266,21 @@ impl Drop for Lab {
             let _ = fs::write(self.cgroup.join("cgroup.freeze"), "0");
             std::thread::yield_now();
         }
-        let _ = fs::remove_dir(&self.cgroup);
+        self.groups.tree.kill();
         if is_pager_of(self.pager, self.directory.path()) {
             let _ = kill(Pid::from_raw(self.pager), Signal::SIGKILL);
+        }
+        let Groups {
+            tree,
+            pager,
+            watcher,
+        } = &self.groups;
+        let left: Vec<_> = [tree, pager, watcher]
+            .iter()
+            .filter_map(|group| group.remove(DEADLINE).err())
+            .collect();
+        if !std::thread::panicking() {
+            assert!(left.is_empty(), "{left:?}");
         }
         if std::thread::panicking() {
             let log = fs::read_to_string(self.directory.path().join("pager.log"));
@@ -321,6 +333,17 @@ impl Peer {
     }
 }
 
+/// How the pager of `directory` is started.
+pub fn spawn(directory: &Path, groups: &Groups) -> Spawn {
+    Spawn {
+        program: env!("CARGO_BIN_EXE_pageferry-pager").into(),
+        directory: directory.to_owned(),
+        id: MigrationId::new([7; 16]),
+        cgroup_procs: groups.pager.procs_files(),
+        watcher_cgroup_procs: groups.watcher.procs_files(),
+    }
+}
+
 pub fn vpids(tree: &Tree) -> impl Iterator<Item = i32> + use<> {
     VPID..VPID + i32::try_from(tree.spaces.len()).unwrap()
 }
@@ -341,26 +364,17 @@ fn store(first: u64, count: u64) -> File {
     file
 }
 
-/// A new freezer cgroup.
-fn cgroup() -> PathBuf {
+/// New cgroups, and the folder of the tree's freezer among them.
+fn cgroups() -> (Groups, PathBuf) {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let point = |wanted: &dyn Fn(&str, &str) -> bool| {
-        mounts.lines().find_map(|line| {
-            let (left, right) = line.split_once(" - ")?;
-            let mut right = right.split(' ');
-            let (kind, options) = (right.next()?, right.nth(1)?);
-            wanted(kind, options).then(|| PathBuf::from(left.split(' ').nth(4).unwrap()))
-        })
-    };
-    let v1 = point(&|kind, options| kind == "cgroup" && options.split(',').any(|o| o == "freezer"));
-    let root = v1
-        .or_else(|| point(&|kind, _| kind == "cgroup2"))
-        .expect("a freezer");
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let path = root.join(format!("pagertest-{}-{number}", std::process::id()));
-    fs::create_dir(&path).unwrap();
-    path
+    let name = format!("test-pager-{}-{number}", std::process::id());
+    let groups = Hierarchies::detect().unwrap().groups(&name);
+    for group in [&groups.tree, &groups.pager, &groups.watcher] {
+        group.make().unwrap();
+    }
+    let freezer = FreezerRoot::detect().unwrap().plan(&name);
+    (groups, freezer.path().to_owned())
 }
 
 /// The pager, not its watcher: the one that is our child.

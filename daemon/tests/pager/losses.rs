@@ -41,7 +41,7 @@ impl Lab {
     }
 
     /// Looks again and again until `what` holds.
-    async fn until(&self, what: impl Fn(&Self) -> bool) {
+    pub async fn until(&self, what: impl Fn(&Self) -> bool) {
         let deadline = Instant::now() + DEADLINE;
         while !what(self) {
             assert!(Instant::now() < deadline, "it does not come about");
@@ -56,7 +56,7 @@ impl Lab {
     }
 }
 
-fn is_frozen(lab: &Lab) -> bool {
+pub fn is_frozen(lab: &Lab) -> bool {
     let state = lab.freezer_state();
     state.contains("FROZEN") || state.contains("frozen 1")
 }
@@ -195,6 +195,32 @@ async fn a_tree_is_discarded_in_every_state_before_go_and_in_none_after() {
         "{error}"
     );
     assert!(!lab.processes().is_empty());
+}
+
+#[tokio::test]
+async fn a_criu_that_is_stopped_in_a_restore_is_discarded_with_everything() {
+    let tree = Tree {
+        fail: Fail::Stop,
+        ..Tree::of(MIB)
+    };
+    let mut lab = Lab::start().await;
+    lab.plan(&tree).await;
+    let client = lab.client.clone();
+    let request = lab.request(&tree);
+    let restoring = tokio::spawn(async move { client.restore(request, &[], &[]).await });
+    let is_stopped = |lab: &Lab| {
+        let mut pids = lab.processes().into_iter();
+        pids.any(|pid| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.contains(") T ")
+        })
+    };
+    lab.until(is_stopped).await;
+    let discarded = tokio::time::timeout(DEADLINE, lab.client.discard());
+    discarded.await.expect("a discard ends").unwrap();
+    assert!(lab.processes().is_empty());
+    restoring.await.unwrap().unwrap_err();
+    assert_eq!(lab.notice().await, Notice::Lost);
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod criu;
+mod fates;
 mod lab;
 mod losses;
 mod sys;
@@ -26,6 +27,9 @@ fn play_a_role() {
     if let Ok(setup) = std::env::var("PAGER_TEST_WORKLOAD") {
         workload::run(&serde_json::from_str(&setup).unwrap());
         std::process::exit(0);
+    }
+    if let Ok(directory) = std::env::var("PAGER_TEST_DAEMON") {
+        fates::be_a_daemon(directory.as_ref());
     }
     if let Ok(script) = std::env::var("PAGER_TEST_CRIU") {
         let socket = std::env::var("PAGER_TEST_SOCKET").unwrap().parse().unwrap();

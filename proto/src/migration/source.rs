@@ -14,7 +14,9 @@ mod message;
 mod outcome;
 mod output;
 mod recovery;
+mod retry;
 mod state;
+mod wait;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -30,7 +32,8 @@ use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 use crate::wire::description::WorkloadDescription;
 use crate::wire::version::Version;
-use state::{Copying, Finishing, Link, Retrying, State, Timer};
+use state::{Copying, Finishing, Link, State, Timer};
+pub use wait::{Wait, Waiting};
 
 /// How long the first connection may take. Longer than QUIC's own handshake timeout, whose
 /// error says more.
@@ -41,10 +44,6 @@ pub const ACCEPT_MAX: Duration = Duration::from_secs(60);
 
 /// How long attaching the tracker to every space may take: 20 ms for each of a few thousand.
 pub const TRACK_MAX: Duration = Duration::from_secs(120);
-
-/// How long the workload may be frozen before the commit. A client gives up earlier; this only
-/// ends a freeze that would never end. It covers memory that only CRIU copies, at 100 MB/s.
-pub const FROZEN_MAX: Duration = Duration::from_secs(120);
 
 /// How often a freeze may be given up for another round. Each one stops the workload for some
 /// tens of milliseconds, and what needs more than this is no passing state, or changes faster
@@ -113,6 +112,9 @@ pub enum SourceEvent {
         /// The workload's memory, in pages.
         memory: PageCount,
     },
+    /// What an action of the freeze waits for at the moment. Changes nothing; to be said before
+    /// [`SourceMachine::handle_timeout`], which may be the end of the freeze.
+    Waiting(Vec<Waiting>),
 }
 
 /// What the source's driver has to do, in this order.
@@ -148,8 +150,8 @@ pub enum SourceAction {
         /// The number that the parcels carry.
         round: Round,
     },
-    /// End what is under way, let CRIU end with failure, thaw the cgroup, open the network.
-    /// Succeeds on a workload that runs.
+    /// End what is under way at once, whatever it waits for; let CRIU end with failure, thaw the
+    /// cgroup, open the network. Succeeds on a workload that runs.
     Thaw {
         /// Whether tracking ends too.
         untrack: bool,
@@ -224,6 +226,10 @@ pub struct SourceMachine {
     fence_wanted: bool,
     convergence: Convergence,
     round: Option<Round>,
+    /// How long the present freeze, or the last one, may last before the commit.
+    frozen_max: Option<Duration>,
+    /// What the driver waits for.
+    waiting: Vec<Waiting>,
     counters: Counters,
     edges: Edges,
     started_at: Time,
@@ -262,6 +268,8 @@ impl SourceMachine {
             fence_wanted: false,
             convergence: Convergence::default(),
             round: None,
+            frozen_max: None,
+            waiting: Vec::new(),
             counters: Counters::default(),
             edges: Edges::default(),
             started_at: now,
@@ -283,7 +291,7 @@ impl SourceMachine {
             SourceEvent::AbortRequested => self.abort_requested(now),
             SourceEvent::Failure(failure) => self.failed(now, failure),
             SourceEvent::Fenced(side) => self.fenced(side),
-            SourceEvent::Finished(report) => self.finished(report),
+            SourceEvent::Finished(report) => self.finished(now, report),
             SourceEvent::Frozen => self.frozen(now),
             SourceEvent::JournalFailed(record) => self.journal_failed(now, &record),
             SourceEvent::Journalled(record) => self.journalled(now, &record),
@@ -296,6 +304,7 @@ impl SourceMachine {
             SourceEvent::SmapsEqual => self.smaps_equal(),
             SourceEvent::Thawed => self.thawed(now),
             SourceEvent::TrackingReady { memory } => self.tracking_ready(memory),
+            SourceEvent::Waiting(waiting) => self.waiting = waiting,
         }
         self.report(now);
     }
@@ -349,6 +358,7 @@ impl SourceMachine {
             wire_bytes: self.counters.wire_bytes,
             dirty_pages_per_second: self.convergence.dirtied_per_second(),
             predicted_downtime: self.convergence.predicted_downtime(),
+            frozen_max: self.frozen_max.or(self.policy.frozen_max),
             parts: self.edges.parts(),
             elapsed: now.since(self.started_at),
             failure: self.failure.clone(),
@@ -466,13 +476,25 @@ impl SourceMachine {
     /// A round is at the target: the policy says what follows.
     fn round_complete(&mut self, now: Time, report: &RoundReport) {
         let next = report.round.next();
-        match self.convergence.after(&self.policy, report) {
+        let memory = self.counters.memory;
+        match self.convergence.after(&self.policy, report, memory) {
             Decision::Round => self.send_round(next),
             Decision::Freeze(_) => self.freeze(now, next),
         }
     }
 
     fn freeze(&mut self, now: Time, round: Round) {
+        let frozen_max = self.convergence.frozen_max(&self.policy);
+        if let Some(predicted) = self.convergence.predicted_freeze()
+            && frozen_max < predicted
+        {
+            let text = format!(
+                "a freeze is predicted to take {predicted:.1?}, and {frozen_max:.1?} are allowed"
+            );
+            return self.abort_with(ErrorCode::FrozenTooLong, &text);
+        }
+        self.frozen_max = Some(frozen_max);
+        self.waiting.clear();
         self.round = Some(round);
         self.edges = Edges {
             requested: Some(now),
@@ -480,7 +502,7 @@ impl SourceMachine {
         };
         self.state = State::Freezing { round };
         self.timers.stop(Timer::Overall);
-        self.timers.set(Timer::Step, now.after(FROZEN_MAX));
+        self.timers.set(Timer::Frozen, now.after(frozen_max));
         self.actions.push_back(SourceAction::Freeze { round });
     }
 
@@ -495,7 +517,7 @@ impl SourceMachine {
             .push_back(SourceAction::Finish { generation, round });
     }
 
-    fn finished(&mut self, report: FinalReport) {
+    fn finished(&mut self, now: Time, report: FinalReport) {
         let State::Finishing(finishing) = &mut self.state else {
             return self.out_of_place("the end of the final round");
         };
@@ -503,6 +525,7 @@ impl SourceMachine {
             return self.out_of_place("a second end of the final round");
         }
         let round = finishing.round;
+        self.edges.sent = Some(now);
         self.counters.sent_bytes += report.raw_bytes;
         self.counters.wire_bytes += report.wire_bytes;
         self.send(SourceMessage::Final(Final {
@@ -527,58 +550,5 @@ impl SourceMachine {
         }
         finishing.smaps_equal = true;
         self.prepare_if_complete();
-    }
-
-    /// Thaws and sends another round, after a pause, and after what is on its way has arrived: a
-    /// page must never be in flight twice, or the older one may be the one that stays.
-    fn retry(&mut self, report: RetryReport) {
-        let round = match &self.state {
-            State::Freezing { round } => *round,
-            State::Finishing(finishing) if !finishing.sent => finishing.round,
-            State::Journalling
-            | State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Finishing(_)
-            | State::Prepared { .. }
-            | State::Committed { .. }
-            | State::Releasing(_)
-            | State::Reclaiming { .. }
-            | State::Aborting(_)
-            | State::Telling
-            | State::Closing { .. }
-            | State::Closed { .. } => return self.out_of_place("a retry"),
-        };
-        self.counters.sent_bytes += report.raw_bytes;
-        self.counters.wire_bytes += report.wire_bytes;
-        if self.retries == RETRIES_MAX {
-            return self.abort(report.reason);
-        }
-        let Some(undecided) = &self.undecided else {
-            return self.out_of_place("a retry after the commit");
-        };
-        let permit = undecided.permit();
-        self.retries += 1;
-        self.generation = self.generation.next();
-        self.given_up = Some(report.reason);
-        self.edges = Edges::default();
-        self.timers.stop(Timer::Step);
-        self.timers
-            .set(Timer::Overall, self.started_at.after(self.policy.timeout));
-        self.state = State::Retrying(Retrying {
-            round,
-            pause: report.pause,
-            thawed: false,
-            rested: false,
-            held: false,
-        });
-        self.thaw(permit, false);
-        self.send(SourceMessage::RoundEnd(RoundEnd {
-            round,
-            parcels: report.parcels,
-            pages: report.pages,
-        }));
     }
 }

@@ -245,6 +245,7 @@ impl TargetMachine {
             parts: Parts::default(),
             elapsed: now.since(self.started_at),
             failure: self.failure.clone(),
+            frozen_max: None,
             fence_wanted: self.state.is_ready() && !self.connected,
         }
     }

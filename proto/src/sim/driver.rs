@@ -1,12 +1,10 @@
 //! What the drivers of both sides do with their machines' actions.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::attempt::images;
 use super::memory::Memory;
-use super::node::{
-    Attempt, Images, Last, Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload,
-};
+use super::node::{Attempt, Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload};
 use super::oracle::Violation;
 use super::world::{PAGE_DURATION, World, workload_gone};
 use crate::id::{Generation, Round, SpaceId};
@@ -52,15 +50,17 @@ impl World {
         }
     }
 
-    /// The jobs that may get further: of the records being written only the first.
+    /// The jobs that may get further: none that hangs, and of the records being written the first.
     pub(super) fn source_jobs(&self) -> Vec<usize> {
         let writes = |job: &SourceJob| matches!(job, SourceJob::Journal { .. });
-        allowed(&self.source.jobs, writes)
+        let hangs = |job: &SourceJob| matches!(job, SourceJob::Hung);
+        allowed(&self.source.jobs, writes, hangs)
     }
 
     pub(super) fn target_jobs(&self) -> Vec<usize> {
         let writes = |job: &TargetJob| matches!(job, TargetJob::Journal { .. });
-        allowed(&self.target.jobs, writes)
+        let hangs = |job: &TargetJob| matches!(job, TargetJob::Hung);
+        allowed(&self.target.jobs, writes, hangs)
     }
 
     pub(super) fn begin_at_source(&mut self) -> Result<(), Violation> {
@@ -80,6 +80,7 @@ impl World {
             SourceAction::Freeze { round: _ } => {
                 if self.source.workload == SourceWorkload::Running {
                     self.source.workload = SourceWorkload::Frozen;
+                    self.source.frozen_at = Some(self.now);
                 }
                 SourceJob::Freeze
             }
@@ -108,6 +109,7 @@ impl World {
                 self.check_thaw()?;
                 if self.source.workload == SourceWorkload::Frozen {
                     self.source.workload = SourceWorkload::Running;
+                    self.source.frozen_at = None;
                 }
                 SourceJob::Thaw
             }
@@ -115,6 +117,14 @@ impl World {
                 self.source.memory.restart();
                 SourceJob::Track
             }
+        };
+        let job = match job {
+            SourceJob::CompareSmaps | SourceJob::Freeze | SourceJob::Send(_) | SourceJob::Track
+                if std::mem::take(&mut self.source.hang_next) =>
+            {
+                SourceJob::Hung
+            }
+            job => job,
         };
         self.source.jobs.push(job);
         Ok(())
@@ -126,6 +136,7 @@ impl World {
             match job {
                 SourceJob::CompareSmaps
                 | SourceJob::Freeze
+                | SourceJob::Hung
                 | SourceJob::Send(_)
                 | SourceJob::Track => {
                     *job = SourceJob::Late(SourceEvent::Failure(injected()));
@@ -152,36 +163,6 @@ impl World {
             sent: 0,
             pages: 0,
             last: attempt.map(|generation| self.last(generation)),
-        }
-    }
-
-    fn last(&self, generation: Generation) -> Last {
-        let memory = &self.source.memory.memory;
-        let live = memory.live();
-        let spaces = u32::try_from(live.len()).expect("few spaces");
-        let mut unsent = VecDeque::new();
-        for (space, live) in live {
-            let pages = memory.read(space, &live);
-            unsent.push_back(Stream::LiveSet {
-                generation,
-                space,
-                live,
-            });
-            unsent.push_back(Stream::Digests {
-                generation,
-                space,
-                pages,
-            });
-        }
-        let images = images(generation);
-        let image = |(name, generation)| Stream::Image { generation, name };
-        let files = u32::try_from(images.len()).expect("few images");
-        unsent.extend(images.into_iter().map(image));
-        Last {
-            live_sets: spaces,
-            images: files,
-            digests: spaces,
-            unsent,
         }
     }
 
@@ -213,7 +194,7 @@ impl World {
                     SourceEvent::Journalled(record)
                 }
             }
-            SourceJob::Journal { .. } => return,
+            SourceJob::Hung | SourceJob::Journal { .. } => return,
             SourceJob::Late(event) => event,
             SourceJob::Release => outcome(SourceEvent::Released),
             SourceJob::Send(_) if failed => SourceEvent::Failure(injected()),
@@ -354,6 +335,14 @@ impl World {
                 return Ok(());
             }
         };
+        let job = match job {
+            TargetJob::Prepare | TargetJob::Restore
+                if std::mem::take(&mut self.target.hang_next) =>
+            {
+                TargetJob::Hung
+            }
+            job => job,
+        };
         self.target.jobs.push(job);
         Ok(())
     }
@@ -381,7 +370,10 @@ impl World {
         }
         for job in &mut self.target.jobs {
             match job {
-                TargetJob::Prepare | TargetJob::Restore | TargetJob::Stored(_) => {
+                TargetJob::Hung
+                | TargetJob::Prepare
+                | TargetJob::Restore
+                | TargetJob::Stored(_) => {
                     *job = TargetJob::Late(TargetEvent::Failure(injected()));
                 }
                 TargetJob::Discard
@@ -418,7 +410,7 @@ impl World {
                     TargetEvent::Journalled(record)
                 }
             }
-            TargetJob::Journal { .. } => return,
+            TargetJob::Hung | TargetJob::Journal { .. } => return,
             TargetJob::Late(event) | TargetJob::Stored(event) => event,
             TargetJob::LetGo if self.target.workload == TargetWorkload::Dropped => {
                 TargetEvent::NeverRan(workload_gone())
@@ -538,24 +530,6 @@ fn set_of(pages: &[(u64, u32)]) -> PageSet {
     set.expect("small page numbers")
 }
 
-impl Attempt {
-    /// Drops what an older attempt has left.
-    fn belong_to(&mut self, generation: Generation) {
-        if self.generation != Some(generation) {
-            *self = Self {
-                generation: Some(generation),
-                ..Self::default()
-            };
-        }
-    }
-}
-
-/// The image files that an attempt writes: not always of the same names.
-fn images(generation: Generation) -> Images {
-    let odd = u8::from(generation.number() % 2 == 1);
-    [(0, generation), (1 + odd, generation)].into()
-}
-
 fn ledger_failure(error: &LedgerError) -> TargetEvent {
     TargetEvent::Failure(Failure::new(error.code(), error.to_string()))
 }
@@ -575,10 +549,15 @@ fn injected() -> Failure {
     Failure::new(ErrorCode::Internal, "injected")
 }
 
-fn allowed<Job>(jobs: &[Job], writes: impl Fn(&Job) -> bool) -> Vec<usize> {
+fn allowed<Job>(
+    jobs: &[Job],
+    writes: impl Fn(&Job) -> bool,
+    hangs: impl Fn(&Job) -> bool,
+) -> Vec<usize> {
     let first = jobs.iter().position(&writes);
     (0..jobs.len())
         .filter(|place| !writes(&jobs[*place]) || Some(*place) == first)
+        .filter(|place| !hangs(&jobs[*place]))
         .collect()
 }
 

@@ -8,6 +8,7 @@ use crate::id::{Generation, Round, SpaceId};
 use crate::migration::ledger::Ledger;
 use crate::migration::source::{SourceAction, SourceEvent, SourceMachine};
 use crate::migration::target::{TargetAction, TargetEvent, TargetMachine};
+use crate::migration::timer::Time;
 use crate::set::PageSet;
 
 #[derive(Debug)]
@@ -20,6 +21,9 @@ pub(super) struct SourceNode {
     pub(super) actions: VecDeque<SourceAction>,
     pub(super) jobs: Vec<SourceJob>,
     pub(super) fail_next: bool,
+    pub(super) hang_next: bool,
+    /// When the present freeze began.
+    pub(super) frozen_at: Option<Time>,
     pub(super) retry_next: bool,
     /// Without power for good.
     pub(super) dead: bool,
@@ -41,6 +45,7 @@ pub(super) struct TargetNode {
     pub(super) actions: VecDeque<TargetAction>,
     pub(super) jobs: Vec<TargetJob>,
     pub(super) fail_next: bool,
+    pub(super) hang_next: bool,
     pub(super) dead: bool,
     pub(super) incarnations: u64,
     /// How often letting go has failed: the machine gives up after some tries.
@@ -83,7 +88,12 @@ pub(super) enum SourceJob {
     CompareSmaps,
     Connect,
     Freeze,
-    Journal { action: SourceAction, place: usize },
+    /// Under way until it is undone.
+    Hung,
+    Journal {
+        action: SourceAction,
+        place: usize,
+    },
     Late(SourceEvent),
     Release,
     Send(Sending),
@@ -116,7 +126,12 @@ pub(super) struct Last {
 pub(super) enum TargetJob {
     Discard,
     Fill,
-    Journal { action: TargetAction, place: usize },
+    /// Under way until it is undone.
+    Hung,
+    Journal {
+        action: TargetAction,
+        place: usize,
+    },
     Late(TargetEvent),
     LetGo,
     Prepare,
@@ -155,6 +170,7 @@ impl SourceNode {
         self.actions.clear();
         self.jobs.clear();
         self.fail_next = false;
+        self.hang_next = false;
         self.retry_next = false;
         self.journal.crash(found);
     }
@@ -169,6 +185,7 @@ impl TargetNode {
         self.ledger = None;
         self.attempt = Attempt::default();
         self.fail_next = false;
+        self.hang_next = false;
         self.journal.crash(found);
     }
 }

@@ -13,7 +13,7 @@ use super::oracle::Violation;
 use super::step::{Op, Step};
 use crate::id::{Incarnation, MigrationId, SpaceId, WorkloadName};
 use crate::migration::handoff::Side;
-use crate::migration::policy::Policy;
+use crate::migration::policy::{FROZEN_MAX_LEAST, Policy};
 use crate::migration::record::{DriverState, Entry};
 use crate::migration::source::{SourceEvent, SourceMachine, SourceOffer};
 use crate::migration::status::{Phase, Status};
@@ -25,6 +25,7 @@ use crate::wire::description::{
     LinkAddress, LinkDescription, Namespaces, SpaceDescription, WorkloadDescription,
 };
 use crate::wire::frame;
+use crate::wire::needs::Needs;
 
 /// What a world begins with.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +65,8 @@ pub struct World {
     pub(super) frozen: Option<(Memory, Images)>,
     /// The generation of the last status of each side's present machine.
     pub(super) reported: [u64; 2],
+    /// How long the workload may stand still.
+    pub(super) frozen_max: Duration,
     pub(super) trace: Vec<String>,
 }
 
@@ -100,6 +103,8 @@ impl World {
                 actions: VecDeque::new(),
                 jobs: Vec::new(),
                 fail_next: false,
+                hang_next: false,
+                frozen_at: None,
                 retry_next: false,
                 dead: false,
             },
@@ -114,6 +119,7 @@ impl World {
                 actions: VecDeque::new(),
                 jobs: Vec::new(),
                 fail_next: false,
+                hang_next: false,
                 dead: false,
                 incarnations: 0,
                 let_go_failures: 0,
@@ -125,6 +131,7 @@ impl World {
             go_said: false,
             frozen: None,
             reported: [0; 2],
+            frozen_max: setup.policy.frozen_max.unwrap_or(FROZEN_MAX_LEAST),
             trace: Vec::new(),
         };
         world.restart_target();
@@ -204,6 +211,9 @@ impl World {
             Op::Fail(Side::Source) => self.source.fail_next = self.source.machine.is_some(),
             Op::Fail(Side::Target) => self.target.fail_next = self.target.machine.is_some(),
             Op::Fence(side) => self.fence(side),
+            Op::Hang(Side::Source) => self.source.hang_next = self.source.machine.is_some(),
+            Op::Hang(Side::Target) => self.target.hang_next = self.target.machine.is_some(),
+            Op::Pass(eighths) => self.pass(eighths),
             Op::PowerLoss(side, found) => self.lose_power(side, found),
             Op::Restart(side) => self.restart(side),
             Op::Retry => self.source.retry_next = self.source.machine.is_some(),
@@ -262,7 +272,9 @@ impl World {
     /// told.
     pub fn settle(&mut self) -> Result<Survivor, Violation> {
         self.source.fail_next = false;
+        self.source.hang_next = false;
         self.target.fail_next = false;
+        self.target.hang_next = false;
         self.source.retry_next = false;
         self.restart(Side::Source);
         self.restart(Side::Target);
@@ -496,6 +508,15 @@ impl World {
         [source, target].into_iter().flatten().min()
     }
 
+    /// What is under way takes this long.
+    fn pass(&mut self, eighths: u8) {
+        let later = self.now.after(Duration::from_millis(125) * eighths.into());
+        self.now = self
+            .next_timer()
+            .map_or(later, |next| next.min(later))
+            .max(self.now);
+    }
+
     fn tick(&mut self) {
         let Some(next) = self.next_timer() else {
             return;
@@ -553,6 +574,7 @@ fn offer(setup: &Setup) -> SourceOffer {
             cwd: "/".to_owned(),
             root: "/".to_owned(),
             mounts: Vec::new(),
+            needs: Needs::default(),
         },
         state: DriverState::new(b"source".to_vec()).expect("six bytes"),
     }

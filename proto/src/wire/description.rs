@@ -7,6 +7,7 @@ use std::net::IpAddr;
 
 use crate::id::SpaceId;
 use crate::wire::control::{ControlError, missing, short};
+use crate::wire::needs::Needs;
 use crate::wire::schema;
 
 /// Most spaces, and most pids and threads, of one workload: a tree of a few thousand processes
@@ -71,6 +72,8 @@ pub struct WorkloadDescription {
     /// The mounts in its own mount namespace that show files of the node; the first is its root.
     /// Empty if it has the node's mount namespace.
     pub mounts: Vec<MountDescription>,
+    /// The memory it needs, and the limits it keeps.
+    pub needs: Needs,
 }
 
 /// A mount in a mount namespace of the workload's own that shows files of the node.
@@ -227,6 +230,7 @@ impl From<&WorkloadDescription> for schema::WorkloadDescription {
             cwd: description.cwd.clone(),
             root: description.root.clone(),
             mounts: description.mounts.iter().map(Into::into).collect(),
+            needs: Some((&description.needs).into()),
         }
     }
 }
@@ -273,6 +277,7 @@ impl TryFrom<schema::WorkloadDescription> for WorkloadDescription {
             cwd: wire.cwd,
             root: wire.root,
             mounts: collect(wire.mounts)?,
+            needs: wire.needs.try_into()?,
         })
     }
 }

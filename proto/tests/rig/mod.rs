@@ -12,13 +12,14 @@ use pageferry_proto::migration::record::{
 use pageferry_proto::migration::source::{
     FinalReport, SourceAction, SourceEvent, SourceMachine, SourceOffer,
 };
-use pageferry_proto::migration::status::Status;
+use pageferry_proto::migration::status::{Phase, Status};
 use pageferry_proto::migration::target::{TargetAction, TargetEvent, TargetMachine, TargetOrigin};
 use pageferry_proto::migration::timer::Time;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
+use pageferry_proto::wire::needs::Needs;
 use pageferry_proto::wire::version::Version;
 
 pub const ID: MigrationId = MigrationId::new([1; 16]);
@@ -93,7 +94,18 @@ impl Source {
     }
 
     pub fn copying() -> Self {
-        let mut source = Self::new();
+        Self::with(Policy::DEFAULT)
+    }
+
+    /// In its first round, with this policy.
+    pub fn with(policy: Policy) -> Self {
+        let now = Time::default();
+        let offer = SourceOffer {
+            policy,
+            ..source_offer()
+        };
+        let machine = SourceMachine::new(offer, now);
+        let mut source = Self { machine, now };
         source.actions();
         source.journalled(offered());
         source.feed(SourceEvent::PeerConnected);
@@ -412,5 +424,24 @@ fn description() -> WorkloadDescription {
         cwd: "/".to_owned(),
         root: "/".to_owned(),
         mounts: Vec::new(),
+        needs: Needs::default(),
     }
+}
+
+pub const THAW: SourceAction = SourceAction::Thaw { untrack: true };
+
+pub fn is_abort(action: &SourceAction) -> bool {
+    matches!(action, SourceAction::Send(SourceMessage::Abort { .. }))
+}
+
+/// Aborted, thawed and untracked with this code, and the target told.
+pub fn assert_aborts(actions: &[SourceAction], source: &Source, code: ErrorCode) {
+    let [abort, thaw] = actions else {
+        panic!("{actions:?}")
+    };
+    assert!(is_abort(abort), "{actions:?}");
+    assert_eq!(*thaw, THAW);
+    let status = source.status();
+    assert_eq!(status.phase, Phase::Aborting);
+    assert_eq!(status.failure.unwrap().code(), code);
 }

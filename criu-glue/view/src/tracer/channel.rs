@@ -6,6 +6,7 @@
 use std::cell::UnsafeCell;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,8 +146,8 @@ impl Shared {
         unsafe { self.0.as_ref() }
     }
 
-    /// CRIU's turn: fills the call and hands it over by `notify`; `alive` is asked now and then
-    /// whether anybody is left to answer. Gives what `read` makes of the answered call and of
+    /// CRIU's turn: fills the call and hands it over by `notify`; `alive` is asked whenever
+    /// `patience` is over whether anybody is left to answer. Gives what `read` makes of the answered call and of
     /// whether a signal was handled meanwhile.
     ///
     /// Not to be called by a signal handler that interrupts it.
@@ -154,6 +155,7 @@ impl Shared {
         &self,
         fill: impl FnOnce(&mut Call),
         notify: impl FnOnce(),
+        patience: Duration,
         mut alive: impl FnMut() -> bool,
         read: impl FnOnce(&Call, bool) -> T,
     ) -> Option<T> {
@@ -170,7 +172,7 @@ impl Shared {
                 // SAFETY: it was answered, so it is ours again.
                 return Some(read(unsafe { &*channel.call.get() }, interrupted));
             }
-            match futex_wait(&channel.answered, answered) {
+            match futex_wait(&channel.answered, answered, patience) {
                 Waited::TimedOut if !alive() => return None,
                 Waited::Interrupted => interrupted = true,
                 Waited::TimedOut | Waited::Woken => {}
@@ -199,10 +201,10 @@ enum Waited {
     TimedOut,
 }
 
-fn futex_wait(word: &AtomicU32, unchanged: u32) -> Waited {
+fn futex_wait(word: &AtomicU32, unchanged: u32, limit: Duration) -> Waited {
     let limit = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 100_000_000, // 100 ms
+        tv_sec: limit.as_secs().cast_signed(),
+        tv_nsec: limit.subsec_nanos().into(),
     };
     let limit = ptr::from_ref(&limit);
     // SAFETY: the word and the time limit live across the call.
@@ -232,6 +234,8 @@ fn futex_wake(word: &AtomicU32) {
 mod tests {
     use super::*;
 
+    const PATIENCE: Duration = Duration::from_millis(100);
+
     #[test]
     fn a_call_is_answered_by_the_other_side() {
         let shared = Shared::create().expect("memory");
@@ -247,7 +251,13 @@ mod tests {
             }
         });
         for pid in 1..=3 {
-            let result = shared.ask(|call| call.pid = pid, || (), || true, |call, _| call.result);
+            let result = shared.ask(
+                |call| call.pid = pid,
+                || (),
+                PATIENCE,
+                || true,
+                |call, _| call.result,
+            );
             assert_eq!(result, Some(2 * i64::from(pid)));
         }
         server.join().expect("no panic");
@@ -256,7 +266,13 @@ mod tests {
     #[test]
     fn nobody_left_to_answer_is_noticed() {
         let shared = Shared::create().expect("memory");
-        let result = shared.ask(|call| call.pid = 1, || (), || false, |call, _| call.result);
+        let result = shared.ask(
+            |call| call.pid = 1,
+            || (),
+            PATIENCE,
+            || false,
+            |call, _| call.result,
+        );
         assert_eq!(result, None);
     }
 
@@ -289,7 +305,13 @@ mod tests {
             while HANDLED.load(Ordering::Relaxed) == 0 {}
             shared.serve(|call| call.result = 1);
         });
-        let told = shared.ask(|_| (), || (), || true, |call, signal| (call.result, signal));
+        let told = shared.ask(
+            |_| (),
+            || (),
+            PATIENCE,
+            || true,
+            |call, signal| (call.result, signal),
+        );
         assert_eq!(told, Some((1, true)));
         server.join().expect("no panic");
     }

@@ -20,6 +20,7 @@
 
 mod channel;
 mod files;
+pub mod frozen;
 mod home;
 mod kernel;
 mod known;

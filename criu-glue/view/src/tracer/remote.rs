@@ -8,10 +8,12 @@ use std::ffi::{c_int, c_long, c_uint, c_void};
 use std::ptr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
+use std::time::Duration;
 
 use super::channel::{
     BUFFER_BYTES, Call, Channel, PEEK_BYTES, POSTED_BYTES, POSTED_MAX, Posted, Shape, Shared, What,
 };
+use super::frozen::Seizure;
 use super::{kernel, known};
 use crate::feed::{self, Feed};
 use crate::layout::Counter;
@@ -62,10 +64,11 @@ extern "C" fn ptrace(request: c_uint, pid: c_int, address: u64, data: u64) -> c_
                 return Some(Ok(0));
             }
         }
-        let result = ptrace_remotely(&mut tracees.posted, request, pid, address, data);
-        if result.is_ok() && seizes {
-            tracees.known.insert(pid, Vec::new());
-        }
+        let result = if seizes {
+            seize(tracees, pid, address, data)
+        } else {
+            ptrace_remotely(&mut tracees.posted, (request, pid, address, data), None)
+        };
         if result.is_ok() && request == kernel::DETACH {
             tracees.known.remove(&pid);
         }
@@ -87,6 +90,20 @@ extern "C" fn ptrace(request: c_uint, pid: c_int, address: u64, data: u64) -> c_
     finish(checked(kernel::ptrace(request, pid, address, data)))
 }
 
+fn seize(tracees: &mut Tracees, pid: i32, address: u64, data: u64) -> Result<i64, i32> {
+    let mut seizure = Seizure::new(pid, TRACER.load(Ordering::Relaxed));
+    let call = (kernel::SEIZE, pid, address, data);
+    let result = ptrace_remotely(&mut tracees.posted, call, Some(&mut seizure))?;
+    if !seizure.end() {
+        let call = (kernel::DETACH, pid, 0, 0);
+        // The tracer is gone or has let go of it.
+        let _ = ptrace_remotely(&mut tracees.posted, call, None);
+        return Err(libc::EPERM);
+    }
+    tracees.known.insert(pid, Vec::new());
+    Ok(result)
+}
+
 /// `waitpid(2)`.
 #[cfg_attr(not(test), unsafe(no_mangle))]
 extern "C" fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int {
@@ -102,7 +119,7 @@ extern "C" fn wait4(pid: c_int, status: *mut c_int, options: c_int, usage: *mut 
             break waited;
         }
         // Children of CRIU and tracees, and none has anything to tell.
-        std::thread::sleep(std::time::Duration::from_micros(100));
+        std::thread::sleep(Duration::from_micros(100));
     };
     let Some((result, told)) = remote else {
         // Among any, the tracer is not meant: a child that only `__WALL` finds.
@@ -157,7 +174,7 @@ fn wait_remotely(tracees: &mut Tracees, pid: i32, options: i32) -> (i64, i32) {
         (result, call.status, known.to_vec())
     };
     let gone = (-i64::from(libc::ECHILD), 0, Vec::new());
-    let (result, status, known) = ask(&mut tracees.posted, fill, read).unwrap_or(gone);
+    let (result, status, known) = ask(&mut tracees.posted, None, fill, read).unwrap_or(gone);
     if let Ok(tid @ 1..) = i32::try_from(result) {
         if libc::WIFSTOPPED(status) {
             tracees.known.insert(tid, known);
@@ -264,10 +281,8 @@ fn post(posted: &mut Vec<Posted>, request: u32, pid: i32, address: u64, data: u6
 /// The result, or the error's number.
 fn ptrace_remotely(
     posted: &mut Vec<Posted>,
-    request: u32,
-    pid: i32,
-    address: u64,
-    data: u64,
+    (request, pid, address, data): (u32, i32, u64, u64),
+    seizure: Option<&mut Seizure>,
 ) -> Result<i64, i32> {
     let passed = passed(request, address, data).ok_or(libc::EIO)?;
     let fill = |call: &mut Call| {
@@ -285,7 +300,7 @@ fn ptrace_remotely(
             unsafe { ptr::copy(passed.at, call.buffer.as_mut_ptr(), passed.length) };
         }
     };
-    let answer = ask(posted, fill, |call, _| {
+    let answer = ask(posted, seizure, fill, |call, _| {
         let result = checked(call.result)?;
         let word = call
             .buffer
@@ -380,6 +395,7 @@ fn passed(request: u32, address: u64, data: u64) -> Option<Passed> {
 
 fn ask<T>(
     posted: &mut Vec<Posted>,
+    mut seizure: Option<&mut Seizure>,
     fill: impl FnOnce(&mut Call),
     read: impl FnOnce(&Call, bool) -> T,
 ) -> Option<T> {
@@ -401,8 +417,18 @@ fn ask<T>(
     let notify = || unsafe {
         libc::kill(tracer, kernel::ASKED);
     };
-    let alive = || kernel::wait(tracer, libc::__WALL | libc::WNOHANG).0 == 0;
-    let answer = shared.ask(fill, notify, alive, read);
+    let patience = if seizure.is_some() {
+        SEIZURE_PATIENCE
+    } else {
+        PATIENCE
+    };
+    let alive = || {
+        if let Some(seizure) = &mut seizure {
+            seizure.look();
+        }
+        kernel::wait(tracer, libc::__WALL | libc::WNOHANG).0 == 0
+    };
+    let answer = shared.ask(fill, notify, patience, alive, read);
     GONE.store(answer.is_none(), Ordering::Relaxed);
     answer
 }
@@ -449,6 +475,12 @@ fn finish(result: Result<i64, i32>) -> c_long {
     unsafe { *libc::__errno_location() = result.err().unwrap_or_default() };
     result.unwrap_or(-1)
 }
+
+/// How often it is looked whether the tracer is there.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// A seizure takes microseconds, or does not end.
+const SEIZURE_PATIENCE: Duration = Duration::from_millis(1);
 
 /// From arch/x86/include/uapi/asm/prctl.h.
 const ARCH_SHSTK_STATUS: u64 = 0x5005;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::channel::{BUFFER_BYTES, Call, PEEK_BYTES, Shape, Shared, What};
 use super::files::Inherited;
+use super::frozen;
 use super::kernel::{self, Registers, Signal, Stop};
 use super::known;
 use super::links::Links;
@@ -249,6 +250,9 @@ impl Tracer {
 
     /// The kernel lets go of all that are stopped when this process ends.
     fn let_all_go(&mut self) -> ! {
+        if !self.tracees.is_empty() {
+            frozen::put_back(self.tracees.keys().copied());
+        }
         for (tid, tracee) in &mut self.tracees {
             tracee.hold(*tid);
         }

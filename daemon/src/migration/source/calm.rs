@@ -19,7 +19,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use pageferry_proto::migration::source::SourceEvent;
+use pageferry_proto::migration::source::{SourceEvent, Wait};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::task::block_in_place;
 
@@ -29,7 +29,6 @@ use super::site::Site;
 use crate::link::netlink::Netlink;
 use crate::migration::text::network_unfit;
 use crate::pages::track::tree::Tree;
-use crate::runtime::cgroup::CgroupError;
 use crate::runtime::passing::{self, Observer, Passing, State};
 use crate::sys::namespace::{self, NamespaceKind};
 
@@ -52,7 +51,7 @@ impl Site {
             }
             for port in &self.ports {
                 let Some(netlink) = &netlink else { break };
-                let closed = port.close(netlink).await;
+                let closed = self.waits.on(Wait::Ports, port.close(netlink)).await?;
                 closed.map_err(|error| network_unfit(&error))?;
             }
             let closed = Instant::now();
@@ -67,23 +66,27 @@ impl Site {
             }
             for port in &self.ports {
                 let Some(netlink) = &netlink else { break };
-                let opened = port.open(netlink).await;
+                let opened = self.waits.on(Wait::Ports, port.open(netlink)).await?;
                 opened.map_err(|error| network_unfit(&error))?;
             }
             tokio::time::sleep(PAUSE_OPEN).await;
         }
-        match block_in_place(|| self.freezer.freeze_within(FREEZE_MAX)) {
-            Ok(()) => {}
+        let freezing = Instant::now();
+        let cut = self.waits.begin(Wait::Cgroup);
+        let end = || cut.is_cut() || FREEZE_MAX < freezing.elapsed();
+        block_in_place(|| self.freezer.freeze_unless(end))
+            .map_err(|error| freeze_failed(&error))?;
+        cut.check()?;
+        drop(cut);
+        let is_frozen = self.freezer.is_frozen();
+        if !is_frozen.map_err(|error| freeze_failed(&error))? {
             // It is thawed: a task that still cannot be interrupted was not so because of that.
-            Err(CgroupError::FreezeTimeout { .. }) => {
-                let pids = self.pids()?;
-                let sleeper = block_in_place(|| passing::uninterruptible(&pids));
-                return Ok(Some(sleeper.unwrap_or_else(|| Passing {
-                    state: State::Uninterruptible,
-                    holder: format!("a task of {} processes", pids.len()),
-                })));
-            }
-            Err(error) => return Err(freeze_failed(&error)),
+            let pids = self.pids()?;
+            let sleeper = block_in_place(|| passing::uninterruptible(&pids));
+            return Ok(Some(sleeper.unwrap_or_else(|| Passing {
+                state: State::Uninterruptible,
+                holder: format!("a task of {} processes", pids.len()),
+            })));
         }
         let frozen = Instant::now();
         let found = self.look()?;
@@ -108,6 +111,7 @@ impl Site {
             if patience < began.elapsed() {
                 return Ok(found);
             }
+            self.waits.begin(Wait::Cgroup).check()?;
             tokio::time::sleep(PAUSE_OPEN).await;
         }
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use pageferry_proto::id::{Generation, Round, SpaceId};
 use pageferry_proto::migration::policy::RoundReport;
-use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent};
+use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent, Wait};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -16,15 +16,15 @@ use pageferry_proto::wire::parcel::ParcelHeader;
 use pageferry_proto::wire::stream::{ImageFileHeader, ImageName, SetHeader, StreamKind, seal};
 use tokio::task::block_in_place;
 
-use super::dump::Dump;
-use super::failure::{criu_failed, failed_to_track, freeze_failed, lost};
+use super::dump::{Dump, DumpError};
+use super::failure::{criu_failed, failed_to_track, lost};
 use super::sent::Sent;
 use super::site::Site;
-use super::task::alive;
+use super::unread::{Unsent, Verdict};
 use super::verify;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
-use crate::pages::read::ReadError;
+use crate::pages::read::Misses;
 use crate::pages::send::{ParcelSink, RoundSent, SendError};
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
@@ -105,7 +105,8 @@ impl Site {
         }
         let last_scan = self.scanned;
         let pending = std::mem::take(&mut self.pending);
-        let sums = self.send_pages(&pending, round).await?;
+        // What was not sent is dirty again, or gone.
+        let (sums, _) = self.send_pages(&pending, round, Misses::GiveUp).await?;
         block_in_place(|| {
             self.attach_new()?;
             self.scan()
@@ -129,14 +130,16 @@ impl Site {
         })
     }
 
-    /// Sends pages of each space; what could not be read is put back as dirty.
+    /// Sends pages of each space; what could not be read is put back as dirty, and told.
     async fn send_pages(
         &mut self,
         wanted: &BTreeMap<SpaceId, PageSet>,
         round: Round,
-    ) -> Result<Sums, Failure> {
+        misses: Misses,
+    ) -> Result<(Sums, Unsent), Failure> {
         let data = self.data()?;
         let mut sums = Sums::default();
+        let mut unsent = Unsent::default();
         for (id, pages) in wanted {
             let Some(space) = self.spaces.get_mut(id) else {
                 continue;
@@ -145,27 +148,27 @@ impl Site {
                 continue;
             }
             let reader = space.reader();
-            let mut cancelled = self.cancelled.clone();
             let sink = Parcels(&data, &self.sent);
-            let sent = tokio::select! {
-                sent = self.sender.round(*id, &reader, pages, round, &sink) => sent,
-                _ = cancelled.wait_for(|cancelled| *cancelled) => Err(SendError::Cut),
-            };
-            match sent {
+            let read = (&reader, misses);
+            let sending = self.sender.round(*id, read, pages, round, &sink);
+            match self.waits.on(Wait::Pages, sending).await? {
                 Ok(sent) => {
+                    self.delivered.sent(*id, pages, &sent.unread);
                     space.put_back(&sent.unread);
                     sums.add(&sent);
+                    if !sent.unread.is_empty() {
+                        unsent.unread.insert(*id, (space.pid(), sent.unread));
+                    }
                 }
-                // It has ended, or is about to without its memory; the rest of the tree goes on.
-                Err(SendError::Read { sent, source, .. })
-                    if matches!(source, ReadError::Gone { .. }) || !alive(space.pid()) =>
-                {
+                // It has ended, all of it; the rest of the tree goes on.
+                Err(SendError::Read { sent, .. }) if reader.has_ended() => {
                     sums.add(&sent);
+                    unsent.ended.push(space.pid());
                 }
                 Err(error) => return Err(send_failed(&error)),
             }
         }
-        Ok(sums)
+        Ok((sums, unsent))
     }
 
     /// The final round: everything the target still lacks, with the tree frozen.
@@ -194,32 +197,35 @@ impl Site {
         };
         let scanned = began.elapsed();
         let mut dump = self.take_dump()?;
-        self.show(&mut dump, &scans)?;
-        self.let_in = true;
-        let in_criu = Instant::now();
-        let dumping = async {
-            let dumped = dump.run().await;
-            (dumped, in_criu.elapsed())
-        };
-        let ((dumped, frozen_in_criu), sent) = if self.policy.verify {
-            (dumping.await, None)
-        } else {
-            let (dumped, sent) = tokio::join!(dumping, self.send_final(&scans, generation, round));
-            (dumped, Some(sent))
-        };
+        let attempt = (generation, round);
+        let sent = self.dump_and_send(&mut dump, &scans, attempt).await;
+        // Also a dump that was cut: the thaw has CRIU let go.
         self.return_dump(dump);
-        if let Err(error) = dumped {
-            let Some(cause) = error.passing() else {
-                return Err(criu_failed(&error));
-            };
-            let sums = sent.unwrap_or_else(|| Ok(Sums::default()))?;
-            let what = format!("criu met it in a moment that it cannot dump ({cause}): try again");
-            return self.give_up(&what, &sums);
-        }
+        let (dumped, sent) = sent?;
+        let frozen_in_criu = match dumped {
+            Ok(frozen) => frozen,
+            Err(error) => {
+                let Some(cause) = error.passing() else {
+                    return Err(criu_failed(&error));
+                };
+                let what =
+                    format!("criu met it in a moment that it cannot dump ({cause}): try again");
+                let sums = sent.map_or_else(Sums::default, |(sums, _)| sums);
+                return self.give_up(&what, &sums);
+            }
+        };
         self.frozen_in_criu = Some(frozen_in_criu);
+        let sent = match sent {
+            Some((sums, unsent)) => match self.unread.judge(&unsent, self.root) {
+                None => Some(sums),
+                Some(Verdict::Again(failure)) => return sums.given_up(failure, Duration::ZERO),
+                Some(Verdict::Never(failure)) => return Err(failure),
+            },
+            None => None,
+        };
         // CRIU has thawed the cgroup and holds the tasks by ptrace alone: from here on they stay
         // frozen whoever dies.
-        block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
+        self.freeze_cgroup()?;
         // A CRIU that was killed before that has let them run after their dump.
         self.dump()?.holds().map_err(|error| criu_failed(&error))?;
         let frozen_again = began.elapsed();
@@ -232,15 +238,22 @@ impl Site {
             self.scan_again(&mut scans)?;
         }
         let (data, images) = (self.data()?, self.dump()?.images().to_owned());
-        let digests = verify::send(hashing, &data, generation, self.cancelled.clone());
+        let waits = self.waits.clone();
+        let digests = async {
+            let digests = verify::send(hashing, &data, generation);
+            waits.on(Wait::Digests, digests).await?
+        };
         let last = async {
             match sent {
-                Some(sent) => sent,
-                None => self.send_final(&scans, generation, round).await,
+                Some(sums) => Ok(sums),
+                None => self.send_verified(&scans, generation, round).await,
             }
         };
-        let (digests, mut sums, (images, image_bytes)) =
-            tokio::try_join!(digests, last, send_images(&data, generation, &images))?;
+        let images = async {
+            let images = send_images(&data, generation, &images);
+            waits.on(Wait::Images, images).await?
+        };
+        let (digests, mut sums, (images, image_bytes)) = tokio::try_join!(digests, last, images)?;
         sums.wire_bytes += image_bytes;
         self.image_bytes = image_bytes;
         tracing::info!(%round, pages = sums.pages, wire_bytes = sums.wire_bytes, ?scanned,
@@ -255,6 +268,44 @@ impl Site {
             raw_bytes: sums.raw_bytes,
             wire_bytes: sums.wire_bytes,
         }))
+    }
+
+    /// Has CRIU dump the tree, and sends what is dirty meanwhile, unless the dump must come first
+    /// because everything is compared. Answers with how long CRIU had the tasks.
+    async fn dump_and_send(
+        &mut self,
+        dump: &mut Dump,
+        scans: &BTreeMap<SpaceId, FinalScan>,
+        (generation, round): (Generation, Round),
+    ) -> Result<(Result<Duration, DumpError>, Option<(Sums, Unsent)>), Failure> {
+        self.show(dump, scans)?;
+        self.let_in = true;
+        let waits = self.waits.clone();
+        let in_criu = Instant::now();
+        let dumping = async {
+            let dumped = waits.on(Wait::Dump, dump.run()).await?;
+            Ok::<_, Failure>(dumped.map(|()| in_criu.elapsed()))
+        };
+        if self.policy.verify {
+            return Ok((dumping.await?, None));
+        }
+        let (dumped, sent) = tokio::join!(dumping, self.send_final(scans, generation, round));
+        Ok((dumped?, Some(sent?)))
+    }
+
+    /// As [`Site::send_final`]. A page that cannot be read has no digest either, so that nothing is
+    /// tried again.
+    async fn send_verified(
+        &mut self,
+        scans: &BTreeMap<SpaceId, FinalScan>,
+        generation: Generation,
+        round: Round,
+    ) -> Result<Sums, Failure> {
+        let (sums, unsent) = self.send_final(scans, generation, round).await?;
+        match self.unread.judge(&unsent, self.root) {
+            None => Ok(sums),
+            Some(Verdict::Again(failure) | Verdict::Never(failure)) => Err(failure),
+        }
     }
 
     /// Shows CRIU what it may see of the spaces.
@@ -274,6 +325,8 @@ impl Site {
 
     /// Scans every tracked space; the inner error is a reason for another round.
     fn final_scans(&mut self) -> Result<Result<BTreeMap<SpaceId, FinalScan>, Unfit>, Failure> {
+        let waits = self.waits.clone();
+        let scanning = waits.begin(Wait::Scan);
         let tree = Tree::read(self.root)
             .map_err(|error| Failure::new(ErrorCode::WorkloadGone, chain(&error)))?;
         if let Some(passing) = Self::find_vfork(&tree) {
@@ -301,6 +354,7 @@ impl Site {
         let mut scans = BTreeMap::new();
         let mut replaced = Vec::new();
         for (id, space) in &mut self.spaces {
+            scanning.check()?;
             match space.final_scan() {
                 Ok(scan) => {
                     scans.insert(*id, scan);
@@ -332,7 +386,10 @@ impl Site {
     /// wherever the thread is restored. Nothing would be lost without these pages, but digests
     /// would differ.
     fn scan_again(&mut self, scans: &mut BTreeMap<SpaceId, FinalScan>) -> Result<(), Failure> {
+        let waits = self.waits.clone();
+        let scanning = waits.begin(Wait::Scan);
         for (id, scan) in scans {
+            scanning.check()?;
             let Some(space) = self.spaces.get_mut(id) else {
                 continue;
             };
@@ -342,19 +399,28 @@ impl Site {
         Ok(())
     }
 
+    /// Sends what is dirty, and live sets if that is all there was to send.
     async fn send_final(
         &mut self,
         scans: &BTreeMap<SpaceId, FinalScan>,
         generation: Generation,
         round: Round,
-    ) -> Result<Sums, Failure> {
+    ) -> Result<(Sums, Unsent), Failure> {
         let data = self.data()?;
-        let dirty = scans
+        let dirty: BTreeMap<_, _> = scans
             .iter()
             .map(|(id, scan)| (*id, scan.dirty.clone()))
             .collect();
-        let mut sums = self.send_pages(&dirty, round).await?;
+        for (id, dirty) in &dirty {
+            self.delivered.written(*id, dirty);
+        }
+        let (mut sums, mut unsent) = self.send_pages(&dirty, round, Misses::Settle).await?;
+        unsent.keep(scans);
+        if !unsent.is_empty() {
+            return Ok((sums, unsent));
+        }
         for (id, scan) in scans {
+            self.delivered.check(*id, &scan.live)?;
             let set = scan.live.to_wire();
             let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
             let header = SetHeader {
@@ -366,10 +432,11 @@ impl Site {
             body.extend(set);
             seal(&mut body);
             sums.wire_bytes += body.len() as u64;
-            let sent = data.send_stream(StreamKind::LiveSet, body.into()).await;
+            let sending = data.send_stream(StreamKind::LiveSet, body.into());
+            let sent = self.waits.on(Wait::LiveSets, sending).await?;
             sent.map_err(|error| lost(&error))?;
         }
-        Ok(sums)
+        Ok((sums, unsent))
     }
 
     fn data(&self) -> Result<DataSender, Failure> {
@@ -462,3 +529,7 @@ fn send_failed(error: &SendError<SendStreamError>) -> Failure {
     };
     Failure::new(code, chain(error))
 }
+
+#[cfg(test)]
+#[path = "rounds_tests.rs"]
+mod tests;

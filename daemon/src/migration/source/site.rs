@@ -9,6 +9,7 @@
 //! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the
 //! cgroup is frozen again after CRIU's dump and read back; nothing here decides.
 
+mod locked;
 mod survey;
 
 use std::collections::BTreeMap;
@@ -19,18 +20,20 @@ use std::time::{Duration, Instant};
 
 use criu_glue::repair;
 use pageferry_proto::id::SpaceId;
-use pageferry_proto::migration::policy::Policy;
-use pageferry_proto::migration::source::SourceEvent;
+use pageferry_proto::migration::policy::{EAGER_BYTES_PER_SECOND, Policy};
+use pageferry_proto::migration::source::{SourceEvent, Wait};
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
+use super::delivered::Delivered;
 use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
 use super::rounds::Sums;
 use super::sent::Sent;
-use super::task::{alive, tracer};
+use super::task::{alive, is_seizing, tracer};
+use super::unread::Unreadable;
+use super::waits::Waits;
 use crate::link::announce::announce;
 use crate::link::describe::describe;
 use crate::link::netlink::Netlink;
@@ -38,9 +41,12 @@ use crate::link::port::Port;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::net::stream::DataSender;
 use crate::pages::send::Sender;
+use crate::pages::track::task::threads;
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::hierarchies::Hierarchies;
+use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::passing::Observer;
 use crate::sys::namespace::{self, NamespaceKind};
@@ -52,9 +58,11 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a dead daemon's CRIU may take to let go of the tasks.
 const LET_GO_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How fast CRIU copies memory in the freeze, in bytes per second: 64 MiB of shared memory took
-/// 276 ms. With the budget for downtime it says how much of such memory is accepted.
-const EAGER_BYTES_PER_SECOND: u64 = 240 << 20; // 240 MiB/s
+/// How long CRIU may take to let go of tasks that it is told to let go of, before it is killed and
+/// its tracer puts them back. The workload stands still meanwhile. It takes milliseconds, and a
+/// quarter of one per thread.
+const PATIENCE: Duration = Duration::from_millis(300);
+const PATIENCE_PER_THREAD: Duration = Duration::from_millis(1);
 
 /// What every source of this node shares.
 #[derive(Debug, Clone)]
@@ -69,6 +77,8 @@ pub struct SourceNode {
     pub migrations: PathBuf,
     /// Where freezer cgroups are made.
     pub freezers: FreezerRoot,
+    /// Where a workload that came here has its other cgroups.
+    pub hierarchies: Hierarchies,
     /// What the kernel offers for tracking.
     pub support: Support,
     /// Threads that read and encode.
@@ -96,12 +106,16 @@ pub struct Site {
     /// As surveyed, if it has a mount namespace of its own.
     mounts: Option<Mounts>,
     pub(super) freezer: Freezer,
+    /// Tells which locks it holds that cannot move.
+    locks: Locks,
     origin: Option<PathBuf>,
     pub(super) ports: Vec<Port>,
     directory: PathBuf,
     pub(super) spaces: BTreeMap<SpaceId, Space>,
     /// Pages found dirty that the next round sends.
     pub(super) pending: BTreeMap<SpaceId, PageSet>,
+    /// What the target has of the spaces.
+    pub(super) delivered: Delivered,
     /// When the last scan was, for the rate of dirtying.
     pub(super) scanned: Instant,
     dumping: Dumping,
@@ -124,8 +138,10 @@ pub struct Site {
     pub(super) frozen_in_criu: Option<Duration>,
     /// Opens data streams of the present session.
     pub(super) data: Option<DataSender>,
-    /// Turns true when what is under way should end early.
-    pub(super) cancelled: watch::Receiver<bool>,
+    /// What is waited for, and whether that should end early.
+    pub(super) waits: Waits,
+    /// What no final round could read.
+    pub(super) unread: Unreadable,
     /// What the round under way has sent.
     pub(super) sent: Arc<Sent>,
     /// CRIU reads the true smaps, for 11 ms per GiB of the freeze.
@@ -177,6 +193,7 @@ impl Site {
                     tracing::debug!(pid = found.leader, stopped = ?space.attached().stopped,
                         threads = space.attached().threads, "attached");
                     self.spaces.insert(found.id, space);
+                    self.delivered.begin(found.id);
                 }
                 // It has ended since the tree was read; whoever is left is in the next round.
                 Err(error) if error.tells_of_end() && found.leader != self.root => {}
@@ -185,6 +202,11 @@ impl Site {
             }
         }
         Ok(())
+    }
+
+    /// What is waited for.
+    pub fn waits(&self) -> Waits {
+        self.waits.clone()
     }
 
     /// Counts what is sent.
@@ -218,6 +240,7 @@ impl Site {
                 }
                 Err(error) => return Err(failed_to_track(&error)),
             };
+            self.delivered.written(*id, &scan.dirty);
             self.pending.entry(*id).or_default().union_with(&scan.dirty);
             eager.merge(scan.eager);
         }
@@ -230,6 +253,7 @@ impl Site {
         self.check_budget(&eager)
     }
 
+    /// What CRIU copies in the downtime allowed is accepted.
     fn check_budget(&self, eager: &Eager) -> Result<(), Failure> {
         let budget = self.policy.downtime_max.as_millis() as u64 * EAGER_BYTES_PER_SECOND / 1000;
         let budget = budget.min(self.node.eager_memory_max);
@@ -295,7 +319,7 @@ impl Site {
     /// Closes the ports and freezes the tree, or gives that up. CRIU stands ready before either.
     pub async fn freeze(&mut self) -> Result<SourceEvent, Failure> {
         if let Dumping::Preparing(task) = &mut self.dumping {
-            let prepared = task.await;
+            let prepared = self.waits.on(Wait::Prepared, task).await?;
             self.dumping = Dumping::No;
             let prepared = prepared.map_err(|error| internal(&error))?;
             self.dumping =
@@ -310,7 +334,15 @@ impl Site {
             return self.give_up(&passing.to_string(), &Sums::default());
         }
         self.check_mounts()?;
-        Ok(SourceEvent::Frozen)
+        Ok(self.held_lock()?.unwrap_or(SourceEvent::Frozen))
+    }
+
+    /// Freezes the cgroup, unless that is cut.
+    pub(super) fn freeze_cgroup(&self) -> Result<(), Failure> {
+        let freezing = self.waits.begin(Wait::Cgroup);
+        let frozen = block_in_place(|| self.freezer.freeze_unless(|| freezing.is_cut()));
+        frozen.map_err(|error| freeze_failed(&error))?;
+        freezing.check()
     }
 
     /// CRIU and the target were told of the mounts before the rounds.
@@ -373,8 +405,12 @@ impl Site {
 
     /// Whether CRIU was told the truth. After [`Site::finish`] in the same freeze.
     pub async fn compare_smaps(&mut self) -> Result<(), Failure> {
-        match self.comparing.take() {
-            Some(comparing) => comparing.await.map_err(|error| internal(&error))?,
+        match &mut self.comparing {
+            Some(comparing) => {
+                let compared = self.waits.on(Wait::Smaps, comparing).await?;
+                self.comparing = None;
+                compared.map_err(|error| internal(&error))?
+            }
             None => Err(Failure::new(
                 ErrorCode::Internal,
                 "nothing was dumped that could be compared",
@@ -392,7 +428,7 @@ impl Site {
             Dumping::Preparing(task) => task.abort(),
             Dumping::Prepared(dump) => {
                 // A CRIU that fails here has let go of the tasks all the same, by its end.
-                if let Err(error) = dump.rollback().await {
+                if let Err(error) = dump.rollback(self.release_patience()).await {
                     tracing::warn!("criu did not end well: {}", chain(&error));
                 }
             }
@@ -423,6 +459,14 @@ impl Site {
             self.prepare_dump()?;
         }
         Ok(())
+    }
+
+    /// How long CRIU gets to let go of the tree by itself.
+    fn release_patience(&self) -> Duration {
+        let pids = self.freezer.processes().unwrap_or_default();
+        let threads = |pid: &i32| threads(*pid).map_or(0, |threads| threads.len());
+        let threads: usize = pids.iter().map(threads).sum();
+        PATIENCE + PATIENCE_PER_THREAD * u32::try_from(threads).unwrap_or(u32::MAX)
     }
 
     /// Says where the workload's addresses are. A target that failed late has said otherwise, and
@@ -464,10 +508,15 @@ impl Site {
         }
     }
 
-    /// A CRIU that lost its daemon lets go by itself; a thaw before that would do nothing.
+    /// A CRIU that lost its daemon lets go by itself; a thaw before that would do nothing. But one
+    /// that was killed while its tracer waited for a task to trap, which is stopped and frozen, has
+    /// left it waiting for the thaw.
     async fn wait_untraced(&self) -> Result<(), Failure> {
         let deadline = Instant::now() + LET_GO_TIMEOUT;
         while let Some(tracer) = tracer(self.root) {
+            if is_seizing(tracer) && self.freezer.exists() {
+                self.freezer.thaw().map_err(|error| freeze_failed(&error))?;
+            }
             if Instant::now() > deadline {
                 return Err(Failure::new(
                     ErrorCode::Traced,
@@ -518,8 +567,22 @@ impl Site {
                 .remove()
                 .map_err(|error| freeze_failed(&error))?;
         }
+        self.remove_groups();
         drop(std::fs::remove_dir_all(&self.directory));
         Ok(())
+    }
+}
+
+impl Site {
+    /// A workload that had come here before had cgroups in all hierarchies.
+    fn remove_groups(&self) {
+        let Some(name) = self.freezer.name() else {
+            return;
+        };
+        let group = self.node.hierarchies.everywhere(name);
+        if let Err(error) = block_in_place(|| group.remove(Duration::ZERO)) {
+            tracing::warn!("a cgroup of the workload is left: {}", chain(&error));
+        }
     }
 }
 

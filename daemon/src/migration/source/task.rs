@@ -13,6 +13,12 @@ pub(super) fn alive(pid: i32) -> bool {
         .unwrap_or(false)
 }
 
+/// Whether `tracer` waits in the call that makes it one (`PTRACE_SEIZE`).
+pub(super) fn is_seizing(tracer: i32) -> bool {
+    let call = fs::read_to_string(format!("/proc/{tracer}/syscall")).unwrap_or_default();
+    call.starts_with(&format!("{} {:#x} ", libc::SYS_ptrace, libc::PTRACE_SEIZE))
+}
+
 /// Who traces `pid`.
 pub(super) fn tracer(pid: i32) -> Option<i32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;

@@ -11,9 +11,9 @@ use futures_util::stream::FuturesUnordered;
 use pageferry_proto::id::{Generation, SpaceId};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::stream::{DIGESTS_PAGES_MAX, SetHeader, StreamKind, seal};
-use tokio::sync::watch;
 
 use super::failure::lost;
+use super::unread::pages_unread;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::DataSender;
 use crate::pages::digest::{DigestError, Digests, Hashing, PIECE_PAGES};
@@ -40,19 +40,16 @@ pub(super) async fn send(
     hashing: Option<Hashing>,
     data: &DataSender,
     generation: Generation,
-    mut cancelled: watch::Receiver<bool>,
 ) -> Result<u32, Failure> {
     let Some(mut hashing) = hashing else {
         return Ok(0);
     };
     let began = Instant::now();
-    let cut = || Failure::new(ErrorCode::Aborted, "hashing was cut off");
     let mut streams = 0;
     let mut sends = FuturesUnordered::new();
     let mut over = false;
     while !over || !sends.is_empty() {
         tokio::select! {
-            _ = cancelled.wait_for(|cancelled| *cancelled) => return Err(cut()),
             Some(sent) = sends.next(), if !sends.is_empty() => {
                 let sent: Result<(), _> = sent;
                 sent.map_err(|error| lost(&error))?;
@@ -74,13 +71,7 @@ pub(super) async fn send(
 fn stream_of(generation: Generation, made: &Digests) -> Result<Bytes, Failure> {
     let space = made.space;
     if !made.unread.is_empty() {
-        return Err(Failure::new(
-            ErrorCode::VerifyMismatch,
-            format!(
-                "{} pages of space {space} cannot be read",
-                made.unread.len()
-            ),
-        ));
+        return Err(pages_unread(made.pid, &made.unread));
     }
     let set = made.pages.to_wire();
     let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;

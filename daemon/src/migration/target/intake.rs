@@ -8,6 +8,7 @@
 //! failure, it is never skipped, unless it is of an attempt that the source has given up; each
 //! attempt has a folder of images of its own, so that no file of one gets among those of another.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -63,6 +64,8 @@ struct Shared {
 struct Books {
     ledger: Ledger,
     attempt: Attempt,
+    /// Bytes of image files that are counted as memory, by attempt.
+    images: BTreeMap<Generation, Vec<u64>>,
 }
 
 /// What is kept of the attempt that the ledger collects, besides what the ledger knows.
@@ -244,6 +247,10 @@ impl Shared {
             }
             Ok(()) | Err(_) => {}
         }
+        let counted = self.lock().images.remove(&generation);
+        for bytes in counted.into_iter().flatten() {
+            self.receiver.store().give_back_besides(bytes);
+        }
     }
 
     async fn take(self: &Arc<Self>, stream: DataStream) -> Result<(), Failure> {
@@ -371,12 +378,17 @@ impl Shared {
         Ok(())
     }
 
-    /// The file for an image, if its attempt is collected.
+    /// The file for an image, if its attempt is collected. Images are on a tmpfs, so they are memory
+    /// like the store's, and count as such.
     fn begin_image(&self, header: &ImageFileHeader, path: &Path) -> Result<Option<File>, Failure> {
         let generation = header.generation();
         if self.enter(|ledger| ledger.collect(generation))? == Arrival::Late {
             return Ok(None);
         }
+        let bytes = header.length();
+        self.lock().images.entry(generation).or_default().push(bytes);
+        let counted = self.receiver.store().take_besides(bytes);
+        counted.map_err(|error| Failure::new(error.code(), chain(&error)))?;
         let folder = self.images_of(generation);
         let created = fs::create_dir_all(folder).and_then(|()| File::create_new(path));
         match created {

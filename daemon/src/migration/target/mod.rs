@@ -1,11 +1,13 @@
 //! The target's half of a migration, performed: a loop around the machine of `proto`.
 //!
 //! As at the source, at most one operation works on the [`Site`] at a time. Waiting for rounds goes
-//! on beside it, since streams arrive while control messages do.
+//! on beside it, since streams arrive while control messages do. A discard does not wait for what it
+//! undoes: a preparation or a restore under way is cut off, and what came of it counts no more.
 //!
 //! A target never dials: a session is handed to it whenever the source comes, and takes the place
 //! of an older one.
 
+pub mod admission;
 mod images;
 pub mod intake;
 pub mod site;
@@ -17,7 +19,7 @@ use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::target::{TargetAction, TargetEvent, TargetMachine};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::TargetMessage;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::clock::Clock;
@@ -51,6 +53,10 @@ pub struct TargetDriver {
     site: Option<Box<Site>>,
     intake: Arc<Intake>,
     operation: Option<JoinHandle<Performed>>,
+    /// Cuts the operation off, if it is one that a discard undoes.
+    cut: Option<oneshot::Sender<()>>,
+    /// The operation under way has been cut off.
+    is_cut: bool,
     waiting: VecDeque<Operation>,
     session: Option<Session<TargetMessage>>,
     connections: u64,
@@ -127,6 +133,8 @@ impl TargetDriver {
             root_pid: parts.site.root_pid(),
             site: Some(Box::new(parts.site)),
             operation: None,
+            cut: None,
+            is_cut: false,
             waiting: VecDeque::new(),
             session: None,
             connections: 0,
@@ -290,6 +298,13 @@ impl TargetDriver {
             | TargetAction::LetGo { .. }
             | TargetAction::Prepare(_)
             | TargetAction::Restore { .. } => {
+                if matches!(action, TargetAction::Discard)
+                    && let Some(cut) = self.cut.take()
+                {
+                    self.is_cut = true;
+                    // One that has just ended is not heard either.
+                    let _ = cut.send(());
+                }
                 self.waiting.push_back(Operation::Action(Box::new(action)));
                 self.next_operation();
             }
@@ -318,20 +333,31 @@ impl TargetDriver {
         let Some(mut site) = self.site.take() else {
             return;
         };
+        let (cut, is_cut) = oneshot::channel();
+        self.cut = next.is_undone_by_discard().then_some(cut);
         self.operation = Some(tokio::spawn(async move {
-            let (event, follows) = operation(&mut site, next).await;
+            let (event, follows) = tokio::select! {
+                done = operation(&mut site, next) => done,
+                Ok(()) = is_cut => (TargetEvent::Failure(cut_off()), None),
+            };
             (site, follows, event)
         }));
     }
 
     fn operation_ended(&mut self, ended: Result<Performed, tokio::task::JoinError>) {
         self.operation = None;
+        self.cut = None;
         match ended {
             Ok((site, follows, event)) => {
                 self.root_pid = site.root_pid();
                 self.site = Some(site);
                 self.waiting.extend(follows);
-                self.handle(event);
+                // The machine waits for the discard alone, and would take this for its end.
+                if std::mem::take(&mut self.is_cut) {
+                    tracing::info!(migration = %self.machine.id(), "cut off, to be discarded");
+                } else {
+                    self.handle(event);
+                }
             }
             // What the kernel and the pager hold is found again from the journal.
             Err(error) => {
@@ -341,6 +367,23 @@ impl TargetDriver {
         }
         self.next_operation();
     }
+}
+
+impl Operation {
+    /// Whether a discard need not wait for it, since it undoes it.
+    fn is_undone_by_discard(&self) -> bool {
+        let Self::Action(action) = self else {
+            return false;
+        };
+        matches!(
+            **action,
+            TargetAction::Prepare(_) | TargetAction::Restore { .. }
+        )
+    }
+}
+
+fn cut_off() -> Failure {
+    Failure::new(ErrorCode::Aborted, "cut off by what ended the migration")
 }
 
 /// What goes wrong with an idle site; for ever nothing while an operation has it.

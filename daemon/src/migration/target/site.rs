@@ -7,8 +7,8 @@
 //! the workload has outlived it.
 
 mod run;
+mod undo;
 
-use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::record::DriverState;
+use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
 use pageferry_proto::wire::description::{
@@ -25,27 +26,39 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
+use super::admission::{Ledger, Promise};
+use super::cut_off;
 use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::pager::client::{ClientError, Notice, PagerClient, Spawn};
 use crate::pager::message::{Namespace, RestoreRequest};
-use crate::pages::store::{Store, StoreLimits};
+use crate::pages::store::{Growth, Store, StoreLimits};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::hierarchies::{Group, Groups, Hierarchies};
+use crate::runtime::limits;
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
 pub use run::LetGoError;
 
-/// How long killed tasks may take to end.
-const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+/// Most address spaces of a workload; each has a memory file.
+const SPACES_MAX: usize = 4096;
+
+/// No page comes before an offer is accepted, and memory promised.
+const UNPROMISED: StoreLimits = StoreLimits {
+    data_pages_max: PageCount::ZERO,
+    spaces_max: SPACES_MAX,
+};
 
 /// What every target of this node shares.
 #[derive(Debug, Clone)]
 pub struct TargetNode {
     /// The `criu` program.
     pub criu: PathBuf,
+    /// CRIU's view library.
+    pub view_library: PathBuf,
     /// CRIU's version as the wire carries it.
     pub criu_version: u32,
     /// The pager program.
@@ -54,10 +67,12 @@ pub struct TargetNode {
     pub migrations: PathBuf,
     /// Where freezer cgroups are made.
     pub freezers: FreezerRoot,
+    /// Where all other cgroups are made.
+    pub hierarchies: Hierarchies,
     /// The bridge that links become ports of; without one only workloads without links may come.
     pub bridge: Option<String>,
-    /// How much memory incoming workloads may have.
-    pub limits: StoreLimits,
+    /// What incoming workloads have been promised of this node's memory.
+    pub memory: Ledger,
     /// Threads that decode.
     pub workers: usize,
 }
@@ -100,6 +115,8 @@ pub struct Site {
     id: MigrationId,
     directory: PathBuf,
     freezer: Freezer,
+    /// The tree's is the freezer's cgroup too.
+    groups: Groups,
     namespaces: Vec<(NamespaceKind, OwnedFd)>,
     network: Option<PreparedNetwork>,
     links: Vec<LinkDescription>,
@@ -111,6 +128,8 @@ pub struct Site {
     root_pid: Option<i32>,
     pager: Option<Pager>,
     intake: Arc<Intake>,
+    /// Until it has all its memory, or is gone. A recovered one is restored: what it needs is taken.
+    promise: Option<Arc<Promise>>,
     /// From the request to CRIU's post-restore.
     pub(super) restore_time: Option<Duration>,
 }
@@ -119,10 +138,12 @@ impl Site {
     /// A place with nothing in it but a folder.
     pub fn new(node: TargetNode, id: MigrationId) -> Result<Self, Failure> {
         let directory = node.migrations.join(id.to_string());
-        let store = Arc::new(Store::new(node.limits));
+        let store = Arc::new(Store::new(UNPROMISED));
         let intake = Intake::new(store, directory.join("images"), node.workers)?;
+        let freezer = node.freezers.plan(&id.to_string());
         Ok(Self {
-            freezer: node.freezers.plan(&id.to_string()),
+            groups: groups(&node, id, &freezer),
+            freezer,
             node,
             id,
             directory,
@@ -134,6 +155,7 @@ impl Site {
             root_pid: None,
             pager: None,
             intake: Arc::new(intake),
+            promise: None,
             restore_time: None,
         })
     }
@@ -144,10 +166,12 @@ impl Site {
         id: MigrationId,
         state: &DriverState,
     ) -> Result<Self, Failure> {
+        let freezer = node.freezers.plan(&id.to_string());
         let mut site = Self {
-            freezer: node.freezers.plan(&id.to_string()),
+            groups: groups(&node, id, &freezer),
+            freezer,
             directory: node.migrations.join(id.to_string()),
-            intake: Arc::new(Intake::detached(Arc::new(Store::new(node.limits)))),
+            intake: Arc::new(Intake::detached(Arc::new(Store::new(UNPROMISED)))),
             node,
             id,
             namespaces: Vec::new(),
@@ -157,6 +181,7 @@ impl Site {
             shares_pids: false,
             root_pid: None,
             pager: None,
+            promise: None,
             restore_time: None,
         };
         if state.as_bytes().is_empty() {
@@ -210,6 +235,7 @@ impl Site {
             ));
         }
         block_in_place(|| process::check(description))?;
+        self.admit(offer)?;
         if offer.policy.verify {
             // No page comes before the offer is accepted.
             self.intake.store().keep_digests();
@@ -242,36 +268,77 @@ impl Site {
                 )
             })?;
         }
-        if let Some(net) = self.namespace(NamespaceKind::Net) {
+        let own = self.namespaces.iter();
+        let mut own = own.filter(|(kind, _)| *kind == NamespaceKind::Net);
+        if let Some((_, net)) = own.next() {
             let prefix = link_prefix(self.id);
             let bridge = self.bridge(&description.links)?;
             let (links, routes) = (&description.links, &description.routes);
+            let begun = PreparedNetwork::recovered(links, &bridge, &prefix);
             let network = PreparedNetwork::build(net, links, routes, &bridge, &prefix);
+            // What is begun is known from here on: it may be cut off.
+            self.network = Some(begun);
             self.network = Some(network.await.map_err(|error| network_unfit(&error))?);
             self.links.clone_from(&description.links);
         }
-        self.freezer
-            .make()
-            .map_err(|error| Failure::new(ErrorCode::NodeUnfit, chain(&error)))?;
+        let (limits, name) = (&description.needs.limits, self.id.to_string());
+        let limited = limits::set(limits, &name, &self.node.hierarchies).map_err(|error| {
+            let text = format!("the limits of the workload: {}", chain(&error));
+            Failure::new(ErrorCode::NodeUnfit, text)
+        })?;
+        let tree = std::mem::take(&mut self.groups.tree);
+        self.groups.tree = limited.into_iter().fold(tree, Group::and);
+        let Groups {
+            tree,
+            pager,
+            watcher,
+        } = &self.groups;
+        for group in [tree, pager, watcher] {
+            group
+                .make()
+                .map_err(|error| Failure::new(ErrorCode::NodeUnfit, chain(&error)))?;
+        }
         let spawn = Spawn {
             program: self.node.pager.clone(),
             directory: self.directory.clone(),
             id: self.id,
-            cgroup_procs: Vec::new(),
+            cgroup_procs: pager.procs_files(),
+            watcher_cgroup_procs: watcher.procs_files(),
         };
         let pager = PagerClient::spawn(&spawn).await.map_err(pager_failed)?;
-        let pager = Pager::from(pager);
-        let criu = self.restore_request();
-        let prepared = pager.client.prepare(criu, &self.pager_namespaces()?).await;
-        self.pager = Some(pager);
-        prepared.map_err(pager_failed)?;
+        // From here on a discard finds it, wherever this is cut off.
+        self.pager = Some(Pager::from(pager));
+        let client = &self.pager.as_ref().ok_or_else(no_pager)?.client;
+        let namespaces = self.pager_namespaces()?;
+        let prepared = client.prepare(self.restore_request(), &namespaces);
+        prepared.await.map_err(pager_failed)?;
         self.state()
+    }
+
+    /// Has the memory promised that the workload may need.
+    fn admit(&mut self, offer: &Offer) -> Result<(), Failure> {
+        let store = self.intake.store();
+        let (needs, verify) = (&offer.description.needs, offer.policy.verify);
+        let promise = block_in_place(|| self.node.memory.promise(needs, verify, store.counter()))?;
+        let promise = Arc::new(promise);
+        let asked = Arc::downgrade(&promise);
+        let growth = Growth::new(move |held| match asked.upgrade() {
+            Some(promise) => promise.grow(held),
+            None => Err(cut_off()),
+        });
+        store.admit(promise.pages(), growth);
+        self.promise = Some(promise);
+        Ok(())
     }
 
     /// Restores the workload and holds it before its first instruction.
     pub async fn restore(&mut self) -> Result<DriverState, Failure> {
         let images = self.intake.images();
-        let Images { spaces, tasks } = block_in_place(|| make_images_lazy(&images))?;
+        let Images {
+            spaces,
+            tasks,
+            adopts,
+        } = block_in_place(|| make_images_lazy(&images))?;
         if self.shares_pids {
             // It may have forked since it was offered.
             process::check_pids(&tasks)?;
@@ -296,6 +363,7 @@ impl Site {
         pager.plan(&pending).await.map_err(pager_failed)?;
         let request = RestoreRequest {
             spaces: u32::try_from(plan.len()).map_err(|error| internal(&error))?,
+            reaper: adopts.then(|| self.node.view_library.clone()),
             ..self.restore_request()
         };
         let restored = pager
@@ -315,7 +383,7 @@ impl Site {
             images_dir: self.intake.images(),
             work_dir: self.directory.clone(),
             log_level: 2,
-            cgroup_procs: vec![self.freezer.procs_file()],
+            cgroup_procs: self.groups.tree.procs_files(),
             freezer: self.freezer.path().to_owned(),
             tcp_established: true,
             file_locks: true,
@@ -336,38 +404,6 @@ impl Site {
     fn begin_pids_above(&self, pids: &[i32]) {
         if let Err(error) = process::begin_pids_above(pids) {
             tracing::warn!(migration = %self.id, %error, "new pids may be below the workload's");
-        }
-    }
-
-    /// Undoes everything down to nothing.
-    pub async fn discard(&mut self) -> Result<(), Failure> {
-        if let Some(pager) = self.pager.take()
-            && let Err(error) = pager.client.discard().await
-        {
-            // A pager that is gone has closed CRIU's socket, and CRIU has killed the tree.
-            tracing::warn!(migration = %self.id, "discarding: {}", chain(&error));
-        }
-        if self.freezer.exists() {
-            let killed = block_in_place(|| self.freezer.kill(KILL_TIMEOUT));
-            killed
-                .and_then(|()| self.freezer.remove())
-                .map_err(|error| internal(&error))?;
-        }
-        if let Some(network) = self.network.take() {
-            network
-                .delete()
-                .await
-                .map_err(|error| network_unfit(&error))?;
-        }
-        self.namespaces.clear();
-        drop(fs::remove_dir_all(&self.directory));
-        Ok(())
-    }
-
-    /// Removes the folder of a migration for which nothing was ever prepared.
-    pub fn tidy(&self) {
-        if self.pager.is_none() && !self.freezer.exists() {
-            drop(fs::remove_dir_all(&self.directory));
         }
     }
 
@@ -399,6 +435,15 @@ impl Site {
         };
         let bytes = serde_json::to_vec(&state).map_err(|error| internal(&error))?;
         DriverState::new(bytes).map_err(|error| internal(&error))
+    }
+}
+
+/// The cgroups of a migration: the tree's is its freezer's wherever that is.
+fn groups(node: &TargetNode, id: MigrationId, freezer: &Freezer) -> Groups {
+    let groups = node.hierarchies.groups(&id.to_string());
+    Groups {
+        tree: groups.tree.and(freezer.path().to_owned()),
+        ..groups
     }
 }
 

@@ -56,7 +56,13 @@ async fn a_running_process_arrives_in_rounds() {
         let scan = space.scan().unwrap();
         let sink = Loop(&receiver, AtomicU64::new(0));
         let sent = sender
-            .round(SPACE, &space.reader(), &scan.dirty, round, &sink)
+            .round(
+                SPACE,
+                (&space.reader(), Misses::GiveUp),
+                &scan.dirty,
+                round,
+                &sink,
+            )
             .await
             .unwrap();
         assert_eq!(sent.pages, scan.dirty.len());
@@ -87,7 +93,13 @@ async fn a_running_process_arrives_in_rounds() {
     let round = Round::new(4).unwrap();
     let sink = Loop(&receiver, AtomicU64::new(0));
     sender
-        .round(SPACE, &space.reader(), &last.dirty, round, &sink)
+        .round(
+            SPACE,
+            (&space.reader(), Misses::GiveUp),
+            &last.dirty,
+            round,
+            &sink,
+        )
         .await
         .unwrap();
     let store = receiver.store().space(SPACE).unwrap();
@@ -113,7 +125,9 @@ async fn a_page_that_no_round_has_sent_is_found() {
     let (sender, receiver) = (Sender::new(2), receiver());
     let round = Round::FIRST;
     let sink = Loop(&receiver, AtomicU64::new(0));
-    let sent = sender.round(SPACE, &reader, &dirty, round, &sink).await;
+    let sent = sender
+        .round(SPACE, (&reader, Misses::GiveUp), &dirty, round, &sink)
+        .await;
     sent.unwrap();
     // As if a scan had missed it.
     let lost = PageIndex::containing(BASE + 12_345 * 4096);
@@ -166,7 +180,13 @@ async fn a_slow_network_bounds_the_parcels_in_memory() {
     let sink = Slow::default();
     let sender = Sender::new(2);
     let sent = sender
-        .round(SPACE, &reader, &dirty, Round::FIRST, &sink)
+        .round(
+            SPACE,
+            (&reader, Misses::GiveUp),
+            &dirty,
+            Round::FIRST,
+            &sink,
+        )
         .await
         .unwrap();
     assert_eq!(sent.pages, dirty.len());
@@ -196,12 +216,24 @@ async fn a_broken_network_ends_the_round_and_the_sender_lives() {
     let sender = Sender::new(2);
     let sink = Broken(Semaphore::new(3));
     let sent = sender
-        .round(SPACE, &reader, &dirty, Round::FIRST, &sink)
+        .round(
+            SPACE,
+            (&reader, Misses::GiveUp),
+            &dirty,
+            Round::FIRST,
+            &sink,
+        )
         .await;
     assert!(matches!(sent, Err(SendError::Send { .. })));
     let sink = Slow::default();
     sender
-        .round(SPACE, &reader, &dirty, Round::FIRST, &sink)
+        .round(
+            SPACE,
+            (&reader, Misses::GiveUp),
+            &dirty,
+            Round::FIRST,
+            &sink,
+        )
         .await
         .unwrap();
 }
@@ -212,7 +244,13 @@ async fn the_end_of_the_process_ends_the_round() {
     drop(trial);
     let sender = Sender::new(2);
     let sent = sender
-        .round(SPACE, &reader, &dirty, Round::FIRST, &Slow::default())
+        .round(
+            SPACE,
+            (&reader, Misses::GiveUp),
+            &dirty,
+            Round::FIRST,
+            &Slow::default(),
+        )
         .await;
     assert!(matches!(sent, Err(SendError::Read { .. })));
 }

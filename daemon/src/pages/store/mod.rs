@@ -23,14 +23,15 @@ mod digests;
 mod space;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::migration::ledger::HeldPages;
 use pageferry_proto::page::{PageCount, PageIndex};
-use pageferry_proto::wire::code::ErrorCode;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
 use thiserror::Error;
 
 pub use space::SpaceStore;
@@ -43,7 +44,10 @@ pub struct Store {
     spaces: Mutex<BTreeMap<SpaceId, Arc<SpaceStore>>>,
     /// Data pages of all spaces.
     used: Arc<AtomicU64>,
-    limits: StoreLimits,
+    /// How many that may be.
+    used_max: AtomicU64,
+    growth: Mutex<Option<Growth>>,
+    spaces_max: usize,
     /// New spaces keep digests.
     digests: AtomicBool,
 }
@@ -51,11 +55,31 @@ pub struct Store {
 /// How much a store may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoreLimits {
-    /// Most pages with contents, of all spaces together. It may be passed by what is being decoded
-    /// at that moment.
+    /// Most pages with contents, of all spaces together, until [`Store::admit`] says otherwise. It
+    /// may be passed by what is being decoded at that moment.
     pub data_pages_max: PageCount,
     /// Most spaces; each has a memory file.
     pub spaces_max: usize,
+}
+
+/// Who is asked when a store must hold more than it may: how many pages it may then, or why not.
+pub struct Growth(Box<Ask>);
+
+type Ask = dyn Fn(PageCount) -> Result<PageCount, Failure> + Send + Sync;
+
+impl Growth {
+    /// Asks `ask` with the pages that are held.
+    pub fn new(
+        ask: impl Fn(PageCount) -> Result<PageCount, Failure> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Box::new(ask))
+    }
+}
+
+impl fmt::Debug for Growth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Growth")
+    }
 }
 
 /// Why pages are not stored.
@@ -86,6 +110,9 @@ pub enum StoreError {
         /// The limit.
         max: PageCount,
     },
+    /// More data than there is memory for.
+    #[error("the workload has grown beyond what was promised: {}", .0.text())]
+    Short(Failure),
     /// A page no user process can have.
     #[error("page {page} of space {space} is beyond user memory")]
     Address {
@@ -123,6 +150,7 @@ impl StoreError {
             Self::TooManySpaces { .. } | Self::Full { .. } => ErrorCode::Limit,
             Self::Address { .. } => ErrorCode::Malformed,
             Self::Decode { source, .. } => source.code(),
+            Self::Short(failure) => failure.code(),
             Self::Create { .. } | Self::Punch { .. } => ErrorCode::Capacity,
         }
     }
@@ -134,7 +162,9 @@ impl Store {
         Self {
             spaces: Mutex::default(),
             used: Arc::default(),
-            limits,
+            used_max: AtomicU64::new(limits.data_pages_max.0),
+            growth: Mutex::default(),
+            spaces_max: limits.spaces_max,
             digests: AtomicBool::new(false),
         }
     }
@@ -151,7 +181,7 @@ impl Store {
         if let Some(space) = spaces.get(&id) {
             return Ok(Arc::clone(space));
         }
-        let max = self.limits.spaces_max;
+        let max = self.spaces_max;
         if max <= spaces.len() {
             return Err(StoreError::TooManySpaces { space: id, max });
         }
@@ -189,16 +219,58 @@ impl Store {
         }
         let space = self.space(id)?;
         space.take(decoder, parcel)?;
-        let (held, max) = (self.data_pages(), self.limits.data_pages_max);
-        if max < held {
-            return Err(StoreError::Full { held, max });
-        }
-        Ok(())
+        self.check()
     }
 
-    /// Pages with contents, of all spaces.
+    /// Counts what is stored of the workload in other files, before it is.
+    pub fn take_besides(&self, bytes: u64) -> Result<(), StoreError> {
+        let pages = PageCount::covering(bytes);
+        self.used.fetch_add(pages.0, Ordering::Relaxed);
+        self.check()
+    }
+
+    /// Counts no more what [`Store::take_besides`] has counted, and is no longer stored.
+    pub fn give_back_besides(&self, bytes: u64) {
+        let pages = PageCount::covering(bytes);
+        self.used.fetch_sub(pages.0, Ordering::Relaxed);
+    }
+
+    /// From now on so many pages may be held, and `growth` is asked before there are more.
+    pub fn admit(&self, pages: PageCount, growth: Growth) {
+        *self.growth() = Some(growth);
+        self.used_max.store(pages.0, Ordering::Relaxed);
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        let (held, max) = (self.data_pages(), self.used_max.load(Ordering::Relaxed));
+        if held.0 <= max {
+            return Ok(());
+        }
+        match &*self.growth() {
+            None => Err(StoreError::Full {
+                held,
+                max: PageCount(max),
+            }),
+            Some(Growth(ask)) => {
+                let pages = ask(held).map_err(StoreError::Short)?;
+                self.used_max.store(pages.0, Ordering::Relaxed);
+                Ok(())
+            }
+        }
+    }
+
+    fn growth(&self) -> MutexGuard<'_, Option<Growth>> {
+        self.growth.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Pages with contents, of all spaces, and those that what else is stored would fill.
     pub fn data_pages(&self) -> PageCount {
         PageCount(self.used.load(Ordering::Relaxed))
+    }
+
+    /// Their count, which goes on changing.
+    pub fn counter(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.used)
     }
 }
 

@@ -36,27 +36,46 @@ pub struct SpaceStore {
     used: Arc<AtomicU64>,
 }
 
-fn hold(held: &mut HeldPages, data: &PageSet, zero: &PageSet) {
-    move_runs(data, &mut held.zero, &mut held.data);
-    move_runs(zero, &mut held.data, &mut held.zero);
+/// How many pages with contents have come and gone.
+struct Change {
+    came: PageCount,
+    gone: PageCount,
 }
 
-fn forget(held: &mut HeldPages, pages: &PageSet) {
-    held.data = held.data.difference(pages);
-    held.zero = held.zero.difference(pages);
+fn hold(held: &mut HeldPages, data: &PageSet, zero: &PageSet) -> Change {
+    let came = add(data, &mut held.data);
+    take_out(data, &mut held.zero);
+    let gone = take_out(zero, &mut held.data);
+    add(zero, &mut held.zero);
+    Change { came, gone }
 }
 
-/// Run by run: later rounds bring few pages that were not held before, and a merge of whole sets
-/// for every parcel would cost as much as there are runs in all.
-fn move_runs(pages: &PageSet, from: &mut PageSet, to: &mut PageSet) {
-    for run in pages.runs() {
-        if !to.covers(run) {
-            to.insert(*run);
-        }
-        if !overlapping(from, run).is_empty() {
-            from.remove(*run);
-        }
-    }
+fn forget(held: &mut HeldPages, pages: &PageSet) -> Change {
+    let gone = take_out(pages, &mut held.data);
+    take_out(pages, &mut held.zero);
+    let came = PageCount::ZERO;
+    Change { came, gone }
+}
+
+/// Adds pages to a set; how many were not in it. A parcel of a later round brings few, far apart:
+/// the runs that are there already are left out of the merge, which costs as much as there are runs
+/// between the first and the last.
+fn add(pages: &PageSet, to: &mut PageSet) -> PageCount {
+    let uncovered = pages.runs().iter().filter(|run| !to.covers(run));
+    let new = PageSet::from_runs(uncovered.copied());
+    let there: PageCount = new.runs().iter().map(|run| to.count_of(run)).sum();
+    to.union_with(&new);
+    PageCount(new.len().0 - there.0)
+}
+
+/// Takes pages out of a set; how many were in it.
+fn take_out(pages: &PageSet, from: &mut PageSet) -> PageCount {
+    let there = pages.runs().iter().map(|run| (run, from.count_of(run)));
+    let there = there.filter(|(_, count)| *count != PageCount::ZERO);
+    let (runs, counts): (Vec<PageRun>, Vec<PageCount>) =
+        there.map(|(run, count)| (*run, count)).unzip();
+    from.difference_with(&PageSet::from_runs(runs));
+    counts.into_iter().sum()
 }
 
 /// The runs of `set` that have pages of `run`.
@@ -189,14 +208,12 @@ impl SpaceStore {
         Some(digests.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn change(&self, change: impl FnOnce(&mut HeldPages)) {
+    fn change(&self, change: impl FnOnce(&mut HeldPages) -> Change) {
         let mut held = self.lock();
-        let before = held.data.len().0;
-        change(&mut held);
-        let after = held.data.len().0;
+        let Change { came, gone } = change(&mut held);
         // Under the lock: nobody else changes this space's share of the sum.
         self.used
-            .fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
+            .fetch_add(came.0.wrapping_sub(gone.0), Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, HeldPages> {

@@ -150,6 +150,27 @@ fn a_store_takes_no_more_than_was_promised() {
 }
 
 #[test]
+fn a_store_asks_for_more_when_it_must_hold_more() {
+    let store = Store::new(LIMITS);
+    let more = |held: PageCount| {
+        if held <= PageCount(20) {
+            Ok(PageCount(20))
+        } else {
+            Err(Failure::new(ErrorCode::MemoryShort, "no more"))
+        }
+    };
+    store.admit(PageCount(10), Growth::new(more));
+    take(&store, 1, &(0..15).map(|page| (page, 1)).collect()).unwrap();
+    // Five pages of images.
+    store.take_besides(4 * PAGE_SIZE as u64 + 1).unwrap();
+    let error = take(&store, 1, &[(15, 1)].into()).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::MemoryShort);
+    assert!(error.to_string().ends_with(": no more"), "{error}");
+    let error = store.take_besides(1).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::MemoryShort);
+}
+
+#[test]
 fn a_page_beyond_user_memory_is_refused() {
     let mut bytes = vec![1; PAGE_SIZE];
     let mut parcel = Vec::new();

@@ -7,7 +7,7 @@
 use std::fs;
 use std::os::linux::fs::MetadataExt;
 
-use super::maps::{Flags, Mapping};
+use super::maps::{self, Flags, Mapping};
 use super::walk::{Found, Look, Walker};
 use crate::sys::pagemap::Pagemap;
 
@@ -83,6 +83,17 @@ impl Eager {
             Err(_) => mapping.range.end - mapping.range.start,
         };
     }
+}
+
+/// Shared memory of these processes, each object once, in bytes. One that has ended has none.
+pub fn shared_bytes(pids: &[i32]) -> u64 {
+    let mut all = Eager::default();
+    for pid in pids {
+        let mappings = maps::read(*pid).unwrap_or_default();
+        let shared = mappings.iter().filter(|found| found.is_shared_memory());
+        shared.for_each(|mapping| all.share(shared_memory(*pid, mapping)));
+    }
+    all.bytes()
 }
 
 fn shared_memory(pid: i32, mapping: &Mapping) -> SharedMemory {

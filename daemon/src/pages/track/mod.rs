@@ -50,7 +50,7 @@ use criu_glue::view::smaps::{self, Recorded};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 
-pub use eager::{Eager, SharedMemory};
+pub use eager::{Eager, SharedMemory, shared_bytes};
 pub use error::TrackError;
 pub use inject::InjectError;
 use maps::{Flags, Mapping};

@@ -1,7 +1,7 @@
 //! How a migration is decided, given away, taken back and broken off.
 
 use super::state::{Outcome, Place, Reclaim, Release, State, Timer, Undo};
-use super::{SourceAction, SourceMachine};
+use super::{SourceAction, SourceMachine, Wait, Waiting, wait};
 use crate::migration::handoff::{Evidence, Question, RETRY, Side, TELL_MAX};
 use crate::migration::record::{Entry, Record};
 use crate::migration::timer::Time;
@@ -310,15 +310,6 @@ impl SourceMachine {
         }
     }
 
-    pub(super) fn continue_after_retry(&mut self) {
-        let State::Retrying(retrying) = &self.state else {
-            return self.out_of_place("the end of a retry");
-        };
-        if retrying.thawed && retrying.rested && retrying.held {
-            self.send_round(retrying.round.next());
-        }
-    }
-
     /// The workload runs here, and that is on disk. What the target may still hold it can give
     /// up, once it is told.
     fn conclude(&mut self, now: Time) {
@@ -461,6 +452,7 @@ impl SourceMachine {
                 let text = format!("{} took too long", self.state.phase());
                 self.abort_with(ErrorCode::Timeout, &text);
             }
+            Timer::Frozen => self.frozen_too_long(now),
             Timer::Pause => {
                 if let State::Retrying(retrying) = &mut self.state {
                     retrying.rested = true;
@@ -489,6 +481,27 @@ impl SourceMachine {
             Timer::Silence => self.fence_wanted = true,
             Timer::Tell => self.target_told(),
         }
+    }
+
+    /// The bound ends with the commit being handed to the journal: this timer was stopped then.
+    fn frozen_too_long(&mut self, now: Time) {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        if let (State::Finishing(finishing), Some(sent)) = (&self.state, self.edges.sent)
+            && !finishing.ready
+        {
+            let (what, since) = match self.edges.held {
+                None => (Wait::Held, sent),
+                Some(held) => (Wait::Ready, held),
+            };
+            let duration = now.since(since);
+            waiting.push(Waiting { what, duration });
+        }
+        let stood = now.since(self.edges.requested.unwrap_or(now));
+        let mut text = format!("the freeze was given up after {:.1} s", stood.as_secs_f64());
+        if !waiting.is_empty() {
+            text += &format!(", waiting for {}", wait::list(waiting));
+        }
+        self.abort_with(ErrorCode::FrozenTooLong, &text);
     }
 
     /// Does once more what failed and must succeed.

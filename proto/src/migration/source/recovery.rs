@@ -44,6 +44,8 @@ impl SourceMachine {
             fence_wanted: false,
             convergence: Convergence::default(),
             round: None,
+            frozen_max: None,
+            waiting: Vec::new(),
             counters: Counters::default(),
             edges: Edges::default(),
             started_at: now,

@@ -118,6 +118,8 @@ pub(super) enum Timer {
     Overall,
     /// The present step takes too long.
     Step,
+    /// The workload has stood still for as long as it may.
+    Frozen,
     /// The pause after a freeze that was given up is over.
     Pause,
     /// Ask or tell again.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::policy::Policy;
@@ -13,18 +13,27 @@ use pageferry_proto::wire::description::WorkloadDescription;
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 
-use super::{Dumping, Site, SourceNode, check_trackable};
+use super::{Delivered, Dumping, Site, SourceNode, check_trackable};
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
 use crate::migration::source::state::{SiteState, encode_state};
+use crate::migration::source::unread::Unreadable;
+use crate::migration::source::waits::Waits;
 use crate::migration::text::network_unfit;
 use crate::pages::send::Sender;
+use crate::pages::track::shared_bytes;
 use crate::pages::track::tree::Tree;
 use crate::runtime::cgroup::Freezer;
+use crate::runtime::limits;
+use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::process;
 use crate::sys::namespace::{self, NamespaceKind};
+
+/// How often it is looked for locks, and how long between two looks.
+const LOOKS: usize = 5;
+const LOOK_PAUSE: Duration = Duration::from_millis(100);
 
 /// A surveyed workload: nothing of it has been touched.
 #[derive(Debug)]
@@ -44,6 +53,7 @@ struct Found {
     own: Vec<NamespaceKind>,
     mounts: Option<Mounts>,
     freezer: Freezer,
+    locks: Locks,
     origin: Option<PathBuf>,
     ports: Vec<Port>,
     memory_bytes: u64,
@@ -66,10 +76,24 @@ impl Site {
         };
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| gone(&error))?;
         let pids = tree.pids();
+        // First: to open a file that is leased would break the lease.
+        let locks = Locks {
+            shared: shared.to_vec(),
+            mounts: block_in_place(|| process::mounts(root))?,
+        };
+        check_locks(&locks, &pids).await?;
         let described = block_in_place(|| process::describe(root, &pids, shared))?;
         block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid, root)))?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
+        let (shared, limited) =
+            block_in_place(|| (shared_bytes(&pids), limits::read(root, &node.hierarchies)));
+        description.needs.shared_bytes = shared;
+        description.needs.limits = limited.limits;
+        for path in limited.left_behind {
+            tracing::warn!(migration = %id, path = %path.display(),
+                "what its cgroup says here is not carried to the target");
+        }
         let mut ports = Vec::new();
         if described.own.contains(&NamespaceKind::Net) {
             let net = namespace::open(root, NamespaceKind::Net).map_err(|error| gone(&error))?;
@@ -83,8 +107,10 @@ impl Site {
         let (freezer, origin) = match node.freezers.holding(&pids) {
             Some(freezer) => (freezer, None),
             None => {
-                let origin = node.freezers.current_of(root);
-                (node.freezers.plan(&id.to_string()), origin)
+                let place = node.freezers.place(root, &pids, &id.to_string());
+                place.map_err(|error| {
+                    Failure::new(ErrorCode::UnsupportedWorkload, error.to_string())
+                })?
             }
         };
         let state = SiteState {
@@ -106,6 +132,7 @@ impl Site {
             own: described.own,
             mounts: described.mounts,
             freezer,
+            locks,
             origin,
             ports,
             memory_bytes,
@@ -145,6 +172,7 @@ impl Site {
             own: Vec::new(),
             mounts: None,
             freezer: Freezer::at(state.freezer),
+            locks: Locks::default(),
             origin: state.origin,
             ports,
             memory_bytes: 0,
@@ -169,10 +197,12 @@ impl Site {
             own: found.own,
             mounts: found.mounts,
             freezer: found.freezer,
+            locks: found.locks,
             origin: found.origin,
             ports: found.ports,
             spaces: BTreeMap::new(),
             pending: BTreeMap::new(),
+            delivered: Delivered::default(),
             scanned: Instant::now(),
             dumping: Dumping::No,
             let_in: false,
@@ -184,9 +214,24 @@ impl Site {
             image_bytes: 0,
             frozen_in_criu: None,
             data: None,
-            cancelled,
+            waits: Waits::new(cancelled),
+            unread: Unreadable::default(),
             sent: Arc::default(),
             true_smaps: found.true_smaps,
         }
     }
+}
+
+/// Refuses a lock that is held whenever it is looked for.
+async fn check_locks(locks: &Locks, pids: &[i32]) -> Result<(), Failure> {
+    let mut held = block_in_place(|| locks.held(pids));
+    for _ in 1..LOOKS {
+        if held.is_empty() {
+            return Ok(());
+        }
+        tokio::time::sleep(LOOK_PAUSE).await;
+        let now = block_in_place(|| locks.held(pids));
+        held.retain(|lock| now.contains(lock));
+    }
+    held.first().map_or(Ok(()), |lock| Err(lock.refused()))
 }

@@ -3,7 +3,6 @@
 //! Invariants: the network is attached only for a tree that its pager holds; that nothing ran is
 //! said only when the pager, or its watcher, has said so.
 
-use std::fs;
 use std::time::{Duration, Instant};
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -17,9 +16,6 @@ use crate::sys::namespace::{self, NamespaceKind};
 /// How long a pager may take to let a tree go, or to undo it instead: five seconds for CRIU to give
 /// up, ten for its tasks to die, and then it says that they do not.
 const GO_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// How often it is looked whether a workload that is frozen for good has been killed.
-const EMPTY_POLL: Duration = Duration::from_millis(500);
 
 /// Announcements after the first, for switches that were busy: at these times after attaching.
 const ANNOUNCEMENTS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(500)];
@@ -155,24 +151,6 @@ impl Site {
         }
         self.clear();
         Ok(())
-    }
-
-    /// Waits until nothing of the workload is left: memory that was lost in the fill has frozen it
-    /// for good, and somebody must kill it.
-    pub async fn emptied(&mut self) {
-        while !self.freezer.is_empty() {
-            tokio::time::sleep(EMPTY_POLL).await;
-        }
-        if let Err(error) = self.freezer.remove() {
-            tracing::warn!(migration = %self.id, "its cgroup is left: {}", chain(&error));
-        }
-        self.clear();
-    }
-
-    fn clear(&mut self) {
-        self.pager = None;
-        self.namespaces.clear();
-        drop(fs::remove_dir_all(&self.directory));
     }
 
     /// Waits until the pager of a workload that has not been let go tells of its end.

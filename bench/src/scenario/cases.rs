@@ -1,0 +1,167 @@
+//! `cases`: workloads after public reports, with state that made other tools hang or fail. Each is
+//! moved there and back, or is refused by a name of its own, and never stands still for long.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Settings;
+use super::redis::{SETTLE_TIME_MAX, other};
+use super::report::Report;
+use crate::lab::Lab;
+use crate::lab::init::SHARED;
+use crate::pageferry::{MigrateFlags, Migration, wait_settled};
+use crate::workload::case::CaseWorkload;
+
+/// What must come of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Demand {
+    /// It moves, whatever has to be waited for.
+    Moves,
+    /// It stays, with this code.
+    Refused(&'static str),
+}
+
+/// A case of `lab-cases` and what must come of it.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    name: &'static str,
+    demand: Demand,
+}
+
+const fn moves(name: &'static str) -> Case {
+    Case {
+        name,
+        demand: Demand::Moves,
+    }
+}
+
+const fn refused(name: &'static str, code: &'static str) -> Case {
+    Case {
+        name,
+        demand: Demand::Refused(code),
+    }
+}
+
+const ALL: [Case; 15] = [
+    moves("stopped-children"),
+    moves("orphan-session"),
+    refused("posix-lock", "shared-lock"),
+    refused("flock-lock", "shared-lock"),
+    refused("ofd-lock", "shared-lock"),
+    refused("lease-lock", "shared-lock"),
+    moves("momentary-lock"),
+    moves("tcp-backlog"),
+    refused("tcp-backlog-stays", "passing-state"),
+    moves("tcp-connecting"),
+    refused("tcp-connecting-stays", "passing-state"),
+    moves("netlink-queue"),
+    refused("netlink-queue-stays", "passing-state"),
+    moves("vfork"),
+    refused("vfork-stays", "passing-state"),
+];
+
+/// The scenario.
+pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
+    ensure!(
+        !settings.baseline,
+        "cases are about what stock CRIU cannot do"
+    );
+    // Several may be run, with commas between them.
+    let only: Option<Vec<&str>> = settings
+        .only
+        .as_deref()
+        .map(|only| only.split(',').collect());
+    let wanted = |case: &&Case| only.as_ref().is_none_or(|only| only.contains(&case.name));
+    let wanted: Vec<Case> = ALL.iter().filter(wanted).copied().collect();
+    ensure!(!wanted.is_empty(), "there is no such case");
+    let mut lab = settings.lab(2)?;
+    for case in wanted {
+        if let Err(error) = case.run(&mut lab, report) {
+            report.fail(format!("{}: {error:#}", case.name));
+        }
+        wait_settled(&lab, SETTLE_TIME_MAX)?;
+    }
+    Ok(())
+}
+
+impl Case {
+    fn run(self, lab: &mut Lab, report: &mut Report) -> Result<()> {
+        let mut running = CaseWorkload::start(lab, "a", self.name)?;
+        let result = self.there_and_back(lab, &mut running, report);
+        let ended = running.workload.kill(lab);
+        result.and(ended)
+    }
+
+    fn there_and_back(
+        self,
+        lab: &Lab,
+        running: &mut CaseWorkload,
+        report: &mut Report,
+    ) -> Result<()> {
+        let mut at = "a".to_owned();
+        for _ in 0..MOVES {
+            let to = other(&at).to_owned();
+            let flags = MigrateFlags {
+                shared: vec![SHARED.to_owned()],
+                ..MigrateFlags::default()
+            };
+            let name = running.workload.name();
+            let before = given_up(lab);
+            let outcome = Migration::start(lab.node(&at)?, &name, &to, &flags)?.finish()?;
+            let verdict = running.verdict().context("after the move")?;
+            let fate = match &outcome.error {
+                None => format!("moved {at} -> {to}"),
+                Some((code, text)) => format!("refused {code} ({text})"),
+            };
+            let retries = given_up(lab) - before;
+            let stood_still = verdict.stood_still;
+            println!(
+                "{}: {fate}, {retries} retries, stood still for {stood_still:.1?}",
+                self.name
+            );
+            for wrong in &verdict.wrong {
+                report.fail(format!("{}: {fate}: {wrong}", self.name));
+            }
+            if stood_still >= STAND_STILL_MAX {
+                report.fail(format!(
+                    "{}: {fate}: stood still for {stood_still:?}",
+                    self.name
+                ));
+            }
+            let code = outcome.error.as_ref().map(|(code, _)| code.as_str());
+            match (self.demand, code) {
+                (Demand::Moves, None) => {}
+                (Demand::Refused(demanded), Some(code)) if demanded == code => return Ok(()),
+                _ => {
+                    report.fail(format!(
+                        "{}: {fate}, but {:?} is right",
+                        self.name, self.demand
+                    ));
+                    return Ok(());
+                }
+            }
+            running.workload.pid = outcome.pid_at_target().unwrap_or(running.workload.pid);
+            at = to;
+            if let Some(one) = outcome.moved {
+                report.push(one);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How often a freeze was given up and tried again, as the daemons' logs say.
+fn given_up(lab: &Lab) -> usize {
+    let logs = lab.nodes.iter().map(|node| {
+        let log = lab.folder.logs().join(node.name()).join("pageferryd.log");
+        std::fs::read_to_string(log).unwrap_or_default()
+    });
+    logs.map(|log| log.matches(GIVEN_UP).count()).sum()
+}
+
+/// What a daemon writes to its log then.
+const GIVEN_UP: &str = "the freeze is given up";
+
+const MOVES: usize = 2;
+const STAND_STILL_MAX: Duration = Duration::from_secs(5);

@@ -1,0 +1,285 @@
+//! Children stopped by job control, in a cgroup that is frozen when CRIU comes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use criu_glue::options::{DumpOptions, Request};
+use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, ViewFds};
+use criu_glue::view::Feed;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use pageferry_bench::cases::{Verdict, Watched};
+
+use crate::cases::Run;
+use crate::node::{LIBRARY, PROGRAM};
+use crate::workload::wait_until;
+
+/// A process with children in every state of job control, in a cgroup of its own.
+struct Tree {
+    freezer: Freezer,
+    child: Child,
+    case: Watched,
+    cgroup: PathBuf,
+}
+
+impl Tree {
+    fn start(freezer: Freezer, case: &str) -> Self {
+        let folder = tempfile::tempdir_in("/tmp").expect("tmp").keep();
+        let child = Command::new(PROGRAM)
+            .args(["--case", case])
+            .arg(&folder)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("this program");
+        let case = Watched::new(folder.clone());
+        wait_until("stopped children", || {
+            case.is_ready().expect("a case").then_some(())
+        });
+        // Its name must be no other run's; the folder's is not.
+        let name = folder
+            .file_name()
+            .expect("a name")
+            .to_string_lossy()
+            .into_owned();
+        let cgroup = Path::new(freezer.mount).join(format!("criu-glue{name}"));
+        fs::create_dir(&cgroup).expect("the v1 freezer");
+        let tree = Self {
+            freezer,
+            child,
+            case,
+            cgroup,
+        };
+        for pid in tree.pids() {
+            fs::write(tree.cgroup.join("cgroup.procs"), pid.to_string()).expect("a process");
+        }
+        tree
+    }
+
+    fn root(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a pid")
+    }
+
+    /// The root and its children, which have none.
+    fn pids(&self) -> Vec<i32> {
+        let root = self.root();
+        let children = fs::read_to_string(format!("/proc/{root}/task/{root}/children"));
+        let children = children.unwrap_or_default();
+        let children = children
+            .split_whitespace()
+            .map(|pid| pid.parse().expect("a pid"));
+        std::iter::once(root).chain(children).collect()
+    }
+
+    /// What the kernel counts as the cgroup's threads.
+    fn threads(&self) -> Vec<String> {
+        let threads = fs::read_to_string(self.cgroup.join(self.freezer.threads)).expect("a cgroup");
+        threads.lines().map(str::to_owned).collect()
+    }
+
+    fn set_frozen(&self, frozen: bool) {
+        let words = self.freezer.words[usize::from(frozen)];
+        let [file, told] = self.freezer.files.map(|name| self.cgroup.join(name));
+        wait_until(words[1], || {
+            // Again and again: a task on its way into a stop does not notice the v1 freezer.
+            fs::write(&file, words[0]).expect("a freezer");
+            let told = fs::read_to_string(&told).expect("a freezer");
+            told.lines().any(|line| line == words[1]).then_some(())
+        });
+    }
+
+    fn verdict(&self) -> Verdict {
+        self.case.ask().expect("a folder");
+        wait_until("verdict", || self.case.verdict().expect("a verdict"))
+    }
+
+    /// A worker at the gate before the dump, and its view.
+    async fn begin(&self, run: &Run, feed: &mut Feed) -> Swrk {
+        let view = ViewFds {
+            freezer: Some(self.cgroup.clone()),
+            ..feed.share(LIBRARY.into()).expect("a descriptor")
+        };
+        let mut worker = Swrk::spawn(SwrkConfig {
+            view: Some(view),
+            ..run.config()
+        })
+        .expect("criu");
+        let request = Request::dump(DumpOptions {
+            freeze_cgroup: Some(self.cgroup.to_string_lossy().into_owned()),
+            ..run.dump_options_of(self.root())
+        });
+        worker.request(request).await.expect("criu listens");
+        until(&mut worker, &NotifyScript::PreDump).await;
+        feed.publish().expect("room");
+        worker
+    }
+
+    /// A worker that has dumped the frozen tree, which is frozen again.
+    async fn dumped(&self, run: &Run, feed: &mut Feed) -> Swrk {
+        let mut worker = self.begin(run, feed).await;
+        let threads = self.threads();
+        self.set_frozen(true);
+        worker.answer(true).await.expect("criu listens");
+        until(&mut worker, &NotifyScript::PostDump).await;
+        self.set_frozen(true);
+        assert_eq!(self.threads(), threads, "threads of the cgroup");
+        worker
+    }
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        for pid in self.pids() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        let file = self.cgroup.join(self.freezer.files[0]);
+        let _ = fs::write(file, self.freezer.words[0][0]);
+        reap();
+        wait_until("empty cgroup", || {
+            fs::remove_dir(&self.cgroup).is_ok().then_some(())
+        });
+    }
+}
+
+/// Forgets whoever has ended: we are the init of this pid namespace.
+fn reap() {
+    wait_until("end of all children", || {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => None,
+            Ok(_) => None,
+            Err(_) => Some(()),
+        }
+    });
+}
+
+async fn until(worker: &mut Swrk, point: &NotifyScript) {
+    loop {
+        match worker.next().await.expect("criu talks") {
+            Event::Notify { script, .. } if script == *point => return,
+            Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
+            Event::Response(response) => panic!("{response:?}"),
+        }
+    }
+}
+
+/// They are as before when the dump is taken back: stopped, their parent told as often as it was,
+/// and they go on when they are continued.
+pub async fn stopped_children_in_a_frozen_cgroup_are_dumped_and_given_back() {
+    given_back(V1).await;
+}
+
+/// In cgroup v2, where a frozen task traps.
+pub async fn stopped_children_in_a_frozen_cgroup_of_v2_are_dumped_and_given_back() {
+    if Path::new(V2.mount).join("cgroup.procs").exists() {
+        given_back(V2).await;
+    } else {
+        println!("cgroup v2 is not mounted at {}", V2.mount);
+    }
+}
+
+async fn given_back(freezer: Freezer) {
+    let tree = Tree::start(freezer, "stopped-children-told-once");
+    for _ in 0..2 {
+        let run = Run::new();
+        let mut feed = Feed::create().expect("memfd");
+        let mut worker = tree.dumped(&run, &mut feed).await;
+        worker.answer(false).await.expect("criu listens");
+        while worker.next().await.is_ok() {}
+        tree.set_frozen(false);
+    }
+    assert_eq!(tree.verdict().wrong, Vec::<String>::new());
+}
+
+/// The same at the other side of a dump and a restore.
+pub async fn stopped_children_in_a_frozen_cgroup_come_back_by_a_restore() {
+    let tree = Tree::start(V1, "stopped-children");
+    let run = Run::new();
+    let mut feed = Feed::create().expect("memfd");
+    let mut worker = tree.dumped(&run, &mut feed).await;
+    worker.answer(true).await.expect("criu listens");
+    tree.set_frozen(false);
+    while worker.next().await.is_ok() {}
+    worker.wait().await.expect("our child");
+    reap();
+    let mut worker = Swrk::spawn(run.config()).expect("criu");
+    let request = Request::restore(run.restore_options());
+    worker.request(request).await.expect("criu listens");
+    loop {
+        match worker.next().await.expect("criu talks") {
+            Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
+            Event::Response(response) => break drop(response.into_result().expect("restored")),
+        }
+    }
+    worker.wait().await.expect("our child");
+    assert_eq!(tree.verdict().wrong, Vec::<String>::new());
+}
+
+/// Wherever it was killed: the freezer holds all threads that it held.
+pub async fn a_killed_criu_leaves_stopped_children_in_their_cgroup() {
+    let tree = Tree::start(V1, "stopped-children-told-once");
+    for calls in (1..).step_by(11) {
+        let run = Run::new();
+        let mut feed = Feed::create().expect("memfd");
+        let mut worker = tree.begin(&run, &mut feed).await;
+        let threads = tree.threads();
+        tree.set_frozen(true);
+        worker.answer(true).await.expect("criu listens");
+        let asked = |feed: &Feed| feed.counters().expect("readable").tracer_asked;
+        let mut is_over = false;
+        while asked(&feed) < calls && !is_over {
+            tokio::select! {
+                biased;
+                event = worker.next() => match event.expect("criu talks") {
+                    Event::Notify { script: NotifyScript::PostDump, .. } => is_over = true,
+                    Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
+                    Event::Response(response) => panic!("{response:?}"),
+                },
+                () = tokio::task::yield_now() => {}
+            }
+        }
+        kill(Pid::from_raw(worker.pid()), Signal::SIGKILL).expect("our child");
+        worker.wait().await.expect("our child");
+        // Its tracer may wait for a thread that only goes on when it is thawed.
+        tree.set_frozen(false);
+        while worker.next().await.is_ok() {}
+        assert_eq!(
+            tree.threads(),
+            threads,
+            "threads of the cgroup after {calls} calls"
+        );
+        if is_over {
+            break;
+        }
+    }
+    assert_eq!(tree.verdict().wrong, Vec::<String>::new());
+}
+
+/// A kernel's interface for freezing.
+#[derive(Clone, Copy)]
+struct Freezer {
+    mount: &'static str,
+    /// The file that lists threads.
+    threads: &'static str,
+    /// The file that is written to, and the one that tells.
+    files: [&'static str; 2],
+    /// What is written and told: thawed, frozen.
+    words: [[&'static str; 2]; 2],
+}
+
+const V1: Freezer = Freezer {
+    mount: "/sys/fs/cgroup/freezer",
+    threads: "tasks",
+    files: ["freezer.state", "freezer.state"],
+    words: [["THAWED", "THAWED"], ["FROZEN", "FROZEN"]],
+};
+
+/// Where a machine that has both mounts it.
+const V2: Freezer = Freezer {
+    mount: "/sys/fs/cgroup/unified",
+    threads: "cgroup.threads",
+    files: ["cgroup.freeze", "cgroup.events"],
+    words: [["0", "frozen 0"], ["1", "frozen 1"]],
+};

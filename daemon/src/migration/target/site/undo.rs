@@ -1,0 +1,119 @@
+//! How a workload's place goes away again: discarded, or no longer needed.
+//!
+//! Invariants: everything here is bounded, whoever hangs; what is left in spite of that is said, and
+//! found again by the migration's id, which is in the name of all that is made for it.
+
+use std::fs;
+use std::time::Duration;
+
+use pageferry_proto::wire::code::Failure;
+use tokio::task::block_in_place;
+
+use super::{Pager, Site};
+use crate::migration::text::{chain, internal, network_unfit};
+
+/// How long a pager may take to undo a restore: five seconds for CRIU to give up, ten for its tasks
+/// to die. One that takes longer is killed, and its watcher, and this, kill what is left.
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long killed tasks may take to end.
+const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long pager and watcher may take to end when they have nothing to hold: the watcher looks
+/// twice a second.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether a workload that is frozen for good has been killed.
+const EMPTY_POLL: Duration = Duration::from_millis(500);
+
+impl Site {
+    /// Undoes everything down to nothing, from wherever [`Site::prepare`] or [`Site::restore`] were
+    /// cut off.
+    pub async fn discard(&mut self) -> Result<(), Failure> {
+        if let Some(pager) = self.pager.take() {
+            self.discard_pager(&pager).await;
+        }
+        block_in_place(|| {
+            // Also a CRIU that waits to be asked, and a pager that does not answer.
+            self.groups.pager.kill();
+            self.groups.tree.kill();
+            if !self.freezer.exists() {
+                return Ok(());
+            }
+            self.freezer
+                .kill(KILL_TIMEOUT)
+                .and_then(|()| self.freezer.remove())
+        })
+        .map_err(|error| internal(&error))?;
+        self.end_groups();
+        if let Some(network) = self.network.take() {
+            network
+                .delete()
+                .await
+                .map_err(|error| network_unfit(&error))?;
+        }
+        self.clear();
+        Ok(())
+    }
+
+    async fn discard_pager(&self, pager: &Pager) {
+        let discarded = tokio::time::timeout(DISCARD_TIMEOUT, pager.client.discard()).await;
+        match discarded {
+            Ok(Ok(())) => {}
+            // A pager that is gone has closed CRIU's socket, and CRIU has killed the tree.
+            Ok(Err(error)) => {
+                tracing::warn!(migration = %self.id, "discarding: {}", chain(&error));
+            }
+            Err(_) => {
+                tracing::warn!(migration = %self.id, "the pager has not discarded the workload \
+                    within {DISCARD_TIMEOUT:?}: it is killed");
+            }
+        }
+    }
+
+    /// Waits until nothing of the workload is left: memory that was lost in the fill has frozen it
+    /// for good, and somebody must kill it.
+    pub async fn emptied(&mut self) {
+        while !self.freezer.is_empty() {
+            tokio::time::sleep(EMPTY_POLL).await;
+        }
+        if let Err(error) = self.freezer.remove() {
+            tracing::warn!(migration = %self.id, "its cgroup is left: {}", chain(&error));
+        }
+        self.end_groups();
+        self.clear();
+    }
+
+    /// The workload has all its memory, or nothing of it is left.
+    pub(super) fn clear(&mut self) {
+        self.pager = None;
+        self.promise = None;
+        self.namespaces.clear();
+        block_in_place(|| {
+            for group in [&self.groups.pager, &self.groups.watcher] {
+                if let Err(error) = group.remove(END_TIMEOUT) {
+                    tracing::warn!(migration = %self.id, "a cgroup is left: {}", chain(&error));
+                }
+            }
+            drop(fs::remove_dir_all(&self.directory));
+        });
+    }
+
+    /// Removes the workload's cgroups, in which nobody is any more.
+    fn end_groups(&self) {
+        // Also what a daemon before this one has made for a limit.
+        let group = self.node.hierarchies.everywhere(&self.id.to_string());
+        let group = group.and(self.freezer.path().to_owned());
+        let removed = block_in_place(|| group.remove(END_TIMEOUT));
+        if let Err(error) = removed {
+            tracing::warn!(migration = %self.id, "a cgroup is left: {}", chain(&error));
+        }
+    }
+
+    /// Removes the folder of a migration for which nothing was ever prepared.
+    pub fn tidy(&self) {
+        if self.pager.is_none() && !self.freezer.exists() {
+            drop(fs::remove_dir_all(&self.directory));
+        }
+    }
+}
