@@ -252,8 +252,8 @@ impl Dump {
         Ok(self.swrk.answer(true).await?)
     }
 
-    /// Answers the held notification with failure, or else the next one: CRIU lets go of the tasks,
-    /// which then are held by the cgroup alone. One that has not done so within `patience` is
+    /// Answers the held notification with failure, or else the one that is held next: CRIU lets go
+    /// of the tasks, which then are held by the cgroup alone. One that has not done so within `patience` is
     /// killed, and its tracer puts the tasks back. Waits until both have ended.
     pub async fn rollback(mut self, patience: Duration) -> Result<(), DumpError> {
         // CRIU may be in the middle of the dump, or have ended by itself, having failed; then there
@@ -281,11 +281,13 @@ impl Dump {
         }
     }
 
-    /// Answers what CRIU still says, until it and its tracer have ended.
-    async fn drain(&mut self, answer: bool) -> Result<(), DumpError> {
+    /// Answers what CRIU still says, until it and its tracer have ended. Unless it is `committed`,
+    /// the points at which CRIU asks whether to go on are answered with failure.
+    async fn drain(&mut self, committed: bool) -> Result<(), DumpError> {
         while let Ok(event) = self.swrk.next().await {
-            if let Event::Notify { .. } = event {
-                self.swrk.answer(answer).await?;
+            if let Event::Notify { script, .. } = event {
+                let asks = matches!(script, NotifyScript::PreDump | NotifyScript::PostDump);
+                self.swrk.answer(committed || !asks).await?;
             }
         }
         self.swrk.wait().await?;

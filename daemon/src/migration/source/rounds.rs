@@ -523,7 +523,7 @@ fn resident_bytes(pid: i32) -> u64 {
 
 fn send_failed(error: &SendError<SendStreamError>) -> Failure {
     let code = match error {
-        SendError::Read { .. } => ErrorCode::WorkloadGone,
+        SendError::Read { source, .. } => source.code(),
         SendError::Send { .. } => ErrorCode::PeerLost,
         SendError::Cut => ErrorCode::Aborted,
     };
