@@ -10,9 +10,7 @@ use pageferry_proto::id::{Generation, Incarnation, Round};
 use pageferry_proto::migration::handoff::{REDIAL, RESEND, RETRY, Side, TELL_MAX};
 use pageferry_proto::migration::policy::{FROZEN_MAX_LEAST, Policy};
 use pageferry_proto::migration::record::Entry;
-use pageferry_proto::migration::source::{
-    SILENCE_MAX, SourceAction, SourceEvent, Wait, Waiting,
-};
+use pageferry_proto::migration::source::{SILENCE_MAX, SourceAction, SourceEvent, Wait, Waiting};
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::{SourceMessage, TargetMessage};

@@ -307,7 +307,10 @@ async fn a_source_that_gives_up_ends_a_restore_whose_criu_never_answers() {
     };
     target.say(SourceMessage::Final(last)).await;
     let heard = target.hear().await;
-    assert!(matches!(heard, TargetMessage::FinalHeld { .. }), "{heard:?}");
+    assert!(
+        matches!(heard, TargetMessage::FinalHeld { .. }),
+        "{heard:?}"
+    );
     // CRIU's stand-in is there, and its socket, so the restore has begun.
     let restoring = |target: &Target| target.directory().join("lazy-pages.socket").exists();
     target.until(restoring).await;
@@ -360,7 +363,10 @@ async fn a_workload_that_needs_more_than_is_left_is_declined_with_both_numbers()
     };
     assert_eq!(failure.code(), ErrorCode::MemoryShort);
     let says = |text| failure.text().contains(text);
-    assert!(says("171.2 MiB") && says("100.0 MiB of this test"), "{failure}");
+    assert!(
+        says("171.2 MiB") && says("100.0 MiB of this test"),
+        "{failure}"
+    );
     target.until(|target| target.left().is_empty()).await;
 }
 

@@ -32,8 +32,8 @@ use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 use crate::wire::description::WorkloadDescription;
 use crate::wire::version::Version;
-pub use wait::{Wait, Waiting};
 use state::{Copying, Finishing, Link, State, Timer};
+pub use wait::{Wait, Waiting};
 
 /// How long the first connection may take. Longer than QUIC's own handshake timeout, whose
 /// error says more.

@@ -385,7 +385,11 @@ impl Shared {
             return Ok(None);
         }
         let bytes = header.length();
-        self.lock().images.entry(generation).or_default().push(bytes);
+        self.lock()
+            .images
+            .entry(generation)
+            .or_default()
+            .push(bytes);
         let counted = self.receiver.store().take_besides(bytes);
         counted.map_err(|error| Failure::new(error.code(), chain(&error)))?;
         let folder = self.images_of(generation);
