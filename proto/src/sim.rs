@@ -3,7 +3,7 @@
 //!
 //! A [`World`] is moved on by [`Step`]s, of which it names those that are possible now, and
 //! disturbed by [`Op`]s: crashes, power losses, broken connections, failing actions, aborts and
-//! fences. Whoever chooses them decides everything; nothing here is random. After each one the
+//! fences, and journals that are removed once nobody needs them. Whoever chooses them decides everything; nothing here is random. After each one the
 //! oracles are asked:
 //!
 //! - at most one side runs the workload;
@@ -11,7 +11,8 @@
 //!   durable fence of its own;
 //! - the target lets the workload go at most once, never after refusing, and never without the
 //!   source's commit or a fence;
-//! - nothing is said that is not on disk: `Ready`, `Go`, `Refused`;
+//! - nothing is said that is not on disk: `Ready`, `Go`, `Refused`, `Settled`;
+//! - the target does not forget what a source may still ask;
 //! - what runs at the target is what was frozen at the source, page by page;
 //! - the generation of the status only grows, and no machine piles up actions;
 //! - a workload that has stood still for as long as the policy allows, and is not committed, is asked
@@ -30,6 +31,7 @@
 
 mod attempt;
 mod driver;
+mod expire;
 mod journal;
 mod memory;
 mod node;

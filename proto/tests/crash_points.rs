@@ -9,7 +9,7 @@ use std::time::Duration;
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::status::Phase;
-use pageferry_proto::sim::{Op, Setup, Survivor, World};
+use pageferry_proto::sim::{Op, Setup, Step, Survivor, World};
 
 const SETUP: Setup = Setup {
     spaces: 2,
@@ -206,6 +206,47 @@ fn what_the_target_lost_before_it_ran_is_survived_by_the_source() {
     }
 }
 
+/// Lets the target alone come to its end, and then removes what it need not keep.
+fn expire_target(world: &mut World) {
+    let is_target = |step: &Step| {
+        matches!(
+            step,
+            Step::Begin(Side::Target) | Step::Advance(Side::Target, _) | Step::Notice(Side::Target)
+        )
+    };
+    while let Some(step) = world.steps().into_iter().find(is_target) {
+        world.take(step).unwrap();
+    }
+    world.apply(Op::Expire(Side::Target)).unwrap();
+}
+
+// clause: J-7
+#[test]
+fn an_answer_that_was_lost_is_given_again_after_the_journal_is_removed() {
+    let plans = [
+        (Plan::Success, Survivor::Target),
+        (Plan::AbortAtTarget(Phase::Ready), Survivor::Source),
+        (Plan::Abort(Phase::Prepared), Survivor::Source),
+    ];
+    for (plan, named) in plans {
+        let mut lost = 0;
+        for steps in 0..STEPS_MAX {
+            let Some(mut run) = Run::new(plan, steps) else {
+                break;
+            };
+            run.world.apply(Op::Break).unwrap();
+            expire_target(&mut run.world);
+            let ended = run.phase(Side::Target).is_some_and(Phase::is_final);
+            if run.phase(Side::Source) != Some(Phase::Committed) || !ended {
+                continue;
+            }
+            lost += 1;
+            assert_eq!(run.world.settle(), Ok(named), "{plan:?}, step {steps}");
+        }
+        assert!(0 < lost, "{plan:?}");
+    }
+}
+
 #[test]
 fn a_break_is_survived_by_whom_a_crash_of_the_target_is() {
     for steps in 0..STEPS_MAX {
@@ -227,4 +268,6 @@ fn without_faults_the_workload_moves_and_its_memory_is_the_same() {
     assert!(source.parts.downtime().is_some());
     let target = world.status(Side::Target).unwrap();
     assert_eq!((target.phase, target.failure), (Phase::Done, None));
+    // Nothing of it need be kept.
+    assert!(!target.unsettled);
 }

@@ -140,7 +140,13 @@ fn the_frozen_copy_is_killed_when_the_target_runs_the_workload() {
         root_pid: None,
     };
     assert_eq!(source.hear(message), [journal(started.clone())]);
-    assert_eq!(source.journalled(started), [SourceAction::Release]);
+    assert_eq!(
+        source.journalled(started),
+        [SourceAction::Release, say_settled()]
+    );
+    source.hear(TargetMessage::Forgotten {
+        generation: GENERATION,
+    });
     assert_eq!(source.feed(SourceEvent::Released), [journal(Entry::Done)]);
     source.journalled(Entry::Done);
     assert!(source.machine.is_finished());
@@ -157,6 +163,24 @@ fn a_connection_lost_before_the_commit_aborts() {
     let mut source = Source::prepared();
     assert_eq!(source.feed(SourceEvent::PeerLost), []);
     assert_eq!(source.status().phase, Phase::Prepared);
+}
+
+#[test]
+fn a_connection_that_is_refused_says_why() {
+    let busy = || Failure::new(ErrorCode::TargetBusy, "four migrations come to it");
+    let refused = || SourceEvent::PeerRefused(busy());
+    let mut source = Source::new();
+    source.actions();
+    source.journalled(offered());
+    assert_eq!(source.feed(refused()), [journal(Entry::Aborted(busy()))]);
+    let mut source = Source::copying();
+    assert_eq!(source.feed(refused()), [THAW]);
+    assert_eq!(source.status().failure, Some(busy()));
+    // After the commit it is asked again all the same.
+    let mut source = Source::committed();
+    assert_eq!(source.feed(refused()), []);
+    assert_eq!(source.status().failure, Some(busy()));
+    assert_eq!(source.wait(REDIAL), [SourceAction::Connect]);
 }
 
 // clause: N-5
@@ -377,7 +401,7 @@ fn a_refused_workload_is_thawed_when_that_is_on_disk() {
     assert_eq!(source.journalled(refusal()), [THAW]);
     assert_eq!(source.feed(SourceEvent::Failure(failure())), []);
     assert_eq!(source.wait(RETRY), [THAW]);
-    assert_eq!(source.feed(SourceEvent::Thawed), [journal(Entry::Done)]);
+    assert_eq!(source.feed(SourceEvent::Thawed), [say_settled()]);
     assert_eq!(source.status().phase, Phase::Aborted);
 }
 

@@ -265,6 +265,12 @@ fn messages_of_the_source_keep_their_bytes() {
         05000000aa01020803
     "#]],
     );
+    check(
+        SourceMessage::Settled { generation },
+        &expect![[r#"
+        05000000b201020803
+    "#]],
+    );
 }
 
 #[test]
@@ -332,6 +338,12 @@ fn messages_of_the_target_keep_their_bytes() {
         &expect![[r#"
         17000000c203140a120823120e706964
         20372069732074616b656e
+    "#]],
+    );
+    check(
+        TargetMessage::Forgotten { generation },
+        &expect![[r#"
+        05000000ca03020803
     "#]],
     );
 }

@@ -1,6 +1,6 @@
 //! Between the schema's messages and the types of this program.
 
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use pageferry_proto::id::NodeName;
 use pageferry_proto::migration::handoff::Side;
@@ -9,9 +9,12 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 
 use super::schema;
 use crate::migration::progress::Progress;
+use crate::migration::refusals::Refusal;
 
 pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
     let status = &progress.status;
+    let counted = |count: u64| (!progress.recovered).then_some(count);
+    let sent = |count: u64| counted(count).filter(|_| status.role == Side::Source);
     schema::Status {
         id: status.id.to_string(),
         generation: status.generation,
@@ -27,15 +30,15 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
         peer: status.peer.to_string(),
         node: node.to_string(),
         round: status.round.map_or(0, |round| round.number()),
-        memory_bytes: status.memory_bytes,
-        sent_bytes: status.sent_bytes,
-        wire_bytes: status.wire_bytes,
+        memory_bytes: counted(status.memory_bytes),
+        sent_bytes: sent(status.sent_bytes),
+        wire_bytes: sent(status.wire_bytes),
         dirty_pages_per_second: status.dirty_pages_per_second,
         predicted_downtime_us: status.predicted_downtime.map(micros),
         downtime_us: status.parts.downtime().map(micros),
         parts: Some(parts(&status.parts)),
         frozen_us: progress.frozen.map(micros),
-        elapsed_us: micros(status.elapsed),
+        elapsed_us: counted(micros(status.elapsed)),
         failure: status.failure.as_ref().map(failure),
         fence_wanted: status.fence_wanted,
         final_pages: progress.final_pages,
@@ -44,7 +47,18 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
             .map(|id| id.to_string())
             .unwrap_or_default(),
         pid_at_target: progress.pid_at_target,
+        unsettled: status.unsettled,
         frozen_max_us: status.frozen_max.map(micros),
+    }
+}
+
+pub(super) fn refused(refusal: &Refusal) -> schema::Refusal {
+    let since = refusal.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    schema::Refusal {
+        at_unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+        workload: refusal.workload.to_string(),
+        to: refusal.target.to_string(),
+        failure: Some(failure(&refusal.failure)),
     }
 }
 

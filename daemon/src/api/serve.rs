@@ -22,7 +22,7 @@ use tonic::transport::Server;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
-use super::convert::{named_side, refusal, status};
+use super::convert::{named_side, refusal, refused, status};
 use super::schema;
 use super::schema::control_server::{Control, ControlServer};
 use crate::migration::progress::Progress;
@@ -170,6 +170,12 @@ impl Control for LocalControl {
         request: Request<schema::MigrateRequest>,
     ) -> Result<Response<schema::MigrateReply>, Status> {
         let request = parse_migrate(request.into_inner(), self.defaults)?;
+        if request.target == self.node {
+            return Err(Status::invalid_argument(format!(
+                "node {} is this node, where {} is already: name another one",
+                self.node, request.workload
+            )));
+        }
         // The survey blocks its thread for milliseconds: it gets a task, not the server's.
         let registry = self.registry.clone();
         let migrated = tokio::spawn(async move { registry.migrate(request).await }).await;
@@ -181,14 +187,21 @@ impl Control for LocalControl {
 
     async fn list(
         &self,
-        _: Request<schema::ListRequest>,
+        request: Request<schema::ListRequest>,
     ) -> Result<Response<schema::ListReply>, Status> {
-        let known = self.registry.list();
+        let mut known = self.registry.list();
+        if request.into_inner().all {
+            known.extend(self.registry.list_answers());
+        }
         let migrations = known
             .iter()
             .map(|progress| status(&self.node, progress))
             .collect();
-        Ok(Response::new(schema::ListReply { migrations }))
+        Ok(Response::new(schema::ListReply {
+            migrations,
+            refusals: self.registry.list_refusals().iter().map(refused).collect(),
+            answers_kept: self.registry.answers_kept() as u64,
+        }))
     }
 
     async fn show(
@@ -242,6 +255,18 @@ impl Control for LocalControl {
             .await
             .map_err(|failure| refusal(&failure))?;
         Ok(Response::new(schema::ResolveReply {}))
+    }
+
+    async fn forget(
+        &self,
+        request: Request<schema::ForgetRequest>,
+    ) -> Result<Response<schema::ForgetReply>, Status> {
+        let request = request.into_inner();
+        self.registry
+            .forget(parse_id(&request.id)?, request.sure)
+            .await
+            .map_err(|failure| refusal(&failure))?;
+        Ok(Response::new(schema::ForgetReply {}))
     }
 }
 

@@ -26,8 +26,9 @@ pub struct Cli {
 pub enum Command {
     /// Move a workload to another node, and wait until it runs there
     Migrate(MigrateArgs),
-    /// Every migration this node takes or took part in, newest first
-    List(OutputArgs),
+    /// Every migration this node takes or took part in, newest first; then what was refused before
+    /// it began
+    List(ListArgs),
     /// One migration, as it stands
     Show(OneArgs),
     /// One migration, until its end
@@ -44,6 +45,20 @@ pub enum Command {
         /// The side that is dead and stays dead. If it is not, two copies run
         #[arg(long, value_name = "SIDE")]
         fenced: FencedSide,
+    },
+    /// Forget how a migration ended. This node keeps that for as long as the source may ask
+    ///
+    /// A target keeps how a migration ended until its source has said that it knows. If the source
+    /// never will, because its node is gone for good, this is the way to forget it all the same. A
+    /// source that asks afterwards hears that nobody knows, and offers its operator to declare this
+    /// node dead; then the workload would run there, and may run here too. So look first what
+    /// `pageferry show ID` says at the source: `done` and `aborted` mean that it does not ask.
+    Forget {
+        /// Its id, as `list --all` prints it
+        id: MigrationId,
+        /// The source knows how it ended, or is gone for good
+        #[arg(long)]
+        sure: bool,
     },
     /// Certificates for the nodes of a cluster
     #[command(subcommand)]
@@ -88,9 +103,12 @@ pub struct MigrateArgs {
     pub json: bool,
 }
 
-/// How to print.
+/// What to list, and how to print it.
 #[derive(Debug, Args)]
-pub struct OutputArgs {
+pub struct ListArgs {
+    /// Also old ones of which a source may still ask how they ended, at most 1000 of them
+    #[arg(long)]
+    pub all: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -16,13 +16,12 @@ use crate::api::schema::control_client::ControlClient;
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// There is no daemon at the socket.
-    #[error("cannot reach pageferryd at {}: is it running, and are you root?", socket.display())]
+    #[error("cannot reach pageferryd at {}: {why}: is it running, and are you root?", socket.display())]
     Unreachable {
         /// The socket.
         socket: PathBuf,
-        /// What the transport said.
-        #[source]
-        source: tonic::transport::Error,
+        /// The last of what the transport said, all of which says the same.
+        why: String,
     },
     /// It went away in the middle.
     #[error("pageferryd went away: the migration goes on or ends when it is started again")]
@@ -93,11 +92,20 @@ pub async fn connect(socket: &Path) -> Result<ControlClient<Channel>, CallError>
             async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
         }))
         .await
-        .map_err(|source| CallError::Unreachable {
+        .map_err(|error| CallError::Unreachable {
             socket: socket.to_owned(),
-            source,
+            why: root_cause(&error).to_string(),
         })?;
     Ok(ControlClient::new(channel))
+}
+
+/// What the others are only about.
+fn root_cause<'a>(error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
+    let mut cause = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause
 }
 
 fn is_name(text: &str) -> bool {

@@ -6,7 +6,7 @@
 use serde::Serialize;
 
 use super::client::CallError;
-use crate::api::schema::{Parts, Side, Status};
+use crate::api::schema::{ListReply, Parts, Refusal, Side, Status};
 use crate::config::units::Bytes;
 
 /// One end of a migration, as `list`, `show` and `watch` print it.
@@ -20,10 +20,10 @@ pub struct Known<'a> {
     phase: &'a str,
     r#final: bool,
     moved: bool,
-    round: u32,
-    memory_bytes: u64,
-    sent_bytes: u64,
-    wire_bytes: u64,
+    round: Option<u32>,
+    memory_bytes: Option<u64>,
+    sent_bytes: Option<u64>,
+    wire_bytes: Option<u64>,
     dirty_pages_per_second: Option<u64>,
     predicted_downtime_ms: Option<f64>,
     downtime_ms: Option<f64>,
@@ -32,9 +32,27 @@ pub struct Known<'a> {
     final_pages: Option<u64>,
     pid_at_target: Option<i32>,
     frozen_max_ms: Option<f64>,
-    total_ms: f64,
+    total_ms: Option<f64>,
     fence_wanted: bool,
+    unsettled: bool,
     error: Option<ErrorObject>,
+}
+
+/// What `list` prints.
+#[derive(Debug, Serialize)]
+pub struct Listed<'a> {
+    migrations: Vec<Known<'a>>,
+    refusals: Vec<Refused<'a>>,
+    answers_kept: u64,
+}
+
+/// An attempt that was refused before it began.
+#[derive(Debug, Serialize)]
+pub struct Refused<'a> {
+    at_unix_ms: u64,
+    workload: &'a str,
+    to: &'a str,
+    error: ErrorObject,
 }
 
 /// A whole move, as `migrate` prints it.
@@ -45,16 +63,16 @@ pub struct Moved {
     mode: &'static str,
     from: String,
     to: String,
-    rounds: u32,
-    memory_bytes: u64,
-    wire_bytes: u64,
+    rounds: Option<u32>,
+    memory_bytes: Option<u64>,
+    wire_bytes: Option<u64>,
     downtime_ms: Option<f64>,
     parts_ms: PartsMs,
     frozen_ms: Option<f64>,
     restore_ms: Option<f64>,
     /// Only clients can know the longest gap they saw.
     blackout_ms: Option<f64>,
-    total_ms: f64,
+    total_ms: Option<f64>,
     final_pages: Option<u64>,
     dirty_pages_per_second: Option<u64>,
     pid_at_target: Option<i32>,
@@ -89,7 +107,7 @@ impl<'a> Known<'a> {
             phase: &status.phase,
             r#final: status.r#final,
             moved: status.moved,
-            round: status.round,
+            round: rounds(status),
             memory_bytes: status.memory_bytes,
             sent_bytes: status.sent_bytes,
             wire_bytes: status.wire_bytes,
@@ -101,9 +119,36 @@ impl<'a> Known<'a> {
             final_pages: status.final_pages,
             pid_at_target: status.pid_at_target,
             frozen_max_ms: status.frozen_max_us.map(millis),
-            total_ms: millis(status.elapsed_us),
+            total_ms: status.elapsed_us.map(millis),
             fence_wanted: status.fence_wanted,
+            unsettled: status.unsettled,
             error: error(status),
+        }
+    }
+}
+
+impl<'a> Listed<'a> {
+    /// What the daemon said.
+    pub fn of(reply: &'a ListReply) -> Self {
+        let refused = |refusal: &'a Refusal| Refused {
+            at_unix_ms: refusal.at_unix_ms,
+            workload: &refusal.workload,
+            to: &refusal.to,
+            error: refusal.failure.as_ref().map_or_else(
+                || ErrorObject {
+                    code: "unknown".to_owned(),
+                    text: String::new(),
+                },
+                |failure| ErrorObject {
+                    code: failure.code.clone(),
+                    text: failure.text.clone(),
+                },
+            ),
+        };
+        Self {
+            migrations: reply.migrations.iter().map(Known::of).collect(),
+            refusals: reply.refusals.iter().map(refused).collect(),
+            answers_kept: reply.answers_kept,
         }
     }
 }
@@ -118,7 +163,7 @@ impl Moved {
             mode: MODE,
             from: status.node.clone(),
             to: status.peer.clone(),
-            rounds: status.round,
+            rounds: rounds(status),
             memory_bytes: status.memory_bytes,
             wire_bytes: status.wire_bytes,
             downtime_ms: status.downtime_us.map(millis),
@@ -126,7 +171,7 @@ impl Moved {
             frozen_ms: status.frozen_us.map(millis),
             restore_ms: parts_ms.restore,
             blackout_ms: None,
-            total_ms: millis(status.elapsed_us),
+            total_ms: status.elapsed_us.map(millis),
             final_pages: status.final_pages,
             dirty_pages_per_second: status.dirty_pages_per_second,
             pid_at_target: status.pid_at_target,
@@ -167,14 +212,21 @@ pub fn summary(status: &Status) -> String {
         };
         return format!("{workload} runs on at {node}, it has not moved to {peer}\n  {why}");
     }
-    let mut text = format!(
-        "{workload} moved from {node} to {peer} in {:.2} s\n  \
-         {} rounds, {} of memory, {} on the wire",
-        millis(status.elapsed_us) / 1000.0,
-        status.round,
-        Bytes(status.memory_bytes).rounded(),
-        Bytes(status.wire_bytes).rounded(),
-    );
+    let mut text = format!("{workload} moved from {node} to {peer}");
+    if let Some(elapsed) = status.elapsed_us {
+        text += &format!(" in {:.2} s", millis(elapsed) / 1000.0);
+    }
+    match (status.memory_bytes, status.wire_bytes) {
+        (Some(memory), Some(wire)) => {
+            text += &format!(
+                "\n  {} rounds, {} of memory, {} on the wire",
+                status.round,
+                Bytes(memory).rounded(),
+                Bytes(wire).rounded(),
+            );
+        }
+        _ => text += "\n  the daemon was restarted since: what it had counted is lost",
+    }
     if let Some(pages) = status.final_pages {
         text += &format!(", {pages} pages in the final round");
     }
@@ -198,10 +250,57 @@ pub fn summary(status: &Status) -> String {
     text
 }
 
+/// What `list` says: every migration in a line, under a heading, and what never became one.
+pub fn list(reply: &ListReply) -> String {
+    let mut text = table(&reply.migrations);
+    if !reply.refusals.is_empty() {
+        text += "\n\nRefused before they began, newest first:";
+        for refusal in &reply.refusals {
+            text += &format!("\n  {}", refused(refusal));
+        }
+    }
+    let unlisted = usize::try_from(reply.answers_kept).unwrap_or(usize::MAX);
+    let listed = reply.migrations.iter().filter(|status| status.unsettled);
+    if 0 < unlisted && listed.count() < unlisted {
+        text += &format!(
+            "\n\nOf {unlisted} old ones a source may still ask how they ended: \
+             `pageferry list --all`"
+        );
+    }
+    text
+}
+
+fn refused(refusal: &Refusal) -> String {
+    let Refusal {
+        at_unix_ms,
+        workload,
+        to,
+        failure,
+    } = refusal;
+    let nanos = i128::from(*at_unix_ms) * 1_000_000;
+    let at = time::OffsetDateTime::from_unix_timestamp_nanos(nanos);
+    let at = at.map_or_else(
+        |_| "at an unknown time".to_owned(),
+        |at| {
+            format!(
+                "{} {:02}:{:02}:{:02} UTC",
+                at.date(),
+                at.hour(),
+                at.minute(),
+                at.second()
+            )
+        },
+    );
+    let (code, text) = failure
+        .as_ref()
+        .map_or(("unknown", ""), |failure| (&failure.code, &failure.text));
+    format!("{at}  {workload} to {to}  {code}: {text}")
+}
+
 /// Every status in a line, under a heading.
-pub fn table(statuses: &[Status]) -> String {
+fn table(statuses: &[Status]) -> String {
     let heading = [
-        "ID", "WORKLOAD", "ROLE", "PEER", "PHASE", "ROUND", "SENT", "DOWNTIME",
+        "ID", "WORKLOAD", "ROLE", "PEER", "PHASE", "ROUND", "ON WIRE", "DOWNTIME",
     ]
     .map(str::to_owned);
     let rows: Vec<[String; 8]> = std::iter::once(heading)
@@ -225,8 +324,8 @@ pub fn line(status: &Status) -> String {
     if status.round > 0 {
         text += &format!(", round {}", status.round);
     }
-    if status.sent_bytes > 0 {
-        text += &format!(", {} sent", Bytes(status.sent_bytes).rounded());
+    if let Some(sent) = status.sent_bytes.filter(|sent| *sent > 0) {
+        text += &format!(", {} of pages sent", Bytes(sent).rounded());
     }
     if let Some(rate) = status.dirty_pages_per_second {
         text += &format!(", {rate} dirtied pages/s");
@@ -237,10 +336,21 @@ pub fn line(status: &Status) -> String {
     if let Some(failure) = &status.failure {
         text += &format!(", {}: {}", failure.code, failure.text);
     }
+    if status.role() == Side::Target
+        && let Some(pid) = status.pid_at_target
+        && status.workload != format!("process/{pid}")
+    {
+        text += &format!(", here process/{pid}");
+    }
     if status.fence_wanted {
         text += ", the peer is gone: bring it back, or see `pageferry resolve --help`";
     }
     text
+}
+
+/// Rounds, as far as they are known: a daemon that was restarted has lost count.
+fn rounds(status: &Status) -> Option<u32> {
+    (status.round > 0 || status.memory_bytes.is_some()).then_some(status.round)
 }
 
 /// The side a status is of.
@@ -265,8 +375,10 @@ fn row(status: &Status) -> [String; 8] {
         role(status).to_owned(),
         status.peer.clone(),
         status.phase.clone(),
-        status.round.to_string(),
-        Bytes(status.sent_bytes).rounded(),
+        rounds(status).map_or("-".to_owned(), |round| round.to_string()),
+        status
+            .wire_bytes
+            .map_or("-".to_owned(), |wire| Bytes(wire).rounded()),
         status.downtime_us.map_or("-".to_owned(), |downtime| {
             format!("{:.1} ms", millis(downtime))
         }),
@@ -325,9 +437,9 @@ mod tests {
             peer: "b".to_owned(),
             node: "a".to_owned(),
             round: 3,
-            memory_bytes: 512 << 20,
-            sent_bytes: 600 << 20,
-            wire_bytes: 300 << 20,
+            memory_bytes: Some(512 << 20),
+            sent_bytes: Some(600 << 20),
+            wire_bytes: Some(300 << 20),
             dirty_pages_per_second: Some(12_000),
             downtime_us: Some(40_500),
             parts: Some(Parts {
@@ -338,7 +450,7 @@ mod tests {
                 handoff_us: Some(4_500),
             }),
             frozen_us: Some(5_100),
-            elapsed_us: 2_340_000,
+            elapsed_us: Some(2_340_000),
             final_pages: Some(812),
             pid_at_target: Some(15_002),
             ..Status::default()
@@ -383,8 +495,65 @@ mod tests {
     #[test]
     fn the_table_lines_up() {
         expect![[r"
-            ID                                WORKLOAD      ROLE    PEER  PHASE  ROUND  SENT     DOWNTIME
-            0123456789abcdef0123456789abcdef  process/4711  source  b     done   3      600 MiB  40.5 ms"]]
+            ID                                WORKLOAD      ROLE    PEER  PHASE  ROUND  ON WIRE  DOWNTIME
+            0123456789abcdef0123456789abcdef  process/4711  source  b     done   3      300 MiB  40.5 ms"]]
         .assert_eq(&table(&[moved()]));
+    }
+
+    /// After a restart, or at the target.
+    fn uncounted() -> Status {
+        Status {
+            round: 0,
+            memory_bytes: None,
+            sent_bytes: None,
+            wire_bytes: None,
+            elapsed_us: None,
+            downtime_us: None,
+            ..moved()
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_null_and_no_zero() {
+        let json = serde_json::to_string(&Known::of(&uncounted())).unwrap();
+        for field in [
+            "round",
+            "memory_bytes",
+            "sent_bytes",
+            "wire_bytes",
+            "total_ms",
+        ] {
+            assert!(
+                json.contains(&format!("\"{field}\":null")),
+                "{field}: {json}"
+            );
+        }
+        let row = row(&uncounted());
+        assert_eq!(row[5..], ["-", "-", "-"]);
+    }
+
+    #[test]
+    fn a_list_tells_of_refused_attempts_and_of_what_is_not_listed() {
+        let reply = ListReply {
+            migrations: vec![],
+            refusals: vec![Refusal {
+                at_unix_ms: 1_700_000_000_000,
+                workload: "process/7".to_owned(),
+                to: "b".to_owned(),
+                failure: Some(Failure {
+                    code: "stdio-unfit".to_owned(),
+                    text: "a terminal".to_owned(),
+                }),
+            }],
+            answers_kept: 2,
+        };
+        expect![[r"
+            ID  WORKLOAD  ROLE  PEER  PHASE  ROUND  ON WIRE  DOWNTIME
+
+            Refused before they began, newest first:
+              2023-11-14 22:13:20 UTC  process/7 to b  stdio-unfit: a terminal
+
+            Of 2 old ones a source may still ask how they ended: `pageferry list --all`"]]
+        .assert_eq(&list(&reply));
     }
 }

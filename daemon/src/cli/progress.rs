@@ -43,8 +43,9 @@ impl Shown {
             self.copying_since = Some(Instant::now());
         }
         if let Some(bar) = &self.bar {
-            bar.set_length(status.memory_bytes.max(status.sent_bytes));
-            bar.set_position(status.sent_bytes);
+            let sent = status.sent_bytes.unwrap_or(0);
+            bar.set_length(status.memory_bytes.unwrap_or(0).max(sent));
+            bar.set_position(sent);
             bar.set_prefix(status.phase.clone());
             bar.set_message(self.message(status));
         } else if self.phase != status.phase || self.round != status.round {
@@ -83,12 +84,13 @@ impl Shown {
 /// Time until the memory has been sent once, in whole seconds; later rounds have no end that could
 /// be known.
 fn left(status: &Status, copying: Duration) -> Option<Duration> {
-    let left = status.memory_bytes.checked_sub(status.sent_bytes)?;
-    if status.round != 1 || status.sent_bytes == 0 || left == 0 {
+    let sent = status.sent_bytes?;
+    let left = status.memory_bytes?.checked_sub(sent)?;
+    if status.round != 1 || sent == 0 || left == 0 {
         return None;
     }
     // Rounded to seconds: no precision is lost that anybody sees.
-    let seconds = copying.as_secs_f64() * left as f64 / status.sent_bytes as f64;
+    let seconds = copying.as_secs_f64() * left as f64 / sent as f64;
     Duration::try_from_secs_f64(seconds.ceil()).ok()
 }
 
@@ -127,8 +129,8 @@ mod tests {
     fn what_is_left_of_the_first_round_is_told() {
         let mut status = Status {
             round: 1,
-            memory_bytes: 300,
-            sent_bytes: 100,
+            memory_bytes: Some(300),
+            sent_bytes: Some(100),
             ..Status::default()
         };
         assert_eq!(

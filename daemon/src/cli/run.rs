@@ -2,21 +2,23 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use pageferry_proto::migration::handoff::Side;
 use serde::Serialize;
+use tokio::time::{Instant, timeout_at};
 use tonic::Streaming;
 use tonic::transport::Channel;
 
 use super::args::{CaCommand, Cli, Command, MigrateArgs, OneArgs};
 use super::ca;
 use super::client::{self, CallError};
-use super::output::{self, Known, Moved};
+use super::output::{self, Known, Listed, Moved};
 use super::progress::Shown;
 use crate::api::schema::control_client::ControlClient;
 use crate::api::schema::{
-    self, AbortRequest, ListRequest, MigrateRequest, ResolveRequest, ShowRequest, Status,
-    WatchRequest,
+    self, AbortRequest, ForgetRequest, ListRequest, MigrateRequest, ResolveRequest, ShowRequest,
+    Status, WatchRequest,
 };
 use crate::config::units::Span;
 use crate::telemetry::Chain;
@@ -43,13 +45,12 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
     let mut daemon = client::connect(&cli.socket).await?;
     match command {
         Command::List(arguments) => {
-            let known = daemon.list(ListRequest {}).await?.into_inner().migrations;
+            let all = arguments.all;
+            let known = daemon.list(ListRequest { all }).await?.into_inner();
             if arguments.json {
-                say_json(&Migrations {
-                    migrations: known.iter().map(Known::of).collect(),
-                });
+                say_json(&Listed::of(&known));
             } else {
-                say(&output::table(&known));
+                say(&output::list(&known));
             }
         }
         Command::Show(arguments) => {
@@ -66,8 +67,16 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
             }
         }
         Command::Watch(arguments) => return watch(daemon, &arguments).await,
-        Command::Abort { id } => {
-            daemon.abort(AbortRequest { id: id.to_string() }).await?;
+        Command::Abort { id } => return abort(daemon, &id.to_string()).await,
+        Command::Forget { id, sure } => {
+            let id = id.to_string();
+            daemon
+                .forget(ForgetRequest {
+                    id: id.clone(),
+                    sure,
+                })
+                .await?;
+            say(&format!("{id} is forgotten"));
         }
         Command::Resolve { id, fenced } => {
             let fenced = match Side::from(fenced) {
@@ -79,16 +88,14 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
                 fenced: fenced.into(),
             };
             daemon.resolve(request).await?;
+            say(&format!(
+                "told: see `pageferry show {id}` for what comes of it"
+            ));
         }
         // Both were carried out above.
         Command::Ca(_) | Command::Migrate(_) => {}
     }
     Ok(ExitCode::SUCCESS)
-}
-
-#[derive(Serialize)]
-struct Migrations<'a> {
-    migrations: Vec<Known<'a>>,
 }
 
 async fn migrate(socket: &std::path::Path, arguments: MigrateArgs) -> ExitCode {
@@ -102,6 +109,8 @@ async fn migrate(socket: &std::path::Path, arguments: MigrateArgs) -> ExitCode {
         if detach {
             return Ok(None);
         }
+        // What every other command asks for.
+        tell(&format!("migration {}", started.id));
         to_its_end(daemon, &started.id).await.map(Some)
     };
     match ended.await {
@@ -186,6 +195,48 @@ async fn to_its_end(mut daemon: ControlClient<Channel>, id: &str) -> Result<Stat
     Ok(last)
 }
 
+/// Asks to give a migration up, waits for a while, and tells what came of it.
+async fn abort(mut daemon: ControlClient<Channel>, id: &str) -> Result<ExitCode, CallError> {
+    let id = || id.to_owned();
+    let before = daemon.show(ShowRequest { id: id() }).await?.into_inner();
+    if before.r#final {
+        complain(&format!("it is over already: {}", output::line(&before)));
+        return Ok(ExitCode::FAILURE);
+    }
+    daemon.abort(AbortRequest { id: id() }).await?;
+    let mut statuses = daemon.watch(WatchRequest { id: id() }).await?.into_inner();
+    let deadline = Instant::now() + ABORT_PATIENCE;
+    let last = loop {
+        match timeout_at(deadline, next(&mut statuses)).await {
+            Ok(status) => {
+                let status = status?;
+                if status.r#final {
+                    break status;
+                }
+            }
+            Err(_) => {
+                let now = daemon.show(ShowRequest { id: id() }).await?.into_inner();
+                say(&format!(
+                    "asked, and not over yet ({}): `pageferry watch {}` tells its end",
+                    output::line(&now),
+                    id()
+                ));
+                return Ok(ExitCode::SUCCESS);
+            }
+        }
+    };
+    match last.role() {
+        schema::Side::Source => say(&output::summary(&last)),
+        schema::Side::Target | schema::Side::Unspecified => say(&output::line(&last)),
+    }
+    // It came too late to be heeded.
+    Ok(if last.moved {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
 async fn watch(
     mut daemon: ControlClient<Channel>,
     arguments: &OneArgs,
@@ -260,8 +311,17 @@ fn say_json(object: &impl Serialize) {
 }
 
 fn complain(text: &str) {
-    drop(writeln!(io::stderr(), "pageferry: {text}"));
+    tell(&format!("pageferry: {text}"));
 }
+
+/// What is no result.
+fn tell(text: &str) {
+    // There is nobody to tell that stderr is closed.
+    drop(writeln!(io::stderr(), "{text}"));
+}
+
+/// How long `abort` waits for the end of what it asked to give up.
+const ABORT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Exit code of wrong usage, which is clap's too.
 const USAGE: u8 = 2;

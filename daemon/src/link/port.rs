@@ -15,6 +15,8 @@ use super::netlink::{Netlink, failed};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Port {
     index: u32,
+    /// The index of the workload's end, in the namespace of that.
+    peer: u32,
     name: String,
     bridge: String,
 }
@@ -67,32 +69,36 @@ impl Port {
         let name = name_of(&message).ok_or_else(|| unfit("has a nameless other end"))?;
         Ok(Self {
             index: peer,
+            peer: inside.header.index,
             name,
             bridge,
         })
     }
 
-    /// A port known from a journal; `None` if the link is gone.
-    pub async fn named(
+    /// The port of this index and other end, known from a journal; `None` if that link is gone. A
+    /// name is nothing to go by: another link may have it by now.
+    pub async fn again(
         node: &Netlink,
-        name: &str,
+        (index, peer): (u32, u32),
         bridge: &str,
     ) -> Result<Option<Self>, LinkError> {
-        let index = match index_of(node, name).await {
-            Ok(index) => index,
-            Err(LinkError::Netlink {
-                source: rtnetlink::Error::NetlinkError(_),
-                ..
-            }) => {
-                return Ok(None);
-            }
-            Err(error) => return Err(error),
+        let Some(message) = find(node, index).await? else {
+            return Ok(None);
         };
-        Ok(Some(Self {
+        let back = LinkAttribute::Link(peer);
+        let name = name_of(&message).filter(|_| is_veth(&message));
+        let ours = name.filter(|_| message.attributes.contains(&back));
+        Ok(ours.map(|name| Self {
             index,
-            name: name.to_owned(),
+            peer,
+            name,
             bridge: bridge.to_owned(),
         }))
+    }
+
+    /// The indices of this node's end and of the workload's, each in its own namespace.
+    pub const fn ends(&self) -> (u32, u32) {
+        (self.index, self.peer)
     }
 
     /// The bridge it is a port of.

@@ -12,7 +12,7 @@ use rtnetlink::{LinkBridge, LinkUnspec};
 use super::LinkError;
 use super::describe::describe;
 use super::netlink::Netlink;
-use super::port::index_of;
+use super::port::{Port, index_of};
 use super::prepare::PreparedNetwork;
 use crate::sys::namespace::{NamespaceKind, create, run_inside};
 
@@ -159,5 +159,25 @@ fn a_closed_port_opens_again_and_a_deleted_one_stays_deleted() {
             .await
             .expect("deleting twice does no harm");
         assert!(index_of(&node, "pfa0").await.is_err());
+    });
+}
+
+#[test]
+fn a_port_is_found_again_by_its_ends_and_not_by_its_name() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let (net, prepared) = workload("pfa").await;
+        prepared.attach(&net).await.expect("attach");
+        let node = Netlink::open(None).expect("netlink");
+        let port = describe(&net).await.expect("describe").ports.remove(0);
+        let again = Port::again(&node, port.ends(), "br0").await;
+        assert_eq!(again.expect("found"), Some(port.clone()));
+        port.delete(&node).await.expect("delete");
+        // Another workload's link has the name now.
+        let (other, prepared) = workload("pfa").await;
+        prepared.attach(&other).await.expect("attach");
+        assert!(index_of(&node, port.name()).await.is_ok());
+        let again = Port::again(&node, port.ends(), "br0").await;
+        assert_eq!(again.expect("looked for"), None);
     });
 }

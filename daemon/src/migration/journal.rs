@@ -25,6 +25,8 @@
 //! Absent: what records mean. They are bytes here; `pageferry-proto` encodes and recovers them.
 //! Every call blocks for as long as the disk takes and belongs on a blocking thread.
 
+pub mod answers;
+
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
@@ -241,9 +243,9 @@ impl Journals {
         Ok(self.list()?.into_iter().map(found).collect())
     }
 
-    /// Removes the oldest journals of `finished` migrations, all but the newest
-    /// [`FINISHED_MAX`], by the time of their last record. Says which are gone.
-    pub fn expire(&self, finished: &[MigrationId]) -> Result<Vec<MigrationId>, JournalError> {
+    /// Which of `finished` migrations are older, by the time of their last record, than the newest
+    /// [`FINISHED_MAX`] of them.
+    pub fn surplus(&self, finished: &[MigrationId]) -> Result<Vec<MigrationId>, JournalError> {
         let mut by_age = Vec::with_capacity(finished.len());
         for &migration in finished {
             let path = self.path(migration);
@@ -254,21 +256,14 @@ impl Journals {
             }
         }
         by_age.sort_by_key(|&(modified, _): &(SystemTime, MigrationId)| modified);
-        let surplus = by_age.len().saturating_sub(FINISHED_MAX);
-        let mut gone = Vec::with_capacity(surplus);
-        for &(_, migration) in &by_age[..surplus] {
-            let path = self.path(migration);
-            fs::remove_file(&path).map_err(|source| JournalError::Remove { path, source })?;
-            gone.push(migration);
-        }
-        // Not synced: a journal that comes back after a crash is finished still.
-        Ok(gone)
+        by_age.truncate(by_age.len().saturating_sub(FINISHED_MAX));
+        Ok(by_age.into_iter().map(|(_, migration)| migration).collect())
     }
 
-    /// Removes the journal of a migration that never began.
+    /// Removes the journal of a migration that never began, or that nobody needs any more.
     pub fn remove(&self, migration: MigrationId) -> Result<(), JournalError> {
         let path = self.path(migration);
-        // Not synced: one that comes back after a crash is as empty as before.
+        // Not synced: one that comes back after a crash is as empty, or as finished, as before.
         fs::remove_file(&path).map_err(|source| JournalError::Remove { path, source })
     }
 
@@ -520,7 +515,7 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Finished journals that are kept, for `list` and `show` and for whoever asks what happened.
+/// Finished journals that are kept whole, for `list` and `show` and for whoever asks what happened.
 pub const FINISHED_MAX: usize = 100;
 
 /// Largest record: 1 MiB, as much as the control message it comes from.

@@ -145,9 +145,8 @@ fn expiry_keeps_the_newest_and_touches_nothing_unfinished() {
             .set_modified(then)
             .unwrap();
     }
-    assert_eq!(journals.expire(&ids[1..]).unwrap(), []);
-    assert_eq!(journals.expire(&ids).unwrap(), [ids[0]]);
-    assert_eq!(journals.scan().unwrap().len(), FINISHED_MAX);
+    assert_eq!(journals.surplus(&ids[1..]).unwrap(), []);
+    assert_eq!(journals.surplus(&ids).unwrap(), [ids[0]]);
 }
 
 /// A disk whose writes or syncs fail when told to, and that keeps only a part of such a write.

@@ -4,6 +4,7 @@ pub mod clock;
 pub mod journal;
 pub mod log;
 pub mod progress;
+pub mod refusals;
 pub mod registry;
 pub mod session;
 pub mod source;

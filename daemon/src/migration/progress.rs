@@ -18,6 +18,8 @@ pub struct Progress {
     pub successor: Option<MigrationId>,
     /// The workload's root in the target node's pid namespace, once it is known.
     pub pid_at_target: Option<i32>,
+    /// Read from a journal: what was counted and measured before is not known.
+    pub recovered: bool,
 }
 
 impl Progress {
@@ -29,6 +31,7 @@ impl Progress {
             final_pages: None,
             successor: None,
             pid_at_target: None,
+            recovered: false,
         }
     }
 }

@@ -4,12 +4,16 @@
 //! status and the sender of requests. At start it reads the journals and sets every unfinished
 //! migration going again, before a new one is taken.
 //!
-//! Limits: so many migrations in each direction at once, and the last [`FINISHED_MAX`] that ended.
+//! Limits: so many migrations in each direction at once; of those that ended the last
+//! [`FINISHED_MAX`](super::journal::FINISHED_MAX) whole, and of older ones what a source may ask;
+//! the last refused attempts.
 
+mod finished;
 mod incoming;
+mod local;
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -25,8 +29,9 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::{mpsc, watch};
 
 use super::clock::Clock;
-use super::journal::{FINISHED_MAX, Found, Journal, Journals, Recovered};
+use super::journal::{Found, Journal, Journals, Recovered};
 use super::progress::Progress;
+use super::refusals::{Refusal, Refusals};
 use super::source::site::{Site as SourceSite, SourceNode};
 use super::source::{Ended, SourceDriver, SourceParts, SourceRequest};
 use super::target::TargetRequest;
@@ -72,8 +77,13 @@ pub struct Registry {
 struct Inner {
     parts: RegistryParts,
     entries: Mutex<BTreeMap<MigrationId, Entry>>,
-    /// Held while an incoming migration begins, or is forgotten.
+    /// Held while an incoming migration begins, or any is forgotten.
     beginnings: tokio::sync::Mutex<()>,
+    /// Held while an outgoing migration begins: two of one workload must see each other.
+    departures: tokio::sync::Mutex<()>,
+    /// Migrations of which only the answer is kept.
+    answers: Mutex<BTreeSet<MigrationId>>,
+    refusals: Mutex<Refusals>,
 }
 
 #[derive(Debug, Clone)]
@@ -82,12 +92,24 @@ struct Entry {
     begun: SystemTime,
     status: watch::Receiver<Arc<Progress>>,
     requests: Requests,
+    /// It was over long ago, and its source asks once more: not listed.
+    is_answer: bool,
 }
 
 #[derive(Debug, Clone)]
 enum Requests {
     Source(mpsc::Sender<SourceRequest>),
     Target(mpsc::Sender<TargetRequest>),
+}
+
+impl Requests {
+    /// Whether the driver has ended.
+    fn is_over(&self) -> bool {
+        match self {
+            Self::Source(requests) => requests.is_closed(),
+            Self::Target(requests) => requests.is_closed(),
+        }
+    }
 }
 
 /// What an operator asks for.
@@ -109,10 +131,14 @@ impl Registry {
     /// The registry, with every unfinished migration of the journals under way again.
     pub async fn recover(parts: RegistryParts) -> Result<Self, Failure> {
         let found = parts.journals.scan().map_err(|error| internal(&error))?;
+        let answers = parts.journals.answers().map_err(|error| internal(&error))?;
         let inner = Inner {
             parts,
             entries: Mutex::default(),
             beginnings: tokio::sync::Mutex::default(),
+            departures: tokio::sync::Mutex::default(),
+            answers: Mutex::new(answers.into_iter().collect()),
+            refusals: Mutex::default(),
         };
         let registry = Self {
             inner: Arc::new(inner),
@@ -128,6 +154,7 @@ impl Registry {
             })?;
             registry.resume(migration, recovered).await?;
         }
+        registry.clean_up().await;
         Ok(registry)
     }
 
@@ -157,7 +184,14 @@ impl Registry {
                 let node = self.inner.parts.source.clone();
                 let state = machine.driver_state().clone();
                 let site = SourceSite::recover(node, id, policy, &state, cancelled).await?;
-                self.start_source(machine, clock, (site, cancel), journal, peer, None);
+                self.start_source(
+                    machine,
+                    clock,
+                    (site, cancel),
+                    journal,
+                    peer,
+                    Origin::Journal,
+                );
                 Ok(())
             }
             Some(_) => {
@@ -165,14 +199,30 @@ impl Registry {
                     TargetMachine::recover(&records, clock.now()).map_err(contradiction)?;
                 let node = self.inner.parts.target.clone();
                 let site = TargetSite::recover(node, id, machine.driver_state()).await?;
-                self.start_target(machine, clock, site, journal, None);
+                self.start_target((machine, clock, site, journal), None, &Origin::Journal);
                 Ok(())
             }
         }
     }
 
-    /// Begins to move a workload away. Returns when the survey found nothing against it.
+    /// Begins to move a workload away. Returns when the survey found nothing against it. What is
+    /// refused is remembered.
     pub async fn migrate(&self, request: MigrateRequest) -> Result<MigrationId, Failure> {
+        let (workload, target) = (request.workload.clone(), request.target.clone());
+        let begun = self.depart(request).await;
+        begun.map_err(|failure| {
+            let failure = self.say_where(&workload, failure);
+            self.refusals().add(Refusal {
+                at: SystemTime::now(),
+                workload,
+                target,
+                failure: failure.clone(),
+            });
+            failure
+        })
+    }
+
+    async fn depart(&self, request: MigrateRequest) -> Result<MigrationId, Failure> {
         let parts = &self.inner.parts;
         if !parts.endpoint.peers().any(|peer| *peer == request.target) {
             return Err(Failure::new(
@@ -184,6 +234,7 @@ impl Registry {
             ));
         }
         self.wait_filled(&request.workload).await?;
+        let _departing = self.inner.departures.lock().await;
         self.refuse_busy(&request.workload, None)?;
         self.begin_outgoing(request).await
     }
@@ -218,17 +269,20 @@ impl Registry {
         };
         let machine = SourceMachine::new(offer, clock.now());
         let peer = request.target.clone();
-        let again = (!request.true_smaps).then_some(request);
-        self.start_source(machine, clock, (survey.site, cancel), journal, peer, again);
+        let again = (!request.true_smaps).then(|| Box::new(request));
+        let origin = Origin::Asked { again };
+        self.start_source(machine, clock, (survey.site, cancel), journal, peer, origin);
         Ok(id)
     }
 
     /// A workload that came here a moment ago can be tracked only when its memory is in place.
     async fn wait_filled(&self, workload: &WorkloadName) -> Result<(), Failure> {
+        let WorkloadName::Process(root) = *workload;
         let filling = self.lock().values().find_map(|entry| {
-            let status = &entry.status.borrow().status;
+            let progress = entry.status.borrow();
+            let status = &progress.status;
             let arriving = status.role == Side::Target && status.phase == Phase::Running;
-            (arriving && status.workload.as_ref() == Some(workload)).then(|| entry.status.clone())
+            (arriving && local::root(&progress) == Some(root)).then(|| entry.status.clone())
         });
         let Some(mut status) = filling else {
             return Ok(());
@@ -251,21 +305,26 @@ impl Registry {
         workload: &WorkloadName,
         except: Option<MigrationId>,
     ) -> Result<(), Failure> {
+        let WorkloadName::Process(root) = *workload;
         let (mut outgoing, mut busy) = (0, None);
         for (id, entry) in self.lock().iter() {
-            let status = &entry.status.borrow().status;
+            let progress = entry.status.borrow();
+            let status = &progress.status;
             if status.phase.is_final() || Some(*id) == except {
                 continue;
             }
             outgoing += usize::from(status.role == Side::Source);
-            if status.workload.as_ref() == Some(workload) {
+            if local::root(&progress).is_some_and(|theirs| local::overlap(theirs, root)) {
                 busy = Some(*id);
             }
         }
         if let Some(id) = busy {
             return Err(Failure::new(
                 ErrorCode::WorkloadBusy,
-                format!("{workload} is being moved by migration {id}"),
+                format!(
+                    "{workload}, or a part of it, or what it is a part of, is being moved by \
+                     migration {id}"
+                ),
             ));
         }
         let max = self.inner.parts.outgoing_max;
@@ -285,10 +344,18 @@ impl Registry {
         (site, cancel): (SourceSite, watch::Sender<bool>),
         journal: Journal,
         peer: NodeName,
-        again: Option<MigrateRequest>,
+        origin: Origin,
     ) {
         let (id, begun) = (machine.id(), journal.begun());
-        let (status, watched) = watch::channel(Arc::new(Progress::of(machine.status(clock.now()))));
+        let recovered = origin.is_recovered();
+        let (status, watched) = watch::channel(Arc::new(Progress {
+            recovered,
+            ..Progress::of(machine.status(clock.now()))
+        }));
+        let again = match origin {
+            Origin::Asked { again } => again,
+            Origin::Answer | Origin::Journal | Origin::Offered => None,
+        };
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
         let driver = SourceDriver::new(SourceParts {
             machine,
@@ -302,17 +369,19 @@ impl Registry {
             peer,
             lanes: self.inner.parts.lanes,
             repeatable: again.is_some(),
+            recovered,
         });
         let entry = Entry {
             begun,
             status: watched,
             requests: Requests::Source(requests),
+            is_answer: false,
         };
         self.lock().insert(id, entry);
         let registry = self.clone();
         self.run(async move {
             if let (Ended::Repeat(last, status), Some(again)) = (driver.run().await, again) {
-                registry.repeat(id, *last, &status, again).await;
+                registry.repeat(id, *last, &status, *again).await;
             }
         });
     }
@@ -330,10 +399,13 @@ impl Registry {
             true_smaps: true,
             ..request
         };
-        let successor = match self.refuse_busy(&again.workload, Some(id)) {
-            // Boxed: a migration that is repeated ends in this function.
-            Ok(()) => Box::pin(self.begin_outgoing(again)).await,
-            Err(failure) => Err(failure),
+        let successor = {
+            let _departing = self.inner.departures.lock().await;
+            match self.refuse_busy(&again.workload, Some(id)) {
+                // Boxed: a migration that is repeated ends in this function.
+                Ok(()) => Box::pin(self.begin_outgoing(again)).await,
+                Err(failure) => Err(failure),
+            }
         };
         match successor {
             Ok(successor) => {
@@ -349,36 +421,24 @@ impl Registry {
         let registry = self.clone();
         tokio::spawn(async move {
             driver.await;
-            registry.forget_oldest();
+            registry.forget_oldest().await;
         });
     }
 
-    /// Keeps the last finished migrations and forgets those before.
-    fn forget_oldest(&self) {
-        let finished: Vec<MigrationId> = {
-            let entries = self.lock();
-            let over = entries
-                .iter()
-                .filter(|(_, entry)| entry.status.borrow().status.phase.is_final());
-            over.map(|(id, _)| *id).collect()
-        };
-        if finished.len() <= FINISHED_MAX {
-            return;
-        }
-        match self.inner.parts.journals.expire(&finished) {
-            Ok(gone) => {
-                let mut entries = self.lock();
-                for id in gone {
-                    entries.remove(&id);
-                }
-            }
-            Err(error) => tracing::warn!("forgetting old journals: {}", chain(&error)),
-        }
+    /// The last attempts that were refused before they began, the newest first.
+    pub fn list_refusals(&self) -> Vec<Refusal> {
+        self.refusals().list()
+    }
+
+    fn refusals(&self) -> MutexGuard<'_, Refusals> {
+        let refusals = self.inner.refusals.lock();
+        refusals.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All migrations, the newest first.
     pub fn list(&self) -> Vec<Arc<Progress>> {
         let mut entries: Vec<Entry> = self.lock().values().cloned().collect();
+        entries.retain(|entry| !entry.is_answer);
         entries.sort_by_key(|entry| Reverse(entry.begun));
         entries
             .iter()
@@ -388,7 +448,8 @@ impl Registry {
 
     /// One migration's status and its changes.
     pub fn watch(&self, id: MigrationId) -> Result<watch::Receiver<Arc<Progress>>, Failure> {
-        self.entry(id).map(|entry| entry.status)
+        let entry = self.entry(id).map(|entry| entry.status);
+        entry.or_else(|failure| self.watch_answer(id).ok_or(failure))
     }
 
     /// Asks a migration to give up.
@@ -448,6 +509,30 @@ impl Registry {
             .entries
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a driver is made of.
+#[derive(Debug)]
+enum Origin {
+    /// An operator's request, and what to ask again if it fails for a reason that another migration
+    /// would not meet.
+    Asked { again: Option<Box<MigrateRequest>> },
+    /// A source that has connected.
+    Offered,
+    /// A whole journal.
+    Journal,
+    /// The answer that is kept of one.
+    Answer,
+}
+
+impl Origin {
+    /// Whether what was measured has been lost.
+    const fn is_recovered(&self) -> bool {
+        match self {
+            Self::Journal | Self::Answer => true,
+            Self::Asked { .. } | Self::Offered => false,
+        }
     }
 }
 

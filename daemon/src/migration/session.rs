@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use pageferry_proto::wire::code::ErrorCode;
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinHandle};
 
@@ -25,7 +26,7 @@ pub struct Session<M> {
 }
 
 impl<M: Role + Send + 'static> Session<M> {
-    /// Takes over a connection. `heard` gets each message and, once, `None` for the loss; it
+    /// Takes over a connection. `heard` gets each message and, once, the reason of the loss; it
     /// answers whether anybody listens.
     pub fn open<N, Heard, Listening>(
         mut sender: ControlSender<M>,
@@ -35,7 +36,7 @@ impl<M: Role + Send + 'static> Session<M> {
     ) -> Self
     where
         N: Role + Send + 'static,
-        Heard: Fn(Option<N>) -> Listening + Send + 'static,
+        Heard: Fn(Result<N, ErrorCode>) -> Listening + Send + 'static,
         Listening: Future<Output = bool> + Send,
     {
         let (messages, mut queue) = mpsc::channel(MESSAGES_MAX);
@@ -52,22 +53,26 @@ impl<M: Role + Send + 'static> Session<M> {
         let receiving = tokio::spawn(async move {
             loop {
                 let said = tokio::select! {
-                    said = receiver.next() => said.unwrap_or_else(|error| {
-                        match error {
-                            // Every migration ends so; whether it was over the machine knows.
-                            ReceiveError::Read(_) => {
-                                tracing::debug!("control stream: {}", chain(&error));
+                    said = receiver.next() => match said {
+                        Ok(Some(said)) => Ok(said),
+                        Ok(None) => Err(ErrorCode::PeerLost),
+                        Err(error) => {
+                            match error {
+                                // Every migration ends so; whether it was over the machine knows.
+                                ReceiveError::Read(_) => {
+                                    tracing::debug!("control stream: {}", chain(&error));
+                                }
+                                _ => tracing::warn!("control stream: {}", chain(&error)),
                             }
-                            _ => tracing::warn!("control stream: {}", chain(&error)),
+                            Err(error.closed_by_peer().unwrap_or(ErrorCode::PeerLost))
                         }
-                        None
-                    }),
+                    },
                     code = lanes.lost() => {
                         tracing::debug!(%code, "connection lost");
-                        None
+                        Err(code)
                     }
                 };
-                let lost = said.is_none();
+                let lost = said.is_err();
                 if !heard(said).await || lost {
                     return;
                 }

@@ -9,10 +9,13 @@ use std::marker::PhantomData;
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
+use pageferry_proto::wire::code::ErrorCode;
 use pageferry_proto::wire::control::{ControlError, Message, SourceMessage, TargetMessage};
 use pageferry_proto::wire::frame::{self, FrameError};
 use quinn::{ReadError, RecvStream, SendStream, StoppedError, WriteError};
 use tokio::time::{Instant, timeout, timeout_at};
+
+use super::endpoint::closed_by_peer;
 
 /// Sends the messages of one role.
 #[derive(Debug)]
@@ -75,6 +78,21 @@ pub enum ReceiveError {
     /// A message that this peer may not send.
     #[error("control message is not one of the peer's role")]
     Role,
+}
+
+impl ReceiveError {
+    /// The reason of the peer's program, if it has closed the connection.
+    pub fn closed_by_peer(&self) -> Option<ErrorCode> {
+        match self {
+            Self::Read(ReadError::ConnectionLost(error)) => closed_by_peer(error),
+            Self::Read(_)
+            | Self::Early
+            | Self::Stalled
+            | Self::Frame(_)
+            | Self::Decode(_)
+            | Self::Role => None,
+        }
+    }
 }
 
 impl Role for SourceMessage {

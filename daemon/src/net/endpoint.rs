@@ -21,7 +21,10 @@ use std::time::Duration;
 
 use pageferry_proto::id::NodeName;
 use pageferry_proto::wire::code::ErrorCode;
-use quinn::{ClientConfig, ConnectError, ConnectionError, ServerConfig, TokioRuntime, VarInt};
+use quinn::{
+    ClientConfig, ConnectError, ConnectionError, ServerConfig, TokioRuntime, TransportErrorCode,
+    VarInt,
+};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -43,6 +46,7 @@ pub struct EndpointConfig {
 /// A node's listening socket and its right to dial.
 #[derive(Debug)]
 pub struct Endpoint {
+    node: NodeName,
     listener: quinn::Endpoint,
     listen: SocketAddr,
     client: ClientConfig,
@@ -136,6 +140,67 @@ pub enum DialError {
     },
 }
 
+impl DialError {
+    /// Which certificate was refused, and why, if that is what went wrong.
+    pub fn untrusted(&self) -> Option<String> {
+        match self {
+            Self::Handshake {
+                peer,
+                address,
+                source,
+            } => untrusted(peer, Some(*address), source),
+            Self::UnknownPeer(_)
+            | Self::Name(..)
+            | Self::Socket { .. }
+            | Self::Connect { .. }
+            | Self::Timeout { .. } => None,
+        }
+    }
+}
+
+/// Which certificate was refused, and why, if that ended the connection with `peer`.
+pub(super) fn untrusted(
+    peer: &NodeName,
+    address: Option<SocketAddr>,
+    error: &ConnectionError,
+) -> Option<String> {
+    let alert = |code: TransportErrorCode| {
+        let alert = u64::from(code).checked_sub(CRYPTO_ERRORS)?;
+        CERTIFICATE_ALERTS
+            .iter()
+            .find(|(number, _)| u64::from(*number) == alert)
+            .map(|(_, meaning)| *meaning)
+    };
+    let peer = match address {
+        Some(address) => format!("node {peer} at {address}"),
+        None => format!("node {peer}"),
+    };
+    match error {
+        ConnectionError::TransportError(error) => {
+            let meaning = alert(error.code)?;
+            let reason = match error.reason.as_str() {
+                "" => meaning,
+                reason => reason,
+            };
+            Some(format!(
+                "the certificate of {peer} is not accepted here: {reason}"
+            ))
+        }
+        ConnectionError::ConnectionClosed(close) => {
+            let meaning = alert(close.error_code)?;
+            Some(format!(
+                "{peer} does not accept this node's certificate: {meaning}"
+            ))
+        }
+        ConnectionError::VersionMismatch
+        | ConnectionError::ApplicationClosed(_)
+        | ConnectionError::Reset
+        | ConnectionError::TimedOut
+        | ConnectionError::LocallyClosed
+        | ConnectionError::CidsExhausted => None,
+    }
+}
+
 impl Endpoint {
     /// Listens, and begins to accept. Must be called within a tokio runtime.
     pub fn bind(config: EndpointConfig) -> Result<Self, BindError> {
@@ -169,6 +234,7 @@ impl Endpoint {
         let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);
         let acceptor = tokio::spawn(accept_all(listener.clone(), Arc::clone(&peers), sender));
         Ok(Self {
+            node: credentials.node().clone(),
             listener,
             listen,
             client,
@@ -176,6 +242,11 @@ impl Endpoint {
             accepted: Mutex::new(accepted),
             acceptor,
         })
+    }
+
+    /// This node.
+    pub const fn node(&self) -> &NodeName {
+        &self.node
     }
 
     /// The address peers dial, with the port that was taken.
@@ -388,6 +459,21 @@ fn report_refusal(from: SocketAddr, error: &AdmitError) {
         AdmitError::NotAllowed(_) => tracing::warn!(%from, "refused a connection: {error}"),
     }
 }
+
+/// What QUIC adds to the number of a TLS alert (RFC 9001, section 4.8).
+const CRYPTO_ERRORS: u64 = 0x100;
+
+/// The alerts of TLS about certificates (RFC 8446, section 6.2), as people call them.
+const CERTIFICATE_ALERTS: [(u8, &str); 8] = [
+    (42, "it is not for this name, or not one (bad certificate)"),
+    (43, "it is of a kind that is not supported"),
+    (44, "it is revoked"),
+    (45, "it is expired, or not valid yet"),
+    (46, "it is not acceptable (certificate unknown)"),
+    (48, "it is of another authority (unknown CA)"),
+    (49, "it gives no access"),
+    (116, "none was shown"),
+];
 
 /// Longest handshake, either way. On a healthy path it takes two round trips and a millisecond.
 pub(super) const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(10);

@@ -32,7 +32,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use super::control::{ControlReceiver, ControlSender, Greeting, ReceiveError, SendError, greeting};
-use super::endpoint::{Connection, DialError, Endpoint, HANDSHAKE_TIME_MAX, closed_by_peer};
+use super::endpoint::{
+    Connection, DialError, Endpoint, HANDSHAKE_TIME_MAX, closed_by_peer, untrusted,
+};
 use super::stream::{DataSender, DataStream};
 pub use listener::Listener;
 
@@ -188,6 +190,9 @@ pub enum GreetingError {
 impl LanesError {
     /// The reason as the rest of the program knows it.
     pub fn code(&self) -> ErrorCode {
+        if self.untrusted().is_some() {
+            return ErrorCode::PeerUntrusted;
+        }
         match self {
             Self::Dial { source, .. } => match source {
                 DialError::UnknownPeer(_) => ErrorCode::PeerUnknown,
@@ -201,6 +206,18 @@ impl LanesError {
             Self::Broken { .. } => ErrorCode::PeerLost,
             Self::Timeout { .. } => ErrorCode::Timeout,
             Self::Greeting { source, .. } => source.code(),
+        }
+    }
+}
+
+impl LanesError {
+    /// Which certificate was refused, and why, if that is what went wrong.
+    pub fn untrusted(&self) -> Option<String> {
+        match self {
+            Self::Dial { source, .. } => source.untrusted(),
+            // TLS 1.3: whoever dials is done before its own certificate is judged.
+            Self::Broken { peer, source, .. } => untrusted(peer, None, source),
+            Self::Refused { .. } | Self::Timeout { .. } | Self::Greeting { .. } => None,
         }
     }
 }

@@ -127,6 +127,8 @@ pub enum FreezerVersion {
 /// Where freezer cgroups are made on this node.
 #[derive(Debug, Clone)]
 pub struct FreezerRoot {
+    /// Where the hierarchy is mounted.
+    hierarchy: PathBuf,
     directory: PathBuf,
     version: FreezerVersion,
 }
@@ -151,20 +153,31 @@ impl FreezerRoot {
             let mut right = right.split(' ');
             let (kind, options) = (right.next()?, right.nth(1)?);
             if kind == "cgroup" && options.split(',').any(|option| option == "freezer") {
-                let directory = point.join(FOLDER);
                 return Some(Self {
-                    directory,
+                    directory: point.join(FOLDER),
+                    hierarchy: point,
                     version: FreezerVersion::V1,
                 });
             }
             if kind == "cgroup2" {
-                unified.get_or_insert(point.join(FOLDER));
+                unified.get_or_insert(point);
             }
         }
-        unified.map(|directory| Self {
-            directory,
+        unified.map(|point| Self {
+            directory: point.join(FOLDER),
+            hierarchy: point,
             version: FreezerVersion::V2,
         })
+    }
+
+    /// A folder of its own within this one, for a daemon that shares a hierarchy with others.
+    #[must_use]
+    pub fn within(&self, name: &str) -> Self {
+        Self {
+            hierarchy: self.hierarchy.clone(),
+            directory: self.directory.join(name),
+            version: self.version,
+        }
     }
 
     /// The cgroup `name`, which need not exist yet.
@@ -190,9 +203,7 @@ impl FreezerRoot {
         let inside = path.trim_start_matches('/');
         // A path that leaves the cgroup namespace names nothing that can be written here.
         let visible = !inside.split('/').any(|part| part == "..");
-        visible
-            .then(|| self.directory.parent().map(|root| root.join(inside)))
-            .flatten()
+        visible.then(|| self.hierarchy.join(inside))
     }
 
     /// Where the tree of `root` is to be frozen, and the cgroup it comes back to.
@@ -253,6 +264,16 @@ impl FreezerRoot {
             }
         }
         None
+    }
+
+    /// The cgroups there are, by name.
+    pub fn made(&self) -> Vec<(String, Freezer)> {
+        let Ok(entries) = fs::read_dir(&self.directory) else {
+            return Vec::new();
+        };
+        let folders = entries.flatten().filter(|entry| entry.path().is_dir());
+        let named = folders.filter_map(|entry| entry.file_name().into_string().ok());
+        named.map(|name| (name.clone(), self.plan(&name))).collect()
     }
 
     /// The interface in use.

@@ -115,9 +115,9 @@ impl Descriptors {
             return Err(Failure::new(
                 ErrorCode::FileWritable,
                 format!(
-                    "descriptor {fd} of process {pid} writes to {}: files are not moved; name a \
-                     path that both nodes share with --shared",
-                    path.display()
+                    "descriptor {fd} of process {pid} writes to {}: files are not moved; {}",
+                    path.display(),
+                    advice(path)
                 ),
             ));
         }
@@ -156,9 +156,9 @@ impl Descriptors {
                 return Err(Failure::new(
                     ErrorCode::FileWritable,
                     format!(
-                        "process {pid} has {} mapped shared and writable: files are not moved; \
-                         name a path that both nodes share with --shared",
-                        path.display()
+                        "process {pid} has {} mapped shared and writable: files are not moved; {}",
+                        path.display(),
+                        advice(path)
                     ),
                 ));
             }
@@ -275,6 +275,20 @@ pub fn check(file: &FileDescription, root: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What helps against a file that is written, in the cases that people meet.
+fn advice(path: &Path) -> &'static str {
+    let mut names = path.components();
+    let is_counters = names.any(|name| {
+        let name = name.as_os_str().as_encoded_bytes();
+        name.starts_with(b"hsperfdata_")
+    });
+    if is_counters {
+        "these are performance counters of a JVM: start it with -XX:+PerfDisableSharedMem"
+    } else {
+        "name a path that both nodes share with --shared"
+    }
+}
+
 fn strip(path: &Path) -> &Path {
     path.strip_prefix("/").unwrap_or(path)
 }
@@ -292,4 +306,17 @@ fn is_terminal(path: &Path) -> bool {
 
 pub(super) fn is_shared(path: &Path, shared: &[PathBuf]) -> bool {
     shared.iter().any(|prefix| path.starts_with(prefix))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_written_file_says_what_helps() {
+        let advice = |path: &str| advice(Path::new(path));
+        assert!(advice("/tmp/hsperfdata_tomcat/4711").contains("-XX:+PerfDisableSharedMem"));
+        assert!(advice("/srv/data/log").contains("--shared"));
+        assert!(!advice("/srv/hsperf/log").contains("JVM"));
+    }
 }

@@ -1,6 +1,7 @@
 //! What kinds of workload there are, and how each is described, frozen, and made again.
 //!
-//! This step knows one kind, the bare process tree ([`process`]). Its freezer cgroup is [`cgroup`],
+//! This step knows one kind, the bare process tree ([`process`]); which process a pid means is
+//! [`identity`]. Its freezer cgroup is [`cgroup`],
 //! the other cgroups of what comes in are [`hierarchies`], its limits [`limits`], and what memory is
 //! left for it says [`memory`]. The files it stands on are [`files`], what it has locked of them
 //! [`locks`], and [`mounts`] are those of a namespace of its own.
@@ -10,6 +11,7 @@ pub mod build_id;
 pub mod cgroup;
 pub mod files;
 pub mod hierarchies;
+pub mod identity;
 pub mod limits;
 pub mod locks;
 pub mod memory;

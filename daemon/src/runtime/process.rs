@@ -19,6 +19,7 @@ use pageferry_proto::wire::needs::Needs;
 use procfs::process::{Process, Status};
 
 use super::files::{self, Descriptors};
+use super::identity;
 use super::mounts::{self, Mounts};
 use crate::sys::namespace::{self, NamespaceKind};
 
@@ -43,7 +44,7 @@ pub struct Described {
 pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
     let gone = |error: &dyn std::fmt::Display| {
         Failure::new(
-            ErrorCode::UnsupportedWorkload,
+            ErrorCode::WorkloadGone,
             format!("there is no process {root}: {error}"),
         )
     };
@@ -226,19 +227,14 @@ const PID_MAX: &str = "/proc/sys/kernel/pid_max";
 const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 
 fn refuse_ourselves(root: i32) -> Result<(), Failure> {
-    let mut pid = i32::try_from(std::process::id()).unwrap_or(1);
-    while pid > 0 {
-        if pid == root {
-            return Err(Failure::new(
-                ErrorCode::UnsupportedWorkload,
-                format!("process {root} is this daemon or one of its ancestors"),
-            ));
-        }
-        pid = Process::new(pid)
-            .and_then(|process| process.stat())
-            .map_or(0, |stat| stat.ppid);
+    let own = i32::try_from(std::process::id()).unwrap_or(1);
+    if own != root && !identity::ancestors(own).contains(&root) {
+        return Ok(());
     }
-    Ok(())
+    Err(Failure::new(
+        ErrorCode::UnsupportedWorkload,
+        format!("process {root} is this daemon or one of its ancestors"),
+    ))
 }
 
 fn own_namespaces(root: i32) -> Result<Vec<NamespaceKind>, Failure> {
@@ -382,10 +378,19 @@ fn check_session(process: &Process, tasks: &BTreeSet<i32>) -> Result<(), Failure
     if !tasks.contains(&stat.session) {
         return Err(Failure::new(
             ErrorCode::UnsupportedWorkload,
-            format!(
-                "process {} belongs to session {} of another process: start it with setsid",
-                process.pid, stat.session
-            ),
+            if stat.session == 0 {
+                format!(
+                    "process {} belongs to a session that was begun outside of this node's pid \
+                     namespace: start it with setsid",
+                    process.pid
+                )
+            } else {
+                format!(
+                    "process {} belongs to the session of process {}, which is not part of what \
+                     moves: start it with setsid",
+                    process.pid, stat.session
+                )
+            },
         ));
     }
     Ok(())

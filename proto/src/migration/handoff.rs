@@ -40,7 +40,7 @@ pub const REDIAL: Duration = Duration::from_millis(500);
 /// release, a start.
 pub const RETRY: Duration = Duration::from_secs(1);
 
-/// How long the source tries to tell the target that a migration is aborted. Long enough for a
+/// How long the source tries to tell the target that a migration is aborted, or settled. Long enough for a
 /// node to boot; after that the operator frees what the target may still hold.
 pub const TELL_MAX: Duration = Duration::from_secs(600);
 
@@ -122,6 +122,7 @@ pub(crate) struct TargetFacts {
     pub(crate) ready: Option<ReadyEntry>,
     pub(crate) running: Option<Generation>,
     pub(crate) refused: Option<Generation>,
+    pub(crate) settled: Option<Generation>,
     pub(crate) aborted: Option<Failure>,
     pub(crate) done: bool,
 }
@@ -213,7 +214,8 @@ impl SourceFacts {
                 entry @ (Entry::Accepted(_)
                 | Entry::Ready(_)
                 | Entry::Running { .. }
-                | Entry::Refused { .. }) => {
+                | Entry::Refused { .. }
+                | Entry::Settled { .. }) => {
                     return Err(RecoverError::Role {
                         role: Side::Source,
                         entry: entry.name(),
@@ -245,6 +247,7 @@ impl TargetFacts {
                     facts.running = None;
                     facts.refused = Some(*generation);
                 }
+                Entry::Settled { generation } => facts.settled = Some(*generation),
                 Entry::Aborted(failure) => facts.aborted = Some(failure.clone()),
                 Entry::Done => facts.done = true,
                 entry @ (Entry::Offered(_)

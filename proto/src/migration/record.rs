@@ -63,6 +63,12 @@ pub enum Entry {
         /// The refused generation.
         generation: Generation,
     },
+    /// Target: the source knows how this generation ended, and never asks again. Permits to forget
+    /// it.
+    Settled {
+        /// The generation that ran or was refused.
+        generation: Generation,
+    },
     /// Both: the migration failed. At the source after a `Commit` this stands for the target's
     /// durable refusal, and permits to thaw.
     Aborted(Failure),
@@ -202,6 +208,7 @@ impl Entry {
             Self::Ready(_) => "ready",
             Self::Running { .. } => "running",
             Self::Refused { .. } => "refused",
+            Self::Settled { .. } => "settled",
             Self::Aborted(_) => "aborted",
             Self::Done => "done",
         }
@@ -239,6 +246,7 @@ impl Entry {
             }),
             Self::Running { generation } => Wire::Running(number(generation)),
             Self::Refused { generation } => Wire::Refused(number(generation)),
+            Self::Settled { generation } => Wire::Settled(number(generation)),
             Self::Aborted(failure) => Wire::Aborted(schema::Aborted {
                 code: failure.code().wire(),
                 text: failure.text().to_owned(),
@@ -278,6 +286,9 @@ impl TryFrom<Wire> for Entry {
                 generation: generation(wire.generation)?,
             },
             Wire::Refused(wire) => Self::Refused {
+                generation: generation(wire.generation)?,
+            },
+            Wire::Settled(wire) => Self::Settled {
                 generation: generation(wire.generation)?,
             },
             Wire::Aborted(aborted) => {
@@ -379,6 +390,7 @@ mod tests {
             }),
             Entry::Running { generation },
             Entry::Refused { generation },
+            Entry::Settled { generation },
             Entry::Aborted(Failure::new(ErrorCode::Timeout, "late")),
             Entry::Done,
         ]

@@ -10,11 +10,13 @@
 //! may still produce. Nothing is retried forever that keeps the workload frozen, except asking
 //! the target, which only the operator can make unnecessary.
 
+mod connection;
 mod message;
 mod outcome;
 mod output;
 mod recovery;
 mod retry;
+mod settle;
 mod state;
 mod wait;
 
@@ -96,6 +98,9 @@ pub enum SourceEvent {
     /// [`SourceAction::Connect`] failed, or the connection is gone. Comes before the next
     /// `PeerConnected`.
     PeerLost,
+    /// Instead of `PeerLost`: the connection is gone, or there is none, because one of the two nodes
+    /// does not want it.
+    PeerRefused(Failure),
     /// [`SourceAction::Release`] is done: the frozen copy is gone.
     Released,
     /// Instead of `Frozen` or `Finished`: another round must come first. Whatever of this attempt
@@ -221,6 +226,8 @@ pub struct SourceMachine {
     touched: bool,
     /// The target holds nothing, or was not to be reached for so long that it is given up.
     told: bool,
+    /// The target has said how it ended, and keeps that until it hears that nobody asks again.
+    answered: bool,
     incarnation: Option<Incarnation>,
     failure: Option<Failure>,
     fence_wanted: bool,
@@ -263,6 +270,7 @@ impl SourceMachine {
             offered: false,
             touched: false,
             told: false,
+            answered: false,
             incarnation: None,
             failure: None,
             fence_wanted: false,
@@ -298,7 +306,8 @@ impl SourceMachine {
             SourceEvent::Message(message) => self.message(now, message),
             SourceEvent::PeerConnected => self.peer_connected(now),
             SourceEvent::PeerLost => self.peer_lost(now),
-            SourceEvent::Released => self.released(),
+            SourceEvent::PeerRefused(failure) => self.peer_refused(now, failure),
+            SourceEvent::Released => self.released(now),
             SourceEvent::Retry(report) => self.retry(report),
             SourceEvent::RoundSent(report) => self.round_sent(&report),
             SourceEvent::SmapsEqual => self.smaps_equal(),
@@ -362,56 +371,7 @@ impl SourceMachine {
             elapsed: now.since(self.started_at),
             failure: self.failure.clone(),
             fence_wanted: self.fence_wanted,
-        }
-    }
-
-    fn peer_connected(&mut self, now: Time) {
-        self.link = Link::Up;
-        self.timers.stop(Timer::Redial);
-        match &self.state {
-            State::Dialling => self.offer(now),
-            State::Committed { .. } => self.ask(now),
-            State::Telling => self.tell(now),
-            State::Journalling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_) => self.out_of_place("a connection"),
-            State::Prepared { .. }
-            | State::Releasing(_)
-            | State::Reclaiming { .. }
-            | State::Aborting(_)
-            | State::Closing { .. }
-            | State::Closed { .. } => {}
-        }
-    }
-
-    fn peer_lost(&mut self, now: Time) {
-        self.link = Link::Down;
-        self.timers.stop(Timer::Resend);
-        match &self.state {
-            State::Dialling => {
-                self.abort_with(ErrorCode::PeerLost, "the target cannot be reached");
-            }
-            State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_) => {
-                self.abort_with(ErrorCode::PeerLost, "the connection to the target is gone");
-            }
-            State::Committed { .. } | State::Telling => self.redial_later(now),
-            // Nothing was dialled, or nobody waits for an answer: what needs the peer dials.
-            State::Journalling
-            | State::Prepared { .. }
-            | State::Releasing(_)
-            | State::Reclaiming { .. }
-            | State::Aborting(_)
-            | State::Closing { .. }
-            | State::Closed { .. } => {}
+            unsettled: false,
         }
     }
 

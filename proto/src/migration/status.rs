@@ -51,6 +51,8 @@ pub struct Status {
     /// The operator must say which side is dead, or bring the peer back: nothing else can
     /// decide any more.
     pub fence_wanted: bool,
+    /// Target: the source may still ask how this ended, so the answer is kept.
+    pub unsettled: bool,
 }
 
 impl Status {

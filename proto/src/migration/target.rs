@@ -25,6 +25,7 @@ use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 pub use handoff::LET_GO_TRIES_MAX;
+pub use recovery::{ANSWER_STATE_BYTES_MAX, answer};
 use state::{State, Timer, Verdict};
 
 /// What an incoming migration begins with.
@@ -131,6 +132,10 @@ pub struct TargetMachine {
     connected: bool,
     /// A record says that the offer is accepted, so one must say how that ended.
     recorded: bool,
+    /// The source has said that it never asks about a generation up to this one.
+    over_at_source: Option<Generation>,
+    /// That is in the journal, or on its way there.
+    settled: bool,
     failure: Option<Failure>,
     round: Option<Round>,
     memory: PageCount,
@@ -152,6 +157,8 @@ impl TargetMachine {
             state: State::Idle,
             connected: false,
             recorded: false,
+            over_at_source: None,
+            settled: false,
             failure: None,
             round: None,
             memory: PageCount::ZERO,
@@ -221,6 +228,11 @@ impl TargetMachine {
         self.id
     }
 
+    /// Whether the source may still ask how it ended: what is kept for it is [`answer`].
+    pub const fn is_unsettled(&self) -> bool {
+        self.state.decided().is_some() && !self.settled
+    }
+
     /// What the driver stored last: when it was prepared, and again when it was restored.
     pub const fn driver_state(&self) -> &DriverState {
         &self.driver_state
@@ -246,6 +258,7 @@ impl TargetMachine {
             failure: self.failure.clone(),
             frozen_max: None,
             fence_wanted: self.state.is_ready() && !self.connected,
+            unsettled: self.is_unsettled(),
         }
     }
 

@@ -267,7 +267,10 @@ impl World {
     }
 
     fn connect(&mut self, failed: bool) {
-        if failed || self.target.machine.is_none() {
+        if failed {
+            return self.at_source(SourceEvent::PeerRefused(injected()));
+        }
+        if self.target.machine.is_none() {
             return self.at_source(SourceEvent::PeerLost);
         }
         if std::mem::replace(&mut self.link.target_thinks, true) {

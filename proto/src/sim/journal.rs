@@ -1,4 +1,4 @@
-//! A disk that keeps what was fsynced, and may keep what was not.
+//! A disk that keeps what was fsynced, and may keep what was not, until the driver removes it.
 
 use crate::migration::record::Record;
 
@@ -6,6 +6,8 @@ use crate::migration::record::Record;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Journal {
     lines: Vec<Line>,
+    /// What was durable once and has been removed: no restart reads it, but the oracles do.
+    removed: Vec<Record>,
 }
 
 #[derive(Clone, Debug)]
@@ -42,17 +44,27 @@ impl Journal {
         });
     }
 
+    /// Puts `kept`, durable, in the place of all there is.
+    pub(super) fn replace(&mut self, kept: &[Record]) {
+        self.removed = self.durable();
+        self.lines = Vec::new();
+        for record in kept {
+            let place = self.write(record);
+            self.sync(place);
+        }
+    }
+
     /// What a restart reads.
     pub(super) fn records(&self) -> Vec<Record> {
         let read = |line: &Line| Record::from_bytes(&line.bytes).expect("written by to_bytes");
         self.lines.iter().map(read).collect()
     }
 
-    /// What is certain to survive.
+    /// What is certain to survive, and what was until it was removed.
     pub(super) fn durable(&self) -> Vec<Record> {
         let durable = self.lines.iter().filter(|line| line.durable);
-        durable
-            .map(|line| Record::from_bytes(&line.bytes).expect("written by to_bytes"))
-            .collect()
+        let durable =
+            durable.map(|line| Record::from_bytes(&line.bytes).expect("written by to_bytes"));
+        self.removed.iter().cloned().chain(durable).collect()
     }
 }

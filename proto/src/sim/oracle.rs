@@ -112,13 +112,43 @@ impl World {
     }
 
     pub(super) fn check_said_by_source(&self, message: &SourceMessage) -> Result<(), Violation> {
-        let durable = self.source.journal.durable();
-        let SourceMessage::Go { generation: said } = message else {
-            return Ok(());
-        };
-        let committed = |entry: &Entry| *entry == Entry::Commit { generation: *said };
-        let known = durable.iter().any(|record| committed(&record.entry));
-        self.demand(known, "the source says go before the commit is on disk")
+        match message {
+            SourceMessage::Go { generation } => {
+                let commit = Entry::Commit {
+                    generation: *generation,
+                };
+                let durable = self.source.journal.durable();
+                self.demand(
+                    durable.iter().any(|record| record.entry == commit),
+                    "the source says go before the commit is on disk",
+                )
+            }
+            SourceMessage::Settled { .. } => self.demand(
+                !self.source_may_ask(),
+                "the source says settled before that is on disk",
+            ),
+            SourceMessage::Abort { .. }
+            | SourceMessage::Final(_)
+            | SourceMessage::Offer(_)
+            | SourceMessage::Query { .. }
+            | SourceMessage::RoundEnd(_) => Ok(()),
+        }
+    }
+
+    /// Whether the source, or the next one that its journal makes, may ask how it ended: it may
+    /// find a commit, and need not find what came of that.
+    fn source_may_ask(&self) -> bool {
+        let found = self.source.journal.records();
+        let committed = found
+            .iter()
+            .any(|record| matches!(record.entry, Entry::Commit { .. }));
+        let ended = self.source.journal.durable().iter().any(|record| {
+            matches!(
+                record.entry,
+                Entry::Started { .. } | Entry::Fenced { .. } | Entry::Aborted(_) | Entry::Done
+            )
+        });
+        committed && !ended
     }
 
     pub(super) fn check_said_by_target(&self, message: &TargetMessage) -> Result<(), Violation> {
@@ -143,12 +173,22 @@ impl World {
                 self.starts == 1,
                 "the target says started before the workload runs",
             ),
+            TargetMessage::Unknown { generation } => {
+                let decided = |entry: &Entry| {
+                    matches!(entry, Entry::Running { generation: ours } if ours == generation)
+                        || matches!(entry, Entry::Refused { generation: ours } if ours >= generation)
+                };
+                self.demand(
+                    !(is_known(&decided) && self.source_may_ask()),
+                    "the target has forgotten what the source still asks",
+                )
+            }
             TargetMessage::Accepted { .. }
             | TargetMessage::Declined(_)
             | TargetMessage::Failed(_)
             | TargetMessage::FinalHeld { .. }
-            | TargetMessage::RoundHeld { .. }
-            | TargetMessage::Unknown { .. } => Ok(()),
+            | TargetMessage::Forgotten { .. }
+            | TargetMessage::RoundHeld { .. } => Ok(()),
         }
     }
 

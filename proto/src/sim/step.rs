@@ -31,6 +31,9 @@ pub enum Op {
     Break,
     /// The daemon of a side is killed. The bits say which unsynced records it finds again.
     Crash(Side, u8),
+    /// The journal of a side that is finished, with nobody connected, is removed, but for what must
+    /// be kept: other migrations have ended since.
+    Expire(Side),
     /// The next action of a side that can fail does.
     Fail(Side),
     /// What the target holds dies, and its pager knows that it never ran.

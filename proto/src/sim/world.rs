@@ -208,6 +208,8 @@ impl World {
             Op::Break => self.break_link(),
             Op::Crash(side, found) => self.crash(side, found),
             Op::DropHeld => self.drop_held(),
+            Op::Expire(Side::Source) => self.expire_source(),
+            Op::Expire(Side::Target) => self.expire_target(),
             Op::Fail(Side::Source) => self.source.fail_next = self.source.machine.is_some(),
             Op::Fail(Side::Target) => self.target.fail_next = self.target.machine.is_some(),
             Op::Fence(side) => self.fence(side),
@@ -468,7 +470,7 @@ impl World {
         self.reported[0] = 0;
     }
 
-    fn restart_target(&mut self) {
+    pub(super) fn restart_target(&mut self) {
         let records = self.target.journal.records();
         self.reported[1] = 0;
         // A migration without a beginning never got as far as anything that counts.

@@ -5,19 +5,22 @@
 //! legal. A field that this build does not know is skipped, a message it does not know is an
 //! error.
 
+mod error;
+
 use std::time::Duration;
 
 use prost::Message as _;
 
-use crate::id::{Generation, IdError, Incarnation, MigrationId, Round, WorkloadName};
+use crate::id::{Generation, Incarnation, MigrationId, Round, WorkloadName};
 use crate::migration::policy::{Policy, ROUNDS_LIMIT};
 use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::description::WorkloadDescription;
-use crate::wire::frame::{self, FrameError};
+use crate::wire::frame;
 use crate::wire::schema;
 use crate::wire::schema::envelope::Message as Wire;
 use crate::wire::version::{Version, VersionError};
+pub use error::ControlError;
 
 /// Most lanes of one migration. A connection is bound to one core's worth of encryption; more
 /// lanes than this only add connections.
@@ -89,6 +92,12 @@ pub enum SourceMessage {
     },
     /// All parcels of a round are sent.
     RoundEnd(RoundEnd),
+    /// How this generation ended is on disk here: neither it nor an older one will be asked about
+    /// again.
+    Settled {
+        /// The highest generation that this is about.
+        generation: Generation,
+    },
 }
 
 /// What the target says to the source.
@@ -106,6 +115,11 @@ pub enum TargetMessage {
     /// Everything of the final round has arrived and the target's pages are complete.
     FinalHeld {
         /// The generation of the final round.
+        generation: Generation,
+    },
+    /// No answer is kept for a source that settled this.
+    Forgotten {
+        /// The settled generation.
         generation: Generation,
     },
     /// The workload is restored and held. This is on disk.
@@ -188,53 +202,6 @@ pub struct Final {
     pub verify: bool,
 }
 
-/// Why bytes are not a message, or a message has no bytes.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ControlError {
-    /// Not the encoding of any message.
-    #[error("message is not readable")]
-    Decode(#[source] prost::DecodeError),
-    /// The message is too long for a frame.
-    #[error("message does not fit a frame")]
-    Frame(#[source] FrameError),
-    /// A field with a value that is never valid.
-    #[error("field {field} has the invalid value {value}")]
-    Invalid {
-        /// The field's path.
-        field: &'static str,
-        /// Its value.
-        value: i64,
-    },
-    /// A field that is not a name.
-    #[error("field {field} is not a name")]
-    Name {
-        /// The field's path.
-        field: &'static str,
-        /// What is wrong with it.
-        #[source]
-        source: IdError,
-    },
-    /// A field that every message of this kind has.
-    #[error("field {field} is missing")]
-    Missing {
-        /// The field's path.
-        field: &'static str,
-    },
-    /// A text or a list longer than its limit.
-    #[error("field {field} has {length} items or bytes, more than {max}")]
-    TooLong {
-        /// The field's path.
-        field: &'static str,
-        /// Its length.
-        length: usize,
-        /// Its limit.
-        max: usize,
-    },
-    /// A version that does not fit.
-    #[error("version does not fit")]
-    Version(#[source] VersionError),
-}
-
 impl Message {
     /// The frame that carries this message. Fails only for an offer whose description is too
     /// large.
@@ -312,6 +279,9 @@ impl SourceMessage {
                 parcels: end.parcels,
                 pages: end.pages.0,
             }),
+            Self::Settled { generation } => Wire::Settled(schema::Settled {
+                generation: generation.number(),
+            }),
         }
     }
 }
@@ -329,6 +299,9 @@ impl TargetMessage {
                 failure: Some(failure.into()),
             }),
             Self::FinalHeld { generation } => Wire::FinalHeld(schema::FinalHeld {
+                generation: generation.number(),
+            }),
+            Self::Forgotten { generation } => Wire::Forgotten(schema::Forgotten {
                 generation: generation.number(),
             }),
             Self::Ready {
@@ -361,6 +334,8 @@ impl TargetMessage {
 impl TryFrom<Wire> for Message {
     type Error = ControlError;
 
+    // One arm for each message there is.
+    #[allow(clippy::too_many_lines)]
     fn try_from(wire: Wire) -> Result<Self, ControlError> {
         use {SourceMessage as Source, TargetMessage as Target};
         Ok(match wire {
@@ -388,6 +363,10 @@ impl TryFrom<Wire> for Message {
                 Source::Query { generation }.into()
             }
             Wire::RoundEnd(end) => Source::RoundEnd(end.try_into()?).into(),
+            Wire::Settled(settled) => {
+                let generation = generation("settled.generation", settled.generation)?;
+                Source::Settled { generation }.into()
+            }
             Wire::Accepted(accepted) => Target::Accepted {
                 incarnation: Incarnation(accepted.incarnation),
             }
@@ -401,6 +380,10 @@ impl TryFrom<Wire> for Message {
             Wire::FinalHeld(held) => {
                 let generation = generation("final_held.generation", held.generation)?;
                 Target::FinalHeld { generation }.into()
+            }
+            Wire::Forgotten(forgotten) => {
+                let generation = generation("forgotten.generation", forgotten.generation)?;
+                Target::Forgotten { generation }.into()
             }
             Wire::Ready(ready) => {
                 let generation = generation("ready.generation", ready.generation)?;

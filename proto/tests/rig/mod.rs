@@ -314,6 +314,18 @@ pub fn running() -> Entry {
     }
 }
 
+pub fn settled() -> Entry {
+    Entry::Settled {
+        generation: GENERATION,
+    }
+}
+
+pub fn say_settled() -> SourceAction {
+    SourceAction::Send(SourceMessage::Settled {
+        generation: GENERATION,
+    })
+}
+
 pub fn refused() -> Entry {
     Entry::Refused {
         generation: GENERATION,

@@ -12,7 +12,7 @@ use pageferry_proto::migration::target::{TargetMachine, TargetOrigin};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::{mpsc, watch};
 
-use super::{Entry, REQUESTS_MAX, Registry, Requests, parse, random};
+use super::{Entry, Origin, REQUESTS_MAX, Registry, Requests, parse, random};
 use crate::migration::clock::Clock;
 use crate::migration::journal::Journal;
 use crate::migration::progress::Progress;
@@ -20,6 +20,9 @@ use crate::migration::target::site::Site as TargetSite;
 use crate::migration::target::{Over, TargetDriver, TargetParts, TargetRequest};
 use crate::migration::text::{chain, internal};
 use crate::net::lanes::TargetSession;
+
+/// What an incoming migration is driven with.
+pub(super) type Driven = (TargetMachine, Clock, TargetSite, Journal);
 
 impl Registry {
     /// Gives a session to the migration it names, or begins a new incoming one.
@@ -58,8 +61,8 @@ impl Registry {
     ) -> Result<(), (Failure, Box<TargetSession>)> {
         let (id, peer) = (session.migration, session.peer.clone());
         match self.incoming(id, peer).await {
-            Ok((machine, clock, site, journal)) => {
-                self.start_target(machine, clock, site, journal, Some(session));
+            Ok((driven, origin)) => {
+                self.start_target(driven, Some(session), &origin);
                 Ok(())
             }
             Err(failure) => Err((failure, session)),
@@ -67,24 +70,33 @@ impl Registry {
     }
 
     /// What an incoming migration is driven with: what its journal says, or a beginning.
-    async fn incoming(
-        &self,
-        id: MigrationId,
-        peer: NodeName,
-    ) -> Result<(TargetMachine, Clock, TargetSite, Journal), Failure> {
+    async fn incoming(&self, id: MigrationId, peer: NodeName) -> Result<(Driven, Origin), Failure> {
         let parts = &self.inner.parts;
         let clock = Clock::start();
-        if self.lock().contains_key(&id) {
-            let recovered = parts.journals.read(id).map_err(|error| internal(&error))?;
+        let is_answer = self.answers().contains(&id);
+        let found = match (is_answer, self.lock().contains_key(&id)) {
+            (true, _) => Some((parts.journals.read_answer(id), Origin::Answer)),
+            (false, true) => Some((parts.journals.read(id), Origin::Journal)),
+            (false, false) => None,
+        };
+        if let Some((recovered, origin)) = found {
+            let recovered = recovered.map_err(|error| internal(&error))?;
             let records = parse(id, &recovered)?;
             if !records.is_empty() {
                 let machine = TargetMachine::recover(&records, clock.now())
                     .map_err(|error| internal(&error))?;
+                if machine.status(clock.now()).peer != peer {
+                    return Err(Failure::new(
+                        ErrorCode::MigrationUnknown,
+                        format!("node {peer} named a migration of another node"),
+                    ));
+                }
                 let state = machine.driver_state();
                 let site = TargetSite::recover(parts.target.clone(), id, state).await?;
-                return Ok((machine, clock, site, recovered.journal));
+                return Ok(((machine, clock, site, recovered.journal), origin));
             }
         }
+        self.refuse_without_room()?;
         let incoming = self.list();
         let others = incoming.iter().filter(|known| {
             let status = &known.status;
@@ -114,24 +126,23 @@ impl Registry {
             peer,
             incarnation,
         };
-        Ok((
-            TargetMachine::new(origin, clock.now()),
-            clock,
-            site,
-            journal,
-        ))
+        let machine = TargetMachine::new(origin, clock.now());
+        Ok(((machine, clock, site, journal), Origin::Offered))
     }
 
     pub(super) fn start_target(
         &self,
-        machine: TargetMachine,
-        clock: Clock,
-        site: TargetSite,
-        journal: Journal,
+        (machine, clock, site, journal): Driven,
         session: Option<Box<TargetSession>>,
+        origin: &Origin,
     ) {
         let (id, begun) = (machine.id(), journal.begun());
-        let (status, watched) = watch::channel(Arc::new(Progress::of(machine.status(clock.now()))));
+        let recovered = origin.is_recovered();
+        let (status, watched) = watch::channel(Arc::new(Progress {
+            recovered,
+            pid_at_target: site.root_pid(),
+            ..Progress::of(machine.status(clock.now()))
+        }));
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
         let driver = TargetDriver::new(TargetParts {
             machine,
@@ -140,24 +151,26 @@ impl Registry {
             requests: asked,
             status,
             journal,
+            recovered,
         });
         let entry = Entry {
             begun,
             status: watched,
             requests: Requests::Target(requests.clone()),
+            is_answer: matches!(origin, Origin::Answer),
         };
         self.lock().insert(id, entry);
         let registry = self.clone();
         self.run(async move {
             match driver.run(session).await {
                 Over::Begun => {}
-                Over::NeverBegun => registry.forget(id, &requests).await,
+                Over::NeverBegun => registry.forget_unbegun(id, &requests).await,
             }
         });
     }
 
     /// Nobody made an offer, so there is nothing to remember.
-    async fn forget(&self, id: MigrationId, its: &mpsc::Sender<TargetRequest>) {
+    async fn forget_unbegun(&self, id: MigrationId, its: &mpsc::Sender<TargetRequest>) {
         let _beginning = self.inner.beginnings.lock().await;
         {
             let mut entries = self.lock();

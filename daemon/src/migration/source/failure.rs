@@ -1,9 +1,11 @@
 //! What the parts of a source failed at, as the machine and the operator are told.
 
+use pageferry_proto::id::NodeName;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
 use super::dump::DumpError;
 use crate::migration::text::chain;
+use crate::net::lanes::LanesError;
 use crate::net::stream::SendStreamError;
 use crate::pages::track::TrackError;
 use crate::runtime::cgroup::CgroupError;
@@ -37,4 +39,43 @@ pub(super) fn freeze_failed(error: &CgroupError) -> Failure {
 /// A stream could not be sent.
 pub(super) fn lost(error: &SendStreamError) -> Failure {
     Failure::new(ErrorCode::PeerLost, chain(error))
+}
+
+/// The target could not be connected to.
+pub(super) fn unreachable(error: &LanesError) -> Failure {
+    if let Some(text) = error.untrusted() {
+        return Failure::new(ErrorCode::PeerUntrusted, text);
+    }
+    match error {
+        LanesError::Refused { peer, code, .. } => refused(peer, *code),
+        _ => None,
+    }
+    .unwrap_or_else(|| {
+        let code = match error.code() {
+            // Nothing took long but to find that nobody is there.
+            ErrorCode::Timeout => ErrorCode::PeerLost,
+            code => code,
+        };
+        Failure::new(
+            code,
+            format!("the target cannot be reached: {}", chain(error)),
+        )
+    })
+}
+
+/// What a peer said when it closed the connection, if it says more than that it is closed.
+pub(super) fn refused(peer: &NodeName, code: ErrorCode) -> Option<Failure> {
+    let why = match code {
+        ErrorCode::PeerLost
+        | ErrorCode::Finished
+        | ErrorCode::Superseded
+        | ErrorCode::Restarted => return None,
+        ErrorCode::TargetBusy => "it takes in no more migrations at the moment",
+        ErrorCode::Limit => "it is at a limit: its log, and `pageferry list --all` there, say more",
+        ErrorCode::PeerUnknown => "this node is not among the peers in its configuration",
+        ErrorCode::Version => "it speaks another version",
+        _ => "its log says more",
+    };
+    let text = format!("node {peer} closed the connection ({code}): {why}");
+    Some(Failure::new(code, text))
 }

@@ -42,7 +42,6 @@ use super::journal::Journal;
 use super::log::Log;
 use super::progress::Progress;
 use super::session::{self, Session};
-use super::text::chain;
 use crate::net::endpoint::Endpoint;
 use crate::net::lanes::{self, SourceSession};
 use crate::net::stream::DataSender;
@@ -87,6 +86,7 @@ pub struct SourceDriver {
     waits: Waits,
     /// Whether a difference in smaps is a reason to start again.
     repeatable: bool,
+    recovered: bool,
     /// The last status, if it is not to be seen before there is a successor.
     held_back: Option<Progress>,
     /// What the target said it is called there.
@@ -126,6 +126,8 @@ pub struct SourceParts {
     pub lanes: u8,
     /// Whether [`Ended::Repeat`] is a possible end.
     pub repeatable: bool,
+    /// Made from a journal.
+    pub recovered: bool,
 }
 
 /// How a driver ended.
@@ -145,6 +147,8 @@ enum Incoming {
     Dialled(u64, Result<Box<SourceSession>, Failure>),
     /// From the connection of this number.
     Of(u64, SourceEvent),
+    /// The connection of this number is gone, and the peer may have said why.
+    Lost(u64, ErrorCode),
 }
 
 /// A connection to the target.
@@ -182,6 +186,7 @@ impl SourceDriver {
             connections: 0,
             measured: (None, None),
             repeatable: parts.repeatable,
+            recovered: parts.recovered,
             held_back: None,
             pid_at_target: None,
             events,
@@ -250,6 +255,7 @@ impl SourceDriver {
             final_pages,
             successor: None,
             pid_at_target: self.pid_at_target,
+            recovered: self.recovered,
         };
         if repeat {
             self.held_back = Some(progress);
@@ -293,8 +299,15 @@ impl SourceDriver {
                 }
                 self.handle(event);
             }
+            Incoming::Lost(number, code) if number == self.connections => {
+                self.connection = None;
+                self.handle(match failure::refused(&self.peer, code) {
+                    Some(failure) => SourceEvent::PeerRefused(failure),
+                    None => SourceEvent::PeerLost,
+                });
+            }
             // Of a connection that has been replaced.
-            Incoming::Of(..) => {}
+            Incoming::Of(..) | Incoming::Lost(..) => {}
             Incoming::Dialled(number, _) if number != self.connections => {}
             Incoming::Dialled(number, Ok(session)) => {
                 self.connection = Some(self.open(number, *session));
@@ -303,7 +316,7 @@ impl SourceDriver {
             Incoming::Dialled(_, Err(failure)) => {
                 tracing::warn!(migration = %self.machine.id(), peer = %self.peer, %failure,
                     "cannot reach the target");
-                self.handle(SourceEvent::PeerLost);
+                self.handle(SourceEvent::PeerRefused(failure));
             }
         }
     }
@@ -402,7 +415,7 @@ impl SourceDriver {
         tokio::spawn(async move {
             let dialled = lanes::dial(&endpoint, &peer, id, lanes).await;
             let dialled = dialled.map(Box::new);
-            let dialled = dialled.map_err(|error| Failure::new(error.code(), chain(&error)));
+            let dialled = dialled.map_err(|error| failure::unreachable(&error));
             drop(events.send(Incoming::Dialled(number, dialled)).await);
         });
     }
@@ -419,8 +432,11 @@ impl SourceDriver {
         let session = Session::open(sender, receiver, lanes, move |said| {
             let events = events.clone();
             async move {
-                let event = said.map_or(SourceEvent::PeerLost, SourceEvent::Message);
-                events.send(Incoming::Of(number, event)).await.is_ok()
+                let incoming = match said {
+                    Ok(message) => Incoming::Of(number, SourceEvent::Message(message)),
+                    Err(code) => Incoming::Lost(number, code),
+                };
+                events.send(incoming).await.is_ok()
             }
         });
         Connection { session, data }

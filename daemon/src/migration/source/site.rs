@@ -41,10 +41,11 @@ use crate::migration::text::{chain, internal, network_unfit};
 use crate::net::stream::DataSender;
 use crate::pages::send::Sender;
 use crate::pages::track::task::threads;
-use crate::pages::track::tree::Tree;
+use crate::pages::track::tree::{Tree, TreeError};
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::hierarchies::Hierarchies;
+use crate::runtime::identity::Anchor;
 use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
 use crate::sys::namespace::{self, NamespaceKind};
@@ -100,6 +101,8 @@ pub struct Site {
     pub(super) node: SourceNode,
     pub(super) policy: Policy,
     pub(super) root: i32,
+    /// The process that `root` means, if it was there when this was made.
+    anchor: Option<Anchor>,
     own: Vec<NamespaceKind>,
     /// As surveyed, if it has a mount namespace of its own.
     mounts: Option<Mounts>,
@@ -147,11 +150,14 @@ impl Site {
             self.freezer.make().map_err(|error| freeze_failed(&error))?;
             let root = self.root;
             let adopted = self.freezer.adopt(|| {
-                Tree::read(root)
-                    .map(|tree| tree.pids())
-                    .map_err(std::io::Error::other)
+                let tree = Tree::read(root).map_err(std::io::Error::other)?;
+                self.check_root().map_err(std::io::Error::other)?;
+                Ok(tree.pids())
             });
-            adopted.map_err(|error| freeze_failed(&error))?;
+            adopted.map_err(|error| match self.check_root() {
+                Ok(()) => freeze_failed(&error),
+                Err(gone) => gone,
+            })?;
             self.attach_new()?;
             self.scan()
         })?;
@@ -160,8 +166,8 @@ impl Site {
 
     /// Attaches to the spaces that are not yet tracked and forgets those that are gone.
     pub(super) fn attach_new(&mut self) -> Result<(), Failure> {
-        let tree = Tree::read(self.root)
-            .map_err(|error| Failure::new(ErrorCode::WorkloadGone, error.to_string()))?;
+        let tree = Tree::read(self.root).map_err(|error| unreadable(&error))?;
+        self.check_root()?;
         let pids = tree.pids();
         self.spaces.retain(|id, space| {
             tree.spaces
@@ -194,6 +200,20 @@ impl Site {
             }
         }
         Ok(())
+    }
+
+    /// Fails if the root has ended, after which its pid may mean another process. What was read by
+    /// its number before was read of it.
+    fn check_root(&self) -> Result<(), Failure> {
+        if self.is_root() {
+            Ok(())
+        } else {
+            Err(ended(self.root))
+        }
+    }
+
+    fn is_root(&self) -> bool {
+        self.anchor.as_ref().is_some_and(Anchor::is_alive)
     }
 
     /// What is waited for.
@@ -291,6 +311,7 @@ impl Site {
                 })?);
             }
         }
+        self.check_root()?;
         let plan = DumpPlan {
             criu: self.node.criu.clone(),
             view_library: self.node.view_library.clone(),
@@ -329,6 +350,8 @@ impl Site {
             }
         }
         self.freeze_cgroup()?;
+        // From here on it cannot end by itself.
+        self.check_root()?;
         self.check_mounts()?;
         Ok(self.held_lock()?.unwrap_or(SourceEvent::Frozen))
     }
@@ -468,6 +491,7 @@ impl Site {
     async fn announce(&self) -> Result<(), Failure> {
         let net = namespace::open(self.root, NamespaceKind::Net);
         let net = net.map_err(|error| internal(&error))?;
+        self.check_root()?;
         let network = describe(&net)
             .await
             .map_err(|error| network_unfit(&error))?;
@@ -507,7 +531,8 @@ impl Site {
     /// left it waiting for the thaw.
     async fn wait_untraced(&self) -> Result<(), Failure> {
         let deadline = Instant::now() + LET_GO_TIMEOUT;
-        while let Some(tracer) = tracer(self.root) {
+        // Who traces another process of that number is nothing to us.
+        while let Some(tracer) = tracer(self.root).filter(|_| self.is_root()) {
             if is_seizing(tracer) && self.freezer.exists() {
                 self.freezer.thaw().map_err(|error| freeze_failed(&error))?;
             }
@@ -578,6 +603,19 @@ impl Site {
             tracing::warn!("a cgroup of the workload is left: {}", chain(&error));
         }
     }
+}
+
+/// The root of the workload has ended by itself.
+fn ended(root: i32) -> Failure {
+    Failure::new(
+        ErrorCode::WorkloadGone,
+        format!("there is no process {root}, or it has ended"),
+    )
+}
+
+/// The tree cannot be read.
+fn unreadable(error: &TreeError) -> Failure {
+    Failure::new(error.code(), chain(error))
 }
 
 /// Refuses what writes memory behind the page tables, or cannot be tracked for another reason.

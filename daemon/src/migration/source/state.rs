@@ -11,12 +11,26 @@ use crate::migration::text::internal;
 /// What a restarted daemon needs to know of a workload: kept in the journal.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct SiteState {
+    /// The pid of the root.
     pub(super) root: i32,
+    /// When the root started, in clock ticks since the boot.
+    pub(super) started: u64,
+    /// Which boot that was.
+    pub(super) boot: String,
     pub(super) freezer: PathBuf,
     /// The freezer cgroup the tree came from, if it was moved.
     pub(super) origin: Option<PathBuf>,
-    /// Names of this node's link ends, with their bridges.
-    pub(super) ports: Vec<(String, String)>,
+    pub(super) ports: Vec<PortState>,
+}
+
+/// This node's end of a link.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct PortState {
+    /// Its index, and that of the workload's end.
+    pub(super) ends: (u32, u32),
+    /// For whoever reads the journal.
+    pub(super) name: String,
+    pub(super) bridge: String,
 }
 
 /// As the journal keeps it.

@@ -10,6 +10,7 @@
 pub mod admission;
 mod images;
 pub mod intake;
+pub mod orphans;
 pub mod site;
 
 use std::collections::VecDeque;
@@ -68,6 +69,7 @@ pub struct TargetDriver {
     status: watch::Sender<Arc<Progress>>,
     /// The workload's root, once it is restored.
     root_pid: Option<i32>,
+    recovered: bool,
     log: Log,
 }
 
@@ -95,6 +97,8 @@ pub struct TargetParts {
     pub status: watch::Sender<Arc<Progress>>,
     /// The migration's journal.
     pub journal: Journal,
+    /// Made from a journal.
+    pub recovered: bool,
 }
 
 #[derive(Debug)]
@@ -131,6 +135,7 @@ impl TargetDriver {
             clock: parts.clock,
             intake: parts.site.intake(),
             root_pid: parts.site.root_pid(),
+            recovered: parts.recovered,
             site: Some(Box::new(parts.site)),
             operation: None,
             cut: None,
@@ -280,6 +285,7 @@ impl TargetDriver {
                 tracing::debug!(migration = %status.id, phase = %status.phase.name(), "status");
                 self.status.send_replace(Arc::new(Progress {
                     pid_at_target: self.root_pid,
+                    recovered: self.recovered,
                     ..Progress::of(status)
                 }));
             }

@@ -4,6 +4,7 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ConnectionError, TransportErrorCode};
 
 use super::*;
+use crate::net::endpoint::untrusted;
 
 #[tokio::test]
 async fn a_peer_is_known_by_its_certificate() {
@@ -24,6 +25,11 @@ async fn a_node_of_another_authority_is_refused_by_the_dialler() {
         panic!("{error}");
     };
     assert!(is_alert(&error, UNKNOWN_CA), "{error}");
+    let dialled = within(lanes::dial(&source, &node("b"), MIGRATION, 1)).await;
+    let error = dialled.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::PeerUntrusted, "{error}");
+    let text = error.untrusted().unwrap();
+    assert!(text.contains("the certificate of node b at"), "{text}");
 }
 
 #[tokio::test]
@@ -51,6 +57,12 @@ async fn a_dialler_of_another_authority_is_refused_by_the_target() {
         Err(error) => error,
     };
     assert!(is_alert(&error, UNKNOWN_CA), "{error}");
+    let text = untrusted(&node("b"), None, &error).unwrap();
+    assert!(
+        text.starts_with("node b does not accept this node's certificate"),
+        "{text}"
+    );
+    assert!(text.contains("another authority"), "{text}");
 }
 
 #[tokio::test]
@@ -63,6 +75,8 @@ async fn a_node_that_is_not_the_one_that_was_dialled_is_refused() {
         panic!("{error}");
     };
     assert!(is_alert(&error, BAD_CERTIFICATE), "{error}");
+    let dialled = within(lanes::dial(&source, &node("b"), MIGRATION, 1)).await;
+    assert_eq!(dialled.unwrap_err().code(), ErrorCode::PeerUntrusted);
 }
 
 #[tokio::test]
@@ -105,6 +119,8 @@ async fn another_protocol_is_refused() {
     let connecting = dialler.connect_with(client, target.listen(), "b").unwrap();
     let error = within(connecting).await.unwrap_err();
     assert!(is_alert(&error, NO_APPLICATION_PROTOCOL), "{error}");
+    // That is no matter of trust.
+    assert_eq!(untrusted(&node("b"), None, &error), None);
 }
 
 #[tokio::test]

@@ -54,7 +54,7 @@ fn refuse_mapping(pid: i32, mapping: &Mapping, flags: Flags) -> Option<Failure> 
     let (code, what) = if flags.any(Flags::HUGETLB) {
         (ErrorCode::Hugetlb, "huge pages of hugetlbfs")
     } else if name.starts_with("/[aio]") {
-        (ErrorCode::DirectIo, "a ring of asynchronous I/O")
+        (ErrorCode::DirectIo, AIO_RING)
     } else if name.starts_with("anon_inode:[io_uring]") {
         (ErrorCode::IoUring, "an io_uring")
     } else if name == "/secretmem" || name.starts_with("/secretmem (deleted)") {
@@ -66,8 +66,30 @@ fn refuse_mapping(pid: i32, mapping: &Mapping, flags: Flags) -> Option<Failure> 
     };
     let (start, end) = (mapping.range.start, mapping.range.end);
     let text = format!("process {pid} maps {what} at {start:x}-{end:x} {name}");
-    Some(Failure::new(code, text.trim_end()))
+    let text = format!("{}{}", text.trim_end(), advice(code, what));
+    Some(Failure::new(code, text))
 }
+
+/// What helps, in the cases that people meet.
+fn advice(code: ErrorCode, what: &str) -> &'static str {
+    match code {
+        ErrorCode::DirectIo if what == AIO_RING => {
+            "; start the program without native AIO (MariaDB and MySQL: innodb_use_native_aio=0)"
+        }
+        ErrorCode::DirectIo if what == DIRECT_FILE => {
+            "; start the program without O_DIRECT (MariaDB and MySQL: innodb_flush_method=fsync)"
+        }
+        ErrorCode::IoUring => {
+            "; switch it off in the program (MariaDB: innodb_use_native_aio=0; Node.js: \
+             UV_USE_IO_URING=0), or start it under a seccomp profile that denies io_uring_setup, \
+             as those of container runtimes do"
+        }
+        _ => "",
+    }
+}
+
+const AIO_RING: &str = "a ring of asynchronous I/O";
+const DIRECT_FILE: &str = "a file open for direct I/O";
 
 fn find_descriptor(pid: i32, tid: i32) -> io::Result<Option<Failure>> {
     for entry in fs::read_dir(format!("/proc/{tid}/fd"))? {
@@ -79,7 +101,8 @@ fn find_descriptor(pid: i32, tid: i32) -> io::Result<Option<Failure>> {
         let (number, target) = (entry.file_name(), target.to_string_lossy().into_owned());
         let number = number.to_string_lossy();
         if let Some((code, what)) = refuse_descriptor(tid, &number, &target) {
-            let text = format!("process {pid} has {what} as descriptor {number}: {target}");
+            let advice = advice(code, what);
+            let text = format!("process {pid} has {what} as descriptor {number}: {target}{advice}");
             return Ok(Some(Failure::new(code, text)));
         }
     }
@@ -95,7 +118,7 @@ fn refuse_descriptor(tid: i32, number: &str, target: &str) -> Option<(ErrorCode,
         }
         // On a pipe the flag means packets, not direct I/O; only files have paths.
         _ if target.starts_with('/') && is_direct(tid, number) => {
-            Some((ErrorCode::DirectIo, "a file open for direct I/O"))
+            Some((ErrorCode::DirectIo, DIRECT_FILE))
         }
         _ => None,
     }

@@ -15,6 +15,7 @@ impl SourceMachine {
             TargetMessage::Declined(failure) => self.target_gave_up(failure),
             TargetMessage::Failed(failure) => self.target_gave_up(failure),
             TargetMessage::FinalHeld { generation } => self.final_held(now, generation),
+            TargetMessage::Forgotten { generation } => self.forgotten(generation),
             TargetMessage::Ready {
                 generation,
                 incarnation,
@@ -80,6 +81,7 @@ impl SourceMachine {
             | State::Reclaiming { .. }
             | State::Aborting(_)
             | State::Telling
+            | State::Settling { .. }
             | State::Closing { .. }
             | State::Closed { .. } => self.out_of_place("a held round"),
         }
@@ -118,6 +120,7 @@ impl SourceMachine {
             State::Committed { .. } if generation == self.generation => self.release(now),
             State::Releasing(_) => {}
             State::Reclaiming { .. } | State::Aborting(_) | State::Telling => {
+                self.answered = true;
                 self.note(Failure::new(
                     ErrorCode::Unexpected,
                     "the target runs the workload though it was declared dead or never told to",
@@ -134,6 +137,7 @@ impl SourceMachine {
             | State::Finishing(_)
             | State::Prepared { .. }
             | State::Committed { .. }
+            | State::Settling { .. }
             | State::Closing { .. }
             | State::Closed { .. } => self.out_of_place("a started workload"),
         }
@@ -141,6 +145,7 @@ impl SourceMachine {
 
     /// The target will never run this generation or an older one.
     fn refused(&mut self, generation: Generation) {
+        self.answered = true;
         match &mut self.state {
             State::Prepared { evidence, .. } if self.generation <= generation => {
                 evidence.get_or_insert(Evidence::Refused(generation));
@@ -165,7 +170,7 @@ impl SourceMachine {
             State::Prepared { .. } | State::Committed { .. } | State::Releasing(_) => {
                 self.out_of_place("a refusal of another generation");
             }
-            State::Closing { .. } | State::Closed { .. } => {}
+            State::Settling { .. } | State::Closing { .. } | State::Closed { .. } => {}
         }
     }
 
@@ -189,6 +194,7 @@ impl SourceMachine {
                 | State::Reclaiming { .. }
                 | State::Aborting(_)
                 | State::Telling
+                | State::Settling { .. }
                 | State::Closing { .. }
                 | State::Closed { .. } => self.out_of_place("a target that knows of nothing"),
             },

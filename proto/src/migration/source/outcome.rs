@@ -33,14 +33,15 @@ impl SourceMachine {
         match &record.entry {
             Entry::Offered(_) => self.offer_recorded(now),
             Entry::Commit { .. } => self.commit_written(now, true),
-            Entry::Started { .. } => self.kill(),
+            Entry::Started { .. } => self.kill(true),
             entry @ Entry::Fenced { .. } => self.evidence_recorded(entry),
             entry @ Entry::Aborted(_) => self.abort_recorded(now, entry),
             Entry::Done => self.closed(),
             entry @ (Entry::Accepted(_)
             | Entry::Ready(_)
             | Entry::Running { .. }
-            | Entry::Refused { .. }) => self.out_of_place(entry.name()),
+            | Entry::Refused { .. }
+            | Entry::Settled { .. }) => self.out_of_place(entry.name()),
         }
     }
 
@@ -59,7 +60,7 @@ impl SourceMachine {
                 self.commit_written(now, false);
             }
             // It only spares a question after a restart.
-            Entry::Started { .. } => self.kill(),
+            Entry::Started { .. } => self.kill(false),
             // Without it the workload must not be thawed: a restart might find the commit and
             // nothing after it, and tell the target to go.
             Entry::Fenced { .. } => self.retry_later(now, failure),
@@ -93,6 +94,7 @@ impl SourceMachine {
                 }
                 | State::Aborting(Undo::Thawing(_))
                 | State::Telling
+                | State::Settling { .. }
                 | State::Closing { .. }
                 | State::Closed { .. } => self.out_of_place("aborted"),
             },
@@ -100,7 +102,8 @@ impl SourceMachine {
             entry @ (Entry::Accepted(_)
             | Entry::Ready(_)
             | Entry::Running { .. }
-            | Entry::Refused { .. }) => self.out_of_place(entry.name()),
+            | Entry::Refused { .. }
+            | Entry::Settled { .. }) => self.out_of_place(entry.name()),
         }
     }
 
@@ -135,6 +138,7 @@ impl SourceMachine {
     /// The target runs the workload.
     pub(super) fn release(&mut self, now: Time) {
         self.edges.started = Some(now);
+        self.answered = true;
         self.failure = None;
         self.fence_wanted = false;
         self.timers.stop_all();
@@ -144,19 +148,27 @@ impl SourceMachine {
         });
     }
 
-    fn kill(&mut self) {
+    fn kill(&mut self, recorded: bool) {
         let State::Releasing(step @ Release::Recording) = &mut self.state else {
             return self.out_of_place("started");
         };
-        *step = Release::Killing;
+        *step = Release::Killing { recorded };
         self.actions.push_back(SourceAction::Release);
+        if recorded {
+            self.say_settled();
+        }
     }
 
-    pub(super) fn released(&mut self) {
-        let State::Releasing(Release::Killing) = self.state else {
+    pub(super) fn released(&mut self, now: Time) {
+        let State::Releasing(Release::Killing { recorded }) = self.state else {
             return self.out_of_place("a release");
         };
-        self.close(Outcome::Moved);
+        // A restart that finds nothing but the commit asks the target again.
+        if recorded {
+            self.settle_or_close(now, Outcome::Moved);
+        } else {
+            self.close(Outcome::Moved);
+        }
     }
 
     /// The target will never run the workload. That goes to disk before the workload runs here.
@@ -218,6 +230,7 @@ impl SourceMachine {
             }
             | State::Aborting(Undo::Thawing(_))
             | State::Telling
+            | State::Settling { .. }
             | State::Closing { .. }
             | State::Closed { .. } => self.out_of_place("aborted"),
         }
@@ -295,6 +308,7 @@ impl SourceMachine {
                 ..
             }
             | State::Telling
+            | State::Settling { .. }
             | State::Closing { .. }
             | State::Closed { .. } => {}
             State::Journalling
@@ -314,7 +328,7 @@ impl SourceMachine {
     /// up, once it is told.
     fn conclude(&mut self, now: Time) {
         if self.told {
-            return self.close(Outcome::Aborted);
+            return self.settle_or_close(now, Outcome::Aborted);
         }
         self.state = State::Telling;
         self.timers.set(Timer::Tell, now.after(TELL_MAX));
@@ -328,7 +342,7 @@ impl SourceMachine {
         }
     }
 
-    fn close(&mut self, outcome: Outcome) {
+    pub(super) fn close(&mut self, outcome: Outcome) {
         if outcome == Outcome::Moved {
             self.failure = None;
         }
@@ -354,7 +368,7 @@ impl SourceMachine {
             | State::Retrying(_)
             | State::Freezing { .. }
             | State::Finishing(_) => self.abort(failure),
-            State::Releasing(Release::Killing)
+            State::Releasing(Release::Killing { .. })
             | State::Reclaiming {
                 step: Reclaim::Thawing(_),
                 ..
@@ -371,6 +385,7 @@ impl SourceMachine {
             }
             State::Aborting(Undo::Recording)
             | State::Telling
+            | State::Settling { .. }
             | State::Closing { .. }
             | State::Closed { .. } => {}
         }
@@ -397,6 +412,7 @@ impl SourceMachine {
             | State::Reclaiming { .. }
             | State::Aborting(_)
             | State::Telling
+            | State::Settling { .. }
             | State::Closing { .. }
             | State::Closed { .. } => {}
         }
@@ -429,6 +445,7 @@ impl SourceMachine {
                 | State::Reclaiming { .. }
                 | State::Aborting(_)
                 | State::Telling
+                | State::Settling { .. }
                 | State::Closing { .. }
                 | State::Closed { .. },
             ) => {}
@@ -462,6 +479,7 @@ impl SourceMachine {
             Timer::Resend | Timer::Redial => match &self.state {
                 State::Committed { .. } => self.ask(now),
                 State::Telling => self.tell(now),
+                State::Settling { .. } => self.settle(now),
                 State::Journalling
                 | State::Dialling
                 | State::Offered
@@ -479,7 +497,13 @@ impl SourceMachine {
             },
             Timer::Retry => self.again(),
             Timer::Silence => self.fence_wanted = true,
-            Timer::Tell => self.target_told(),
+            Timer::Tell => {
+                if let State::Settling { outcome } = self.state {
+                    self.close(outcome);
+                } else {
+                    self.target_told();
+                }
+            }
         }
     }
 
@@ -507,7 +531,9 @@ impl SourceMachine {
     /// Does once more what failed and must succeed.
     fn again(&mut self) {
         match &self.state {
-            State::Releasing(Release::Killing) => self.actions.push_back(SourceAction::Release),
+            State::Releasing(Release::Killing { .. }) => {
+                self.actions.push_back(SourceAction::Release);
+            }
             State::Reclaiming {
                 evidence,
                 step: Reclaim::Recording,
@@ -538,6 +564,7 @@ impl SourceMachine {
             }
             | State::Aborting(Undo::Recording)
             | State::Telling
+            | State::Settling { .. }
             | State::Closing { .. }
             | State::Closed { .. } => {}
         }

@@ -34,7 +34,7 @@ impl SourceMachine {
         );
     }
 
-    fn send_or_dial(&mut self, now: Time, message: SourceMessage) {
+    pub(super) fn send_or_dial(&mut self, now: Time, message: SourceMessage) {
         match self.link {
             Link::Up => {
                 self.send(message);
@@ -103,6 +103,7 @@ impl SourceMachine {
             | State::Reclaiming { .. }
             | State::Aborting(_)
             | State::Telling
+            | State::Settling { .. }
             | State::Closing { .. }
             | State::Closed { .. } => {
                 self.failure.get_or_insert(failure);

@@ -39,6 +39,7 @@ impl SourceMachine {
             offered: true,
             touched: true,
             told: false,
+            answered: false,
             incarnation: None,
             failure: facts.aborted.clone(),
             fence_wanted: false,
@@ -70,6 +71,7 @@ impl SourceMachine {
             };
             self.state = State::Closed { outcome };
         } else if facts.started {
+            self.answered = true;
             self.state = State::Releasing(Release::Recording);
             self.journal(Entry::Started {
                 generation: self.generation,
@@ -91,6 +93,8 @@ impl SourceMachine {
             self.reclaim(Evidence::Fenced(generation));
         } else if facts.aborted.is_some() {
             // After a commit this record stands for the target's refusal.
+            self.told = true;
+            self.answered = true;
             self.reclaim(Evidence::Refused(generation));
         } else {
             self.state = State::Prepared {

@@ -25,6 +25,7 @@ impl SourceMachine {
             | State::Reclaiming { .. }
             | State::Aborting(_)
             | State::Telling
+            | State::Settling { .. }
             | State::Closing { .. }
             | State::Closed { .. } => return self.out_of_place("a retry"),
         };

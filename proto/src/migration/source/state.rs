@@ -40,6 +40,8 @@ pub(super) enum State {
     Aborting(Undo),
     /// Failed, the workload runs here; the target has still to be told.
     Telling,
+    /// How it ended is on disk; the target has still to be told that it may forget.
+    Settling { outcome: Outcome },
     /// The last record is being written.
     Closing { outcome: Outcome },
     /// Nothing is left to do.
@@ -79,7 +81,10 @@ pub(super) enum Release {
     /// That the target runs the workload is being written.
     Recording,
     /// The frozen copy is being killed.
-    Killing,
+    Killing {
+        /// A restart would find that the target runs the workload.
+        recorded: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -130,7 +135,7 @@ pub(super) enum Timer {
     Retry,
     /// The target has not answered for long.
     Silence,
-    /// The target could not be told for long.
+    /// The target could not be told, or did not answer, for long.
     Tell,
 }
 
@@ -157,10 +162,12 @@ impl State {
             Self::Reclaiming { .. } => Phase::Reclaiming,
             Self::Aborting(_) => Phase::Aborting,
             Self::Telling => Phase::Aborted,
-            Self::Closing { outcome } | Self::Closed { outcome } => match outcome {
-                Outcome::Aborted => Phase::Aborted,
-                Outcome::Moved => Phase::Done,
-            },
+            Self::Settling { outcome } | Self::Closing { outcome } | Self::Closed { outcome } => {
+                match outcome {
+                    Outcome::Aborted => Phase::Aborted,
+                    Outcome::Moved => Phase::Done,
+                }
+            }
         }
     }
 
@@ -183,9 +190,11 @@ impl State {
             | Self::Committed { .. }
             | Self::Releasing(_)
             | Self::Reclaiming { .. } => Place::Decided,
-            Self::Aborting(_) | Self::Telling | Self::Closing { .. } | Self::Closed { .. } => {
-                Place::Undone
-            }
+            Self::Aborting(_)
+            | Self::Telling
+            | Self::Settling { .. }
+            | Self::Closing { .. }
+            | Self::Closed { .. } => Place::Undone,
         }
     }
 }

@@ -35,6 +35,7 @@ impl TargetMachine {
             Entry::Ready(_) => self.ready(),
             Entry::Running { .. } => self.let_go(1),
             Entry::Refused { .. } => self.refusal_recorded(),
+            Entry::Settled { .. } => self.say_forgotten(),
             Entry::Aborted(_) => self.closed(),
             Entry::Done => self.closed(),
             entry @ (Entry::Offered(_)
@@ -57,6 +58,8 @@ impl TargetMachine {
             Entry::Ready(_) => self.ready_failed(now, failure),
             // Either decision stands once it was asked for: the record may be on disk.
             Entry::Running { .. } | Entry::Refused { .. } => self.retry_later(now, failure),
+            // Without it the answer is kept after a restart.
+            Entry::Settled { .. } => self.say_forgotten(),
             // A restart would undo once more what is undone, or fill what is filled.
             Entry::Aborted(_) | Entry::Done => self.closed(),
             entry @ (Entry::Offered(_)
@@ -178,6 +181,8 @@ impl TargetMachine {
             step: Refusal::Recording,
         });
         self.journal(Entry::Refused { generation });
+        // It may have said so before there was anything to refuse.
+        self.settle();
     }
 
     /// What was to run cannot, and did not: the source may have it back. Before `Started` nobody

@@ -3,6 +3,7 @@
 use super::state::{Aborting, Receiving, Refusal, Start, State, Verdict};
 use super::{TargetAction, TargetMachine};
 use crate::id::{Generation, Round};
+use crate::migration::record::Entry;
 use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
@@ -19,6 +20,7 @@ impl TargetMachine {
             SourceMessage::Offer(offer) => self.offered(offer),
             SourceMessage::Query { generation } => self.queried(generation),
             SourceMessage::RoundEnd(end) => self.round_ended(end),
+            SourceMessage::Settled { generation } => self.source_settled(generation),
         }
     }
 
@@ -168,6 +170,7 @@ impl TargetMachine {
 
     /// The source has not committed any generation up to this one, and never will.
     fn source_aborted(&mut self, ended: Generation, failure: Failure) {
+        self.over_at_source = self.over_at_source.max(Some(ended));
         match &mut self.state {
             State::Preparing { .. }
             | State::Accepting
@@ -196,6 +199,52 @@ impl TargetMachine {
             State::Running(_) | State::Done { .. } => self.abort_too_late(),
             // A generation that this target has left behind, or a refusal on its way.
             State::Readying { .. } | State::Ready { .. } | State::Refusing(_) => {}
+        }
+        self.settle();
+    }
+
+    /// The source has on disk how this ended, and never asks again.
+    fn source_settled(&mut self, settled: Generation) {
+        match &self.state {
+            State::Running(_) | State::Refusing(_) | State::Refused { .. } | State::Done { .. } => {
+                self.over_at_source = self.over_at_source.max(Some(settled));
+                if self.settled {
+                    self.say_forgotten();
+                } else {
+                    self.settle();
+                }
+            }
+            // It was said before, and the answer was lost.
+            State::Idle | State::Aborted => {
+                self.send(TargetMessage::Forgotten {
+                    generation: settled,
+                });
+            }
+            State::Preparing { .. }
+            | State::Accepting
+            | State::Receiving(_)
+            | State::Storing(_)
+            | State::Restoring { .. }
+            | State::Readying { .. }
+            | State::Ready { .. }
+            | State::Aborting(_) => self.out_of_place("a settled migration"),
+        }
+    }
+
+    /// Writes that nothing need be remembered, once, if the source has said so of what is decided.
+    pub(super) fn settle(&mut self) {
+        let Some(generation) = self.state.decided() else {
+            return;
+        };
+        if !self.settled && Some(generation) <= self.over_at_source {
+            self.settled = true;
+            self.journal(Entry::Settled { generation });
+        }
+    }
+
+    pub(super) fn say_forgotten(&mut self) {
+        if let Some(generation) = self.over_at_source {
+            self.send(TargetMessage::Forgotten { generation });
         }
     }
 

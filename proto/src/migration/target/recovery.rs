@@ -3,9 +3,40 @@
 use super::state::{Refusal, Refusing, State, Verdict};
 use super::{TargetMachine, TargetOrigin};
 use crate::migration::handoff::{RecoverError, TargetFacts};
-use crate::migration::record::{AcceptedEntry, Entry, Record};
+use crate::migration::record::{AcceptedEntry, DriverState, Entry, Record};
 use crate::migration::timer::Time;
 use crate::wire::code::{ErrorCode, Failure};
+
+/// Longest driver state that an answer keeps, in bytes: the names of a link or two, and a pid.
+pub const ANSWER_STATE_BYTES_MAX: usize = 1 << 10;
+
+/// What must be kept of a target that is finished, in a few hundred bytes, for as long as its
+/// source may ask how it ended: records that [`TargetMachine::recover`] makes the same answers
+/// from. None if nobody asks any more: nothing was decided here, or the source has settled it.
+pub fn answer(records: &[Record]) -> Result<Option<Vec<Record>>, RecoverError> {
+    let facts = TargetFacts::from_records(records)?;
+    let migration = records.first().ok_or(RecoverError::NoBeginning)?.migration;
+    let mut accepted = facts.accepted.ok_or(RecoverError::NoBeginning)?;
+    let end = match (facts.running, facts.refused) {
+        _ if facts.settled.is_some() => return Ok(None),
+        (Some(generation), _) => [Entry::Running { generation }, Entry::Done],
+        (None, Some(generation)) => {
+            let unknown = || Failure::new(ErrorCode::Unknown, "no reason was recorded");
+            let failure = facts.aborted.unwrap_or_else(unknown);
+            [Entry::Refused { generation }, Entry::Aborted(failure)]
+        }
+        (None, None) => return Ok(None),
+    };
+    if let Some(ready) = facts.ready {
+        accepted.state = ready.state;
+    }
+    if ANSWER_STATE_BYTES_MAX < accepted.state.as_bytes().len() {
+        accepted.state = DriverState::default();
+    }
+    let entries = std::iter::once(Entry::Accepted(accepted)).chain(end);
+    let record = |entry| Record { migration, entry };
+    Ok(Some(entries.map(record).collect()))
+}
 
 impl TargetMachine {
     /// The machine that these records, in the order they were written, leave behind. They must
@@ -34,6 +65,8 @@ impl TargetMachine {
                 .as_ref()
                 .map_or(state, |ready| ready.state.clone()),
             recorded: true,
+            settled: facts.settled.is_some(),
+            over_at_source: facts.settled,
             failure: facts.aborted.clone(),
             ..Self::new(origin, now)
         };

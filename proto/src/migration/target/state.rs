@@ -155,6 +155,25 @@ impl State {
         }
     }
 
+    /// The generation that is decided here, to run or never to.
+    pub(super) const fn decided(&self) -> Option<Generation> {
+        match self {
+            Self::Running(running) => Some(running.generation),
+            Self::Refusing(refusing) => Some(refusing.generation),
+            Self::Refused { generation } | Self::Done { generation } => Some(*generation),
+            Self::Idle
+            | Self::Preparing { .. }
+            | Self::Accepting
+            | Self::Receiving(_)
+            | Self::Storing(_)
+            | Self::Restoring { .. }
+            | Self::Readying { .. }
+            | Self::Ready { .. }
+            | Self::Aborting(_)
+            | Self::Aborted => None,
+        }
+    }
+
     pub(super) const fn place(&self) -> Place {
         match self {
             Self::Idle => Place::Nowhere,

@@ -13,11 +13,11 @@ use pageferry_proto::wire::description::WorkloadDescription;
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 
-use super::{Delivered, Dumping, Site, SourceNode, check_trackable};
+use super::{Delivered, Dumping, Site, SourceNode, check_trackable, ended, unreadable};
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
-use crate::migration::source::state::{SiteState, encode_state};
+use crate::migration::source::state::{PortState, SiteState, encode_state};
 use crate::migration::source::unread::Unreadable;
 use crate::migration::source::waits::Waits;
 use crate::migration::text::network_unfit;
@@ -25,6 +25,7 @@ use crate::pages::send::Sender;
 use crate::pages::track::shared_bytes;
 use crate::pages::track::tree::Tree;
 use crate::runtime::cgroup::Freezer;
+use crate::runtime::identity::{Anchor, Identity};
 use crate::runtime::limits;
 use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
@@ -50,6 +51,7 @@ pub struct Survey {
 #[derive(Debug)]
 struct Found {
     root: i32,
+    anchor: Option<Anchor>,
     own: Vec<NamespaceKind>,
     mounts: Option<Mounts>,
     freezer: Freezer,
@@ -74,7 +76,9 @@ impl Site {
         let gone = |error: &dyn std::fmt::Display| {
             Failure::new(ErrorCode::WorkloadGone, format!("process {root}: {error}"))
         };
-        let tree = block_in_place(|| Tree::read(root)).map_err(|error| gone(&error))?;
+        // Everything below is read by its number.
+        let anchor = Anchor::new(root).map_err(|_| ended(root))?;
+        let tree = block_in_place(|| Tree::read(root)).map_err(|error| unreadable(&error))?;
         let pids = tree.pids();
         // First: to open a file that is leased would break the lease.
         let locks = Locks {
@@ -104,6 +108,9 @@ impl Site {
             description.routes = network.routes;
             ports = network.ports;
         }
+        if !anchor.is_alive() {
+            return Err(ended(root));
+        }
         let (freezer, origin) = match node.freezers.holding(&pids) {
             Some(freezer) => (freezer, None),
             None => {
@@ -115,11 +122,17 @@ impl Site {
         };
         let state = SiteState {
             root,
+            started: anchor.identity().started,
+            boot: anchor.identity().boot.clone(),
             freezer: freezer.path().to_owned(),
             origin: origin.clone(),
             ports: ports
                 .iter()
-                .map(|port| (port.name().to_owned(), port.bridge().to_owned()))
+                .map(|port| PortState {
+                    ends: port.ends(),
+                    name: port.name().to_owned(),
+                    bridge: port.bridge().to_owned(),
+                })
                 .collect(),
         };
         let memory_bytes = description
@@ -129,6 +142,7 @@ impl Site {
             .sum();
         let found = Found {
             root,
+            anchor: Some(anchor),
             own: described.own,
             mounts: described.mounts,
             freezer,
@@ -159,16 +173,28 @@ impl Site {
                 format!("the journal of {id} is not readable: {error}"),
             )
         })?;
-        let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
+        let identity = Identity {
+            pid: state.root,
+            started: state.started,
+            boot: state.boot,
+        };
         let mut ports = Vec::new();
-        for (name, bridge) in &state.ports {
-            let port = Port::named(&netlink, name, bridge)
-                .await
-                .map_err(|error| network_unfit(&error))?;
-            ports.extend(port);
+        // After another boot the same numbers mean other links.
+        if identity.is_this_boot() && !state.ports.is_empty() {
+            let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
+            for PortState { ends, name, bridge } in &state.ports {
+                let port = Port::again(&netlink, *ends, bridge)
+                    .await
+                    .map_err(|error| network_unfit(&error))?;
+                if port.is_none() {
+                    tracing::debug!(migration = %id, name, "the link is gone");
+                }
+                ports.extend(port);
+            }
         }
         let found = Found {
             root: state.root,
+            anchor: Anchor::again(&identity),
             own: Vec::new(),
             mounts: None,
             freezer: Freezer::at(state.freezer),
@@ -194,6 +220,7 @@ impl Site {
             node,
             policy,
             root: found.root,
+            anchor: found.anchor,
             own: found.own,
             mounts: found.mounts,
             freezer: found.freezer,

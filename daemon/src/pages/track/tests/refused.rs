@@ -38,6 +38,14 @@ fn an_io_uring_is_refused() {
 }
 
 #[test]
+fn a_refused_io_uring_says_what_helps() {
+    let mut trial = start();
+    trial.tell("io-uring");
+    let found = refuse::find(trial.pid()).unwrap().unwrap();
+    assert!(found.text().contains("io_uring_setup"), "{found}");
+}
+
+#[test]
 fn a_userfaultfd_is_refused() {
     assert_eq!(refusal(&["userfaultfd"]), Some(ErrorCode::Untrackable));
 }

@@ -1,0 +1,67 @@
+//! What was made for an incoming migration of which there is no record: the daemon was killed before
+//! the first one.
+//!
+//! Invariant: nothing is taken away that holds a process, or a pager that has restored anything.
+//! Whatever is to run or is held has a record, so this finds only what was made to wait.
+
+use std::fs;
+use std::path::Path;
+
+use pageferry_proto::id::MigrationId;
+
+use super::site::TargetNode;
+use crate::migration::text::chain;
+use crate::pager::client::{PagerClient, Remains};
+use crate::pager::message::State;
+
+/// Removes folders, pagers and empty cgroups of migrations that are not known. To be called before
+/// anything new is begun.
+pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool) {
+    for id in folders(&node.migrations) {
+        if is_known(id) {
+            continue;
+        }
+        let directory = node.migrations.join(id.to_string());
+        match end_pager(&directory).await {
+            Ok(()) => {
+                tracing::info!(migration = %id, "removing what was left of its beginning");
+                drop(fs::remove_dir_all(&directory));
+            }
+            Err(why) => tracing::warn!(migration = %id, folder = %directory.display(),
+                "no journal knows of this migration, and its folder is kept: {why}"),
+        }
+    }
+    for (name, freezer) in node.freezers.made() {
+        let ours = name.parse().is_ok_and(|id| !is_known(id));
+        // One that still has a process cannot be removed.
+        if ours
+            && freezer.is_empty()
+            && let Err(error) = freezer.remove()
+        {
+            tracing::debug!("{}", chain(&error));
+        }
+    }
+}
+
+/// Ends a pager that holds nothing; says why not if it may hold something.
+async fn end_pager(directory: &Path) -> Result<(), String> {
+    let Ok((pager, _notices)) = PagerClient::connect(directory) else {
+        return match Remains::read(directory) {
+            // What it says must be found for as long as the workload is frozen.
+            Ok(Remains::FillLost(line)) => Err(line),
+            Ok(Remains::Filled(_) | Remains::RestoreLost(_) | Remains::Nothing) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        };
+    };
+    let status = pager.status().await.map_err(|error| chain(&error))?;
+    if status.state != State::Idle {
+        return Err(format!("its pager is {:?}", status.state));
+    }
+    pager.discard().await.map_err(|error| chain(&error))
+}
+
+fn folders(migrations: &Path) -> Vec<MigrationId> {
+    let entries = fs::read_dir(migrations).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    names.filter_map(|name| name.parse().ok()).collect()
+}
