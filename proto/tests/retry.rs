@@ -8,24 +8,12 @@ use std::time::Duration;
 
 use pageferry_proto::id::Round;
 use pageferry_proto::migration::policy::Policy;
-use pageferry_proto::migration::source::{RETRIES_MAX, RetryReport, SourceAction, SourceEvent};
+use pageferry_proto::migration::source::{RETRIES_MAX, SourceAction, SourceEvent};
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::migration::timer::Time;
-use pageferry_proto::page::PageCount;
-use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::code::ErrorCode;
 use pageferry_proto::wire::control::{Final, SourceMessage, TargetMessage};
 use rig::*;
-
-fn retry(pause: Duration) -> RetryReport {
-    RetryReport {
-        parcels: 2,
-        pages: PageCount(7),
-        raw_bytes: PageCount(7).bytes(),
-        wire_bytes: 9000,
-        pause,
-        reason: Failure::new(ErrorCode::PassingState, "a socket is being opened"),
-    }
-}
 
 // clause: R-7
 #[test]

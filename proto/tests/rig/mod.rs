@@ -10,7 +10,7 @@ use pageferry_proto::migration::record::{
     AcceptedEntry, DriverState, Entry, OfferedEntry, ReadyEntry, Record,
 };
 use pageferry_proto::migration::source::{
-    FinalReport, SourceAction, SourceEvent, SourceMachine, SourceOffer,
+    FinalReport, RetryReport, SourceAction, SourceEvent, SourceMachine, SourceOffer,
 };
 use pageferry_proto::migration::status::{Phase, Status};
 use pageferry_proto::migration::target::{TargetAction, TargetEvent, TargetMachine, TargetOrigin};
@@ -456,4 +456,16 @@ pub fn assert_aborts(actions: &[SourceAction], source: &Source, code: ErrorCode)
     let status = source.status();
     assert_eq!(status.phase, Phase::Aborting);
     assert_eq!(status.failure.unwrap().code(), code);
+}
+
+/// What a source says that gives up a freeze.
+pub fn retry(pause: Duration) -> RetryReport {
+    RetryReport {
+        parcels: 2,
+        pages: PageCount(7),
+        raw_bytes: PageCount(7).bytes(),
+        wire_bytes: 9000,
+        pause,
+        reason: Failure::new(ErrorCode::PassingState, "a socket is being opened"),
+    }
 }
