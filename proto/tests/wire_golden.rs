@@ -340,6 +340,11 @@ fn messages_of_the_target_keep_their_bytes() {
         20372069732074616b656e
     "#]],
     );
+}
+
+#[test]
+fn what_settles_a_migration_keeps_its_bytes() {
+    let generation = generation();
     check(
         TargetMessage::Forgotten { generation },
         &expect![[r#"
