@@ -187,13 +187,7 @@ impl Site {
         let began = Instant::now();
         let mut scans = match block_in_place(|| self.final_scans())? {
             Ok(scans) => scans,
-            Err(Unfit::Passing(passing)) => {
-                return self.give_up(&passing.to_string(), &Sums::default());
-            }
-            Err(Unfit::LateBirth(reason)) => {
-                let reason = Failure::new(ErrorCode::RetryRound, reason);
-                return Sums::default().given_up(reason, Duration::ZERO);
-            }
+            Err(unfit) => return self.unfit(unfit),
         };
         let scanned = began.elapsed();
         let mut dump = self.take_dump()?;
@@ -204,15 +198,7 @@ impl Site {
         let (dumped, sent) = sent?;
         let frozen_in_criu = match dumped {
             Ok(frozen) => frozen,
-            Err(error) => {
-                let Some(cause) = error.passing() else {
-                    return Err(criu_failed(&error));
-                };
-                let what =
-                    format!("criu met it in a moment that it cannot dump ({cause}): try again");
-                let sums = sent.map_or_else(Sums::default, |(sums, _)| sums);
-                return self.give_up(&what, &sums);
-            }
+            Err(error) => return self.not_dumped(&error, sent),
         };
         self.frozen_in_criu = Some(frozen_in_criu);
         let sent = match sent {
@@ -268,6 +254,31 @@ impl Site {
             raw_bytes: sums.raw_bytes,
             wire_bytes: sums.wire_bytes,
         }))
+    }
+
+    /// What a frozen tree needs that is not dumped.
+    fn unfit(&mut self, unfit: Unfit) -> Result<SourceEvent, Failure> {
+        match unfit {
+            Unfit::Passing(passing) => self.give_up(&passing.to_string(), &Sums::default()),
+            Unfit::LateBirth(reason) => {
+                let reason = Failure::new(ErrorCode::RetryRound, reason);
+                Sums::default().given_up(reason, Duration::ZERO)
+            }
+        }
+    }
+
+    /// What a dump that failed asks for: some failures are of a moment.
+    fn not_dumped(
+        &mut self,
+        error: &DumpError,
+        sent: Option<(Sums, Unsent)>,
+    ) -> Result<SourceEvent, Failure> {
+        let Some(cause) = error.passing() else {
+            return Err(criu_failed(error));
+        };
+        let what = format!("criu met it in a moment that it cannot dump ({cause}): try again");
+        let sums = sent.map_or_else(Sums::default, |(sums, _)| sums);
+        self.give_up(&what, &sums)
     }
 
     /// Has CRIU dump the tree, and sends what is dirty meanwhile, unless the dump must come first
