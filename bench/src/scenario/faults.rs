@@ -362,6 +362,8 @@ fn stop_criu_and_abort(lab: &Lab, workload: &str, id: &str) -> Result<Struck> {
         }
     }
     pageferry::abort(lab.node("a")?, id).map(Struck::Asked)
+}
+
 /// Waits until the source has given up what hangs, for as long as that may take and more.
 fn wait_until_given_up(lab: &Lab, workload: &str) -> Result<()> {
     let source = lab.node("a")?;
