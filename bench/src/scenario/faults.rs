@@ -287,7 +287,11 @@ impl Act {
             Self::StopCriu("a") => Some("CRIU's dump"),
             Self::StopCriu(_) | Self::StopPager => Some("the target's restore"),
             Self::StopDaemon(_) => Some("the target to "),
-            Self::Abort | Self::KillDaemon(_) | Self::KillCriu(_) | Self::KillPager => None,
+            Self::Abort
+            | Self::KillDaemon(_)
+            | Self::KillCriu(_)
+            | Self::KillPager
+            | Self::StopCriuAndAbort => None,
         }
     }
 }

@@ -157,10 +157,6 @@ impl PagerClient {
             .append(true)
             .open(&log)
             .map_err(start)?;
-        let flags = |flag: &'static str, files: &[PathBuf]| {
-            let files = files.to_vec().into_iter();
-            files.flat_map(move |file| [OsString::from(flag), file.into()])
-        };
         let mut child = Command::new(&spawn.program)
             .arg("--dir")
             .arg(&spawn.directory)
@@ -389,6 +385,14 @@ impl Drop for Starting {
             let _ = child.start_kill();
         }
     }
+}
+
+/// The flag before each file.
+fn flags(flag: &str, files: &[PathBuf]) -> impl Iterator<Item = OsString> {
+    let each = files
+        .iter()
+        .flat_map(move |file| [flag.into(), file.into()]);
+    each.collect::<Vec<OsString>>().into_iter()
 }
 
 /// What the log says last, for whoever never sees the log.

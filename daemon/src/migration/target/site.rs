@@ -22,6 +22,7 @@ use pageferry_proto::wire::control::Offer;
 use pageferry_proto::wire::description::{
     LinkAddress, LinkDescription, MountDescription, Namespaces,
 };
+use pageferry_proto::wire::needs::ResourceLimits;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
@@ -281,7 +282,14 @@ impl Site {
             self.network = Some(network.await.map_err(|error| network_unfit(&error))?);
             self.links.clone_from(&description.links);
         }
-        let (limits, name) = (&description.needs.limits, self.id.to_string());
+        self.make_groups(&description.needs.limits)?;
+        self.start_pager().await?;
+        self.state()
+    }
+
+    /// Makes the cgroups of workload, pager and watcher; the workload's with its limits.
+    fn make_groups(&mut self, limits: &ResourceLimits) -> Result<(), Failure> {
+        let name = self.id.to_string();
         let limited = limits::set(limits, &name, &self.node.hierarchies).map_err(|error| {
             let text = format!("the limits of the workload: {}", chain(&error));
             Failure::new(ErrorCode::NodeUnfit, text)
@@ -298,12 +306,17 @@ impl Site {
                 .make()
                 .map_err(|error| Failure::new(ErrorCode::NodeUnfit, chain(&error)))?;
         }
+        Ok(())
+    }
+
+    /// Starts the pager, and in it a CRIU that waits.
+    async fn start_pager(&mut self) -> Result<(), Failure> {
         let spawn = Spawn {
             program: self.node.pager.clone(),
             directory: self.directory.clone(),
             id: self.id,
-            cgroup_procs: pager.procs_files(),
-            watcher_cgroup_procs: watcher.procs_files(),
+            cgroup_procs: self.groups.pager.procs_files(),
+            watcher_cgroup_procs: self.groups.watcher.procs_files(),
         };
         let pager = PagerClient::spawn(&spawn).await.map_err(pager_failed)?;
         // From here on a discard finds it, wherever this is cut off.
@@ -311,8 +324,7 @@ impl Site {
         let client = &self.pager.as_ref().ok_or_else(no_pager)?.client;
         let namespaces = self.pager_namespaces()?;
         let prepared = client.prepare(self.restore_request(), &namespaces);
-        prepared.await.map_err(pager_failed)?;
-        self.state()
+        prepared.await.map_err(pager_failed)
     }
 
     /// Has the memory promised that the workload may need.
