@@ -16,12 +16,14 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::{
     ControlError, Final, Hello, Message, Offer, RoundEnd, SourceMessage, TargetMessage, Welcome,
 };
+use pageferry_proto::wire::cpu::{CpuDescription, XsaveComponent};
 use pageferry_proto::wire::description::{
     FileDescription, FileUse, LinkAddress, LinkDescription, Namespaces, RouteDescription,
     SpaceDescription, WorkloadDescription,
 };
 use pageferry_proto::wire::frame;
 use pageferry_proto::wire::parcel::{BlockHeader, Codec, ParcelHeader, ParcelRun, RunKind};
+use pageferry_proto::wire::shared::{Marker, SharedPath};
 use pageferry_proto::wire::stream::{self, ImageFileHeader, ImageName, SetHeader};
 use pageferry_proto::wire::stream::{StreamKind, StreamPrefix};
 use pageferry_proto::wire::version::{ALPN, Version};
@@ -108,14 +110,40 @@ fn description() -> WorkloadDescription {
             writable: false,
             mode: 0o100_755,
             kind: FileUse::Mapped,
+            mapped_shared: true,
         }],
-        shared_paths: vec!["/data".to_owned()],
+        shared: vec![shared()],
+        boot_id: [0xb0; 16],
+        cpu: Some(CpuDescription {
+            vendor: "GenuineIntel".to_owned(),
+            features: vec![1 << 28, 0, 1 << 5],
+            avx10: 1,
+            xcr0: 7,
+            components: vec![XsaveComponent {
+                number: 2,
+                size: 256,
+                offset: 576,
+                aligned: true,
+            }],
+        }),
         criu_version: 40201,
         page_size: 4096,
         kernel_release: "6.12.0".to_owned(),
         cwd: "/".to_owned(),
         root: "/".to_owned(),
         mounts: Vec::new(),
+    }
+}
+
+fn shared() -> SharedPath {
+    SharedPath {
+        path: "/data".to_owned(),
+        directory: true,
+        file_system: 0x6969,
+        inode: 2,
+        born_ns: 1,
+        changed_ns: 300,
+        marker: Some(Marker::new([0xc0; 32])),
     }
 }
 
@@ -164,27 +192,35 @@ fn the_greeting_keeps_its_bytes() {
     );
 }
 
+// clause: C-7
 #[test]
 fn the_offer_keeps_its_bytes() {
     check(
         SourceMessage::Offer(Box::new(offer())),
         &expect![[r#"
-        eb0000008201e7010801120c70726f63
-        6573732f343731311801220b08e80710
-        1e1880c8ceb40d2ac50108e724121a08
-        01120c72656469732d7365727665721a
-        0201072080808080041a04e724ed2420
-        092a037765623206286e6f6e65293a37
-        0a0465746830120602000000000118dc
-        0b22080a040a000007101822150a1000
-        00000000000000000000000000000110
-        80012a0362723042140a04000000001a
-        040a00000122046574683028644a240a
-        152f7573722f62696e2f72656469732d
-        7365727665721080201a02abcd28ed83
-        02300152052f646174615889ba026080
-        206a06362e31322e3072012f7a012f
-    "#]],
+            5c0100008201d8020801120c70726f63
+            6573732f343731311801220b08e80710
+            1e1880c8ceb40d2ab60208e724121a08
+            01120c72656469732d7365727665721a
+            0201072080808080041a04e724ed2420
+            092a037765623206286e6f6e65293a37
+            0a0465746830120602000000000118dc
+            0b22080a040a000007101822150a1000
+            00000000000000000000000000000110
+            80012a0362723042140a04000000001a
+            040a00000122046574683028644a260a
+            152f7573722f62696e2f72656469732d
+            7365727665721080201a02abcd28ed83
+            02300138015889ba026080206a06362e
+            31322e3072012f7a012f8a01360a052f
+            64617461100118e9d2012002280130ac
+            023a20c0c0c0c0c0c0c0c0c0c0c0c0c0
+            c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0
+            c0c0c0920110b0b0b0b0b0b0b0b0b0b0
+            b0b0b0b0b0b09a01270a0c47656e7569
+            6e65496e74656c120780808080010020
+            180120072a0a080210800218c0042001
+        "#]],
     );
 }
 
@@ -483,6 +519,18 @@ fn an_offer_over_a_limit_is_refused() {
         "description path",
     );
     check(
+        |offer| offer.description.shared[0].path = "data".to_owned(),
+        "shared path",
+    );
+    check(
+        |offer| offer.description.shared = vec![shared(); 257],
+        "description.shared",
+    );
+    check(
+        |offer| offer.description.cpu.as_mut().unwrap().xcr0 = 3,
+        "cpu.components",
+    );
+    check(
         |offer| offer.description.links[0].name = String::new(),
         "link.name",
     );
@@ -499,7 +547,10 @@ fn an_offer_over_a_limit_is_refused() {
         "description.spaces",
     );
     let mut offer = offer();
-    offer.description.shared_paths = vec!["a".repeat(4000); 300];
+    offer.description.shared = vec![shared(); 256];
+    for shared in &mut offer.description.shared {
+        shared.path = format!("/{}", "a".repeat(4095));
+    }
     let message = Message::from(SourceMessage::Offer(Box::new(offer)));
     assert!(matches!(message.encode(), Err(ControlError::Frame(_))));
 }

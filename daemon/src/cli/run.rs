@@ -142,6 +142,7 @@ fn request(arguments: MigrateArgs) -> MigrateRequest {
         shared_paths: arguments.shared,
         verify: arguments.verify,
         force_eager: arguments.force_eager,
+        force_cpu: arguments.force_cpu,
     }
 }
 

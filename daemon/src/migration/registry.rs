@@ -27,7 +27,7 @@ use tokio::sync::{mpsc, watch};
 use super::clock::Clock;
 use super::journal::{FINISHED_MAX, Found, Journal, Journals, Recovered};
 use super::progress::Progress;
-use super::source::site::{Site as SourceSite, SourceNode};
+use super::source::site::{Asked, Site as SourceSite, SourceNode};
 use super::source::{Ended, SourceDriver, SourceParts, SourceRequest};
 use super::target::TargetRequest;
 use super::target::site::{Site as TargetSite, TargetNode};
@@ -101,6 +101,8 @@ pub struct MigrateRequest {
     pub policy: Policy,
     /// Paths that both nodes share.
     pub shared: Vec<PathBuf>,
+    /// The target is not to compare its processor with this node's.
+    pub force_cpu: bool,
     /// CRIU is to read the true smaps in the freeze, not what was recorded before it.
     pub true_smaps: bool,
 }
@@ -198,8 +200,11 @@ impl Registry {
             id,
             root,
             request.policy,
-            &request.shared,
-            request.true_smaps,
+            Asked {
+                shared: &request.shared,
+                true_smaps: request.true_smaps,
+                force_cpu: request.force_cpu,
+            },
             cancelled,
         )
         .await?;

@@ -14,6 +14,7 @@ pub mod rounds;
 pub mod sent;
 pub mod site;
 mod state;
+mod storage;
 mod task;
 mod verify;
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pageferry_proto::id::{Round, SpaceId};
@@ -20,6 +20,7 @@ use super::dump::Dump;
 use super::failure::{criu_failed, failed_to_track, freeze_failed, lost};
 use super::sent::Sent;
 use super::site::Site;
+use super::storage;
 use super::task::alive;
 use super::verify;
 use crate::migration::text::{chain, internal};
@@ -72,7 +73,15 @@ impl Site {
         let began = Instant::now();
         let last_scan = self.scanned;
         let pending = std::mem::take(&mut self.pending);
+        let processes = || self.freezer.processes().unwrap_or_default();
+        let syncing = self.kept.sync_beside(processes);
         let sums = self.send_pages(&pending, round).await?;
+        let sent = began.elapsed();
+        if let Some(syncing) = syncing {
+            let took = syncing.ended(Duration::MAX, self.cancelled.clone()).await?;
+            tracing::debug!(%round, ?took, "shared storage synced");
+        }
+        let waited = began.elapsed().saturating_sub(sent);
         block_in_place(|| {
             self.attach_new()?;
             self.scan()
@@ -91,7 +100,8 @@ impl Site {
             pages_dirtied_estimate: PageCount(dirtied),
             raw_bytes: sums.raw_bytes,
             wire_bytes: sums.wire_bytes,
-            duration: began.elapsed(),
+            // Without the wait for storage, which says nothing of the link.
+            duration: began.elapsed().saturating_sub(waited),
             eager_bytes: self.eager_bytes,
         })
     }
@@ -187,6 +197,7 @@ impl Site {
             self.scan_again(&mut scans)?;
         }
         let (data, images) = (self.data()?, self.dump()?.images().to_owned());
+        let syncing = storage::synced(self.kept.take_syncing(), self.cancelled.clone());
         let digests = verify::send(hashing, &data, self.cancelled.clone());
         let last = async {
             match sent {
@@ -194,12 +205,13 @@ impl Site {
                 None => self.send_final(&scans, round).await,
             }
         };
-        let (digests, mut sums, (images, image_bytes)) =
-            tokio::try_join!(digests, last, send_images(&data, &images))?;
+        let (digests, mut sums, (images, image_bytes), synced) =
+            tokio::try_join!(digests, last, send_images(&data, &images), syncing)?;
+        self.synced = synced;
         sums.wire_bytes += image_bytes;
         self.image_bytes = image_bytes;
         tracing::info!(%round, pages = sums.pages, wire_bytes = sums.wire_bytes, ?scanned,
-            ?frozen_in_criu, ?frozen_again, images_sent = ?began.elapsed(), image_bytes,
+            ?frozen_in_criu, ?frozen_again, ?synced, images_sent = ?began.elapsed(), image_bytes,
             "final round sent");
         Ok(SourceEvent::Finished(FinalReport {
             parcels: u32::try_from(sums.parcels).map_err(|error| internal(&error))?,

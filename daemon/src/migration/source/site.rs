@@ -28,6 +28,7 @@ use tokio::task::{JoinHandle, block_in_place};
 use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
 use super::sent::Sent;
+use super::storage::Kept;
 use super::task::{alive, tracer};
 use crate::link::announce::announce;
 use crate::link::describe::describe;
@@ -41,7 +42,7 @@ use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refus
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::mounts::Mounts;
 use crate::sys::namespace::{self, NamespaceKind};
-pub use survey::Survey;
+pub use survey::{Asked, Survey};
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -121,12 +122,17 @@ pub struct Site {
     pub(super) sent: Arc<Sent>,
     /// CRIU reads the true smaps, for 11 ms per GiB of the freeze.
     true_smaps: bool,
+    /// Storage that both nodes share.
+    pub(super) kept: Kept,
+    /// How long syncing it took in the last freeze, if anything is shared.
+    pub(super) synced: Option<Duration>,
 }
 
 impl Site {
     /// Puts the tree into its cgroup, attaches to every space, and lets CRIU get ready.
     pub async fn track(&mut self) -> Result<(), Failure> {
         block_in_place(|| {
+            self.kept.offer_is_answered();
             self.freezer.make().map_err(|error| freeze_failed(&error))?;
             let root = self.root;
             let adopted = self.freezer.adopt(|| {
@@ -303,7 +309,9 @@ impl Site {
             }
         }
         block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
-        self.check_mounts()
+        self.check_mounts()?;
+        let processes = || self.freezer.processes().unwrap_or_default();
+        block_in_place(|| self.kept.freeze(processes, self.mounts.as_ref()))
     }
 
     /// CRIU and the target were told of the mounts before the rounds.
@@ -378,6 +386,7 @@ impl Site {
     /// Undoes everything down to a running workload; with `untrack`, tracking too.
     pub async fn thaw(&mut self, untrack: bool) -> Result<(), Failure> {
         self.comparing = None;
+        drop(self.kept.take_syncing());
         match std::mem::take(&mut self.dumping) {
             Dumping::No => {}
             Dumping::Preparing(task) => task.abort(),
@@ -408,6 +417,7 @@ impl Site {
         if untrack {
             block_in_place(|| self.spaces.clear());
             self.pending.clear();
+            block_in_place(|| self.kept.offer_is_answered());
             self.leave_cgroup();
             drop(std::fs::remove_dir_all(&self.directory));
         } else {

@@ -7,6 +7,7 @@ use pageferry_proto::wire::code::Failure;
 use serde::{Deserialize, Serialize};
 
 use crate::migration::text::internal;
+use crate::runtime::shared::marker::Written;
 
 /// What a restarted daemon needs to know of a workload: kept in the journal.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -17,6 +18,9 @@ pub(super) struct SiteState {
     pub(super) origin: Option<PathBuf>,
     /// Names of this node's link ends, with their bridges.
     pub(super) ports: Vec<(String, String)>,
+    /// Files by which the target was to know shared storage.
+    #[serde(default)]
+    pub(super) markers: Vec<Written>,
 }
 
 /// As the journal keeps it.

@@ -14,16 +14,19 @@ use tokio::sync::watch;
 use tokio::task::block_in_place;
 
 use super::{Dumping, Site, SourceNode, check_trackable};
+use crate::migration::source::storage::Kept;
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
 use crate::migration::source::state::{SiteState, encode_state};
-use crate::migration::text::network_unfit;
+use crate::migration::text::{internal, network_unfit};
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
 use crate::runtime::cgroup::Freezer;
 use crate::runtime::mounts::Mounts;
-use crate::runtime::process;
+use crate::runtime::shared::marker::Markers;
+use crate::runtime::shared::{self, Storage};
+use crate::runtime::{cpu, process};
 use crate::sys::namespace::{self, NamespaceKind};
 
 /// A surveyed workload: nothing of it has been touched.
@@ -48,6 +51,18 @@ struct Found {
     ports: Vec<Port>,
     memory_bytes: u64,
     true_smaps: bool,
+    kept: Kept,
+}
+
+/// What was asked for, besides the policy.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// Paths that both nodes share.
+    pub shared: &'a [PathBuf],
+    /// CRIU is to read the true smaps in the freeze.
+    pub true_smaps: bool,
+    /// The target is not to compare its processor.
+    pub force_cpu: bool,
 }
 
 impl Site {
@@ -57,8 +72,7 @@ impl Site {
         id: MigrationId,
         root: i32,
         policy: Policy,
-        shared: &[PathBuf],
-        true_smaps: bool,
+        asked: Asked<'_>,
         cancelled: watch::Receiver<bool>,
     ) -> Result<Survey, Failure> {
         let gone = |error: &dyn std::fmt::Display| {
@@ -66,10 +80,14 @@ impl Site {
         };
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| gone(&error))?;
         let pids = tree.pids();
-        let described = block_in_place(|| process::describe(root, &pids, shared))?;
+        let storage = block_in_place(|| Storage::find(asked.shared))?;
+        let described = block_in_place(|| process::describe(root, &pids, storage.paths()))?;
         block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid, root)))?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
+        description.cpu = (!asked.force_cpu).then(cpu::read);
+        description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
+        let kept = block_in_place(|| Kept::open(storage, &mut description.shared))?;
         let mut ports = Vec::new();
         if described.own.contains(&NamespaceKind::Net) {
             let net = namespace::open(root, NamespaceKind::Net).map_err(|error| gone(&error))?;
@@ -95,6 +113,7 @@ impl Site {
                 .iter()
                 .map(|port| (port.name().to_owned(), port.bridge().to_owned()))
                 .collect(),
+            markers: kept.markers(),
         };
         let memory_bytes = description
             .spaces
@@ -109,7 +128,8 @@ impl Site {
             origin,
             ports,
             memory_bytes,
-            true_smaps,
+            true_smaps: asked.true_smaps,
+            kept,
         };
         Ok(Survey {
             description,
@@ -149,7 +169,10 @@ impl Site {
             ports,
             memory_bytes: 0,
             true_smaps: false,
+            kept: Kept::default(),
         };
+        // What they were for is over.
+        drop(Markers::recovered(state.markers));
         Ok(Self::untouched(node, id, policy, found, cancelled))
     }
 
@@ -184,6 +207,8 @@ impl Site {
             cancelled,
             sent: Arc::default(),
             true_smaps: found.true_smaps,
+            kept: found.kept,
+            synced: None,
         }
     }
 }
