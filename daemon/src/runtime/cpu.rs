@@ -23,7 +23,11 @@ const AVX10_VERSION: u32 = 0xff;
 pub fn read() -> CpuDescription {
     let vendor = cpu::leaf(0, 0);
     let vendor = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
-    let ascii = |byte: &u8| char::from(*byte).is_ascii_graphic().then(|| char::from(*byte));
+    let ascii = |byte: &u8| {
+        char::from(*byte)
+            .is_ascii_graphic()
+            .then(|| char::from(*byte))
+    };
     let vendor = vendor.as_flattened().iter().filter_map(ascii).collect();
     let features = WORDS.iter().map(|word| {
         let answer = cpu::leaf(word.leaf, word.subleaf);
@@ -58,8 +62,10 @@ pub fn read() -> CpuDescription {
 #[cfg(test)]
 mod tests {
     use pageferry_proto::wire::code::ErrorCode;
+    use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
 
     use super::*;
+    use crate::runtime::process;
 
     #[test]
     fn a_processor_is_good_enough_for_itself() {
@@ -77,15 +83,61 @@ mod tests {
         }
     }
 
+    /// A workload that has nothing but was on `cpu`.
+    fn workload_on(cpu: Option<CpuDescription>) -> WorkloadDescription {
+        WorkloadDescription {
+            root_pid: 7,
+            spaces: Vec::new(),
+            pids: Vec::new(),
+            own_namespaces: Namespaces::NONE,
+            hostname: String::new(),
+            domainname: String::new(),
+            links: Vec::new(),
+            routes: Vec::new(),
+            files: Vec::new(),
+            shared: Vec::new(),
+            boot_id: [0; 16],
+            cpu,
+            criu_version: 40201,
+            page_size: 4096,
+            kernel_release: String::new(),
+            cwd: "/".to_owned(),
+            root: "/".to_owned(),
+            mounts: Vec::new(),
+        }
+    }
+
     #[test]
-    fn a_register_at_another_place_than_here_is_refused() {
+    fn a_workload_of_another_processor_is_refused_unless_nobody_is_to_compare() {
         let here = read();
-        let mut source = here.clone();
-        let Some(component) = source.components.last_mut() else {
-            return;
+        assert_eq!(process::check(&workload_on(Some(here.clone()))), Ok(()));
+        assert_eq!(process::check(&workload_on(None)), Ok(()));
+        let refused = |change: &dyn Fn(&mut CpuDescription), words: &[&str]| {
+            let mut source = here.clone();
+            change(&mut source);
+            let failure = process::check(&workload_on(Some(source))).expect_err("a refusal");
+            assert_eq!(failure.code(), ErrorCode::CpuDiffers, "{failure}");
+            for word in words {
+                assert!(failure.text().contains(word), "{word}: {failure}");
+            }
         };
-        component.offset += 64;
-        let failure = here.check(&source).expect_err("another place");
-        assert_eq!(failure.code(), ErrorCode::CpuDiffers);
+        refused(&|source| source.features.push(1), &["lacks", "feature 0"]);
+        refused(
+            &|source| source.vendor = "CentaurHauls".to_owned(),
+            &["CentaurHauls"],
+        );
+        refused(
+            &|source| {
+                // The one that this processor has not: nobody has switched on the last.
+                source.xcr0 |= 1 << COMPONENT_LAST;
+            },
+            &["component 62"],
+        );
+        if !here.components.is_empty() {
+            refused(
+                &|source| source.components[0].offset += 64,
+                &["avx", "xsave has"],
+            );
+        }
     }
 }

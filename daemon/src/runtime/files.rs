@@ -149,7 +149,11 @@ impl Descriptors {
             let path = path.as_path();
             // A file may be mapped in both ways, and be open besides.
             let writes = map.perms.contains(MMPermissions::SHARED) && written.contains(name);
-            if self.files.get(path).is_some_and(|known| known.mapped_shared || !writes) {
+            if self
+                .files
+                .get(path)
+                .is_some_and(|known| known.mapped_shared || !writes)
+            {
                 continue;
             }
             let Ok(metadata) = fs::metadata(self.seen(pid).join(strip(path))) else {

@@ -96,7 +96,10 @@ impl CpuDescription {
     pub fn check(&self, source: &Self) -> Result<(), Failure> {
         let refused = |text: String| {
             let advice = "take another target, or --force-cpu if the workload does not mind";
-            Err(Failure::new(ErrorCode::CpuDiffers, format!("{text}: {advice}")))
+            Err(Failure::new(
+                ErrorCode::CpuDiffers,
+                format!("{text}: {advice}"),
+            ))
         };
         if self.vendor != source.vendor {
             return refused(format!(
@@ -209,8 +212,12 @@ impl TryFrom<schema::Cpu> for CpuDescription {
             aligned: wire.aligned,
         };
         let components: Vec<_> = wire.components.iter().map(component).collect();
-        let numbers: Vec<u32> = components.iter().map(|component| component.number).collect();
-        let switched_on = (COMPONENT_FIRST..=COMPONENT_LAST).filter(|bit| wire.xcr0 & 1 << bit != 0);
+        let numbers: Vec<u32> = components
+            .iter()
+            .map(|component| component.number)
+            .collect();
+        let switched_on =
+            (COMPONENT_FIRST..=COMPONENT_LAST).filter(|bit| wire.xcr0 & 1 << bit != 0);
         if !switched_on.eq(numbers.iter().copied()) {
             let count = i64::try_from(numbers.len()).unwrap_or(i64::MAX);
             return Err(ControlError::Invalid {

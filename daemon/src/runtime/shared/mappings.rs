@@ -78,9 +78,7 @@ pub fn incoherent(pid: i32, path: &Path) -> Option<Failure> {
 
 fn shared_file(name: &MMapPath, permissions: MMPermissions) -> Option<&Path> {
     match name {
-        MMapPath::Path(path)
-            if permissions.contains(MMPermissions::SHARED) && !is_memory(path) =>
-        {
+        MMapPath::Path(path) if permissions.contains(MMPermissions::SHARED) && !is_memory(path) => {
             Some(path)
         }
         _ => None,

@@ -71,7 +71,11 @@ impl Markers {
             }
             Err(error) => {
                 written.remove();
-                if cannot_be_written(&error) { Ok(None) } else { Err(error) }
+                if cannot_be_written(&error) {
+                    Ok(None)
+                } else {
+                    Err(error)
+                }
             }
         }
     }
@@ -111,7 +115,8 @@ pub fn found(folder: &Path, marker: &Marker) -> io::Result<bool> {
             .read(true)
             .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
             .open(&path)?;
-        file.take(MARKER_PART_BYTES as u64 + 1).read_to_end(&mut content)?;
+        file.take(MARKER_PART_BYTES as u64 + 1)
+            .read_to_end(&mut content)?;
         Ok(content == marker.content)
     };
     let mut found = read();
@@ -164,7 +169,9 @@ fn remove_left(newest: &Written) {
     let (Some(folder), Ok(metadata)) = (newest.path.parent(), fs::metadata(&newest.path)) else {
         return;
     };
-    let before = metadata.mtime().saturating_sub(LEFT_AFTER.as_secs().cast_signed());
+    let before = metadata
+        .mtime()
+        .saturating_sub(LEFT_AFTER.as_secs().cast_signed());
     let Ok(entries) = fs::read_dir(folder) else {
         return;
     };

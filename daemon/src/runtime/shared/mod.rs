@@ -281,11 +281,14 @@ fn places(paths: &[PathBuf]) -> Result<BTreeSet<Place>, Failure> {
     let mounts = mounts()
         .map_err(|error| differs(&paths[0], &format!("cannot be looked at: mounts: {error}")))?;
     let below = mounts.into_iter().filter(|(mounted, kind)| {
-        !NOT_STORAGE.contains(&kind.as_str())
-            && paths.iter().any(|path| mounted.starts_with(path))
+        !NOT_STORAGE.contains(&kind.as_str()) && paths.iter().any(|path| mounted.starts_with(path))
     });
     let mut places = BTreeSet::new();
-    for path in paths.iter().cloned().chain(below.map(|(mounted, _)| mounted)) {
+    for path in paths
+        .iter()
+        .cloned()
+        .chain(below.map(|(mounted, _)| mounted))
+    {
         match fs::metadata(&path) {
             Ok(metadata) => {
                 let device = metadata.dev();
@@ -306,7 +309,11 @@ fn places(paths: &[PathBuf]) -> Result<BTreeSet<Place>, Failure> {
                 && !is_mount_point(&place.path)
         })
     };
-    let places: BTreeSet<Place> = places.iter().filter(|place| outer(place)).cloned().collect();
+    let places: BTreeSet<Place> = places
+        .iter()
+        .filter(|place| outer(place))
+        .cloned()
+        .collect();
     if places.len() > SHARED_PATHS_MAX {
         return Err(Failure::new(
             ErrorCode::Limit,

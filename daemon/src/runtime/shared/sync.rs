@@ -53,7 +53,10 @@ impl FileSystems {
     /// Opens what is to be synced.
     pub fn open(storage: &Storage) -> Result<Self, Failure> {
         let mut devices = BTreeSet::new();
-        let distinct = storage.places.iter().filter(|place| devices.insert(place.device));
+        let distinct = storage
+            .places
+            .iter()
+            .filter(|place| devices.insert(place.device));
         let opened = distinct.map(|place| {
             let path = place.path.clone();
             let file = OpenOptions::new()
@@ -87,14 +90,19 @@ impl FileSystems {
         let work = move || {
             let began = Instant::now();
             let synced = systems.iter().try_for_each(|system| {
-                place.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&system.path);
+                place
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .clone_from(&system.path);
                 system.sync(&pids)
             });
             // Nobody may be waiting any more.
             drop(end.send(synced.map(|()| began.elapsed())));
         };
         // Not one of the runtime's threads: it may never end, and the runtime would wait for it.
-        let spawned = std::thread::Builder::new().name("sync".to_owned()).spawn(work);
+        let spawned = std::thread::Builder::new()
+            .name("sync".to_owned())
+            .spawn(work);
         if let Err(error) = spawned {
             // The sender is gone with the closure, so whoever waits hears of it.
             tracing::warn!("no thread to sync with: {error}");

@@ -14,11 +14,11 @@ use tokio::sync::watch;
 use tokio::task::block_in_place;
 
 use super::{Dumping, Site, SourceNode, check_trackable};
-use crate::migration::source::storage::Kept;
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
 use crate::migration::source::state::{SiteState, encode_state};
+use crate::migration::source::storage::Kept;
 use crate::migration::text::{internal, network_unfit};
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;

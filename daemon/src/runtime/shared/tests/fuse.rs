@@ -101,7 +101,7 @@ impl Drop for Fuse {
     fn drop(&mut self) {
         self.release();
         // By force: whoever waits for an answer gets an error, and the server ends.
-        drop(umount2(&self.path, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH));
+        let _ = umount2(&self.path, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
         if let Some(server) = self.server.take() {
             drop(server.join());
         }
@@ -162,7 +162,10 @@ fn entry(inode: u64, length: usize) -> Vec<u8> {
 }
 
 fn name_of(body: &[u8]) -> String {
-    let end = body.iter().position(|byte| *byte == 0).unwrap_or(body.len());
+    let end = body
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(body.len());
     String::from_utf8_lossy(&body[..end]).into_owned()
 }
 
@@ -172,7 +175,9 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
     let (uid, body) = (u32_at(request, 24), &request[40..]);
     let length = |state: &State| {
         let mut files = state.files.values();
-        files.find(|(inode, _)| *inode == node).map(|(_, data)| data.len())
+        files
+            .find(|(inode, _)| *inode == node)
+            .map(|(_, data)| data.len())
     };
     let (errno, reply) = match opcode {
         // LOOKUP
@@ -245,7 +250,14 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
             const WRITEBACK_CACHE: u32 = 1 << 16;
             const BIG_WRITES: u32 = 1 << 5;
             let mut bytes = Vec::new();
-            for word in [7, 31, 128 << 10, WRITEBACK_CACHE | BIG_WRITES, 0, MAX_WRITE as u32] {
+            for word in [
+                7,
+                31,
+                128 << 10,
+                WRITEBACK_CACHE | BIG_WRITES,
+                0,
+                MAX_WRITE as u32,
+            ] {
                 bytes.extend(u32::to_le_bytes(word));
             }
             bytes.extend([0; 40]);
@@ -258,7 +270,9 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
         35 => {
             let inode = state.next;
             state.next += 1;
-            state.files.insert(name_of(&body[16..]), (inode, Vec::new()));
+            state
+                .files
+                .insert(name_of(&body[16..]), (inode, Vec::new()));
             (0, [entry(inode, 0), vec![0; 16]].concat())
         }
         _ => (libc::ENOSYS, Vec::new()),

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::description::{FileDescription, FileUse};
 use pageferry_proto::wire::shared::SharedPath;
 use tempfile::TempDir;
 use tokio::sync::watch;
@@ -19,6 +20,7 @@ use super::kind::Kind;
 use super::marker::{Markers, Written};
 use super::sync::FileSystems;
 use super::*;
+use crate::runtime::files;
 use crate::sys::shared_mapping;
 use fuse::{Fuse, OWNER};
 
@@ -35,7 +37,7 @@ struct Mounted(PathBuf);
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        drop(umount2(&self.0, MntFlags::MNT_DETACH));
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
     }
 }
 
@@ -57,7 +59,10 @@ fn ext4(image: &Path, path: &Path) -> Mounted {
     };
     let (image, place) = (image.to_str().unwrap(), path.to_str().unwrap());
     let lazy = "lazy_itable_init=1,nodiscard";
-    run("mkfs.ext4", &["-q", "-O", "^has_journal", "-E", lazy, image]);
+    run(
+        "mkfs.ext4",
+        &["-q", "-O", "^has_journal", "-E", lazy, image],
+    );
     run("mount", &["-o", "loop", image, place]);
     Mounted(path.to_owned())
 }
@@ -89,13 +94,18 @@ fn markers_in(folder: &Path) -> usize {
 fn sync(path: &Path, limit: Duration, cancelled: watch::Receiver<bool>) -> Result<(), Failure> {
     let systems = FileSystems::open(&storage(path)).expect("storage that can be opened");
     let syncing = systems.begin(vec![std::process::id().cast_signed()]);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(syncing.ended(limit, cancelled)).map(drop)
 }
 
-/// Never turns true.
+/// Never turns true, and nobody goes away who could turn it.
 fn never() -> watch::Receiver<bool> {
-    watch::channel(false).1
+    let (sender, receiver) = watch::channel(false);
+    std::mem::forget(sender);
+    receiver
 }
 
 #[test]
@@ -107,12 +117,24 @@ fn a_copy_of_a_folder_is_not_the_same_storage() {
         path: copy.path().to_str().unwrap().to_owned(),
         ..offered.clone()
     };
-    let words = [elsewhere.path.as_str(), "not the same storage", ".pageferry-"];
-    refused(check(&elsewhere, SAME_KERNEL), ErrorCode::SharedDiffers, &words);
+    let words = [
+        elsewhere.path.as_str(),
+        "not the same storage",
+        ".pageferry-",
+    ];
+    refused(
+        check(&elsewhere, SAME_KERNEL),
+        ErrorCode::SharedDiffers,
+        &words,
+    );
     // The name alone proves nothing.
     let name = offered.marker.unwrap().file_name();
     fs::write(copy.path().join(name), [0; 16]).unwrap();
-    refused(check(&elsewhere, SAME_KERNEL), ErrorCode::SharedDiffers, &words);
+    refused(
+        check(&elsewhere, SAME_KERNEL),
+        ErrorCode::SharedDiffers,
+        &words,
+    );
 }
 
 #[test]
@@ -174,9 +196,17 @@ fn a_path_that_is_missing_is_refused_by_its_name_at_either_node() {
     drop(markers);
     fs::remove_dir(&path).unwrap();
     let words = ["/gone", "is not at the target"];
-    refused(check(&offered, SAME_KERNEL), ErrorCode::SharedDiffers, &words);
+    refused(
+        check(&offered, SAME_KERNEL),
+        ErrorCode::SharedDiffers,
+        &words,
+    );
     fs::write(&path, "").unwrap();
-    refused(check(&offered, SAME_KERNEL), ErrorCode::SharedDiffers, &["a file at the other"]);
+    refused(
+        check(&offered, SAME_KERNEL),
+        ErrorCode::SharedDiffers,
+        &["a file at the other"],
+    );
 }
 
 #[test]
@@ -209,7 +239,11 @@ fn where_nothing_can_be_written_the_inode_must_be_the_same() {
         path: place.join("other").to_str().unwrap().to_owned(),
         ..offered
     };
-    refused(check(&elsewhere, SAME_KERNEL), ErrorCode::SharedDiffers, &["inode or times"]);
+    refused(
+        check(&elsewhere, SAME_KERNEL),
+        ErrorCode::SharedDiffers,
+        &["inode or times"],
+    );
 }
 
 #[test]
@@ -253,14 +287,19 @@ fn what_was_written_is_with_the_server_when_the_sync_has_ended() {
 }
 
 #[test]
-fn a_server_that_fails_fails_the_sync_by_the_name_of_the_file() {
+fn a_server_that_fails_fails_the_sync_by_name() {
     let folder = TempDir::new().unwrap();
     let fuse = Fuse::mount(folder.path());
     let mut file = File::create(fuse.path.join("data")).unwrap();
     file.write_all(PATTERN).unwrap();
     fuse.state().failing = true;
-    let words = ["/data", "Input/output error"];
-    refused(sync(&fuse.path, LONG, never()), ErrorCode::SyncFailed, &words);
+    // Either the file system or the file is named, as the kernel waits or not.
+    let words = [fuse.path.to_str().unwrap(), "Input/output error"];
+    refused(
+        sync(&fuse.path, LONG, never()),
+        ErrorCode::SyncFailed,
+        &words,
+    );
 }
 
 #[test]
@@ -273,9 +312,17 @@ fn a_server_that_does_not_answer_holds_nobody_who_waits() {
     let (cancel, cancelled) = watch::channel(false);
     let words = [fuse.path.to_str().unwrap(), "did not end within"];
     let short = Duration::from_millis(100);
-    refused(sync(&fuse.path, short, cancelled.clone()), ErrorCode::SyncFailed, &words);
+    refused(
+        sync(&fuse.path, short, cancelled.clone()),
+        ErrorCode::SyncFailed,
+        &words,
+    );
     cancel.send_replace(true);
-    refused(sync(&fuse.path, LONG, cancelled), ErrorCode::Aborted, &["cut off"]);
+    refused(
+        sync(&fuse.path, LONG, cancelled),
+        ErrorCode::Aborted,
+        &["cut off"],
+    );
     fuse.release();
 }
 
@@ -285,7 +332,12 @@ fn what_was_written_through_a_mapping_is_on_the_disk_when_the_sync_has_ended() {
     let (image, place) = (folder.path().join("image"), folder.path().join("mount"));
     let _mounted = ext4(&image, &place);
     let path = place.join("data");
-    let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
     file.set_len(4096).unwrap();
     let mut mapping = shared_mapping::writable(&file);
     // Clean when it is stored to: the store itself must be noticed.
@@ -306,7 +358,10 @@ fn a_disk_that_takes_no_more_fails_the_sync_by_the_declared_path() {
     let file = File::create(place.join("data")).unwrap();
     // The file system has room for it, what it lies on has not.
     file.write_all_at(&vec![1; 16 << 20], 0).unwrap();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     let synced = runtime.block_on(systems.begin(Vec::new()).ended(LONG, never()));
     let words = [place.to_str().unwrap(), "cannot be made durable"];
     refused(synced.map(drop), ErrorCode::SyncFailed, &words);
@@ -318,7 +373,12 @@ fn a_writable_shared_mapping_is_refused_where_caches_differ() {
     let folder = TempDir::new().unwrap();
     let fuse = Fuse::mount(folder.path());
     let open = |path: &Path| {
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path);
         let file = file.unwrap();
         file.set_len(4096).unwrap();
         file
@@ -329,16 +389,49 @@ fn a_writable_shared_mapping_is_refused_where_caches_differ() {
     let file = open(&fuse.path.join("data"));
     let later = shared_mapping::write_later(&file);
     let failure = mappings::find_incoherent(own, &paths, None).expect("it may write later");
-    refused(Err(failure), ErrorCode::SharedIncoherent, &["/data", &own.to_string(), "fuse"]);
+    refused(
+        Err(failure),
+        ErrorCode::SharedIncoherent,
+        &["/data", &own.to_string(), "fuse"],
+    );
     drop(later);
     assert_eq!(mappings::find_incoherent(own, &paths, None), None);
     let now = shared_mapping::writable(&file);
     assert!(mappings::find_incoherent(own, &paths, None).is_some());
     // Only where it was declared.
-    assert_eq!(mappings::find_incoherent(own, &[PathBuf::from("/nowhere")], None), None);
+    assert_eq!(
+        mappings::find_incoherent(own, &[PathBuf::from("/nowhere")], None),
+        None
+    );
     drop(now);
     let local = TempDir::new_in("/dev/shm").unwrap();
     let _mapping = shared_mapping::writable(&open(&local.path().join("data")));
-    assert_eq!(mappings::find_incoherent(own, &[local.path().to_owned()], None), None);
+    assert_eq!(
+        mappings::find_incoherent(own, &[local.path().to_owned()], None),
+        None
+    );
     assert!(matches!(kind::of(local.path()), Ok((Kind::Local, _))));
+}
+
+#[test]
+fn a_file_that_is_mapped_is_refused_where_the_caches_of_the_target_differ() {
+    let folder = TempDir::new().unwrap();
+    let fuse = Fuse::mount(folder.path());
+    File::create(fuse.path.join("data")).unwrap();
+    let described = |mapped_shared| FileDescription {
+        path: "/data".to_owned(),
+        size: 0,
+        build_id: Vec::new(),
+        writable: true,
+        mode: 0o100_666,
+        kind: FileUse::Mapped,
+        mapped_shared,
+    };
+    assert_eq!(files::check(&described(false), &fuse.path), Ok(()));
+    let refusal = files::check(&described(true), &fuse.path);
+    refused(
+        refusal,
+        ErrorCode::SharedIncoherent,
+        &["/data", "at the target", "fuse"],
+    );
 }
