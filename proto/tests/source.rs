@@ -233,6 +233,16 @@ fn a_connection_lost_before_the_commit_aborts() {
     assert_eq!(source.status().phase, Phase::Prepared);
 }
 
+// clause: F-6
+#[test]
+fn a_sync_that_fails_in_the_freeze_thaws_and_says_no_final() {
+    let mut source = Source::finishing();
+    let failure = Failure::new(ErrorCode::SyncFailed, "what was written to /data");
+    let actions = source.feed(SourceEvent::Failure(failure));
+    assert_aborts(&actions, &source, ErrorCode::SyncFailed);
+    assert_eq!(source.feed(SourceEvent::Finished(final_report())), []);
+}
+
 // clause: N-5
 #[test]
 fn what_has_no_place_aborts_before_the_commit_and_is_noted_after_it() {
