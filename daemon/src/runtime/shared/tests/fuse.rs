@@ -193,16 +193,9 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
             Some(length) => (0, attributes_out(node, length)),
             None => (libc::ENOENT, Vec::new()),
         },
-        // SETATTR: the size alone.
+        // SETATTR
         4 => {
-            const SIZE: u32 = 1 << 3;
-            let (valid, size) = (u32_at(body, 0), u64_at(body, 16));
-            let file = state.files.values_mut().find(|(inode, _)| *inode == node);
-            if valid & SIZE != 0
-                && let Some((_, data)) = file
-            {
-                data.resize(usize::try_from(size).expect("small"), 0);
-            }
+            resize(&mut state, node, body);
             (0, attributes_out(node, length(&state).unwrap_or(0)))
         }
         // UNLINK
@@ -213,29 +206,14 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
         // OPEN, OPENDIR
         14 | 27 => (0, vec![0; 16]),
         // READ
-        15 => {
-            let (offset, size) = (u64_at(body, 8) as usize, u32_at(body, 16) as usize);
-            let file = state.files.values().find(|(inode, _)| *inode == node);
-            let data = file.map_or(&[][..], |(_, data)| data);
-            let end = data.len().min(offset + size);
-            (0, data.get(offset..end).unwrap_or_default().to_vec())
-        }
+        15 => (0, read(&state, node, body)),
         // WRITE
         16 if state.hanging => {
             state.held.push(unique);
             return;
         }
         16 if state.failing => (libc::EIO, Vec::new()),
-        16 => {
-            state.writes += 1;
-            let (offset, size) = (u64_at(body, 8) as usize, u32_at(body, 16) as usize);
-            let written = &body[40..40 + size];
-            if let Some((_, data)) = state.files.values_mut().find(|(inode, _)| *inode == node) {
-                data.resize(data.len().max(offset + size), 0);
-                data[offset..offset + size].copy_from_slice(written);
-            }
-            (0, [u32_at(body, 16).to_le_bytes(), [0; 4]].concat())
-        }
+        16 => (0, write(&mut state, node, body)),
         // STATFS
         17 => (0, vec![0; 80]),
         // RELEASE, FLUSH, RELEASEDIR, FSYNCDIR
@@ -246,23 +224,7 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
             (0, Vec::new())
         }
         // INIT
-        26 => {
-            const WRITEBACK_CACHE: u32 = 1 << 16;
-            const BIG_WRITES: u32 = 1 << 5;
-            let mut bytes = Vec::new();
-            for word in [
-                7,
-                31,
-                128 << 10,
-                WRITEBACK_CACHE | BIG_WRITES,
-                0,
-                MAX_WRITE as u32,
-            ] {
-                bytes.extend(u32::to_le_bytes(word));
-            }
-            bytes.extend([0; 40]);
-            (0, bytes)
-        }
+        26 => (0, init()),
         // READDIR: whoever needs a name knows it.
         28 => (0, Vec::new()),
         // CREATE
@@ -279,4 +241,61 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
     };
     drop(state);
     answer(device, unique, errno, &reply);
+}
+
+/// SETATTR: of the attributes only the size.
+fn resize(state: &mut State, node: u64, body: &[u8]) {
+    const SIZE: u32 = 1 << 3;
+    let (valid, size) = (u32_at(body, 0), u64_at(body, 16));
+    let file = state.files.values_mut().find(|(inode, _)| *inode == node);
+    if valid & SIZE != 0
+        && let Some((_, data)) = file
+    {
+        data.resize(usize::try_from(size).expect("small"), 0);
+    }
+}
+
+fn read(state: &State, node: u64, body: &[u8]) -> Vec<u8> {
+    let (offset, size) = piece(body);
+    let file = state.files.values().find(|(inode, _)| *inode == node);
+    let data = file.map_or(&[][..], |(_, data)| data);
+    let end = data.len().min(offset + size);
+    data.get(offset..end).unwrap_or_default().to_vec()
+}
+
+/// `struct fuse_write_out` is what it answers.
+fn write(state: &mut State, node: u64, body: &[u8]) -> Vec<u8> {
+    state.writes += 1;
+    let (offset, size) = piece(body);
+    let written = &body[40..40 + size];
+    if let Some((_, data)) = state.files.values_mut().find(|(inode, _)| *inode == node) {
+        data.resize(data.len().max(offset + size), 0);
+        data[offset..offset + size].copy_from_slice(written);
+    }
+    [u32_at(body, 16).to_le_bytes(), [0; 4]].concat()
+}
+
+/// Offset and size of what is read or written.
+fn piece(body: &[u8]) -> (usize, usize) {
+    let offset = usize::try_from(u64_at(body, 8)).expect("small");
+    (offset, u32_at(body, 16) as usize)
+}
+
+/// `struct fuse_init_out`.
+fn init() -> Vec<u8> {
+    const WRITEBACK_CACHE: u32 = 1 << 16;
+    const BIG_WRITES: u32 = 1 << 5;
+    let mut bytes = Vec::new();
+    for word in [
+        7,
+        31,
+        128 << 10,
+        WRITEBACK_CACHE | BIG_WRITES,
+        0,
+        MAX_WRITE as u32,
+    ] {
+        bytes.extend(u32::to_le_bytes(word));
+    }
+    bytes.extend([0; 40]);
+    bytes
 }
