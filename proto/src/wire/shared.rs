@@ -17,6 +17,9 @@ pub const MARKER_PART_BYTES: usize = 16;
 /// What a marker's name begins with.
 pub const MARKER_PREFIX: &str = ".pageferry-";
 
+/// The name of the image file that says how long files on shared storage are.
+pub const LENGTHS_FILE: &str = "pageferry-files";
+
 /// A path that is one storage at both nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedPath {
@@ -129,6 +132,13 @@ impl TryFrom<schema::SharedPath> for SharedPath {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::stream::ImageName;
+
+    // clause: F-7
+    #[test]
+    fn lengths_travel_as_an_image_file() {
+        assert!(ImageName::new(LENGTHS_FILE).is_ok());
+    }
 
     #[test]
     fn a_marker_is_known_by_its_name() {

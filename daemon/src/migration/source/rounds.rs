@@ -197,6 +197,7 @@ impl Site {
             self.scan_again(&mut scans)?;
         }
         let (data, images) = (self.data()?, self.dump()?.images().to_owned());
+        block_in_place(|| self.tell_lengths(&images))?;
         let syncing = storage::synced(self.kept.take_syncing(), self.cancelled.clone());
         let digests = verify::send(hashing, &data, self.cancelled.clone());
         let last = async {

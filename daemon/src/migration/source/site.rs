@@ -13,7 +13,7 @@ mod survey;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -312,6 +312,13 @@ impl Site {
         self.check_mounts()?;
         let processes = || self.freezer.processes().unwrap_or_default();
         block_in_place(|| self.kept.freeze(processes, self.mounts.as_ref()))
+    }
+
+    /// Tells the target how long files on shared storage are.
+    pub(super) fn tell_lengths(&self, images: &Path) -> Result<(), Failure> {
+        let processes = || self.freezer.processes().unwrap_or_default();
+        self.kept
+            .tell_lengths(processes, self.mounts.as_ref(), images)
     }
 
     /// CRIU and the target were told of the mounts before the rounds.

@@ -1,16 +1,18 @@
 //! What a migration does with storage that both nodes share: it lets the target find out that it is
 //! the same, and has it synced, beside every round and in the freeze.
 
+use std::path::Path;
 use std::time::Duration;
 
 use pageferry_proto::wire::code::Failure;
 use pageferry_proto::wire::shared::SharedPath;
 use tokio::sync::watch;
 
+use crate::migration::text::internal;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::shared::marker::{Markers, Written};
 use crate::runtime::shared::sync::{FileSystems, Syncing};
-use crate::runtime::shared::{Storage, mappings};
+use crate::runtime::shared::{Storage, lengths, mappings};
 
 /// How long syncing may take while the workload stands still. Little is dirty then: a sync has gone
 /// before, beside the last round. Beside a round it may take as long as the round may.
@@ -74,6 +76,20 @@ impl Kept {
         let paths = self.storage.paths();
         let found = |pid: &i32| mappings::find_incoherent(*pid, paths, mounts);
         pids.iter().find_map(found).map_or(Ok(()), Err)
+    }
+
+    /// Puts beside the images how long the files are that the frozen workload writes.
+    pub(super) fn tell_lengths(
+        &self,
+        pids: impl FnOnce() -> Vec<i32>,
+        mounts: Option<&Mounts>,
+        images: &Path,
+    ) -> Result<(), Failure> {
+        if self.storage.is_empty() {
+            return Ok(());
+        }
+        let read = lengths::read(&pids(), self.storage.paths(), mounts);
+        lengths::write(images, &read).map_err(|error| internal(&error))
     }
 
     /// The sync of this freeze, once.

@@ -35,6 +35,7 @@ use crate::pages::store::{Store, StoreLimits};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::process;
+use crate::runtime::shared::lengths;
 use crate::sys::namespace::{self, NamespaceKind};
 pub use run::LetGoError;
 
@@ -271,6 +272,7 @@ impl Site {
     /// Restores the workload and holds it before its first instruction.
     pub async fn restore(&mut self) -> Result<DriverState, Failure> {
         let images = self.directory.join("images");
+        block_in_place(|| lengths::check(&images))?;
         let Images { spaces, tasks } = block_in_place(|| make_images_lazy(&images))?;
         if self.shares_pids {
             // It may have forked since it was offered.

@@ -2,7 +2,8 @@
 //!
 //! Files are not moved. A workload may write only what is below such a path, so it must be proven
 //! that the path is the same storage at the target ([`Storage::offer`], [`check`]); what was written
-//! must be with the storage before the target reads it ([`sync`]); and memory that both nodes' page
+//! must be with the storage before the target reads it ([`sync`]), and the target must see it
+//! ([`lengths`]); and memory that both nodes' page
 //! caches would have to agree on must not be there ([`mappings`]).
 //!
 //! A mount below a declared path counts like the path: it is proven and synced by itself. Paths are
@@ -11,6 +12,7 @@
 //! Absent: making storage shared; locks (see the protocol's refusals); moving files.
 
 pub mod kind;
+pub mod lengths;
 pub mod mappings;
 pub mod marker;
 pub mod sync;

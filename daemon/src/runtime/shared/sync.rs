@@ -18,7 +18,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -178,7 +178,7 @@ impl FileSystem {
 }
 
 /// All descriptors of a process: a thread may have a table of its own.
-fn descriptors(pid: i32) -> Vec<PathBuf> {
+pub(super) fn descriptors(pid: i32) -> Vec<PathBuf> {
     let list = |path: String| fs::read_dir(path).into_iter().flatten().flatten();
     let threads = list(format!("/proc/{pid}/task"));
     threads
@@ -187,17 +187,20 @@ fn descriptors(pid: i32) -> Vec<PathBuf> {
         .collect()
 }
 
-fn is_written(descriptor: &std::path::Path) -> bool {
-    let info = descriptor.to_string_lossy().replacen("/fd/", "/fdinfo/", 1);
-    let flags = fs::read_to_string(info).ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
-        i32::from_str_radix(line.trim(), 8).ok()
-    });
+fn is_written(descriptor: &Path) -> bool {
     // Rather once too often.
-    flags.is_none_or(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY)
+    flags(descriptor).is_none_or(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY)
 }
 
-fn failed(path: &std::path::Path, error: &io::Error) -> Failure {
+/// What a descriptor below `/proc/PID/task/TID/fd` was opened with.
+pub(super) fn flags(descriptor: &Path) -> Option<i32> {
+    let info = descriptor.to_string_lossy().replacen("/fd/", "/fdinfo/", 1);
+    let text = fs::read_to_string(info).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    i32::from_str_radix(line.trim(), 8).ok()
+}
+
+fn failed(path: &Path, error: &io::Error) -> Failure {
     Failure::new(
         ErrorCode::SyncFailed,
         format!(

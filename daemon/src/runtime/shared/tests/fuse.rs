@@ -44,6 +44,20 @@ pub struct Fuse {
 
 impl Fuse {
     pub fn mount(path: &Path) -> Self {
+        let state = Arc::new(Mutex::new(State {
+            next: ROOT + 1,
+            ..State::default()
+        }));
+        Self::of(state, path)
+    }
+
+    /// Mounts what this one's server holds a second time, as another kernel would: with caches of
+    /// its own.
+    pub fn elsewhere(&self, path: &Path) -> Self {
+        Self::of(Arc::clone(&self.state), path)
+    }
+
+    fn of(state: Arc<Mutex<State>>, path: &Path) -> Self {
         let device = OpenOptions::new().read(true).write(true).open("/dev/fuse");
         let device = device.expect("the kernel has FUSE");
         let options = format!(
@@ -59,10 +73,6 @@ impl Fuse {
             Some(options.as_c_str()),
         )
         .expect("root may mount");
-        let state = Arc::new(Mutex::new(State {
-            next: ROOT + 1,
-            ..State::default()
-        }));
         let (mut requests, served) = (device.try_clone().expect("dup"), Arc::clone(&state));
         let server = std::thread::spawn(move || {
             let mut buffer = vec![0; MAX_WRITE + 4096];

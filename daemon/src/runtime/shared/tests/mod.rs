@@ -17,6 +17,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 
 use super::kind::Kind;
+use super::lengths::Length;
 use super::marker::{Markers, Written};
 use super::sync::FileSystems;
 use super::*;
@@ -434,4 +435,59 @@ fn a_file_that_is_mapped_is_refused_where_the_caches_of_the_target_differ() {
         ErrorCode::SharedIncoherent,
         &["/data", "at the target", "fuse"],
     );
+}
+
+#[test]
+fn a_node_that_believes_in_an_old_length_does_not_restore() {
+    let (here, there, images) = (
+        TempDir::new().unwrap(),
+        TempDir::new().unwrap(),
+        TempDir::new().unwrap(),
+    );
+    let source = Fuse::mount(here.path());
+    let target = source.elsewhere(there.path());
+    let append = |name: &str| {
+        let path = source.path.join(name);
+        let mut file = File::options()
+            .append(true)
+            .create(true)
+            .open(path)
+            .unwrap();
+        file.write_all(PATTERN).unwrap();
+        sync(&source.path, LONG, never()).unwrap();
+        file
+    };
+    let mut log = append("log");
+    // The target looks at it, and keeps what it saw.
+    let seen = || fs::metadata(target.path.join("log")).unwrap().len();
+    assert_eq!(seen(), PATTERN.len() as u64);
+    log.write_all(PATTERN).unwrap();
+    let _other = append("other");
+    let own = std::process::id().cast_signed();
+    let mut read = lengths::read(&[own], &[source.path.clone()], None);
+    let expected = [("log", 2 * PATTERN.len()), ("other", PATTERN.len())];
+    let expected = expected.map(|(name, bytes)| Length {
+        path: source.path.join(name),
+        bytes: bytes as u64,
+        appended: true,
+    });
+    assert_eq!(read, expected);
+    for length in &mut read {
+        let name = length.path.file_name().unwrap().to_owned();
+        length.path = target.path.join(name);
+    }
+    lengths::write(images.path(), &read[1..]).unwrap();
+    assert_eq!(lengths::check(images.path()), Ok(()));
+    // Others may append, too; then what is there is more.
+    read[1].bytes -= 1;
+    lengths::write(images.path(), &read[1..]).unwrap();
+    assert_eq!(lengths::check(images.path()), Ok(()));
+    lengths::write(images.path(), &read).unwrap();
+    let words = ["/log", "43 bytes here, and 86 at the source"];
+    refused(
+        lengths::check(images.path()),
+        ErrorCode::FileDiffers,
+        &words,
+    );
+    assert_eq!(lengths::check(Path::new("/nowhere")), Ok(()));
 }
