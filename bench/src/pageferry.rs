@@ -18,6 +18,7 @@ pub struct MigrateFlags {
     /// A time as the command line takes it ("60s").
     pub timeout: Option<String>,
     pub downtime_max: Option<String>,
+    pub frozen_max: Option<String>,
     /// Paths that are the same storage at both nodes.
     pub shared: Vec<String>,
 }
@@ -64,6 +65,9 @@ impl Migration {
         }
         if let Some(downtime) = &flags.downtime_max {
             command = command.args(["--downtime-max", downtime]);
+        }
+        if let Some(frozen) = &flags.frozen_max {
+            command = command.args(["--frozen-max", frozen]);
         }
         for path in &flags.shared {
             command = command.args(["--shared", path]);

@@ -94,6 +94,10 @@ pub struct DaemonArgs {
     /// Time after which a migration that is not yet committed is aborted [default: 1h]
     #[arg(long, value_name = "TIME", help_heading = "Defaults of migrations")]
     pub timeout: Option<Span>,
+    /// Time a workload may stand still before the commit
+    /// [default: 5s, or twice the freeze that is predicted if that is more]
+    #[arg(long, value_name = "TIME", help_heading = "Defaults of migrations")]
+    pub frozen_max: Option<Span>,
 }
 
 fn parse_peer(text: &str) -> Result<(NodeName, SocketAddr), String> {

@@ -80,6 +80,8 @@ pub struct MigrateDefaults {
     pub rounds_max: u32,
     /// Time until a migration that is not committed is aborted; above zero.
     pub timeout: Duration,
+    /// How long a workload may stand still before the commit; none: by prediction. Above zero.
+    pub frozen_max: Option<Duration>,
 }
 
 /// Why there is no configuration.
@@ -285,24 +287,23 @@ fn limits(mut file: Section, args: &DaemonArgs) -> Result<Limits, ConfigError> {
 fn migrate(mut file: Section, args: &DaemonArgs) -> Result<MigrateDefaults, ConfigError> {
     let downtime_max = args.downtime_max.or(file.parsed("downtime_max")?);
     let timeout = args.timeout.or(file.parsed("timeout")?);
+    let frozen_max = args.frozen_max.or(file.parsed("frozen_max")?);
     let rounds_max = args
         .rounds_max
         .map(i64::from)
         .or(file.integer("rounds_max")?);
     file.finish()?;
-    let above_zero = |key, span: Option<Span>, default| match span {
-        None => Ok(default),
+    let above_zero = |key, span: Option<Span>| match span {
+        None => Ok(None),
         Some(Span(Duration::ZERO)) => Err(ConfigError::Zero { key }),
-        Some(Span(duration)) => Ok(duration),
+        Some(Span(duration)) => Ok(Some(duration)),
     };
     Ok(MigrateDefaults {
-        downtime_max: above_zero(
-            "migrate.downtime_max",
-            downtime_max,
-            Duration::from_millis(300),
-        )?,
+        downtime_max: above_zero("migrate.downtime_max", downtime_max)?
+            .unwrap_or(Duration::from_millis(300)),
         rounds_max: in_range("migrate.rounds_max", rounds_max, 1..=ROUNDS_LIMIT, 30)?,
-        timeout: above_zero("migrate.timeout", timeout, Duration::from_secs(3600))?,
+        timeout: above_zero("migrate.timeout", timeout)?.unwrap_or(Duration::from_secs(3600)),
+        frozen_max: above_zero("migrate.frozen_max", frozen_max)?,
     })
 }
 

@@ -89,6 +89,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         timeout: config.migrate.timeout,
         verify: false,
         force_eager: false,
+        frozen_max: config.migrate.frozen_max,
     };
     let listener = Listener::start(endpoint);
     let control = api::LocalControl::new(config.node.clone(), registry.clone(), defaults);

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::source::RETRIES_MAX;
 use pageferry_proto::migration::status::Phase;
-use pageferry_proto::sim::{Op, Setup, Violation, World};
+use pageferry_proto::sim::{Op, Setup, Survivor, Violation, World};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -50,11 +51,32 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (side(), any::<u8>()).prop_map(|(side, found)| Op::Crash(side, found)),
         2 => side().prop_map(Op::Fail),
         1 => side().prop_map(Op::Fence),
+        2 => side().prop_map(Op::Hang),
         1 => (side(), any::<u8>()).prop_map(|(side, found)| Op::PowerLoss(side, found)),
         6 => side().prop_map(Op::Restart),
-        2 => Just(Op::Retry),
+        4 => (0..32u8).prop_map(Op::Pass),
+        4 => Just(Op::Retry),
         2 => Just(Op::Tick),
     ]
+}
+
+/// No fault, but a source that gives up freezes, up to as often as it may.
+fn passing() -> impl Strategy<Value = Vec<Op>> {
+    let op = prop_oneof![
+        300 => any::<u8>().prop_map(Op::Step),
+        20 => any::<u8>().prop_map(Op::Write),
+        16 => Just(Op::Retry),
+    ];
+    prop::collection::vec(op, 0..800).prop_map(|mut ops| {
+        let mut left = RETRIES_MAX;
+        ops.retain(|op| {
+            if *op == Op::Retry {
+                left = left.saturating_sub(1);
+            }
+            *op != Op::Retry || 0 < left
+        });
+        ops
+    })
 }
 
 /// Many faults at once.
@@ -67,8 +89,10 @@ fn storm() -> impl Strategy<Value = Op> {
         6 => (side(), any::<u8>()).prop_map(|(side, found)| Op::Crash(side, found)),
         6 => side().prop_map(Op::Fail),
         1 => side().prop_map(Op::Fence),
+        2 => side().prop_map(Op::Hang),
         1 => (side(), any::<u8>()).prop_map(|(side, found)| Op::PowerLoss(side, found)),
         12 => side().prop_map(Op::Restart),
+        4 => (0..32u8).prop_map(Op::Pass),
         4 => Just(Op::Tick),
     ]
 }
@@ -80,7 +104,7 @@ fn late_storm() -> impl Strategy<Value = Vec<Op>> {
     (calm, storm).prop_map(|(calm, storm)| [calm, storm].concat())
 }
 
-fn run(setup: Setup, ops: &[Op]) -> Result<Seen, Violation> {
+fn run(setup: Setup, ops: &[Op]) -> Result<(Survivor, Seen), Violation> {
     let mut world = World::new(setup);
     let mut seen = Seen::new();
     for op in ops {
@@ -89,14 +113,19 @@ fn run(setup: Setup, ops: &[Op]) -> Result<Seen, Violation> {
             seen.extend(world.status(side).map(|status| (side, status.phase)));
         }
     }
-    world.settle().map(|_| seen)
+    world.settle().map(|survivor| (survivor, seen))
 }
 
 /// The phases that each side was in.
 type Seen = BTreeSet<(Side, Phase)>;
 
-/// Runs the schedules, and says in how many of them each phase was seen.
-fn simulate(setup: Setup, ops: impl Strategy<Value = Vec<Op>>) -> BTreeMap<(Side, Phase), u32> {
+/// Runs the schedules, and says in how many of them each phase was seen. If `moves`, all of them
+/// must move the workload.
+fn simulate(
+    setup: Setup,
+    ops: impl Strategy<Value = Vec<Op>>,
+    moves: bool,
+) -> BTreeMap<(Side, Phase), u32> {
     let seed: u64 = std::env::var("SIMULATE_SEED").map_or(0, |seed| seed.parse().unwrap());
     let cases = std::env::var("PROPTEST_CASES").map_or(CASES, |cases| cases.parse().unwrap());
     let mut bytes = [0; 32];
@@ -109,8 +138,11 @@ fn simulate(setup: Setup, ops: impl Strategy<Value = Vec<Op>>) -> BTreeMap<(Side
     };
     let counts = RefCell::new(BTreeMap::new());
     let outcome = TestRunner::new_with_rng(config, rng).run(&ops, |ops| {
-        let seen =
+        let (survivor, seen) =
             run(setup, &ops).map_err(|violation| TestCaseError::fail(violation.to_string()))?;
+        if moves && survivor != Survivor::Target {
+            return Err(TestCaseError::fail("without a fault it did not move"));
+        }
         for phase in seen {
             *counts.borrow_mut().entry(phase).or_default() += 1;
         }
@@ -133,7 +165,7 @@ fn assert_reached(counts: &BTreeMap<(Side, Phase), u32>, side: Side, phases: &[P
 
 #[test]
 fn no_schedule_with_faults_breaks_an_oracle() {
-    let counts = simulate(SETUP, prop::collection::vec(op(), 0..500));
+    let counts = simulate(SETUP, prop::collection::vec(op(), 0..500), false);
     assert_reached(
         &counts,
         Side::Source,
@@ -148,7 +180,7 @@ fn no_schedule_with_faults_breaks_an_oracle() {
 
 #[test]
 fn no_storm_in_the_hand_off_breaks_an_oracle() {
-    let counts = simulate(SMALL, late_storm());
+    let counts = simulate(SMALL, late_storm(), false);
     let phases = [
         Phase::Prepared,
         Phase::Committed,
@@ -158,4 +190,12 @@ fn no_storm_in_the_hand_off_breaks_an_oracle() {
     assert_reached(&counts, Side::Source, &phases);
     let phases = [Phase::Ready, Phase::Running, Phase::Refusing, Phase::Done];
     assert_reached(&counts, Side::Target, &phases);
+}
+
+// clause: F-6
+#[test]
+fn a_source_that_gives_up_freezes_moves_in_the_end() {
+    let counts = simulate(SETUP, passing(), true);
+    let phases = [Phase::Copying, Phase::Freezing, Phase::Finishing];
+    assert_reached(&counts, Side::Source, &phases);
 }

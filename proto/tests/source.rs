@@ -8,15 +8,16 @@ use std::time::Duration;
 
 use pageferry_proto::id::{Generation, Incarnation, Round};
 use pageferry_proto::migration::handoff::{REDIAL, RESEND, RETRY, Side, TELL_MAX};
-use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::policy::{FROZEN_MAX_LEAST, Policy};
 use pageferry_proto::migration::record::Entry;
 use pageferry_proto::migration::source::{
-    FROZEN_MAX, RETRIES_MAX, RetryReport, SILENCE_MAX, SourceAction, SourceEvent,
+    RETRIES_MAX, RetryReport, SILENCE_MAX, SourceAction, SourceEvent, Wait, Waiting,
 };
 use pageferry_proto::migration::status::Phase;
+use pageferry_proto::migration::timer::Time;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::control::{SourceMessage, TargetMessage};
+use pageferry_proto::wire::control::{Final, SourceMessage, TargetMessage};
 use rig::*;
 
 const GO: SourceAction = SourceAction::Send(SourceMessage::Go {
@@ -86,17 +87,24 @@ fn the_next_round_starts_when_this_one_is_held() {
     assert_eq!(source.hear(TargetMessage::RoundHeld { round }), [next]);
 }
 
+fn retry(pause: Duration) -> RetryReport {
+    RetryReport {
+        parcels: 2,
+        pages: PageCount(7),
+        raw_bytes: PageCount(7).bytes(),
+        wire_bytes: 9000,
+        pause,
+        reason: Failure::new(ErrorCode::PassingState, "a socket is being opened"),
+    }
+}
+
 // clause: R-7
 #[test]
 fn a_freeze_that_is_given_up_thaws_and_waits_for_what_is_on_its_way() {
     let mut source = Source::finishing();
-    let retry = RetryReport {
-        parcels: 2,
-        pages: PageCount(7),
-        reason: String::new(),
-    };
+    let before = source.status();
     let round = Round::FIRST.next();
-    let actions = source.feed(SourceEvent::Retry(retry));
+    let actions = source.feed(SourceEvent::Retry(retry(Duration::ZERO)));
     assert_eq!(
         actions,
         [
@@ -104,7 +112,10 @@ fn a_freeze_that_is_given_up_thaws_and_waits_for_what_is_on_its_way() {
             SourceAction::Send(SourceMessage::RoundEnd(round_end(2, 2, 7))),
         ]
     );
-    assert_eq!(source.status().phase, Phase::Copying);
+    let status = source.status();
+    assert_eq!(status.phase, Phase::Copying);
+    assert_eq!(status.sent_bytes, before.sent_bytes + 7 * 4096);
+    assert_eq!(status.wire_bytes, before.wire_bytes + 9000);
     assert_eq!(source.feed(SourceEvent::Thawed), []);
     let next = SourceAction::SendRound {
         round: round.next(),
@@ -112,31 +123,103 @@ fn a_freeze_that_is_given_up_thaws_and_waits_for_what_is_on_its_way() {
     assert_eq!(source.hear(TargetMessage::RoundHeld { round }), [next]);
 }
 
+// clause: R-7
 #[test]
-fn a_freeze_is_given_up_a_bounded_number_of_times() {
-    let mut source = Source::freezing();
-    let retry = || RetryReport {
-        parcels: 0,
-        pages: PageCount(0),
-        reason: "late".to_owned(),
+fn the_workload_runs_for_a_while_between_a_thaw_and_the_next_round() {
+    let pause = Duration::from_millis(70);
+    let round = Round::FIRST.next();
+    let next = SourceAction::SendRound {
+        round: round.next(),
     };
+    let mut source = Source::finishing();
+    source.feed(SourceEvent::Retry(retry(pause)));
+    assert_eq!(source.hear(TargetMessage::RoundHeld { round }), []);
+    // The pause begins with the thaw, not with the report.
+    assert_eq!(source.wait(2 * pause), []);
+    assert_eq!(source.feed(SourceEvent::Thawed), []);
+    assert_eq!(source.wait(pause / 2), []);
+    assert_eq!(source.wait(pause / 2), [next.clone()]);
+    let mut source = Source::finishing();
+    source.feed(SourceEvent::Retry(retry(pause)));
+    source.feed(SourceEvent::Thawed);
+    assert_eq!(source.wait(2 * pause), []);
+    assert_eq!(source.hear(TargetMessage::RoundHeld { round }), [next]);
+}
+
+// clause: R-7
+#[test]
+fn a_freeze_is_not_given_up_any_more_once_its_final_message_is_sent() {
+    let mut source = Source::finishing();
+    source.feed(SourceEvent::Finished(final_report()));
+    let actions = source.feed(SourceEvent::Retry(retry(Duration::ZERO)));
+    assert_aborts(&actions, &source, ErrorCode::Unexpected);
+}
+
+/// Gives up the freeze, and comes to the next one.
+fn give_up(source: &mut Source, round: &mut Round) {
+    source.feed(SourceEvent::Retry(retry(Duration::ZERO)));
+    source.feed(SourceEvent::Thawed);
+    source.hear(TargetMessage::RoundHeld { round: *round });
+    *round = round.next();
+    source.feed(SourceEvent::RoundSent(round_report(
+        round.number(),
+        1000,
+        0,
+    )));
+    source.hear(TargetMessage::RoundHeld { round: *round });
+    *round = round.next();
+    assert_eq!(source.status().phase, Phase::Freezing);
+}
+
+// clause: R-7
+#[test]
+fn a_freeze_is_given_up_a_bounded_number_of_times_and_the_last_reason_is_told() {
+    let mut source = Source::freezing();
     let mut round = Round::FIRST.next();
     for _ in 0..RETRIES_MAX {
-        source.feed(SourceEvent::Retry(retry()));
-        source.feed(SourceEvent::Thawed);
-        source.hear(TargetMessage::RoundHeld { round });
-        round = round.next();
-        source.feed(SourceEvent::RoundSent(round_report(
-            round.number(),
-            1000,
-            0,
-        )));
-        source.hear(TargetMessage::RoundHeld { round });
-        round = round.next();
+        give_up(&mut source, &mut round);
+        source.feed(SourceEvent::Frozen);
     }
-    assert_eq!(source.status().phase, Phase::Freezing);
-    let actions = source.feed(SourceEvent::Retry(retry()));
-    assert_aborts(&actions, &source, ErrorCode::RetryRound);
+    let actions = source.feed(SourceEvent::Retry(retry(Duration::ZERO)));
+    assert_aborts(&actions, &source, ErrorCode::PassingState);
+    let failure = source.status().failure.unwrap();
+    assert_eq!(failure.text(), "a socket is being opened");
+}
+
+// clause: R-7
+#[test]
+fn freezes_are_given_up_only_within_the_time_of_the_migration() {
+    let mut source = Source::freezing();
+    give_up(&mut source, &mut Round::FIRST.next());
+    source.feed(SourceEvent::Frozen);
+    source.now = Time(Policy::DEFAULT.timeout);
+    source.feed(SourceEvent::Retry(retry(Duration::ZERO)));
+    let actions = source.wait(Duration::ZERO);
+    assert_aborts(&actions, &source, ErrorCode::Timeout);
+    let failure = source.status().failure.unwrap();
+    let told = "2 freezes were given up, the last because: passing-state: a socket is being opened";
+    assert!(failure.text().ends_with(told), "{failure}");
+}
+
+// clause: F-6
+#[test]
+fn each_attempt_at_the_final_round_has_a_generation_of_its_own() {
+    let mut source = Source::freezing();
+    let mut round = Round::FIRST.next();
+    give_up(&mut source, &mut round);
+    let generation = GENERATION.next();
+    let actions = source.feed(SourceEvent::Frozen);
+    assert_eq!(actions, [SourceAction::Finish { generation, round }]);
+    let actions = source.feed(SourceEvent::Finished(final_report()));
+    let last = Final {
+        generation,
+        ..last(round.number())
+    };
+    let send = SourceAction::Send(SourceMessage::Final(last));
+    assert_eq!(actions, [send, SourceAction::CompareSmaps]);
+    // A target that is ready with an older attempt is ready for something else.
+    let actions = source.hear(ready());
+    assert_aborts(&actions, &source, ErrorCode::Unexpected);
 }
 
 // clause: F-1
@@ -233,7 +316,7 @@ fn a_connection_lost_before_the_commit_aborts() {
     assert_eq!(source.status().phase, Phase::Prepared);
 }
 
-// clause: F-6
+// clause: F-8
 #[test]
 fn a_sync_that_fails_in_the_freeze_thaws_and_says_no_final() {
     let mut source = Source::finishing();
@@ -268,11 +351,101 @@ fn nothing_is_kept_for_a_later_connection() {
     assert_eq!(source.feed(SourceEvent::PeerConnected), [QUERY]);
 }
 
+/// Aborted for having stood still for too long, and why, of the text's last words.
+fn assert_frozen_too_long(actions: &[SourceAction], source: &Source, why: &str) {
+    assert_aborts(actions, source, ErrorCode::FrozenTooLong);
+    let failure = source.status().failure.unwrap();
+    let expected = format!("the freeze was given up after 5.0 s{why}");
+    assert_eq!(failure.text(), expected);
+}
+
+// clause: F-7
 #[test]
-fn a_freeze_that_never_ends_is_ended() {
+fn a_freeze_ends_within_its_bound_and_says_what_it_waited_for() {
+    let waiting = |waits: &[(Wait, u64)]| {
+        let waiting = waits.iter().map(|&(what, millis)| Waiting {
+            what,
+            duration: Duration::from_millis(millis),
+        });
+        SourceEvent::Waiting(waiting.collect())
+    };
+    let almost = FROZEN_MAX_LEAST - Duration::from_secs(1);
+    let rest = Duration::from_secs(1);
     let mut source = Source::freezing();
-    let actions = source.wait(FROZEN_MAX);
-    assert_aborts(&actions, &source, ErrorCode::Timeout);
+    assert_eq!(source.status().frozen_max, Some(FROZEN_MAX_LEAST));
+    assert_eq!(source.wait(almost), []);
+    source.feed(waiting(&[(Wait::Cgroup, 4900)]));
+    let actions = source.wait(rest);
+    let why = ", waiting for its cgroup to freeze (4.9 s)";
+    assert_frozen_too_long(&actions, &source, why);
+
+    // The bound is that of the whole freeze, not of its steps.
+    let mut source = Source::freezing();
+    assert_eq!(source.wait(almost), []);
+    assert_eq!(source.feed(SourceEvent::Frozen).len(), 1);
+    source.feed(waiting(&[(Wait::Pages, 400), (Wait::Dump, 900)]));
+    let actions = source.wait(rest);
+    let why = ", waiting for CRIU's dump (0.9 s) and the target to take the last pages (0.4 s)";
+    assert_frozen_too_long(&actions, &source, why);
+
+    let mut source = Source::finishing();
+    source.feed(SourceEvent::Finished(final_report()));
+    source.feed(SourceEvent::SmapsEqual);
+    assert_eq!(source.wait(almost), []);
+    source.feed(waiting(&[]));
+    let actions = source.wait(rest);
+    let why = ", waiting for the target to acknowledge the final round (5.0 s)";
+    assert_frozen_too_long(&actions, &source, why);
+
+    let mut source = Source::finishing();
+    source.feed(SourceEvent::Finished(final_report()));
+    assert_eq!(source.wait(almost), []);
+    let generation = GENERATION;
+    source.hear(TargetMessage::FinalHeld { generation });
+    source.feed(waiting(&[(Wait::Smaps, 5000)]));
+    let actions = source.wait(rest);
+    let why =
+        ", waiting for the comparison of the mappings (5.0 s) and the target's restore (1.0 s)";
+    assert_frozen_too_long(&actions, &source, why);
+}
+
+// clause: F-7
+#[test]
+fn a_freeze_that_is_tried_again_has_its_whole_bound_again() {
+    let mut source = Source::finishing();
+    assert_eq!(source.wait(FROZEN_MAX_LEAST * 9 / 10), []);
+    source.feed(SourceEvent::Retry(retry(Duration::ZERO)));
+    source.feed(SourceEvent::Thawed);
+    let round = Round::FIRST.next();
+    source.hear(TargetMessage::RoundHeld { round });
+    assert_eq!(source.wait(FROZEN_MAX_LEAST * 2), []);
+    source.feed(SourceEvent::RoundSent(round_report(3, 1000, 0)));
+    let round = round.next();
+    source.hear(TargetMessage::RoundHeld { round });
+    assert_eq!(source.status().phase, Phase::Freezing);
+    assert_eq!(source.wait(FROZEN_MAX_LEAST * 9 / 10), []);
+    let actions = source.wait(FROZEN_MAX_LEAST / 10);
+    assert_frozen_too_long(&actions, &source, "");
+}
+
+// clause: F-7
+#[test]
+fn a_freeze_that_is_predicted_to_take_too_long_is_not_begun() {
+    let policy = Policy {
+        frozen_max: Some(Duration::from_millis(39)),
+        ..Policy::DEFAULT
+    };
+    let mut source = Source::with(policy);
+    source.feed(SourceEvent::RoundSent(round_report(1, 1000, 0)));
+    let round = Round::FIRST;
+    let actions = source.hear(TargetMessage::RoundHeld { round });
+    assert_aborts(&actions, &source, ErrorCode::FrozenTooLong);
+    let text = "a freeze is predicted to take 40.0ms, and 39.0ms are allowed";
+    assert_eq!(source.status().failure.unwrap().text(), text);
+}
+
+#[test]
+fn copying_that_never_ends_is_ended() {
     let mut source = Source::copying();
     let actions = source.wait(Policy::TIMEOUT);
     assert_aborts(&actions, &source, ErrorCode::Timeout);

@@ -154,6 +154,7 @@ fn offer() -> Offer {
         generation: Generation::FIRST,
         policy: Policy {
             downtime_max: Duration::from_millis(1),
+            frozen_max: Some(Duration::from_secs(2)),
             ..Policy::DEFAULT
         },
         description: description(),
@@ -198,28 +199,29 @@ fn the_offer_keeps_its_bytes() {
     check(
         SourceMessage::Offer(Box::new(offer())),
         &expect![[r#"
-            5c0100008201d8020801120c70726f63
-            6573732f343731311801220b08e80710
-            1e1880c8ceb40d2ab60208e724121a08
-            01120c72656469732d7365727665721a
-            0201072080808080041a04e724ed2420
-            092a037765623206286e6f6e65293a37
-            0a0465746830120602000000000118dc
-            0b22080a040a000007101822150a1000
-            00000000000000000000000000000110
-            80012a0362723042140a04000000001a
-            040a00000122046574683028644a260a
-            152f7573722f62696e2f72656469732d
-            7365727665721080201a02abcd28ed83
-            02300138015889ba026080206a06362e
-            31322e3072012f7a012f8a01360a052f
-            64617461100118e9d2012002280130ac
-            023a20c0c0c0c0c0c0c0c0c0c0c0c0c0
+            600100008201dc020801120c70726f63
+            6573732f343731311801220f08e80710
+            1e1880c8ceb40d3080897a2ab60208e7
+            24121a0801120c72656469732d736572
+            7665721a0201072080808080041a04e7
+            24ed2420092a037765623206286e6f6e
+            65293a370a0465746830120602000000
+            000118dc0b22080a040a000007101822
+            150a1000000000000000000000000000
+            0000011080012a0362723042140a0400
+            0000001a040a00000122046574683028
+            644a260a152f7573722f62696e2f7265
+            6469732d7365727665721080201a02ab
+            cd28ed8302300138015889ba02608020
+            6a06362e31322e3072012f7a012f8a01
+            360a052f64617461100118e9d2012002
+            280130ac023a20c0c0c0c0c0c0c0c0c0
             c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0
-            c0c0c0920110b0b0b0b0b0b0b0b0b0b0
-            b0b0b0b0b0b09a01270a0c47656e7569
-            6e65496e74656c120780808080010020
-            180120072a0a080210800218c0042001
+            c0c0c0c0c0c0c0920110b0b0b0b0b0b0
+            b0b0b0b0b0b0b0b0b0b09a01270a0c47
+            656e75696e65496e74656c1207808080
+            80010020180120072a0a080210800218
+            c0042001
         "#]],
     );
 }
@@ -386,17 +388,20 @@ fn headers_of_streams_keep_their_bytes() {
     .assert_eq(&hex(&block.encode()));
     let set: PageSet = [run(0x10, 2), run(0x1000, 300)].into_iter().collect();
     let header = SetHeader {
+        generation: Generation::new(3).unwrap(),
         space: SpaceId(7),
         length: set.to_wire().len().try_into().unwrap(),
     };
     expect![[r#"
-        07000000060000001002ee1fac02
+        0300000007000000060000001002ee1f
+        ac02
     "#]]
     .assert_eq(&hex(&[&header.encode()[..], &set.to_wire()].concat()));
-    let file = ImageFileHeader::new(ImageName::new("core-7.img").unwrap(), 1000).unwrap();
+    let name = ImageName::new("core-7.img").unwrap();
+    let file = ImageFileHeader::new(Generation::new(3).unwrap(), name, 1000).unwrap();
     expect![[r#"
-        0a636f72652d372e696d67e803000000
-        000000
+        030000000a636f72652d372e696d67e8
+        03000000000000
     "#]]
     .assert_eq(&hex(&file.encode()));
     let mut body = b"pageferry".to_vec();

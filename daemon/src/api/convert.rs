@@ -45,6 +45,7 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
             .map(|id| id.to_string())
             .unwrap_or_default(),
         pid_at_target: progress.pid_at_target,
+        frozen_max_us: status.frozen_max.map(micros),
     }
 }
 

@@ -267,6 +267,9 @@ fn parse_migrate(
             "rounds-max {rounds_max} is not between 1 and {ROUNDS_LIMIT}"
         )));
     }
+    if request.frozen_max_us == Some(0) {
+        return Err(Status::invalid_argument("frozen-max must be above zero"));
+    }
     let duration = |micros: Option<u64>, default| micros.map_or(default, Duration::from_micros);
     let policy = Policy {
         downtime_max: duration(request.downtime_max_us, defaults.downtime_max),
@@ -274,6 +277,10 @@ fn parse_migrate(
         timeout: duration(request.timeout_us, defaults.timeout),
         verify: request.verify,
         force_eager: request.force_eager,
+        frozen_max: request
+            .frozen_max_us
+            .map(Duration::from_micros)
+            .or(defaults.frozen_max),
     };
     let shared: Vec<PathBuf> = request
         .shared_paths

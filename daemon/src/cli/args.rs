@@ -64,6 +64,10 @@ pub struct MigrateArgs {
     /// Abort if the workload is not frozen after this long [default: the daemon's, 1h]
     #[arg(long, value_name = "TIME")]
     pub timeout: Option<Span>,
+    /// Give the workload back when it has stood still for this long before the commit [default: the
+    /// daemon's, 5s or twice the freeze that is predicted]
+    #[arg(long, value_name = "TIME")]
+    pub frozen_max: Option<Span>,
     /// Rounds of copying before the freeze comes whatever it costs [default: the daemon's, 30]
     #[arg(long, value_name = "COUNT")]
     pub rounds_max: Option<u32>,

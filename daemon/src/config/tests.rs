@@ -46,6 +46,7 @@ fn everything_but_the_name_and_the_address_has_a_default() {
                 downtime_max: 300ms,
                 rounds_max: 30,
                 timeout: 3600s,
+                frozen_max: None,
             },
         }
     "#]]
@@ -83,6 +84,7 @@ const FULL: &str = r#"
     downtime_max = "50ms"
     rounds_max = 7
     timeout = "10m"
+    frozen_max = "3s"
 "#;
 
 #[test]
@@ -93,6 +95,7 @@ fn a_file_may_say_everything() {
     assert_eq!(config.pager, Path::new("/opt/bin/pageferry-pager"));
     assert_eq!(config.limits.lanes, 3);
     assert_eq!(config.migrate.timeout, Duration::from_secs(600));
+    assert_eq!(config.migrate.frozen_max, Some(Duration::from_secs(3)));
     assert_eq!(config.api_socket(), Path::new("/r/api.sock"));
 }
 
@@ -118,6 +121,7 @@ fn a_flag_wins_over_the_file() {
         "--downtime-max=15s",
         "--rounds-max=16",
         "--timeout=17s",
+        "--frozen-max=18s",
     ];
     let by_file = resolve(FULL, &[]).unwrap();
     let by_flag = resolve(FULL, &flags).unwrap();
@@ -185,6 +189,10 @@ fn a_wrong_value_is_refused_by_its_key() {
     check_refused(
         "[migrate]\ntimeout = '0s'",
         &expect!["configuration key migrate.timeout must be above zero"],
+    );
+    check_refused(
+        "[migrate]\nfrozen_max = '0ms'",
+        &expect!["configuration key migrate.frozen_max must be above zero"],
     );
     check_refused(
         "[limits]\nlanes = 9",

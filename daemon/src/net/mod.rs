@@ -18,4 +18,4 @@ pub mod tls;
 pub mod tuning;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -18,7 +18,7 @@ use pageferry_proto::set::PageSet;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use super::read::{ReadError, Reader};
+use super::read::{Misses, ReadError, Reader};
 
 /// The digest of one page.
 pub fn of_page(page: &[u8]) -> u64 {
@@ -30,6 +30,8 @@ pub fn of_page(page: &[u8]) -> u64 {
 pub struct Digests {
     /// The space.
     pub space: SpaceId,
+    /// The process they were read of.
+    pub pid: i32,
     /// The pages that could be read.
     pub pages: PageSet,
     /// One for each of them, in order.
@@ -122,6 +124,7 @@ impl Piece {
         let space = self.space;
         let mut all = Digests {
             space,
+            pid: self.reader.pid(),
             pages: PageSet::new(),
             digests: Vec::with_capacity(usize::try_from(self.pages.len().0).unwrap_or(0)),
             unread: PageSet::new(),
@@ -130,7 +133,7 @@ impl Piece {
             if output.is_closed() {
                 return Err(DigestError::Cut);
             }
-            let pages = self.reader.read(&batch, buffer);
+            let pages = self.reader.read(&batch, buffer, Misses::Settle);
             let pages = pages.map_err(|source| DigestError::Read { space, source })?;
             let length = usize::try_from(pages.read.len().bytes()).expect("at most a batch");
             let hashed = buffer[..length].chunks_exact(PAGE_SIZE).map(of_page);

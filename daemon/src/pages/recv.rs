@@ -2,17 +2,18 @@
 //!
 //! Knows no streams: whoever owns them reads a parcel to its end and hands over its bytes. A parcel
 //! waits for a thread with the await of its stream, so the peer is slowed down by flow control, not
-//! by memory here.
+//! by memory here. Counts nothing: whether a parcel may go to the store is asked of the caller when
+//! its checksum has been found to fit, and before a page of it takes the place of another.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use pageferry_proto::id::{Round, SpaceId};
+use pageferry_proto::migration::ledger::LedgerError;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::ErrorCode;
 use thiserror::Error;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 
 use super::decode::{DecodeError, Decoder, Parcel};
 use super::store::{Store, StoreError};
@@ -28,27 +29,15 @@ struct Shared {
     threads: Arc<Semaphore>,
     /// Decoders nobody uses.
     decoders: Mutex<Vec<Decoder>>,
-    rounds: watch::Sender<BTreeMap<Round, Tally>>,
-}
-
-/// What has come in of one round.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// Parcels in the store.
-    pub parcels: u64,
-    /// Their pages, zero pages too.
-    pub pages: PageCount,
-    /// Their bytes on the wire.
-    pub wire_bytes: u64,
 }
 
 /// One parcel in the store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Received {
+#[derive(Debug, PartialEq, Eq)]
+pub struct Received<T> {
+    /// What the caller said when it was asked.
+    pub admitted: T,
     /// The space it is of.
     pub space: SpaceId,
-    /// The round it is of.
-    pub round: Round,
     /// Its pages, zero pages too.
     pub pages: PageCount,
 }
@@ -59,6 +48,9 @@ pub enum ReceiveError {
     /// Its bytes are no parcel.
     #[error("received bytes that are no parcel")]
     Parcel(#[source] DecodeError),
+    /// It has no place in what the source says.
+    #[error("a parcel has no place in the ledger")]
+    Refused(#[source] LedgerError),
     /// The store did not take it.
     #[error("cannot store a parcel of round {round}")]
     Store {
@@ -78,6 +70,7 @@ impl ReceiveError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Parcel(source) => source.code(),
+            Self::Refused(source) => source.code(),
             Self::Store { source, .. } => source.code(),
             Self::Cut => ErrorCode::Restarted,
         }
@@ -91,7 +84,6 @@ impl Receiver {
             store,
             threads: Arc::new(Semaphore::new(threads.max(1))),
             decoders: Mutex::default(),
-            rounds: watch::Sender::default(),
         }))
     }
 
@@ -101,7 +93,12 @@ impl Receiver {
     }
 
     /// Decodes one parcel: the bytes of a stream without its prefix. Done when its pages are held.
-    pub async fn receive(&self, parcel: Bytes) -> Result<Received, ReceiveError> {
+    /// `admit` is asked with its round, and what it answers is returned when that is so.
+    pub async fn receive<T: Send + 'static>(
+        &self,
+        parcel: Bytes,
+        admit: impl FnOnce(Round) -> Result<T, LedgerError> + Send + 'static,
+    ) -> Result<Received<T>, ReceiveError> {
         let threads = Arc::clone(&self.0.threads);
         let permit = threads
             .acquire_owned()
@@ -109,52 +106,34 @@ impl Receiver {
             .map_err(|_| ReceiveError::Cut)?;
         let shared = Arc::clone(&self.0);
         let decode = move || {
-            let received = shared.receive(&parcel);
+            let received = shared.receive(&parcel, admit);
             drop(permit);
             received
         };
         let decoded = tokio::task::spawn_blocking(decode).await;
         decoded.map_err(|_| ReceiveError::Cut)?
     }
-
-    /// Waits until `parcels` parcels of `round` are in the store, and returns what that came to.
-    /// Does not end by itself when a parcel fails: whoever sees that error stops waiting.
-    pub async fn round(&self, round: Round, parcels: u64) -> Tally {
-        let mut rounds = self.0.rounds.subscribe();
-        let tally =
-            |rounds: &BTreeMap<Round, Tally>| rounds.get(&round).copied().unwrap_or_default();
-        let complete = |rounds: &BTreeMap<Round, Tally>| parcels <= tally(rounds).parcels;
-        let reached = rounds.wait_for(complete).await.map(|rounds| tally(&rounds));
-        reached.expect("the sender lives as long as the receiver")
-    }
 }
 
 impl Shared {
-    fn receive(&self, bytes: &Bytes) -> Result<Received, ReceiveError> {
+    fn receive<T>(
+        &self,
+        bytes: &Bytes,
+        admit: impl FnOnce(Round) -> Result<T, LedgerError>,
+    ) -> Result<Received<T>, ReceiveError> {
         let parcel = Parcel::parse(bytes).map_err(ReceiveError::Parcel)?;
         let (space, round) = (parcel.space(), parcel.round());
+        let admitted = admit(round).map_err(ReceiveError::Refused)?;
         let pages = PageCount(parcel.data_pages().0 + parcel.zero().len().0);
         let lock = || self.decoders.lock().unwrap_or_else(PoisonError::into_inner);
         let mut decoder = lock().pop().unwrap_or_default();
         let taken = self.store.take(&mut decoder, &parcel);
         lock().push(decoder);
         taken.map_err(|source| ReceiveError::Store { round, source })?;
-        self.rounds.send_modify(|rounds| {
-            let tally = rounds.entry(round).or_default();
-            tally.parcels += 1;
-            tally.pages.0 += pages.0;
-            tally.wire_bytes += bytes.len() as u64;
-            while ROUNDS_KEPT < rounds.len() {
-                rounds.pop_first();
-            }
-        });
         Ok(Received {
+            admitted,
             space,
-            round,
             pages,
         })
     }
 }
-
-/// How many rounds are tallied: the one that is sent, and the ones a late question may be about.
-const ROUNDS_KEPT: usize = 4;

@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use super::encode::{self, Encoder};
 use super::pace::Pace;
 use super::pool::Pool;
-use super::read::{ReadError, Reader};
+use super::read::{Misses, ReadError, Reader};
 
 /// Takes parcels to the target. A parcel is the bytes of a stream without its prefix.
 pub trait ParcelSink: Sync {
@@ -112,11 +112,12 @@ impl Sender {
         raw + (self.threads + SENDS_MAX) as u64 * PARCEL_BYTES_MAX as u64
     }
 
-    /// Reads `pages` of a space and sends them. Done when the sink has taken everything.
+    /// Reads `pages` of a space and sends them; what may be given up is as for [`Reader::read`]. Done
+    /// when the sink has taken everything.
     pub async fn round<S: ParcelSink>(
         &self,
         space: SpaceId,
-        reader: &Arc<Reader>,
+        (reader, misses): (&Arc<Reader>, Misses),
         pages: &PageSet,
         round: Round,
         sink: &S,
@@ -126,6 +127,7 @@ impl Sender {
             space,
             round,
             reader: Arc::clone(reader),
+            misses,
             batches: Mutex::new(pages.partition(encode::PAGES_MAX).into()),
             stopped: AtomicBool::new(false),
             raw: self.raw.clone(),
@@ -216,6 +218,7 @@ struct Work {
     space: SpaceId,
     round: Round,
     reader: Arc<Reader>,
+    misses: Misses,
     batches: Mutex<VecDeque<PageSet>>,
     stopped: AtomicBool,
     raw: Pool,
@@ -237,7 +240,7 @@ impl Work {
         while let Some(batch) = self.next_batch() {
             let length = usize::try_from(batch.len().bytes()).expect("a parcel fits in memory");
             raw.resize(length, 0);
-            let pages = self.reader.read(&batch, &mut raw);
+            let pages = self.reader.read(&batch, &mut raw, self.misses);
             let pages = pages.inspect_err(|_| self.stop())?;
             unread.union_with(&pages.unread);
             if pages.read.is_empty() {

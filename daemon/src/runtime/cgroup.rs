@@ -301,9 +301,18 @@ impl Freezer {
     /// Freezes and waits until the kernel says that every task is frozen. Blocks, at most
     /// [`FREEZE_TIMEOUT`]; on a time-out the cgroup is thawed again.
     pub fn freeze(&self) -> Result<(), CgroupError> {
+        self.freeze_unless(|| false)
+    }
+
+    /// As [`Freezer::freeze`], but ends early, with the cgroup thawed, once `cut` says so: ask
+    /// whether it did.
+    pub fn freeze_unless(&self, cut: impl Fn() -> bool) -> Result<(), CgroupError> {
         let deadline = Instant::now() + FREEZE_TIMEOUT;
         self.begin_freeze()?;
         while !self.is_frozen()? {
+            if cut() {
+                return self.write_state(false);
+            }
             if Instant::now() > deadline {
                 self.write_state(false)?;
                 return Err(CgroupError::FreezeTimeout {
@@ -403,6 +412,7 @@ fn has_ended(pid: i32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::track::trial::Trial;
     use std::process::{Child, Command};
 
     struct Reaped(Child);
@@ -443,6 +453,42 @@ mod tests {
         assert!(!freezer.is_frozen().expect("state"));
         assert_eq!(root.holding(&[pid]).expect("ours").path(), freezer.path());
         drop(child);
+        freezer.remove().expect("remove");
+    }
+
+    #[test]
+    fn a_freeze_that_is_cut_is_given_up_at_once() {
+        let root = FreezerRoot::detect().expect("a freezer");
+        let freezer = made(&root, "test-cut");
+        let mut trial = Trial::start("pages::track::tests::workload");
+        let page = 0x2000_0000_0000_u64;
+        trial.tell(&format!("map {page:#x} 1 rw"));
+        trial.tell(&format!("wait-for-page {page:#x}"));
+        let waits = |tid: &str| {
+            let path = format!("/proc/{}/task/{tid}/stat", trial.pid());
+            fs::read_to_string(path).is_ok_and(|stat| stat.contains(") D "))
+        };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let tasks = format!("/proc/{}/task", trial.pid());
+        while !fs::read_dir(&tasks)
+            .expect("its threads")
+            .flatten()
+            .any(|entry| entry.file_name().to_str().is_some_and(waits))
+        {
+            assert!(Instant::now() < deadline, "no thread waits for the page");
+            std::thread::yield_now();
+        }
+        freezer.adopt(|| Ok(vec![trial.pid()])).expect("adopt");
+        let polls = std::cell::Cell::new(0);
+        let cut = || polls.replace(polls.get() + 1) == 3;
+        freezer.freeze_unless(cut).expect("cut before its time-out");
+        assert!(!freezer.is_frozen().expect("state"));
+        // It was asked no more, and what can run runs.
+        assert_eq!(polls.get(), 4);
+        assert_eq!(trial.tell("signals"), "0");
+        let timed_out = freezer.freeze();
+        assert!(matches!(timed_out, Err(CgroupError::FreezeTimeout { .. })));
+        drop(trial);
         freezer.remove().expect("remove");
     }
 

@@ -2,37 +2,94 @@
 //!
 //! The ledger counts: parcels and pages of a round against the round's end, streams of the
 //! final round against the final message, and held pages against live ones, per space. It knows
-//! sets, not bytes; whoever decodes a parcel enters it here *after* its pages are in the store,
-//! so the ledger only ever claims what is surely there.
+//! sets, not bytes, and not what is held: that only the store knows, which says so once, at the end
+//! ([`Ledger::settle`]). Whoever takes in a parcel asks [`Ledger::admit`] before its pages go to
+//! the store, and enters it here *after* they are in it, so the ledger only ever claims what is
+//! surely there.
+//!
+//! Live sets, images and digests belong to an attempt at the final round. The ledger collects
+//! those of the newest generation it has heard of: what is older was given up by the source, and
+//! may still be on its way.
 
 use std::collections::BTreeMap;
 
-use crate::id::{Round, SpaceId};
+use crate::id::{Generation, Round, SpaceId};
 use crate::page::{PageCount, PageIndex};
 use crate::set::PageSet;
+use crate::wire::code::ErrorCode;
 use crate::wire::control::{Final, RoundEnd};
 
 /// The ledger of one incoming migration.
 #[derive(Clone, Debug)]
 pub struct Ledger {
-    held: BTreeMap<SpaceId, PageSet>,
-    live: BTreeMap<SpaceId, PageSet>,
     open: Round,
+    /// Parcels of the open round that may go to the store, or are in it.
+    admitted: u32,
+    /// Those that are in it.
     parcels: u32,
     pages: PageCount,
-    images: u32,
-    digests: u32,
     end: Option<RoundEnd>,
     last: Option<Final>,
+    /// Pages in all parcels of a space, each as often as it came.
+    received: BTreeMap<SpaceId, PageCount>,
+    /// The newest attempt that anything arrived of; the rest is of it alone.
+    generation: Generation,
+    live: BTreeMap<SpaceId, PageSet>,
+    images: u32,
+    digests: u32,
+    /// The pages of every digests stream.
+    digested: BTreeMap<SpaceId, Vec<PageSet>>,
 }
 
-/// Pages that the target holds and the workload no longer has.
+/// A parcel that may go to the store, and is not in it yet. Its round stays open until it is.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "its round is not held before it is entered"]
+pub struct Admitted(Round);
+
+/// What becomes of a stream that belongs to an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Arrival {
+    /// It is of the attempt that is collected.
+    Kept,
+    /// It is of an attempt that was given up: to be dropped.
+    Late,
+}
+
+/// What a store holds of a space, each page as the parcel that came last has left it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HeldPages {
+    /// Pages with contents.
+    pub data: PageSet,
+    /// Pages that are zero.
+    pub zero: PageSet,
+}
+
+impl HeldPages {
+    /// All of them.
+    pub fn pages(&self) -> PageSet {
+        self.data.union(&self.zero)
+    }
+}
+
+/// By which path the live pages of a space came, once they are complete: `data` and `zero` add up
+/// to `live`, and with `surplus` and `replaced` to `received`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Surplus {
+pub struct Account {
     /// The space.
     pub space: SpaceId,
-    /// The pages to drop.
-    pub pages: PageSet,
+    /// Pages of its live set; none without one.
+    pub live: PageCount,
+    /// Live pages whose last version came with contents.
+    pub data: PageCount,
+    /// Live pages whose last version is zero.
+    pub zero: PageCount,
+    /// Pages that are held and not live: the workload has given them back.
+    pub surplus: PageSet,
+    /// Pages of which a newer version came.
+    pub replaced: PageCount,
+    /// Pages in all parcels.
+    pub received: PageCount,
 }
 
 /// Why what has arrived cannot be what the source sent.
@@ -43,6 +100,14 @@ pub enum LedgerError {
     Round {
         /// The round that is open.
         open: Round,
+        /// The round that was named.
+        found: Round,
+    },
+    /// A parcel or an end of a round after the final one.
+    #[error("round {found} comes after the final round {last}")]
+    Over {
+        /// The final round.
+        last: Round,
         /// The round that was named.
         found: Round,
     },
@@ -69,22 +134,86 @@ pub enum LedgerError {
         /// How many the source says.
         sent: PageCount,
     },
+    /// A stream of an attempt after the one that the final message named, or the other way round.
+    #[error("generation {found} comes after generation {last}, which was said to be the last")]
+    Generation {
+        /// The last one.
+        last: Generation,
+        /// What came of a newer one.
+        found: Generation,
+    },
     /// Two live sets of one space.
     #[error("space {0} has two live sets")]
     LiveTwice(SpaceId),
     /// Live pages that are not held.
-    #[error("space {space} lacks {missing} live pages, the first is {first}")]
+    #[error(
+        "space {space} lacks {missing} of {live} live pages, the first at {:#x}: {data} came as \
+         data, {zero} as zero",
+        first.address()
+    )]
     Incomplete {
         /// The space.
         space: SpaceId,
+        /// Its live pages.
+        live: PageCount,
+        /// How many of them came with contents.
+        data: PageCount,
+        /// How many of them are zero.
+        zero: PageCount,
         /// How many pages are missing.
         missing: PageCount,
         /// The first of them.
         first: PageIndex,
     },
+    /// What is held cannot be what came: a page in two forms, or more pages than came.
+    #[error(
+        "space {space} holds {data} pages as data and {zero} as zero, {both} of them as both, of \
+         {received} that came"
+    )]
+    Count {
+        /// The space.
+        space: SpaceId,
+        /// Pages held with contents.
+        data: PageCount,
+        /// Pages held as zero.
+        zero: PageCount,
+        /// Pages held as both.
+        both: PageCount,
+        /// Pages in all parcels.
+        received: PageCount,
+    },
+    /// Digests that are not one of each live page.
+    #[error("space {space}: {digests} digests of {live} live pages")]
+    Digests {
+        /// The space.
+        space: SpaceId,
+        /// How many digests came.
+        digests: PageCount,
+        /// How many live pages there are.
+        live: PageCount,
+    },
     /// The final round has not ended.
     #[error("the final round has not arrived")]
     NotFinal,
+}
+
+impl LedgerError {
+    /// What to tell the peer and the operator.
+    pub const fn code(&self) -> ErrorCode {
+        match self {
+            Self::Round { .. }
+            | Self::Over { .. }
+            | Self::EndsTwice(_)
+            | Self::TooMany { .. }
+            | Self::Generation { .. }
+            | Self::LiveTwice(_) => ErrorCode::Unexpected,
+            Self::Pages { .. } | Self::Incomplete { .. } | Self::Count { .. } => {
+                ErrorCode::LedgerIncomplete
+            }
+            Self::Digests { .. } => ErrorCode::VerifyMismatch,
+            Self::NotFinal => ErrorCode::Internal,
+        }
+    }
 }
 
 impl Default for Ledger {
@@ -97,15 +226,18 @@ impl Ledger {
     /// Nothing held, the first round open.
     pub const fn new() -> Self {
         Self {
-            held: BTreeMap::new(),
-            live: BTreeMap::new(),
             open: Round::FIRST,
+            admitted: 0,
             parcels: 0,
             pages: PageCount::ZERO,
-            images: 0,
-            digests: 0,
             end: None,
             last: None,
+            received: BTreeMap::new(),
+            generation: Generation::FIRST,
+            live: BTreeMap::new(),
+            images: 0,
+            digests: 0,
+            digested: BTreeMap::new(),
         }
     }
 
@@ -114,48 +246,102 @@ impl Ledger {
         self.open
     }
 
-    /// The pages held of a space.
-    pub fn held(&self, space: SpaceId) -> Option<&PageSet> {
-        self.held.get(&space)
+    /// The attempt that is collected.
+    pub const fn generation(&self) -> Generation {
+        self.generation
     }
 
-    /// The live pages of a space, once its live set has arrived.
-    pub fn live(&self, space: SpaceId) -> Option<&PageSet> {
-        self.live.get(&space)
+    /// The live sets that have arrived of the attempt that is collected.
+    pub const fn live(&self) -> &BTreeMap<SpaceId, PageSet> {
+        &self.live
     }
 
-    /// A parcel is in the store.
+    /// Whether a parcel of this round may go to the store: its round is open, and it is not one
+    /// more than the source says. To be asked before its pages take the place of others.
+    pub fn admit(&mut self, round: Round) -> Result<Admitted, LedgerError> {
+        self.expect_open(round)?;
+        self.admitted = self.admitted.saturating_add(1);
+        self.check_counts()?;
+        Ok(Admitted(round))
+    }
+
+    /// An admitted parcel, of so many pages of a space, is in the store.
     pub fn parcel(
         &mut self,
+        admitted: Admitted,
         space: SpaceId,
-        round: Round,
-        pages: &PageSet,
+        pages: PageCount,
     ) -> Result<(), LedgerError> {
-        self.expect_open(round)?;
-        self.held.entry(space).or_default().union_with(pages);
+        self.expect_open(admitted.0)?;
+        let received = self.received.entry(space).or_default();
+        received.0 = received.0.saturating_add(pages.0);
         self.parcels = self.parcels.saturating_add(1);
-        self.pages = PageCount(self.pages.0.saturating_add(pages.len().0));
+        self.pages = PageCount(self.pages.0.saturating_add(pages.0));
         self.check_counts()
+    }
+
+    /// Something of an attempt is arriving. Of a newer attempt than any before, it ends the
+    /// collection of the older one: whoever stores what the ledger counts drops that then.
+    pub fn collect(&mut self, generation: Generation) -> Result<Arrival, LedgerError> {
+        let last = self.last.as_ref().map(|last| last.generation);
+        if let Some(last) = last.filter(|last| *last < generation) {
+            let found = generation;
+            return Err(LedgerError::Generation { last, found });
+        }
+        if generation < self.generation {
+            return Ok(Arrival::Late);
+        }
+        self.advance(generation);
+        Ok(Arrival::Kept)
     }
 
     /// A live set has arrived.
-    pub fn live_set(&mut self, space: SpaceId, live: PageSet) -> Result<(), LedgerError> {
+    pub fn live_set(
+        &mut self,
+        generation: Generation,
+        space: SpaceId,
+        live: PageSet,
+    ) -> Result<Arrival, LedgerError> {
+        if self.collect(generation)? == Arrival::Late {
+            return Ok(Arrival::Late);
+        }
         if self.live.insert(space, live).is_some() {
             return Err(LedgerError::LiveTwice(space));
         }
-        self.check_counts()
+        self.check_counts().map(|()| Arrival::Kept)
     }
 
     /// An image file is complete.
-    pub fn image(&mut self) -> Result<(), LedgerError> {
+    pub fn image(&mut self, generation: Generation) -> Result<Arrival, LedgerError> {
+        if self.collect(generation)? == Arrival::Late {
+            return Ok(Arrival::Late);
+        }
         self.images = self.images.saturating_add(1);
-        self.check_counts()
+        self.check_counts().map(|()| Arrival::Kept)
     }
 
-    /// A digests stream has been compared.
-    pub fn digests(&mut self) -> Result<(), LedgerError> {
+    /// A stream has arrived with a digest of each of these pages.
+    pub fn digests(
+        &mut self,
+        generation: Generation,
+        space: SpaceId,
+        pages: PageSet,
+    ) -> Result<Arrival, LedgerError> {
+        if self.collect(generation)? == Arrival::Late {
+            return Ok(Arrival::Late);
+        }
+        self.digested.entry(space).or_default().push(pages);
         self.digests = self.digests.saturating_add(1);
-        self.check_counts()
+        self.check_counts().map(|()| Arrival::Kept)
+    }
+
+    fn advance(&mut self, generation: Generation) {
+        if self.generation < generation {
+            self.generation = generation;
+            self.live.clear();
+            self.digested.clear();
+            (self.images, self.digests) = (0, 0);
+        }
     }
 
     /// The source has sent all of a round.
@@ -170,11 +356,18 @@ impl Ledger {
     /// The source has sent all of the final round.
     pub fn final_end(&mut self, last: Final) -> Result<(), LedgerError> {
         let Final {
+            generation,
             round,
             parcels,
             pages,
             ..
         } = last;
+        self.expect_open(round)?;
+        if generation < self.generation {
+            let (last, found) = (generation, self.generation);
+            return Err(LedgerError::Generation { last, found });
+        }
+        self.advance(generation);
         self.last = Some(last);
         self.round_end(RoundEnd {
             round,
@@ -184,10 +377,10 @@ impl Ledger {
     }
 
     /// The open round, if it has ended and everything of it has arrived; the next one is open
-    /// then. For the final round that includes live sets, images and digests.
+    /// then, if there is one. For the final round that includes live sets, images and digests.
     pub fn round_held(&mut self) -> Result<Option<Round>, LedgerError> {
         let Some(end) = self.end else { return Ok(None) };
-        if self.parcels < end.parcels {
+        if self.parcels < end.parcels.max(self.admitted) {
             return Ok(None);
         }
         if self.pages != end.pages {
@@ -205,49 +398,112 @@ impl Ledger {
             }
         }
         self.end = None;
-        self.parcels = 0;
+        (self.admitted, self.parcels) = (0, 0);
         self.pages = PageCount::ZERO;
         self.open = end.round.next();
         Ok(Some(end.round))
     }
 
-    /// After the final round: checks that every live page is held, and says what is held beyond
-    /// that. The surplus is no longer held afterwards; the caller drops it from the store. A
-    /// space without a live set is gone at the source, and all of it is surplus.
-    pub fn settle(&mut self) -> Result<Vec<Surplus>, LedgerError> {
-        if self.last.is_none() || self.end.is_some() {
-            return Err(LedgerError::NotFinal);
+    /// After the final round: checks that every live page is held, and digested if the final
+    /// message says so, and accounts for every page that came. The caller then drops the surplus
+    /// from the store. A space without a live set is gone at the source, and all of it is surplus.
+    pub fn settle(&self, held: &BTreeMap<SpaceId, HeldPages>) -> Result<Vec<Account>, LedgerError> {
+        let last = match &self.last {
+            Some(last) if self.end.is_none() => last,
+            Some(_) | None => return Err(LedgerError::NotFinal),
+        };
+        let (none, nothing) = (PageSet::new(), HeldPages::default());
+        let mut spaces: Vec<SpaceId> = self.live.keys().chain(held.keys()).copied().collect();
+        spaces.sort_unstable();
+        spaces.dedup();
+        let account = |space| {
+            let live = self.live.get(&space).unwrap_or(&none);
+            self.account(space, live, held.get(&space).unwrap_or(&nothing))
+        };
+        let accounts = spaces.into_iter().map(account).collect();
+        if last.verify {
+            self.check_digests()?;
         }
+        accounts
+    }
+
+    fn account(
+        &self,
+        space: SpaceId,
+        live: &PageSet,
+        held: &HeldPages,
+    ) -> Result<Account, LedgerError> {
+        let received = self.received.get(&space).copied().unwrap_or_default();
+        let (data, zero) = (held.data.len(), held.zero.len());
+        let both = held.data.intersection(&held.zero).len();
+        let replaced = received.0.checked_sub(data.0.saturating_add(zero.0));
+        let (Some(replaced), PageCount::ZERO) = (replaced, both) else {
+            return Err(LedgerError::Count {
+                space,
+                data,
+                zero,
+                both,
+                received,
+            });
+        };
+        let (live_data, live_zero) = (held.data.intersection(live), held.zero.intersection(live));
+        let (live_pages, data, zero) = (live.len(), live_data.len(), live_zero.len());
+        if data.0 + zero.0 != live_pages.0 {
+            let missing = live.difference(&live_data.union(&live_zero));
+            let first = missing.runs().first().map(|run| run.start());
+            return Err(LedgerError::Incomplete {
+                space,
+                live: live_pages,
+                data,
+                zero,
+                missing: missing.len(),
+                first: first.unwrap_or(PageIndex(0)),
+            });
+        }
+        let surplus = held
+            .data
+            .difference(live)
+            .union(&held.zero.difference(live));
+        Ok(Account {
+            space,
+            live: live_pages,
+            data,
+            zero,
+            surplus,
+            replaced: PageCount(replaced),
+            received,
+        })
+    }
+
+    /// Whether every live page has exactly one digest, and no other page has any.
+    fn check_digests(&self) -> Result<(), LedgerError> {
         let none = PageSet::new();
-        for (&space, live) in &self.live {
-            let missing = live.difference(self.held.get(&space).unwrap_or(&none));
-            if let Some(first) = missing.runs().first() {
-                let first = first.start();
-                return Err(LedgerError::Incomplete {
+        for &space in self.live.keys().chain(self.digested.keys()) {
+            let live = self.live.get(&space).unwrap_or(&none);
+            let sets = self.digested.get(&space).map_or(&[][..], Vec::as_slice);
+            let digests = sets.iter().map(PageSet::len).sum();
+            let runs = sets.iter().flat_map(|pages| pages.runs());
+            if digests != live.len() || PageSet::from_runs(runs.copied()) != *live {
+                let live = live.len();
+                return Err(LedgerError::Digests {
                     space,
-                    missing: missing.len(),
-                    first,
+                    digests,
+                    live,
                 });
             }
         }
-        let mut surplus = Vec::new();
-        for (&space, held) in &mut self.held {
-            let live = self.live.get(&space).unwrap_or(&none);
-            let pages = held.difference(live);
-            if !pages.is_empty() {
-                held.clone_from(live);
-                surplus.push(Surplus { space, pages });
-            }
-        }
-        Ok(surplus)
+        Ok(())
     }
 
     fn expect_open(&self, found: Round) -> Result<(), LedgerError> {
         let open = self.open;
-        if found != open {
-            Err(LedgerError::Round { open, found })
-        } else {
-            Ok(())
+        match &self.last {
+            Some(last) if last.round != open => {
+                let last = last.round;
+                Err(LedgerError::Over { last, found })
+            }
+            _ if found != open => Err(LedgerError::Round { open, found }),
+            Some(_) | None => Ok(()),
         }
     }
 
@@ -260,7 +516,7 @@ impl Ledger {
             }
         };
         if let Some(end) = &self.end {
-            check("parcels", self.parcels.into(), end.parcels.into())?;
+            check("parcels", self.admitted.into(), end.parcels.into())?;
             check("pages", self.pages.0, end.pages.0)?;
         }
         if let Some(last) = &self.last {
@@ -273,134 +529,5 @@ impl Ledger {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::id::Generation;
-    use crate::page::PageRun;
-
-    const SPACE: SpaceId = SpaceId(1);
-
-    fn set(start: u64, count: u64) -> PageSet {
-        PageSet::from(PageRun::new(PageIndex(start), PageCount(count)).unwrap())
-    }
-
-    fn end(round: Round, parcels: u32, pages: u64) -> RoundEnd {
-        RoundEnd {
-            round,
-            parcels,
-            pages: PageCount(pages),
-        }
-    }
-
-    fn last(round: Round, parcels: u32, pages: u64) -> Final {
-        Final {
-            generation: Generation::FIRST,
-            round,
-            parcels,
-            pages: PageCount(pages),
-            live_sets: 1,
-            images: 1,
-            digests: 0,
-            verify: false,
-        }
-    }
-
-    // clause: R-3
-    #[test]
-    fn a_round_is_held_when_its_last_parcel_is_in() {
-        let (mut ledger, round) = (Ledger::new(), Round::FIRST);
-        ledger.parcel(SPACE, round, &set(0, 4)).unwrap();
-        ledger.round_end(end(round, 2, 6)).unwrap();
-        assert_eq!(ledger.round_held(), Ok(None));
-        ledger.parcel(SPACE, round, &set(8, 2)).unwrap();
-        assert_eq!(ledger.round_held(), Ok(Some(round)));
-        assert_eq!(ledger.round_held(), Ok(None));
-        assert_eq!(ledger.open(), round.next());
-    }
-
-    // clause: R-4
-    #[test]
-    fn only_the_open_round_takes_parcels() {
-        let mut ledger = Ledger::new();
-        let (open, found) = (Round::FIRST, Round::FIRST.next());
-        let refused = Err(LedgerError::Round { open, found });
-        assert_eq!(ledger.parcel(SPACE, found, &set(0, 1)), refused);
-        assert_eq!(ledger.round_end(end(found, 0, 0)), refused);
-        ledger.round_end(end(open, 1, 1)).unwrap();
-        assert_eq!(
-            ledger.round_end(end(open, 1, 1)),
-            Err(LedgerError::EndsTwice(open))
-        );
-    }
-
-    #[test]
-    fn more_or_fewer_pages_than_sent_are_an_error() {
-        let mut ledger = Ledger::new();
-        ledger.round_end(end(Round::FIRST, 1, 3)).unwrap();
-        let many = LedgerError::TooMany {
-            what: "pages",
-            found: 4,
-            sent: 3,
-        };
-        assert_eq!(
-            ledger.clone().parcel(SPACE, Round::FIRST, &set(0, 4)),
-            Err(many)
-        );
-        ledger.parcel(SPACE, Round::FIRST, &set(0, 2)).unwrap();
-        assert!(matches!(
-            ledger.round_held(),
-            Err(LedgerError::Pages { .. })
-        ));
-    }
-
-    // clause: F-3
-    #[test]
-    fn every_live_page_must_be_held_and_the_rest_is_dropped() {
-        let mut ledger = Ledger::new();
-        ledger.parcel(SPACE, Round::FIRST, &set(0, 10)).unwrap();
-        ledger.parcel(SpaceId(2), Round::FIRST, &set(5, 1)).unwrap();
-        ledger.final_end(last(Round::FIRST, 2, 11)).unwrap();
-        assert_eq!(ledger.settle(), Err(LedgerError::NotFinal));
-        ledger.image().unwrap();
-        assert_eq!(ledger.round_held(), Ok(None));
-        let mut lacking = ledger.clone();
-        lacking.live_set(SPACE, set(4, 8)).unwrap();
-        assert_eq!(lacking.round_held(), Ok(Some(Round::FIRST)));
-        let (missing, first) = (PageCount(2), PageIndex(10));
-        let incomplete = LedgerError::Incomplete {
-            space: SPACE,
-            missing,
-            first,
-        };
-        assert_eq!(lacking.settle(), Err(incomplete));
-        ledger.live_set(SPACE, set(4, 2)).unwrap();
-        assert_eq!(ledger.round_held(), Ok(Some(Round::FIRST)));
-        let surplus = ledger.settle().unwrap();
-        let pages = set(0, 4).union(&set(6, 4));
-        assert_eq!(
-            surplus,
-            [
-                Surplus {
-                    space: SPACE,
-                    pages
-                },
-                Surplus {
-                    space: SpaceId(2),
-                    pages: set(5, 1)
-                },
-            ]
-        );
-        assert_eq!(ledger.held(SPACE), Some(&set(4, 2)));
-    }
-
-    // clause: F-2
-    #[test]
-    fn a_space_has_one_live_set() {
-        let mut ledger = Ledger::new();
-        ledger.live_set(SPACE, set(0, 1)).unwrap();
-        assert_eq!(
-            ledger.live_set(SPACE, set(1, 1)),
-            Err(LedgerError::LiveTwice(SPACE))
-        );
-    }
-}
+#[path = "ledger_tests.rs"]
+mod tests;

@@ -220,6 +220,7 @@ impl Entry {
                 timeout_us: micros(offered.policy.timeout),
                 verify: offered.policy.verify,
                 force_eager: offered.policy.force_eager,
+                frozen_max_us: offered.policy.frozen_max.map(micros),
                 state: offered.state.0.clone(),
             }),
             Self::Commit { generation } => Wire::Commit(number(generation)),
@@ -307,6 +308,7 @@ impl TryFrom<schema::Offered> for OfferedEntry {
                 timeout: Duration::from_micros(offered.timeout_us),
                 verify: offered.verify,
                 force_eager: offered.force_eager,
+                frozen_max: offered.frozen_max_us.map(Duration::from_micros),
             },
             state: DriverState::new(offered.state)?,
         })
@@ -355,7 +357,10 @@ mod tests {
             Entry::Offered(OfferedEntry {
                 workload: workload.clone(),
                 peer: peer.clone(),
-                policy: Policy::DEFAULT,
+                policy: Policy {
+                    frozen_max: Some(Duration::from_secs(7)),
+                    ..Policy::DEFAULT
+                },
                 state: state.clone(),
             }),
             Entry::Commit { generation },
@@ -388,6 +393,36 @@ mod tests {
             };
             assert_eq!(Record::from_bytes(&record.to_bytes()), Ok(record));
         }
+    }
+
+    #[test]
+    fn the_beginning_of_a_migration_keeps_its_bytes() {
+        let bytes = |frozen_max| {
+            let policy = Policy {
+                frozen_max,
+                ..Policy::DEFAULT
+            };
+            let record = Record {
+                migration: MigrationId::new([3; 16]),
+                entry: Entry::Offered(OfferedEntry {
+                    workload: WorkloadName::Process(7),
+                    peer: "b".parse().unwrap(),
+                    policy,
+                    state: DriverState::new(vec![1]).unwrap(),
+                }),
+            };
+            let bytes = record.to_bytes();
+            bytes
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect::<String>()
+        };
+        let begin = "010a1003030303030303030303030303030303";
+        let offered = "0a0970726f636573732f3712016218e0a712201e2880c8ceb40d420101";
+        assert_eq!(bytes(None), format!("{begin}82011d{offered}"));
+        let frozen_max = "4880897a";
+        let bounded = bytes(Some(Duration::from_secs(2)));
+        assert_eq!(bounded, format!("{begin}820121{offered}{frozen_max}"));
     }
 
     // clause: J-1

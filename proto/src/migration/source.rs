@@ -15,6 +15,7 @@ mod outcome;
 mod output;
 mod recovery;
 mod state;
+mod wait;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -31,6 +32,7 @@ use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage}
 use crate::wire::description::WorkloadDescription;
 use crate::wire::version::Version;
 use state::{Copying, Finishing, Link, Retrying, State, Timer};
+pub use wait::{Wait, Waiting};
 
 /// How long the first connection may take. Longer than QUIC's own handshake timeout, whose
 /// error says more.
@@ -42,13 +44,10 @@ pub const ACCEPT_MAX: Duration = Duration::from_secs(60);
 /// How long attaching the tracker to every space may take: 20 ms for each of a few thousand.
 pub const TRACK_MAX: Duration = Duration::from_secs(120);
 
-/// How long the workload may be frozen before the commit. A client gives up earlier; this only
-/// ends a freeze that would never end. It covers memory that only CRIU copies, at 100 MB/s.
-pub const FROZEN_MAX: Duration = Duration::from_secs(120);
-
 /// How often a freeze may be given up for another round. Each one stops the workload for some
-/// milliseconds, and what needs more than this changes faster than rounds are sent.
-pub const RETRIES_MAX: u32 = 3;
+/// tens of milliseconds, and what needs more than this is no passing state, or changes faster
+/// than rounds are sent.
+pub const RETRIES_MAX: u32 = 10;
 
 /// How long a committed source waits for an answer before it says that a fence is wanted.
 pub const SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -98,8 +97,8 @@ pub enum SourceEvent {
     PeerLost,
     /// [`SourceAction::Release`] is done: the frozen copy is gone.
     Released,
-    /// Instead of `Frozen` or `Finished`: another round must come first. Only before the first
-    /// live set, image or digest was sent.
+    /// Instead of `Frozen` or `Finished`: another round must come first. Whatever of this attempt
+    /// is sent already is of its generation, and the target drops it.
     Retry(RetryReport),
     /// [`SourceAction::SendRound`] is done: all parcels are handed to the lanes.
     RoundSent(RoundReport),
@@ -112,6 +111,9 @@ pub enum SourceEvent {
         /// The workload's memory, in pages.
         memory: PageCount,
     },
+    /// What an action of the freeze waits for at the moment. Changes nothing; to be said before
+    /// [`SourceMachine::handle_timeout`], which may be the end of the freeze.
+    Waiting(Vec<Waiting>),
 }
 
 /// What the source's driver has to do, in this order.
@@ -147,8 +149,8 @@ pub enum SourceAction {
         /// The number that the parcels carry.
         round: Round,
     },
-    /// End what is under way, let CRIU end with failure, thaw the cgroup, open the network.
-    /// Succeeds on a workload that runs.
+    /// End what is under way at once, whatever it waits for; let CRIU end with failure, thaw the
+    /// cgroup, open the network. Succeeds on a workload that runs.
     Thaw {
         /// Whether tracking ends too.
         untrack: bool,
@@ -183,8 +185,15 @@ pub struct RetryReport {
     pub parcels: u32,
     /// Pages in those parcels, zero pages too.
     pub pages: PageCount,
-    /// For the log and for the error if it happens too often.
-    pub reason: String,
+    /// Bytes of those pages, before compression.
+    pub raw_bytes: u64,
+    /// Bytes on the wire, of live sets, images and digests too.
+    pub wire_bytes: u64,
+    /// How long the workload runs before the next round begins: chosen at random, so as not to
+    /// meet it in step.
+    pub pause: Duration,
+    /// What ends the migration if it happens too often.
+    pub reason: Failure,
 }
 
 /// The machine.
@@ -202,6 +211,8 @@ pub struct SourceMachine {
     undecided: Option<Undecided>,
     generation: Generation,
     retries: u32,
+    /// Why the last freeze was given up.
+    given_up: Option<Failure>,
     link: Link,
     /// An offer was sent, so the target may hold something.
     offered: bool,
@@ -214,6 +225,10 @@ pub struct SourceMachine {
     fence_wanted: bool,
     convergence: Convergence,
     round: Option<Round>,
+    /// How long the present freeze, or the last one, may last before the commit.
+    frozen_max: Option<Duration>,
+    /// What the driver waits for.
+    waiting: Vec<Waiting>,
     counters: Counters,
     edges: Edges,
     started_at: Time,
@@ -242,6 +257,7 @@ impl SourceMachine {
             undecided: Some(Undecided::without_commit()),
             generation: Generation::FIRST,
             retries: 0,
+            given_up: None,
             link: Link::Down,
             offered: false,
             touched: false,
@@ -251,6 +267,8 @@ impl SourceMachine {
             fence_wanted: false,
             convergence: Convergence::default(),
             round: None,
+            frozen_max: None,
+            waiting: Vec::new(),
             counters: Counters::default(),
             edges: Edges::default(),
             started_at: now,
@@ -272,7 +290,7 @@ impl SourceMachine {
             SourceEvent::AbortRequested => self.abort_requested(now),
             SourceEvent::Failure(failure) => self.failed(now, failure),
             SourceEvent::Fenced(side) => self.fenced(side),
-            SourceEvent::Finished(report) => self.finished(report),
+            SourceEvent::Finished(report) => self.finished(now, report),
             SourceEvent::Frozen => self.frozen(now),
             SourceEvent::JournalFailed(record) => self.journal_failed(now, &record),
             SourceEvent::Journalled(record) => self.journalled(now, &record),
@@ -280,11 +298,12 @@ impl SourceMachine {
             SourceEvent::PeerConnected => self.peer_connected(now),
             SourceEvent::PeerLost => self.peer_lost(now),
             SourceEvent::Released => self.released(),
-            SourceEvent::Retry(report) => self.retry(&report),
+            SourceEvent::Retry(report) => self.retry(report),
             SourceEvent::RoundSent(report) => self.round_sent(&report),
             SourceEvent::SmapsEqual => self.smaps_equal(),
             SourceEvent::Thawed => self.thawed(now),
             SourceEvent::TrackingReady { memory } => self.tracking_ready(memory),
+            SourceEvent::Waiting(waiting) => self.waiting = waiting,
         }
         self.report(now);
     }
@@ -337,6 +356,7 @@ impl SourceMachine {
             wire_bytes: self.counters.wire_bytes,
             dirty_pages_per_second: self.convergence.dirtied_per_second(),
             predicted_downtime: self.convergence.predicted_downtime(),
+            frozen_max: self.frozen_max.or(self.policy.frozen_max),
             parts: self.edges.parts(),
             elapsed: now.since(self.started_at),
             failure: self.failure.clone(),
@@ -454,13 +474,25 @@ impl SourceMachine {
     /// A round is at the target: the policy says what follows.
     fn round_complete(&mut self, now: Time, report: &RoundReport) {
         let next = report.round.next();
-        match self.convergence.after(&self.policy, report) {
+        let memory = self.counters.memory;
+        match self.convergence.after(&self.policy, report, memory) {
             Decision::Round => self.send_round(next),
             Decision::Freeze(_) => self.freeze(now, next),
         }
     }
 
     fn freeze(&mut self, now: Time, round: Round) {
+        let frozen_max = self.convergence.frozen_max(&self.policy);
+        if let Some(predicted) = self.convergence.predicted_freeze()
+            && frozen_max < predicted
+        {
+            let text = format!(
+                "a freeze is predicted to take {predicted:.1?}, and {frozen_max:.1?} are allowed"
+            );
+            return self.abort_with(ErrorCode::FrozenTooLong, &text);
+        }
+        self.frozen_max = Some(frozen_max);
+        self.waiting.clear();
         self.round = Some(round);
         self.edges = Edges {
             requested: Some(now),
@@ -468,7 +500,7 @@ impl SourceMachine {
         };
         self.state = State::Freezing { round };
         self.timers.stop(Timer::Overall);
-        self.timers.set(Timer::Step, now.after(FROZEN_MAX));
+        self.timers.set(Timer::Frozen, now.after(frozen_max));
         self.actions.push_back(SourceAction::Freeze { round });
     }
 
@@ -483,7 +515,7 @@ impl SourceMachine {
             .push_back(SourceAction::Finish { generation, round });
     }
 
-    fn finished(&mut self, report: FinalReport) {
+    fn finished(&mut self, now: Time, report: FinalReport) {
         let State::Finishing(finishing) = &mut self.state else {
             return self.out_of_place("the end of the final round");
         };
@@ -491,6 +523,7 @@ impl SourceMachine {
             return self.out_of_place("a second end of the final round");
         }
         let round = finishing.round;
+        self.edges.sent = Some(now);
         self.counters.sent_bytes += report.raw_bytes;
         self.counters.wire_bytes += report.wire_bytes;
         self.send(SourceMessage::Final(Final {
@@ -517,9 +550,9 @@ impl SourceMachine {
         self.prepare_if_complete();
     }
 
-    /// Thaws and sends another round, after what is on its way has arrived: a page must never be
-    /// in flight twice, or the older one may be the one that stays.
-    fn retry(&mut self, report: &RetryReport) {
+    /// Thaws and sends another round, after a pause, and after what is on its way has arrived: a
+    /// page must never be in flight twice, or the older one may be the one that stays.
+    fn retry(&mut self, report: RetryReport) {
         let round = match &self.state {
             State::Freezing { round } => *round,
             State::Finishing(finishing) if !finishing.sent => finishing.round,
@@ -539,8 +572,10 @@ impl SourceMachine {
             | State::Closing { .. }
             | State::Closed { .. } => return self.out_of_place("a retry"),
         };
+        self.counters.sent_bytes += report.raw_bytes;
+        self.counters.wire_bytes += report.wire_bytes;
         if self.retries == RETRIES_MAX {
-            return self.abort_with(ErrorCode::RetryRound, &report.reason);
+            return self.abort(report.reason);
         }
         let Some(undecided) = &self.undecided else {
             return self.out_of_place("a retry after the commit");
@@ -548,21 +583,23 @@ impl SourceMachine {
         let permit = undecided.permit();
         self.retries += 1;
         self.generation = self.generation.next();
+        self.given_up = Some(report.reason);
         self.edges = Edges::default();
-        self.timers.stop(Timer::Step);
+        self.timers.stop(Timer::Frozen);
         self.timers
             .set(Timer::Overall, self.started_at.after(self.policy.timeout));
         self.state = State::Retrying(Retrying {
             round,
+            pause: report.pause,
             thawed: false,
+            rested: false,
             held: false,
         });
         self.thaw(permit, false);
-        let RetryReport { parcels, pages, .. } = *report;
         self.send(SourceMessage::RoundEnd(RoundEnd {
             round,
-            parcels,
-            pages,
+            parcels: report.parcels,
+            pages: report.pages,
         }));
     }
 }

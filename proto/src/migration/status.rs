@@ -39,6 +39,9 @@ pub struct Status {
     pub dirty_pages_per_second: Option<u64>,
     /// The downtime if the workload were frozen now.
     pub predicted_downtime: Option<Duration>,
+    /// How long the workload may stand still before the commit: of the present freeze or the last
+    /// one, or what was asked for. Unknown at a target.
+    pub frozen_max: Option<Duration>,
     /// The downtime, cut into consecutive parts.
     pub parts: Parts,
     /// From the first event to the end, or to now.
@@ -125,6 +128,8 @@ pub struct Parts {
 pub(crate) struct Edges {
     pub(crate) requested: Option<Time>,
     pub(crate) frozen: Option<Time>,
+    /// Everything of the final round is sent. No edge: the target's answer is.
+    pub(crate) sent: Option<Time>,
     pub(crate) held: Option<Time>,
     pub(crate) ready: Option<Time>,
     pub(crate) committed: Option<Time>,
@@ -230,6 +235,7 @@ mod tests {
         let mut edges = Edges {
             requested: at(100),
             frozen: at(103),
+            sent: at(105),
             held: at(110),
             ready: at(130),
             committed: at(131),

@@ -244,6 +244,7 @@ impl TargetMachine {
             parts: Parts::default(),
             elapsed: now.since(self.started_at),
             failure: self.failure.clone(),
+            frozen_max: None,
             fence_wanted: self.state.is_ready() && !self.connected,
         }
     }

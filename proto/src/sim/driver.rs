@@ -1,11 +1,16 @@
 //! What the drivers of both sides do with their machines' actions.
 
+use std::collections::VecDeque;
+use std::time::Duration;
+
 use super::memory::Memory;
-use super::node::{Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload};
+use super::node::{
+    Attempt, Images, Last, Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload,
+};
 use super::oracle::Violation;
 use super::world::{PAGE_DURATION, World, workload_gone};
-use crate::id::{Round, SpaceId};
-use crate::migration::ledger::{Ledger, LedgerError};
+use crate::id::{Generation, Round, SpaceId};
+use crate::migration::ledger::{Arrival, Ledger, LedgerError};
 use crate::migration::policy::RoundReport;
 use crate::migration::record::DriverState;
 use crate::migration::source::{FinalReport, RetryReport, SourceAction, SourceEvent};
@@ -47,15 +52,17 @@ impl World {
         }
     }
 
-    /// The jobs that may get further: of the records being written only the first.
+    /// The jobs that may get further: none that hangs, and of the records being written the first.
     pub(super) fn source_jobs(&self) -> Vec<usize> {
         let writes = |job: &SourceJob| matches!(job, SourceJob::Journal { .. });
-        allowed(&self.source.jobs, writes)
+        let hangs = |job: &SourceJob| matches!(job, SourceJob::Hung);
+        allowed(&self.source.jobs, writes, hangs)
     }
 
     pub(super) fn target_jobs(&self) -> Vec<usize> {
         let writes = |job: &TargetJob| matches!(job, TargetJob::Journal { .. });
-        allowed(&self.target.jobs, writes)
+        let hangs = |job: &TargetJob| matches!(job, TargetJob::Hung);
+        allowed(&self.target.jobs, writes, hangs)
     }
 
     pub(super) fn begin_at_source(&mut self) -> Result<(), Violation> {
@@ -67,16 +74,15 @@ impl World {
         let job = match action {
             SourceAction::CompareSmaps => SourceJob::CompareSmaps,
             SourceAction::Connect => SourceJob::Connect,
-            SourceAction::Finish {
-                generation: _,
-                round,
-            } => {
-                self.frozen = Some(self.source.memory.memory.clone());
-                SourceJob::Send(self.sending(round, true))
+            SourceAction::Finish { generation, round } => {
+                let memory = self.source.memory.memory.clone();
+                self.frozen = Some((memory, images(generation)));
+                SourceJob::Send(self.sending(round, Some(generation)))
             }
             SourceAction::Freeze { round: _ } => {
                 if self.source.workload == SourceWorkload::Running {
                     self.source.workload = SourceWorkload::Frozen;
+                    self.source.frozen_at = Some(self.now);
                 }
                 SourceJob::Freeze
             }
@@ -99,12 +105,13 @@ impl World {
                 }
                 return Ok(());
             }
-            SourceAction::SendRound { round } => SourceJob::Send(self.sending(round, false)),
+            SourceAction::SendRound { round } => SourceJob::Send(self.sending(round, None)),
             SourceAction::Thaw { untrack: _ } => {
                 self.undo_at_source();
                 self.check_thaw()?;
                 if self.source.workload == SourceWorkload::Frozen {
                     self.source.workload = SourceWorkload::Running;
+                    self.source.frozen_at = None;
                 }
                 SourceJob::Thaw
             }
@@ -112,6 +119,14 @@ impl World {
                 self.source.memory.restart();
                 SourceJob::Track
             }
+        };
+        let job = match job {
+            SourceJob::CompareSmaps | SourceJob::Freeze | SourceJob::Send(_) | SourceJob::Track
+                if std::mem::take(&mut self.source.hang_next) =>
+            {
+                SourceJob::Hung
+            }
+            job => job,
         };
         self.source.jobs.push(job);
         Ok(())
@@ -123,6 +138,7 @@ impl World {
             match job {
                 SourceJob::CompareSmaps
                 | SourceJob::Freeze
+                | SourceJob::Hung
                 | SourceJob::Send(_)
                 | SourceJob::Track => {
                     *job = SourceJob::Late(SourceEvent::Failure(injected()));
@@ -136,7 +152,7 @@ impl World {
         }
     }
 
-    fn sending(&mut self, round: Round, last: bool) -> Sending {
+    fn sending(&mut self, round: Round, attempt: Option<Generation>) -> Sending {
         let scan = self.source.memory.scan();
         let cut = |(space, pages): (SpaceId, PageSet)| {
             let parts = pages.partition(PARCEL_PAGES).into_iter();
@@ -145,10 +161,40 @@ impl World {
         let parcels = scan.into_iter().flat_map(cut).collect();
         Sending {
             round,
-            last,
             parcels,
             sent: 0,
             pages: 0,
+            last: attempt.map(|generation| self.last(generation)),
+        }
+    }
+
+    fn last(&self, generation: Generation) -> Last {
+        let memory = &self.source.memory.memory;
+        let live = memory.live();
+        let spaces = u32::try_from(live.len()).expect("few spaces");
+        let mut unsent = VecDeque::new();
+        for (space, live) in live {
+            let pages = memory.read(space, &live);
+            unsent.push_back(Stream::LiveSet {
+                generation,
+                space,
+                live,
+            });
+            unsent.push_back(Stream::Digests {
+                generation,
+                space,
+                pages,
+            });
+        }
+        let images = images(generation);
+        let image = |(name, generation)| Stream::Image { generation, name };
+        let files = u32::try_from(images.len()).expect("few images");
+        unsent.extend(images.into_iter().map(image));
+        Last {
+            live_sets: spaces,
+            images: files,
+            digests: spaces,
+            unsent,
         }
     }
 
@@ -180,7 +226,7 @@ impl World {
                     SourceEvent::Journalled(record)
                 }
             }
-            SourceJob::Journal { .. } => return,
+            SourceJob::Hung | SourceJob::Journal { .. } => return,
             SourceJob::Late(event) => event,
             SourceJob::Release => outcome(SourceEvent::Released),
             SourceJob::Send(_) if failed => SourceEvent::Failure(injected()),
@@ -193,9 +239,11 @@ impl World {
         self.at_source(event);
     }
 
-    /// Reads and sends one parcel, after the scan: what is written meanwhile is dirty again.
+    /// Reads and sends one parcel, after the scan: what is written meanwhile is dirty again. After
+    /// the parcels of the final round come the other streams of the attempt, which may be given up
+    /// at any point before its end.
     fn send_on(&mut self, mut sending: Sending, place: usize) {
-        if sending.last && std::mem::take(&mut self.source.retry_next) {
+        if sending.last.is_some() && std::mem::take(&mut self.source.retry_next) {
             for (space, pages) in &sending.parcels {
                 self.source.memory.put_back(*space, pages);
             }
@@ -214,7 +262,7 @@ impl World {
             return;
         }
         let raw_bytes = sending.pages * PAGE_SIZE as u64;
-        if !sending.last {
+        let Some(last) = &mut sending.last else {
             let pages = u32::try_from(sending.pages).expect("few pages");
             return self.at_source(SourceEvent::RoundSent(RoundReport {
                 round: sending.round,
@@ -226,23 +274,22 @@ impl World {
                 duration: PAGE_DURATION * pages.max(1),
                 eager_bytes: 0,
             }));
+        };
+        if let Some(stream) = last.unsent.pop_front() {
+            self.put(stream);
+            self.source.jobs.insert(place, SourceJob::Send(sending));
+            return;
         }
-        let live = self.source.memory.memory.live();
-        let live_sets = u32::try_from(live.len()).expect("few spaces");
-        for (space, live) in live {
-            self.put(Stream::LiveSet { space, live });
-        }
-        self.put(Stream::Image);
-        self.put(Stream::Digests);
-        self.at_source(SourceEvent::Finished(FinalReport {
+        let report = FinalReport {
             parcels: sending.sent,
             pages: PageCount(sending.pages),
-            live_sets,
-            images: 1,
-            digests: 1,
+            live_sets: last.live_sets,
+            images: last.images,
+            digests: last.digests,
             raw_bytes,
             wire_bytes: raw_bytes / 2,
-        }));
+        };
+        self.at_source(SourceEvent::Finished(report));
     }
 
     fn put(&mut self, stream: Stream) {
@@ -306,6 +353,7 @@ impl World {
             TargetAction::Prepare(_) => {
                 self.target.ledger = Some(Ledger::new());
                 self.target.store = Memory::default();
+                self.target.attempt = Attempt::default();
                 TargetJob::Prepare
             }
             TargetAction::Report(status) => return self.check_report(1, status.generation),
@@ -318,6 +366,14 @@ impl World {
                 }
                 return Ok(());
             }
+        };
+        let job = match job {
+            TargetJob::Prepare | TargetJob::Restore
+                if std::mem::take(&mut self.target.hang_next) =>
+            {
+                TargetJob::Hung
+            }
+            job => job,
         };
         self.target.jobs.push(job);
         Ok(())
@@ -337,6 +393,7 @@ impl World {
     fn undo_at_target(&mut self) {
         self.target.ledger = None;
         self.target.store = Memory::default();
+        self.target.attempt = Attempt::default();
         match self.target.workload {
             TargetWorkload::Held | TargetWorkload::Dropped => {
                 self.target.workload = TargetWorkload::Nothing;
@@ -345,7 +402,10 @@ impl World {
         }
         for job in &mut self.target.jobs {
             match job {
-                TargetJob::Prepare | TargetJob::Restore | TargetJob::Stored(_) => {
+                TargetJob::Hung
+                | TargetJob::Prepare
+                | TargetJob::Restore
+                | TargetJob::Stored(_) => {
                     *job = TargetJob::Late(TargetEvent::Failure(injected()));
                 }
                 TargetJob::Discard
@@ -382,7 +442,7 @@ impl World {
                     TargetEvent::Journalled(record)
                 }
             }
-            TargetJob::Journal { .. } => return,
+            TargetJob::Hung | TargetJob::Journal { .. } => return,
             TargetJob::Late(event) | TargetJob::Stored(event) => event,
             TargetJob::LetGo if self.target.workload == TargetWorkload::Dropped => {
                 TargetEvent::NeverRan(workload_gone())
@@ -400,7 +460,8 @@ impl World {
             TargetJob::Prepare => outcome(TargetEvent::Prepared { state: state() }),
             TargetJob::Restore if failed => TargetEvent::Failure(injected()),
             TargetJob::Restore => {
-                self.target.restored = self.target.store.clone();
+                let images = self.target.attempt.images.clone();
+                self.target.restored = (self.target.store.clone(), images);
                 self.target.workload = TargetWorkload::Held;
                 TargetEvent::Restored { state: state() }
             }
@@ -414,22 +475,45 @@ impl World {
         let Some(ledger) = &mut self.target.ledger else {
             return;
         };
+        let attempt = &mut self.target.attempt;
         let entered = match stream {
-            Stream::Digests => ledger.digests(),
-            Stream::Image => ledger.image(),
-            Stream::LiveSet { space, live } => ledger.live_set(space, live),
+            Stream::Digests {
+                generation,
+                space,
+                pages,
+            } => ledger
+                .digests(generation, space, set_of(&pages))
+                .map(|arrival| {
+                    attempt.belong_to(ledger.generation());
+                    if arrival == Arrival::Kept {
+                        attempt.digests.push((space, pages));
+                    }
+                }),
+            Stream::Image { generation, name } => ledger.image(generation).map(|arrival| {
+                attempt.belong_to(ledger.generation());
+                if arrival == Arrival::Kept {
+                    attempt.images.insert(name, generation);
+                }
+            }),
+            Stream::LiveSet {
+                generation,
+                space,
+                live,
+            } => ledger.live_set(generation, space, live).map(drop),
             Stream::Parcel {
                 space,
                 round,
                 pages,
-            } => {
-                let run = |(page, _): &(u64, u32)| PageRun::new(PageIndex(*page), PageCount(1));
-                let set = pages.iter().map(run).collect::<Result<PageSet, _>>();
-                for (page, version) in pages {
-                    self.target.store.insert(space, page, version);
+            } => match ledger.admit(round) {
+                Ok(admitted) => {
+                    let count = PageCount(pages.len() as u64);
+                    for (page, version) in pages {
+                        self.target.store.insert(space, page, version);
+                    }
+                    ledger.parcel(admitted, space, count)
                 }
-                ledger.parcel(space, round, &set.expect("small page numbers"))
-            }
+                Err(error) => Err(error),
+            },
         };
         self.enter(entered);
     }
@@ -439,14 +523,15 @@ impl World {
         let Some(ledger) = &mut self.target.ledger else {
             return;
         };
+        self.target.attempt.belong_to(ledger.generation());
         let event = match entered.and_then(|()| ledger.round_held()) {
             Ok(None) => return,
-            Ok(Some(round)) => match ledger.settle() {
-                Ok(surplus) => {
-                    for surplus in surplus {
-                        self.target.store.remove(surplus.space, &surplus.pages);
+            Ok(Some(round)) => match ledger.settle(&self.target.store.held()) {
+                Ok(accounts) => {
+                    for account in accounts {
+                        self.target.store.remove(account.space, &account.surplus);
                     }
-                    TargetEvent::FinalStored
+                    self.verified()
                 }
                 Err(LedgerError::NotFinal) => TargetEvent::RoundStored { round },
                 Err(error) => ledger_failure(&error),
@@ -455,17 +540,58 @@ impl World {
         };
         self.target.jobs.push(TargetJob::Stored(event));
     }
+
+    /// Whether each digest is that of the page in the store.
+    fn verified(&self) -> TargetEvent {
+        let store = &self.target.store;
+        let equal = |(space, pages): &(SpaceId, Vec<(u64, u32)>)| {
+            store.read(*space, &set_of(pages)) == *pages
+        };
+        if self.target.attempt.digests.iter().all(equal) {
+            TargetEvent::FinalStored
+        } else {
+            let text = "the digests are not those of the store";
+            TargetEvent::Failure(Failure::new(ErrorCode::VerifyMismatch, text))
+        }
+    }
+}
+
+fn set_of(pages: &[(u64, u32)]) -> PageSet {
+    let run = |(page, _): &(u64, u32)| PageRun::new(PageIndex(*page), PageCount(1));
+    let set = pages.iter().map(run).collect::<Result<PageSet, _>>();
+    set.expect("small page numbers")
+}
+
+impl Attempt {
+    /// Drops what an older attempt has left.
+    fn belong_to(&mut self, generation: Generation) {
+        if self.generation != Some(generation) {
+            *self = Self {
+                generation: Some(generation),
+                ..Self::default()
+            };
+        }
+    }
+}
+
+/// The image files that an attempt writes: not always of the same names.
+fn images(generation: Generation) -> Images {
+    let odd = u8::from(generation.number() % 2 == 1);
+    [(0, generation), (1 + odd, generation)].into()
 }
 
 fn ledger_failure(error: &LedgerError) -> TargetEvent {
-    TargetEvent::Failure(Failure::new(ErrorCode::LedgerIncomplete, error.to_string()))
+    TargetEvent::Failure(Failure::new(error.code(), error.to_string()))
 }
 
 fn retry(parcels: u32, pages: PageCount) -> SourceEvent {
     SourceEvent::Retry(RetryReport {
         parcels,
         pages,
-        reason: "injected".to_owned(),
+        raw_bytes: pages.bytes(),
+        wire_bytes: 0,
+        pause: PAUSE,
+        reason: injected(),
     })
 }
 
@@ -473,10 +599,15 @@ fn injected() -> Failure {
     Failure::new(ErrorCode::Internal, "injected")
 }
 
-fn allowed<Job>(jobs: &[Job], writes: impl Fn(&Job) -> bool) -> Vec<usize> {
+fn allowed<Job>(
+    jobs: &[Job],
+    writes: impl Fn(&Job) -> bool,
+    hangs: impl Fn(&Job) -> bool,
+) -> Vec<usize> {
     let first = jobs.iter().position(&writes);
     (0..jobs.len())
         .filter(|place| !writes(&jobs[*place]) || Some(*place) == first)
+        .filter(|place| !hangs(&jobs[*place]))
         .collect()
 }
 
@@ -487,6 +618,9 @@ fn brief(value: &impl std::fmt::Debug) -> String {
 
 /// Most characters of an event or action in a trace.
 const BRIEF_CHARS: usize = 90;
+
+/// How long the simulated workload runs after a freeze that was given up.
+const PAUSE: Duration = Duration::from_millis(25);
 
 /// Pages of a simulated parcel: few, so that a round has several.
 const PARCEL_PAGES: PageCount = PageCount(3);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::id::SpaceId;
+use crate::migration::ledger::HeldPages;
 use crate::page::{PageCount, PageIndex, PageRun};
 use crate::set::PageSet;
 
@@ -37,6 +38,26 @@ impl Memory {
         self.spaces
             .iter()
             .map(|(space, pages)| (*space, set(pages)))
+            .collect()
+    }
+
+    /// The same as a store would say it: pages of an even version are zero.
+    pub(super) fn held(&self) -> BTreeMap<SpaceId, HeldPages> {
+        let held = |pages: &BTreeMap<u64, u32>| {
+            let of = |zero| {
+                let pages = pages
+                    .iter()
+                    .filter(move |(_, version)| (*version % 2 == 0) == zero);
+                pages.map(|(page, _)| one(*page)).collect()
+            };
+            HeldPages {
+                data: of(false),
+                zero: of(true),
+            }
+        };
+        self.spaces
+            .iter()
+            .map(|(space, pages)| (*space, held(pages)))
             .collect()
     }
 

@@ -1,13 +1,14 @@
 //! What each side consists of besides its machine.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use super::journal::Journal;
 use super::memory::{Memory, TrackedMemory};
-use crate::id::{Round, SpaceId};
+use crate::id::{Generation, Round, SpaceId};
 use crate::migration::ledger::Ledger;
 use crate::migration::source::{SourceAction, SourceEvent, SourceMachine};
 use crate::migration::target::{TargetAction, TargetEvent, TargetMachine};
+use crate::migration::timer::Time;
 use crate::set::PageSet;
 
 #[derive(Debug)]
@@ -20,6 +21,9 @@ pub(super) struct SourceNode {
     pub(super) actions: VecDeque<SourceAction>,
     pub(super) jobs: Vec<SourceJob>,
     pub(super) fail_next: bool,
+    pub(super) hang_next: bool,
+    /// When the present freeze began.
+    pub(super) frozen_at: Option<Time>,
     pub(super) retry_next: bool,
     /// Without power for good.
     pub(super) dead: bool,
@@ -34,15 +38,29 @@ pub(super) struct TargetNode {
     /// Pages that have arrived, and what is known of them.
     pub(super) store: Memory,
     pub(super) ledger: Option<Ledger>,
-    /// What was restored from the store.
-    pub(super) restored: Memory,
+    /// What has arrived of the attempt that the ledger collects.
+    pub(super) attempt: Attempt,
+    /// What was restored from the store, and from which images.
+    pub(super) restored: (Memory, Images),
     pub(super) actions: VecDeque<TargetAction>,
     pub(super) jobs: Vec<TargetJob>,
     pub(super) fail_next: bool,
+    pub(super) hang_next: bool,
     pub(super) dead: bool,
     pub(super) incarnations: u64,
     /// How often letting go has failed: the machine gives up after some tries.
     pub(super) let_go_failures: u32,
+}
+
+/// The folder of image files: what is in each says which attempt wrote it.
+pub(super) type Images = BTreeMap<u8, Generation>;
+
+/// What the target keeps of one attempt, besides pages.
+#[derive(Debug, Default)]
+pub(super) struct Attempt {
+    pub(super) generation: Option<Generation>,
+    pub(super) images: Images,
+    pub(super) digests: Vec<(SpaceId, Vec<(u64, u32)>)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +88,12 @@ pub(super) enum SourceJob {
     CompareSmaps,
     Connect,
     Freeze,
-    Journal { action: SourceAction, place: usize },
+    /// Under way until it is undone.
+    Hung,
+    Journal {
+        action: SourceAction,
+        place: usize,
+    },
     Late(SourceEvent),
     Release,
     Send(Sending),
@@ -82,10 +105,20 @@ pub(super) enum SourceJob {
 #[derive(Debug)]
 pub(super) struct Sending {
     pub(super) round: Round,
-    pub(super) last: bool,
     pub(super) parcels: VecDeque<(SpaceId, PageSet)>,
     pub(super) sent: u32,
     pub(super) pages: u64,
+    /// What follows the parcels of the final round.
+    pub(super) last: Option<Last>,
+}
+
+/// What an attempt at the final round sends besides parcels.
+#[derive(Debug)]
+pub(super) struct Last {
+    pub(super) live_sets: u32,
+    pub(super) images: u32,
+    pub(super) digests: u32,
+    pub(super) unsent: VecDeque<Stream>,
 }
 
 /// An action of the target that is under way.
@@ -93,7 +126,12 @@ pub(super) struct Sending {
 pub(super) enum TargetJob {
     Discard,
     Fill,
-    Journal { action: TargetAction, place: usize },
+    /// Under way until it is undone.
+    Hung,
+    Journal {
+        action: TargetAction,
+        place: usize,
+    },
     Late(TargetEvent),
     LetGo,
     Prepare,
@@ -104,9 +142,17 @@ pub(super) enum TargetJob {
 /// A data stream in flight.
 #[derive(Clone, Debug)]
 pub(super) enum Stream {
-    Digests,
-    Image,
+    Digests {
+        generation: Generation,
+        space: SpaceId,
+        pages: Vec<(u64, u32)>,
+    },
+    Image {
+        generation: Generation,
+        name: u8,
+    },
     LiveSet {
+        generation: Generation,
         space: SpaceId,
         live: PageSet,
     },
@@ -124,6 +170,7 @@ impl SourceNode {
         self.actions.clear();
         self.jobs.clear();
         self.fail_next = false;
+        self.hang_next = false;
         self.retry_next = false;
         self.journal.crash(found);
     }
@@ -136,7 +183,9 @@ impl TargetNode {
         self.actions.clear();
         self.jobs.clear();
         self.ledger = None;
+        self.attempt = Attempt::default();
         self.fail_next = false;
+        self.hang_next = false;
         self.journal.crash(found);
     }
 }

@@ -3,6 +3,7 @@
 use super::node::{SourceWorkload, TargetWorkload};
 use super::world::World;
 use crate::migration::record::Entry;
+use crate::migration::source::SourceAction;
 use crate::wire::control::{SourceMessage, TargetMessage};
 
 /// An oracle's verdict, and how it came to that.
@@ -82,10 +83,15 @@ impl World {
             committed || self.source.dead,
             "the target starts what the source has not committed",
         )?;
-        let right = self.frozen.as_ref() == Some(&self.target.restored);
+        let (memory, images) = &self.target.restored;
+        let frozen = self.frozen.as_ref();
         self.demand(
-            right,
+            frozen.is_some_and(|frozen| frozen.0 == *memory),
             "the memory at the target is not the memory at the source",
+        )?;
+        self.demand(
+            frozen.is_some_and(|frozen| frozen.1 == *images),
+            "the images at the target are not those of the last attempt",
         )
     }
 
@@ -157,7 +163,37 @@ impl World {
         let source = self.source.workload == SourceWorkload::Running;
         let target = self.target.workload == TargetWorkload::Running;
         self.demand(!(source && target), "the workload runs twice")?;
+        self.check_stillness()?;
         let longest = self.source.actions.len().max(self.target.actions.len());
         self.demand(longest <= ACTIONS_MAX, "a machine piles up actions")
     }
+
+    /// A source that is alive and has not committed lets nothing stand still beyond its bound: then
+    /// the thaw is at least asked for. How fast that is done is the driver's affair.
+    fn check_stillness(&self) -> Result<(), Violation> {
+        let frozen = self.source.workload == SourceWorkload::Frozen;
+        let Some(since) = self.source.frozen_at.filter(|_| frozen) else {
+            return Ok(());
+        };
+        if self.source.machine.is_none() || self.commit_asked() {
+            return Ok(());
+        }
+        let is_asked_back = self.source.actions.iter().any(is_thaw);
+        self.demand(
+            is_asked_back || self.now.since(since) <= self.frozen_max,
+            "the workload stands still for longer than it may",
+        )
+    }
+
+    fn commit_asked(&self) -> bool {
+        let is_commit = |action: &SourceAction| {
+            matches!(action, SourceAction::Journal(record)
+                if matches!(record.entry, Entry::Commit { .. }))
+        };
+        self.commit_found() || self.source.actions.iter().any(is_commit)
+    }
+}
+
+fn is_thaw(action: &SourceAction) -> bool {
+    matches!(action, SourceAction::Thaw { .. })
 }

@@ -37,10 +37,14 @@ pub enum Op {
     DropHeld,
     /// A side loses its power for good, and the operator tells the other side.
     Fence(Side),
+    /// Time passes: so many eighths of a second, but not beyond the next timer.
+    Pass(u8),
     /// A side loses its power and comes back without what ran there.
     PowerLoss(Side, u8),
     /// A killed daemon is started again.
     Restart(Side),
+    /// The next action of a side that works on the workload hangs until it is undone.
+    Hang(Side),
     /// The next freeze or final round wants another round first.
     Retry,
     /// Time passes until the next timer.

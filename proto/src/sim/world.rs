@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use super::journal::Journal;
 use super::memory::{Memory, TrackedMemory};
-use super::node::{SourceNode, SourceWorkload, Stream, TargetNode, TargetWorkload};
+use super::node::{
+    Attempt, Images, SourceNode, SourceWorkload, Stream, TargetNode, TargetWorkload,
+};
 use super::oracle::Violation;
 use super::step::{Op, Step};
 use crate::id::{Incarnation, MigrationId, SpaceId, WorkloadName};
 use crate::migration::handoff::Side;
-use crate::migration::policy::Policy;
+use crate::migration::policy::{FROZEN_MAX_LEAST, Policy};
 use crate::migration::record::{DriverState, Entry};
 use crate::migration::source::{SourceEvent, SourceMachine, SourceOffer};
 use crate::migration::status::{Phase, Status};
@@ -58,10 +60,12 @@ pub struct World {
     pub(super) starts: u32,
     /// The target was told to go.
     pub(super) go_said: bool,
-    /// The memory in the last freeze.
-    pub(super) frozen: Option<Memory>,
+    /// The memory in the last freeze, and the images of its attempt.
+    pub(super) frozen: Option<(Memory, Images)>,
     /// The generation of the last status of each side's present machine.
     pub(super) reported: [u64; 2],
+    /// How long the workload may stand still.
+    pub(super) frozen_max: Duration,
     pub(super) trace: Vec<String>,
 }
 
@@ -98,6 +102,8 @@ impl World {
                 actions: VecDeque::new(),
                 jobs: Vec::new(),
                 fail_next: false,
+                hang_next: false,
+                frozen_at: None,
                 retry_next: false,
                 dead: false,
             },
@@ -107,10 +113,12 @@ impl World {
                 workload: TargetWorkload::Nothing,
                 store: Memory::default(),
                 ledger: None,
-                restored: Memory::default(),
+                attempt: Attempt::default(),
+                restored: Default::default(),
                 actions: VecDeque::new(),
                 jobs: Vec::new(),
                 fail_next: false,
+                hang_next: false,
                 dead: false,
                 incarnations: 0,
                 let_go_failures: 0,
@@ -122,6 +130,7 @@ impl World {
             go_said: false,
             frozen: None,
             reported: [0; 2],
+            frozen_max: setup.policy.frozen_max.unwrap_or(FROZEN_MAX_LEAST),
             trace: Vec::new(),
         };
         world.restart_target();
@@ -201,6 +210,9 @@ impl World {
             Op::Fail(Side::Source) => self.source.fail_next = self.source.machine.is_some(),
             Op::Fail(Side::Target) => self.target.fail_next = self.target.machine.is_some(),
             Op::Fence(side) => self.fence(side),
+            Op::Hang(Side::Source) => self.source.hang_next = self.source.machine.is_some(),
+            Op::Hang(Side::Target) => self.target.hang_next = self.target.machine.is_some(),
+            Op::Pass(eighths) => self.pass(eighths),
             Op::PowerLoss(side, found) => self.lose_power(side, found),
             Op::Restart(side) => self.restart(side),
             Op::Retry => self.source.retry_next = self.source.machine.is_some(),
@@ -259,7 +271,9 @@ impl World {
     /// told.
     pub fn settle(&mut self) -> Result<Survivor, Violation> {
         self.source.fail_next = false;
+        self.source.hang_next = false;
         self.target.fail_next = false;
+        self.target.hang_next = false;
         self.source.retry_next = false;
         self.restart(Side::Source);
         self.restart(Side::Target);
@@ -491,6 +505,15 @@ impl World {
             .as_ref()
             .and_then(TargetMachine::poll_timeout);
         [source, target].into_iter().flatten().min()
+    }
+
+    /// What is under way takes this long.
+    fn pass(&mut self, eighths: u8) {
+        let later = self.now.after(Duration::from_millis(125) * eighths.into());
+        self.now = self
+            .next_timer()
+            .map_or(later, |next| next.min(later))
+            .max(self.now);
     }
 
     fn tick(&mut self) {

@@ -508,6 +508,7 @@ impl From<&Offer> for schema::Offer {
                 timeout_us: micros(offer.policy.timeout),
                 verify: offer.policy.verify,
                 force_eager: offer.policy.force_eager,
+                frozen_max_us: offer.policy.frozen_max.map(micros),
             }),
             description: Some((&offer.description).into()),
         }
@@ -541,6 +542,7 @@ impl TryFrom<schema::Offer> for Offer {
                 timeout: Duration::from_micros(policy.timeout_us),
                 verify: policy.verify,
                 force_eager: policy.force_eager,
+                frozen_max: policy.frozen_max_us.map(Duration::from_micros),
             },
             description: description.try_into()?,
         })

@@ -134,7 +134,7 @@ mod tests {
     use super::*;
     use crate::wire::stream::ImageName;
 
-    // clause: F-7
+    // clause: F-9
     #[test]
     fn lengths_travel_as_an_image_file() {
         assert!(ImageName::new(LENGTHS_FILE).is_ok());

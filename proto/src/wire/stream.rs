@@ -4,7 +4,7 @@
 //! ([`seal`], [`unseal`]). The prefix is outside the checksum because it is read before anybody
 //! knows whom the body is for.
 
-use crate::id::{MigrationId, SpaceId};
+use crate::id::{Generation, IdError, MigrationId, SpaceId};
 use crate::set;
 
 /// Longest digests stream, in bytes, prefix and checksum included (4 MiB).
@@ -52,6 +52,8 @@ pub struct StreamPrefix {
 /// stream one digest per page follows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SetHeader {
+    /// The attempt that the set belongs to.
+    pub generation: Generation,
     /// The space that the pages are of.
     pub space: SpaceId,
     /// Length of the set's wire form, in bytes: at most [`set::WIRE_BYTES_MAX`].
@@ -61,6 +63,7 @@ pub struct SetHeader {
 /// What precedes an image file's bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageFileHeader {
+    generation: Generation,
     name: ImageName,
     length: u64,
 }
@@ -91,6 +94,9 @@ pub enum StreamError {
         /// The checksum of its bytes.
         computed: u32,
     },
+    /// A generation that is never valid.
+    #[error("stream belongs to no attempt")]
+    Generation(#[source] IdError),
     /// A set longer than its limit.
     #[error("set of {0} bytes, more than {max}", max = set::WIRE_BYTES_MAX)]
     SetTooLong(u32),
@@ -143,38 +149,57 @@ impl StreamPrefix {
 
 impl SetHeader {
     /// Length of the header, in bytes.
-    pub const BYTES: usize = 8;
+    pub const BYTES: usize = 12;
 
     /// Its bytes.
     pub fn encode(&self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
-        bytes[..4].copy_from_slice(&self.space.0.to_le_bytes());
-        bytes[4..].copy_from_slice(&self.length.to_le_bytes());
+        bytes[..4].copy_from_slice(&self.generation.number().to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.space.0.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.length.to_le_bytes());
         bytes
     }
 
     /// The header at the start of these bytes, and what follows it.
     pub fn decode(bytes: &[u8]) -> Result<(Self, &[u8]), StreamError> {
         let mut rest = bytes;
+        let generation = take_generation(&mut rest)?;
         let space = SpaceId(u32::from_le_bytes(take(&mut rest)?));
         let length = u32::from_le_bytes(take(&mut rest)?);
         if set::WIRE_BYTES_MAX < length as usize {
             return Err(StreamError::SetTooLong(length));
         }
-        Ok((Self { space, length }, rest))
+        let header = Self {
+            generation,
+            space,
+            length,
+        };
+        Ok((header, rest))
     }
 }
 
 impl ImageFileHeader {
+    /// Length of what comes before the name and says how long that is, in bytes.
+    pub const START_BYTES: usize = 4 + 1;
+
     /// Longest header, in bytes.
-    pub const BYTES_MAX: usize = 1 + ImageName::BYTES_MAX + 8;
+    pub const BYTES_MAX: usize = Self::START_BYTES + ImageName::BYTES_MAX + 8;
 
     /// The header of a file of `length` bytes.
-    pub fn new(name: ImageName, length: u64) -> Result<Self, StreamError> {
+    pub fn new(generation: Generation, name: ImageName, length: u64) -> Result<Self, StreamError> {
         if IMAGE_BYTES_MAX < length {
             return Err(StreamError::ImageTooLong(length));
         }
-        Ok(Self { name, length })
+        Ok(Self {
+            generation,
+            name,
+            length,
+        })
+    }
+
+    /// The attempt that the file belongs to.
+    pub const fn generation(&self) -> Generation {
+        self.generation
     }
 
     /// The file's name.
@@ -187,11 +212,19 @@ impl ImageFileHeader {
         self.length
     }
 
+    /// Length of the header that begins with these bytes, in bytes.
+    pub fn bytes(start: &[u8; Self::START_BYTES]) -> usize {
+        let [.., name_length] = start;
+        Self::START_BYTES + usize::from(*name_length) + 8
+    }
+
     /// Its bytes.
     pub fn encode(&self) -> Vec<u8> {
+        let generation = self.generation.number().to_le_bytes();
         let name = self.name.0.as_bytes();
         let name_length = u8::try_from(name.len()).expect("a name has at most 255 bytes");
-        [&[name_length], name, &self.length.to_le_bytes()].concat()
+        let length = self.length.to_le_bytes();
+        [&generation[..], &[name_length], name, &length].concat()
     }
 
     /// The header at the start of these bytes, and what follows it. An error of
@@ -201,16 +234,15 @@ impl ImageFileHeader {
             length: bytes.len(),
             needed,
         };
-        let (&name_length, rest) = bytes.split_first().ok_or(truncated(1))?;
-        let name_length = usize::from(name_length);
-        let needed = 1 + name_length + 8;
-        if bytes.len() < needed {
-            return Err(truncated(needed));
-        }
-        let (name, mut rest) = rest.split_at(name_length);
+        let start = bytes.first_chunk().ok_or(truncated(Self::START_BYTES))?;
+        let needed = Self::bytes(start);
+        let header = bytes.get(..needed).ok_or(truncated(needed))?;
+        let mut fields = header;
+        let generation = take_generation(&mut fields)?;
+        let (name, mut length) = fields[1..].split_at(needed - Self::START_BYTES - 8);
         let name = ImageName::from_bytes(name)?;
-        let length = u64::from_le_bytes(take(&mut rest)?);
-        Ok((Self::new(name, length)?, rest))
+        let length = u64::from_le_bytes(take(&mut length)?);
+        Ok((Self::new(generation, name, length)?, &bytes[needed..]))
     }
 }
 
@@ -266,6 +298,11 @@ pub fn unseal(bytes: &[u8]) -> Result<&[u8], StreamError> {
         return Err(StreamError::Checksum { found, computed });
     }
     Ok(body)
+}
+
+fn take_generation(rest: &mut &[u8]) -> Result<Generation, StreamError> {
+    let number = u32::from_le_bytes(take(rest)?);
+    Generation::new(number).map_err(StreamError::Generation)
 }
 
 fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], StreamError> {
@@ -324,13 +361,17 @@ mod tests {
 
     #[test]
     fn an_image_header_says_how_long_it_is() {
-        let header = ImageFileHeader::new(ImageName::new("mm-1.img").unwrap(), 77).unwrap();
+        let name = ImageName::new("mm-1.img").unwrap();
+        let header = ImageFileHeader::new(Generation::FIRST.next(), name, 77).unwrap();
         let bytes = header.encode();
-        for length in 1..bytes.len() {
-            let truncated = StreamError::Truncated {
-                length,
-                needed: bytes.len(),
+        for length in 0..bytes.len() {
+            let known = ImageFileHeader::START_BYTES <= length;
+            let needed = if known {
+                bytes.len()
+            } else {
+                ImageFileHeader::START_BYTES
             };
+            let truncated = StreamError::Truncated { length, needed };
             assert_eq!(ImageFileHeader::decode(&bytes[..length]), Err(truncated));
         }
         let followed = [&bytes[..], b"rest"].concat();
@@ -371,16 +412,27 @@ mod tests {
     #[test]
     fn a_set_header_is_bounded() {
         let header = SetHeader {
+            generation: Generation::FIRST,
             space: SpaceId(9),
             length: 1 << 25,
         };
         let bytes = header.encode();
         assert_eq!(SetHeader::decode(&bytes), Ok((header, &[][..])));
         let beyond = SetHeader {
-            space: SpaceId(9),
             length: (1 << 25) + 1,
+            ..header
         };
         let refused = SetHeader::decode(&beyond.encode()).map(|(header, _)| header);
         assert_eq!(refused, Err(StreamError::SetTooLong((1 << 25) + 1)));
+    }
+
+    // clause: V-5
+    #[test]
+    fn nothing_belongs_to_generation_zero() {
+        let refused = Err(StreamError::Generation(IdError::GenerationZero));
+        let set = SetHeader::decode(&[0; SetHeader::BYTES]);
+        assert_eq!(set.map(|_| ()), refused.clone());
+        let file = [&[0, 0, 0, 0, 1, b'a'][..], &[0; 8]].concat();
+        assert_eq!(ImageFileHeader::decode(&file).map(|_| ()), refused);
     }
 }

@@ -93,7 +93,18 @@ impl Source {
     }
 
     pub fn copying() -> Self {
-        let mut source = Self::new();
+        Self::with(Policy::DEFAULT)
+    }
+
+    /// In its first round, with this policy.
+    pub fn with(policy: Policy) -> Self {
+        let now = Time::default();
+        let offer = SourceOffer {
+            policy,
+            ..source_offer()
+        };
+        let machine = SourceMachine::new(offer, now);
+        let mut source = Self { machine, now };
         source.actions();
         source.journalled(offered());
         source.feed(SourceEvent::PeerConnected);

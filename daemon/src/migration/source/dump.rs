@@ -34,10 +34,8 @@ use crate::runtime::mounts::external_at_dump;
 /// CRIU's start-up, with its kernel probing cached, takes tens of milliseconds.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A dump without page contents takes milliseconds; with shared memory forced in, seconds.
-const RUN_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// After the last answer CRIU kills or releases the tasks and ends.
+/// After the last answer CRIU kills the tasks and ends, unhurried by anybody; and its tracer, when
+/// CRIU was killed, puts back what it can in seconds.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
 const LOG_FILE: &str = "dump.log";
@@ -183,10 +181,13 @@ impl Dump {
             images,
             log,
         };
-        dump.advance(&NotifyScript::PreDump, "pre-dump", PREPARE_TIMEOUT)
-            .await?;
+        let ready = dump.advance(&NotifyScript::PreDump);
+        match tokio::time::timeout(PREPARE_TIMEOUT, ready).await {
+            Ok(ready) => ready?,
+            Err(_) => return dump.timed_out("pre-dump", PREPARE_TIMEOUT),
+        }
         if dump.feed.counters()?.attached == 0 {
-            dump.rollback().await?;
+            dump.rollback(END_TIMEOUT).await?;
             return Err(DumpError::Unseeing { library });
         }
         Ok(dump)
@@ -197,11 +198,12 @@ impl Dump {
         &mut self.feed
     }
 
-    /// Lets CRIU dump the frozen tree and brings it to `post-dump`.
+    /// Lets CRIU dump the frozen tree and brings it to `post-dump`. Without page contents that takes
+    /// milliseconds, with shared memory forced in, seconds; how long it may take the caller says, by
+    /// dropping the future and calling [`Dump::rollback`].
     pub async fn run(&mut self) -> Result<(), DumpError> {
         self.swrk.answer(true).await?;
-        self.advance(&NotifyScript::PostDump, "post-dump", RUN_TIMEOUT)
-            .await
+        self.advance(&NotifyScript::PostDump).await
     }
 
     /// Whether the tasks have been held since [`Dump::run`] returned: to be asked when something
@@ -225,28 +227,28 @@ impl Dump {
         Ok(self.swrk.answer(true).await?)
     }
 
-    /// Answers the held notification with failure: CRIU lets go of the tasks, which then are held
-    /// by the cgroup alone. Waits until CRIU has ended.
-    pub async fn rollback(mut self) -> Result<(), DumpError> {
-        // CRIU may have ended by itself, having failed; then there is nothing to answer.
-        if self.swrk.answer(false).await.is_err() {
-            self.swrk.close();
+    /// Answers the held notification with failure, or else the next one: CRIU lets go of the tasks,
+    /// which then are held by the cgroup alone. One that has not done so within `patience` is
+    /// killed, and its tracer puts the tasks back. Waits until both have ended.
+    pub async fn rollback(mut self, patience: Duration) -> Result<(), DumpError> {
+        // CRIU may be in the middle of the dump, or have ended by itself, having failed; then there
+        // is nothing to answer.
+        let _ = self.swrk.answer(false).await;
+        if let Ok(ended) = tokio::time::timeout(patience, self.drain(false)).await {
+            return ended;
         }
-        self.end().await
+        tracing::warn!("criu does not let go within {patience:?}, and is killed");
+        self.swrk.kill()?;
+        match tokio::time::timeout(END_TIMEOUT, self.drain(false)).await {
+            Ok(ended) => ended,
+            Err(_) => self.timed_out("its end", END_TIMEOUT),
+        }
     }
 
     /// Waits until CRIU has ended, by force after a while.
     pub async fn end(mut self) -> Result<(), DumpError> {
-        let drained = async {
-            while let Ok(event) = self.swrk.next().await {
-                if let Event::Notify { .. } = event {
-                    self.swrk.answer(true).await?;
-                }
-            }
-            self.swrk.wait().await
-        };
-        match tokio::time::timeout(END_TIMEOUT, drained).await {
-            Ok(result) => result.map(drop).map_err(DumpError::from),
+        match tokio::time::timeout(END_TIMEOUT, self.drain(true)).await {
+            Ok(ended) => ended,
             Err(_) => {
                 self.swrk.kill()?;
                 self.timed_out("its end", END_TIMEOUT)
@@ -254,28 +256,27 @@ impl Dump {
         }
     }
 
-    /// Answers notifications until `point`, which is left unanswered.
-    async fn advance(
-        &mut self,
-        point: &NotifyScript,
-        name: &'static str,
-        limit: Duration,
-    ) -> Result<(), DumpError> {
-        let advanced = async {
-            loop {
-                match self.swrk.next().await? {
-                    Event::Notify { script, .. } if script == *point => return Ok(None),
-                    Event::Notify { .. } => self.swrk.answer(true).await?,
-                    Event::Response(response) => return Ok(Some(response.message)),
-                }
+    /// Answers what CRIU still says, until it and its tracer have ended.
+    async fn drain(&mut self, answer: bool) -> Result<(), DumpError> {
+        while let Ok(event) = self.swrk.next().await {
+            if let Event::Notify { .. } = event {
+                self.swrk.answer(answer).await?;
             }
-        };
-        match tokio::time::timeout(limit, advanced).await {
-            Ok(Ok(None)) => Ok(()),
-            Ok(Ok(Some(message))) => Err(self.failed(message)),
-            Ok(Err(SwrkError::Closed)) => Err(self.failed(None)),
-            Ok(Err(error)) => Err(DumpError::Swrk(error)),
-            Err(_) => self.timed_out(name, limit),
+        }
+        self.swrk.wait().await?;
+        Ok(())
+    }
+
+    /// Answers notifications until `point`, which is left unanswered.
+    async fn advance(&mut self, point: &NotifyScript) -> Result<(), DumpError> {
+        loop {
+            match self.swrk.next().await {
+                Ok(Event::Notify { script, .. }) if script == *point => return Ok(()),
+                Ok(Event::Notify { .. }) => self.swrk.answer(true).await?,
+                Ok(Event::Response(response)) => return Err(self.failed(response.message)),
+                Err(SwrkError::Closed) => return Err(self.failed(None)),
+                Err(error) => return Err(DumpError::Swrk(error)),
+            }
         }
     }
 

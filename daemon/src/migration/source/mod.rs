@@ -16,7 +16,9 @@ pub mod site;
 mod state;
 mod storage;
 mod task;
+mod unread;
 mod verify;
+mod waits;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -46,6 +48,7 @@ use crate::net::lanes::{self, SourceSession};
 use crate::net::stream::DataSender;
 use sent::Sent;
 use site::Site;
+use waits::Waits;
 
 /// Events that may wait to be handled; each producer has at most a few under way.
 const EVENTS_MAX: usize = 64;
@@ -81,6 +84,8 @@ pub struct SourceDriver {
     measured: (Option<Duration>, Option<Duration>, Option<u64>),
     /// What the round under way has sent.
     sent: Arc<Sent>,
+    /// What the operation under way waits for.
+    waits: Waits,
     /// Whether a difference in smaps is a reason to start again.
     repeatable: bool,
     /// The last status, if it is not to be seen before there is a successor.
@@ -169,6 +174,7 @@ impl SourceDriver {
             machine: parts.machine,
             clock: parts.clock,
             sent: parts.site.sent(),
+            waits: parts.site.waits(),
             site: Some(Box::new(parts.site)),
             operation: None,
             waiting: VecDeque::new(),
@@ -206,9 +212,7 @@ impl SourceDriver {
                 Some(request) = self.requests.recv() => self.requested(request),
                 ended = session::ended(&mut self.operation) => self.operation_ended(ended),
                 _ = ticks.tick() => self.tell_progress(),
-                () = self.clock.until(self.machine.poll_timeout()) => {
-                    self.machine.handle_timeout(self.clock.now());
-                }
+                () = self.clock.until(self.machine.poll_timeout()) => self.timed_out(),
             }
         }
         if let Some(connection) = self.connection.take() {
@@ -261,6 +265,15 @@ impl SourceDriver {
             tracing::warn!(migration = %self.machine.id(), %failure, "failed");
         }
         self.machine.handle(self.clock.now(), event);
+    }
+
+    /// A timer of the machine has expired. If it was that of the freeze, the failure is to say what
+    /// was waited for.
+    fn timed_out(&mut self) {
+        let now = self.clock.now();
+        let waiting = SourceEvent::Waiting(self.waits.list());
+        self.machine.handle(now, waiting);
+        self.machine.handle_timeout(now);
     }
 
     fn requested(&mut self, request: SourceRequest) {
@@ -332,7 +345,7 @@ impl SourceDriver {
 
     /// Begins an operation on the site, or puts it behind the one that has the site.
     fn operate(&mut self, action: SourceAction) {
-        if matches!(action, SourceAction::Thaw { .. } | SourceAction::Release) {
+        if ends_others(&action) {
             self.cancel.send_replace(true);
         }
         self.waiting.push_back(action);
@@ -349,7 +362,9 @@ impl SourceDriver {
         let Some(mut site) = self.site.take() else {
             return;
         };
-        self.cancel.send_replace(false);
+        // What stands before a thaw does not hold it up.
+        self.cancel
+            .send_replace(self.waiting.iter().any(ends_others));
         site.data = self
             .connection
             .as_ref()
@@ -414,6 +429,11 @@ impl SourceDriver {
     }
 }
 
+/// Whether what is under way ends for this.
+fn ends_others(action: &SourceAction) -> bool {
+    matches!(action, SourceAction::Thaw { .. } | SourceAction::Release)
+}
+
 async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
     let done = match action {
         SourceAction::Track => site.track().await.map(|()| SourceEvent::TrackingReady {
@@ -421,7 +441,7 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
         }),
         SourceAction::SendRound { round } => site.round(round).await.map(SourceEvent::RoundSent),
         SourceAction::Freeze { .. } => site.freeze().await.map(|()| SourceEvent::Frozen),
-        SourceAction::Finish { round, .. } => Ok(site.finish(round).await),
+        SourceAction::Finish { generation, round } => Ok(site.finish(generation, round).await),
         SourceAction::CompareSmaps => site.compare_smaps().await.map(|()| SourceEvent::SmapsEqual),
         SourceAction::Thaw { untrack } => site.thaw(untrack).await.map(|()| SourceEvent::Thawed),
         SourceAction::Release => site.release().await.map(|()| SourceEvent::Released),

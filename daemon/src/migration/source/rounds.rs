@@ -6,9 +6,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pageferry_proto::id::{Round, SpaceId};
+use pageferry_proto::id::{Generation, Round, SpaceId};
 use pageferry_proto::migration::policy::RoundReport;
-use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent};
+use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent, Wait};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -17,18 +17,19 @@ use pageferry_proto::wire::stream::{ImageFileHeader, ImageName, SetHeader, Strea
 use tokio::task::block_in_place;
 
 use super::dump::Dump;
-use super::failure::{criu_failed, failed_to_track, freeze_failed, lost};
+use super::failure::{criu_failed, failed_to_track, lost};
 use super::sent::Sent;
 use super::site::Site;
 use super::storage;
-use super::task::alive;
+use super::unread::{Unsent, Verdict};
 use super::verify;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
-use crate::pages::read::ReadError;
+use crate::pages::read::Misses;
 use crate::pages::send::{ParcelSink, RoundSent, SendError};
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
+use crate::runtime::shared::sync::Syncing;
 
 /// Bytes of an image file given to the network at once.
 const IMAGE_PIECE: usize = 256 << 10; // 256 KiB
@@ -65,22 +66,39 @@ impl Sums {
         self.raw_bytes += sent.raw_bytes;
         self.wire_bytes += sent.wire_bytes;
     }
+
+    /// The freeze is given up, with so much of the final round on its way.
+    fn given_up(&self, reason: Failure, pause: Duration) -> Result<SourceEvent, Failure> {
+        Ok(SourceEvent::Retry(RetryReport {
+            parcels: u32::try_from(self.parcels).map_err(|error| internal(&error))?,
+            pages: PageCount(self.pages),
+            raw_bytes: self.raw_bytes,
+            wire_bytes: self.wire_bytes,
+            pause,
+            reason,
+        }))
+    }
 }
 
 impl Site {
     /// Sends what is pending and finds what became dirty meanwhile.
     pub async fn round(&mut self, round: Round) -> Result<RoundReport, Failure> {
         let began = Instant::now();
+        // A freeze that was given up has left nothing pending, and has met what no round has seen.
+        if self.pending.is_empty() {
+            block_in_place(|| {
+                self.attach_new()?;
+                self.scan()
+            })?;
+        }
         let last_scan = self.scanned;
         let pending = std::mem::take(&mut self.pending);
         let processes = || self.freezer.processes().unwrap_or_default();
         let syncing = self.kept.sync_beside(processes);
-        let sums = self.send_pages(&pending, round).await?;
+        // What was not sent is dirty again, or gone.
+        let (sums, _) = self.send_pages(&pending, round, Misses::GiveUp).await?;
         let sent = began.elapsed();
-        if let Some(syncing) = syncing {
-            let took = syncing.ended(Duration::MAX, self.cancelled.clone()).await?;
-            tracing::debug!(%round, ?took, "shared storage synced");
-        }
+        self.sync_ended(syncing).await?;
         let waited = began.elapsed().saturating_sub(sent);
         block_in_place(|| {
             self.attach_new()?;
@@ -106,14 +124,16 @@ impl Site {
         })
     }
 
-    /// Sends pages of each space; what could not be read is put back as dirty.
+    /// Sends pages of each space; what could not be read is put back as dirty, and told.
     async fn send_pages(
         &mut self,
         wanted: &BTreeMap<SpaceId, PageSet>,
         round: Round,
-    ) -> Result<Sums, Failure> {
+        misses: Misses,
+    ) -> Result<(Sums, Unsent), Failure> {
         let data = self.data()?;
         let mut sums = Sums::default();
+        let mut unsent = Unsent::default();
         for (id, pages) in wanted {
             let Some(space) = self.spaces.get_mut(id) else {
                 continue;
@@ -122,69 +142,68 @@ impl Site {
                 continue;
             }
             let reader = space.reader();
-            let mut cancelled = self.cancelled.clone();
             let sink = Parcels(&data, &self.sent);
-            let sent = tokio::select! {
-                sent = self.sender.round(*id, &reader, pages, round, &sink) => sent,
-                _ = cancelled.wait_for(|cancelled| *cancelled) => Err(SendError::Cut),
-            };
-            match sent {
+            let read = (&reader, misses);
+            let sending = self.sender.round(*id, read, pages, round, &sink);
+            match self.waits.on(Wait::Pages, sending).await? {
                 Ok(sent) => {
                     space.put_back(&sent.unread);
                     sums.add(&sent);
+                    if !sent.unread.is_empty() {
+                        unsent.unread.insert(*id, (space.pid(), sent.unread));
+                    }
                 }
-                // It has ended, or is about to without its memory; the rest of the tree goes on.
-                Err(SendError::Read { sent, source, .. })
-                    if matches!(source, ReadError::Gone { .. }) || !alive(space.pid()) =>
-                {
+                // It has ended, all of it; the rest of the tree goes on.
+                Err(SendError::Read { sent, .. }) if reader.has_ended() => {
                     sums.add(&sent);
+                    unsent.ended.push(space.pid());
                 }
                 Err(error) => return Err(send_failed(&error)),
             }
         }
-        Ok(sums)
+        Ok((sums, unsent))
     }
 
     /// The final round: everything the target still lacks, with the tree frozen.
-    pub async fn finish(&mut self, round: Round) -> SourceEvent {
-        match self.try_finish(round).await {
+    pub async fn finish(&mut self, generation: Generation, round: Round) -> SourceEvent {
+        match self.try_finish(generation, round).await {
             Ok(event) => event,
             Err(failure) => SourceEvent::Failure(failure),
         }
     }
 
-    async fn try_finish(&mut self, round: Round) -> Result<SourceEvent, Failure> {
+    async fn try_finish(
+        &mut self,
+        generation: Generation,
+        round: Round,
+    ) -> Result<SourceEvent, Failure> {
         let began = Instant::now();
         let mut scans = match block_in_place(|| self.final_scans())? {
             Ok(scans) => scans,
             Err(reason) => {
-                return Ok(SourceEvent::Retry(RetryReport {
-                    parcels: 0,
-                    pages: PageCount::ZERO,
-                    reason,
-                }));
+                let reason = Failure::new(ErrorCode::RetryRound, reason);
+                return Sums::default().given_up(reason, Duration::ZERO);
             }
         };
         let scanned = began.elapsed();
         let mut dump = self.take_dump()?;
-        self.show(&mut dump, &scans)?;
-        let in_criu = Instant::now();
-        let dumping = async {
-            let dumped = dump.run().await;
-            (dumped, in_criu.elapsed())
-        };
-        let ((dumped, frozen_in_criu), sent) = if self.policy.verify {
-            (dumping.await, None)
-        } else {
-            let (dumped, sent) = tokio::join!(dumping, self.send_final(&scans, round));
-            (dumped, Some(sent))
-        };
+        let attempt = (generation, round);
+        let sent = self.dump_and_send(&mut dump, &scans, attempt).await;
+        // Also a dump that was cut: the thaw has CRIU let go.
         self.return_dump(dump);
-        dumped.map_err(|error| criu_failed(&error))?;
+        let (frozen_in_criu, sent) = sent?;
         self.frozen_in_criu = Some(frozen_in_criu);
+        let sent = match sent {
+            Some((sums, unsent)) => match self.unread.judge(&unsent, self.root) {
+                None => Some(sums),
+                Some(Verdict::Again(failure)) => return sums.given_up(failure, Duration::ZERO),
+                Some(Verdict::Never(failure)) => return Err(failure),
+            },
+            None => None,
+        };
         // CRIU has thawed the cgroup and holds the tasks by ptrace alone: from here on they stay
         // frozen whoever dies.
-        block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
+        self.freeze_cgroup()?;
         // A CRIU that was killed before that has let them run after their dump.
         self.dump()?.holds().map_err(|error| criu_failed(&error))?;
         let frozen_again = began.elapsed();
@@ -198,16 +217,27 @@ impl Site {
         }
         let (data, images) = (self.data()?, self.dump()?.images().to_owned());
         block_in_place(|| self.tell_lengths(&images))?;
-        let syncing = storage::synced(self.kept.take_syncing(), self.cancelled.clone());
-        let digests = verify::send(hashing, &data, self.cancelled.clone());
+        let (waits, syncing) = (self.waits.clone(), self.kept.take_syncing());
+        let synced = async {
+            let synced = storage::synced(syncing, waits.cut());
+            waits.on(Wait::Storage, synced).await?
+        };
+        let digests = async {
+            let digests = verify::send(hashing, &data, generation);
+            waits.on(Wait::Digests, digests).await?
+        };
         let last = async {
             match sent {
-                Some(sent) => sent,
-                None => self.send_final(&scans, round).await,
+                Some(sums) => Ok(sums),
+                None => self.send_verified(&scans, generation, round).await,
             }
         };
+        let images = async {
+            let images = send_images(&data, generation, &images);
+            waits.on(Wait::Images, images).await?
+        };
         let (digests, mut sums, (images, image_bytes), synced) =
-            tokio::try_join!(digests, last, send_images(&data, &images), syncing)?;
+            tokio::try_join!(digests, last, images, synced)?;
         self.synced = synced;
         sums.wire_bytes += image_bytes;
         self.image_bytes = image_bytes;
@@ -223,6 +253,55 @@ impl Site {
             raw_bytes: sums.raw_bytes,
             wire_bytes: sums.wire_bytes,
         }))
+    }
+
+    /// Has CRIU dump the tree, and sends what is dirty meanwhile, unless the dump must come first
+    /// because everything is compared. Answers with how long CRIU had the tasks.
+    async fn dump_and_send(
+        &mut self,
+        dump: &mut Dump,
+        scans: &BTreeMap<SpaceId, FinalScan>,
+        (generation, round): (Generation, Round),
+    ) -> Result<(Duration, Option<(Sums, Unsent)>), Failure> {
+        self.show(dump, scans)?;
+        let waits = self.waits.clone();
+        let in_criu = Instant::now();
+        let dumping = async {
+            let dumped = waits.on(Wait::Dump, dump.run()).await?;
+            dumped.map_err(|error| criu_failed(&error))?;
+            Ok(in_criu.elapsed())
+        };
+        if self.policy.verify {
+            return Ok((dumping.await?, None));
+        }
+        let (dumped, sent) = tokio::join!(dumping, self.send_final(scans, generation, round));
+        Ok((dumped?, Some(sent?)))
+    }
+
+    /// As [`Site::send_final`]. A page that cannot be read has no digest either, so that nothing is
+    /// tried again.
+    async fn send_verified(
+        &mut self,
+        scans: &BTreeMap<SpaceId, FinalScan>,
+        generation: Generation,
+        round: Round,
+    ) -> Result<Sums, Failure> {
+        let (sums, unsent) = self.send_final(scans, generation, round).await?;
+        match self.unread.judge(&unsent, self.root) {
+            None => Ok(sums),
+            Some(Verdict::Again(failure) | Verdict::Never(failure)) => Err(failure),
+        }
+    }
+
+    /// Waits for a sync beside a round, if there is one: as long as the round may take.
+    async fn sync_ended(&self, syncing: Option<Syncing>) -> Result<(), Failure> {
+        let Some(syncing) = syncing else {
+            return Ok(());
+        };
+        let ended = syncing.ended(Duration::MAX, self.waits.cut());
+        let took = self.waits.on(Wait::Storage, ended).await??;
+        tracing::debug!(?took, "shared storage synced");
+        Ok(())
     }
 
     /// Shows CRIU what it may see of the spaces.
@@ -242,6 +321,8 @@ impl Site {
 
     /// Scans every tracked space; the inner error is a reason for another round.
     fn final_scans(&mut self) -> Result<Result<BTreeMap<SpaceId, FinalScan>, String>, Failure> {
+        let waits = self.waits.clone();
+        let scanning = waits.begin(Wait::Scan);
         let tree = Tree::read(self.root)
             .map_err(|error| Failure::new(ErrorCode::WorkloadGone, chain(&error)))?;
         for found in &tree.spaces {
@@ -266,6 +347,7 @@ impl Site {
         let mut scans = BTreeMap::new();
         let mut replaced = Vec::new();
         for (id, space) in &mut self.spaces {
+            scanning.check()?;
             match space.final_scan() {
                 Ok(scan) => {
                     scans.insert(*id, scan);
@@ -295,7 +377,10 @@ impl Site {
     /// wherever the thread is restored. Nothing would be lost without these pages, but digests
     /// would differ.
     fn scan_again(&mut self, scans: &mut BTreeMap<SpaceId, FinalScan>) -> Result<(), Failure> {
+        let waits = self.waits.clone();
+        let scanning = waits.begin(Wait::Scan);
         for (id, scan) in scans {
+            scanning.check()?;
             let Some(space) = self.spaces.get_mut(id) else {
                 continue;
             };
@@ -305,28 +390,40 @@ impl Site {
         Ok(())
     }
 
+    /// Sends what is dirty, and live sets if that is all there was to send.
     async fn send_final(
         &mut self,
         scans: &BTreeMap<SpaceId, FinalScan>,
+        generation: Generation,
         round: Round,
-    ) -> Result<Sums, Failure> {
+    ) -> Result<(Sums, Unsent), Failure> {
         let data = self.data()?;
         let dirty = scans
             .iter()
             .map(|(id, scan)| (*id, scan.dirty.clone()))
             .collect();
-        let mut sums = self.send_pages(&dirty, round).await?;
+        let (mut sums, mut unsent) = self.send_pages(&dirty, round, Misses::Settle).await?;
+        unsent.keep(scans);
+        if !unsent.is_empty() {
+            return Ok((sums, unsent));
+        }
         for (id, scan) in scans {
             let set = scan.live.to_wire();
             let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
-            let mut body = SetHeader { space: *id, length }.encode().to_vec();
+            let header = SetHeader {
+                generation,
+                space: *id,
+                length,
+            };
+            let mut body = header.encode().to_vec();
             body.extend(set);
             seal(&mut body);
             sums.wire_bytes += body.len() as u64;
-            let sent = data.send_stream(StreamKind::LiveSet, body.into()).await;
+            let sending = data.send_stream(StreamKind::LiveSet, body.into());
+            let sent = self.waits.on(Wait::LiveSets, sending).await?;
             sent.map_err(|error| lost(&error))?;
         }
-        Ok(sums)
+        Ok((sums, unsent))
     }
 
     fn data(&self) -> Result<DataSender, Failure> {
@@ -337,7 +434,11 @@ impl Site {
 }
 
 /// Sends every image file of a folder; answers with how many and how many bytes.
-async fn send_images(data: &DataSender, folder: &Path) -> Result<(u32, u64), Failure> {
+async fn send_images(
+    data: &DataSender,
+    generation: Generation,
+    folder: &Path,
+) -> Result<(u32, u64), Failure> {
     let unreadable = |path: &Path, error: std::io::Error| {
         Failure::new(
             ErrorCode::CriuFailed,
@@ -359,7 +460,7 @@ async fn send_images(data: &DataSender, folder: &Path) -> Result<(u32, u64), Fai
             .and_then(|name| name.to_str())
             .unwrap_or_default();
         let name = ImageName::new(name).map_err(|error| internal(&error))?;
-        let header = ImageFileHeader::new(name, content.len() as u64);
+        let header = ImageFileHeader::new(generation, name, content.len() as u64);
         let mut body = header.map_err(|error| internal(&error))?.encode();
         body.extend(&content);
         seal(&mut body);
@@ -415,3 +516,7 @@ fn send_failed(error: &SendError<SendStreamError>) -> Failure {
     };
     Failure::new(code, chain(error))
 }
+
+#[cfg(test)]
+#[path = "rounds_tests.rs"]
+mod tests;

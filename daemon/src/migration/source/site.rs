@@ -19,10 +19,10 @@ use std::time::{Duration, Instant};
 
 use criu_glue::repair;
 use pageferry_proto::id::SpaceId;
-use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::policy::{EAGER_BYTES_PER_SECOND, Policy};
+use pageferry_proto::migration::source::Wait;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
 use super::dump::{Dump, DumpError, DumpPlan};
@@ -30,6 +30,8 @@ use super::failure::{criu_failed, failed_to_track, freeze_failed};
 use super::sent::Sent;
 use super::storage::Kept;
 use super::task::{alive, tracer};
+use super::unread::Unreadable;
+use super::waits::Waits;
 use crate::link::announce::announce;
 use crate::link::describe::describe;
 use crate::link::netlink::Netlink;
@@ -37,6 +39,7 @@ use crate::link::port::Port;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::net::stream::DataSender;
 use crate::pages::send::Sender;
+use crate::pages::track::task::threads;
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
@@ -50,9 +53,11 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a dead daemon's CRIU may take to let go of the tasks.
 const LET_GO_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How fast CRIU copies memory in the freeze, in bytes per second: 64 MiB of shared memory took
-/// 276 ms. With the budget for downtime it says how much of such memory is accepted.
-const EAGER_BYTES_PER_SECOND: u64 = 240 << 20; // 240 MiB/s
+/// How long CRIU may take to let go of tasks that it is told to let go of, before it is killed and
+/// its tracer puts them back. The workload stands still meanwhile. It takes milliseconds, and a
+/// quarter of one per thread.
+const PATIENCE: Duration = Duration::from_millis(300);
+const PATIENCE_PER_THREAD: Duration = Duration::from_millis(1);
 
 /// What every source of this node shares.
 #[derive(Debug, Clone)]
@@ -116,8 +121,10 @@ pub struct Site {
     pub(super) frozen_in_criu: Option<Duration>,
     /// Opens data streams of the present session.
     pub(super) data: Option<DataSender>,
-    /// Turns true when what is under way should end early.
-    pub(super) cancelled: watch::Receiver<bool>,
+    /// What is waited for, and whether that should end early.
+    pub(super) waits: Waits,
+    /// What no final round could read.
+    pub(super) unread: Unreadable,
     /// What the round under way has sent.
     pub(super) sent: Arc<Sent>,
     /// CRIU reads the true smaps, for 11 ms per GiB of the freeze.
@@ -184,6 +191,11 @@ impl Site {
         Ok(())
     }
 
+    /// What is waited for.
+    pub fn waits(&self) -> Waits {
+        self.waits.clone()
+    }
+
     /// Counts what is sent.
     pub fn sent(&self) -> Arc<Sent> {
         Arc::clone(&self.sent)
@@ -227,6 +239,7 @@ impl Site {
         self.check_budget(&eager)
     }
 
+    /// What CRIU copies in the downtime allowed is accepted.
     fn check_budget(&self, eager: &Eager) -> Result<(), Failure> {
         let budget = self.policy.downtime_max.as_millis() as u64 * EAGER_BYTES_PER_SECOND / 1000;
         let budget = budget.min(self.node.eager_memory_max);
@@ -290,8 +303,10 @@ impl Site {
 
     /// Closes the ports and freezes the tree. CRIU stands ready before either.
     pub async fn freeze(&mut self) -> Result<(), Failure> {
-        if let Dumping::Preparing(task) = std::mem::take(&mut self.dumping) {
-            let prepared = task.await.map_err(|error| internal(&error))?;
+        if let Dumping::Preparing(task) = &mut self.dumping {
+            let prepared = self.waits.on(Wait::Prepared, task).await?;
+            self.dumping = Dumping::No;
+            let prepared = prepared.map_err(|error| internal(&error))?;
             self.dumping =
                 Dumping::Prepared(Box::new(prepared.map_err(|error| criu_failed(&error))?));
         }
@@ -303,12 +318,11 @@ impl Site {
         if !self.ports.is_empty() {
             let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
             for port in &self.ports {
-                port.close(&netlink)
-                    .await
-                    .map_err(|error| network_unfit(&error))?;
+                let closed = self.waits.on(Wait::Ports, port.close(&netlink)).await?;
+                closed.map_err(|error| network_unfit(&error))?;
             }
         }
-        block_in_place(|| self.freezer.freeze()).map_err(|error| freeze_failed(&error))?;
+        self.freeze_cgroup()?;
         self.check_mounts()?;
         let processes = || self.freezer.processes().unwrap_or_default();
         block_in_place(|| self.kept.freeze(processes, self.mounts.as_ref()))
@@ -319,6 +333,14 @@ impl Site {
         let processes = || self.freezer.processes().unwrap_or_default();
         self.kept
             .tell_lengths(processes, self.mounts.as_ref(), images)
+    }
+
+    /// Freezes the cgroup, unless that is cut.
+    pub(super) fn freeze_cgroup(&self) -> Result<(), Failure> {
+        let freezing = self.waits.begin(Wait::Cgroup);
+        let frozen = block_in_place(|| self.freezer.freeze_unless(|| freezing.is_cut()));
+        frozen.map_err(|error| freeze_failed(&error))?;
+        freezing.check()
     }
 
     /// CRIU and the target were told of the mounts before the rounds.
@@ -381,8 +403,12 @@ impl Site {
 
     /// Whether CRIU was told the truth. After [`Site::finish`] in the same freeze.
     pub async fn compare_smaps(&mut self) -> Result<(), Failure> {
-        match self.comparing.take() {
-            Some(comparing) => comparing.await.map_err(|error| internal(&error))?,
+        match &mut self.comparing {
+            Some(comparing) => {
+                let compared = self.waits.on(Wait::Smaps, comparing).await?;
+                self.comparing = None;
+                compared.map_err(|error| internal(&error))?
+            }
             None => Err(Failure::new(
                 ErrorCode::Internal,
                 "nothing was dumped that could be compared",
@@ -399,7 +425,7 @@ impl Site {
             Dumping::Preparing(task) => task.abort(),
             Dumping::Prepared(dump) => {
                 // A CRIU that fails here has let go of the tasks all the same, by its end.
-                if let Err(error) = dump.rollback().await {
+                if let Err(error) = dump.rollback(self.release_patience()).await {
                     tracing::warn!("criu did not end well: {}", chain(&error));
                 }
             }
@@ -431,6 +457,14 @@ impl Site {
             self.prepare_dump()?;
         }
         Ok(())
+    }
+
+    /// How long CRIU gets to let go of the tree by itself.
+    fn release_patience(&self) -> Duration {
+        let pids = self.freezer.processes().unwrap_or_default();
+        let threads = |pid: &i32| threads(*pid).map_or(0, |threads| threads.len());
+        let threads: usize = pids.iter().map(threads).sum();
+        PATIENCE + PATIENCE_PER_THREAD * u32::try_from(threads).unwrap_or(u32::MAX)
     }
 
     /// Says where the workload's addresses are. A target that failed late has said otherwise, and

@@ -8,12 +8,12 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use pageferry_proto::id::SpaceId;
+use pageferry_proto::id::{Generation, SpaceId};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::stream::{DIGESTS_PAGES_MAX, SetHeader, StreamKind, seal};
-use tokio::sync::watch;
 
 use super::failure::lost;
+use super::unread::pages_unread;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::DataSender;
 use crate::pages::digest::{DigestError, Digests, Hashing, PIECE_PAGES};
@@ -39,26 +39,24 @@ pub(super) fn begin(
 pub(super) async fn send(
     hashing: Option<Hashing>,
     data: &DataSender,
-    mut cancelled: watch::Receiver<bool>,
+    generation: Generation,
 ) -> Result<u32, Failure> {
     let Some(mut hashing) = hashing else {
         return Ok(0);
     };
     let began = Instant::now();
-    let cut = || Failure::new(ErrorCode::Aborted, "hashing was cut off");
     let mut streams = 0;
     let mut sends = FuturesUnordered::new();
     let mut over = false;
     while !over || !sends.is_empty() {
         tokio::select! {
-            _ = cancelled.wait_for(|cancelled| *cancelled) => return Err(cut()),
             Some(sent) = sends.next(), if !sends.is_empty() => {
                 let sent: Result<(), _> = sent;
                 sent.map_err(|error| lost(&error))?;
             }
             made = hashing.next(), if !over && sends.len() < SENDS_MAX => match made {
                 Some(made) => {
-                    let body = stream_of(&made.map_err(|error| failed(&error))?)?;
+                    let body = stream_of(generation, &made.map_err(|error| failed(&error))?)?;
                     sends.push(data.send_stream(StreamKind::Digests, body));
                     streams += 1;
                 }
@@ -70,20 +68,19 @@ pub(super) async fn send(
     Ok(streams)
 }
 
-fn stream_of(made: &Digests) -> Result<Bytes, Failure> {
+fn stream_of(generation: Generation, made: &Digests) -> Result<Bytes, Failure> {
     let space = made.space;
     if !made.unread.is_empty() {
-        return Err(Failure::new(
-            ErrorCode::VerifyMismatch,
-            format!(
-                "{} pages of space {space} cannot be read",
-                made.unread.len()
-            ),
-        ));
+        return Err(pages_unread(made.pid, &made.unread));
     }
     let set = made.pages.to_wire();
     let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
-    let mut body = SetHeader { space, length }.encode().to_vec();
+    let header = SetHeader {
+        generation,
+        space,
+        length,
+    };
+    let mut body = header.encode().to_vec();
     body.extend(set);
     body.extend(made.digests.iter().flat_map(|digest| digest.to_le_bytes()));
     seal(&mut body);

@@ -252,16 +252,14 @@ impl TargetDriver {
             TargetAction::AwaitFinal(last) => {
                 let intake = Arc::clone(&self.intake);
                 self.await_streams(async move {
-                    intake
-                        .complete(&last)
-                        .await
-                        .map(|()| TargetEvent::FinalStored)
+                    let stored = intake.complete(last).await;
+                    stored.map(|()| TargetEvent::FinalStored)
                 });
             }
             TargetAction::AwaitRound(end) => {
                 let intake = Arc::clone(&self.intake);
                 self.await_streams(async move {
-                    let stored = intake.round(end.round, end.parcels, end.pages).await;
+                    let stored = intake.round(end).await;
                     stored.map(|()| TargetEvent::RoundStored { round: end.round })
                 });
             }

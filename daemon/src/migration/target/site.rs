@@ -271,7 +271,7 @@ impl Site {
 
     /// Restores the workload and holds it before its first instruction.
     pub async fn restore(&mut self) -> Result<DriverState, Failure> {
-        let images = self.directory.join("images");
+        let images = self.intake.images();
         block_in_place(|| lengths::check(&images))?;
         let Images { spaces, tasks } = block_in_place(|| make_images_lazy(&images))?;
         if self.shares_pids {
@@ -314,7 +314,7 @@ impl Site {
     fn restore_request(&self) -> RestoreRequest {
         RestoreRequest {
             criu: self.node.criu.clone(),
-            images_dir: self.directory.join("images"),
+            images_dir: self.intake.images(),
             work_dir: self.directory.clone(),
             log_level: 2,
             cgroup_procs: vec![self.freezer.procs_file()],

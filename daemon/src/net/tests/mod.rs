@@ -21,12 +21,12 @@ mod sessions;
 mod streams;
 
 /// An authority of its own, and the nodes it vouches for.
-struct Cluster {
+pub(crate) struct Cluster {
     folder: TempDir,
 }
 
 impl Cluster {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         ca::init(folder.path(), false).unwrap();
         Self { folder }
@@ -68,7 +68,10 @@ impl Cluster {
     }
 
     /// Both ends of a session.
-    async fn session(&self, lanes: u8) -> (SourceSession, TargetSession, Endpoint, Listener) {
+    pub(crate) async fn session(
+        &self,
+        lanes: u8,
+    ) -> (SourceSession, TargetSession, Endpoint, Listener) {
         let (source, mut listener) = self.pair();
         let peer = node("b");
         let dialled = lanes::dial(&source, &peer, MIGRATION, lanes);
@@ -82,7 +85,7 @@ fn node(name: &str) -> NodeName {
 }
 
 /// What should happen soon, and is a failure if it does not happen at all.
-async fn within<F: Future>(future: F) -> F::Output {
+pub(crate) async fn within<F: Future>(future: F) -> F::Output {
     timeout(DEADLINE, future).await.expect("nothing happened")
 }
 

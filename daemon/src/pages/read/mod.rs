@@ -2,7 +2,8 @@
 //!
 //! `process_vm_readv` is the way; ranges the process itself may not read (PROT_NONE heaps) come
 //! through `/proc/PID/mem`. What cannot be read either way is reported as such and never taken for
-//! zero: it may be unmapped, and then the next scan does not want it, or it stays dirty.
+//! zero: it may be unmapped, and then the next scan does not want it, or it stays dirty. After the
+//! last scan there is nothing of either kind: then each page is tried.
 //!
 //! A process may be read while it runs. A page that changes during the read is torn; its write is
 //! found by the next scan, because scans protect before they return.
@@ -34,6 +35,15 @@ pub struct Pages {
     pub read: PageSet,
     /// Could not be read: unmapped in the meantime, or of a kind that nobody can read.
     pub unread: PageSet,
+}
+
+/// What becomes of the rest of a run in which many pages in a row could not be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misses {
+    /// It is given up: unmapped, most likely, and the next scan will say so.
+    GiveUp,
+    /// Each of its pages is tried: no scan follows that could say anything.
+    Settle,
 }
 
 /// Why nothing can be read.
@@ -73,16 +83,32 @@ impl Reader {
         Ok(Self { pid, pidfd, memory })
     }
 
+    /// The process.
+    pub const fn pid(&self) -> i32 {
+        self.pid
+    }
+
     pub(super) fn pidfd(&self) -> &OwnedFd {
         &self.pidfd
     }
 
+    /// Whether the process has ended, all its threads and not the first alone.
+    pub fn has_ended(&self) -> bool {
+        !ptrace::is_alive(self.pidfd.as_fd())
+    }
+
     /// Reads `wanted` into `buffer`, which has room for all of it. Blocks.
-    pub fn read(&self, wanted: &PageSet, buffer: &mut [u8]) -> Result<Pages, ReadError> {
+    pub fn read(
+        &self,
+        wanted: &PageSet,
+        buffer: &mut [u8],
+        misses: Misses,
+    ) -> Result<Pages, ReadError> {
         let mut progress = Progress {
             read: Vec::new(),
             unread: Vec::new(),
             filled: 0,
+            misses,
         };
         let mut cursor = Cursor {
             runs: wanted.runs(),
@@ -99,7 +125,7 @@ impl Reader {
             }
         }
         // Only now is it certain that the pid named this process all the time.
-        if !ptrace::is_alive(self.pidfd.as_fd()) {
+        if self.has_ended() {
             return Err(ReadError::Gone { pid: self.pid });
         }
         Ok(Pages {
@@ -128,6 +154,9 @@ impl Reader {
             Ok(read) => read,
             Err(error) => match error.raw_os_error() {
                 Some(libc::EFAULT) => 0,
+                // Also while other threads go on without the first: its memory is then reached by
+                // the file alone, which was opened before.
+                Some(libc::ESRCH) if !self.has_ended() => 0,
                 Some(libc::ESRCH) => return Err(ReadError::Gone { pid: self.pid }),
                 Some(_) | None => {
                     return Err(ReadError::Refused {
@@ -178,6 +207,7 @@ struct Progress {
     unread: Vec<PageRun>,
     /// Bytes of the buffer in use.
     filled: usize,
+    misses: Misses,
 }
 
 impl Progress {
@@ -194,12 +224,14 @@ impl Progress {
         self.filled += bytes(pages);
     }
 
-    /// The first page of `run` cannot be read. After a few in a row the rest of the run is given up
-    /// too: it is unmapped, most likely, and the next scan will say so.
+    /// The first page of `run` cannot be read. After a few in a row the rest of the run may be given
+    /// up too.
     fn missed(&mut self, run: PageRun) -> PageCount {
         let row = self.unread.last().filter(|last| last.end() == run.start());
         let count = match row {
-            Some(last) if MISSED_MAX <= last.count() => run.count(),
+            Some(last) if self.misses == Misses::GiveUp && MISSED_MAX <= last.count() => {
+                run.count()
+            }
             Some(_) | None => PageCount(1),
         };
         let missed = PageRun::new(run.start(), count).expect("part of a run");
@@ -267,7 +299,7 @@ fn bytes(pages: PageCount) -> usize {
 /// Most bytes of one call. Larger ones gain nothing, and one call does its work without a break.
 const CALL_BYTES_MAX: usize = 1 << 20;
 
-/// After how many unreadable pages in a row the rest of their run is given up.
+/// After how many unreadable pages in a row the rest of their run is given up, if it may be.
 const MISSED_MAX: PageCount = PageCount(16);
 
 #[cfg(test)]

@@ -21,10 +21,10 @@ use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
+use pageferry_proto::migration::ledger::HeldPages;
 use pageferry_proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
 
-use super::space::Held;
 use crate::pages::digest;
 
 /// The digests of the pages of one memory file.
@@ -93,7 +93,7 @@ impl Digests {
     /// which has one for each of `pages`, in order.
     pub fn first_difference(
         &self,
-        held: &Held,
+        held: &HeldPages,
         pages: &PageSet,
         theirs: &[u64],
     ) -> Option<PageIndex> {

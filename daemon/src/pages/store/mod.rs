@@ -28,6 +28,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry_proto::id::SpaceId;
+use pageferry_proto::migration::ledger::HeldPages;
 use pageferry_proto::page::{PageCount, PageIndex};
 use pageferry_proto::wire::code::ErrorCode;
 use thiserror::Error;
@@ -165,6 +166,15 @@ impl Store {
     pub fn spaces(&self) -> Vec<Arc<SpaceStore>> {
         let spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
         spaces.values().map(Arc::clone).collect()
+    }
+
+    /// What is held of every space.
+    pub fn held(&self) -> BTreeMap<SpaceId, HeldPages> {
+        let spaces = self.spaces();
+        spaces
+            .iter()
+            .map(|space| (space.id(), space.held()))
+            .collect()
     }
 
     /// Decodes a parcel into its space and counts its pages as held. Blocks; may be called from

@@ -12,6 +12,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::uio::pwritev;
 use pageferry_proto::id::SpaceId;
+use pageferry_proto::migration::ledger::HeldPages;
 use pageferry_proto::page::{PageCount, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
 
@@ -27,37 +28,22 @@ pub struct SpaceStore {
     /// Held while pages are written. The kernel lets one writer into a file at a time; the others
     /// spin for it, and take the processor from whoever could bring more.
     turn: Mutex<()>,
-    held: Mutex<Held>,
+    /// What is in the file. Both sets have no page in common.
+    held: Mutex<HeldPages>,
     /// Of what is in the file, if it is to be compared. Locked before the others.
     digests: Option<Mutex<Digests>>,
     /// Data pages of all spaces of the store.
     used: Arc<AtomicU64>,
 }
 
-/// What is in the file. Both sets have no page in common.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Held {
-    /// Pages with contents.
-    pub data: PageSet,
-    /// Pages that are zero: holes.
-    pub zero: PageSet,
+fn hold(held: &mut HeldPages, data: &PageSet, zero: &PageSet) {
+    move_runs(data, &mut held.zero, &mut held.data);
+    move_runs(zero, &mut held.data, &mut held.zero);
 }
 
-impl Held {
-    /// All of them.
-    pub fn pages(&self) -> PageSet {
-        self.data.union(&self.zero)
-    }
-
-    fn hold(&mut self, data: &PageSet, zero: &PageSet) {
-        move_runs(data, &mut self.zero, &mut self.data);
-        move_runs(zero, &mut self.data, &mut self.zero);
-    }
-
-    fn forget(&mut self, pages: &PageSet) {
-        self.data = self.data.difference(pages);
-        self.zero = self.zero.difference(pages);
-    }
+fn forget(held: &mut HeldPages, pages: &PageSet) {
+    held.data = held.data.difference(pages);
+    held.zero = held.zero.difference(pages);
 }
 
 /// Run by run: later rounds bring few pages that were not held before, and a merge of whole sets
@@ -106,7 +92,7 @@ impl SpaceStore {
     }
 
     /// A store over a file that another process filled, of which `held` is known.
-    pub fn reopen(id: SpaceId, memory: OwnedFd, held: Held) -> Self {
+    pub fn reopen(id: SpaceId, memory: OwnedFd, held: HeldPages) -> Self {
         let used = Arc::new(AtomicU64::new(held.data.len().0));
         Self {
             id,
@@ -129,7 +115,7 @@ impl SpaceStore {
     }
 
     /// A copy of what is held.
-    pub fn held(&self) -> Held {
+    pub fn held(&self) -> HeldPages {
         self.lock().clone()
     }
 
@@ -152,7 +138,7 @@ impl SpaceStore {
         let (data, zero) = (parcel.data(), parcel.zero());
         match decoder.decode(parcel, self) {
             Ok(()) => {
-                self.change(|held| held.hold(&data, &zero));
+                self.change(|held| hold(held, &data, &zero));
                 Ok(())
             }
             Err(source) => {
@@ -164,14 +150,6 @@ impl SpaceStore {
                 })
             }
         }
-    }
-
-    /// Gives up all pages but those of `live`. Returns the live pages that are not held: when there
-    /// are any, the space cannot be restored from this store.
-    pub fn keep_only(&self, live: &PageSet) -> Result<PageSet, StoreError> {
-        let held = self.held();
-        self.punch(&held.pages().difference(live))?;
-        Ok(live.difference(&held.pages()))
     }
 
     /// Gives up pages, held or not, and their memory.
@@ -202,7 +180,7 @@ impl SpaceStore {
         if let Some(digests) = &mut digests {
             pages.runs().iter().for_each(|run| digests.forget(*run));
         }
-        self.change(|held| held.forget(pages));
+        self.change(|held| forget(held, pages));
         digests
     }
 
@@ -211,7 +189,7 @@ impl SpaceStore {
         Some(digests.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn change(&self, change: impl FnOnce(&mut Held)) {
+    fn change(&self, change: impl FnOnce(&mut HeldPages)) {
         let mut held = self.lock();
         let before = held.data.len().0;
         change(&mut held);
@@ -221,7 +199,7 @@ impl SpaceStore {
             .fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Held> {
+    fn lock(&self) -> MutexGuard<'_, HeldPages> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -8,6 +8,7 @@
 #![allow(unsafe_code)]
 
 mod block;
+mod lost;
 
 use std::io::{self, BufRead, BufReader, Lines, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -159,7 +160,10 @@ fn act_silently(words: &[&str]) -> io::Result<()> {
         "poke" => poke(number(1))?,
         "count-signals" => count_signals(),
         "open-direct" => open_direct(words[1])?,
-        "userfaultfd" => open_userfaultfd()?,
+        "userfaultfd" => open_userfaultfd().map(drop)?,
+        "poison" => lost::poison(number(1), size(2))?,
+        "wait-for-page" => lost::wait_for_page(number(1))?,
+        "end-first-thread" => lost::end_first_thread()?,
         "io-uring" => open_io_uring()?,
         other => return Err(io::Error::other(format!("unknown order {other}"))),
     }
@@ -475,10 +479,11 @@ fn open_direct(path: &str) -> io::Result<()> {
     Ok(())
 }
 
-fn open_userfaultfd() -> io::Result<()> {
+fn open_userfaultfd() -> io::Result<libc::c_int> {
     // SAFETY: one number.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, super::USERFAULTFD_FLAGS) };
-    check(libc::c_int::try_from(fd).unwrap())
+    let fd = libc::c_int::try_from(fd).unwrap();
+    check(fd).map(|()| fd)
 }
 
 fn open_io_uring() -> io::Result<()> {

@@ -1,7 +1,7 @@
 //! How a migration is decided, given away, taken back and broken off.
 
 use super::state::{Outcome, Place, Reclaim, Release, State, Timer, Undo};
-use super::{SourceAction, SourceMachine};
+use super::{SourceAction, SourceMachine, Wait, Waiting, wait};
 use crate::migration::handoff::{Evidence, Question, RETRY, Side, TELL_MAX};
 use crate::migration::record::{Entry, Record};
 use crate::migration::timer::Time;
@@ -264,6 +264,11 @@ impl SourceMachine {
         match &mut self.state {
             State::Retrying(retrying) => {
                 retrying.thawed = true;
+                if retrying.pause.is_zero() {
+                    retrying.rested = true;
+                } else {
+                    self.timers.set(Timer::Pause, now.after(retrying.pause));
+                }
                 self.continue_after_retry();
             }
             State::Aborting(Undo::Thawing(_)) => {
@@ -309,7 +314,7 @@ impl SourceMachine {
         let State::Retrying(retrying) = &self.state else {
             return self.out_of_place("the end of a retry");
         };
-        if retrying.thawed && retrying.held {
+        if retrying.thawed && retrying.rested && retrying.held {
             self.send_round(retrying.round.next());
         }
     }
@@ -442,11 +447,26 @@ impl SourceMachine {
     pub(super) fn expired(&mut self, now: Time, timer: Timer) {
         match timer {
             Timer::Overall => {
-                self.abort_with(ErrorCode::Timeout, "the workload was not frozen in time");
+                let given_up = self.given_up.as_ref().map(|given_up| {
+                    let tries = self.retries;
+                    format!("; {tries} freezes were given up, the last because: {given_up}")
+                });
+                let text = format!(
+                    "the workload was not frozen in time{}",
+                    given_up.unwrap_or_default()
+                );
+                self.abort_with(ErrorCode::Timeout, &text);
             }
             Timer::Step => {
                 let text = format!("{} took too long", self.state.phase());
                 self.abort_with(ErrorCode::Timeout, &text);
+            }
+            Timer::Frozen => self.frozen_too_long(now),
+            Timer::Pause => {
+                if let State::Retrying(retrying) = &mut self.state {
+                    retrying.rested = true;
+                    self.continue_after_retry();
+                }
             }
             Timer::Resend | Timer::Redial => match &self.state {
                 State::Committed { .. } => self.ask(now),
@@ -470,6 +490,27 @@ impl SourceMachine {
             Timer::Silence => self.fence_wanted = true,
             Timer::Tell => self.target_told(),
         }
+    }
+
+    /// The bound ends with the commit being handed to the journal: this timer was stopped then.
+    fn frozen_too_long(&mut self, now: Time) {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        if let (State::Finishing(finishing), Some(sent)) = (&self.state, self.edges.sent)
+            && !finishing.ready
+        {
+            let (what, since) = match self.edges.held {
+                None => (Wait::Held, sent),
+                Some(held) => (Wait::Ready, held),
+            };
+            let duration = now.since(since);
+            waiting.push(Waiting { what, duration });
+        }
+        let stood = now.since(self.edges.requested.unwrap_or(now));
+        let mut text = format!("the freeze was given up after {:.1} s", stood.as_secs_f64());
+        if !waiting.is_empty() {
+            text += &format!(", waiting for {}", wait::list(waiting));
+        }
+        self.abort_with(ErrorCode::FrozenTooLong, &text);
     }
 
     /// Does once more what failed and must succeed.

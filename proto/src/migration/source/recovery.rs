@@ -34,6 +34,7 @@ impl SourceMachine {
             // An abort ends every generation; which was the last is not recorded.
             generation: facts.commit.unwrap_or(Generation::LAST),
             retries: 0,
+            given_up: None,
             link: Link::Down,
             offered: true,
             touched: true,
@@ -43,6 +44,8 @@ impl SourceMachine {
             fence_wanted: false,
             convergence: Convergence::default(),
             round: None,
+            frozen_max: None,
+            waiting: Vec::new(),
             counters: Counters::default(),
             edges: Edges::default(),
             started_at: now,

@@ -1,5 +1,7 @@
 //! The states of the source, each with the data that only it has.
 
+use std::time::Duration;
+
 use crate::id::Round;
 use crate::migration::handoff::{Evidence, Question, ThawPermit};
 use crate::migration::policy::RoundReport;
@@ -55,7 +57,11 @@ pub(super) struct Copying {
 #[derive(Debug)]
 pub(super) struct Retrying {
     pub(super) round: Round,
+    /// How long the workload is to run before that.
+    pub(super) pause: Duration,
     pub(super) thawed: bool,
+    /// The pause, which begins with the thaw, is over.
+    pub(super) rested: bool,
     pub(super) held: bool,
 }
 
@@ -112,6 +118,10 @@ pub(super) enum Timer {
     Overall,
     /// The present step takes too long.
     Step,
+    /// The workload has stood still for as long as it may.
+    Frozen,
+    /// The pause after a freeze that was given up is over.
+    Pause,
     /// Ask or tell again.
     Resend,
     /// Dial again.

@@ -19,6 +19,8 @@ use crate::link::netlink::Netlink;
 use crate::link::port::Port;
 use crate::migration::source::state::{SiteState, encode_state};
 use crate::migration::source::storage::Kept;
+use crate::migration::source::unread::Unreadable;
+use crate::migration::source::waits::Waits;
 use crate::migration::text::{internal, network_unfit};
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
@@ -204,7 +206,8 @@ impl Site {
             image_bytes: 0,
             frozen_in_criu: None,
             data: None,
-            cancelled,
+            waits: Waits::new(cancelled),
+            unread: Unreadable::default(),
             sent: Arc::default(),
             true_smaps: found.true_smaps,
             kept: found.kept,

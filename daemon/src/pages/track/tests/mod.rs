@@ -12,6 +12,7 @@ use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
 
 use super::{ATTEMPTS, FinalScan, STOP_MAX, Scan, Space, Support, TrackError, TrackOptions, task};
+use crate::pages::read::Misses;
 use crate::sys::track::trial::{self, Trial};
 
 /// The other process of all tests in `pages`.
@@ -74,7 +75,7 @@ impl Mirror {
         let reader = space.reader();
         for batch in pages.partition(PageCount(256)) {
             let mut buffer = vec![0; usize::try_from(batch.len().bytes()).unwrap()];
-            let pages = reader.read(&batch, &mut buffer).unwrap();
+            let pages = reader.read(&batch, &mut buffer, Misses::GiveUp).unwrap();
             let numbers = pages
                 .read
                 .runs()
@@ -145,7 +146,7 @@ impl Drop for Frozen {
 }
 
 /// Waits until `done`, which must happen soon.
-fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+pub(in crate::pages) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !done() {
         assert!(Instant::now() < deadline, "{what} did not happen");

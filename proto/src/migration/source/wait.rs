@@ -1,0 +1,74 @@
+//! What a workload that stands still waits for, so that a freeze that took too long names it.
+
+use std::time::Duration;
+
+/// Something that the end of a freeze depends on. Several may be waited for at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wait {
+    /// CRIU is being started; the workload still runs.
+    Prepared,
+    /// The ports of its network are being closed.
+    Ports,
+    /// Its cgroup is being frozen, before or after the dump.
+    Cgroup,
+    /// What is dirty is being looked for.
+    Scan,
+    /// CRIU dumps it.
+    Dump,
+    /// Pages are read, or wait until the target takes them.
+    Pages,
+    /// Live sets wait until the target takes them.
+    LiveSets,
+    /// Live pages are hashed, or their digests wait until the target takes them.
+    Digests,
+    /// Images wait until the target takes them.
+    Images,
+    /// What it wrote to shared storage is made durable.
+    Storage,
+    /// What CRIU was shown is compared with the truth.
+    Smaps,
+    /// The target has not yet said that it has all of the final round.
+    Held,
+    /// The target has not yet said that it has restored.
+    Ready,
+}
+
+/// A wait, and for how long it has lasted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// What is waited for.
+    pub what: Wait,
+    /// Since when.
+    pub duration: Duration,
+}
+
+impl Wait {
+    /// What is waited for, as it stands behind "waiting for".
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Prepared => "CRIU to get ready",
+            Self::Ports => "its ports to close",
+            Self::Cgroup => "its cgroup to freeze",
+            Self::Scan => "the final scan",
+            Self::Dump => "CRIU's dump",
+            Self::Pages => "the target to take the last pages",
+            Self::LiveSets => "the target to take the live sets",
+            Self::Digests => "digests of all pages, and the target to take them",
+            Self::Images => "the target to take CRIU's images",
+            Self::Storage => "shared storage to be synced",
+            Self::Smaps => "the comparison of the mappings",
+            Self::Held => "the target to acknowledge the final round",
+            Self::Ready => "the target's restore",
+        }
+    }
+}
+
+/// All of it in one line, the longest first.
+pub(super) fn list(mut waiting: Vec<Waiting>) -> String {
+    waiting.sort_by_key(|wait| (std::cmp::Reverse(wait.duration), wait.what));
+    let named = waiting.iter().map(|wait| {
+        let seconds = wait.duration.as_secs_f64();
+        format!("{} ({seconds:.1} s)", wait.what.name())
+    });
+    named.collect::<Vec<_>>().join(" and ")
+}
