@@ -33,6 +33,22 @@ const PATTERN: &[u8] = b"written by the workload, read by nobody yet";
 
 const SAME_KERNEL: [[u8; 16]; 2] = [[1; 16]; 2];
 
+/// A server that does not answer, until this is dropped.
+struct Hanging<'a>(&'a Fuse);
+
+impl<'a> Hanging<'a> {
+    fn begin(fuse: &'a Fuse) -> Self {
+        fuse.state().hanging = true;
+        Self(fuse)
+    }
+}
+
+impl Drop for Hanging<'_> {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
 /// Something mounted, until it is dropped.
 struct Mounted(PathBuf);
 
@@ -309,7 +325,8 @@ fn a_server_that_does_not_answer_holds_nobody_who_waits() {
     let fuse = Fuse::mount(folder.path());
     let mut file = File::create(fuse.path.join("data")).unwrap();
     file.write_all(PATTERN).unwrap();
-    fuse.state().hanging = true;
+    // Gone before the file is: closing it waits for the server.
+    let _hanging = Hanging::begin(&fuse);
     let (cancel, cancelled) = watch::channel(false);
     let words = [fuse.path.to_str().unwrap(), "did not end within"];
     let short = Duration::from_millis(100);
@@ -324,7 +341,6 @@ fn a_server_that_does_not_answer_holds_nobody_who_waits() {
         ErrorCode::Aborted,
         &["cut off"],
     );
-    fuse.release();
 }
 
 #[test]
