@@ -11,10 +11,12 @@
 
 pub mod code;
 pub mod control;
+pub mod cpu;
 pub mod description;
 pub mod frame;
 pub mod needs;
 pub mod parcel;
+pub mod shared;
 pub mod stream;
 pub mod version;
 

@@ -183,6 +183,16 @@ fn a_connection_that_is_refused_says_why() {
     assert_eq!(source.wait(REDIAL), [SourceAction::Connect]);
 }
 
+// clause: F-8
+#[test]
+fn a_sync_that_fails_in_the_freeze_thaws_and_says_no_final() {
+    let mut source = Source::finishing();
+    let failure = Failure::new(ErrorCode::SyncFailed, "what was written to /data");
+    let actions = source.feed(SourceEvent::Failure(failure));
+    assert_aborts(&actions, &source, ErrorCode::SyncFailed);
+    assert_eq!(source.feed(SourceEvent::Finished(final_report())), []);
+}
+
 // clause: N-5
 #[test]
 fn what_has_no_place_aborts_before_the_commit_and_is_noted_after_it() {

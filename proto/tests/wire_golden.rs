@@ -16,6 +16,7 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::{
     ControlError, Final, Hello, Message, Offer, RoundEnd, SourceMessage, TargetMessage, Welcome,
 };
+use pageferry_proto::wire::cpu::{CpuDescription, XsaveComponent};
 use pageferry_proto::wire::description::{
     FileDescription, FileUse, LinkAddress, LinkDescription, Namespaces, RouteDescription,
     SpaceDescription, WorkloadDescription,
@@ -23,6 +24,7 @@ use pageferry_proto::wire::description::{
 use pageferry_proto::wire::frame;
 use pageferry_proto::wire::needs::{CpuMax, Needs, ResourceLimits};
 use pageferry_proto::wire::parcel::{BlockHeader, Codec, ParcelHeader, ParcelRun, RunKind};
+use pageferry_proto::wire::shared::{Marker, SharedPath};
 use pageferry_proto::wire::stream::{self, ImageFileHeader, ImageName, SetHeader};
 use pageferry_proto::wire::stream::{StreamKind, StreamPrefix};
 use pageferry_proto::wire::version::{ALPN, Version};
@@ -109,8 +111,22 @@ fn description() -> WorkloadDescription {
             writable: false,
             mode: 0o100_755,
             kind: FileUse::Mapped,
+            mapped_shared: true,
         }],
-        shared_paths: vec!["/data".to_owned()],
+        shared: vec![shared()],
+        boot_id: [0xb0; 16],
+        cpu: Some(CpuDescription {
+            vendor: "GenuineIntel".to_owned(),
+            features: vec![1 << 28, 0, 1 << 5],
+            avx10: 1,
+            xcr0: 7,
+            components: vec![XsaveComponent {
+                number: 2,
+                size: 256,
+                offset: 576,
+                aligned: true,
+            }],
+        }),
         criu_version: 40201,
         page_size: 4096,
         kernel_release: "6.12.0".to_owned(),
@@ -136,6 +152,18 @@ fn needs() -> Needs {
             cpu_weight: Some(200),
             pids_max: Some(512),
         },
+    }
+}
+
+fn shared() -> SharedPath {
+    SharedPath {
+        path: "/data".to_owned(),
+        directory: true,
+        file_system: 0x6969,
+        inode: 2,
+        born_ns: 1,
+        changed_ns: 300,
+        marker: Some(Marker::new([0xc0; 32])),
     }
 }
 
@@ -185,14 +213,15 @@ fn the_greeting_keeps_its_bytes() {
     );
 }
 
+// clause: C-7
 #[test]
 fn the_offer_keeps_its_bytes() {
     check(
         SourceMessage::Offer(Box::new(offer())),
         &expect![[r#"
-            ef0000008201eb010801120c70726f63
+            600100008201dc020801120c70726f63
             6573732f343731311801220f08e80710
-            1e1880c8ceb40d3080897a2ac50108e7
+            1e1880c8ceb40d3080897a2ab60208e7
             24121a0801120c72656469732d736572
             7665721a0201072080808080041a04e7
             24ed2420092a037765623206286e6f6e
@@ -201,11 +230,18 @@ fn the_offer_keeps_its_bytes() {
             150a1000000000000000000000000000
             0000011080012a0362723042140a0400
             0000001a040a00000122046574683028
-            644a240a152f7573722f62696e2f7265
+            644a260a152f7573722f62696e2f7265
             6469732d7365727665721080201a02ab
-            cd28ed8302300152052f646174615889
-            ba026080206a06362e31322e3072012f
-            7a012f
+            cd28ed8302300138015889ba02608020
+            6a06362e31322e3072012f7a012f8a01
+            360a052f64617461100118e9d2012002
+            280130ac023a20c0c0c0c0c0c0c0c0c0
+            c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0
+            c0c0c0c0c0c0c0920110b0b0b0b0b0b0
+            b0b0b0b0b0b0b0b0b0b09a01270a0c47
+            656e75696e65496e74656c1207808080
+            80010020180120072a0a080210800218
+            c0042001
         "#]],
     );
 }
@@ -525,6 +561,18 @@ fn an_offer_over_a_limit_is_refused() {
         "description path",
     );
     check(
+        |offer| offer.description.shared[0].path = "data".to_owned(),
+        "shared path",
+    );
+    check(
+        |offer| offer.description.shared = vec![shared(); 257],
+        "description.shared",
+    );
+    check(
+        |offer| offer.description.cpu.as_mut().unwrap().xcr0 = 3,
+        "cpu.components",
+    );
+    check(
         |offer| offer.description.links[0].name = String::new(),
         "link.name",
     );
@@ -541,7 +589,10 @@ fn an_offer_over_a_limit_is_refused() {
         "description.spaces",
     );
     let mut offer = offer();
-    offer.description.shared_paths = vec!["a".repeat(4000); 300];
+    offer.description.shared = vec![shared(); 256];
+    for shared in &mut offer.description.shared {
+        shared.path = format!("/{}", "a".repeat(4095));
+    }
     let message = Message::from(SourceMessage::Offer(Box::new(offer)));
     assert!(matches!(message.encode(), Err(ControlError::Frame(_))));
 }

@@ -38,6 +38,7 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
         downtime_us: status.parts.downtime().map(micros),
         parts: Some(parts(&status.parts)),
         frozen_us: progress.frozen.map(micros),
+        synced_us: progress.synced.map(micros),
         elapsed_us: counted(micros(status.elapsed)),
         failure: status.failure.as_ref().map(failure),
         fence_wanted: status.fence_wanted,

@@ -323,6 +323,7 @@ fn parse_migrate(
         target,
         policy,
         shared,
+        force_cpu: request.force_cpu,
         true_smaps: false,
     })
 }

@@ -95,6 +95,9 @@ pub struct MigrateArgs {
     /// Move even if much memory (shared, locked, executable) must be copied inside the freeze
     #[arg(long)]
     pub force_eager: bool,
+    /// Move even if the target's processor lacks features that this one has
+    #[arg(long)]
+    pub force_cpu: bool,
     /// Print the id and return; the daemon goes on
     #[arg(long)]
     pub detach: bool,

@@ -30,6 +30,7 @@ pub struct Known<'a> {
     downtime_ms: Option<f64>,
     parts_ms: PartsMs,
     frozen_ms: Option<f64>,
+    sync_ms: Option<f64>,
     final_pages: Option<u64>,
     pid_at_target: Option<i32>,
     frozen_max_ms: Option<f64>,
@@ -70,6 +71,7 @@ pub struct Moved {
     downtime_ms: Option<f64>,
     parts_ms: PartsMs,
     frozen_ms: Option<f64>,
+    sync_ms: Option<f64>,
     restore_ms: Option<f64>,
     /// Only clients can know the longest gap they saw.
     blackout_ms: Option<f64>,
@@ -120,6 +122,7 @@ impl<'a> Known<'a> {
             downtime_ms: status.downtime_us.map(millis),
             parts_ms: parts(status.parts.as_ref()),
             frozen_ms: status.frozen_us.map(millis),
+            sync_ms: status.synced_us.map(millis),
             final_pages: status.final_pages,
             pid_at_target: status.pid_at_target,
             frozen_max_ms: status.frozen_max_us.map(millis),
@@ -173,6 +176,7 @@ impl Moved {
             downtime_ms: status.downtime_us.map(millis),
             parts_ms,
             frozen_ms: status.frozen_us.map(millis),
+            sync_ms: status.synced_us.map(millis),
             restore_ms: parts_ms.restore,
             blackout_ms: None,
             total_ms: status.elapsed_us.map(millis),
@@ -248,6 +252,9 @@ pub fn summary(status: &Status) -> String {
     }
     if let Some(frozen) = status.frozen_us {
         text += &format!("\n  frozen inside CRIU {:.1} ms", millis(frozen));
+    }
+    if let Some(synced) = status.synced_us {
+        text += &format!("\n  shared storage synced in {:.1} ms", millis(synced));
     }
     // Only a workload with a pid namespace of its own is called something else there.
     if let Some(pid) = status.pid_at_target
@@ -461,6 +468,7 @@ mod tests {
                 handoff_us: Some(4_500),
             }),
             frozen_us: Some(5_100),
+            synced_us: Some(1_500),
             elapsed_us: Some(2_340_000),
             final_pages: Some(812),
             pid_at_target: Some(15_002),
@@ -475,6 +483,7 @@ mod tests {
               3 rounds, 512 MiB of memory, 300 MiB on the wire, 812 pages in the final round
               downtime 40.5 ms: freeze 0.8, final_round 15.0, restore 20.0, commit 0.2, handoff 4.5
               frozen inside CRIU 5.1 ms
+              shared storage synced in 1.5 ms
               at b it is process/15002"]]
         .assert_eq(&summary(&moved()));
     }
@@ -482,7 +491,7 @@ mod tests {
     #[test]
     fn the_json_of_a_move_keeps_its_names() {
         let json = serde_json::to_string(&Moved::of(&moved())).unwrap();
-        expect![[r#"{"id":"0123456789abcdef0123456789abcdef","workload":"process/4711","mode":"precopy","from":"a","to":"b","rounds":3,"memory_bytes":536870912,"wire_bytes":314572800,"downtime_ms":40.5,"parts_ms":{"freeze":0.8,"final_round":15.0,"restore":20.0,"commit":0.2,"handoff":4.5},"frozen_ms":5.1,"restore_ms":20.0,"blackout_ms":null,"total_ms":2340.0,"final_pages":812,"dirty_pages_per_second":12000,"pid_at_target":15002,"retries":0,"ok":true,"error":null}"#]]
+        expect![[r#"{"id":"0123456789abcdef0123456789abcdef","workload":"process/4711","mode":"precopy","from":"a","to":"b","rounds":3,"memory_bytes":536870912,"wire_bytes":314572800,"downtime_ms":40.5,"parts_ms":{"freeze":0.8,"final_round":15.0,"restore":20.0,"commit":0.2,"handoff":4.5},"frozen_ms":5.1,"sync_ms":1.5,"restore_ms":20.0,"blackout_ms":null,"total_ms":2340.0,"final_pages":812,"dirty_pages_per_second":12000,"pid_at_target":15002,"retries":0,"ok":true,"error":null}"#]]
         .assert_eq(&json);
     }
 

@@ -151,6 +151,7 @@ fn request(arguments: MigrateArgs) -> MigrateRequest {
         shared_paths: arguments.shared,
         verify: arguments.verify,
         force_eager: arguments.force_eager,
+        force_cpu: arguments.force_cpu,
         frozen_max_us: arguments.frozen_max.map(micros),
     }
 }

@@ -12,6 +12,8 @@ pub struct Progress {
     pub status: Status,
     /// How long CRIU held the frozen tasks; at the source.
     pub frozen: Option<Duration>,
+    /// How long syncing shared storage took in the freeze, if anything is shared; at the source.
+    pub synced: Option<Duration>,
     /// Pages sent in the final round; at the source.
     pub final_pages: Option<u64>,
     /// The migration that was started in place of this one, which failed; at the source.
@@ -28,6 +30,7 @@ impl Progress {
         Self {
             status,
             frozen: None,
+            synced: None,
             final_pages: None,
             successor: None,
             pid_at_target: None,

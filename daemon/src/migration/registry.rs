@@ -32,6 +32,7 @@ use super::clock::Clock;
 use super::journal::{Found, Journal, Journals, Recovered};
 use super::progress::Progress;
 use super::refusals::{Refusal, Refusals};
+use super::source::site::{Asked, Site as SourceSite, SourceNode};
 use super::source::site::{Site as SourceSite, SourceNode};
 use super::source::{Ended, SourceDriver, SourceParts, SourceRequest};
 use super::target::TargetRequest;
@@ -123,6 +124,8 @@ pub struct MigrateRequest {
     pub policy: Policy,
     /// Paths that both nodes share.
     pub shared: Vec<PathBuf>,
+    /// The target is not to compare its processor with this node's.
+    pub force_cpu: bool,
     /// CRIU is to read the true smaps in the freeze, not what was recorded before it.
     pub true_smaps: bool,
 }
@@ -249,8 +252,11 @@ impl Registry {
             id,
             root,
             request.policy,
-            &request.shared,
-            request.true_smaps,
+            Asked {
+                shared: &request.shared,
+                true_smaps: request.true_smaps,
+                force_cpu: request.force_cpu,
+            },
             cancelled,
         )
         .await?;

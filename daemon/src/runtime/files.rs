@@ -16,6 +16,8 @@ use procfs::process::{FDTarget, MMPermissions, MMapPath, Process};
 
 use super::build_id;
 use super::mounts::Mounts;
+use super::shared::kind::{self, Kind};
+use super::shared::mappings;
 
 /// Files named in one description; a large JVM has about a thousand.
 pub const FILES_MAX: usize = 16_384;
@@ -126,32 +128,37 @@ impl Descriptors {
 
     fn add_mapped(&mut self, process: &Process, shared: &[PathBuf]) -> Result<(), Failure> {
         let pid = process.pid;
-        let maps = process.maps().map_err(|error| {
+        let unreadable = |error: procfs::ProcError| {
             Failure::new(
                 ErrorCode::UnsupportedWorkload,
                 format!("the mappings of process {pid} cannot be read: {error}"),
             )
-        })?;
+        };
+        let maps = process.maps().map_err(unreadable)?;
+        let written = mappings::writable(process).map_err(unreadable)?;
         for map in maps.iter() {
-            let MMapPath::Path(path) = &map.pathname else {
+            let MMapPath::Path(name) = &map.pathname else {
                 continue;
             };
-            if deleted(path).is_some() {
+            if deleted(name).is_some() {
                 continue;
             }
-            let Some(path) = self.node_path(path) else {
+            let Some(path) = self.node_path(name) else {
                 continue;
             };
             let path = path.as_path();
-            if self.files.contains_key(path) {
+            // A file may be mapped in both ways, and be open besides.
+            let writes = map.perms.contains(MMPermissions::SHARED) && written.contains(name);
+            if self
+                .files
+                .get(path)
+                .is_some_and(|known| known.mapped_shared || !writes)
+            {
                 continue;
             }
             let Ok(metadata) = fs::metadata(self.seen(pid).join(strip(path))) else {
                 continue;
             };
-            let writes = map
-                .perms
-                .contains(MMPermissions::WRITE | MMPermissions::SHARED);
             if writes && metadata.is_file() && !is_shared(path, shared) {
                 return Err(Failure::new(
                     ErrorCode::FileWritable,
@@ -162,8 +169,15 @@ impl Descriptors {
                     ),
                 ));
             }
-            if metadata.is_file() {
-                self.add_file(pid, path, &metadata, writes, FileUse::Mapped)?;
+            if !metadata.is_file() {
+                continue;
+            }
+            if writes && let Some(failure) = mappings::incoherent(pid, path) {
+                return Err(failure);
+            }
+            self.add_file(pid, path, &metadata, writes, FileUse::Mapped)?;
+            if writes && let Some(file) = self.files.get_mut(path) {
+                (file.writable, file.mapped_shared) = (true, true);
             }
         }
         Ok(())
@@ -204,6 +218,7 @@ impl Descriptors {
                 writable,
                 mode: metadata.mode(),
                 kind,
+                mapped_shared: false,
             });
         Ok(())
     }
@@ -255,6 +270,19 @@ pub fn check(file: &FileDescription, root: &Path) -> Result<(), Failure> {
         Ok(metadata) => metadata,
         Err(error) => return differs(error.to_string()),
     };
+    if file.mapped_shared
+        && let Ok((Kind::OnOpen, number)) = kind::of(&here)
+    {
+        return Err(Failure::new(
+            ErrorCode::SharedIncoherent,
+            format!(
+                "{} is mapped shared and writable, and at the target it is on {}, whose caches \
+                 differ between nodes: keep that file elsewhere",
+                file.path,
+                kind::name(number)
+            ),
+        ));
+    }
     if file.writable {
         // It lives on storage both nodes share; its size may change until the freeze.
         return Ok(());

@@ -316,7 +316,7 @@ impl From<MountInfo> for Seen {
 }
 
 /// Blank, tab, line feed and backslash are written as three octal digits in mountinfo(5).
-fn decoded(text: &str) -> PathBuf {
+pub(super) fn decoded(text: &str) -> PathBuf {
     let replaced = [
         ("\\040", " "),
         ("\\011", "\t"),

@@ -21,6 +21,7 @@ use procfs::process::{Process, Status};
 use super::files::{self, Descriptors};
 use super::identity;
 use super::mounts::{self, Mounts};
+use super::{cpu, shared};
 use crate::sys::namespace::{self, NamespaceKind};
 
 /// Threads in one tree; the description of one must fit a control message.
@@ -39,9 +40,11 @@ pub struct Described {
 
 /// Looks at the tree of `pids`, `root` first. Blocks for a few milliseconds.
 ///
-/// `shared` are paths the operator says both nodes share. Links, routes, the addresses spaces go by
-/// and CRIU's version are left for the caller, who knows them.
-pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
+/// `storage` are paths the operator says both nodes share. Links, routes, the addresses spaces go
+/// by, the proofs of what is shared, the kernel's boot id, the processor and CRIU's version are
+/// left for the caller, who
+/// knows them.
+pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Described, Failure> {
     let gone = |error: &dyn std::fmt::Display| {
         Failure::new(
             ErrorCode::WorkloadGone,
@@ -57,7 +60,7 @@ pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described
         mounts: mounts.clone(),
         ..Descriptors::default()
     };
-    let (spaces, tasks) = members(pids, shared, &mut descriptors)?;
+    let (spaces, tasks) = members(pids, storage, &mut descriptors)?;
     descriptors.check_pipes()?;
     if !own.contains(&NamespaceKind::Net) {
         refuse_inet_sockets(root, &descriptors)?;
@@ -89,10 +92,9 @@ pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described
         links: Vec::new(),
         routes: Vec::new(),
         files: descriptors.files.into_values().collect(),
-        shared_paths: shared
-            .iter()
-            .map(|path| path.to_string_lossy().into_owned())
-            .collect(),
+        shared: Vec::new(),
+        boot_id: [0; 16],
+        cpu: None,
         criu_version: 0,
         page_size: PAGE_SIZE as u32,
         kernel_release: kernel_release(),
@@ -145,13 +147,27 @@ fn members(
 
 /// Checks at the target that the tree can be restored here: pids free, files the same.
 pub fn check(description: &WorkloadDescription) -> Result<(), Failure> {
+    if let Some(source) = &description.cpu {
+        cpu::read().check(source)?;
+    }
     mounts::check(&description.mounts)?;
+    check_shared(description)?;
     for file in &description.files {
         files::check(file, Path::new("/"))?;
     }
     check_folder(description)?;
     // Empty with a pid namespace of its own.
     check_pids(&description.pids)
+}
+
+fn check_shared(description: &WorkloadDescription) -> Result<(), Failure> {
+    let here = shared::boot_id().map_err(|error| {
+        let text = format!("the boot id of the target cannot be read: {error}");
+        Failure::new(ErrorCode::NodeUnfit, text)
+    })?;
+    let boot_ids = [description.boot_id, here];
+    let mut paths = description.shared.iter();
+    paths.try_for_each(|path| shared::check(path, boot_ids))
 }
 
 /// CRIU opens the working directory of the root again, in the freeze.

@@ -5,6 +5,7 @@
 //! Absent: policy, logging, anything that decides.
 
 pub mod bpf;
+pub mod cpu;
 pub mod fdpass;
 pub mod heap;
 pub mod namespace;
@@ -13,5 +14,7 @@ pub mod pagemap;
 pub mod priority;
 pub mod process_vm;
 pub mod ptrace;
+#[cfg(test)]
+pub mod shared_mapping;
 pub mod track;
 pub mod uffd;

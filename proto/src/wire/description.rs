@@ -7,8 +7,10 @@ use std::net::IpAddr;
 
 use crate::id::SpaceId;
 use crate::wire::control::{ControlError, missing, short};
+use crate::wire::cpu::CpuDescription;
 use crate::wire::needs::Needs;
 use crate::wire::schema;
+use crate::wire::shared::{SHARED_PATHS_MAX, SharedPath};
 
 /// Most spaces, and most pids and threads, of one workload: a tree of a few thousand processes
 /// is the largest that CRIU is known to dump in reasonable time.
@@ -57,8 +59,12 @@ pub struct WorkloadDescription {
     pub routes: Vec<RouteDescription>,
     /// Files it has mapped or open.
     pub files: Vec<FileDescription>,
-    /// Path prefixes that the operator declares to be the same files on both nodes.
-    pub shared_paths: Vec<String>,
+    /// Files and folders that the operator declares to be one storage at both nodes.
+    pub shared: Vec<SharedPath>,
+    /// The boot id of the source's kernel: two nodes with the same one are one kernel.
+    pub boot_id: [u8; 16],
+    /// The source's processor; none if the operator wants it not compared.
+    pub cpu: Option<CpuDescription>,
     /// CRIU's version at the source, as CRIU numbers it: 40201 is 4.2.1.
     pub criu_version: u32,
     /// Size of a page at the source, in bytes.
@@ -156,8 +162,10 @@ pub struct FileDescription {
     pub writable: bool,
     /// Its type and permissions, as `st_mode`.
     pub mode: u32,
-    /// How it is used. A file that is both mapped and open is mentioned twice.
+    /// How it is used; a file that is both mapped and open counts as open.
     pub kind: FileUse,
+    /// Whether the workload may write it through a shared mapping.
+    pub mapped_shared: bool,
 }
 
 /// How a workload uses a file.
@@ -223,7 +231,9 @@ impl From<&WorkloadDescription> for schema::WorkloadDescription {
             links: description.links.iter().map(Into::into).collect(),
             routes: description.routes.iter().map(Into::into).collect(),
             files: description.files.iter().map(Into::into).collect(),
-            shared_paths: description.shared_paths.clone(),
+            shared: description.shared.iter().map(Into::into).collect(),
+            boot_id: description.boot_id.to_vec(),
+            cpu: description.cpu.as_ref().map(Into::into),
             criu_version: description.criu_version,
             page_size: description.page_size,
             kernel_release: description.kernel_release.clone(),
@@ -245,12 +255,8 @@ impl TryFrom<schema::WorkloadDescription> for WorkloadDescription {
         short("description.routes", wire.routes.len(), ROUTES_MAX)?;
         short("description.files", wire.files.len(), FILES_MAX)?;
         short("description.mounts", wire.mounts.len(), MOUNTS_MAX)?;
-        short(
-            "description.shared_paths",
-            wire.shared_paths.len(),
-            FILES_MAX,
-        )?;
-        for path in wire.shared_paths.iter().chain([&wire.cwd, &wire.root]) {
+        short("description.shared", wire.shared.len(), SHARED_PATHS_MAX)?;
+        for path in [&wire.cwd, &wire.root] {
             short("description path", path.len(), PATH_BYTES_MAX)?;
         }
         for name in [&wire.hostname, &wire.domainname, &wire.kernel_release] {
@@ -260,6 +266,9 @@ impl TryFrom<schema::WorkloadDescription> for WorkloadDescription {
             "description.own_namespaces",
             wire.own_namespaces.into(),
         ))?;
+        let length = i64::try_from(wire.boot_id.len()).unwrap_or(i64::MAX);
+        let boot_id = <[u8; 16]>::try_from(wire.boot_id);
+        let boot_id = boot_id.map_err(|_| invalid("description.boot_id", length))?;
         Ok(Self {
             root_pid: pid("description.root_pid", wire.root_pid)?,
             spaces: collect(wire.spaces)?,
@@ -270,7 +279,9 @@ impl TryFrom<schema::WorkloadDescription> for WorkloadDescription {
             links: collect(wire.links)?,
             routes: collect(wire.routes)?,
             files: collect(wire.files)?,
-            shared_paths: wire.shared_paths,
+            shared: collect(wire.shared)?,
+            boot_id,
+            cpu: wire.cpu.map(TryInto::try_into).transpose()?,
             criu_version: wire.criu_version,
             page_size: wire.page_size,
             kernel_release: wire.kernel_release,
@@ -395,6 +406,7 @@ impl From<&FileDescription> for schema::File {
             writable: file.writable,
             mode: file.mode,
             kind: kind.into(),
+            mapped_shared: file.mapped_shared,
         }
     }
 }
@@ -422,6 +434,7 @@ impl TryFrom<schema::File> for FileDescription {
             writable: wire.writable,
             mode: wire.mode,
             kind,
+            mapped_shared: wire.mapped_shared,
         })
     }
 }

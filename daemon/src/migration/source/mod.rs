@@ -16,6 +16,7 @@ pub mod rounds;
 pub mod sent;
 pub mod site;
 mod state;
+mod storage;
 mod task;
 mod unread;
 mod verify;
@@ -79,8 +80,9 @@ pub struct SourceDriver {
     connection: Option<Connection>,
     /// Counts connections, so that a message of an old one is not taken for one of the new.
     connections: u64,
-    /// How long CRIU held the tasks, and how many pages the final round had.
-    measured: (Option<Duration>, Option<u64>),
+    /// How long CRIU held the tasks, how long shared storage was synced, and how many pages the
+    /// final round had.
+    measured: (Option<Duration>, Option<Duration>, Option<u64>),
     /// What the round under way has sent.
     sent: Arc<Sent>,
     /// What the operation under way waits for.
@@ -185,7 +187,7 @@ impl SourceDriver {
             cancel: parts.cancel,
             connection: None,
             connections: 0,
-            measured: (None, None),
+            measured: (None, None, None),
             repeatable: parts.repeatable,
             recovered: parts.recovered,
             held_back: None,
@@ -245,7 +247,7 @@ impl SourceDriver {
     fn publish(&mut self, status: Status) {
         // The machine counts whole rounds: its sums replace those of the pieces.
         self.sent.take();
-        let (frozen, final_pages) = self.measured;
+        let (frozen, synced, final_pages) = self.measured;
         let outdated = |failure: &Failure| failure.code() == ErrorCode::SmapsDiffer;
         let repeat = self.repeatable
             && status.phase == Phase::Aborted
@@ -253,6 +255,7 @@ impl SourceDriver {
         let progress = Progress {
             status,
             frozen,
+            synced,
             final_pages,
             successor: None,
             pid_at_target: self.pid_at_target,
@@ -392,7 +395,7 @@ impl SourceDriver {
         match ended {
             Ok((site, event)) => {
                 if let SourceEvent::Finished(report) = &event {
-                    self.measured = (site.frozen_in_criu, Some(report.pages.0));
+                    self.measured = (site.frozen_in_criu, site.synced, Some(report.pages.0));
                 }
                 self.site = Some(site);
                 self.handle(event);

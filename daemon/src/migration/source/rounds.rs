@@ -20,6 +20,7 @@ use super::dump::{Dump, DumpError};
 use super::failure::{criu_failed, failed_to_track, lost};
 use super::sent::Sent;
 use super::site::Site;
+use super::storage;
 use super::unread::{Unsent, Verdict};
 use super::verify;
 use crate::migration::text::{chain, internal};
@@ -29,6 +30,7 @@ use crate::pages::send::{ParcelSink, RoundSent, SendError};
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
 use crate::runtime::passing::Passing;
+use crate::runtime::shared::sync::Syncing;
 
 /// Bytes of an image file given to the network at once.
 const IMAGE_PIECE: usize = 256 << 10; // 256 KiB
@@ -105,8 +107,13 @@ impl Site {
         }
         let last_scan = self.scanned;
         let pending = std::mem::take(&mut self.pending);
+        let processes = || self.freezer.processes().unwrap_or_default();
+        let syncing = self.kept.sync_beside(processes);
         // What was not sent is dirty again, or gone.
         let (sums, _) = self.send_pages(&pending, round, Misses::GiveUp).await?;
+        let sent = began.elapsed();
+        self.sync_ended(syncing).await?;
+        let waited = began.elapsed().saturating_sub(sent);
         block_in_place(|| {
             self.attach_new()?;
             self.scan()
@@ -125,7 +132,8 @@ impl Site {
             pages_dirtied_estimate: PageCount(dirtied),
             raw_bytes: sums.raw_bytes,
             wire_bytes: sums.wire_bytes,
-            duration: began.elapsed(),
+            // Without the wait for storage, which says nothing of the link.
+            duration: began.elapsed().saturating_sub(waited),
             eager_bytes: self.eager_bytes,
         })
     }
@@ -224,7 +232,12 @@ impl Site {
             self.scan_again(&mut scans)?;
         }
         let (data, images) = (self.data()?, self.dump()?.images().to_owned());
-        let waits = self.waits.clone();
+        block_in_place(|| self.tell_lengths(&images))?;
+        let (waits, syncing) = (self.waits.clone(), self.kept.take_syncing());
+        let synced = async {
+            let synced = storage::synced(syncing, waits.cut());
+            waits.on(Wait::Storage, synced).await?
+        };
         let digests = async {
             let digests = verify::send(hashing, &data, generation);
             waits.on(Wait::Digests, digests).await?
@@ -239,11 +252,13 @@ impl Site {
             let images = send_images(&data, generation, &images);
             waits.on(Wait::Images, images).await?
         };
-        let (digests, mut sums, (images, image_bytes)) = tokio::try_join!(digests, last, images)?;
+        let (digests, mut sums, (images, image_bytes), synced) =
+            tokio::try_join!(digests, last, images, synced)?;
+        self.synced = synced;
         sums.wire_bytes += image_bytes;
         self.image_bytes = image_bytes;
         tracing::info!(%round, pages = sums.pages, wire_bytes = sums.wire_bytes, ?scanned,
-            ?frozen_in_criu, ?frozen_again, images_sent = ?began.elapsed(), image_bytes,
+            ?frozen_in_criu, ?frozen_again, ?synced, images_sent = ?began.elapsed(), image_bytes,
             "final round sent");
         Ok(SourceEvent::Finished(FinalReport {
             parcels: u32::try_from(sums.parcels).map_err(|error| internal(&error))?,
@@ -317,6 +332,17 @@ impl Site {
             None => Ok(sums),
             Some(Verdict::Again(failure) | Verdict::Never(failure)) => Err(failure),
         }
+    }
+
+    /// Waits for a sync beside a round, if there is one: as long as the round may take.
+    async fn sync_ended(&self, syncing: Option<Syncing>) -> Result<(), Failure> {
+        let Some(syncing) = syncing else {
+            return Ok(());
+        };
+        let ended = syncing.ended(Duration::MAX, self.waits.cut());
+        let took = self.waits.on(Wait::Storage, ended).await??;
+        tracing::debug!(?took, "shared storage synced");
+        Ok(())
     }
 
     /// Shows CRIU what it may see of the spaces.

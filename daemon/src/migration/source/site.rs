@@ -14,7 +14,7 @@ mod survey;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,7 @@ use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
 use super::rounds::Sums;
 use super::sent::Sent;
+use super::storage::Kept;
 use super::task::{alive, is_seizing, tracer};
 use super::unread::Unreadable;
 use super::waits::Waits;
@@ -51,7 +52,7 @@ use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::passing::Observer;
 use crate::sys::namespace::{self, NamespaceKind};
-pub use survey::Survey;
+pub use survey::{Asked, Survey};
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -149,12 +150,17 @@ pub struct Site {
     pub(super) sent: Arc<Sent>,
     /// CRIU reads the true smaps, for 11 ms per GiB of the freeze.
     true_smaps: bool,
+    /// Storage that both nodes share.
+    pub(super) kept: Kept,
+    /// How long syncing it took in the last freeze, if anything is shared.
+    pub(super) synced: Option<Duration>,
 }
 
 impl Site {
     /// Puts the tree into its cgroup, attaches to every space, and lets CRIU get ready.
     pub async fn track(&mut self) -> Result<(), Failure> {
         block_in_place(|| {
+            self.kept.offer_is_answered();
             self.freezer.make().map_err(|error| freeze_failed(&error))?;
             let root = self.root;
             let adopted = self.freezer.adopt(|| {
@@ -357,7 +363,19 @@ impl Site {
         // From here on it cannot end by itself.
         self.check_root()?;
         self.check_mounts()?;
-        Ok(self.held_lock()?.unwrap_or(SourceEvent::Frozen))
+        if let Some(locked) = self.held_lock()? {
+            return Ok(locked);
+        }
+        let processes = || self.freezer.processes().unwrap_or_default();
+        block_in_place(|| self.kept.freeze(processes, self.mounts.as_ref()))?;
+        Ok(SourceEvent::Frozen)
+    }
+
+    /// Tells the target how long files on shared storage are.
+    pub(super) fn tell_lengths(&self, images: &Path) -> Result<(), Failure> {
+        let processes = || self.freezer.processes().unwrap_or_default();
+        self.kept
+            .tell_lengths(processes, self.mounts.as_ref(), images)
     }
 
     /// Freezes the cgroup, unless that is cut.
@@ -444,6 +462,7 @@ impl Site {
     /// Undoes everything down to a running workload; with `untrack`, tracking too.
     pub async fn thaw(&mut self, untrack: bool) -> Result<(), Failure> {
         self.comparing = None;
+        drop(self.kept.take_syncing());
         match std::mem::take(&mut self.dumping) {
             Dumping::No => {}
             // It has not touched anything, and can wait for the next freeze.
@@ -476,6 +495,7 @@ impl Site {
         if untrack {
             block_in_place(|| self.spaces.clear());
             self.pending.clear();
+            block_in_place(|| self.kept.offer_is_answered());
             self.leave_cgroup();
             drop(std::fs::remove_dir_all(&self.directory));
         } else if matches!(self.dumping, Dumping::No) {

@@ -7,6 +7,7 @@ use pageferry_proto::wire::code::Failure;
 use serde::{Deserialize, Serialize};
 
 use crate::migration::text::internal;
+use crate::runtime::shared::marker::Written;
 
 /// What a restarted daemon needs to know of a workload: kept in the journal.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -21,6 +22,9 @@ pub(super) struct SiteState {
     /// The freezer cgroup the tree came from, if it was moved.
     pub(super) origin: Option<PathBuf>,
     pub(super) ports: Vec<PortState>,
+    /// Files by which the target was to know shared storage.
+    #[serde(default)]
+    pub(super) markers: Vec<Written>,
 }
 
 /// This node's end of a link.

@@ -61,6 +61,11 @@ impl Waits {
         }
     }
 
+    /// Turns true when waits are cut.
+    pub(super) fn cut(&self) -> watch::Receiver<bool> {
+        self.cut.clone()
+    }
+
     /// For what blocks its thread, and asks by itself whether it is cut.
     pub(super) fn begin(&self, what: Wait) -> Begun<'_> {
         let wait = (what, Instant::now());

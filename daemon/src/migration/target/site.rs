@@ -41,6 +41,7 @@ use crate::runtime::hierarchies::{Group, Groups, Hierarchies};
 use crate::runtime::limits;
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::process;
+use crate::runtime::shared::lengths;
 use crate::sys::namespace::{self, NamespaceKind};
 pub use run::LetGoError;
 
@@ -346,6 +347,7 @@ impl Site {
     /// Restores the workload and holds it before its first instruction.
     pub async fn restore(&mut self) -> Result<DriverState, Failure> {
         let images = self.intake.images();
+        block_in_place(|| lengths::check(&images))?;
         let Images {
             spaces,
             tasks,

@@ -23,6 +23,8 @@ pub enum Wait {
     Digests,
     /// Images wait until the target takes them.
     Images,
+    /// What it wrote to shared storage is made durable.
+    Storage,
     /// What CRIU was shown is compared with the truth.
     Smaps,
     /// The target has not yet said that it has all of the final round.
@@ -53,6 +55,7 @@ impl Wait {
             Self::LiveSets => "the target to take the live sets",
             Self::Digests => "digests of all pages, and the target to take them",
             Self::Images => "the target to take CRIU's images",
+            Self::Storage => "shared storage to be synced",
             Self::Smaps => "the comparison of the mappings",
             Self::Held => "the target to acknowledge the final round",
             Self::Ready => "the target's restore",

@@ -18,9 +18,10 @@ use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
 use crate::migration::source::state::{PortState, SiteState, encode_state};
+use crate::migration::source::storage::Kept;
 use crate::migration::source::unread::Unreadable;
 use crate::migration::source::waits::Waits;
-use crate::migration::text::network_unfit;
+use crate::migration::text::{internal, network_unfit};
 use crate::pages::send::Sender;
 use crate::pages::track::shared_bytes;
 use crate::pages::track::tree::Tree;
@@ -29,7 +30,9 @@ use crate::runtime::identity::{Anchor, Identity};
 use crate::runtime::limits;
 use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
-use crate::runtime::process;
+use crate::runtime::shared::marker::Markers;
+use crate::runtime::shared::{self, Storage};
+use crate::runtime::{cpu, process};
 use crate::sys::namespace::{self, NamespaceKind};
 
 /// How often it is looked for locks, and how long between two looks.
@@ -60,6 +63,18 @@ struct Found {
     ports: Vec<Port>,
     memory_bytes: u64,
     true_smaps: bool,
+    kept: Kept,
+}
+
+/// What was asked for, besides the policy.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// Paths that both nodes share.
+    pub shared: &'a [PathBuf],
+    /// CRIU is to read the true smaps in the freeze.
+    pub true_smaps: bool,
+    /// The target is not to compare its processor.
+    pub force_cpu: bool,
 }
 
 impl Site {
@@ -69,8 +84,7 @@ impl Site {
         id: MigrationId,
         root: i32,
         policy: Policy,
-        shared: &[PathBuf],
-        true_smaps: bool,
+        asked: Asked<'_>,
         cancelled: watch::Receiver<bool>,
     ) -> Result<Survey, Failure> {
         let gone = |error: &dyn std::fmt::Display| {
@@ -82,22 +96,26 @@ impl Site {
         let pids = tree.pids();
         // First: to open a file that is leased would break the lease.
         let locks = Locks {
-            shared: shared.to_vec(),
+            shared: asked.shared.to_vec(),
             mounts: block_in_place(|| process::mounts(root))?,
         };
         check_locks(&locks, &pids).await?;
-        let described = block_in_place(|| process::describe(root, &pids, shared))?;
+        let storage = block_in_place(|| Storage::find(asked.shared))?;
+        let described = block_in_place(|| process::describe(root, &pids, storage.paths()))?;
         block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid, root)))?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
-        let (shared, limited) =
+        let (in_common, limited) =
             block_in_place(|| (shared_bytes(&pids), limits::read(root, &node.hierarchies)));
-        description.needs.shared_bytes = shared;
+        description.needs.shared_bytes = in_common;
         description.needs.limits = limited.limits;
         for path in limited.left_behind {
             tracing::warn!(migration = %id, path = %path.display(),
                 "what its cgroup says here is not carried to the target");
         }
+        description.cpu = (!asked.force_cpu).then(cpu::read);
+        description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
+        let kept = block_in_place(|| Kept::open(storage, &mut description.shared))?;
         let mut ports = Vec::new();
         if described.own.contains(&NamespaceKind::Net) {
             let net = namespace::open(root, NamespaceKind::Net).map_err(|error| gone(&error))?;
@@ -134,6 +152,7 @@ impl Site {
                     bridge: port.bridge().to_owned(),
                 })
                 .collect(),
+            markers: kept.markers(),
         };
         let memory_bytes = description
             .spaces
@@ -150,7 +169,8 @@ impl Site {
             origin,
             ports,
             memory_bytes,
-            true_smaps,
+            true_smaps: asked.true_smaps,
+            kept,
         };
         Ok(Survey {
             description,
@@ -203,7 +223,10 @@ impl Site {
             ports,
             memory_bytes: 0,
             true_smaps: false,
+            kept: Kept::default(),
         };
+        // What they were for is over.
+        drop(Markers::recovered(state.markers));
         Ok(Self::untouched(node, id, policy, found, cancelled))
     }
 
@@ -245,6 +268,8 @@ impl Site {
             unread: Unreadable::default(),
             sent: Arc::default(),
             true_smaps: found.true_smaps,
+            kept: found.kept,
+            synced: None,
         }
     }
 }

@@ -1,0 +1,311 @@
+//! A file system in user space of one folder, whose server fails or hangs when told to.
+//!
+//! The kernel keeps what is written in its page cache (`FUSE_WRITEBACK_CACHE`), as it does for a
+//! file system on a network, and writes it back when it likes.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+const ROOT: u64 = 1;
+const MAX_WRITE: usize = 128 << 10;
+
+/// What the server holds, and how it is to behave.
+#[derive(Debug, Default)]
+pub struct State {
+    pub files: BTreeMap<String, (u64, Vec<u8>)>,
+    pub writes: usize,
+    pub fsyncs: usize,
+    /// Writes are answered with EIO.
+    pub failing: bool,
+    /// Writes are not answered.
+    pub hanging: bool,
+    held: Vec<u64>,
+    /// Root may not make files, as at a server that takes root for nobody.
+    pub squashing: bool,
+    next: u64,
+}
+
+/// A mounted file system; unmounted when dropped.
+#[derive(Debug)]
+pub struct Fuse {
+    pub path: PathBuf,
+    state: Arc<Mutex<State>>,
+    device: File,
+    server: Option<JoinHandle<()>>,
+}
+
+impl Fuse {
+    pub fn mount(path: &Path) -> Self {
+        let state = Arc::new(Mutex::new(State {
+            next: ROOT + 1,
+            ..State::default()
+        }));
+        Self::of(state, path)
+    }
+
+    /// Mounts what this one's server holds a second time, as another kernel would: with caches of
+    /// its own.
+    pub fn elsewhere(&self, path: &Path) -> Self {
+        Self::of(Arc::clone(&self.state), path)
+    }
+
+    fn of(state: Arc<Mutex<State>>, path: &Path) -> Self {
+        let device = OpenOptions::new().read(true).write(true).open("/dev/fuse");
+        let device = device.expect("the kernel has FUSE");
+        let options = format!(
+            "fd={},rootmode=40777,user_id=0,group_id=0,allow_other",
+            device.as_raw_fd()
+        );
+        let options = CString::new(options).expect("no zero");
+        mount(
+            Some("test"),
+            path,
+            Some("fuse"),
+            MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+            Some(options.as_c_str()),
+        )
+        .expect("root may mount");
+        let (mut requests, served) = (device.try_clone().expect("dup"), Arc::clone(&state));
+        let server = std::thread::spawn(move || {
+            let mut buffer = vec![0; MAX_WRITE + 4096];
+            // It ends with the mount: ENODEV.
+            while let Ok(length) = requests.read(&mut buffer) {
+                serve(&mut requests, &served, &buffer[..length]);
+            }
+        });
+        Self {
+            path: path.to_owned(),
+            state,
+            device,
+            server: Some(server),
+        }
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("the server does not panic")
+    }
+
+    pub fn content(&self, name: &str) -> Vec<u8> {
+        self.state().files.get(name).expect("a file").1.clone()
+    }
+
+    /// Answers the writes that were held, with an error, and hangs no more.
+    pub fn release(&self) {
+        let mut state = self.state();
+        state.hanging = false;
+        for unique in std::mem::take(&mut state.held) {
+            answer(&mut &self.device, unique, libc::EIO, &[]);
+        }
+    }
+}
+
+impl Drop for Fuse {
+    fn drop(&mut self) {
+        self.release();
+        // By force: whoever waits for an answer gets an error, and the server ends.
+        let _ = umount2(&self.path, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
+        if let Some(server) = self.server.take() {
+            drop(server.join());
+        }
+    }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}
+
+fn answer(device: &mut impl Write, unique: u64, errno: i32, body: &[u8]) {
+    let length = u32::try_from(16 + body.len()).expect("short");
+    let mut reply = length.to_le_bytes().to_vec();
+    reply.extend((-errno).to_le_bytes());
+    reply.extend(unique.to_le_bytes());
+    reply.extend(body);
+    // A request that was interrupted takes no answer.
+    drop(device.write_all(&reply));
+}
+
+/// `struct fuse_attr`.
+fn attributes(inode: u64, length: usize) -> Vec<u8> {
+    let mode: u32 = if inode == ROOT { 0o040_777 } else { 0o100_666 };
+    let mut bytes = Vec::new();
+    for word in [inode, length as u64, length.div_ceil(512) as u64, 0, 0, 0] {
+        bytes.extend(word.to_le_bytes());
+    }
+    for word in [0, 0, 0, mode, 1, OWNER, OWNER, 0, 4096, 0] {
+        bytes.extend(u32::to_le_bytes(word));
+    }
+    bytes
+}
+
+/// Who owns everything.
+pub const OWNER: u32 = 12_345;
+
+/// `struct fuse_attr_out`: not to be asked again within a second.
+fn attributes_out(inode: u64, length: usize) -> Vec<u8> {
+    let mut bytes = 1_u64.to_le_bytes().to_vec();
+    bytes.extend([0; 8]);
+    bytes.extend(attributes(inode, length));
+    bytes
+}
+
+/// `struct fuse_entry_out`.
+fn entry(inode: u64, length: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for word in [inode, 0, 1, 1] {
+        bytes.extend(u64::to_le_bytes(word));
+    }
+    bytes.extend([0; 8]);
+    bytes.extend(attributes(inode, length));
+    bytes
+}
+
+fn name_of(body: &[u8]) -> String {
+    let end = body
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(body.len());
+    String::from_utf8_lossy(&body[..end]).into_owned()
+}
+
+fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
+    let mut state = state.lock().expect("nobody panics with it");
+    let (opcode, unique, node) = (u32_at(request, 4), u64_at(request, 8), u64_at(request, 16));
+    let (uid, body) = (u32_at(request, 24), &request[40..]);
+    let length = |state: &State| {
+        let mut files = state.files.values();
+        files
+            .find(|(inode, _)| *inode == node)
+            .map(|(_, data)| data.len())
+    };
+    let (errno, reply) = match opcode {
+        // LOOKUP
+        1 => match state.files.get(&name_of(body)) {
+            Some((inode, data)) => (0, entry(*inode, data.len())),
+            None => (libc::ENOENT, Vec::new()),
+        },
+        // FORGET, INTERRUPT, BATCH_FORGET: no answer.
+        2 | 36 | 42 => return,
+        // GETATTR
+        3 if node == ROOT => (0, attributes_out(ROOT, 0)),
+        3 => match length(&state) {
+            Some(length) => (0, attributes_out(node, length)),
+            None => (libc::ENOENT, Vec::new()),
+        },
+        // SETATTR
+        4 => {
+            resize(&mut state, node, body);
+            (0, attributes_out(node, length(&state).unwrap_or(0)))
+        }
+        // UNLINK
+        10 => match state.files.remove(&name_of(body)) {
+            Some(_) => (0, Vec::new()),
+            None => (libc::ENOENT, Vec::new()),
+        },
+        // OPEN, OPENDIR
+        14 | 27 => (0, vec![0; 16]),
+        // READ
+        15 => (0, read(&state, node, body)),
+        // WRITE
+        16 if state.hanging => {
+            state.held.push(unique);
+            return;
+        }
+        16 if state.failing => (libc::EIO, Vec::new()),
+        16 => (0, write(&mut state, node, body)),
+        // STATFS
+        17 => (0, vec![0; 80]),
+        // RELEASE, FLUSH, RELEASEDIR, FSYNCDIR
+        18 | 25 | 29 | 30 => (0, Vec::new()),
+        // FSYNC
+        20 => {
+            state.fsyncs += 1;
+            (0, Vec::new())
+        }
+        // INIT
+        26 => (0, init()),
+        // READDIR: whoever needs a name knows it.
+        28 => (0, Vec::new()),
+        // CREATE
+        35 if state.squashing && uid == 0 => (libc::EACCES, Vec::new()),
+        35 => {
+            let inode = state.next;
+            state.next += 1;
+            state
+                .files
+                .insert(name_of(&body[16..]), (inode, Vec::new()));
+            (0, [entry(inode, 0), vec![0; 16]].concat())
+        }
+        _ => (libc::ENOSYS, Vec::new()),
+    };
+    drop(state);
+    answer(device, unique, errno, &reply);
+}
+
+/// SETATTR: of the attributes only the size.
+fn resize(state: &mut State, node: u64, body: &[u8]) {
+    const SIZE: u32 = 1 << 3;
+    let (valid, size) = (u32_at(body, 0), u64_at(body, 16));
+    let file = state.files.values_mut().find(|(inode, _)| *inode == node);
+    if valid & SIZE != 0
+        && let Some((_, data)) = file
+    {
+        data.resize(usize::try_from(size).expect("small"), 0);
+    }
+}
+
+fn read(state: &State, node: u64, body: &[u8]) -> Vec<u8> {
+    let (offset, size) = piece(body);
+    let file = state.files.values().find(|(inode, _)| *inode == node);
+    let data = file.map_or(&[][..], |(_, data)| data);
+    let end = data.len().min(offset + size);
+    data.get(offset..end).unwrap_or_default().to_vec()
+}
+
+/// `struct fuse_write_out` is what it answers.
+fn write(state: &mut State, node: u64, body: &[u8]) -> Vec<u8> {
+    state.writes += 1;
+    let (offset, size) = piece(body);
+    let written = &body[40..40 + size];
+    if let Some((_, data)) = state.files.values_mut().find(|(inode, _)| *inode == node) {
+        data.resize(data.len().max(offset + size), 0);
+        data[offset..offset + size].copy_from_slice(written);
+    }
+    [u32_at(body, 16).to_le_bytes(), [0; 4]].concat()
+}
+
+/// Offset and size of what is read or written.
+fn piece(body: &[u8]) -> (usize, usize) {
+    let offset = usize::try_from(u64_at(body, 8)).expect("small");
+    (offset, u32_at(body, 16) as usize)
+}
+
+/// `struct fuse_init_out`.
+fn init() -> Vec<u8> {
+    const WRITEBACK_CACHE: u32 = 1 << 16;
+    const BIG_WRITES: u32 = 1 << 5;
+    let mut bytes = Vec::new();
+    for word in [
+        7,
+        31,
+        128 << 10,
+        WRITEBACK_CACHE | BIG_WRITES,
+        0,
+        MAX_WRITE as u32,
+    ] {
+        bytes.extend(u32::to_le_bytes(word));
+    }
+    bytes.extend([0; 40]);
+    bytes
+}
