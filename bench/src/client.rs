@@ -1,5 +1,6 @@
 //! Clients of the workloads, in the lab's client namespace: what a user of the workload would see.
 
+pub mod http;
 pub mod load;
 pub mod probe;
 pub mod resp;

@@ -9,6 +9,7 @@ pub mod capture;
 pub mod cases;
 pub mod faults;
 pub mod memory;
+pub mod nginx;
 pub mod redis;
 pub mod report;
 pub mod session;
@@ -69,7 +70,7 @@ impl Settings {
 }
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 11] = [
+pub const ALL: [Scenario; 12] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -117,6 +118,12 @@ pub const ALL: [Scenario; 11] = [
         summary: "everything odd with memory, 5 moves each, every page compared",
         cases: true,
         run: memory::run,
+    },
+    Scenario {
+        name: "nginx",
+        summary: "20 moves of a web server under 500 new connections per second",
+        cases: true,
+        run: nginx::run,
     },
     Scenario {
         name: "cases",

@@ -5,6 +5,7 @@
 
 pub mod case;
 pub mod launch;
+pub mod nginx;
 pub mod redis;
 pub mod writer;
 

@@ -101,6 +101,11 @@ fn a_workload_with_all_namespaces_of_its_own_moves_back_and_forth() {
 }
 
 #[test]
+fn a_web_server_moves_while_clients_connect_and_no_request_fails() {
+    check(&["nginx", "--only", "few"], 4);
+}
+
+#[test]
 fn memory_that_is_remapped_while_it_is_copied_arrives_right() {
     check(&["memory", "--only", "remap"], 5);
 }

@@ -54,6 +54,31 @@ pub(crate) fn error_of(line: &str) -> Option<String> {
     (!harmless).then(|| format!("{place}: {text}"))
 }
 
+/// Whether the error that made a dump fail is of a state that passes by itself: the tree may be
+/// dumped without it a moment later.
+pub fn passes(error: &str) -> bool {
+    PASSING.iter().any(|known| error.contains(known))
+}
+
+/// Parts of the texts of CRIU 4.2 for them.
+const PASSING: [&str; 8] = [
+    // TCP: connections wait to be accepted. Unix: the same, at a socket that listens no more.
+    "In-flight connection",
+    // Unix: a client has written before it was accepted, or has gone away.
+    "Non-empty write queue on an in-flight socket",
+    "Found a closed in-flight socket",
+    // Unix: a message that carries more than data and descriptors.
+    "Control messages in queue, not supported",
+    // Netlink.
+    "The socket has data to read",
+    // TCP: a socket that changed its state while sockets were listed.
+    "Socket state ",
+    // A task did not stop: it waits in a vfork, or for a device.
+    "Timeout reached. Try to interrupt",
+    // A thread that was about to end.
+    "Zombie thread not supported",
+];
+
 /// Logged as errors, yet CRIU goes on: the limit of open files cannot be raised without
 /// CAP_SYS_RESOURCE.
 const HARMLESS: [&str; 1] = ["rlimit: Can't setup RLIMIT_NOFILE for self"];
@@ -97,6 +122,26 @@ mod tests {
             "pie: 77: Error (criu/pie/x.c:3): gone\n",
             Some((1, "criu/pie/x.c:3: gone")),
         );
+    }
+
+    #[test]
+    fn a_state_that_passes_is_told_from_one_that_stays() {
+        for text in [
+            "criu/sk-inet.c:185: inet: In-flight connection (l) for 61a56",
+            "criu/sk-netlink.c:77: netlink: The socket has data to read",
+            "criu/sk-unix.c:480: unix: Non-empty write queue on an in-flight socket 0x1f",
+            "criu/sk-queue.c:125: skqueue: Control messages in queue, not supported",
+            "criu/cr-dump.c:1655: Timeout reached. Try to interrupt: 0",
+        ] {
+            assert!(passes(text), "{text}");
+        }
+        for text in [
+            "criu/sk-unix.c:874: unix: External socket is used. Consider using --ext-unix-sk",
+            "criu/sk-inet.c:137: inet: Unsupported proto 262 for socket 61442",
+            "criu/files-reg.c:2227: Can't lookup mount=23 for fd=3",
+        ] {
+            assert!(!passes(text), "{text}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use pageferry_bench::lab::network::Link;
 use pageferry_bench::lab::{self, Lab, LabOptions};
 use pageferry_bench::scenario::{self, Settings};
-use pageferry_bench::workload::{WorkloadPlan, launch, redis, writer};
+use pageferry_bench::workload::{WorkloadPlan, launch, nginx, redis, writer};
 use pageferry_bench::writer::options::Options;
 
 /// Nodes on one machine to try live migration on.
@@ -90,6 +90,7 @@ enum Command {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Kind {
+    Nginx,
     Redis,
     Writer,
 }
@@ -178,6 +179,7 @@ fn exec(node: &str, command: &[String]) -> Result<ExitCode> {
 fn start(node: &str, kind: Kind, arguments: Vec<String>, own_pid_mnt: bool) -> Result<ExitCode> {
     let mut lab = Lab::attach()?;
     let workload = match kind {
+        Kind::Nginx => nginx::start(&mut lab, node)?,
         Kind::Redis => {
             let mut plan = redis::plan();
             plan.arguments.extend(arguments);

@@ -6,6 +6,9 @@
 //! last by stopping (SIGSTOP) whoever would end them. What happened is judged by what is alive
 //! afterwards, not by whether the fault hit the very state it was meant for; a state never seen is
 //! a failure.
+//!
+//! Some are stopped instead of killed: then nothing ends by itself, and the source must give the
+//! workload back within the time that it may stand still, and say whom it waited for.
 
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -85,6 +88,9 @@ enum Act {
     KillPager,
     /// The target's CRIU hears and does nothing any more; then the operator gives up.
     StopCriuAndAbort,
+    StopDaemon(&'static str),
+    StopCriu(&'static str),
+    StopPager,
 }
 
 /// Who is stopped, so that a state lasts.
@@ -118,6 +124,10 @@ impl Fault {
             Act::KillCriu(_) => "kill target criu".to_owned(),
             Act::KillPager => "kill pager".to_owned(),
             Act::StopCriuAndAbort => "stop target criu and abort".to_owned(),
+            Act::StopDaemon(_) => "stop target daemon".to_owned(),
+            Act::StopCriu("a") => "stop source criu".to_owned(),
+            Act::StopCriu(_) => "stop target criu".to_owned(),
+            Act::StopPager => "stop pager".to_owned(),
         };
         let side = if self.at.0 == "a" { "source" } else { "target" };
         format!("{act} while {side} is {}", self.at.1)
@@ -149,6 +159,7 @@ impl Fault {
             timeout: Some("60s".to_owned()),
             // The final round is as large as the hot set, and takes half a second.
             downtime_max: Some("5s".to_owned()),
+            frozen_max: self.act.waited_for().map(|_| FROZEN_MAX.to_owned()),
             ..MigrateFlags::default()
         };
         let name = session.workload.name();
@@ -165,6 +176,8 @@ impl Fault {
             let hit = self.strike(lab, &name)?;
             (hit, migration.finish()?)
         };
+        // The stop came when nothing depended on it any more.
+        let hit = hit && (self.act.waited_for().is_none() || outcome.moved.is_none());
         // Until the source has ended its copy, the workload is at both nodes, frozen at one.
         if self.stall != Stall::Moved {
             wait_settled(lab, SETTLE_TIME_MAX)?;
@@ -173,7 +186,15 @@ impl Fault {
             session.finish(lab, &mut Report::new("unused"))?;
             return Ok(None);
         }
-        let survivor = judge(lab, &mut session).with_context(|| match outcome.error {
+        let judged = judge(lab, &mut session).and_then(|survivor| {
+            if let Some(who) = self.act.waited_for() {
+                is_frozen_too_long(outcome.error.as_ref(), who)?;
+                let silence = session.prober.longest_silence_since(begun);
+                ensure!(silence < SILENCE_MAX, "nobody answered for {silence:.1?}");
+            }
+            Ok(survivor)
+        });
+        let survivor = judged.with_context(|| match &outcome.error {
             Some((code, text)) => format!("the migration ended with {code}: {text}"),
             None => "the migration succeeded".to_owned(),
         });
@@ -199,7 +220,10 @@ impl Fault {
         let Some(id) = wait_for_phase(lab, workload, self.at)? else {
             return Ok(false);
         };
-        let struck = self.act(lab, workload, &id)?;
+        let struck = self.act(lab, (workload, &id), &mut stopped)?;
+        if self.act.waited_for().is_some() {
+            wait_until_given_up(lab, workload)?;
+        }
         drop(stopped);
         match struck {
             Struck::Missed => return Ok(false),
@@ -236,19 +260,39 @@ impl Fault {
     }
 
     /// Does it; an abort ends only when the daemon goes on.
-    fn act(&self, lab: &mut Lab, workload: &str, id: &str) -> Result<Struck> {
+    fn act(
+        &self,
+        lab: &mut Lab,
+        (workload, id): (&str, &str),
+        stopped: &mut Stopped,
+    ) -> Result<Struck> {
         match self.act {
             Act::Abort => return pageferry::abort(lab.node("a")?, id).map(Struck::Asked),
             Act::KillDaemon(node) => lab.daemon(node)?.kill()?,
             Act::KillCriu(node) => return signal_first(lab, node, "criu", Signal::SIGKILL),
             Act::KillPager => return signal_first(lab, "b", "pageferry-pager", Signal::SIGKILL),
             Act::StopCriuAndAbort => return stop_criu_and_abort(lab, workload, id),
+            Act::StopDaemon(node) => stopped.stop(lab, node)?,
+            Act::StopCriu(node) => return stopped.stop_first(lab, node, "criu"),
+            Act::StopPager => return stopped.stop_first(lab, "b", "pageferry-pager"),
         }
         Ok(Struck::Done)
     }
 }
 
-/// Daemons that are stopped, to go on when this is dropped.
+impl Act {
+    /// Whom the source says it waited for, if it is to give up by itself.
+    fn waited_for(self) -> Option<&'static str> {
+        match self {
+            Self::StopCriu("a") => Some("CRIU's dump"),
+            Self::StopCriu(_) | Self::StopPager => Some("the target's restore"),
+            Self::StopDaemon(_) => Some("the target to "),
+            Self::Abort | Self::KillDaemon(_) | Self::KillCriu(_) | Self::KillPager => None,
+        }
+    }
+}
+
+/// Processes that are stopped, to go on when this is dropped.
 #[derive(Debug, Default)]
 struct Stopped(Vec<Pid>);
 
@@ -256,7 +300,20 @@ impl Stopped {
     fn stop(&mut self, lab: &mut Lab, node: &str) -> Result<()> {
         let pid = lab.daemon(node)?.host_pid();
         let pid = Pid::from_raw(i32::try_from(pid).context("the kernel's pids are ints")?);
-        kill(pid, Signal::SIGSTOP).context("stopping a daemon")?;
+        self.stop_process(pid)
+    }
+
+    fn stop_first(&mut self, lab: &Lab, node: &str, command: &str) -> Result<Struck> {
+        let pids = lab.node(node)?.host_processes_named(command);
+        let Some(pid) = pids.first() else {
+            return Ok(Struck::Missed);
+        };
+        self.stop_process(Pid::from_raw(*pid))?;
+        Ok(Struck::Done)
+    }
+
+    fn stop_process(&mut self, pid: Pid) -> Result<()> {
+        kill(pid, Signal::SIGSTOP).context("stopping a process")?;
         self.0.push(pid);
         Ok(())
     }
@@ -305,6 +362,22 @@ fn stop_criu_and_abort(lab: &Lab, workload: &str, id: &str) -> Result<Struck> {
         }
     }
     pageferry::abort(lab.node("a")?, id).map(Struck::Asked)
+/// Waits until the source has given up what hangs, for as long as that may take and more.
+fn wait_until_given_up(lab: &Lab, workload: &str) -> Result<()> {
+    let source = lab.node("a")?;
+    let deadline = Instant::now() + PHASE_TIME_MAX;
+    while under_way(source, workload).is_some() && Instant::now() < deadline {
+        std::thread::sleep(ANSWER_POLL);
+    }
+    Ok(())
+}
+
+fn is_frozen_too_long(error: Option<&(String, String)>, who: &str) -> Result<()> {
+    let (code, text) = error.context("the migration succeeded")?;
+    ensure!(code == "frozen-too-long", "it ended for another reason");
+    ensure!(text.contains(who), "it did not say {who:?}");
+    println!("  {code}: {text}");
+    Ok(())
 }
 
 /// Polls until a node says that its migration of the workload is in a phase; its id. None when the
@@ -402,7 +475,7 @@ const READY: (&str, &str) = ("b", "ready");
 const COMMITTED: (&str, &str) = ("a", "committed");
 const RUNNING: (&str, &str) = ("b", "running");
 
-const FAULTS: [Fault; 31] = [
+const FAULTS: [Fault; 35] = [
     fault(Act::Abort, OFFERED, Stall::Nobody, SOURCE),
     fault(Act::Abort, COPYING, Stall::Nobody, SOURCE),
     fault(Act::Abort, FINISHING, Stall::Nobody, SOURCE),
@@ -437,6 +510,10 @@ const FAULTS: [Fault; 31] = [
     fault(Act::KillPager, RUNNING, Stall::Moved, FILL_LOST),
     // What was restored so far goes, and does not wait for a CRIU that never ends.
     fault(Act::StopCriuAndAbort, RESTORING, Stall::Nobody, SOURCE),
+    fault(Act::StopCriu("a"), COPYING, Stall::Nobody, SOURCE),
+    fault(Act::StopDaemon("b"), FINISHING, Stall::Nobody, SOURCE),
+    fault(Act::StopCriu("b"), RECEIVING, Stall::Nobody, SOURCE),
+    fault(Act::StopPager, RECEIVING, Stall::Nobody, SOURCE),
 ];
 
 const ATTEMPTS_MAX: u32 = 5;
@@ -444,9 +521,13 @@ const CASE_BYTES: usize = 256 << 20; // 256 MiB
 const FILL_BYTES: usize = 1 << 30; // 1 GiB: its fill lasts long enough to be hit
 const HOT_BYTES: usize = 64 << 20; // 64 MiB: half a second at 1 Gbit/s
 const HOT_RATE: u32 = 20_000;
+/// How long a workload may stand still whose migration hangs, and how long a client may notice: it
+/// asks again after twice the time it has waited already (TCP's backoff).
+const FROZEN_MAX: &str = "2s";
+const SILENCE_MAX: Duration = Duration::from_secs(5);
 const PHASE_TIME_MAX: Duration = Duration::from_secs(20);
 const HANGS_FOR: Duration = Duration::from_millis(300);
 const SETTLE_TIME_MAX: Duration = Duration::from_secs(60);
-/// A client asks again after twice the time it has waited already (TCP's backoff).
+/// For the same backoff, after faults that take longer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 const ANSWER_POLL: Duration = Duration::from_millis(200);

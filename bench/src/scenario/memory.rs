@@ -17,7 +17,7 @@ use crate::lab::init::SHARED;
 use crate::pageferry::{MigrateFlags, Migration, wait_settled};
 use crate::sys::process::Verdict;
 use crate::workload::{WorkloadPlan, redis};
-use crate::writer::case::{ALL, Demand, TRACED};
+use crate::writer::case::{ALL, Demand, LOST_PAGES, TRACED};
 use crate::writer::options::Options;
 
 /// The scenario.
@@ -41,6 +41,9 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     }
     for case in variants().iter().filter(|case| wanted(case.name)) {
         case.run(&mut lab, report)?;
+    }
+    if wanted(LOST_PAGES.name) {
+        lost_pages(&mut lab, report)?;
     }
     if wanted("again-while-filling") {
         again_while_filling(&mut lab, report)?;
@@ -151,6 +154,40 @@ impl Case {
             }
         }
     }
+}
+
+/// Pages that the kernel cannot read are no pages that may be passed over: the target would restore
+/// what they held before. The workload stays, untouched.
+fn lost_pages(lab: &mut Lab, report: &mut Report) -> Result<()> {
+    let name = LOST_PAGES.name;
+    let mut options = Options::new(CASE_BYTES);
+    name.clone_into(&mut options.case);
+    let mut session = WriterSession::start(lab, "a", &options, |_| {})?;
+    for verify in [false, true] {
+        let flags = MigrateFlags {
+            verify,
+            ..MigrateFlags::default()
+        };
+        match session.move_to(lab, "b", &flags)? {
+            Err((code, text)) if code == "pages-unread" => {
+                println!("{name}: refused: {code}: {text}");
+            }
+            Err((code, text)) => report.fail(format!("{name}: {code}: {text}")),
+            Ok(_) => {
+                report.fail(format!("{name}: it moved without its pages"));
+                break;
+            }
+        }
+        match session.client.verify() {
+            Ok(_) => report.note_contents(true),
+            Err(error) => {
+                report.note_contents(false);
+                report.fail(format!("{name}: {error:#}"));
+            }
+        }
+    }
+    session.finish(lab, report)?;
+    wait_settled(lab, SETTLE_TIME_MAX)
 }
 
 /// The same workload moves on while the last move's fill is unfinished.

@@ -212,6 +212,36 @@ pub fn secret_file(length: usize) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
+/// Makes the first `length` bytes of memory that was never touched such as the kernel can no longer
+/// read (Linux 6.6), as after an error of memory or swap: by a userfaultfd that is closed again.
+pub fn lose_pages(mapping: &Mapping, length: usize) -> io::Result<()> {
+    // SAFETY: userfaultfd takes flags only.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    let fd = owned(i32::try_from(fd).map_err(io::Error::other)?)?;
+    let (start, length) = (mapping.address() as u64, length as u64);
+    // Version, features and calls; range, mode and calls; range, mode and result.
+    let mut api = [0xaa_u64, UFFD_FEATURE_POISON, 0, 0];
+    let mut register = [start, length, UFFDIO_REGISTER_MODE_MISSING, 0];
+    let mut poison = [start, length, 0, 0];
+    let api = (UFFDIO_API, &mut api);
+    for (request, argument) in [
+        api,
+        (UFFDIO_REGISTER, &mut register),
+        (UFFDIO_POISON, &mut poison),
+    ] {
+        // SAFETY: each argument is at least as long as the kernel reads and writes it, and the
+        // mapping is ours.
+        check(unsafe { libc::ioctl(fd.as_raw_fd(), request, argument.as_mut_ptr()) })?;
+    }
+    Ok(())
+}
+
+const UFFD_FEATURE_POISON: u64 = 1 << 14;
+const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+const UFFDIO_API: libc::c_ulong = nix::request_code_readwrite!(0xaa, 0x3f, 24);
+const UFFDIO_REGISTER: libc::c_ulong = nix::request_code_readwrite!(0xaa, 0x00, 32);
+const UFFDIO_POISON: libc::c_ulong = nix::request_code_readwrite!(0xaa, 0x08, 32);
+
 /// Reads from a file at an offset; how much there was.
 pub fn read_at(file: impl AsFd, offset: usize, out: &mut [u8]) -> io::Result<usize> {
     let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;

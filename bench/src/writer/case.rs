@@ -71,6 +71,9 @@ pub const ALL: [Kind; 23] = [
 /// Also a case, but not in [`ALL`]'s order: its processes trace each other.
 pub const TRACED: Kind = may_refuse("traced", &["traced"], tree::Traced::start);
 
+/// Only in the freeze it turns out that this one cannot move.
+pub const LOST_PAGES: Kind = may_refuse("lost-pages", &["pages-unread"], refused::lost_pages);
+
 const fn must(name: &'static str, start: fn() -> Result<Box<dyn Case>>) -> Kind {
     Kind {
         name,
@@ -93,7 +96,7 @@ const fn may_refuse(
 
 /// Starts a case by its name.
 pub fn start(name: &str) -> Result<Box<dyn Case>> {
-    let mut all = ALL.iter().chain([&TRACED]);
+    let mut all = ALL.iter().chain([&TRACED, &LOST_PAGES]);
     let kind = all.find(|kind| kind.name == name);
     let kind = kind.with_context(|| format!("no case is called {name:?}"))?;
     (kind.start)().with_context(|| format!("starting the case {name}"))

@@ -48,6 +48,7 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
             .unwrap_or_default(),
         pid_at_target: progress.pid_at_target,
         unsettled: status.unsettled,
+        retries: status.retries,
         frozen_max_us: status.frozen_max.map(micros),
     }
 }

@@ -21,6 +21,7 @@ pub struct Known<'a> {
     r#final: bool,
     moved: bool,
     round: Option<u32>,
+    retries: u32,
     memory_bytes: Option<u64>,
     sent_bytes: Option<u64>,
     wire_bytes: Option<u64>,
@@ -76,6 +77,8 @@ pub struct Moved {
     final_pages: Option<u64>,
     dirty_pages_per_second: Option<u64>,
     pid_at_target: Option<i32>,
+    /// Freezes that were given up before the one that counts.
+    retries: u32,
     ok: bool,
     error: Option<ErrorObject>,
 }
@@ -108,6 +111,7 @@ impl<'a> Known<'a> {
             r#final: status.r#final,
             moved: status.moved,
             round: rounds(status),
+            retries: status.retries,
             memory_bytes: status.memory_bytes,
             sent_bytes: status.sent_bytes,
             wire_bytes: status.wire_bytes,
@@ -175,6 +179,7 @@ impl Moved {
             final_pages: status.final_pages,
             dirty_pages_per_second: status.dirty_pages_per_second,
             pid_at_target: status.pid_at_target,
+            retries: status.retries,
             ok: status.moved,
             error: if status.moved { None } else { error(status) },
         }
@@ -229,6 +234,9 @@ pub fn summary(status: &Status) -> String {
     }
     if let Some(pages) = status.final_pages {
         text += &format!(", {pages} pages in the final round");
+    }
+    if status.retries > 0 {
+        text += &format!("\n  freezes given up before: {}", status.retries);
     }
     if let Some(downtime) = status.downtime_us {
         text += &format!("\n  downtime {:.1} ms", millis(downtime));
@@ -323,6 +331,9 @@ pub fn line(status: &Status) -> String {
     let mut text = format!("{} {}", status.workload, status.phase);
     if status.round > 0 {
         text += &format!(", round {}", status.round);
+    }
+    if status.retries > 0 {
+        text += &format!(", freezes given up: {}", status.retries);
     }
     if let Some(sent) = status.sent_bytes.filter(|sent| *sent > 0) {
         text += &format!(", {} of pages sent", Bytes(sent).rounded());
@@ -471,7 +482,7 @@ mod tests {
     #[test]
     fn the_json_of_a_move_keeps_its_names() {
         let json = serde_json::to_string(&Moved::of(&moved())).unwrap();
-        expect![[r#"{"id":"0123456789abcdef0123456789abcdef","workload":"process/4711","mode":"precopy","from":"a","to":"b","rounds":3,"memory_bytes":536870912,"wire_bytes":314572800,"downtime_ms":40.5,"parts_ms":{"freeze":0.8,"final_round":15.0,"restore":20.0,"commit":0.2,"handoff":4.5},"frozen_ms":5.1,"restore_ms":20.0,"blackout_ms":null,"total_ms":2340.0,"final_pages":812,"dirty_pages_per_second":12000,"pid_at_target":15002,"ok":true,"error":null}"#]]
+        expect![[r#"{"id":"0123456789abcdef0123456789abcdef","workload":"process/4711","mode":"precopy","from":"a","to":"b","rounds":3,"memory_bytes":536870912,"wire_bytes":314572800,"downtime_ms":40.5,"parts_ms":{"freeze":0.8,"final_round":15.0,"restore":20.0,"commit":0.2,"handoff":4.5},"frozen_ms":5.1,"restore_ms":20.0,"blackout_ms":null,"total_ms":2340.0,"final_pages":812,"dirty_pages_per_second":12000,"pid_at_target":15002,"retries":0,"ok":true,"error":null}"#]]
         .assert_eq(&json);
     }
 

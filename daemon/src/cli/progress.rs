@@ -65,6 +65,9 @@ impl Shown {
 
     fn message(&self, status: &Status) -> String {
         let mut message = format!("round {}", status.round);
+        if status.retries > 0 {
+            message += &format!(", freezes given up: {}", status.retries);
+        }
         if let Some(rate) = status.dirty_pages_per_second {
             message += &format!(", {rate} dirtied pages/s");
         }

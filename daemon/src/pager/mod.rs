@@ -14,6 +14,7 @@
 
 pub mod channel;
 pub mod client;
+pub mod error;
 pub mod failure;
 pub mod fault;
 pub mod fill;

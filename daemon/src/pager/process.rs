@@ -24,6 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
 use super::channel::{Channel, ChannelError, Listener};
+use super::error::PagerError;
 use super::failure::{RestoreError, no_network, planned, unexpected};
 use super::message::{
     Ask, Fault, FillReport, Namespace, Reply, Request, RestoreRequest, Restored, State, Status,
@@ -33,7 +34,7 @@ use super::plan::Plan;
 use super::restore::{self, Decision, Job, Progress};
 use super::serve::Counters;
 use super::signals::Signals;
-use super::watcher::{Watcher, WatcherError};
+use super::watcher::Watcher;
 use crate::runtime::cgroup::Freezer;
 use crate::sys::fdpass::watched_for_reading;
 use crate::sys::priority;
@@ -57,32 +58,6 @@ const IDLE_MAX: Duration = Duration::from_secs(600);
 
 /// How often a pager that nobody talks to looks whether it is still needed.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// Why a pager could not run.
-#[derive(Debug, thiserror::Error)]
-pub enum PagerError {
-    /// It cannot leave the cgroup of the daemon.
-    #[error("cannot join the cgroup of {path}")]
-    Cgroup {
-        /// Its `cgroup.procs`.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// There is no watcher.
-    #[error("cannot be watched")]
-    Watcher(#[source] WatcherError),
-    /// The network namespace cannot be left.
-    #[error("cannot use network namespaces")]
-    Namespace(#[source] io::Error),
-    /// The runtime cannot be started.
-    #[error("cannot start the runtime")]
-    Runtime(#[source] io::Error),
-    /// Nobody can connect.
-    #[error("cannot be talked to")]
-    Channel(#[source] ChannelError),
-}
 
 /// The `cgroup.procs` files of the cgroups that the two processes go into.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

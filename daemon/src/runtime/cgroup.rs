@@ -7,7 +7,7 @@
 //! Invariants: a cgroup made here holds tasks of one workload only; it is removed when empty.
 //! Both kernels' interfaces are known: the freezer hierarchy of cgroup v1, and `cgroup.freeze` of
 //! cgroup v2. In v1 a workload keeps the limits of its other hierarchies while it is in a freezer
-//! cgroup; in v2, where there is one hierarchy, its freezer cgroup is made below the cgroup it is in.
+//! cgroup; in v2, where there is one hierarchy, its freezer cgroup is made below the one it is in.
 //! Absent: resource limits ([`super::limits`]).
 
 use std::collections::BTreeSet;

@@ -6,8 +6,8 @@
 //! its pager and the pager's watcher each have such a [`Group`]; all are in a folder `pageferry` at
 //! the root of their hierarchy, so in no unit.
 //!
-//! Hierarchies that only say what is shared or allowed (`blkio`, `cpuset`, `devices` and the like of
-//! version 1) are left out: there everybody stays where the daemon is. So is `cpu` of version 1,
+//! Hierarchies that only say what is shared or allowed (`blkio`, `cpuset`, `devices` and the like
+//! of version 1) are left out: there everybody stays where the daemon is. So is `cpu` of version 1,
 //! but for a workload that brings a limit: a group competes with other groups as a whole, and what
 //! CRIU's niceness gains would be lost.
 //!

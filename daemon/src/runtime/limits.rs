@@ -1,9 +1,9 @@
 //! The limits of a workload: read from its cgroups at the source, set on its cgroup at the target.
 //!
-//! What is carried is in [`ResourceLimits`]: memory, swap, processor time and weight, processes. The
-//! strictest limit counts of the workload's own cgroup and those above it, but for the root of the
-//! hierarchy, whose limits are the node's. What is bound to devices, processors or memory nodes of
-//! one machine is not carried; it is named ([`Found::left_behind`]).
+//! What is carried is in [`ResourceLimits`]: memory, swap, processor time and weight, processes.
+//! The strictest limit counts of the workload's own cgroup and those above it, but for the root of
+//! the hierarchy, whose limits are the node's. What is bound to devices, processors or memory nodes
+//! of one machine is not carried; it is named ([`Found::left_behind`]).
 //!
 //! Both versions of cgroups are read and set; each controller is in one of them.
 
@@ -31,7 +31,8 @@ pub struct Found {
 pub enum LimitError {
     /// No hierarchy has the controller.
     #[error(
-        "the workload has a limit that the cgroup controller {controller} keeps, which this node does not have"
+        "the workload has a limit that the cgroup controller {controller} keeps, which this node \
+         does not have"
     )]
     NoController {
         /// The controller.
@@ -175,8 +176,8 @@ const NOT_CARRIED: [(&str, Usual); 16] = [
     ("rdma.max", Usual::Empty),
 ];
 
-/// Sets `limits` on the cgroup `name` of ours, made where it is needed. Returns its folders: whoever
-/// is in all of them is limited.
+/// Sets `limits` on the cgroup `name` of ours, made where it is needed. Returns its folders:
+/// whoever is in all of them is limited.
 pub fn set(
     limits: &ResourceLimits,
     name: &str,

@@ -1,8 +1,9 @@
 //! How much memory is left at this node for what comes in, and who says so: the kernel for the
 //! node, and every memory cgroup that is charged.
 //!
-//! The daemon is charged for what it stores of a workload, and a cgroup below our own folder for what
-//! is restored. A cgroup's limit holds for all below it, so both are asked, and all above them.
+//! The daemon is charged for what it stores of a workload, and a cgroup below our own folder for
+//! what is restored. A cgroup's limit holds for all below it, so both are asked, and all above
+//! them.
 //!
 //! Absent: who may have how much.
 

@@ -4,8 +4,9 @@
 //! [`identity`]. Its freezer cgroup is [`cgroup`],
 //! the other cgroups of what comes in are [`hierarchies`], its limits [`limits`], and what memory is
 //! left for it says [`memory`]. The files it stands on are [`files`], what it has locked of them
-//! [`locks`], and [`mounts`] are those of a namespace of its own.
-//! Nothing here knows the network or the pages.
+//! [`locks`], and [`mounts`] are those of a namespace of its own. States in which it cannot be
+//! dumped for a moment are [`passing`].
+//! Nothing here knows the links or the pages.
 
 pub mod build_id;
 pub mod cgroup;
@@ -16,4 +17,5 @@ pub mod limits;
 pub mod locks;
 pub mod memory;
 pub mod mounts;
+pub mod passing;
 pub mod process;

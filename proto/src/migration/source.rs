@@ -361,6 +361,7 @@ impl SourceMachine {
             phase: self.state.phase(),
             peer: self.peer.clone(),
             round: self.round,
+            retries: self.retries,
             memory_bytes: self.counters.memory.bytes(),
             sent_bytes: self.counters.sent_bytes,
             wire_bytes: self.counters.wire_bytes,

@@ -29,6 +29,8 @@ pub struct Status {
     pub peer: NodeName,
     /// The round that is or was being sent.
     pub round: Option<Round>,
+    /// Freezes that were given up so far.
+    pub retries: u32,
     /// The workload's memory, in bytes.
     pub memory_bytes: u64,
     /// Bytes of pages sent so far, before compression.

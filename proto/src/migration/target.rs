@@ -248,6 +248,7 @@ impl TargetMachine {
             phase: self.state.phase(),
             peer: self.peer.clone(),
             round: self.round,
+            retries: 0,
             memory_bytes: self.memory.bytes(),
             sent_bytes: 0,
             wire_bytes: 0,

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 
 use super::Case;
 use crate::content::Content;
-use crate::sys::memory::{Backing, Mapping, secret_file};
+use crate::sys::memory::{Backing, Mapping, lose_pages, secret_file};
 use crate::sys::process::{make_aio_context, make_io_uring};
 use crate::writer::pages::Checked;
 
@@ -71,6 +71,13 @@ pub fn secretmem() -> Result<Box<dyn Case>> {
     let mut region = Checked::new(backing, bytes, Content::Random)?;
     region.write_all();
     hold("secretmem", (file, region))
+}
+
+pub fn lost_pages() -> Result<Box<dyn Case>> {
+    let mapping = Mapping::new(Backing::Private, 1 << 20).context("mapping memory")?;
+    // More than what is given up as unmapped in a run of unreadable pages.
+    lose_pages(&mapping, 128 << 10).context("losing pages")?;
+    hold("lost-pages", mapping)
 }
 
 fn hold(name: &'static str, thing: impl Any) -> Result<Box<dyn Case>> {

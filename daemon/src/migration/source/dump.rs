@@ -34,6 +34,11 @@ use crate::runtime::mounts::external_at_dump;
 /// CRIU's start-up, with its kernel probing cached, takes tens of milliseconds.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long CRIU waits for a task that does not stop for it, in seconds. The tree is frozen before
+/// CRIU is let in, so that a task stops within a millisecond; one that sleeps uninterruptibly in a
+/// place where the freezer leaves it never does.
+const SEIZE_SECONDS: u32 = 3;
+
 /// After the last answer CRIU kills the tasks and ends, unhurried by anybody; and its tracer, when
 /// CRIU was killed, puts back what it can in seconds.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
@@ -91,6 +96,22 @@ pub enum DumpError {
         /// Its log.
         log: PathBuf,
     },
+}
+
+impl DumpError {
+    /// What to tell of a failure that passes by itself: the next dump may find the workload in
+    /// another state.
+    pub fn passing(&self) -> Option<&str> {
+        match self {
+            Self::Failed { cause, .. } if report::passes(cause) => Some(cause),
+            Self::Failed { .. }
+            | Self::Io { .. }
+            | Self::Swrk(_)
+            | Self::View(_)
+            | Self::Unseeing { .. }
+            | Self::Timeout { .. } => None,
+        }
+    }
 }
 
 /// What a dump is made of.
@@ -231,8 +252,8 @@ impl Dump {
         Ok(self.swrk.answer(true).await?)
     }
 
-    /// Answers the held notification with failure, or else the next one: CRIU lets go of the tasks,
-    /// which then are held by the cgroup alone. One that has not done so within `patience` is
+    /// Answers the held notification with failure, or else the one that is held next: CRIU lets go
+    /// of the tasks, which then are held by the cgroup alone. One that has not done so within `patience` is
     /// killed, and its tracer puts the tasks back. Waits until both have ended.
     pub async fn rollback(mut self, patience: Duration) -> Result<(), DumpError> {
         // CRIU may be in the middle of the dump, or have ended by itself, having failed; then there
@@ -260,11 +281,13 @@ impl Dump {
         }
     }
 
-    /// Answers what CRIU still says, until it and its tracer have ended.
-    async fn drain(&mut self, answer: bool) -> Result<(), DumpError> {
+    /// Answers what CRIU still says, until it and its tracer have ended. Unless it is `committed`,
+    /// the points at which CRIU asks whether to go on are answered with failure.
+    async fn drain(&mut self, committed: bool) -> Result<(), DumpError> {
         while let Ok(event) = self.swrk.next().await {
-            if let Event::Notify { .. } = event {
-                self.swrk.answer(answer).await?;
+            if let Event::Notify { script, .. } = event {
+                let asks = matches!(script, NotifyScript::PreDump | NotifyScript::PostDump);
+                self.swrk.answer(committed || !asks).await?;
             }
         }
         self.swrk.wait().await?;
@@ -316,7 +339,7 @@ fn options(directories: Directories) -> DumpOptions {
             level: LogLevel::Warning,
         },
         freeze_cgroup: None,
-        freeze_timeout: None,
+        freeze_timeout: Some(SEIZE_SECONDS),
         after: AfterDump::Kill,
         tcp_established: true,
         file_locks: true,

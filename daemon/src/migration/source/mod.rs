@@ -8,6 +8,7 @@
 //! Invariant: every action that asks for an answer is answered by exactly one event, whatever
 //! happens; the machine's timers bound how long that may take.
 
+mod calm;
 pub mod delivered;
 pub mod dump;
 mod failure;

@@ -16,7 +16,7 @@ use pageferry_proto::wire::parcel::ParcelHeader;
 use pageferry_proto::wire::stream::{ImageFileHeader, ImageName, SetHeader, StreamKind, seal};
 use tokio::task::block_in_place;
 
-use super::dump::Dump;
+use super::dump::{Dump, DumpError};
 use super::failure::{criu_failed, failed_to_track, lost};
 use super::sent::Sent;
 use super::site::Site;
@@ -28,6 +28,7 @@ use crate::pages::read::Misses;
 use crate::pages::send::{ParcelSink, RoundSent, SendError};
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
+use crate::runtime::passing::Passing;
 
 /// Bytes of an image file given to the network at once.
 const IMAGE_PIECE: usize = 256 << 10; // 256 KiB
@@ -50,7 +51,7 @@ impl ParcelSink for Parcels<'_> {
 
 /// The sums of what was sent in one round, over all spaces.
 #[derive(Debug, Default)]
-struct Sums {
+pub(super) struct Sums {
     parcels: u64,
     pages: u64,
     raw_bytes: u64,
@@ -66,7 +67,11 @@ impl Sums {
     }
 
     /// The freeze is given up, with so much of the final round on its way.
-    fn given_up(&self, reason: Failure, pause: Duration) -> Result<SourceEvent, Failure> {
+    pub(super) fn given_up(
+        &self,
+        reason: Failure,
+        pause: Duration,
+    ) -> Result<SourceEvent, Failure> {
         Ok(SourceEvent::Retry(RetryReport {
             parcels: u32::try_from(self.parcels).map_err(|error| internal(&error))?,
             pages: PageCount(self.pages),
@@ -76,6 +81,15 @@ impl Sums {
             reason,
         }))
     }
+}
+
+/// Why a frozen tree is not dumped, but copied for another round.
+#[derive(Debug)]
+enum Unfit {
+    /// Memory was born that no round has seen.
+    LateBirth(String),
+    /// CRIU would not come to an end.
+    Passing(Passing),
 }
 
 impl Site {
@@ -173,7 +187,10 @@ impl Site {
         let began = Instant::now();
         let mut scans = match block_in_place(|| self.final_scans())? {
             Ok(scans) => scans,
-            Err(reason) => {
+            Err(Unfit::Passing(passing)) => {
+                return self.give_up(&passing.to_string(), &Sums::default());
+            }
+            Err(Unfit::LateBirth(reason)) => {
                 let reason = Failure::new(ErrorCode::RetryRound, reason);
                 return Sums::default().given_up(reason, Duration::ZERO);
             }
@@ -184,7 +201,19 @@ impl Site {
         let sent = self.dump_and_send(&mut dump, &scans, attempt).await;
         // Also a dump that was cut: the thaw has CRIU let go.
         self.return_dump(dump);
-        let (frozen_in_criu, sent) = sent?;
+        let (dumped, sent) = sent?;
+        let frozen_in_criu = match dumped {
+            Ok(frozen) => frozen,
+            Err(error) => {
+                let Some(cause) = error.passing() else {
+                    return Err(criu_failed(&error));
+                };
+                let what =
+                    format!("criu met it in a moment that it cannot dump ({cause}): try again");
+                let sums = sent.map_or_else(Sums::default, |(sums, _)| sums);
+                return self.give_up(&what, &sums);
+            }
+        };
         self.frozen_in_criu = Some(frozen_in_criu);
         let sent = match sent {
             Some((sums, unsent)) => match self.unread.judge(&unsent, self.root) {
@@ -248,14 +277,14 @@ impl Site {
         dump: &mut Dump,
         scans: &BTreeMap<SpaceId, FinalScan>,
         (generation, round): (Generation, Round),
-    ) -> Result<(Duration, Option<(Sums, Unsent)>), Failure> {
+    ) -> Result<(Result<Duration, DumpError>, Option<(Sums, Unsent)>), Failure> {
         self.show(dump, scans)?;
+        self.let_in = true;
         let waits = self.waits.clone();
         let in_criu = Instant::now();
         let dumping = async {
             let dumped = waits.on(Wait::Dump, dump.run()).await?;
-            dumped.map_err(|error| criu_failed(&error))?;
-            Ok(in_criu.elapsed())
+            Ok::<_, Failure>(dumped.map(|()| in_criu.elapsed()))
         };
         if self.policy.verify {
             return Ok((dumping.await?, None));
@@ -295,11 +324,14 @@ impl Site {
     }
 
     /// Scans every tracked space; the inner error is a reason for another round.
-    fn final_scans(&mut self) -> Result<Result<BTreeMap<SpaceId, FinalScan>, String>, Failure> {
+    fn final_scans(&mut self) -> Result<Result<BTreeMap<SpaceId, FinalScan>, Unfit>, Failure> {
         let waits = self.waits.clone();
         let scanning = waits.begin(Wait::Scan);
         let tree = Tree::read(self.root)
             .map_err(|error| Failure::new(ErrorCode::WorkloadGone, chain(&error)))?;
+        if let Some(passing) = Self::find_vfork(&tree) {
+            return Ok(Err(Unfit::Passing(passing)));
+        }
         for found in &tree.spaces {
             let tracked = self
                 .spaces
@@ -308,10 +340,10 @@ impl Site {
             let bytes = resident_bytes(found.leader);
             // CRIU copies a small one by itself; see design: late births.
             if !tracked && bytes > LATE_BIRTH_BYTES_MAX {
-                return Ok(Err(format!(
+                return Ok(Err(Unfit::LateBirth(format!(
                     "process {} with {bytes} bytes was born after the last round",
                     found.leader
-                )));
+                ))));
             }
         }
         self.spaces.retain(|id, space| {
@@ -327,14 +359,16 @@ impl Site {
                 Ok(scan) => {
                     scans.insert(*id, scan);
                 }
-                Err(error @ TrackError::LateBirth { .. }) => return Ok(Err(chain(&error))),
+                Err(error @ TrackError::LateBirth { .. }) => {
+                    return Ok(Err(Unfit::LateBirth(chain(&error))));
+                }
                 // It is a zombie by now, or about to be one.
                 Err(error) if error.tells_of_end() && space.pid() != self.root => {
                     replaced.push(*id);
                 }
                 Err(error @ TrackError::Exec { .. }) => {
                     if resident_bytes(space.pid()) > LATE_BIRTH_BYTES_MAX {
-                        return Ok(Err(chain(&error)));
+                        return Ok(Err(Unfit::LateBirth(chain(&error))));
                     }
                     replaced.push(*id);
                 }
@@ -489,7 +523,7 @@ fn resident_bytes(pid: i32) -> u64 {
 
 fn send_failed(error: &SendError<SendStreamError>) -> Failure {
     let code = match error {
-        SendError::Read { .. } => ErrorCode::WorkloadGone,
+        SendError::Read { source, .. } => source.code(),
         SendError::Send { .. } => ErrorCode::PeerLost,
         SendError::Cut => ErrorCode::Aborted,
     };

@@ -29,6 +29,7 @@ use tokio::task::{JoinHandle, block_in_place};
 use super::delivered::Delivered;
 use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::rounds::Sums;
 use super::sent::Sent;
 use super::task::{alive, is_seizing, tracer};
 use super::unread::Unreadable;
@@ -48,6 +49,7 @@ use crate::runtime::hierarchies::Hierarchies;
 use crate::runtime::identity::Anchor;
 use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
+use crate::runtime::passing::Observer;
 use crate::sys::namespace::{self, NamespaceKind};
 pub use survey::Survey;
 
@@ -103,14 +105,14 @@ pub struct Site {
     pub(super) root: i32,
     /// The process that `root` means, if it was there when this was made.
     anchor: Option<Anchor>,
-    own: Vec<NamespaceKind>,
+    pub(super) own: Vec<NamespaceKind>,
     /// As surveyed, if it has a mount namespace of its own.
     mounts: Option<Mounts>,
     pub(super) freezer: Freezer,
     /// Tells which locks it holds that cannot move.
     locks: Locks,
     origin: Option<PathBuf>,
-    ports: Vec<Port>,
+    pub(super) ports: Vec<Port>,
     directory: PathBuf,
     pub(super) spaces: BTreeMap<SpaceId, Space>,
     /// Pages found dirty that the next round sends.
@@ -120,6 +122,12 @@ pub struct Site {
     /// When the last scan was, for the rate of dirtying.
     pub(super) scanned: Instant,
     dumping: Dumping,
+    /// CRIU was let in: what is prepared is used up.
+    pub(super) let_in: bool,
+    /// Looks for states that pass; made for the first freeze.
+    pub(super) observer: Option<Observer>,
+    /// Freezes that were given up because of one.
+    pub(super) tries: u32,
     /// Compares the smaps CRIU was shown with the true ones.
     comparing: Option<JoinHandle<Result<(), Failure>>>,
     /// Bytes of memory, for progress.
@@ -324,6 +332,7 @@ impl Site {
                 None => Vec::new(),
             },
         };
+        self.let_in = false;
         self.dumping = Dumping::Preparing(tokio::spawn(Dump::prepare(plan)));
         Ok(())
     }
@@ -342,14 +351,9 @@ impl Site {
                 space.put_back(&pages);
             }
         }
-        if !self.ports.is_empty() {
-            let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
-            for port in &self.ports {
-                let closed = self.waits.on(Wait::Ports, port.close(&netlink)).await?;
-                closed.map_err(|error| network_unfit(&error))?;
-            }
+        if let Some(passing) = self.freeze_calmly().await? {
+            return self.give_up(&passing.to_string(), &Sums::default());
         }
-        self.freeze_cgroup()?;
         // From here on it cannot end by itself.
         self.check_root()?;
         self.check_mounts()?;
@@ -442,6 +446,8 @@ impl Site {
         self.comparing = None;
         match std::mem::take(&mut self.dumping) {
             Dumping::No => {}
+            // It has not touched anything, and can wait for the next freeze.
+            waiting if !untrack && !self.let_in => self.dumping = waiting,
             Dumping::Preparing(task) => task.abort(),
             Dumping::Prepared(dump) => {
                 // A CRIU that fails here has let go of the tasks all the same, by its end.
@@ -472,7 +478,7 @@ impl Site {
             self.pending.clear();
             self.leave_cgroup();
             drop(std::fs::remove_dir_all(&self.directory));
-        } else {
+        } else if matches!(self.dumping, Dumping::No) {
             self.prepare_dump()?;
         }
         Ok(())

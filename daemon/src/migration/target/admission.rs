@@ -5,8 +5,8 @@
 //! its memory, or is gone; then what it uses is seen by the kernel's own figures. What it grows by
 //! while it is copied is asked for again, in steps.
 //!
-//! Memory files are in nobody's resident memory, so a node that is short of memory would find nothing
-//! to kill for them: what is not left must not be promised.
+//! Memory files are in nobody's resident memory, so a node that is short of memory would find
+//! nothing to kill for them: what is not left must not be promised.
 //!
 //! Absent: reading what is left ([`crate::runtime::memory`]).
 

@@ -8,6 +8,7 @@
 //! failure, it is never skipped, unless it is of an attempt that the source has given up; each
 //! attempt has a folder of images of its own, so that no file of one gets among those of another.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};

@@ -1,8 +1,8 @@
 //! The target's half of a migration, performed: a loop around the machine of `proto`.
 //!
 //! As at the source, at most one operation works on the [`Site`] at a time. Waiting for rounds goes
-//! on beside it, since streams arrive while control messages do. A discard does not wait for what it
-//! undoes: a preparation or a restore under way is cut off, and what came of it counts no more.
+//! on beside it, since streams arrive while control messages do. A discard does not wait for what
+//! it undoes: a preparation or a restore under way is cut off, and what came of it counts no more.
 //!
 //! A target never dials: a session is handed to it whenever the source comes, and takes the place
 //! of an older one.

@@ -128,7 +128,7 @@ pub struct Site {
     root_pid: Option<i32>,
     pager: Option<Pager>,
     intake: Arc<Intake>,
-    /// Until it has all its memory, or is gone. A recovered one is restored: what it needs is taken.
+    /// Until it has all its memory, or is gone. What a recovered one needs is taken already.
     promise: Option<Arc<Promise>>,
     /// From the request to CRIU's post-restore.
     pub(super) restore_time: Option<Duration>,

@@ -160,7 +160,7 @@ fn act_silently(words: &[&str]) -> io::Result<()> {
         "poke" => poke(number(1))?,
         "count-signals" => count_signals(),
         "open-direct" => open_direct(words[1])?,
-        "userfaultfd" => open_userfaultfd().map(drop)?,
+        "userfaultfd" => open_userfaultfd()?,
         "poison" => lost::poison(number(1), size(2))?,
         "wait-for-page" => lost::wait_for_page(number(1))?,
         "end-first-thread" => lost::end_first_thread()?,
@@ -479,11 +479,10 @@ fn open_direct(path: &str) -> io::Result<()> {
     Ok(())
 }
 
-fn open_userfaultfd() -> io::Result<libc::c_int> {
+fn open_userfaultfd() -> io::Result<()> {
     // SAFETY: one number.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, super::USERFAULTFD_FLAGS) };
-    let fd = libc::c_int::try_from(fd).unwrap();
-    check(fd).map(|()| fd)
+    check(libc::c_int::try_from(fd).unwrap())
 }
 
 fn open_io_uring() -> io::Result<()> {

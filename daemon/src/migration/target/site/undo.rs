@@ -1,7 +1,7 @@
 //! How a workload's place goes away again: discarded, or no longer needed.
 //!
-//! Invariants: everything here is bounded, whoever hangs; what is left in spite of that is said, and
-//! found again by the migration's id, which is in the name of all that is made for it.
+//! Invariants: everything here is bounded, whoever hangs; what is left in spite of that is said,
+//! and found again by the migration's id, which is in the name of all that is made for it.
 
 use std::fs;
 use std::time::Duration;

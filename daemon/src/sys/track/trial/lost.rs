@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use super::{check, open_userfaultfd, pointer};
+use super::{check, pointer};
 
 /// Makes pages that nothing was ever in such as the kernel can no longer read, as after an error of
 /// memory or swap: by a userfaultfd that is gone again afterwards, while what it did stays.
@@ -39,7 +39,11 @@ pub(super) fn wait_for_page(address: u64) -> io::Result<()> {
 
 /// A userfaultfd that is asked for what is missing in these pages.
 fn register(address: u64, pages: usize) -> io::Result<OwnedFd> {
-    let fd = open_userfaultfd()?;
+    // Not for faults of the process alone: the kernel's own wait, too.
+    // SAFETY: one number.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    let fd = libc::c_int::try_from(fd).unwrap();
+    check(fd)?;
     // SAFETY: just opened, and nobody else's.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let length = pages as u64 * 4096;

@@ -1,0 +1,93 @@
+//! nginx of the node image as a workload: a master and two workers.
+//!
+//! It answers `/echo/N` with a body that says N, and `/blob` with a file of the shared folder.
+
+use std::fs;
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::{Workload, WorkloadPlan};
+use crate::lab::Lab;
+use crate::lab::init::SHARED;
+use crate::lab::inside::in_network;
+
+/// Where it listens.
+pub const PORT: u16 = 80;
+
+/// Bytes of the file that it serves.
+pub const BLOB_BYTES: usize = 48 << 10; // 48 KiB
+
+/// Byte `index` of that file.
+pub fn blob_byte(index: usize) -> u8 {
+    // Of a period that no page or segment has.
+    u8::try_from(index % 251).unwrap_or_default()
+}
+
+/// The body of `/echo/NUMBER`.
+pub fn echo(number: u64) -> String {
+    format!("you asked for /echo/{number}\n").repeat(ECHO_LINES)
+}
+
+/// Starts it at a node and waits until it answers.
+pub fn start(lab: &mut Lab, node: &str) -> Result<Workload> {
+    let shared = lab.folder.shared();
+    let folder = shared.join("nginx");
+    fs::create_dir_all(&folder).context("creating nginx's folder")?;
+    let blob: Vec<u8> = (0..BLOB_BYTES).map(blob_byte).collect();
+    fs::write(folder.join("blob"), blob).context("writing what nginx serves")?;
+    fs::write(folder.join("nginx.conf"), configuration()).context("configuring nginx")?;
+    let configuration = format!("{SHARED}/nginx/nginx.conf");
+    let plan = WorkloadPlan {
+        name: "nginx".to_owned(),
+        arguments: ["/usr/sbin/nginx", "-c", &configuration]
+            .map(str::to_owned)
+            .to_vec(),
+        own_pid_mnt: false,
+        uid: None,
+    };
+    let workload = Workload::start(lab, node, &plan)?;
+    let address = SocketAddr::from((workload.link.address, PORT));
+    let deadline = Instant::now() + START_TIME_MAX;
+    loop {
+        let connected = in_network(&lab.client.net, || {
+            TcpStream::connect_timeout(&address, START_TIME_MAX)
+        })?;
+        match connected {
+            Ok(_) => return Ok(workload),
+            Err(error) if Instant::now() > deadline => bail!("nginx does not answer: {error}"),
+            Err(_) => std::thread::sleep(START_POLL),
+        }
+    }
+}
+
+/// Nothing is written to a folder of one node alone, but for the temporary folders that nginx makes
+/// at its start and does not use here.
+fn configuration() -> String {
+    let line = "you asked for $uri\\n".repeat(ECHO_LINES);
+    format!(
+        "daemon off;
+         user www-data;
+         worker_processes 2;
+         error_log /dev/null;
+         pid {SHARED}/nginx/pid;
+         events {{ worker_connections 8192; }}
+         http {{
+             access_log off;
+             default_type application/octet-stream;
+             keepalive_timeout 0;
+             server {{
+                 listen {PORT} backlog=1024;
+                 location /echo/ {{ return 200 \"{line}\"; }}
+                 location = /blob {{ root {SHARED}/nginx; }}
+             }}
+         }}
+        "
+    )
+}
+
+/// 2 KiB or so: nginx takes no longer text.
+const ECHO_LINES: usize = 100;
+const START_TIME_MAX: Duration = Duration::from_secs(10);
+const START_POLL: Duration = Duration::from_millis(20);

@@ -1,0 +1,240 @@
+//! Freezing a workload at a moment at which it can be dumped.
+//!
+//! ```text
+//! look ── running, ports open: a few looks, until no passing state is seen
+//! close ─ nothing new arrives
+//! look ── running: what the workload ends by itself gets some milliseconds;
+//!         what needs the other side of a connection gets the ports back, and all begins anew
+//! freeze
+//! look ── exact: nothing changes any more, and CRIU has not been let in
+//! ```
+//!
+//! If a state is left, the freeze is given up: the machine thaws and tries again after a pause that
+//! grows, and is random, so that it does not meet a client that tries again at fixed times. How
+//! often, the machine decides.
+//!
+//! Invariant: a look changes nothing. Of a frozen workload it costs one dump of sockets per family.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use pageferry_proto::migration::source::{SourceEvent, Wait};
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use tokio::task::block_in_place;
+
+use super::failure::freeze_failed;
+use super::rounds::Sums;
+use super::site::Site;
+use crate::link::netlink::Netlink;
+use crate::migration::text::network_unfit;
+use crate::pages::track::tree::Tree;
+use crate::runtime::passing::{self, Observer, Passing, State};
+use crate::sys::namespace::{self, NamespaceKind};
+
+impl Site {
+    /// Closes the ports and freezes the cgroup, or says which passing state stands against it. The
+    /// thaw that follows opens the ports.
+    pub(super) async fn freeze_calmly(&mut self) -> Result<Option<Passing>, Failure> {
+        let began = Instant::now();
+        let netlink = if self.ports.is_empty() {
+            None
+        } else {
+            Some(Netlink::open(None).map_err(|error| network_unfit(&error))?)
+        };
+        for closing in 1..=CLOSINGS_MAX {
+            // Closing the ports would not end it, and would hold up what does.
+            if let Some(open) = self.wait_open().await?
+                && !open.state.passes_alone()
+            {
+                return Ok(Some(open));
+            }
+            for port in &self.ports {
+                let Some(netlink) = &netlink else { break };
+                let closed = self.waits.on(Wait::Ports, port.close(netlink)).await?;
+                closed.map_err(|error| network_unfit(&error))?;
+            }
+            let closed = Instant::now();
+            let left = self.wait_closed().await?;
+            tracing::debug!(closing, ?left, waited = ?closed.elapsed(), "ports closed");
+            match left {
+                None => break,
+                Some(left) if left.state.passes_alone() || closing == CLOSINGS_MAX => {
+                    return Ok(Some(left));
+                }
+                Some(_) => {}
+            }
+            for port in &self.ports {
+                let Some(netlink) = &netlink else { break };
+                let opened = self.waits.on(Wait::Ports, port.open(netlink)).await?;
+                opened.map_err(|error| network_unfit(&error))?;
+            }
+            tokio::time::sleep(PAUSE_OPEN).await;
+        }
+        let freezing = Instant::now();
+        let cut = self.waits.begin(Wait::Cgroup);
+        let end = || cut.is_cut() || FREEZE_MAX < freezing.elapsed();
+        block_in_place(|| self.freezer.freeze_unless(end))
+            .map_err(|error| freeze_failed(&error))?;
+        cut.check()?;
+        drop(cut);
+        let is_frozen = self.freezer.is_frozen();
+        if !is_frozen.map_err(|error| freeze_failed(&error))? {
+            // It is thawed: a task that still cannot be interrupted was not so because of that.
+            let pids = self.pids()?;
+            let sleeper = block_in_place(|| passing::uninterruptible(&pids));
+            return Ok(Some(sleeper.unwrap_or_else(|| Passing {
+                state: State::Uninterruptible,
+                holder: format!("a task of {} processes", pids.len()),
+            })));
+        }
+        let frozen = Instant::now();
+        let found = self.look()?;
+        tracing::debug!(took = ?began.elapsed(), looked = ?frozen.elapsed(), "frozen");
+        Ok(found)
+    }
+
+    /// Gives a busy server some moments to be in no passing state. Returns what was seen last.
+    async fn wait_open(&mut self) -> Result<Option<Passing>, Failure> {
+        let began = Instant::now();
+        loop {
+            let mut found = self.look()?;
+            if found.is_none() {
+                let pids = self.pids()?;
+                found = block_in_place(|| passing::uninterruptible(&pids));
+            }
+            let patience = match &found {
+                None => return Ok(None),
+                Some(passing) if passing.state.passes_alone() => PATIENCE_ALONE,
+                Some(_) => PATIENCE_OTHERS,
+            };
+            if patience < began.elapsed() {
+                return Ok(found);
+            }
+            self.waits.begin(Wait::Cgroup).check()?;
+            tokio::time::sleep(PAUSE_OPEN).await;
+        }
+    }
+
+    /// With closed ports, lets the workload end what it ends by itself. Returns what is left.
+    async fn wait_closed(&mut self) -> Result<Option<Passing>, Failure> {
+        let mut left = None;
+        for look in 0..LOOKS_CLOSED {
+            if 0 < look {
+                tokio::time::sleep(PAUSE_CLOSED).await;
+            }
+            left = self.look()?;
+            if left.as_ref().is_none_or(|left| !left.state.passes_alone()) {
+                break;
+            }
+        }
+        Ok(left)
+    }
+
+    /// A passing state of the workload's sockets; first one that needs the other side.
+    fn look(&mut self) -> Result<Option<Passing>, Failure> {
+        let pids = self.pids()?;
+        let unlisted = |error: std::io::Error| {
+            let text = format!(
+                "the sockets of process {} cannot be listed: {error}",
+                self.root
+            );
+            Failure::new(ErrorCode::NodeUnfit, text)
+        };
+        block_in_place(|| {
+            if self.observer.is_none() {
+                let net = self.own.contains(&NamespaceKind::Net);
+                let net = net.then(|| namespace::open(self.root, NamespaceKind::Net));
+                let net = net.transpose().map_err(unlisted)?;
+                let observer = Observer::open(net.as_ref().map(AsFd::as_fd));
+                self.observer = Some(observer.map_err(unlisted)?);
+            }
+            let Some(observer) = &mut self.observer else {
+                return Ok(None);
+            };
+            let found = observer.look(&pids).map_err(unlisted)?;
+            Ok(found.into_iter().min_by_key(|p| p.state.passes_alone()))
+        })
+    }
+
+    /// The processes of the workload: all are in its cgroup.
+    fn pids(&self) -> Result<Vec<i32>, Failure> {
+        self.freezer
+            .processes()
+            .map_err(|error| freeze_failed(&error))
+    }
+
+    /// A thread in a `vfork`, which the freezer counts as frozen: its child lives in its memory.
+    pub(super) fn find_vfork(tree: &Tree) -> Option<Passing> {
+        let shared = tree.spaces.iter().filter(|space| !space.sharers.is_empty());
+        shared
+            .map(|space| [&[space.leader], space.sharers.as_slice()].concat())
+            .find_map(|pids| passing::vfork(&pids))
+    }
+
+    /// The freeze is given up for a state that passes, with so much of it on its way: `what` names
+    /// the state, its process, and what to do.
+    pub(super) fn give_up(&mut self, what: &str, sent: &Sums) -> Result<SourceEvent, Failure> {
+        self.tries += 1;
+        let tries = self.tries;
+        let pause = pause(tries, RandomState::new().build_hasher().finish());
+        tracing::info!(tries, ?pause, "the freeze is given up: {what}");
+        let text = if tries == 1 {
+            format!("the freeze was given up: {what}")
+        } else {
+            format!("{tries} freezes were given up, the last because {what}")
+        };
+        sent.given_up(Failure::new(ErrorCode::PassingState, text), pause)
+    }
+}
+
+/// How long the workload runs after freeze number `tries` was given up: doubled each time up to a
+/// limit, and between half and one and a half of that.
+fn pause(tries: u32, random: u64) -> Duration {
+    let doubled = PAUSE_FIRST.saturating_mul(1 << (tries - 1).min(16));
+    let full = doubled.min(PAUSE_MAX);
+    let permille = 500 + u32::try_from(random % 1001).unwrap_or_default();
+    full * permille / 1000
+}
+
+/// How often the ports are closed in one attempt.
+const CLOSINGS_MAX: u32 = 4;
+
+/// How long a busy server gets before the ports are closed, for what it ends by itself: what lasts
+/// longer is no accident of the moment.
+const PATIENCE_ALONE: Duration = Duration::from_millis(16);
+
+/// The same for what needs others, above all an answer to a packet that met closed ports: the
+/// shortest retransmission timeout is 200 ms.
+const PATIENCE_OTHERS: Duration = Duration::from_millis(250);
+
+/// Between two looks while the ports are open.
+const PAUSE_OPEN: Duration = Duration::from_millis(2);
+
+/// How often it is looked with closed ports, when every moment is one without an answer: a server
+/// that waits for connections accepts one within a fraction of a millisecond.
+const LOOKS_CLOSED: u32 = 30;
+const PAUSE_CLOSED: Duration = Duration::from_micros(500);
+
+/// How long a freeze may take before it is given up: it takes 0.1–2 ms unless a task is in
+/// uninterruptible sleep.
+const FREEZE_MAX: Duration = Duration::from_millis(500);
+
+/// The first pause after a freeze that was given up, and the longest: the tries together last some
+/// seconds.
+const PAUSE_FIRST: Duration = Duration::from_millis(10);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_a_limit_and_are_spread_around_it() {
+        assert_eq!(pause(1, 0), Duration::from_millis(5));
+        assert_eq!(pause(1, 1000), Duration::from_millis(15));
+        assert_eq!(pause(4, 500), Duration::from_millis(80));
+        assert_eq!(pause(10, 500), PAUSE_MAX);
+        assert_eq!(pause(u32::MAX, 1000), PAUSE_MAX * 3 / 2);
+    }
+}

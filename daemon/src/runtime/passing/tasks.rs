@@ -1,0 +1,68 @@
+//! Tasks that cannot be interrupted: the parent in a `vfork`, and one in uninterruptible sleep.
+//!
+//! The freezer counts a parent in `vfork` as frozen, but ptrace does not stop it: CRIU would wait
+//! for it until its own time-out. A task in any other uninterruptible sleep does not freeze.
+
+use std::fs;
+
+use super::{Passing, State, name_of};
+
+/// A thread of one of the processes that waits for a child of its `vfork`.
+pub fn vfork(pids: &[i32]) -> Option<Passing> {
+    let (pid, tid) = find(pids, |place| VFORK.contains(&waits_in(place).as_str()))?;
+    Some(Passing {
+        state: State::Vfork,
+        holder: thread_of(pid, tid),
+    })
+}
+
+/// A thread of one of the processes in uninterruptible sleep. Of tasks that are not frozen: the
+/// kernel shows a frozen one the same way.
+pub fn uninterruptible(pids: &[i32]) -> Option<Passing> {
+    let (pid, tid) = find(pids, sleeps_uninterruptibly)?;
+    let place = waits_in(&format!("/proc/{pid}/task/{tid}"));
+    let state = if VFORK.contains(&place.as_str()) {
+        State::Vfork
+    } else {
+        State::Uninterruptible
+    };
+    let mut holder = thread_of(pid, tid);
+    if state == State::Uninterruptible && place.len() > 1 {
+        holder = format!("{holder}, in {place},");
+    }
+    Some(Passing { state, holder })
+}
+
+/// The first process and thread whose folder in `/proc` passes.
+fn find(pids: &[i32], passes: impl Fn(&str) -> bool) -> Option<(i32, i32)> {
+    pids.iter().find_map(|&pid| {
+        // One that has ended since has no threads.
+        let entries = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+        entries.flatten().find_map(|entry| {
+            let tid = entry.file_name().to_str()?.parse().ok()?;
+            passes(entry.path().to_str()?).then_some((pid, tid))
+        })
+    })
+}
+
+/// The function of the kernel in which a task waits; empty or `0` where nobody says.
+fn waits_in(place: &str) -> String {
+    fs::read_to_string(format!("{place}/wchan")).unwrap_or_default()
+}
+
+fn sleeps_uninterruptibly(place: &str) -> bool {
+    let stat = fs::read_to_string(format!("{place}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| rest.starts_with('D'))
+}
+
+fn thread_of(pid: i32, tid: i32) -> String {
+    if pid == tid {
+        name_of(pid)
+    } else {
+        format!("thread {tid} of {}", name_of(pid))
+    }
+}
+
+/// Where a parent waits: the second is what the first is compiled into.
+const VFORK: [&str; 2] = ["wait_for_vfork_done", "kernel_clone"];
