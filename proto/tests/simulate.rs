@@ -56,7 +56,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (side(), any::<u8>()).prop_map(|(side, found)| Op::PowerLoss(side, found)),
         6 => side().prop_map(Op::Restart),
         4 => (0..32u8).prop_map(Op::Pass),
-        4 => Just(Op::Retry),
+        4 => (0..16u8).prop_map(Op::Retry),
         2 => Just(Op::Tick),
     ]
 }
@@ -66,15 +66,14 @@ fn passing() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         300 => any::<u8>().prop_map(Op::Step),
         20 => any::<u8>().prop_map(Op::Write),
-        16 => Just(Op::Retry),
+        16 => (0..16u8).prop_map(Op::Retry),
     ];
     prop::collection::vec(op, 0..800).prop_map(|mut ops| {
         let mut left = RETRIES_MAX;
         ops.retain(|op| {
-            if *op == Op::Retry {
-                left = left.saturating_sub(1);
-            }
-            *op != Op::Retry || 0 < left
+            let retry = matches!(op, Op::Retry(_));
+            left = left.saturating_sub(u32::from(retry));
+            !retry || 0 < left
         });
         ops
     })

@@ -272,7 +272,8 @@ impl Ledger {
         space: SpaceId,
         pages: PageCount,
     ) -> Result<(), LedgerError> {
-        self.expect_open(admitted.0)?;
+        let Admitted(round) = admitted;
+        self.expect_open(round)?;
         let received = self.received.entry(space).or_default();
         received.0 = received.0.saturating_add(pages.0);
         self.parcels = self.parcels.saturating_add(1);

@@ -179,9 +179,7 @@ impl World {
         let event = match job {
             SourceJob::CompareSmaps => outcome(SourceEvent::SmapsEqual),
             SourceJob::Connect => return self.connect(failed),
-            SourceJob::Freeze if std::mem::take(&mut self.source.retry_next) => {
-                retry(0, PageCount::ZERO)
-            }
+            SourceJob::Freeze if self.source.gives_up() => retry(0, PageCount::ZERO),
             SourceJob::Freeze => outcome(SourceEvent::Frozen),
             SourceJob::Journal {
                 action: SourceAction::Journal(record),
@@ -211,7 +209,7 @@ impl World {
     /// the parcels of the final round come the other streams of the attempt, which may be given up
     /// at any point before its end.
     fn send_on(&mut self, mut sending: Sending, place: usize) {
-        if sending.last.is_some() && std::mem::take(&mut self.source.retry_next) {
+        if sending.last.is_some() && self.source.gives_up() {
             for (space, pages) in &sending.parcels {
                 self.source.memory.put_back(*space, pages);
             }
@@ -543,7 +541,7 @@ fn retry(parcels: u32, pages: PageCount) -> SourceEvent {
         pages,
         raw_bytes: pages.bytes(),
         wire_bytes: 0,
-        pause: PAUSE,
+        pause: PAUSE * (parcels % 2),
         reason: injected(),
     })
 }
@@ -572,7 +570,8 @@ fn brief(value: &impl std::fmt::Debug) -> String {
 /// Most characters of an event or action in a trace.
 const BRIEF_CHARS: usize = 90;
 
-/// How long the simulated workload runs after a freeze that was given up.
+/// How long the simulated workload runs after some of the freezes that were given up. While it
+/// does, all that is in flight arrives, so that nothing would ever be late.
 const PAUSE: Duration = Duration::from_millis(25);
 
 /// Pages of a simulated parcel: few, so that a round has several.

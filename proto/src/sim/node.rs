@@ -24,7 +24,8 @@ pub(super) struct SourceNode {
     pub(super) hang_next: bool,
     /// When the present freeze began.
     pub(super) frozen_at: Option<Time>,
-    pub(super) retry_next: bool,
+    /// The freeze is given up after so many of its steps.
+    pub(super) retry_after: Option<u8>,
     /// Without power for good.
     pub(super) dead: bool,
 }
@@ -164,6 +165,19 @@ pub(super) enum Stream {
 }
 
 impl SourceNode {
+    /// A step of the freeze: whether it is given up here.
+    pub(super) fn gives_up(&mut self) -> bool {
+        self.retry_after = match self.retry_after {
+            Some(0) => {
+                self.retry_after = None;
+                return true;
+            }
+            Some(steps) => Some(steps - 1),
+            None => None,
+        };
+        false
+    }
+
     /// The daemon is killed: what it was doing stops where it is.
     pub(super) fn crash(&mut self, found: u8) {
         self.machine = None;
@@ -171,7 +185,7 @@ impl SourceNode {
         self.jobs.clear();
         self.fail_next = false;
         self.hang_next = false;
-        self.retry_next = false;
+        self.retry_after = None;
         self.journal.crash(found);
     }
 }

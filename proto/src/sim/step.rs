@@ -1,6 +1,9 @@
 //! What can happen next, and what can go wrong.
 
+use super::node::Stream;
+use super::world::World;
 use crate::migration::handoff::Side;
+use crate::migration::status::Phase;
 
 /// Something that is possible now and that nobody would call a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,8 +51,56 @@ pub enum Op {
     Restart(Side),
     /// The next action of a side that works on the workload hangs until it is undone.
     Hang(Side),
-    /// The next freeze or final round wants another round first.
-    Retry,
+    /// The next freeze is given up for another round: at once, or so many of its steps later.
+    Retry(u8),
     /// Time passes until the next timer.
     Tick,
 }
+
+impl World {
+    /// What is possible now.
+    pub fn steps(&self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        if !self.source.actions.is_empty() {
+            steps.push(Step::Begin(Side::Source));
+        }
+        if !self.target.actions.is_empty() {
+            steps.push(Step::Begin(Side::Target));
+        }
+        let source = self.source_jobs().into_iter();
+        steps.extend(source.map(|place| Step::Advance(Side::Source, place)));
+        let target = self.target_jobs().into_iter();
+        steps.extend(target.map(|place| Step::Advance(Side::Target, place)));
+        if !self.link.to_source.is_empty() {
+            steps.push(Step::Deliver(Side::Source));
+        }
+        if !self.link.to_target.is_empty() {
+            steps.push(Step::Deliver(Side::Target));
+        }
+        if self.link.source_thinks && !self.link.up && self.source.machine.is_some() {
+            steps.push(Step::Notice(Side::Source));
+        }
+        if self.link.target_thinks && !self.link.up && self.target.machine.is_some() {
+            steps.push(Step::Notice(Side::Target));
+        }
+        let (parcels, others): (Vec<usize>, Vec<usize>) = (0..self.streams.len())
+            .partition(|place| matches!(self.streams[*place], Stream::Parcel { .. }));
+        steps.extend(parcels.into_iter().take(STREAMS_MAX).map(Step::Stream));
+        // What is of a given up attempt stays in flight until the next one, as long as anything
+        // else is possible: otherwise nothing would ever be late.
+        let phase = self.status(Side::Source).map(|status| status.phase);
+        let late = matches!(phase, Some(Phase::Copying | Phase::Freezing));
+        if !late || steps.is_empty() {
+            let newest = others.iter().rev().take(LATE_STREAMS_MAX);
+            steps.extend(newest.map(|place| Step::Stream(*place)));
+        }
+        steps
+    }
+}
+
+/// How many of the streams in flight may be the next to arrive: enough for any reordering that
+/// matters, few enough to choose from.
+const STREAMS_MAX: usize = 4;
+
+/// The same for the streams of attempts, counted from the newest.
+const LATE_STREAMS_MAX: usize = 8;

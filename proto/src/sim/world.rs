@@ -105,7 +105,7 @@ impl World {
                 fail_next: false,
                 hang_next: false,
                 frozen_at: None,
-                retry_next: false,
+                retry_after: None,
                 dead: false,
             },
             target: TargetNode {
@@ -137,35 +137,6 @@ impl World {
         world.restart_target();
         world.drain();
         world
-    }
-
-    /// What is possible now.
-    pub fn steps(&self) -> Vec<Step> {
-        let mut steps = Vec::new();
-        if !self.source.actions.is_empty() {
-            steps.push(Step::Begin(Side::Source));
-        }
-        if !self.target.actions.is_empty() {
-            steps.push(Step::Begin(Side::Target));
-        }
-        let source = self.source_jobs().into_iter();
-        steps.extend(source.map(|place| Step::Advance(Side::Source, place)));
-        let target = self.target_jobs().into_iter();
-        steps.extend(target.map(|place| Step::Advance(Side::Target, place)));
-        if !self.link.to_source.is_empty() {
-            steps.push(Step::Deliver(Side::Source));
-        }
-        if !self.link.to_target.is_empty() {
-            steps.push(Step::Deliver(Side::Target));
-        }
-        if self.link.source_thinks && !self.link.up && self.source.machine.is_some() {
-            steps.push(Step::Notice(Side::Source));
-        }
-        if self.link.target_thinks && !self.link.up && self.target.machine.is_some() {
-            steps.push(Step::Notice(Side::Target));
-        }
-        steps.extend((0..self.streams.len().min(STREAMS_MAX)).map(Step::Stream));
-        steps
     }
 
     /// Does one of the possible steps.
@@ -218,7 +189,11 @@ impl World {
             Op::Pass(eighths) => self.pass(eighths),
             Op::PowerLoss(side, found) => self.lose_power(side, found),
             Op::Restart(side) => self.restart(side),
-            Op::Retry => self.source.retry_next = self.source.machine.is_some(),
+            Op::Retry(after) => {
+                if self.source.machine.is_some() {
+                    self.source.retry_after.get_or_insert(after);
+                }
+            }
             Op::Tick => self.tick(),
         }
         self.check()
@@ -277,7 +252,7 @@ impl World {
         self.source.hang_next = false;
         self.target.fail_next = false;
         self.target.hang_next = false;
-        self.source.retry_next = false;
+        self.source.retry_after = None;
         self.restart(Side::Source);
         self.restart(Side::Target);
         for turn in 0..SETTLE_STEPS_MAX {
@@ -583,10 +558,6 @@ fn offer(setup: &Setup) -> SourceOffer {
         state: DriverState::new(b"source".to_vec()).expect("six bytes"),
     }
 }
-
-/// How many of the streams in flight may be the next to arrive: enough for any reordering that
-/// matters, few enough to choose from.
-const STREAMS_MAX: usize = 4;
 
 /// How long a simulated round takes for each of its pages.
 pub(super) const PAGE_DURATION: Duration = Duration::from_millis(10);
