@@ -266,14 +266,17 @@ impl Ledger {
     }
 
     /// An admitted parcel, of so many pages of a space, is in the store.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "what was admitted once is entered once"
+    )]
     pub fn parcel(
         &mut self,
         admitted: Admitted,
         space: SpaceId,
         pages: PageCount,
     ) -> Result<(), LedgerError> {
-        let Admitted(round) = admitted;
-        self.expect_open(round)?;
+        self.expect_open(admitted.0)?;
         let received = self.received.entry(space).or_default();
         received.0 = received.0.saturating_add(pages.0);
         self.parcels = self.parcels.saturating_add(1);
