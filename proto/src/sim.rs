@@ -15,8 +15,8 @@
 //! - the target does not forget what a source may still ask;
 //! - what runs at the target is what was frozen at the source, page by page;
 //! - the generation of the status only grows, and no machine piles up actions;
-//! - a workload that has stood still for as long as the policy allows, and is not committed, is asked
-//!   back: whatever hangs then is cut.
+//! - a workload that has stood still for as long as the policy allows, and is not committed, is
+//!   asked back: whatever hangs then is cut.
 //!
 //! [`World::settle`] ends all faults, and demands that both machines finish in a bounded number
 //! of steps and that exactly one workload runs, unless what ran it lost its power.
@@ -26,8 +26,9 @@
 //! control stream is ordered and loses what is in flight when the connection breaks; data
 //! streams arrive in any order. What is modelled of the driver: long actions are under way while
 //! other events happen, their effect may precede their report, and an undone one may still
-//! report; any of them may hang until it is undone. Not modelled: two connections at once, bytes that change on the way (checksums), and
-//! operators who declare a living side dead.
+//! report; any of them may hang until it is undone. Not modelled: two
+//! connections at once, bytes that change on the way (checksums), and operators who declare a living
+//! side dead.
 
 mod attempt;
 mod driver;

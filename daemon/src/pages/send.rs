@@ -112,8 +112,8 @@ impl Sender {
         raw + (self.threads + SENDS_MAX) as u64 * PARCEL_BYTES_MAX as u64
     }
 
-    /// Reads `pages` of a space and sends them; what may be given up is as for [`Reader::read`]. Done
-    /// when the sink has taken everything.
+    /// Reads `pages` of a space and sends them; what may be given up is as for [`Reader::read`].
+    /// Done when the sink has taken everything.
     pub async fn round<S: ParcelSink>(
         &self,
         space: SpaceId,

@@ -223,9 +223,9 @@ impl Dump {
         &mut self.feed
     }
 
-    /// Lets CRIU dump the frozen tree and brings it to `post-dump`. Without page contents that takes
-    /// milliseconds, with shared memory forced in, seconds; how long it may take the caller says, by
-    /// dropping the future and calling [`Dump::rollback`].
+    /// Lets CRIU dump the frozen tree and brings it to `post-dump`. Without page contents that
+    /// takes milliseconds, with shared memory forced in, seconds; how long it may take the caller
+    /// says, by dropping the future and calling [`Dump::rollback`].
     pub async fn run(&mut self) -> Result<(), DumpError> {
         self.swrk.answer(true).await?;
         self.advance(&NotifyScript::PostDump).await
@@ -253,8 +253,8 @@ impl Dump {
     }
 
     /// Answers the held notification with failure, or else the one that is held next: CRIU lets go
-    /// of the tasks, which then are held by the cgroup alone. One that has not done so within `patience` is
-    /// killed, and its tracer puts the tasks back. Waits until both have ended.
+    /// of the tasks, which then are held by the cgroup alone. One that has not done so within
+    /// `patience` is killed, and its tracer puts the tasks back. Waits until both have ended.
     pub async fn rollback(mut self, patience: Duration) -> Result<(), DumpError> {
         // CRIU may be in the middle of the dump, or have ended by itself, having failed; then there
         // is nothing to answer.

@@ -224,8 +224,8 @@ impl Progress {
         self.filled += bytes(pages);
     }
 
-    /// The first page of `run` cannot be read. After a few in a row the rest of the run may be given
-    /// up too.
+    /// The first page of `run` cannot be read. After a few in a row the rest of the run may be
+    /// given up too.
     fn missed(&mut self, run: PageRun) -> PageCount {
         let row = self.unread.last().filter(|last| last.end() == run.start());
         let count = match row {

@@ -10,7 +10,7 @@ use super::{check, pointer};
 pub(super) fn poison(address: u64, pages: usize) -> io::Result<()> {
     let fd = register(address, pages)?;
     let mut poison = [address, pages as u64 * 4096, 0, 0];
-    // SAFETY: as long as the kernel reads and writes it; the pages were mapped for this by the test.
+    // SAFETY: as long as the kernel reads and writes it; the test mapped the pages for this.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), POISON, poison.as_mut_ptr()) })
 }
 
