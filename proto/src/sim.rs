@@ -27,12 +27,13 @@
 //! streams arrive in any order. What is modelled of the driver: long actions are under way while
 //! other events happen, their effect may precede their report, and an undone one may still
 //! report; any of them may hang until it is undone. Not modelled: two
-//! connections at once, bytes that change on the way (checksums), and operators who declare a living
-//! side dead.
+//! connections at once, bytes that change on the way (checksums), and operators who declare a
+//! living side dead.
 
 mod attempt;
 mod driver;
 mod expire;
+mod jobs;
 mod journal;
 mod memory;
 mod node;

@@ -443,29 +443,6 @@ impl SourceMachine {
         }
     }
 
-    fn freeze(&mut self, now: Time, round: Round) {
-        let frozen_max = self.convergence.frozen_max(&self.policy);
-        if let Some(predicted) = self.convergence.predicted_freeze()
-            && frozen_max < predicted
-        {
-            let text = format!(
-                "a freeze is predicted to take {predicted:.1?}, and {frozen_max:.1?} are allowed"
-            );
-            return self.abort_with(ErrorCode::FrozenTooLong, &text);
-        }
-        self.frozen_max = Some(frozen_max);
-        self.waiting.clear();
-        self.round = Some(round);
-        self.edges = Edges {
-            requested: Some(now),
-            ..Edges::default()
-        };
-        self.state = State::Freezing { round };
-        self.timers.stop(Timer::Overall);
-        self.timers.set(Timer::Frozen, now.after(frozen_max));
-        self.actions.push_back(SourceAction::Freeze { round });
-    }
-
     fn frozen(&mut self, now: Time) {
         let State::Freezing { round } = self.state else {
             return self.out_of_place("a freeze");

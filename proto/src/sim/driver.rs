@@ -50,19 +50,6 @@ impl World {
         }
     }
 
-    /// The jobs that may get further: none that hangs, and of the records being written the first.
-    pub(super) fn source_jobs(&self) -> Vec<usize> {
-        let writes = |job: &SourceJob| matches!(job, SourceJob::Journal { .. });
-        let hangs = |job: &SourceJob| matches!(job, SourceJob::Hung);
-        allowed(&self.source.jobs, writes, hangs)
-    }
-
-    pub(super) fn target_jobs(&self) -> Vec<usize> {
-        let writes = |job: &TargetJob| matches!(job, TargetJob::Journal { .. });
-        let hangs = |job: &TargetJob| matches!(job, TargetJob::Hung);
-        allowed(&self.target.jobs, writes, hangs)
-    }
-
     pub(super) fn begin_at_source(&mut self) -> Result<(), Violation> {
         let Some(action) = self.source.actions.pop_front() else {
             return Ok(());
@@ -118,14 +105,12 @@ impl World {
                 SourceJob::Track
             }
         };
-        let job = match job {
+        let undone = matches!(
+            job,
             SourceJob::CompareSmaps | SourceJob::Freeze | SourceJob::Send(_) | SourceJob::Track
-                if std::mem::take(&mut self.source.hang_next) =>
-            {
-                SourceJob::Hung
-            }
-            job => job,
-        };
+        );
+        let hangs = undone && std::mem::take(&mut self.source.hang_next);
+        let job = if hangs { SourceJob::Hung } else { job };
         self.source.jobs.push(job);
         Ok(())
     }
@@ -336,14 +321,9 @@ impl World {
                 return Ok(());
             }
         };
-        let job = match job {
-            TargetJob::Prepare | TargetJob::Restore
-                if std::mem::take(&mut self.target.hang_next) =>
-            {
-                TargetJob::Hung
-            }
-            job => job,
-        };
+        let undone = matches!(job, TargetJob::Prepare | TargetJob::Restore);
+        let hangs = undone && std::mem::take(&mut self.target.hang_next);
+        let job = if hangs { TargetJob::Hung } else { job };
         self.target.jobs.push(job);
         Ok(())
     }
@@ -548,18 +528,6 @@ fn retry(parcels: u32, pages: PageCount) -> SourceEvent {
 
 fn injected() -> Failure {
     Failure::new(ErrorCode::Internal, "injected")
-}
-
-fn allowed<Job>(
-    jobs: &[Job],
-    writes: impl Fn(&Job) -> bool,
-    hangs: impl Fn(&Job) -> bool,
-) -> Vec<usize> {
-    let first = jobs.iter().position(&writes);
-    (0..jobs.len())
-        .filter(|place| !writes(&jobs[*place]) || Some(*place) == first)
-        .filter(|place| !hangs(&jobs[*place]))
-        .collect()
 }
 
 /// The first words of what a value says of itself.

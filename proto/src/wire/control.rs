@@ -574,12 +574,10 @@ fn round(field: &'static str, number: u32) -> Result<Round, ControlError> {
     Round::new(number).map_err(|source| ControlError::Name { field, source })
 }
 
-fn at_most(field: &'static str, value: u32, max: u32) -> Result<u32, ControlError> {
-    if max < value {
-        return Err(ControlError::Invalid {
-            field,
-            value: value.into(),
-        });
+fn at_most(field: &'static str, found: u32, max: u32) -> Result<u32, ControlError> {
+    let value = found.into();
+    if max < found {
+        return Err(ControlError::Invalid { field, value });
     }
-    Ok(value)
+    Ok(found)
 }

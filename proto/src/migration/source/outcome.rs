@@ -1,7 +1,7 @@
 //! How a migration is decided, given away, taken back and broken off.
 
 use super::state::{Outcome, Place, Reclaim, Release, State, Timer, Undo};
-use super::{SourceAction, SourceMachine, Wait, Waiting, wait};
+use super::{SourceAction, SourceMachine};
 use crate::migration::handoff::{Evidence, Question, RETRY, Side, TELL_MAX};
 use crate::migration::record::{Entry, Record};
 use crate::migration::timer::Time;
@@ -505,27 +505,6 @@ impl SourceMachine {
                 }
             }
         }
-    }
-
-    /// The bound ends with the commit being handed to the journal: this timer was stopped then.
-    fn frozen_too_long(&mut self, now: Time) {
-        let mut waiting = std::mem::take(&mut self.waiting);
-        if let (State::Finishing(finishing), Some(sent)) = (&self.state, self.edges.sent)
-            && !finishing.ready
-        {
-            let (what, since) = match self.edges.held {
-                None => (Wait::Held, sent),
-                Some(held) => (Wait::Ready, held),
-            };
-            let duration = now.since(since);
-            waiting.push(Waiting { what, duration });
-        }
-        let stood = now.since(self.edges.requested.unwrap_or(now));
-        let mut text = format!("the freeze was given up after {:.1} s", stood.as_secs_f64());
-        if !waiting.is_empty() {
-            text += &format!(", waiting for {}", wait::list(waiting));
-        }
-        self.abort_with(ErrorCode::FrozenTooLong, &text);
     }
 
     /// Does once more what failed and must succeed.

@@ -1,6 +1,14 @@
-//! What a workload that stands still waits for, so that a freeze that took too long names it.
+//! The bound of a freeze, and what a workload that stands still waits for, so that a freeze that
+//! took too long names it.
 
 use std::time::Duration;
+
+use super::state::{State, Timer};
+use super::{SourceAction, SourceMachine};
+use crate::id::Round;
+use crate::migration::status::Edges;
+use crate::migration::timer::Time;
+use crate::wire::code::ErrorCode;
 
 /// Something that the end of a freeze depends on. Several may be waited for at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,8 +71,54 @@ impl Wait {
     }
 }
 
+impl SourceMachine {
+    pub(super) fn freeze(&mut self, now: Time, round: Round) {
+        let frozen_max = self.convergence.frozen_max(&self.policy);
+        if let Some(predicted) = self.convergence.predicted_freeze()
+            && frozen_max < predicted
+        {
+            let text = format!(
+                "a freeze is predicted to take {predicted:.1?}, and {frozen_max:.1?} are allowed"
+            );
+            return self.abort_with(ErrorCode::FrozenTooLong, &text);
+        }
+        self.frozen_max = Some(frozen_max);
+        self.waiting.clear();
+        self.round = Some(round);
+        self.edges = Edges {
+            requested: Some(now),
+            ..Edges::default()
+        };
+        self.state = State::Freezing { round };
+        self.timers.stop(Timer::Overall);
+        self.timers.set(Timer::Frozen, now.after(frozen_max));
+        self.actions.push_back(SourceAction::Freeze { round });
+    }
+
+    /// The bound ends with the commit being handed to the journal: this timer was stopped then.
+    pub(super) fn frozen_too_long(&mut self, now: Time) {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        if let (State::Finishing(finishing), Some(sent)) = (&self.state, self.edges.sent)
+            && !finishing.ready
+        {
+            let (what, since) = match self.edges.held {
+                None => (Wait::Held, sent),
+                Some(held) => (Wait::Ready, held),
+            };
+            let duration = now.since(since);
+            waiting.push(Waiting { what, duration });
+        }
+        let stood = now.since(self.edges.requested.unwrap_or(now));
+        let mut text = format!("the freeze was given up after {:.1} s", stood.as_secs_f64());
+        if !waiting.is_empty() {
+            text += &format!(", waiting for {}", list(waiting));
+        }
+        self.abort_with(ErrorCode::FrozenTooLong, &text);
+    }
+}
+
 /// All of it in one line, the longest first.
-pub(super) fn list(mut waiting: Vec<Waiting>) -> String {
+fn list(mut waiting: Vec<Waiting>) -> String {
     waiting.sort_by_key(|wait| (std::cmp::Reverse(wait.duration), wait.what));
     let named = waiting.iter().map(|wait| {
         let seconds = wait.duration.as_secs_f64();
