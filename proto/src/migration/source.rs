@@ -30,7 +30,7 @@ use crate::migration::record::{DriverState, Entry, OfferedEntry, Record};
 use crate::migration::status::{Counters, Edges, Status};
 use crate::migration::timer::{Time, Timers};
 use crate::page::PageCount;
-use crate::wire::code::{ErrorCode, Failure};
+use crate::wire::code::Failure;
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 use crate::wire::description::WorkloadDescription;
 use crate::wire::version::Version;

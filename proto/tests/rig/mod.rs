@@ -471,32 +471,3 @@ pub fn retry(pause: Duration) -> RetryReport {
         reason: Failure::new(ErrorCode::PassingState, "a socket is being opened"),
     }
 }
-
-pub const THAW: SourceAction = SourceAction::Thaw { untrack: true };
-
-pub fn is_abort(action: &SourceAction) -> bool {
-    matches!(action, SourceAction::Send(SourceMessage::Abort { .. }))
-}
-
-/// Aborted, thawed and untracked with this code, and the target told.
-pub fn assert_aborts(actions: &[SourceAction], source: &Source, code: ErrorCode) {
-    let [abort, thaw] = actions else {
-        panic!("{actions:?}")
-    };
-    assert!(is_abort(abort), "{actions:?}");
-    assert_eq!(*thaw, THAW);
-    let status = source.status();
-    assert_eq!(status.phase, Phase::Aborting);
-    assert_eq!(status.failure.unwrap().code(), code);
-}
-
-pub fn retry(pause: Duration) -> RetryReport {
-    RetryReport {
-        parcels: 2,
-        pages: PageCount(7),
-        raw_bytes: PageCount(7).bytes(),
-        wire_bytes: 9000,
-        pause,
-        reason: Failure::new(ErrorCode::PassingState, "a socket is being opened"),
-    }
-}
