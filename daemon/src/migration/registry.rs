@@ -33,7 +33,6 @@ use super::journal::{Found, Journal, Journals, Recovered};
 use super::progress::Progress;
 use super::refusals::{Refusal, Refusals};
 use super::source::site::{Asked, Site as SourceSite, SourceNode};
-use super::source::site::{Site as SourceSite, SourceNode};
 use super::source::{Ended, SourceDriver, SourceParts, SourceRequest};
 use super::target::TargetRequest;
 use super::target::site::{Site as TargetSite, TargetNode};

@@ -83,6 +83,7 @@ impl Target {
         let memory = parts.memory;
         let node = TargetNode {
             criu: script(folder.path(), "criu", parts.criu),
+            view_library: "libcriu_view.so".into(),
             criu_version: 40201,
             pager: script(folder.path(), "pager", parts.pager),
             migrations: folder.path().join("m"),
@@ -115,6 +116,7 @@ impl Target {
             requests: asked,
             status,
             journal: journals.create(id).unwrap(),
+            recovered: false,
         });
         Self {
             groups: hierarchies.groups(&id.to_string()),
@@ -269,7 +271,9 @@ fn description(needs: Needs) -> WorkloadDescription {
         links: Vec::new(),
         routes: Vec::new(),
         files: Vec::new(),
-        shared_paths: Vec::new(),
+        shared: Vec::new(),
+        boot_id: [0; 16],
+        cpu: None,
         criu_version: 40201,
         page_size: 4096,
         kernel_release: String::new(),
