@@ -104,6 +104,7 @@ mod tests {
             cwd: "/".to_owned(),
             root: "/".to_owned(),
             mounts: Vec::new(),
+            needs: pageferry_proto::wire::needs::Needs::default(),
         }
     }
 

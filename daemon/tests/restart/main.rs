@@ -258,6 +258,7 @@ async fn what_was_left_of_an_unrecorded_beginning_is_removed() {
         directory: folder.clone(),
         id: id(2),
         cgroup_procs: Vec::new(),
+        watcher_cgroup_procs: Vec::new(),
     };
     let (client, _notices) = PagerClient::spawn(&spawn).await.unwrap();
     // Its daemon is killed.
@@ -290,6 +291,7 @@ async fn what_a_migration_of_the_journal_has_is_left_alone() {
         directory: folder.clone(),
         id: id(4),
         cgroup_procs: Vec::new(),
+        watcher_cgroup_procs: Vec::new(),
     };
     let (client, _notices) = PagerClient::spawn(&spawn).await.unwrap();
     client.close();
@@ -336,6 +338,7 @@ async fn a_refused_attempt_is_remembered_and_a_workload_that_moved_is_found() {
         policy: Policy::DEFAULT,
         shared: Vec::new(),
         true_smaps: false,
+        force_cpu: false,
     };
     let failure: Failure = registry.migrate(request(gone)).await.unwrap_err();
     assert_eq!(failure.code(), ErrorCode::WorkloadGone);

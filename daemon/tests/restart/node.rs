@@ -14,15 +14,15 @@ use pageferry::migration::journal::Journals;
 use pageferry::migration::progress::Progress;
 use pageferry::migration::registry::{Registry, RegistryParts};
 use pageferry::migration::source::site::SourceNode;
+use pageferry::migration::target::admission::Ledger;
 use pageferry::migration::target::site::TargetNode;
 use pageferry::net::endpoint::{Endpoint, EndpointConfig};
 use pageferry::net::tls::{Credentials, TlsFiles};
-use pageferry::pages::store::StoreLimits;
 use pageferry::pages::track::Support;
 use pageferry::runtime::cgroup::{Freezer, FreezerRoot};
+use pageferry::runtime::hierarchies::Hierarchies;
 use pageferry_proto::id::{MigrationId, NodeName};
 use pageferry_proto::migration::record::{Entry, Record};
-use pageferry_proto::page::PageCount;
 use tempfile::TempDir;
 
 /// Nothing takes this long; whatever does has failed.
@@ -116,10 +116,7 @@ impl Node {
     /// What a start of the daemon makes of it all.
     pub async fn start(&self, endpoint: Arc<Endpoint>) -> Registry {
         let migrations = self.folder.path().join("migrations");
-        let limits = StoreLimits {
-            data_pages_max: PageCount(1000),
-            spaces_max: 8,
-        };
+        let hierarchies = Hierarchies::detect().unwrap();
         let parts = RegistryParts {
             source: SourceNode {
                 criu: "criu".into(),
@@ -127,18 +124,21 @@ impl Node {
                 criu_version: 40201,
                 migrations: migrations.clone(),
                 freezers: self.freezers.clone(),
+                hierarchies: hierarchies.clone(),
                 support: Support::probe().unwrap(),
                 workers: 1,
                 eager_memory_max: 0,
             },
             target: TargetNode {
                 criu: "criu".into(),
+                view_library: "libcriu_view.so".into(),
                 criu_version: 40201,
                 pager: pager().into(),
                 migrations,
                 freezers: self.freezers.clone(),
+                hierarchies,
                 bridge: None,
-                limits,
+                memory: Ledger::new(|| Ok(Vec::new())),
                 workers: 1,
             },
             endpoint,

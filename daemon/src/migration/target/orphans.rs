@@ -6,13 +6,18 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use pageferry_proto::id::MigrationId;
+use tokio::task::block_in_place;
 
 use super::site::TargetNode;
 use crate::migration::text::chain;
 use crate::pager::client::{PagerClient, Remains};
 use crate::pager::message::State;
+
+/// How long a pager that was told to end may take.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Removes folders, pagers and empty cgroups of migrations that are not known. To be called before
 /// anything new is begun.
@@ -32,12 +37,15 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
         }
     }
     for (name, freezer) in node.freezers.made() {
-        let ours = name.parse().is_ok_and(|id| !is_known(id));
+        // Pagers and watchers have a cgroup each, whose name goes on behind the id.
+        let id = name.split('.').next().unwrap_or_default().parse();
+        let ours = id.is_ok_and(|id| !is_known(id));
+        if !ours || !freezer.is_empty() {
+            continue;
+        }
         // One that still has a process cannot be removed.
-        if ours
-            && freezer.is_empty()
-            && let Err(error) = freezer.remove()
-        {
+        let group = node.hierarchies.everywhere(&name);
+        if let Err(error) = block_in_place(|| group.remove(END_TIMEOUT)) {
             tracing::debug!("{}", chain(&error));
         }
     }
