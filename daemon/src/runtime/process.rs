@@ -18,6 +18,7 @@ use pageferry_proto::wire::description::{Namespaces, SpaceDescription, WorkloadD
 use procfs::process::{Process, Status};
 
 use super::files::{self, Descriptors};
+use super::loopback;
 use super::mounts::{self, Mounts};
 use crate::sys::namespace::{self, NamespaceKind};
 
@@ -57,7 +58,9 @@ pub fn describe(root: i32, pids: &[i32], shared: &[PathBuf]) -> Result<Described
     };
     let (spaces, tasks) = members(pids, shared, &mut descriptors)?;
     descriptors.check_pipes()?;
-    if !own.contains(&NamespaceKind::Net) {
+    if own.contains(&NamespaceKind::Net) {
+        loopback::check(root, pids, |inode| descriptors.sockets.contains_key(&inode))?;
+    } else {
         refuse_inet_sockets(root, &descriptors)?;
     }
     check_session(&process, &tasks)?;

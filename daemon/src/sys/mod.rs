@@ -13,5 +13,6 @@ pub mod pagemap;
 pub mod priority;
 pub mod process_vm;
 pub mod ptrace;
+pub mod task;
 pub mod track;
 pub mod uffd;

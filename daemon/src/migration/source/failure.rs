@@ -15,18 +15,7 @@ pub(super) fn criu_failed(error: &DumpError) -> Failure {
 
 /// Tracking failed; some failures only ask for another round.
 pub(super) fn failed_to_track(error: &TrackError) -> Failure {
-    let code = match error {
-        TrackError::Gone { .. } | TrackError::Exec { .. } => ErrorCode::WorkloadGone,
-        TrackError::Unsupported(_) | TrackError::Probe { .. } => ErrorCode::NodeUnfit,
-        TrackError::LateBirth { .. } => ErrorCode::RetryRound,
-        TrackError::SmapsChanged { .. } => ErrorCode::SmapsDiffer,
-        TrackError::Inspect { .. }
-        | TrackError::Inject { .. }
-        | TrackError::Foreign { .. }
-        | TrackError::Register { .. }
-        | TrackError::Scan { .. } => ErrorCode::Untrackable,
-    };
-    Failure::new(code, chain(error))
+    Failure::new(error.code(), chain(error))
 }
 
 /// The freezer cgroup failed.

@@ -14,7 +14,6 @@ pub mod rounds;
 pub mod sent;
 pub mod site;
 mod state;
-mod task;
 mod verify;
 
 use std::collections::VecDeque;

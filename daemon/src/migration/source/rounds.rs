@@ -19,8 +19,7 @@ use tokio::task::block_in_place;
 use super::dump::Dump;
 use super::failure::{criu_failed, failed_to_track, freeze_failed, lost};
 use super::sent::Sent;
-use super::site::Site;
-use super::task::alive;
+use super::site::{Lookout, Site};
 use super::verify;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
@@ -28,6 +27,7 @@ use crate::pages::read::ReadError;
 use crate::pages::send::{ParcelSink, RoundSent, SendError};
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
+use crate::sys::task::has_ended;
 
 /// Bytes of an image file given to the network at once.
 const IMAGE_PIECE: usize = 256 << 10; // 256 KiB
@@ -125,7 +125,7 @@ impl Site {
                 }
                 // It has ended, or is about to without its memory; the rest of the tree goes on.
                 Err(SendError::Read { sent, source, .. })
-                    if matches!(source, ReadError::Gone { .. }) || !alive(space.pid()) =>
+                    if matches!(source, ReadError::Gone { .. }) || has_ended(space.pid()) =>
                 {
                     sums.add(&sent);
                 }
@@ -145,6 +145,7 @@ impl Site {
 
     async fn try_finish(&mut self, round: Round) -> Result<SourceEvent, Failure> {
         let began = Instant::now();
+        let looking = Lookout::of(self).begin();
         let mut scans = match block_in_place(|| self.final_scans())? {
             Ok(scans) => scans,
             Err(reason) => {
@@ -155,6 +156,7 @@ impl Site {
                 }));
             }
         };
+        looking.end().await?;
         let scanned = began.elapsed();
         let mut dump = self.take_dump()?;
         self.show(&mut dump, &scans)?;
@@ -229,8 +231,8 @@ impl Site {
 
     /// Scans every tracked space; the inner error is a reason for another round.
     fn final_scans(&mut self) -> Result<Result<BTreeMap<SpaceId, FinalScan>, String>, Failure> {
-        let tree = Tree::read(self.root)
-            .map_err(|error| Failure::new(ErrorCode::WorkloadGone, chain(&error)))?;
+        let tree =
+            Tree::read(self.root).map_err(|error| Failure::new(error.code(), chain(&error)))?;
         for found in &tree.spaces {
             let tracked = self
                 .spaces

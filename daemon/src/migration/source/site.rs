@@ -9,6 +9,7 @@
 //! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the
 //! cgroup is frozen again after CRIU's dump and read back; nothing here decides.
 
+mod lookout;
 mod survey;
 
 use std::collections::BTreeMap;
@@ -28,7 +29,6 @@ use tokio::task::{JoinHandle, block_in_place};
 use super::dump::{Dump, DumpError, DumpPlan};
 use super::failure::{criu_failed, failed_to_track, freeze_failed};
 use super::sent::Sent;
-use super::task::{alive, tracer};
 use crate::link::announce::announce;
 use crate::link::describe::describe;
 use crate::link::netlink::Netlink;
@@ -37,10 +37,13 @@ use crate::migration::text::{chain, internal, network_unfit};
 use crate::net::stream::DataSender;
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
-use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
+use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::mounts::Mounts;
 use crate::sys::namespace::{self, NamespaceKind};
+use crate::sys::task::{has_ended, tracer};
+pub use lookout::Lookout;
+use lookout::check_trackable;
 pub use survey::Survey;
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
@@ -143,8 +146,8 @@ impl Site {
 
     /// Attaches to the spaces that are not yet tracked and forgets those that are gone.
     pub(super) fn attach_new(&mut self) -> Result<(), Failure> {
-        let tree = Tree::read(self.root)
-            .map_err(|error| Failure::new(ErrorCode::WorkloadGone, error.to_string()))?;
+        let tree =
+            Tree::read(self.root).map_err(|error| Failure::new(error.code(), chain(&error)))?;
         let pids = tree.pids();
         self.spaces.retain(|id, space| {
             tree.spaces
@@ -156,7 +159,7 @@ impl Site {
             if self.spaces.contains_key(&found.id) {
                 continue;
             }
-            check_trackable(found.leader, self.root)?;
+            check_trackable(found.leader, self.root, &self.node.support)?;
             let options = TrackOptions {
                 support: self.node.support.clone(),
                 tree: pids.clone(),
@@ -171,7 +174,9 @@ impl Site {
                 }
                 // It has ended since the tree was read; whoever is left is in the next round.
                 Err(error) if error.tells_of_end() && found.leader != self.root => {}
-                Err(_) if found.leader != self.root && !alive(found.leader) => {}
+                Err(_) if found.leader != self.root && has_ended(found.leader) => {}
+                // A program that has just replaced itself is a new space with the same name.
+                Err(TrackError::Exec { .. }) => {}
                 Err(error) => return Err(failed_to_track(&error)),
             }
         }
@@ -185,19 +190,32 @@ impl Site {
 
     /// Finds what the next round has to send.
     pub(super) fn scan(&mut self) -> Result<(), Failure> {
+        // Before the first look, so that little time is between that and the scan.
+        let mut recorded = BTreeMap::new();
+        if !self.true_smaps {
+            let record = |(id, space): (&SpaceId, &mut Space)| (*id, space.record_smaps());
+            recorded.extend(self.spaces.iter_mut().map(record));
+        }
+        let eager = Lookout::of(self).around(|| self.scan_spaces(recorded))?;
+        self.scanned = Instant::now();
+        self.eager_bytes = eager.bytes();
+        self.check_budget(&eager)
+    }
+
+    /// Scans every space whose smaps could be recorded, if that was tried.
+    fn scan_spaces(
+        &mut self,
+        mut recorded: BTreeMap<SpaceId, Result<(), TrackError>>,
+    ) -> Result<Eager, Failure> {
         let mut eager = Eager::default();
         let mut gone = Vec::new();
         for (id, space) in &mut self.spaces {
-            let recorded = if self.true_smaps {
-                Ok(())
-            } else {
-                space.record_smaps()
-            };
+            let recorded = recorded.remove(id).unwrap_or(Ok(()));
             let scan = match recorded.and_then(|()| space.scan()) {
                 Ok(scan) => scan,
                 Err(error)
                     if space.pid() != self.root
-                        && (error.tells_of_end() || !alive(space.pid())) =>
+                        && (error.tells_of_end() || has_ended(space.pid())) =>
                 {
                     gone.push(*id);
                     continue;
@@ -216,9 +234,7 @@ impl Site {
             self.spaces.remove(&id);
             self.pending.remove(&id);
         }
-        self.scanned = Instant::now();
-        self.eager_bytes = eager.bytes();
-        self.check_budget(&eager)
+        Ok(eager)
     }
 
     fn check_budget(&self, eager: &Eager) -> Result<(), Failure> {
@@ -359,7 +375,7 @@ impl Site {
         self.comparing = Some(tokio::task::spawn_blocking(move || {
             shown.iter().try_for_each(|shown| {
                 let compared = shown.compare();
-                compared.map_err(|error| Failure::new(ErrorCode::SmapsDiffer, chain(&error)))
+                compared.map_err(|error| failed_to_track(&error))
             })
         }));
     }
@@ -511,16 +527,5 @@ impl Site {
         }
         drop(std::fs::remove_dir_all(&self.directory));
         Ok(())
-    }
-}
-
-/// Refuses what writes memory behind the page tables, or cannot be tracked for another reason.
-fn check_trackable(pid: i32, root: i32) -> Result<(), Failure> {
-    match refuse::find(pid) {
-        Ok(None) => Ok(()),
-        Ok(Some(failure)) => Err(failure),
-        // It has ended since the tree was read.
-        Err(error) if pid != root && (error.tells_of_end() || !alive(pid)) => Ok(()),
-        Err(error) => Err(failed_to_track(&error)),
     }
 }

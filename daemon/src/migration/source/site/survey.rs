@@ -18,7 +18,7 @@ use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
 use crate::migration::source::state::{SiteState, encode_state};
-use crate::migration::text::network_unfit;
+use crate::migration::text::{chain, network_unfit};
 use crate::pages::send::Sender;
 use crate::pages::track::tree::Tree;
 use crate::runtime::cgroup::Freezer;
@@ -64,10 +64,14 @@ impl Site {
         let gone = |error: &dyn std::fmt::Display| {
             Failure::new(ErrorCode::WorkloadGone, format!("process {root}: {error}"))
         };
-        let tree = block_in_place(|| Tree::read(root)).map_err(|error| gone(&error))?;
+        let tree = block_in_place(|| Tree::read(root))
+            .map_err(|error| Failure::new(error.code(), chain(&error)))?;
         let pids = tree.pids();
         let described = block_in_place(|| process::describe(root, &pids, shared))?;
-        block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid, root)))?;
+        block_in_place(|| {
+            pids.iter()
+                .try_for_each(|pid| check_trackable(*pid, root, &node.support))
+        })?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
         let mut ports = Vec::new();
