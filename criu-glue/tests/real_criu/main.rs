@@ -11,6 +11,7 @@ mod lazy;
 mod node;
 mod sys;
 mod workload;
+mod wrapped;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};

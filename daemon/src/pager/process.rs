@@ -382,7 +382,18 @@ impl Desk {
     fn start(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> io::Result<()> {
         let (namespaces, inherited) = self.divide(&request, fds)?;
         let prepared = self.criu.take();
-        let criu = prepared.and_then(|(asked, criu)| asked.starts_like(&request).then_some(criu));
+        let prepared = prepared.filter(|(asked, _)| asked.starts_like(&request));
+        let criu = prepared.map(|(_, criu)| criu).filter(|criu| {
+            let is_there = criu.is_open();
+            if !is_there {
+                // Killed for memory, or by somebody. It has restored nothing, so another one can.
+                warn!(
+                    pid = criu.pid(),
+                    "the criu that waited is gone: starting another"
+                );
+            }
+            is_there
+        });
         // The restore itself says so if it is not one.
         self.cgroup = Freezer::open(&request.freezer).ok();
         let job = Job {

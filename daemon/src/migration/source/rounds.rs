@@ -77,6 +77,7 @@ impl Site {
             self.attach_new()?;
             self.scan()
         })?;
+        self.tend_dump().await?;
         let dirtied = self
             .pending
             .values()

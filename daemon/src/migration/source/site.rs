@@ -10,6 +10,7 @@
 //! cgroup is frozen again after CRIU's dump and read back; nothing here decides.
 
 mod lookout;
+mod readiness;
 mod survey;
 
 use std::collections::BTreeMap;
@@ -27,7 +28,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, block_in_place};
 
 use super::dump::{Dump, DumpError, DumpPlan};
-use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::failure::{failed_to_track, freeze_failed};
 use super::sent::Sent;
 use crate::link::announce::announce;
 use crate::link::describe::describe;
@@ -105,6 +106,8 @@ pub struct Site {
     /// When the last scan was, for the rate of dirtying.
     pub(super) scanned: Instant,
     dumping: Dumping,
+    /// How often CRIU was started in the place of one that had ended.
+    restarts: u32,
     /// Compares the smaps CRIU was shown with the true ones.
     comparing: Option<JoinHandle<Result<(), Failure>>>,
     /// Bytes of memory, for progress.
@@ -300,11 +303,7 @@ impl Site {
 
     /// Closes the ports and freezes the tree. CRIU stands ready before either.
     pub async fn freeze(&mut self) -> Result<(), Failure> {
-        if let Dumping::Preparing(task) = std::mem::take(&mut self.dumping) {
-            let prepared = task.await.map_err(|error| internal(&error))?;
-            self.dumping =
-                Dumping::Prepared(Box::new(prepared.map_err(|error| criu_failed(&error))?));
-        }
+        self.stand_ready().await?;
         for (id, pages) in std::mem::take(&mut self.pending) {
             if let Some(space) = self.spaces.get_mut(&id) {
                 space.put_back(&pages);

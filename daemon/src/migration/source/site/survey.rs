@@ -179,6 +179,7 @@ impl Site {
             pending: BTreeMap::new(),
             scanned: Instant::now(),
             dumping: Dumping::No,
+            restarts: 0,
             comparing: None,
             memory_bytes: found.memory_bytes,
             eager_bytes: 0,
