@@ -27,3 +27,33 @@ pub(super) fn freeze_failed(error: &CgroupError) -> Failure {
 pub(super) fn lost(error: &SendStreamError) -> Failure {
     Failure::new(ErrorCode::PeerLost, chain(error))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::track::InjectError;
+
+    /// There was a second map from errors to codes, which called all of these `untrackable`.
+    #[test]
+    fn a_failure_to_track_arrives_under_the_code_of_its_error() {
+        let (pid, start, end) = (7, 0x1000, 0x2000);
+        let (tid, tracer) = (8, 9);
+        let source = InjectError::Traced { tid, tracer };
+        for (error, code) in [
+            (
+                TrackError::Foreign { pid, start, end },
+                ErrorCode::WorkloadBusy,
+            ),
+            (TrackError::Inject { pid, source }, ErrorCode::Traced),
+            (TrackError::Exec { pid }, ErrorCode::RetryRound),
+            (
+                Failure::new(ErrorCode::DirectIo, "a file").into(),
+                ErrorCode::DirectIo,
+            ),
+        ] {
+            let told = failed_to_track(&error);
+            assert_eq!(told.code(), code, "{error}");
+            assert!(told.text().starts_with(&error.to_string()), "{told}");
+        }
+    }
+}
