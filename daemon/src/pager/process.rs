@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use criu_glue::rpc::Swrk;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pageferry_proto::id::SpaceId;
@@ -23,6 +22,7 @@ use pageferry_proto::wire::code::ErrorCode;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
+use super::ahead::Ahead;
 use super::channel::{Channel, ChannelError, Listener};
 use super::failure::{RestoreError, no_network, planned, unexpected};
 use super::message::{
@@ -168,8 +168,8 @@ struct Desk {
     counters: Option<oneshot::Receiver<Arc<Counters>>>,
     counted: Option<Arc<Counters>>,
     cgroup: Option<Freezer>,
-    /// Started for this request, and waiting.
-    criu: Option<(RestoreRequest, Swrk)>,
+    /// Started, and waiting.
+    criu: Option<Ahead>,
     /// How nice this process was.
     nice: i32,
     restored: Option<Restored>,
@@ -358,7 +358,7 @@ impl Desk {
         };
         match restore::start_criu(&request, namespaces, inherited) {
             Ok(criu) => {
-                self.criu = Some((request, criu));
+                self.criu = Some(Ahead::new(request, criu));
                 Reply::Ok
             }
             Err(error) => Reply::Failed(RestoreError::Swrk(error).fault(None)),
@@ -381,19 +381,8 @@ impl Desk {
 
     fn start(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> io::Result<()> {
         let (namespaces, inherited) = self.divide(&request, fds)?;
-        let prepared = self.criu.take();
-        let prepared = prepared.filter(|(asked, _)| asked.starts_like(&request));
-        let criu = prepared.map(|(_, criu)| criu).filter(|criu| {
-            let is_there = criu.is_open();
-            if !is_there {
-                // Killed for memory, or by somebody. It has restored nothing, so another one can.
-                warn!(
-                    pid = criu.pid(),
-                    "the criu that waited is gone: starting another"
-                );
-            }
-            is_there
-        });
+        let ahead = self.criu.take();
+        let criu = ahead.and_then(|ahead| ahead.take_for(&request));
         // The restore itself says so if it is not one.
         self.cgroup = Freezer::open(&request.freezer).ok();
         let job = Job {
