@@ -69,11 +69,7 @@ impl Areas {
 fn instructions(types: &Types) -> Option<Vec<u64>> {
     let copy = |index, name| {
         let place = types.member("vm_area_struct", name)?;
-        Some(put(
-            WORDS as i16,
-            index,
-            vec![load_word(R1, ELEMENT, place)],
-        ))
+        put(WORDS, index, vec![load_word(R1, ELEMENT, place)])
     };
     let copies = [
         copy(0, "vm_start")?,

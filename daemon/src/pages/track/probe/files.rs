@@ -132,11 +132,11 @@ fn instructions(types: &Types) -> Option<Vec<u64>> {
         vec![load_word(R1, ELEMENT, file("f_op")?)],
         vec![load_word(R1, ELEMENT, entry)],
     ];
-    let copies: Vec<_> = (0..)
-        .zip(loads)
-        .map(|(index, loads)| put(WORDS as i16, index, loads))
+    let copies = loads.into_iter().enumerate();
+    let copies: Option<Vec<_>> = copies
+        .map(|(index, loads)| put(WORDS, index, loads))
         .collect();
-    program(types, "bpf_iter__task_file", "file", &copies)
+    program(types, "bpf_iter__task_file", "file", &copies?)
 }
 
 const ITERATOR: &str = "bpf_iter_task_file";

@@ -120,9 +120,10 @@ fn program(types: &Types, context: &str, element: &str, copies: &[Vec<u64>]) -> 
 }
 
 /// Word number `index` of a record of `words`: what [`R1`] holds after `loads`.
-fn put(words: i16, index: i16, mut loads: Vec<u64>) -> Vec<u64> {
-    loads.push(instruction(STORE, FRAME, R1, 8 * (index - words), 0));
-    loads
+fn put(words: usize, index: usize, mut loads: Vec<u64>) -> Option<Vec<u64>> {
+    let from_end = i16::try_from(8 * words.checked_sub(index)?).ok()?;
+    loads.push(instruction(STORE, FRAME, R1, -from_end, 0));
+    Some(loads)
 }
 
 /// `to = *(u64 *)(base + offset)`.

@@ -46,11 +46,7 @@ impl Threads {
 fn instructions(types: &Types) -> Option<Vec<u64>> {
     let copy = |index, name| {
         let place = types.member("task_struct", name)?;
-        Some(put(
-            WORDS as i16,
-            index,
-            vec![load_half(R1, ELEMENT, place)],
-        ))
+        put(WORDS, index, vec![load_half(R1, ELEMENT, place)])
     };
     let copies = [copy(0, "tgid")?, copy(1, "ptrace")?];
     program(types, "bpf_iter__task", "task", &copies)
