@@ -2,9 +2,9 @@
 
 use std::ffi::{CStr, c_char};
 
-/// Whether this is the interpreter of a script. A script in CRIU's place (to set a limit, or to find
-/// the right version) becomes CRIU by `exec` in the end, and must hand on what was meant for that:
-/// nothing in its environment may be touched.
+/// Whether this is the interpreter of a script. A script in CRIU's place (to set a limit, or to
+/// find the right version) becomes CRIU by `exec` in the end, and must hand on what was meant for
+/// that: nothing in its environment may be touched.
 pub fn is_interpreter() -> bool {
     // SAFETY: a number; the kernel passes the address of a C string that lives as long as the
     // process, or nothing.

@@ -18,8 +18,8 @@ impl Ahead {
         Self { request, criu }
     }
 
-    /// It, if it was started as `request` asks for, and is still there. It may have been killed, for
-    /// memory or by somebody; it has restored nothing yet, so that another one can.
+    /// It, if it was started as `request` asks for, and is still there. It may have been killed,
+    /// for memory or by somebody; it has restored nothing yet, so that another one can.
     pub fn take_for(self, request: &RestoreRequest) -> Option<Swrk> {
         if !self.request.starts_like(request) {
             return None;
