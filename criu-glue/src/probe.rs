@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::options::Request;
 use crate::rpc::{Event, Features, RequestFailed, Response, Swrk, SwrkConfig, SwrkError, Version};
-use crate::view::{Feed, FeedError};
+use crate::view::{Blind, Feed, FeedError};
 
 /// The oldest version that works on kernels from 6.16 on: older ones cannot dump a TCP socket
 /// there. It is also the first to write pagemap counts the new way.
@@ -20,13 +20,12 @@ pub const VERSION_MIN: Version = Version {
 };
 
 /// What there is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Capabilities {
     pub version: Version,
     pub features: Features,
-    /// The preload library was loaded and found its feed. `false` also for a `criu` that is linked
-    /// statically, and when no library was given.
-    pub view: bool,
+    /// Whether CRIU sees through the preload library; no answer when no library was given.
+    pub view: Option<Result<(), Blind>>,
 }
 
 /// Why a binary could not be probed.
@@ -69,13 +68,14 @@ impl Capabilities {
         let mut worker = Swrk::spawn(SwrkConfig { view, ..config })?;
         let answers = tokio::time::timeout(PROBE_MAX, async {
             let version = ask(criu, &mut worker, Request::version(), "version").await?;
+            let seen = library.map(|_| feed.check_seen_by(&worker));
             let features = ask(criu, &mut worker, Request::feature_check(), "features").await?;
-            Ok::<_, ProbeError>((version, features))
+            Ok::<_, ProbeError>((version, seen, features))
         });
         let silent = |_| ProbeError::Silent {
             criu: criu.to_owned(),
         };
-        let (version, features) = answers.await.map_err(silent)??;
+        let (version, seen, features) = answers.await.map_err(silent)??;
         let missing = |what| ProbeError::Refused {
             criu: criu.to_owned(),
             what,
@@ -87,7 +87,7 @@ impl Capabilities {
         Ok(Self {
             version: version.version.ok_or_else(|| missing("version"))?,
             features: features.features.ok_or_else(|| missing("features"))?,
-            view: feed.counters()?.attached > 0,
+            view: seen,
         })
     }
 }

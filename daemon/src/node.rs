@@ -136,12 +136,9 @@ async fn probe_criu(config: &Config) -> anyhow::Result<u32> {
         version.major,
         version.minor
     );
-    anyhow::ensure!(
-        found.view,
-        "{} did not load {}: is it dynamically linked, and does the library exist?",
-        config.criu.display(),
-        config.view_library.display()
-    );
+    let library = config.view_library.display();
+    let seen = found.view.context("criu was not given its library")?;
+    seen.with_context(|| format!("{} did not load {library}", config.criu.display()))?;
     anyhow::ensure!(
         found.features.lazy_pages,
         "criu or this kernel lacks lazy pages (userfaultfd)"

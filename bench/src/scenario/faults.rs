@@ -481,7 +481,7 @@ const READY: (&str, &str) = ("b", "ready");
 const COMMITTED: (&str, &str) = ("a", "committed");
 const RUNNING: (&str, &str) = ("b", "running");
 
-const FAULTS: [Fault; 35] = [
+const FAULTS: [Fault; 37] = [
     fault(Act::Abort, OFFERED, Stall::Nobody, SOURCE),
     fault(Act::Abort, COPYING, Stall::Nobody, SOURCE),
     fault(Act::Abort, FINISHING, Stall::Nobody, SOURCE),
@@ -500,6 +500,9 @@ const FAULTS: [Fault; 35] = [
     fault(Act::KillDaemon("b"), READY, Stall::Source, ONE),
     fault(Act::KillDaemon("b"), COMMITTED, Stall::Target, TARGET),
     fault(Act::KillDaemon("b"), RUNNING, Stall::Nobody, TARGET),
+    // It waits for its turn, and another one is started in its place.
+    fault(Act::KillCriu("a"), COPYING, Stall::Nobody, TARGET),
+    fault(Act::KillCriu("b"), RECEIVING, Stall::Nobody, TARGET),
     // Once it has dumped, all that is left to it is to let go.
     fault(Act::KillCriu("a"), FINISHING, Stall::Nobody, ONE),
     fault(Act::KillCriu("a"), RESTORING, Stall::Nobody, ONE),

@@ -90,7 +90,7 @@ impl Case {
             Ok(session) => session,
             Err(error) => {
                 // Secret memory and io_uring can be switched off, guard pages can be too new.
-                if self.demand == Demand::MustMove {
+                if !matches!(self.demand, Demand::MayBeRefused(_)) {
                     report.fail(format!("{}: {error:#}", self.name));
                 } else {
                     println!("{}: not possible on this machine: {error:#}", self.name);
@@ -127,6 +127,11 @@ impl Case {
         let to = other(&session.at);
         let frozen = Instant::now();
         match (session.move_to(lab, to, &flags), self.demand) {
+            (Ok(Ok(one)), Demand::MustBeRefused(code)) => {
+                report.push(one);
+                report.fail(format!("{}: it moved, without {code}", self.name));
+                false
+            }
             (Ok(Ok(one)), _) => {
                 report.push(one);
                 report.note_contents(true);
@@ -141,6 +146,11 @@ impl Case {
                     "{}: refused: {code}: {text} (silence {silence:.1?})",
                     self.name
                 );
+                false
+            }
+            (Ok(Err((code, text))), Demand::MustBeRefused(wanted)) if code == wanted => {
+                println!("{}: refused under way: {code}: {text}", self.name);
+                report.note_contents(session.client.verify().is_ok());
                 false
             }
             (Ok(Err((code, text))), _) => {

@@ -31,6 +31,8 @@ pub enum Demand {
     MustMove,
     /// It moves, or is refused by one of these codes before any freeze.
     MayBeRefused(&'static [&'static str]),
+    /// It is refused by this code when the move is under way, and runs on.
+    MustBeRefused(&'static str),
 }
 
 /// A case by name.
@@ -42,7 +44,7 @@ pub struct Kind {
 }
 
 /// Every case.
-pub const ALL: [Kind; 23] = [
+pub const ALL: [Kind; 24] = [
     must("none", || Ok(Box::new(Nothing))),
     must("remap", mappings::Remap::start),
     must("brk", mappings::Heap::start_churning),
@@ -63,6 +65,11 @@ pub const ALL: [Kind; 23] = [
     must("processes", tree::Processes::start),
     may_refuse("hugetlb", &["hugetlb"], refused::hugetlb),
     may_refuse("direct-io", &["direct-io"], refused::direct_io),
+    Kind {
+        name: "direct-io-late",
+        demand: Demand::MustBeRefused("direct-io"),
+        start: refused::direct_io_late,
+    },
     may_refuse("aio", &["direct-io"], refused::aio),
     may_refuse("io-uring", &["io-uring", "direct-io"], refused::io_uring),
     may_refuse("secretmem", &["secretmem"], refused::secretmem),

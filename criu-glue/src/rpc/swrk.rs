@@ -23,7 +23,8 @@ use std::process::{Command, ExitStatus, Stdio};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, recv, send, shutdown, socketpair,
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixCredentials, recv,
+    recvmsg, send, setsockopt, shutdown, socketpair, sockopt,
 };
 use nix::unistd::Pid;
 use prost::Message;
@@ -90,6 +91,8 @@ pub struct Swrk {
     /// Descriptors CRIU opens through our `/proc` entry.
     held: Vec<OwnedFd>,
     notified: bool,
+    /// Who sent the last packet.
+    speaker: Option<i32>,
 }
 
 /// Why a worker could not be started or talked to.
@@ -193,6 +196,8 @@ impl Swrk {
             nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()),
         )
         .map_err(|e| SwrkError::Socket(e.into()))?;
+        // The kernel writes beside each packet who has sent it.
+        setsockopt(&ours, sockopt::PassCred, &true).map_err(|e| SwrkError::Socket(e.into()))?;
         let command = command(&config, theirs.as_raw_fd())?;
         let child = start(command, config, theirs)?;
         let pid = child
@@ -206,6 +211,7 @@ impl Swrk {
             pid,
             held: Vec::new(),
             notified: false,
+            speaker: None,
         })
     }
 
@@ -213,6 +219,13 @@ impl Swrk {
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// The process that sent what was received last, in our pid namespace; not the worker itself if
+    /// what was started as `criu` has started another program for it.
+    #[must_use]
+    pub fn speaker(&self) -> Option<i32> {
+        self.speaker
     }
 
     /// Says when the kernel may kill the worker for want of memory, from -1000 (never) to 1000. A
@@ -243,7 +256,8 @@ impl Swrk {
     /// # Errors
     /// [`SwrkError::Closed`] when the worker ended without a response.
     pub async fn next(&mut self) -> Result<Event, SwrkError> {
-        let packet = self.receive().await?;
+        let (packet, speaker) = self.receive().await?;
+        self.speaker = speaker;
         let response = CriuResponse::decode(&packet[..]).map_err(SwrkError::Decode)?;
         if response.kind != RequestType::Notify as i32 {
             return Ok(Event::Response(response.into()));
@@ -324,7 +338,8 @@ impl Swrk {
         sent.map(drop).map_err(SwrkError::Send)
     }
 
-    async fn receive(&self) -> Result<Vec<u8>, SwrkError> {
+    /// The next packet, and who has sent it.
+    async fn receive(&self) -> Result<(Vec<u8>, Option<i32>), SwrkError> {
         let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
         let received = self
             .socket
@@ -335,17 +350,29 @@ impl Swrk {
                     return Ok(Err(SwrkError::PacketTooLong { length }));
                 }
                 let mut packet = vec![0; length];
-                recv(socket.as_raw_fd(), &mut packet, MsgFlags::empty())?;
-                Ok(Ok(packet))
+                let speaker = receive_from(socket.as_raw_fd(), &mut packet)?;
+                Ok(Ok((packet, speaker)))
             })
             .await;
         match received {
-            Ok(Ok(packet)) if packet.is_empty() => Err(SwrkError::Closed),
-            Ok(packet) => packet,
+            Ok(Ok((packet, _))) if packet.is_empty() => Err(SwrkError::Closed),
+            Ok(received) => received,
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(SwrkError::Closed),
             Err(error) => Err(SwrkError::Receive(error)),
         }
     }
+}
+
+/// Fills `packet` with the next one; who has sent it.
+fn receive_from(socket: i32, packet: &mut [u8]) -> Result<Option<i32>, Errno> {
+    let mut control = nix::cmsg_space!(UnixCredentials);
+    let mut parts = [io::IoSliceMut::new(packet)];
+    let message = recvmsg::<()>(socket, &mut parts, Some(&mut control), MsgFlags::empty())?;
+    let sender = message.cmsgs()?.find_map(|control| match control {
+        ControlMessageOwned::ScmCredentials(credentials) => Some(credentials.pid()),
+        _ => None,
+    });
+    Ok(sender)
 }
 
 fn command(config: &SwrkConfig, socket: i32) -> Result<Command, SwrkError> {

@@ -13,6 +13,7 @@
 pub mod flags;
 #[path = "../../view/src/layout.rs"]
 mod layout;
+mod seen;
 pub mod smaps;
 
 use std::collections::BTreeMap;
@@ -29,6 +30,7 @@ use crate::rpc::ViewFds;
 use layout::{CAPACITY, COUNTERS, COUNTERS_AT, Counter, Header, RANGES_MAX, SPACES_MAX, Space};
 
 pub(crate) use layout::{FEED_VARIABLE, FREEZER_VARIABLE, REAPER_VARIABLE};
+pub use seen::Blind;
 
 /// The writer's end of a feed.
 #[derive(Debug)]
@@ -50,8 +52,8 @@ struct Shown {
 /// How often the library was asked, since the feed was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Workers that loaded the library and found a feed of their version. 0 once the worker has
-    /// answered anything means that there is no such library in it: a dump would copy everything.
+    /// Programs that loaded the library and found a feed of their version. Whether CRIU is among
+    /// them [`Feed::check_seen_by`] tells.
     pub attached: u64,
     /// Scans answered without the kernel, cut, and passed on.
     pub scans_hidden: u64,

@@ -32,6 +32,10 @@ use crate::stopped::{
     stopped_children_in_a_frozen_cgroup_of_v2_are_dumped_and_given_back,
 };
 use crate::workload::{PATIENCE, Workload};
+use crate::wrapped::{
+    a_script_that_execs_criu_sees_through_the_view,
+    a_script_that_starts_criu_or_hides_the_view_is_found_out,
+};
 
 macro_rules! cases {
     ($($name:ident),* $(,)?) => {
@@ -46,6 +50,8 @@ macro_rules! cases {
 
 cases! {
     criu_is_probed_and_the_view_loads,
+    a_script_that_execs_criu_sees_through_the_view,
+    a_script_that_starts_criu_or_hides_the_view_is_found_out,
     without_a_published_feed_a_dump_is_complete,
     hidden_memory_is_not_dumped_and_comes_back_by_a_lazy_restore,
     a_half_hidden_mapping_is_dumped_in_part,
@@ -137,7 +143,7 @@ impl Run {
 }
 
 /// Answers every notification with what `at` says, and gives the response.
-async fn drive(worker: &mut Swrk, mut at: impl FnMut(&NotifyScript) -> bool) -> Response {
+pub async fn drive(worker: &mut Swrk, mut at: impl FnMut(&NotifyScript) -> bool) -> Response {
     loop {
         match worker.next().await.expect("criu talks") {
             Event::Notify { script, .. } => {
@@ -190,9 +196,12 @@ async fn criu_is_probed_and_the_view_loads() {
     let found = Capabilities::probe(Path::new("criu"), Some(library), &output).await;
     let found = found.expect("a working criu");
     assert!(found.version >= VERSION_MIN, "{}", found.version);
-    assert!(found.features.lazy_pages && found.view, "{found:?}");
+    assert!(
+        found.features.lazy_pages && matches!(found.view, Some(Ok(()))),
+        "{found:?}"
+    );
     let without = Capabilities::probe(Path::new("criu"), None, &output).await;
-    assert!(!without.expect("a working criu").view);
+    assert!(without.expect("a working criu").view.is_none());
 }
 
 async fn without_a_published_feed_a_dump_is_complete() {

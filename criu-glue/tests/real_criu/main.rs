@@ -12,6 +12,7 @@ mod node;
 mod stopped;
 mod sys;
 mod workload;
+mod wrapped;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};

@@ -27,6 +27,7 @@ mod cut;
 mod feed;
 mod layout;
 mod limits;
+mod program;
 mod reaper;
 #[cfg(target_arch = "x86_64")]
 mod repair;
@@ -68,10 +69,14 @@ const _: () = assert!(size_of::<Region>() == 24);
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 
-/// Runs before `main`, in every program this library is preloaded into.
+/// Runs before `main`, in every program this library is preloaded into. CRIU alone is meant; the
+/// other side checks that it is CRIU that has the feed.
 #[cfg_attr(not(test), used, unsafe(link_section = ".init_array"))]
 static CONSTRUCTOR: extern "C" fn() = {
     extern "C" fn constructor() {
+        if program::is_interpreter() {
+            return;
+        }
         reaper::attach();
         if feed::attach() {
             #[cfg(target_arch = "x86_64")]

@@ -12,6 +12,7 @@
 //! Invariant: while the tree can run, somebody holds its userfaultfds; if nobody did, it would read
 //! zeros. Absent: network, journal, decisions.
 
+mod ahead;
 pub mod channel;
 pub mod client;
 pub mod error;

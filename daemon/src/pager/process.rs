@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use criu_glue::rpc::Swrk;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pageferry_proto::id::SpaceId;
@@ -23,6 +22,7 @@ use pageferry_proto::wire::code::ErrorCode;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
+use super::ahead::Ahead;
 use super::channel::{Channel, ChannelError, Listener};
 use super::error::PagerError;
 use super::failure::{RestoreError, no_network, planned, unexpected};
@@ -174,8 +174,8 @@ struct Desk {
     counters: Option<oneshot::Receiver<Arc<Counters>>>,
     counted: Option<Arc<Counters>>,
     cgroup: Option<Freezer>,
-    /// Started for this request, and waiting.
-    criu: Option<(RestoreRequest, Swrk)>,
+    /// Started, and waiting.
+    criu: Option<Ahead>,
     /// How nice this process was.
     nice: i32,
     restored: Option<Restored>,
@@ -364,7 +364,7 @@ impl Desk {
         };
         match restore::start_criu(&request, namespaces, inherited) {
             Ok(criu) => {
-                self.criu = Some((request, criu));
+                self.criu = Some(Ahead::new(request, criu));
                 Reply::Ok
             }
             Err(error) => Reply::Failed(RestoreError::Swrk(error).fault(None)),
@@ -387,8 +387,8 @@ impl Desk {
 
     fn start(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> io::Result<()> {
         let (namespaces, inherited) = self.divide(&request, fds)?;
-        let prepared = self.criu.take();
-        let criu = prepared.and_then(|(asked, criu)| asked.starts_like(&request).then_some(criu));
+        let ahead = self.criu.take();
+        let criu = ahead.and_then(|ahead| ahead.take_for(&request));
         // The restore itself says so if it is not one.
         self.cgroup = Freezer::open(&request.freezer).ok();
         let job = Job {

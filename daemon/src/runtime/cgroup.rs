@@ -21,6 +21,7 @@ use nix::unistd::Pid;
 use thiserror::Error;
 
 use super::hierarchies::FOLDER;
+use crate::sys::task;
 
 /// How long a freeze may take before it is given up: tasks in uninterruptible sleep do not freeze.
 pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -346,7 +347,7 @@ impl Freezer {
             let pids = tree().map_err(|source| self.io("listing the tree for", source))?;
             let held: BTreeSet<i32> = self.processes()?.into_iter().collect();
             let outside = pids.into_iter().filter(|pid| !held.contains(pid));
-            let outside: Vec<i32> = outside.filter(|pid| !has_ended(*pid)).collect();
+            let outside: Vec<i32> = outside.filter(|pid| !task::has_ended(*pid)).collect();
             if outside.is_empty() {
                 return Ok(());
             }
@@ -497,15 +498,6 @@ impl Freezer {
             source,
         }
     }
-}
-
-/// Whether a process is gone, or a zombie, which can neither run nor be moved.
-fn has_ended(pid: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
-    stat.map_or(true, |stat| {
-        stat.rsplit_once(") ")
-            .is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
-    })
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! the other cgroups of what comes in are [`hierarchies`], its limits [`limits`], and what memory is
 //! left for it says [`memory`]. The files it stands on are [`files`], what it has locked of them
 //! [`locks`], those that both nodes share [`shared`], and [`mounts`] are those of a namespace of its own. States in which it cannot be
-//! dumped for a moment are [`passing`].
+//! dumped for a moment are [`passing`], and connections that would be torn apart [`loopback`].
 //! Nothing here knows the links or the pages.
 
 pub mod build_id;
@@ -16,6 +16,7 @@ pub mod hierarchies;
 pub mod identity;
 pub mod limits;
 pub mod locks;
+pub mod loopback;
 pub mod memory;
 pub mod mounts;
 pub mod passing;

@@ -20,6 +20,7 @@ use procfs::process::{Process, Status};
 
 use super::files::{self, Descriptors};
 use super::identity;
+use super::loopback;
 use super::mounts::{self, Mounts};
 use super::{cpu, shared};
 use crate::sys::namespace::{self, NamespaceKind};
@@ -62,7 +63,9 @@ pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Describe
     };
     let (spaces, tasks) = members(pids, storage, &mut descriptors)?;
     descriptors.check_pipes()?;
-    if !own.contains(&NamespaceKind::Net) {
+    if own.contains(&NamespaceKind::Net) {
+        loopback::check(root, pids, |inode| descriptors.sockets.contains_key(&inode))?;
+    } else {
         refuse_inet_sockets(root, &descriptors)?;
     }
     check_session(&process, &tasks)?;

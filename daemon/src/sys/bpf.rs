@@ -1,6 +1,6 @@
-//! `bpf(2)`, as far as an iterator over the mappings of one task needs it.
+//! `bpf(2)`, as far as an iterator over what one task has needs it.
 //!
-//! Iterators are in Linux since 5.8, those over one task's mappings since 6.1
+//! Iterators are in Linux since 5.8, those over what one task has since 6.1
 //! (`union bpf_iter_link_info` in `include/uapi/linux/bpf.h`). Absent: what the program does, and
 //! everything about maps; a program here has nothing but what it writes.
 
@@ -32,11 +32,25 @@ pub fn load_iterator(instructions: &[u64], license: &CStr, iterator: u32) -> io:
     unsafe { call(PROG_LOAD, &mut attributes) }
 }
 
-/// Ties a loaded program to one thread of this process's own pid namespace.
-pub fn link_iterator(program: impl AsFd, thread: i32) -> io::Result<OwnedFd> {
-    let thread = u32::try_from(thread).map_err(io::Error::other)?;
+/// What an iterator goes over, by its number in this process's own pid namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// What one thread has.
+    Thread(i32),
+    /// What all threads of a process have.
+    Process(i32),
+}
+
+/// Ties a loaded program to what a task has.
+pub fn link_iterator(program: impl AsFd, whose: Whose) -> io::Result<OwnedFd> {
+    let number = |number| u32::try_from(number).map_err(io::Error::other);
+    let (thread, process) = match whose {
+        Whose::Thread(thread) => (number(thread)?, 0),
+        Whose::Process(process) => (0, number(process)?),
+    };
     let which = TaskInfo {
         thread,
+        process,
         ..TaskInfo::default()
     };
     let mut attributes = LinkAttributes {

@@ -16,5 +16,6 @@ pub mod process_vm;
 pub mod ptrace;
 #[cfg(test)]
 pub mod shared_mapping;
+pub mod task;
 pub mod track;
 pub mod uffd;

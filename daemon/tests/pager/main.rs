@@ -92,6 +92,29 @@ async fn a_criu_that_was_started_ahead_is_the_one_that_restores() {
 }
 
 #[tokio::test]
+async fn a_criu_that_was_started_ahead_and_killed_is_replaced() {
+    use nix::sys::signal::{Signal, kill};
+    let tree = Tree::of(MIB);
+    let mut lab = Lab::start().await;
+    lab.plan(&tree).await;
+    lab.client.prepare(lab.request(&tree), &[]).await.unwrap();
+    let ahead = lab.processes();
+    assert_eq!(ahead.len(), 1);
+    kill(nix::unistd::Pid::from_raw(ahead[0]), Signal::SIGKILL).unwrap();
+    let deadline = std::time::Instant::now() + lab::DEADLINE;
+    while !lab.processes().is_empty() {
+        assert!(std::time::Instant::now() < deadline, "it does not end");
+        tokio::task::yield_now().await;
+    }
+    let restoring = lab.client.restore(lab.request(&tree), &[], &[]);
+    let restored = restoring.await.unwrap();
+    assert!(lab.processes().contains(&restored.root_pid));
+    assert_eq!(lab.status().await.state, State::Held);
+    lab.client.discard().await.unwrap();
+    assert!(lab.processes().is_empty());
+}
+
+#[tokio::test]
 async fn faults_are_served_while_held_and_nothing_else_is_filled() {
     let tree = Tree {
         early: vec![0, 1, 700, 3000, 3001, 4095],

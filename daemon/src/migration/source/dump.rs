@@ -23,7 +23,7 @@ use criu_glue::options::{
 };
 use criu_glue::report;
 use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError, ViewFds};
-use criu_glue::view::{Feed, FeedError};
+use criu_glue::view::{Blind, Feed, FeedError};
 use pageferry_proto::wire::description::MountDescription;
 use thiserror::Error;
 
@@ -69,14 +69,13 @@ pub enum DumpError {
     #[error("making criu's view of memory")]
     View(#[from] FeedError),
     /// CRIU would see all memory, and copy it in the freeze.
-    #[error(
-        "criu did not load {} of this version: it must be dynamically linked and allowed to \
-         read the file",
-        library.display()
-    )]
+    #[error("criu would not see through {}", library.display())]
     Unseeing {
         /// The view library.
         library: PathBuf,
+        /// Why.
+        #[source]
+        source: Blind,
     },
     /// CRIU gave up; `cause` is the first error in its log.
     #[error("criu could not dump the workload: {cause} (log: {log})")]
@@ -211,11 +210,21 @@ impl Dump {
             Ok(ready) => ready?,
             Err(_) => return dump.timed_out("pre-dump", PREPARE_TIMEOUT),
         }
-        if dump.feed.counters()?.attached == 0 {
+        if let Err(source) = dump.feed.check_seen_by(&dump.swrk) {
             dump.rollback(END_TIMEOUT).await?;
-            return Err(DumpError::Unseeing { library });
+            return Err(DumpError::Unseeing { library, source });
         }
         Ok(dump)
+    }
+
+    /// Whether CRIU, brought to `pre-dump`, still waits there.
+    pub fn is_waiting(&self) -> bool {
+        self.swrk.is_open()
+    }
+
+    /// Why it does not wait any more.
+    pub fn ended(&self) -> DumpError {
+        self.failed(None)
     }
 
     /// What CRIU is to see of memory; fill and publish it before [`Dump::run`].

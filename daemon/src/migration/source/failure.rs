@@ -17,18 +17,7 @@ pub(super) fn criu_failed(error: &DumpError) -> Failure {
 
 /// Tracking failed; some failures only ask for another round.
 pub(super) fn failed_to_track(error: &TrackError) -> Failure {
-    let code = match error {
-        TrackError::Gone { .. } | TrackError::Exec { .. } => ErrorCode::WorkloadGone,
-        TrackError::Unsupported(_) | TrackError::Probe { .. } => ErrorCode::NodeUnfit,
-        TrackError::LateBirth { .. } => ErrorCode::RetryRound,
-        TrackError::SmapsChanged { .. } => ErrorCode::SmapsDiffer,
-        TrackError::Inspect { .. }
-        | TrackError::Inject { .. }
-        | TrackError::Foreign { .. }
-        | TrackError::Register { .. }
-        | TrackError::Scan { .. } => ErrorCode::Untrackable,
-    };
-    Failure::new(code, chain(error))
+    Failure::new(error.code(), chain(error))
 }
 
 /// The freezer cgroup failed.
@@ -78,4 +67,34 @@ pub(super) fn refused(peer: &NodeName, code: ErrorCode) -> Option<Failure> {
     };
     let text = format!("node {peer} closed the connection ({code}): {why}");
     Some(Failure::new(code, text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::track::InjectError;
+
+    /// There was a second map from errors to codes, which called all of these `untrackable`.
+    #[test]
+    fn a_failure_to_track_arrives_under_the_code_of_its_error() {
+        let (pid, start, end) = (7, 0x1000, 0x2000);
+        let (tid, tracer) = (8, 9);
+        let source = InjectError::Traced { tid, tracer };
+        for (error, code) in [
+            (
+                TrackError::Foreign { pid, start, end },
+                ErrorCode::WorkloadBusy,
+            ),
+            (TrackError::Inject { pid, source }, ErrorCode::Traced),
+            (TrackError::Exec { pid }, ErrorCode::RetryRound),
+            (
+                Failure::new(ErrorCode::DirectIo, "a file").into(),
+                ErrorCode::DirectIo,
+            ),
+        ] {
+            let told = failed_to_track(&error);
+            assert_eq!(told.code(), code, "{error}");
+            assert!(told.text().starts_with(&error.to_string()), "{told}");
+        }
+    }
 }

@@ -17,7 +17,6 @@ pub mod sent;
 pub mod site;
 mod state;
 mod storage;
-mod task;
 mod unread;
 mod verify;
 mod waits;

@@ -19,7 +19,7 @@ use tokio::task::block_in_place;
 use super::dump::{Dump, DumpError};
 use super::failure::{criu_failed, failed_to_track, lost};
 use super::sent::Sent;
-use super::site::Site;
+use super::site::{Lookout, Site};
 use super::storage;
 use super::unread::{Unsent, Verdict};
 use super::verify;
@@ -118,6 +118,7 @@ impl Site {
             self.attach_new()?;
             self.scan()
         })?;
+        self.tend_dump().await?;
         let dirtied = self
             .pending
             .values()
@@ -193,10 +194,13 @@ impl Site {
         round: Round,
     ) -> Result<SourceEvent, Failure> {
         let began = Instant::now();
+        let looking = Lookout::of(self).begin();
         let mut scans = match block_in_place(|| self.final_scans())? {
             Ok(scans) => scans,
             Err(unfit) => return self.unfit(unfit),
         };
+        let waits = self.waits.clone();
+        waits.on(Wait::Scan, looking.end()).await??;
         let scanned = began.elapsed();
         let mut dump = self.take_dump()?;
         let attempt = (generation, round);
@@ -364,8 +368,8 @@ impl Site {
     fn final_scans(&mut self) -> Result<Result<BTreeMap<SpaceId, FinalScan>, Unfit>, Failure> {
         let waits = self.waits.clone();
         let scanning = waits.begin(Wait::Scan);
-        let tree = Tree::read(self.root)
-            .map_err(|error| Failure::new(ErrorCode::WorkloadGone, chain(&error)))?;
+        let tree =
+            Tree::read(self.root).map_err(|error| Failure::new(error.code(), chain(&error)))?;
         if let Some(passing) = Self::find_vfork(&tree) {
             return Ok(Err(Unfit::Passing(passing)));
         }

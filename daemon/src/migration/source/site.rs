@@ -10,6 +10,8 @@
 //! cgroup is frozen again after CRIU's dump and read back; nothing here decides.
 
 mod locked;
+mod lookout;
+mod readiness;
 mod survey;
 
 use std::collections::BTreeMap;
@@ -28,11 +30,10 @@ use tokio::task::{JoinHandle, block_in_place};
 
 use super::delivered::Delivered;
 use super::dump::{Dump, DumpError, DumpPlan};
-use super::failure::{criu_failed, failed_to_track, freeze_failed};
+use super::failure::{failed_to_track, freeze_failed};
 use super::rounds::Sums;
 use super::sent::Sent;
 use super::storage::Kept;
-use super::task::{alive, is_seizing, tracer};
 use super::unread::Unreadable;
 use super::waits::Waits;
 use crate::link::announce::announce;
@@ -42,9 +43,8 @@ use crate::link::port::Port;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::net::stream::DataSender;
 use crate::pages::send::Sender;
-use crate::pages::track::task::threads;
 use crate::pages::track::tree::{Tree, TreeError};
-use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions, refuse};
+use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::hierarchies::Hierarchies;
 use crate::runtime::identity::Anchor;
@@ -52,6 +52,9 @@ use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::passing::Observer;
 use crate::sys::namespace::{self, NamespaceKind};
+use crate::sys::task::{has_ended, is_seizing, threads, tracer};
+pub use lookout::Lookout;
+use lookout::check_trackable;
 pub use survey::{Asked, Survey};
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
@@ -129,6 +132,8 @@ pub struct Site {
     pub(super) observer: Option<Observer>,
     /// Freezes that were given up because of one.
     pub(super) tries: u32,
+    /// How often CRIU was started in the place of one that had ended.
+    restarts: u32,
     /// Compares the smaps CRIU was shown with the true ones.
     comparing: Option<JoinHandle<Result<(), Failure>>>,
     /// Bytes of memory, for progress.
@@ -193,7 +198,7 @@ impl Site {
             if self.spaces.contains_key(&found.id) {
                 continue;
             }
-            check_trackable(found.leader, self.root)?;
+            check_trackable(found.leader, self.root, &self.node.support)?;
             let options = TrackOptions {
                 support: self.node.support.clone(),
                 tree: pids.clone(),
@@ -209,7 +214,9 @@ impl Site {
                 }
                 // It has ended since the tree was read; whoever is left is in the next round.
                 Err(error) if error.tells_of_end() && found.leader != self.root => {}
-                Err(_) if found.leader != self.root && !alive(found.leader) => {}
+                Err(_) if found.leader != self.root && has_ended(found.leader) => {}
+                // A program that has just replaced itself is a new space with the same name.
+                Err(TrackError::Exec { .. }) => {}
                 Err(error) => return Err(failed_to_track(&error)),
             }
         }
@@ -242,19 +249,32 @@ impl Site {
 
     /// Finds what the next round has to send.
     pub(super) fn scan(&mut self) -> Result<(), Failure> {
+        // Before the first look, so that little time is between that and the scan.
+        let mut recorded = BTreeMap::new();
+        if !self.true_smaps {
+            let record = |(id, space): (&SpaceId, &mut Space)| (*id, space.record_smaps());
+            recorded.extend(self.spaces.iter_mut().map(record));
+        }
+        let eager = Lookout::of(self).around(|| self.scan_spaces(recorded))?;
+        self.scanned = Instant::now();
+        self.eager_bytes = eager.bytes();
+        self.check_budget(&eager)
+    }
+
+    /// Scans every space whose smaps could be recorded, if that was tried.
+    fn scan_spaces(
+        &mut self,
+        mut recorded: BTreeMap<SpaceId, Result<(), TrackError>>,
+    ) -> Result<Eager, Failure> {
         let mut eager = Eager::default();
         let mut gone = Vec::new();
         for (id, space) in &mut self.spaces {
-            let recorded = if self.true_smaps {
-                Ok(())
-            } else {
-                space.record_smaps()
-            };
+            let recorded = recorded.remove(id).unwrap_or(Ok(()));
             let scan = match recorded.and_then(|()| space.scan()) {
                 Ok(scan) => scan,
                 Err(error)
                     if space.pid() != self.root
-                        && (error.tells_of_end() || !alive(space.pid())) =>
+                        && (error.tells_of_end() || has_ended(space.pid())) =>
                 {
                     gone.push(*id);
                     continue;
@@ -274,9 +294,7 @@ impl Site {
             self.spaces.remove(&id);
             self.pending.remove(&id);
         }
-        self.scanned = Instant::now();
-        self.eager_bytes = eager.bytes();
-        self.check_budget(&eager)
+        Ok(eager)
     }
 
     /// What CRIU copies in the downtime allowed is accepted.
@@ -345,13 +363,7 @@ impl Site {
 
     /// Closes the ports and freezes the tree, or gives that up. CRIU stands ready before either.
     pub async fn freeze(&mut self) -> Result<SourceEvent, Failure> {
-        if let Dumping::Preparing(task) = &mut self.dumping {
-            let prepared = self.waits.on(Wait::Prepared, task).await?;
-            self.dumping = Dumping::No;
-            let prepared = prepared.map_err(|error| internal(&error))?;
-            self.dumping =
-                Dumping::Prepared(Box::new(prepared.map_err(|error| criu_failed(&error))?));
-        }
+        self.stand_ready().await?;
         for (id, pages) in std::mem::take(&mut self.pending) {
             if let Some(space) = self.spaces.get_mut(&id) {
                 space.put_back(&pages);
@@ -439,7 +451,7 @@ impl Site {
         self.comparing = Some(tokio::task::spawn_blocking(move || {
             shown.iter().try_for_each(|shown| {
                 let compared = shown.compare();
-                compared.map_err(|error| Failure::new(ErrorCode::SmapsDiffer, chain(&error)))
+                compared.map_err(|error| failed_to_track(&error))
             })
         }));
     }
@@ -642,15 +654,4 @@ fn ended(root: i32) -> Failure {
 /// The tree cannot be read.
 fn unreadable(error: &TreeError) -> Failure {
     Failure::new(error.code(), chain(error))
-}
-
-/// Refuses what writes memory behind the page tables, or cannot be tracked for another reason.
-fn check_trackable(pid: i32, root: i32) -> Result<(), Failure> {
-    match refuse::find(pid) {
-        Ok(None) => Ok(()),
-        Ok(Some(failure)) => Err(failure),
-        // It has ended since the tree was read.
-        Err(error) if pid != root && (error.tells_of_end() || !alive(pid)) => Ok(()),
-        Err(error) => Err(failed_to_track(&error)),
-    }
 }

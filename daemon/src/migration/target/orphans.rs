@@ -45,7 +45,8 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
         }
         // One that still has a process cannot be removed.
         let group = node.hierarchies.everywhere(&name);
-        if let Err(error) = block_in_place(|| group.remove(END_TIMEOUT)) {
+        let removed = block_in_place(|| group.remove(END_TIMEOUT));
+        if let Err(error) = removed.and_then(|()| freezer.remove()) {
             tracing::debug!("{}", chain(&error));
         }
     }

@@ -124,7 +124,7 @@ fn a_process_whose_first_thread_has_ended_is_not_gone() {
     let reader = reader(trial.pid());
     trial.tell("end-first-thread");
     eventually("the end of the first thread", || {
-        let status = crate::pages::track::task::Status::read(trial.pid());
+        let status = crate::sys::task::Status::read(trial.pid());
         status.unwrap().has_ended()
     });
     let wanted = PageSet::from(run(0, 50));

@@ -82,8 +82,8 @@ async fn a_running_process_arrives_in_rounds() {
     }
     trial.signal(libc::SIGSTOP);
     let stopped = || {
-        let status = |tid| crate::pages::track::task::Status::read(tid).unwrap().state;
-        let threads = crate::pages::track::task::threads(trial.pid()).unwrap();
+        let status = |tid| crate::sys::task::Status::read(tid).unwrap().state;
+        let threads = crate::sys::task::threads(trial.pid()).unwrap();
         threads.into_iter().all(|tid| status(tid) == b'T')
     };
     while !stopped() {

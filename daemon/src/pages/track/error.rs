@@ -3,10 +3,11 @@
 use std::io;
 use std::time::Duration;
 
-use pageferry_proto::wire::code::ErrorCode;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
 use thiserror::Error;
 
 use super::inject::InjectError;
+use super::task;
 
 /// Why tracking failed. The workload runs on as before.
 #[derive(Debug, Error)]
@@ -33,6 +34,15 @@ pub enum TrackError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// It has something that writes its memory behind the page tables, or cannot be tracked for
+    /// another reason that is known by name.
+    #[error("{text}")]
+    Forbidden {
+        /// The reason.
+        code: ErrorCode,
+        /// What it is.
+        text: String,
     },
     /// The process has ended.
     #[error("process {pid} is gone")]
@@ -119,9 +129,7 @@ impl TrackError {
     pub fn tells_of_end(&self) -> bool {
         match self {
             Self::Gone { .. } => true,
-            Self::Inspect { source, .. } => {
-                matches!(source.raw_os_error(), Some(libc::ESRCH | libc::ENOENT))
-            }
+            Self::Inspect { source, .. } => task::tells_of_end(source),
             _ => false,
         }
     }
@@ -130,6 +138,7 @@ impl TrackError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Unsupported(_) | Self::Probe { .. } => ErrorCode::NodeUnfit,
+            Self::Forbidden { code, .. } => *code,
             Self::Gone { .. } => ErrorCode::WorkloadGone,
             // A fresh space is attached, and everything of it is sent in another round.
             Self::Exec { .. } | Self::LateBirth { .. } => ErrorCode::RetryRound,
@@ -143,6 +152,15 @@ impl TrackError {
             | Self::Inject { .. }
             | Self::Register { .. }
             | Self::Scan { .. } => ErrorCode::Untrackable,
+        }
+    }
+}
+
+impl From<Failure> for TrackError {
+    fn from(failure: Failure) -> Self {
+        Self::Forbidden {
+            code: failure.code(),
+            text: failure.text().to_owned(),
         }
     }
 }

@@ -29,22 +29,21 @@
 //! Absent: shared memory, huge pages, devices (see [`refuse`]); who is in the workload ([`tree`]
 //! tells, the caller decides); reading pages.
 
-pub mod areas;
 mod eager;
 mod error;
 mod inject;
 pub mod maps;
+mod probe;
 pub mod refuse;
 mod scan;
-pub mod task;
 pub mod tree;
 mod walk;
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use areas::Probe;
 use criu_glue::view::flags::{Area, FlagNames};
 use criu_glue::view::smaps::{self, Recorded};
 use pageferry_proto::page::PageCount;
@@ -54,9 +53,12 @@ pub use eager::{Eager, SharedMemory, shared_bytes};
 pub use error::TrackError;
 pub use inject::InjectError;
 use maps::{Flags, Mapping};
+use probe::areas::Areas;
+use probe::files::Files;
+use probe::threads::Threads;
 
 use super::read::Reader;
-use crate::sys::{pagemap, ptrace, track};
+use crate::sys::{pagemap, ptrace, task, track};
 
 /// That this kernel can track, and how.
 #[derive(Clone, Debug)]
@@ -64,7 +66,11 @@ pub struct Support {
     /// Guard regions are told apart from memory; else there are none.
     guard: bool,
     /// Tells flags of mappings without a walk of page tables.
-    flags: Option<Arc<Probe>>,
+    flags: Option<Arc<Areas>>,
+    /// Tells open files without a call for each.
+    files: Option<Arc<Files>>,
+    /// Tells which threads are traced, likewise.
+    threads: Option<Arc<Threads>>,
 }
 
 /// How a space is attached.
@@ -190,12 +196,32 @@ impl Support {
                 "a page category for its guard regions",
             ));
         }
-        let flags = Probe::load().inspect_err(|error| {
-            tracing::info!("smaps is read in every freeze, for 11 ms per GiB: {error}");
+        let without = |what: &'static str| {
+            move |error: &io::Error| {
+                tracing::info!("{what} in every freeze: {error}");
+            }
+        };
+        let types = probe::kernel_types();
+        let types = types
+            .inspect_err(without("smaps and all descriptors are read"))
+            .ok();
+        let types = types.as_ref();
+        let flags = types.map(|types| {
+            Areas::load(types).inspect_err(without("smaps is read, for 11 ms per GiB,"))
+        });
+        let files = types.map(|types| {
+            let cost = "every descriptor is read, for 5 us,";
+            Files::load(types).inspect_err(without(cost))
+        });
+        let threads = types.map(|types| {
+            let cost = "the status of every thread is read, for 10 us,";
+            Threads::load(types).inspect_err(without(cost))
         });
         Ok(Self {
             guard: scan.guard,
-            flags: flags.ok().map(Arc::new),
+            flags: flags.and_then(Result::ok).map(Arc::new),
+            files: files.and_then(Result::ok).map(Arc::new),
+            threads: threads.and_then(Result::ok).map(Arc::new),
         })
     }
 }
@@ -285,7 +311,7 @@ impl Space {
     /// What the kernel holds, where it can be asked.
     fn areas(&self) -> Option<Vec<Area>> {
         let probe = self.support.flags.as_ref()?;
-        let areas = probe.areas(self.pid);
+        let areas = probe.of(self.pid);
         areas
             .inspect_err(|error| tracing::debug!(pid = self.pid, %error, "no flags of mappings"))
             .ok()
@@ -316,7 +342,7 @@ pub struct ShownSmaps {
     pid: i32,
     text: Arc<[u8]>,
     /// The kernel's flags, and what is known of their meaning.
-    flags: Option<(Arc<Probe>, Arc<FlagNames>)>,
+    flags: Option<(Arc<Areas>, Arc<FlagNames>)>,
 }
 
 impl ShownSmaps {
@@ -343,7 +369,7 @@ impl ShownSmaps {
         let Some((probe, names)) = &self.flags else {
             return false;
         };
-        let areas = probe.areas(self.pid);
+        let areas = probe.of(self.pid);
         let confirmed = areas.is_ok_and(|areas| {
             let confirmed = names.confirm(&self.text, &areas);
             confirmed.is_ok_and(|confirmed| confirmed)

@@ -10,7 +10,7 @@ use pageferry_proto::set::PageSet;
 use super::eager::Eager;
 use super::maps::{self, Flags, Mapping};
 use super::walk::{Broken, Found, Look, Walker, walk_all};
-use super::{FinalScan, LATE_BIRTH_BYTES_MAX, Scan, Space, TrackError, task};
+use super::{FinalScan, LATE_BIRTH_BYTES_MAX, Scan, Space, TrackError, refuse, task};
 use crate::sys::pagemap::Pagemap;
 
 impl Space {
@@ -24,6 +24,7 @@ impl Space {
         // Owed before anything can fail: these pages are protected and would not be found again.
         self.owed.union_with(&written);
         let maps = scanned?;
+        self.check_mappings(&self.read_maps()?)?;
         let eager = self.forecast_eager(&maps)?;
         self.check_alive()?;
         let dirty = self.owed.intersection(&live);
@@ -41,6 +42,7 @@ impl Space {
     /// Walks all mappings that are scanned, until each was found tracked.
     fn scan_tracked(&mut self, found: &mut Found) -> Result<Vec<Mapping>, TrackError> {
         let mut maps = self.read_maps()?;
+        self.check_mappings(&maps)?;
         self.adopt(&maps)?;
         let mut todo: Vec<Range<u64>> = self.scannable(&maps);
         for _ in 0..REPLACED_MAX {
@@ -92,6 +94,11 @@ impl Space {
         let (smaps, smaps_rendered) = self.render_smaps()?;
         let mappings = maps::parse_smaps(&smaps).ok_or_else(maps::unknown_form);
         let mappings = mappings.map_err(|source| self.inspecting("maps", source))?;
+        let forbidden =
+            |(mapping, flags): &(Mapping, Flags)| refuse::mapping(self.pid, mapping, *flags);
+        if let Some(failure) = mappings.iter().find_map(forbidden) {
+            return Err(failure.into());
+        }
         let pagemap = self.open_pagemap()?;
         let mut walker = Walker::new(self.support.guard);
         let mut eager = Eager::default();
@@ -282,6 +289,16 @@ impl Space {
         Ok(eager)
     }
 
+    /// What shows in `maps`, or in the flags of the last record.
+    fn check_mappings(&self, maps: &[Mapping]) -> Result<(), TrackError> {
+        let forbidden =
+            |mapping: &Mapping| refuse::mapping(self.pid, mapping, self.recorded_flags(mapping));
+        match maps.iter().find_map(forbidden) {
+            Some(failure) => Err(failure.into()),
+            None => Ok(()),
+        }
+    }
+
     fn recorded_flags(&self, mapping: &Mapping) -> Flags {
         let special = self.recorded.iter().flat_map(|record| &record.special);
         let touches = |other: &&(Mapping, Flags)| {
@@ -339,8 +356,7 @@ impl Space {
     /// The memory of our descriptor is gone: with the process, or by an exec.
     fn lost(&self) -> TrackError {
         let pid = self.pid;
-        let ended = || task::Status::read(pid).map_or(true, |status| status.has_ended());
-        if self.check_identity().is_err() || ended() {
+        if self.check_identity().is_err() || task::has_ended(pid) {
             return TrackError::Gone { pid };
         }
         TrackError::Exec { pid }

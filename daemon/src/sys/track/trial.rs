@@ -8,6 +8,7 @@
 #![allow(unsafe_code)]
 
 mod block;
+mod files;
 mod lost;
 
 use std::io::{self, BufRead, BufReader, Lines, Write};
@@ -134,6 +135,7 @@ fn act(words: &[&str]) -> io::Result<String> {
         "fork" => fork(),
         "clone-vm" => clone_with_memory(),
         "block" => block::block(words[1]),
+        "open" => files::open(words[1]),
         "signals" => Ok(SIGNALS.load(Ordering::SeqCst).to_string()),
         _ => act_silently(words).map(|()| String::from("done")),
     }
@@ -159,12 +161,16 @@ fn act_silently(words: &[&str]) -> io::Result<()> {
         "exec" => return Err(execute()),
         "poke" => poke(number(1))?,
         "count-signals" => count_signals(),
-        "open-direct" => open_direct(words[1])?,
-        "userfaultfd" => open_userfaultfd()?,
+        "open-direct" => files::open_direct(words[1])?,
+        "open-direct-in-thread" => files::open_direct_in_thread(words[1])?,
+        "make-direct" => files::make_direct(number(1))?,
+        "close" => files::close(number(1))?,
+        "aio" => files::make_aio_context()?,
+        "userfaultfd" => files::open_userfaultfd()?,
+        "io-uring" => files::open_io_uring()?,
         "poison" => lost::poison(number(1), size(2))?,
         "wait-for-page" => lost::wait_for_page(number(1))?,
         "end-first-thread" => lost::end_first_thread()?,
-        "io-uring" => open_io_uring()?,
         other => return Err(io::Error::other(format!("unknown order {other}"))),
     }
     Ok(())
@@ -468,26 +474,4 @@ fn count_signals() {
     let handler = count as extern "C" fn(libc::c_int);
     // SAFETY: the handler only changes an atomic.
     unsafe { libc::signal(counted_signal(), handler as libc::sighandler_t) };
-}
-
-fn open_direct(path: &str) -> io::Result<()> {
-    use std::os::fd::IntoRawFd;
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut options = std::fs::OpenOptions::new();
-    let file = options.read(true).custom_flags(libc::O_DIRECT).open(path)?;
-    let _open_for_ever = file.into_raw_fd();
-    Ok(())
-}
-
-fn open_userfaultfd() -> io::Result<()> {
-    // SAFETY: one number.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, super::USERFAULTFD_FLAGS) };
-    check(libc::c_int::try_from(fd).unwrap())
-}
-
-fn open_io_uring() -> io::Result<()> {
-    let mut parameters = [0u8; 256];
-    // SAFETY: room for struct io_uring_params, which is 120 bytes.
-    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr()) };
-    check(libc::c_int::try_from(fd).unwrap())
 }

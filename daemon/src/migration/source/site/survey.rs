@@ -102,7 +102,10 @@ impl Site {
         check_locks(&locks, &pids).await?;
         let storage = block_in_place(|| Storage::find(asked.shared))?;
         let described = block_in_place(|| process::describe(root, &pids, storage.paths()))?;
-        block_in_place(|| pids.iter().try_for_each(|pid| check_trackable(*pid, root)))?;
+        block_in_place(|| {
+            pids.iter()
+                .try_for_each(|pid| check_trackable(*pid, root, &node.support))
+        })?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
         let (in_common, limited) =
@@ -258,6 +261,7 @@ impl Site {
             let_in: false,
             observer: None,
             tries: 0,
+            restarts: 0,
             comparing: None,
             memory_bytes: found.memory_bytes,
             eager_bytes: 0,

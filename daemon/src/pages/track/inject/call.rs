@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use super::stop::{Held, pause};
 use super::{InjectError, restart};
-use crate::pages::track::task;
 use crate::sys::process_vm::{self, RemoteRun};
 use crate::sys::ptrace::{self, Registers, Resume, Stop};
+use crate::sys::task;
 
 /// A stopped thread whose registers and signal mask are ours for a moment.
 ///

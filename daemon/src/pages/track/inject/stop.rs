@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use super::{InjectError, restart};
-use crate::pages::track::task;
 use crate::sys::ptrace::{self, Resume, Stop};
+use crate::sys::task;
 
 /// One seized thread.
 #[derive(Debug)]

@@ -1,4 +1,7 @@
 //! What `/proc` says of a task: its threads, its state, its start.
+//!
+//! Nothing here is unsafe; it lives in `sys` because every module asks, and all must get the same
+//! answer.
 
 use std::fs;
 use std::io;
@@ -43,6 +46,32 @@ impl Status {
     pub fn has_ended(&self) -> bool {
         matches!(self.state, b'Z' | b'X')
     }
+}
+
+/// Whether task `tid` is gone, or a zombie, which can neither run nor be moved. One that cannot be
+/// looked at for another reason counts as there.
+pub fn has_ended(tid: i32) -> bool {
+    match Status::read(tid) {
+        Ok(status) => status.has_ended(),
+        Err(error) => tells_of_end(&error),
+    }
+}
+
+/// Whether an error of reading something of a task means that there is no such task any more.
+pub fn tells_of_end(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT))
+}
+
+/// Who traces task `tid`; none also if it has ended.
+pub fn tracer(tid: i32) -> Option<i32> {
+    let status = Status::read(tid).ok()?;
+    (status.tracer != 0).then_some(status.tracer)
+}
+
+/// Whether task `tracer` waits in the call that makes it one (`PTRACE_SEIZE`).
+pub fn is_seizing(tracer: i32) -> bool {
+    let call = fs::read_to_string(format!("/proc/{tracer}/syscall")).unwrap_or_default();
+    call.starts_with(&format!("{} {:#x} ", libc::SYS_ptrace, libc::PTRACE_SEIZE))
 }
 
 /// Whether task `tid` waits in a call that signals do not end.
@@ -90,5 +119,28 @@ mod tests {
         assert_eq!(status.ids.first(), Some(&pid));
         assert!(threads(pid).unwrap().contains(&pid));
         assert!(0 < start_time(pid).unwrap());
+        assert!(!has_ended(pid) && tracer(pid).is_none());
+    }
+
+    #[test]
+    fn a_zombie_and_a_pid_of_nobody_have_ended() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        // Its status is not collected, so it stays a zombie.
+        while !has_ended(pid) {
+            assert!(std::time::Instant::now() < deadline, "it does not end");
+            std::thread::yield_now();
+        }
+        assert_eq!(Status::read(pid).unwrap().state, b'Z');
+        child.wait().unwrap();
+        assert!(Status::read(pid).is_err() && has_ended(pid));
+    }
+
+    #[test]
+    fn a_task_that_cannot_be_looked_at_has_not_ended() {
+        let refused = io::Error::from_raw_os_error(libc::EMFILE);
+        assert!(!tells_of_end(&refused));
+        assert!(tells_of_end(&io::Error::from_raw_os_error(libc::ESRCH)));
     }
 }

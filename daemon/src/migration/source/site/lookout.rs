@@ -1,0 +1,215 @@
+//! Looks at the whole tree for what forbids moving it and can begin at any time: direct I/O and its
+//! like, a tracer, a connection over loopback to somebody who stays.
+//!
+//! A survey finds what is there when it is made. From then on the tree is looked at before and
+//! after every scan, and once more when it is frozen. What two looks can miss is said where the
+//! kinds are: [`refuse`] and [`loopback`].
+
+use std::collections::BTreeSet;
+
+use pageferry_proto::wire::code::Failure;
+
+use super::Site;
+use crate::migration::source::failure::{failed_to_track, freeze_failed};
+use crate::migration::text::internal;
+use crate::pages::track::{Support, refuse};
+use crate::runtime::cgroup::Freezer;
+use crate::runtime::loopback;
+use crate::sys::namespace::NamespaceKind;
+use crate::sys::task;
+
+/// What a look needs: it may be taken beside an operation on the site.
+#[derive(Debug, Clone)]
+pub struct Lookout {
+    root: i32,
+    support: Support,
+    /// Holds the tree.
+    freezer: Freezer,
+    /// Whether it has a network namespace of its own.
+    own_net: bool,
+}
+
+impl Lookout {
+    /// That of a site whose tree is in its cgroup.
+    pub fn of(site: &Site) -> Self {
+        Self {
+            root: site.root,
+            support: site.node.support.clone(),
+            freezer: site.freezer.clone(),
+            own_net: site.own.contains(&NamespaceKind::Net),
+        }
+    }
+
+    /// Looks at every process. Blocks; a millisecond for some processes with a thousand
+    /// descriptors each, and 2 ms for a network namespace.
+    pub fn look(&self) -> Result<(), Failure> {
+        let pids = self.freezer.processes();
+        let pids = pids.map_err(|error| freeze_failed(&error))?;
+        let mut sockets = BTreeSet::new();
+        // One of another pid namespace reads as 0.
+        for pid in pids.iter().copied().filter(|pid| 0 < *pid) {
+            match refuse::look(pid, &self.support) {
+                Ok(looked) => {
+                    if let Some(failure) = looked.forbidden {
+                        return Err(failure);
+                    }
+                    sockets.extend(looked.sockets);
+                }
+                // It has ended since the cgroup was read.
+                Err(error) if error.tells_of_end() || task::has_ended(pid) => {}
+                Err(error) => return Err(failed_to_track(&error)),
+            }
+        }
+        if self.own_net {
+            loopback::check(self.root, &pids, |inode| sockets.contains(&inode))?;
+        }
+        Ok(())
+    }
+
+    /// Looks, scans, and looks again: what was there at either end fails the scan.
+    pub fn around<T>(&self, scan: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+        self.look()?;
+        let scanned = scan()?;
+        self.look()?;
+        Ok(scanned)
+    }
+
+    /// Begins a look on a thread of its own, for [`Looking::end`] to wait for.
+    pub fn begin(self) -> Looking {
+        Looking(tokio::task::spawn_blocking(move || self.look()))
+    }
+}
+
+/// A look under way.
+#[derive(Debug)]
+pub struct Looking(tokio::task::JoinHandle<Result<(), Failure>>);
+
+impl Looking {
+    /// What it found.
+    pub async fn end(self) -> Result<(), Failure> {
+        self.0.await.map_err(|error| internal(&error))?
+    }
+}
+
+/// Refuses what cannot be tracked, before it is: everything, also what shows in smaps alone.
+pub fn check_trackable(pid: i32, root: i32, support: &Support) -> Result<(), Failure> {
+    match refuse::find(pid, support) {
+        Ok(None) => Ok(()),
+        Ok(Some(failure)) => Err(failure),
+        // It has ended since the tree was read.
+        Err(error) if pid != root && (error.tells_of_end() || task::has_ended(pid)) => Ok(()),
+        Err(error) => Err(failed_to_track(&error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::track::{ATTEMPTS, STOP_MAX, Space, TrackOptions};
+    use crate::runtime::cgroup::FreezerRoot;
+    use crate::sys::track::trial::{self, Trial};
+    use pageferry_proto::wire::code::ErrorCode;
+
+    /// The other process of these tests.
+    #[test]
+    fn workload() {
+        trial::obey();
+    }
+
+    /// A tracked process in a freezer cgroup, which is thawed and removed on drop.
+    struct Tracked {
+        trial: Option<Trial>,
+        space: Option<Space>,
+        lookout: Lookout,
+    }
+
+    impl Tracked {
+        fn start(name: &str) -> Self {
+            let trial = Trial::start("migration::source::site::lookout::tests::workload");
+            let name = format!("test-{name}-{}", std::process::id());
+            let freezer = FreezerRoot::detect().unwrap().plan(&name);
+            freezer.make().unwrap();
+            freezer.adopt(|| Ok(vec![trial.pid()])).unwrap();
+            let support = Support::probe().unwrap();
+            let options = TrackOptions {
+                support: support.clone(),
+                tree: Vec::new(),
+                stop_max: 10 * STOP_MAX,
+                attempts: ATTEMPTS,
+            };
+            let lookout = Lookout {
+                root: trial.pid(),
+                support,
+                freezer,
+                own_net: false,
+            };
+            Self {
+                space: Some(Space::attach(trial.pid(), &options).unwrap()),
+                trial: Some(trial),
+                lookout,
+            }
+        }
+
+        /// One scan as a site makes it, with something happening before or after the memory is
+        /// gone through.
+        fn scan(
+            &mut self,
+            before: impl FnOnce(&mut Trial),
+            after: impl FnOnce(&mut Trial),
+        ) -> Result<(), ErrorCode> {
+            let (trial, space) = (self.trial.as_mut().unwrap(), self.space.as_mut().unwrap());
+            let scanned = self.lookout.around(|| {
+                before(trial);
+                let scanned = space.scan().map_err(|error| failed_to_track(&error))?;
+                after(trial);
+                Ok(scanned)
+            });
+            scanned.map(drop).map_err(|failure| failure.code())
+        }
+
+        fn tell(&mut self, order: &str) -> String {
+            self.trial.as_mut().unwrap().tell(order)
+        }
+    }
+
+    impl Drop for Tracked {
+        fn drop(&mut self) {
+            let _ = self.lookout.freezer.thaw();
+            drop((self.space.take(), self.trial.take()));
+            let _ = self.lookout.freezer.remove();
+        }
+    }
+
+    fn direct() -> String {
+        format!("open-direct {}", std::env::current_exe().unwrap().display())
+    }
+
+    #[test]
+    fn direct_io_that_was_open_before_or_after_a_scan_ends_the_migration() {
+        let mut tracked = Tracked::start("look-after");
+        assert_eq!(tracked.scan(|_| (), |_| ()), Ok(()));
+        let begins = |trial: &mut Trial| drop(trial.tell(&direct()));
+        assert_eq!(tracked.scan(begins, |_| ()), Err(ErrorCode::DirectIo));
+        // Open at the first look, read from and closed while the memory was gone through.
+        let mut tracked = Tracked::start("look-before");
+        let path = std::env::current_exe().unwrap();
+        let number = tracked.tell(&format!("open {}", path.display()));
+        tracked.tell(&format!("make-direct {number}"));
+        let ends = |trial: &mut Trial| drop(trial.tell(&format!("close {number}")));
+        assert_eq!(tracked.scan(|_| (), ends), Err(ErrorCode::DirectIo));
+        tracked.tell(&format!("close {number}"));
+        assert_eq!(tracked.scan(|_| (), |_| ()), Ok(()));
+    }
+
+    #[test]
+    fn a_frozen_tree_is_looked_at_once_more() {
+        let mut tracked = Tracked::start("look-frozen");
+        assert_eq!(tracked.scan(|_| (), |_| ()), Ok(()));
+        tracked.tell(&direct());
+        tracked.lookout.freezer.freeze().unwrap();
+        let found = tracked.lookout.look().unwrap_err();
+        assert_eq!(found.code(), ErrorCode::DirectIo);
+        tracked.lookout.freezer.thaw().unwrap();
+        assert_eq!(tracked.tell("signals"), "0");
+    }
+}

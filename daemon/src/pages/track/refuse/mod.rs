@@ -1,0 +1,129 @@
+//! What a process may have that makes tracking it wrong.
+//!
+//! Write tracking sees what goes through the page tables. Devices and direct I/O write memory
+//! behind them: with those a page counts as clean whose contents have changed (an `O_DIRECT` read
+//! of 128 KiB in flight over a scan left 32 of 32 pages different at the target). There is no
+//! telling whether a process will use such a descriptor, so having one is enough.
+//!
+//! [`find`] asks for all of it before anything is touched. What was not there then can begin at any
+//! moment, so it is asked for again as long as the process is tracked: [`look`] before and after
+//! every scan and in the freeze, [`mapping`] of every mapping that a scan reads.
+//!
+//! What that can miss: something that begins after the look before a scan and is over before the
+//! look after it. What begins and is over between two scans does no harm: whoever writes memory
+//! behind the page tables takes hold of its pages first, as a write to them, and the next scan
+//! returns them. Only what writes before *and* after the scan that protected its page is lost.
+//!
+//! Absent: everything that only CRIU or the network minds.
+
+mod descriptors;
+
+use std::collections::BTreeSet;
+use std::io;
+
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+
+use super::maps::{self, Flags, Mapping};
+use super::{Support, TrackError, task};
+
+/// The first thing that forbids tracking process `pid`; `None` when there is none. To be asked of
+/// every process of the workload. Reads smaps (11 ms per GiB).
+pub fn find(pid: i32, support: &Support) -> Result<Option<Failure>, TrackError> {
+    let looked = look(pid, support)?;
+    if looked.forbidden.is_some() {
+        return Ok(looked.forbidden);
+    }
+    let mappings = maps::read_smaps(pid).map_err(inspecting(pid, "smaps"))?;
+    let mut forbidden = mappings
+        .iter()
+        .map(|(found, flags)| mapping(pid, found, *flags));
+    Ok(forbidden.find_map(|failure| failure))
+}
+
+/// What a look at a process found.
+#[derive(Debug, Default)]
+pub struct Looked {
+    /// The first thing that forbids tracking it.
+    pub forbidden: Option<Failure>,
+    /// Inodes of its sockets; not all of them if something forbids tracking.
+    pub sockets: BTreeSet<u64>,
+}
+
+/// Whether a thread of process `pid` is traced, or it has a descriptor that forbids tracking. 0.1
+/// ms for a thousand threads and as much for a thousand descriptors, where the kernel's iterators
+/// can be used.
+pub fn look(pid: i32, support: &Support) -> Result<Looked, TrackError> {
+    let mut looked = Looked {
+        forbidden: find_tracer(pid, support)?,
+        sockets: BTreeSet::new(),
+    };
+    if looked.forbidden.is_none() {
+        let files = support.files.as_deref();
+        let found = descriptors::find(pid, files, &mut looked.sockets);
+        looked.forbidden = found.map_err(inspecting(pid, "descriptors"))?;
+    }
+    Ok(looked)
+}
+
+/// Whether a mapping of process `pid` forbids tracking it.
+pub fn mapping(pid: i32, mapping: &Mapping, flags: Flags) -> Option<Failure> {
+    let name = mapping.name.as_str();
+    let (code, what) = if flags.any(Flags::HUGETLB) {
+        (ErrorCode::Hugetlb, "huge pages of hugetlbfs")
+    } else if name.starts_with("/[aio]") {
+        (ErrorCode::DirectIo, AIO_RING)
+    } else if name.starts_with("anon_inode:[io_uring]") {
+        (ErrorCode::IoUring, "an io_uring")
+    } else if name == "/secretmem" || name.starts_with("/secretmem (deleted)") {
+        (ErrorCode::Secretmem, "secret memory")
+    } else if flags.any(Flags::IO.with(Flags::PFNMAP)) && !mapping.is_kernel_made() {
+        (ErrorCode::Untrackable, "memory of a device")
+    } else {
+        return None;
+    };
+    let (start, end) = (mapping.range.start, mapping.range.end);
+    let text = format!("process {pid} maps {what} at {start:x}-{end:x} {name}");
+    let text = format!("{}{}", text.trim_end(), advice(code, what));
+    Some(Failure::new(code, text))
+}
+
+/// What helps, in the cases that people meet.
+fn advice(code: ErrorCode, what: &str) -> &'static str {
+    match code {
+        ErrorCode::DirectIo if what == AIO_RING => {
+            "; start the program without native AIO (MariaDB and MySQL: innodb_use_native_aio=0)"
+        }
+        ErrorCode::DirectIo if what == descriptors::DIRECT_FILE => {
+            "; start the program without O_DIRECT (MariaDB and MySQL: innodb_flush_method=fsync)"
+        }
+        ErrorCode::IoUring => {
+            "; switch it off in the program (MariaDB: innodb_use_native_aio=0; Node.js: \
+             UV_USE_IO_URING=0), or start it under a seccomp profile that denies io_uring_setup, \
+             as those of container runtimes do"
+        }
+        _ => "",
+    }
+}
+
+const AIO_RING: &str = "a ring of asynchronous I/O";
+
+fn find_tracer(pid: i32, support: &Support) -> Result<Option<Failure>, TrackError> {
+    if let Some(probe) = &support.threads {
+        match probe.any_traced(pid) {
+            Ok(false) => return Ok(None),
+            Ok(true) => {}
+            Err(error) => tracing::debug!(pid, %error, "no threads of the iterator"),
+        }
+    }
+    let threads = task::threads(pid).map_err(inspecting(pid, "the threads"))?;
+    let traced = threads.iter().find_map(|&tid| {
+        let tracer = task::tracer(tid)?;
+        let text = format!("thread {tid} of process {pid} is traced by process {tracer}");
+        Some(Failure::new(ErrorCode::Traced, text))
+    });
+    Ok(traced)
+}
+
+fn inspecting(pid: i32, what: &'static str) -> impl Fn(io::Error) -> TrackError {
+    move |source| TrackError::Inspect { pid, what, source }
+}

@@ -1,0 +1,169 @@
+//! Tables that are told, and real connections in a network namespace of their own.
+
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::process::{Child, Command, Stdio};
+
+use pageferry_proto::wire::code::ErrorCode;
+
+use super::*;
+use crate::sys::namespace::{self, NamespaceKind};
+
+const HEAD: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   \
+                    uid  timeout inode\n";
+
+fn line(local: &str, remote: &str, state: u8, inode: u64) -> String {
+    format!(
+        "   0: {local} {remote} {state:02X} 00000000:00000000 00:00000000 00000000     0        0 \
+         {inode} 1 0000000000000000 20 4 30 10 -1\n"
+    )
+}
+
+fn tables(lines: &[String]) -> Tables {
+    let mut tables = Tables::default();
+    tables.add(&format!("{HEAD}{}", lines.concat()));
+    tables
+}
+
+fn others(tables: &Tables, held: &[u64]) -> Vec<u64> {
+    let pairs = tables.pairs(|inode| held.contains(&inode));
+    pairs.iter().map(|pair| pair.other).collect()
+}
+
+const NONE: [u64; 0] = [];
+const A: &str = "0100007F:9C40";
+const B: &str = "0100007F:1F90";
+
+#[test]
+fn both_ends_of_a_connection_must_be_in_the_tree() {
+    let both = tables(&[line(A, B, 1, 11), line(B, A, 1, 22)]);
+    assert_eq!(others(&both, &[11, 22]), NONE);
+    assert_eq!(others(&both, &[11]), [22]);
+    assert_eq!(others(&both, &[22]), [11]);
+    // Of others alone, and with a peer that is elsewhere.
+    assert_eq!(others(&both, &[]), NONE);
+    assert_eq!(others(&tables(&[line(A, B, 1, 11)]), &[11]), NONE);
+}
+
+#[test]
+fn a_connection_that_waits_to_be_accepted_is_held_by_its_listener() {
+    let any = "00000000:1F90";
+    let waits = tables(&[
+        line(A, B, 1, 11),
+        line(B, A, 1, 0),
+        line(any, "00000000:0000", 10, 33),
+    ]);
+    assert_eq!(others(&waits, &[11, 33]), NONE);
+    assert_eq!(others(&waits, &[11]), [33]);
+    assert_eq!(others(&waits, &[33]), [11]);
+    // Closed by its owner: nobody has it.
+    let closed = tables(&[
+        line(A, B, 1, 11),
+        line(B, A, 5, 0),
+        line(any, "00000000:0000", 10, 33),
+    ]);
+    assert_eq!(others(&closed, &[11]), NONE);
+}
+
+#[test]
+fn an_address_of_either_kind_is_the_same_address() {
+    let mapped = "0000000000000000FFFF00000100007F:1F90";
+    assert_eq!(
+        parse_address(mapped),
+        Some("127.0.0.1:8080".parse().unwrap())
+    );
+    let six = "00000000000000000000000001000000:0050";
+    assert_eq!(parse_address(six), Some("[::1]:80".parse().unwrap()));
+    assert_eq!(parse_address("0100007F"), None);
+    assert_eq!(parse_address("01:02"), None);
+    assert_eq!(parse_address("\u{e9}000007F:1F90"), None);
+}
+
+/// A process in a network namespace of its own, which holds what it was given.
+struct Holder(Child);
+
+impl Holder {
+    fn new(net: &OwnedFd, input: OwnedFd, output: Option<OwnedFd>) -> Self {
+        let child = inside(net, || {
+            let output = output.map_or_else(Stdio::null, Stdio::from);
+            let mut command = Command::new("sleep");
+            command.arg("1000").stdin(Stdio::from(input)).stdout(output);
+            command.spawn().unwrap()
+        });
+        Self(child)
+    }
+
+    fn pid(&self) -> i32 {
+        self.0.id().cast_signed()
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn inside<T: Send>(net: &OwnedFd, work: impl FnOnce() -> T + Send) -> T {
+    namespace::run_inside(&[(NamespaceKind::Net, net.as_fd())], work).unwrap()
+}
+
+/// A namespace whose loopback is up, with both ends of a connection in it.
+fn connected() -> (OwnedFd, TcpStream, TcpStream) {
+    let net = namespace::create(&[NamespaceKind::Net]).unwrap().remove(0);
+    let (client, server) = inside(&net, || {
+        let up = Command::new("ip")
+            .args(["link", "set", "lo", "up"])
+            .status();
+        assert!(up.unwrap().success());
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (client, listener.accept().unwrap().0)
+    });
+    (net, client, server)
+}
+
+fn sockets(holder: &Holder) -> BTreeSet<u64> {
+    let entries = fs::read_dir(format!("/proc/{}/fd", holder.pid())).unwrap();
+    let inode = |entry: fs::DirEntry| Some(fs::metadata(entry.path()).ok()?.ino());
+    entries.flatten().filter_map(inode).collect()
+}
+
+#[test]
+fn a_peer_outside_the_tree_is_named_with_both_ends() {
+    let (net, client, server) = connected();
+    let (here, there) = (client.local_addr().unwrap(), server.local_addr().unwrap());
+    let tree = Holder::new(&net, client.into(), None);
+    let held = sockets(&tree);
+    let refused = check(tree.pid(), &[tree.pid()], |inode| held.contains(&inode)).unwrap_err();
+    assert_eq!(refused.code(), ErrorCode::LoopbackPeer);
+    let (own, peer) = (tree.pid(), std::process::id());
+    for part in [
+        format!("process {own} "),
+        format!("{here} to {there}"),
+        format!("process {peer} ("),
+    ] {
+        assert!(refused.text().contains(&part), "{refused}");
+    }
+    drop(server);
+    // The tree still has its end, and nobody has the other.
+    check(tree.pid(), &[tree.pid()], |inode| held.contains(&inode)).unwrap();
+}
+
+#[test]
+fn a_connection_within_the_tree_is_no_objection_even_if_it_is_new() {
+    let (net, client, server) = connected();
+    let client_inode = fs::metadata(format!("/proc/self/fd/{}", fd(&client)))
+        .unwrap()
+        .ino();
+    let tree = Holder::new(&net, client.into(), Some(server.into()));
+    // As if the other end had come into being after the tree was asked what it holds.
+    check(tree.pid(), &[tree.pid()], |inode| inode == client_inode).unwrap();
+}
+
+fn fd(stream: &TcpStream) -> i32 {
+    std::os::fd::AsRawFd::as_raw_fd(stream)
+}
