@@ -1,14 +1,16 @@
 //! Small workloads with state that is hard to move, each of which checks itself: the program
 //! `lab-cases`.
 //!
-//! A case arranges its state, is moved (or is not), and says what has become of it. It talks by files
-//! in a folder of its own, which is never kept open, so that only the state of the case is moved:
+//! A case arranges its state, is moved (or is not), and says what has become of it. It talks by
+//! files in a folder of its own, which is never kept open, so that only the state of the case is
+//! moved:
 //!
 //! | file | by | means |
 //! |---|---|---|
 //! | `ready` | the case | the state is arranged |
 //! | `check` | the lab | what has become of it? |
-//! | `result` | the case | the longest time it stood still since the last check, in milliseconds, and a line for each thing that is wrong |
+//! | `result` | the case | the longest time it stood still since the last check, in milliseconds,
+//! and a line for each thing that is wrong |
 //!
 //! After a check the state is arranged anew.
 

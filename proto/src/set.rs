@@ -205,8 +205,8 @@ impl PageSet {
         }
     }
 
-    /// Removes the pages of `other`. Linear in the runs of `other` and in those of this set that lie
-    /// between its first and last page.
+    /// Removes the pages of `other`. Linear in the runs of `other` and in those of this set that
+    /// lie between its first and last page.
     pub fn difference_with(&mut self, other: &Self) {
         let Some((first, last)) = other.runs.first().zip(other.runs.last()) else {
             return;

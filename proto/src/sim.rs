@@ -3,8 +3,8 @@
 //!
 //! A [`World`] is moved on by [`Step`]s, of which it names those that are possible now, and
 //! disturbed by [`Op`]s: crashes, power losses, broken connections, failing actions, aborts and
-//! fences, and journals that are removed once nobody needs them. Whoever chooses them decides everything; nothing here is random. After each one the
-//! oracles are asked:
+//! fences, and journals that are removed once nobody needs them. Whoever chooses them decides
+//! everything; nothing here is random. After each one the oracles are asked:
 //!
 //! - at most one side runs the workload;
 //! - after a durable commit the source thaws only with a durable refusal at the target or a

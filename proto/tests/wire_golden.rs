@@ -528,68 +528,35 @@ fn a_field_of_a_newer_version_is_skipped() {
 // clause: C-3
 #[test]
 fn an_offer_over_a_limit_is_refused() {
-    let check = |change: fn(&mut Offer), field| {
-        let mut offer = offer();
-        change(&mut offer);
+    let refused = |offer, field| {
         let bytes = Message::from(SourceMessage::Offer(Box::new(offer)))
             .encode()
             .unwrap();
         let error = Message::decode(&bytes[frame::HEADER_BYTES..]).unwrap_err();
         assert!(error.to_string().contains(field), "{error}");
     };
-    check(
-        |offer| offer.policy.rounds_max = 0,
-        "offer.policy.rounds_max",
-    );
-    check(
-        |offer| offer.policy.rounds_max = 1001,
-        "offer.policy.rounds_max",
-    );
-    check(
-        |offer| offer.description.root_pid = 0,
-        "description.root_pid",
-    );
-    check(|offer| offer.description.pids[1] = -1, "description.pids");
-    check(
-        |offer| offer.description.spaces[0].vpid = SpaceId(0),
-        "space.vpid",
-    );
-    check(
-        |offer| offer.description.hostname = "a".repeat(65),
-        "description name",
-    );
-    check(
-        |offer| offer.description.cwd = "a".repeat(4097),
-        "description path",
-    );
-    check(
-        |offer| offer.description.shared[0].path = "data".to_owned(),
-        "shared path",
-    );
-    check(
-        |offer| offer.description.shared = vec![shared(); 257],
-        "description.shared",
-    );
-    check(
-        |offer| offer.description.cpu.as_mut().unwrap().xcr0 = 3,
-        "cpu.components",
-    );
-    check(
-        |offer| offer.description.links[0].name = String::new(),
-        "link.name",
-    );
-    check(
-        |offer| offer.description.links[0].addresses[0].prefix = 33,
-        "link.addresses",
-    );
-    check(
-        |offer| offer.description.files[0].path = String::new(),
-        "file.path",
-    );
-    check(
-        |offer| offer.description.spaces = vec![space(); 4097],
-        "description.spaces",
-    );
+    for rounds_max in [0, 1001] {
+        let mut offer = offer();
+        offer.policy.rounds_max = rounds_max;
+        refused(offer, "offer.policy.rounds_max");
+    }
+    let check = |change: fn(&mut WorkloadDescription), field| {
+        let mut offer = offer();
+        change(&mut offer.description);
+        refused(offer, field);
+    };
+    check(|it| it.root_pid = 0, "description.root_pid");
+    check(|it| it.pids[1] = -1, "description.pids");
+    check(|it| it.spaces[0].vpid = SpaceId(0), "space.vpid");
+    check(|it| it.hostname = "a".repeat(65), "description name");
+    check(|it| it.cwd = "a".repeat(4097), "description path");
+    check(|it| it.shared[0].path = "data".to_owned(), "shared path");
+    check(|it| it.shared = vec![shared(); 257], "description.shared");
+    check(|it| it.cpu.as_mut().unwrap().xcr0 = 3, "cpu.components");
+    check(|it| it.links[0].name = String::new(), "link.name");
+    check(|it| it.links[0].addresses[0].prefix = 33, "link.addresses");
+    check(|it| it.files[0].path = String::new(), "file.path");
+    check(|it| it.spaces = vec![space(); 4097], "description.spaces");
     let mut offer = offer();
     offer.description.shared = vec![shared(); 256];
     for shared in &mut offer.description.shared {

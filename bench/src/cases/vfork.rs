@@ -1,5 +1,5 @@
-//! A thread that starts a program by `vfork`, caught before the child becomes that program: the child
-//! lives in its parent's memory, and the thread cannot be interrupted.
+//! A thread that starts a program by `vfork`, caught before the child becomes that program: the
+//! child lives in its parent's memory, and the thread cannot be interrupted.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

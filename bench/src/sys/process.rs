@@ -26,8 +26,8 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Makes a child in this process's memory and waits until it has ended, as `vfork` does; its id. The
-/// child does nothing but count in `beats` while `wanted` is not 0.
+/// Makes a child in this process's memory and waits until it has ended, as `vfork` does; its id.
+/// The child does nothing but count in `beats` while `wanted` is not 0.
 pub fn vfork_while(wanted: &AtomicU64, beats: &AtomicU64) -> io::Result<i32> {
     extern "C" fn stay(flags: *mut libc::c_void) -> libc::c_int {
         // SAFETY: the two references below, whose owner waits in the kernel until this has ended.

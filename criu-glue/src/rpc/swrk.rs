@@ -76,8 +76,8 @@ pub struct SwrkConfig {
 pub struct ViewFds {
     /// `libcriu_view.so`, as seen in the mount namespace the worker is started in.
     pub library: PathBuf,
-    /// The freezer cgroup that holds the tree, if the dump is told of one: without it CRIU waits for
-    /// ever for a task that job control has stopped and the v1 freezer has frozen.
+    /// The freezer cgroup that holds the tree, if the dump is told of one: without it CRIU waits
+    /// for ever for a task that job control has stopped and the v1 freezer has frozen.
     pub freezer: Option<PathBuf>,
     pub feed: OwnedFd,
 }

@@ -3,8 +3,8 @@
 //! A process whose session's leader is dead was adopted by the root of its tree. CRIU restores it
 //! as a child of a helper that leads the session and ends, and waits for the root to adopt it. That
 //! is what the init of a pid namespace does; any other root must be a child subreaper by then, and
-//! CRIU makes it one only at the end. So where it is asked for, the root becomes one when it becomes
-//! the leader of its own session, which is before it has children.
+//! CRIU makes it one only at the end. So where it is asked for, the root becomes one when it
+//! becomes the leader of its own session, which is before it has children.
 //!
 //! Invariant: only the first process that CRIU forks and that leads a session is changed; CRIU's
 //! own memory, and this library in it, is gone from a process before it runs.

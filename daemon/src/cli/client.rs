@@ -16,7 +16,10 @@ use crate::api::schema::control_client::ControlClient;
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// There is no daemon at the socket.
-    #[error("cannot reach pageferryd at {}: {why}: is it running, and are you root?", socket.display())]
+    #[error(
+        "cannot reach pageferryd at {}: {why}: is it running, and are you root?",
+        socket.display()
+    )]
     Unreachable {
         /// The socket.
         socket: PathBuf,

@@ -1,4 +1,5 @@
-//! Attempts that were refused before they began: nothing is on disk of them, and nothing was touched.
+//! Attempts that were refused before they began: nothing is on disk of them, and nothing was
+//! touched.
 //!
 //! Kept in memory, the last few of them, so that whoever looks later sees that there was one.
 

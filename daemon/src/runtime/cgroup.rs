@@ -30,8 +30,8 @@ pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
 const FREEZE_POLL: Duration = Duration::from_micros(100);
 
 /// How often the kernel is asked to freeze, until it has: a task on its way into a stop of job
-/// control does not notice the v1 freezer, and once it is stopped it is frozen only when it is asked
-/// for anew.
+/// control does not notice the v1 freezer, and once it is stopped it is frozen only when it is
+/// asked for anew.
 const FREEZE_AGAIN: Duration = Duration::from_millis(3);
 
 /// How often it is looked whether tasks have died.

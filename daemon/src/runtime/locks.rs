@@ -4,9 +4,9 @@
 //! restores it before that, would wait for it. So a workload that holds one is refused, by name.
 //! Most programs hold such locks for moments only, and are moved between two of them.
 //!
-//! What the kernel shows with a descriptor are locks that are held: record locks of the process, those
-//! of the open file (`flock`, OFD locks) and leases. Who only waits for one holds nothing. Absent:
-//! locks on files that are not shared, which go along.
+//! What the kernel shows with a descriptor are locks that are held: record locks of the process,
+//! those of the open file (`flock`, OFD locks) and leases. Who only waits for one holds nothing.
+//! Absent: locks on files that are not shared, which go along.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -88,8 +88,8 @@ impl Locks {
 
 /// The locks that the kernel shows with a descriptor, each without its number and the file's.
 fn locks(info: &str) -> impl Iterator<Item = String> + '_ {
-    // "lock:	1: POSIX  ADVISORY  WRITE 4711 00:1f:42 0 99": number, kind, strictness, access, whose,
-    // where, from and to.
+    // "lock:  1: POSIX  ADVISORY  WRITE 4711 00:1f:42 0 99": number, kind, strictness, access,
+    // whose, where, from and to.
     info.lines().filter_map(|line| {
         let mut words = line.strip_prefix("lock:")?.split_whitespace().skip(1);
         let (kind, _, access) = (words.next()?, words.next()?, words.next()?);

@@ -195,7 +195,8 @@ async fn answers_outlast_restarts() {
 fn offered(root: i32, started: u64, freezer: &std::path::Path) -> Vec<Entry> {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     let state = format!(
-        r#"{{"root":{root},"started":{started},"boot":"{}","freezer":"{}","origin":null,"ports":[]}}"#,
+        r#"{{"root":{root},"started":{started},"boot":"{}","freezer":"{}",
+            "origin":null,"ports":[]}}"#,
         boot.trim_end(),
         freezer.display()
     );

@@ -40,8 +40,8 @@ pub const REDIAL: Duration = Duration::from_millis(500);
 /// release, a start.
 pub const RETRY: Duration = Duration::from_secs(1);
 
-/// How long the source tries to tell the target that a migration is aborted, or settled. Long enough for a
-/// node to boot; after that the operator frees what the target may still hold.
+/// How long the source tries to tell the target that a migration is aborted, or settled. Long
+/// enough for a node to boot; after that the operator frees what the target may still hold.
 pub const TELL_MAX: Duration = Duration::from_secs(600);
 
 /// One of the two nodes of a migration.

@@ -98,8 +98,8 @@ pub enum SourceEvent {
     /// [`SourceAction::Connect`] failed, or the connection is gone. Comes before the next
     /// `PeerConnected`.
     PeerLost,
-    /// Instead of `PeerLost`: the connection is gone, or there is none, because one of the two nodes
-    /// does not want it.
+    /// Instead of `PeerLost`: the connection is gone, or there is none, because one of the two
+    /// nodes does not want it.
     PeerRefused(Failure),
     /// [`SourceAction::Release`] is done: the frozen copy is gone.
     Released,

@@ -174,9 +174,10 @@ impl World {
                 "the target says started before the workload runs",
             ),
             TargetMessage::Unknown { generation } => {
-                let decided = |entry: &Entry| {
-                    matches!(entry, Entry::Running { generation: ours } if ours == generation)
-                        || matches!(entry, Entry::Refused { generation: ours } if ours >= generation)
+                let decided = |entry: &Entry| match entry {
+                    Entry::Running { generation: ours } => ours == generation,
+                    Entry::Refused { generation: ours } => ours >= generation,
+                    _ => false,
                 };
                 self.demand(
                     !(is_known(&decided) && self.source_may_ask()),

@@ -147,8 +147,8 @@ impl Shared {
     }
 
     /// CRIU's turn: fills the call and hands it over by `notify`; `alive` is asked whenever
-    /// `patience` is over whether anybody is left to answer. Gives what `read` makes of the answered call and of
-    /// whether a signal was handled meanwhile.
+    /// `patience` is over whether anybody is left to answer. Gives what `read` makes of the
+    /// answered call and of whether a signal was handled meanwhile.
     ///
     /// Not to be called by a signal handler that interrupts it.
     pub fn ask<T>(

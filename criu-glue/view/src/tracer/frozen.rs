@@ -3,8 +3,8 @@
 //! The kernel does not return from `PTRACE_SEIZE` of a stopped thread before the thread has turned
 //! its stop into a trap, and a frozen thread does that when it is thawed. CRIU seizes all first and
 //! thaws then, so it would wait for ever. A thread whose seizure is stuck is therefore moved out of
-//! the frozen cgroup, and back when it has trapped. It is seized at that moment, which is what makes
-//! this safe: neither SIGCONT nor anything else gets it further than to its trap.
+//! the frozen cgroup, and back when it has trapped. It is seized at that moment, which is what
+//! makes this safe: neither SIGCONT nor anything else gets it further than to its trap.
 //!
 //! In cgroup v2 nobody waits: a frozen thread traps.
 

@@ -46,7 +46,8 @@ impl Delivered {
             return Ok(());
         };
         let text = format!(
-            "{} of {} live pages of space {space} were not sent as they are now, the first at {:#x}",
+            "{} of {} live pages of space {space} were not sent as they are now, \
+                     the first at {:#x}",
             missing.len(),
             live.len(),
             first.address()

@@ -166,6 +166,9 @@ impl Intake {
         let shared = Arc::clone(&self.shared);
         let checked = tokio::task::spawn_blocking(move || {
             shared.settle()?;
+            // An attempt without images has a folder all the same.
+            let folder = shared.images_of(last.generation);
+            fs::create_dir_all(&folder).map_err(|error| image_failed(&folder, &error))?;
             if last.verify { shared.verify() } else { Ok(()) }
         });
         checked.await.map_err(|error| internal(&error))?
@@ -378,8 +381,8 @@ impl Shared {
         Ok(())
     }
 
-    /// The file for an image, if its attempt is collected. Images are on a tmpfs, so they are memory
-    /// like the store's, and count as such.
+    /// The file for an image, if its attempt is collected. Images are on a tmpfs, so they are
+    /// memory like the store's, and count as such.
     fn begin_image(&self, header: &ImageFileHeader, path: &Path) -> Result<Option<File>, Failure> {
         let generation = header.generation();
         if self.enter(|ledger| ledger.collect(generation))? == Arrival::Late {

@@ -1,5 +1,5 @@
-//! What was made for an incoming migration of which there is no record: the daemon was killed before
-//! the first one.
+//! What was made for an incoming migration of which there is no record: the daemon was killed
+//! before the first one.
 //!
 //! Invariant: nothing is taken away that holds a process, or a pager that has restored anything.
 //! Whatever is to run or is held has a record, so this finds only what was made to wait.

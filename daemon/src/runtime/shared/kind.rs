@@ -52,8 +52,8 @@ pub fn name(number: u64) -> String {
 
 /// Whether syncfs(2) waits until what was written is with the file system. On FUSE it does not:
 /// Linux 6.19, and stable kernels since, ask nobody to write back and wait for nothing
-/// (`AS_NO_DATA_INTEGRITY`, later `SB_I_NO_DATA_INTEGRITY`), so that a server that hangs cannot hang
-/// a suspend. There fsync(2) of each file does it.
+/// (`AS_NO_DATA_INTEGRITY`, later `SB_I_NO_DATA_INTEGRITY`), so that a server that hangs cannot
+/// hang a suspend. There fsync(2) of each file does it.
 pub const fn syncfs_waits(number: u64) -> bool {
     number != FUSE
 }
@@ -92,10 +92,10 @@ const COHERENT: &[(u64, &str)] = &[
     (0x4750_4653, "gpfs"),
 ];
 
-/// nfs(5): close-to-open, mapped pages are not looked at again. CIFS and SMB: with a lease only. 9p:
-/// by its option, none by default. FUSE: when a file is opened, and attributes for a time that its
-/// server chooses. CephFS is coherent for read and write, but not for pages that are mapped: says its
-/// own documentation ("Differences from POSIX").
+/// nfs(5): close-to-open, mapped pages are not looked at again. CIFS and SMB: with a lease only.
+/// 9p: by its option, none by default. FUSE: when a file is opened, and attributes for a time that
+/// its server chooses. CephFS is coherent for read and write, but not for pages that are mapped:
+/// says its own documentation ("Differences from POSIX").
 const ON_OPEN: &[(u64, &str)] = &[
     (0x6969, "nfs"),
     (0xff53_4d42, "cifs"),

@@ -1,10 +1,10 @@
 //! Storage that both nodes share, as the operator declares it.
 //!
 //! Files are not moved. A workload may write only what is below such a path, so it must be proven
-//! that the path is the same storage at the target ([`Storage::offer`], [`check`]); what was written
-//! must be with the storage before the target reads it ([`sync`]), and the target must see it
-//! ([`lengths`]); and memory that both nodes' page
-//! caches would have to agree on must not be there ([`mappings`]).
+//! that the path is the same storage at the target ([`Storage::offer`], [`check`]); what was
+//! written must be with the storage before the target reads it ([`sync`]), and the target must see
+//! it ([`lengths`]); and memory that both nodes' page caches would have to agree on must not be
+//! there ([`mappings`]).
 //!
 //! A mount below a declared path counts like the path: it is proven and synced by itself. Paths are
 //! those of the node, without symbolic links, as the kernel names open files.

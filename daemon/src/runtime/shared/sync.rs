@@ -6,8 +6,8 @@
 //!
 //! Pages written through shared mappings are covered: the first store to a clean page of a file
 //! marks it dirty in the page cache (`page_mkwrite`), and writing it back makes the page read-only
-//! again in every mapping (`folio_mkclean`), so that the next store marks it anew. Nothing that only
-//! page tables know is left out.
+//! again in every mapping (`folio_mkclean`), so that the next store marks it anew. Nothing that
+//! only page tables know is left out.
 //!
 //! A server that does not answer holds the thread that syncs and nobody else: whoever waits can
 //! stop. Descriptors are kept from the survey on, so that an error of any write since is told.

@@ -64,7 +64,9 @@ fn an_io_uring_is_refused() {
 fn a_refused_io_uring_says_what_helps() {
     let mut trial = start();
     trial.tell("io-uring");
-    let found = refuse::find(trial.pid(), &Support::probe().unwrap()).unwrap().unwrap();
+    let found = refuse::find(trial.pid(), &Support::probe().unwrap())
+        .unwrap()
+        .unwrap();
     assert!(found.text().contains("io_uring_setup"), "{found}");
 }
 
