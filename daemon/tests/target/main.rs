@@ -35,6 +35,7 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::{Final, Offer, SourceMessage, TargetMessage};
 use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
 use pageferry_proto::wire::needs::{Needs, ResourceLimits};
+use pageferry_proto::wire::stream::{ImageFileHeader, ImageName, StreamKind, seal};
 use pageferry_proto::wire::version::Version;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
@@ -151,6 +152,26 @@ impl Target {
             description: description(needs),
         };
         self.say(SourceMessage::Offer(Box::new(offer))).await;
+    }
+
+    /// Sends the image of a tree of one process.
+    async fn send_tree(&self) {
+        let name = ImageName::new("pstree.img").unwrap();
+        // The magic numbers of all images and of this one, and one record: its length, and a
+        // process 1 of no group and no session with one thread.
+        let mut image = [0x5456_4319_u32, 0x5027_3030, 10]
+            .map(u32::to_le_bytes)
+            .concat();
+        image.extend([0x08, 1, 0x10, 0, 0x18, 0, 0x20, 0, 0x28, 1]);
+        let header = ImageFileHeader::new(Generation::FIRST, name, image.len() as u64);
+        let mut body = header.unwrap().encode();
+        body.extend(image);
+        seal(&mut body);
+        let sent = self
+            .source
+            .data
+            .send_stream(StreamKind::ImageFile, body.into());
+        sent.await.unwrap();
     }
 
     async fn abort(&mut self) {
@@ -305,10 +326,11 @@ async fn a_source_that_gives_up_ends_a_restore_whose_criu_never_answers() {
         parcels: 0,
         pages: PageCount::ZERO,
         live_sets: 0,
-        images: 0,
+        images: 1,
         digests: 0,
         verify: false,
     };
+    target.send_tree().await;
     target.say(SourceMessage::Final(last)).await;
     let heard = target.hear().await;
     assert!(

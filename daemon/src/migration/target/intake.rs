@@ -166,9 +166,6 @@ impl Intake {
         let shared = Arc::clone(&self.shared);
         let checked = tokio::task::spawn_blocking(move || {
             shared.settle()?;
-            // An attempt without images has a folder all the same.
-            let folder = shared.images_of(last.generation);
-            fs::create_dir_all(&folder).map_err(|error| image_failed(&folder, &error))?;
             if last.verify { shared.verify() } else { Ok(()) }
         });
         checked.await.map_err(|error| internal(&error))?
