@@ -52,7 +52,20 @@ fn answers(connection: &mut TcpStream) {
 
 /// The first thread runs CRIU's parasite, which ends when CRIU's sockets close. Its own code must
 /// not run before its sockets are right again, however late the tracer hears of CRIU's end.
+///
+/// CRIU's log tells a moment late where it is, so it may be past the parasite when it is stopped. With
+/// the fault that this is about the parasite is over each time.
 pub async fn a_late_tracer_finds_the_parasite_still_at_work() {
+    let mut missed = Vec::new();
+    while let Err(miss) = late_tracer().await {
+        missed.push(miss);
+        assert!(missed.len() < LATE_TRIES, "{}", missed.join("; "));
+    }
+}
+
+/// Kills CRIU and has its tracer hear of it late; where the first thread was if the parasite was
+/// over by then.
+async fn late_tracer() -> Result<(), String> {
     let workload = Workload::start_with(&[], 1, THREADS);
     let mut connections = workload.dial();
     connections.iter_mut().for_each(answers);
@@ -74,20 +87,13 @@ pub async fn a_late_tracer_finds_the_parasite_still_at_work() {
         }
     }
     kill(criu, Signal::SIGSTOP).expect("our child");
-    assert!(
-        !said().contains("Curing"),
-        "the parasite was over before we looked"
-    );
+    let cured = said().contains("Curing");
     kill(late, Signal::SIGSTOP).expect("root");
     kill(criu, Signal::SIGKILL).expect("our child");
     worker.wait().await.expect("our child");
     let at = wait_until("a system call", || program_counter(&workload));
     let shared = traces(&workload).0;
     kill(late, Signal::SIGCONT).expect("root");
-    assert!(
-        shared.iter().any(|mapping| has(mapping, at)),
-        "the first thread is at {at:#x}, out of {shared:?}"
-    );
     while worker.next().await.is_ok() {}
     workload.check();
     connections.iter_mut().for_each(answers);
@@ -98,6 +104,10 @@ pub async fn a_late_tracer_finds_the_parasite_still_at_work() {
         let address = connection.peer_addr().expect("it was connected");
         TcpListener::bind(address).expect("SO_REUSEADDR at both");
     }
+    if !cured && shared.iter().any(|mapping| has(mapping, at)) {
+        return Ok(());
+    }
+    Err(format!("the first thread is at {at:#x}, out of {shared:?}"))
 }
 
 /// What the kernel would have had it begin anew, because something else ran in between, it begins
@@ -271,4 +281,5 @@ fn traces(workload: &Workload) -> (Vec<String>, Vec<PathBuf>, Vec<String>) {
 
 const OPEN_A_FILE: &str = "echo x >one; exec 3<>one; ln one two; rm one; exec \"$0\" \"$@\"";
 const THREADS: usize = 3;
+const LATE_TRIES: usize = 12;
 const STEP: usize = 1;
