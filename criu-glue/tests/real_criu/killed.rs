@@ -53,8 +53,8 @@ fn answers(connection: &mut TcpStream) {
 /// The first thread runs CRIU's parasite, which ends when CRIU's sockets close. Its own code must
 /// not run before its sockets are right again, however late the tracer hears of CRIU's end.
 ///
-/// CRIU's log tells a moment late where it is, so it may be past the parasite when it is stopped. With
-/// the fault that this is about the parasite is over each time.
+/// CRIU's log tells a moment late where it is, so it may be past the parasite when it is stopped.
+/// With the fault that this is about the parasite is over each time.
 pub async fn a_late_tracer_finds_the_parasite_still_at_work() {
     let mut missed = Vec::new();
     while let Err(miss) = late_tracer().await {
