@@ -20,7 +20,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use thiserror::Error;
 
-use super::hierarchies::FOLDER;
+use super::hierarchies::{FOLDER, Hierarchies};
 use crate::sys::task;
 
 /// How long a freeze may take before it is given up: tasks in uninterruptible sleep do not freeze.
@@ -137,37 +137,18 @@ pub struct FreezerRoot {
 impl FreezerRoot {
     /// Finds the freezer this node offers: the v1 hierarchy if it is mounted, else cgroup v2.
     pub fn detect() -> Result<Self, CgroupError> {
-        let path = PathBuf::from("/proc/self/mountinfo");
-        let mounts = fs::read_to_string(&path).map_err(|source| CgroupError::Io {
-            action: "reading",
-            path,
-            source,
-        })?;
-        Self::from_mountinfo(&mounts).ok_or(CgroupError::NoFreezer)
+        Self::among(&Hierarchies::detect()?).ok_or(CgroupError::NoFreezer)
     }
 
-    fn from_mountinfo(mounts: &str) -> Option<Self> {
-        let mut unified = None;
-        for line in mounts.lines() {
-            let (left, right) = line.split_once(" - ")?;
-            let point = PathBuf::from(left.split(' ').nth(4)?);
-            let mut right = right.split(' ');
-            let (kind, options) = (right.next()?, right.nth(1)?);
-            if kind == "cgroup" && options.split(',').any(|option| option == "freezer") {
-                return Some(Self {
-                    directory: point.join(FOLDER),
-                    hierarchy: point,
-                    version: FreezerVersion::V1,
-                });
-            }
-            if kind == "cgroup2" {
-                unified.get_or_insert(point);
-            }
-        }
-        unified.map(|point| Self {
-            directory: point.join(FOLDER),
-            hierarchy: point,
-            version: FreezerVersion::V2,
+    fn among(hierarchies: &Hierarchies) -> Option<Self> {
+        let (found, version) = match hierarchies.with("freezer") {
+            Some(found) => (found, FreezerVersion::V1),
+            None => (hierarchies.unified()?, FreezerVersion::V2),
+        };
+        Some(Self {
+            hierarchy: found.point.clone(),
+            directory: found.ours(),
+            version,
         })
     }
 

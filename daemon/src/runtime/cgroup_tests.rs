@@ -138,7 +138,8 @@ fn a_tree_of_version_2_is_frozen_below_its_own_cgroup_and_keeps_its_limits() {
         .filter(|line| line.contains(" - cgroup2 "))
         .map(|line| format!("{line}\n"))
         .collect();
-    let root = FreezerRoot::from_mountinfo(&unified).expect("cgroup2 is mounted");
+    let root =
+        FreezerRoot::among(&Hierarchies::from_mountinfo(&unified)).expect("cgroup2 is mounted");
     let top = root.directory.parent().expect("a mount point");
     let own = top.join(format!("test-place-{}", std::process::id()));
     let aside = top.join(format!("test-place-aside-{}", std::process::id()));
@@ -182,10 +183,10 @@ fn a_tree_of_version_2_is_frozen_below_its_own_cgroup_and_keeps_its_limits() {
 fn the_v1_hierarchy_is_preferred_and_v2_is_the_fallback() {
     let v2 = "30 24 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n";
     let both = format!("{v2}31 24 0:27 / /cg/freezer rw - cgroup cgroup rw,freezer\n");
-    let root = FreezerRoot::from_mountinfo(v2).expect("v2");
+    let root = FreezerRoot::among(&Hierarchies::from_mountinfo(v2)).expect("v2");
     assert_eq!(root.version(), FreezerVersion::V2);
-    let root = FreezerRoot::from_mountinfo(&both).expect("v1");
+    let root = FreezerRoot::among(&Hierarchies::from_mountinfo(&both)).expect("v1");
     assert_eq!(root.version(), FreezerVersion::V1);
     assert_eq!(root.directory, Path::new("/cg/freezer/pageferry"));
-    assert!(FreezerRoot::from_mountinfo("").is_none());
+    assert!(FreezerRoot::among(&Hierarchies::from_mountinfo("")).is_none());
 }

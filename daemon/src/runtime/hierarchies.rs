@@ -78,7 +78,7 @@ impl Hierarchies {
         Ok(Self::from_mountinfo(&mounts))
     }
 
-    fn from_mountinfo(mounts: &str) -> Self {
+    pub(super) fn from_mountinfo(mounts: &str) -> Self {
         let mut found: Vec<Hierarchy> = Vec::new();
         for line in mounts.lines() {
             let Some((left, right)) = line.split_once(" - ") else {
