@@ -7,6 +7,7 @@
 mod node;
 
 use std::fs;
+use std::path::Path;
 
 use node::{ANY_PORT, DEADLINE, Node, Sleeper, has_pager, name, pager, status, until};
 use pageferry::migration::journal::FINISHED_MAX;
@@ -192,7 +193,7 @@ async fn answers_outlast_restarts() {
 }
 
 /// The journal of a source of which nothing was decided.
-fn offered(root: i32, started: u64, freezer: &std::path::Path) -> Vec<Entry> {
+fn offered(root: i32, started: u64, freezer: &Path) -> Vec<Entry> {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     let state = format!(
         r#"{{"root":{root},"started":{started},"boot":"{}","freezer":"{}",
@@ -249,19 +250,25 @@ async fn who_got_the_pid_of_the_root_is_nothing_to_a_restarted_source() {
     tracing.join().unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_was_left_of_an_unrecorded_beginning_is_removed() {
-    let node = Node::new();
-    let folder = node.migration_folder(id(2));
-    fs::create_dir(&folder).unwrap();
+/// A pager that holds nothing, in a folder made for it.
+async fn idle_pager(folder: &Path, id: MigrationId) -> PagerClient {
+    fs::create_dir(folder).unwrap();
     let spawn = Spawn {
         program: pager().into(),
-        directory: folder.clone(),
-        id: id(2),
+        directory: folder.to_owned(),
+        id,
         cgroup_procs: Vec::new(),
         watcher_cgroup_procs: Vec::new(),
     };
     let (client, _notices) = PagerClient::spawn(&spawn).await.unwrap();
+    client
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_left_of_an_unrecorded_beginning_is_removed() {
+    let node = Node::new();
+    let folder = node.migration_folder(id(2));
+    let client = idle_pager(&folder, id(2)).await;
     // Its daemon is killed.
     drop(client);
     let empty = node.freezer(&id(2).to_string());
@@ -286,15 +293,7 @@ async fn what_a_migration_of_the_journal_has_is_left_alone() {
     let node = Node::new();
     node.write(id(4), &ran()[..3], 0);
     let folder = node.migration_folder(id(4));
-    fs::create_dir(&folder).unwrap();
-    let spawn = Spawn {
-        program: pager().into(),
-        directory: folder.clone(),
-        id: id(4),
-        cgroup_procs: Vec::new(),
-        watcher_cgroup_procs: Vec::new(),
-    };
-    let (client, _notices) = PagerClient::spawn(&spawn).await.unwrap();
+    let client = idle_pager(&folder, id(4)).await;
     client.close();
     drop(client);
     let _registry = node.start(node.endpoint("b", &[])).await;
@@ -317,7 +316,7 @@ async fn a_refused_attempt_is_remembered_and_a_workload_that_moved_is_found() {
             workload: WorkloadName::Process(gone),
             peer: name("a"),
             policy: Policy::DEFAULT,
-            state: match &offered(gone, 1, std::path::Path::new("/gone"))[0] {
+            state: match &offered(gone, 1, Path::new("/gone"))[0] {
                 Entry::Offered(offered) => offered.state.clone(),
                 _ => state,
             },
