@@ -82,14 +82,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     })
     .await
     .context("reading the journals")?;
-    let defaults = Policy {
-        downtime_max: config.migrate.downtime_max,
-        rounds_max: config.migrate.rounds_max,
-        timeout: config.migrate.timeout,
-        verify: false,
-        force_eager: false,
-        frozen_max: config.migrate.frozen_max,
-    };
+    let defaults = defaults(&config);
     let listener = Listener::start(endpoint);
     let control = api::LocalControl::new(config.node.clone(), registry.clone(), defaults);
     let served = api::serve(&config.api_socket(), control).context("opening the control socket")?;
@@ -100,6 +93,18 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     registry.give_up().await;
     served.stop().await;
     Ok(())
+}
+
+/// How a workload moves of which nobody says more.
+fn defaults(config: &Config) -> Policy {
+    Policy {
+        downtime_max: config.migrate.downtime_max,
+        rounds_max: config.migrate.rounds_max,
+        timeout: config.migrate.timeout,
+        verify: false,
+        force_eager: false,
+        frozen_max: config.migrate.frozen_max,
+    }
 }
 
 /// Takes in the sessions that other nodes open, until a signal to stop.

@@ -55,7 +55,7 @@ fn the_workload_runs_for_a_while_between_a_thaw_and_the_next_round() {
     assert_eq!(source.wait(2 * pause), []);
     assert_eq!(source.feed(SourceEvent::Thawed), []);
     assert_eq!(source.wait(pause / 2), []);
-    assert_eq!(source.wait(pause / 2), [next.clone()]);
+    assert_eq!(source.wait(pause / 2), std::slice::from_ref(&next));
     let mut source = Source::finishing();
     source.feed(SourceEvent::Retry(retry(pause)));
     source.feed(SourceEvent::Thawed);

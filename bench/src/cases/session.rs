@@ -153,15 +153,10 @@ impl Case for Orphans {
             wrong.push("the orphan does not run".to_owned());
         }
         if let Some(waiting) = self.waiting.take() {
-            let status = std::fs::read_to_string(format!("/proc/{waiting}/status"));
-            let status = status.unwrap_or_default();
-            let pending = ["SigPnd:", "ShdPnd:"].map(|name| {
-                let line = status.lines().find_map(|line| line.strip_prefix(name));
-                line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-            });
+            let pending = pending(waiting);
             if pending != [Some(0), Some(0)] {
                 wrong.push(format!(
-                    "a child was told that its parent had died: {pending:?}"
+                    "a child was told that its parent died: {pending:?}"
                 ));
             }
             end(waiting);
@@ -179,11 +174,9 @@ impl Case for Orphans {
         });
         waitpid(parent.context("forking")?, None).context("waiting for a parent")?;
         let orphan = self.is(ORPHAN);
-        if parent_of(orphan) != Some(getpid()) {
-            wrong.push(format!(
-                "the parent of a new orphan is {:?}",
-                parent_of(orphan)
-            ));
+        let adopter = parent_of(orphan);
+        if adopter != Some(getpid()) {
+            wrong.push(format!("the parent of a new orphan is {adopter:?}"));
         }
         let zombie = waitid(
             Id::Pid(self.is(ZOMBIE)),
@@ -195,6 +188,16 @@ impl Case for Orphans {
         [orphan, all[0], all[1]].into_iter().for_each(end);
         Ok(wrong)
     }
+}
+
+/// Masks of the signals that wait for a thread, and for its process.
+fn pending(pid: Pid) -> [Option<u64>; 2] {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
+    let status = status.unwrap_or_default();
+    ["SigPnd:", "ShdPnd:"].map(|name| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+    })
 }
 
 fn says(words: &[AtomicU64], who: usize) {

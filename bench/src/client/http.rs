@@ -228,7 +228,7 @@ impl Connection {
             Ok(()) | Err(Errno::EINPROGRESS) => {}
             Err(error) => return Err(error).with_context(|| format!("connecting to {target}")),
         }
-        let (path, expected) = if number % BLOB_EVERY == 0 {
+        let (path, expected) = if number.is_multiple_of(BLOB_EVERY) {
             let blob = (0..nginx::BLOB_BYTES).map(nginx::blob_byte).collect();
             ("/blob".to_owned(), blob)
         } else {

@@ -158,7 +158,7 @@ impl Site {
     }
 
     /// The processes of the workload: all are in its cgroup.
-    fn pids(&self) -> Result<Vec<i32>, Failure> {
+    pub(super) fn pids(&self) -> Result<Vec<i32>, Failure> {
         self.freezer
             .processes()
             .map_err(|error| freeze_failed(&error))

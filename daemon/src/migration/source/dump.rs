@@ -217,16 +217,6 @@ impl Dump {
         Ok(dump)
     }
 
-    /// Whether CRIU, brought to `pre-dump`, still waits there.
-    pub fn is_waiting(&self) -> bool {
-        self.swrk.is_open()
-    }
-
-    /// Why it does not wait any more.
-    pub fn ended(&self) -> DumpError {
-        self.failed(None)
-    }
-
     /// What CRIU is to see of memory; fill and publish it before [`Dump::run`].
     pub fn feed(&mut self) -> &mut Feed {
         &mut self.feed
@@ -240,8 +230,8 @@ impl Dump {
         self.advance(&NotifyScript::PostDump).await
     }
 
-    /// Whether the tasks have been held since [`Dump::run`] returned: to be asked when something
-    /// else holds them, too.
+    /// Whether CRIU is still there, and waits where it was brought to: at `pre-dump`, or since
+    /// [`Dump::run`] returned with the tasks held, to be asked when something else holds them, too.
     pub fn holds(&self) -> Result<(), DumpError> {
         if self.swrk.is_open() {
             Ok(())

@@ -12,6 +12,7 @@ mod calm;
 pub mod delivered;
 pub mod dump;
 mod failure;
+mod images;
 pub mod rounds;
 pub mod sent;
 pub mod site;

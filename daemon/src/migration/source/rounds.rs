@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -13,11 +12,12 @@ use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::parcel::ParcelHeader;
-use pageferry_proto::wire::stream::{ImageFileHeader, ImageName, SetHeader, StreamKind, seal};
+use pageferry_proto::wire::stream::{SetHeader, StreamKind, seal};
 use tokio::task::block_in_place;
 
 use super::dump::{Dump, DumpError};
 use super::failure::{criu_failed, failed_to_track, lost};
+use super::images;
 use super::sent::Sent;
 use super::site::{Lookout, Site};
 use super::storage;
@@ -25,15 +25,13 @@ use super::unread::{Unsent, Verdict};
 use super::verify;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
+use crate::pages::digest::Hashing;
 use crate::pages::read::Misses;
 use crate::pages::send::{ParcelSink, RoundSent, SendError};
 use crate::pages::track::tree::Tree;
 use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
 use crate::runtime::passing::Passing;
 use crate::runtime::shared::sync::Syncing;
-
-/// Bytes of an image file given to the network at once.
-const IMAGE_PIECE: usize = 256 << 10; // 256 KiB
 
 /// Parcels on one connection are data streams of it.
 struct Parcels<'a>(&'a DataSender, &'a Sent);
@@ -94,6 +92,14 @@ enum Unfit {
     Passing(Passing),
 }
 
+/// What was sent besides pages.
+#[derive(Debug)]
+struct Rest {
+    digests: u32,
+    images: u32,
+    image_bytes: u64,
+}
+
 impl Site {
     /// Sends what is pending and finds what became dirty meanwhile.
     pub async fn round(&mut self, round: Round) -> Result<RoundReport, Failure> {
@@ -107,8 +113,7 @@ impl Site {
         }
         let last_scan = self.scanned;
         let pending = std::mem::take(&mut self.pending);
-        let processes = || self.freezer.processes().unwrap_or_default();
-        let syncing = self.kept.sync_beside(processes);
+        let syncing = self.kept.sync_beside(&self.pids()?);
         // What was not sent is dirty again, or gone.
         let (sums, _) = self.send_pages(&pending, round, Misses::GiveUp).await?;
         let sent = began.elapsed();
@@ -235,8 +240,36 @@ impl Site {
         if hashing.is_some() {
             self.scan_again(&mut scans)?;
         }
-        let (data, images) = (self.data()?, self.dump()?.images().to_owned());
-        block_in_place(|| self.tell_lengths(&images))?;
+        let attempt = (generation, round);
+        let (mut sums, rest) = self.send_rest(sent, hashing, &scans, attempt).await?;
+        sums.wire_bytes += rest.image_bytes;
+        self.image_bytes = rest.image_bytes;
+        let (synced, image_bytes) = (self.synced, rest.image_bytes);
+        tracing::info!(%round, pages = sums.pages, wire_bytes = sums.wire_bytes, ?scanned,
+            ?frozen_in_criu, ?frozen_again, ?synced, images_sent = ?began.elapsed(), image_bytes,
+            "final round sent");
+        Ok(SourceEvent::Finished(FinalReport {
+            parcels: u32::try_from(sums.parcels).map_err(|error| internal(&error))?,
+            pages: PageCount(sums.pages),
+            live_sets: u32::try_from(scans.len()).map_err(|error| internal(&error))?,
+            images: rest.images,
+            digests: rest.digests,
+            raw_bytes: sums.raw_bytes,
+            wire_bytes: sums.wire_bytes,
+        }))
+    }
+
+    /// Sends what there is besides pages, and those too if they have not been sent, and waits for
+    /// the sync of shared storage.
+    async fn send_rest(
+        &mut self,
+        sent: Option<Sums>,
+        hashing: Option<Hashing>,
+        scans: &BTreeMap<SpaceId, FinalScan>,
+        (generation, round): (Generation, Round),
+    ) -> Result<(Sums, Rest), Failure> {
+        let (data, folder) = (self.data()?, self.dump()?.images().to_owned());
+        block_in_place(|| self.tell_lengths(&folder))?;
         let (waits, syncing) = (self.waits.clone(), self.kept.take_syncing());
         let synced = async {
             let synced = storage::synced(syncing, waits.cut());
@@ -249,30 +282,22 @@ impl Site {
         let last = async {
             match sent {
                 Some(sums) => Ok(sums),
-                None => self.send_verified(&scans, generation, round).await,
+                None => self.send_verified(scans, generation, round).await,
             }
         };
         let images = async {
-            let images = send_images(&data, generation, &images);
-            waits.on(Wait::Images, images).await?
+            let sending = images::send(&data, generation, &folder);
+            waits.on(Wait::Images, sending).await?
         };
-        let (digests, mut sums, (images, image_bytes), synced) =
+        let (digests, sums, (images, image_bytes), synced) =
             tokio::try_join!(digests, last, images, synced)?;
         self.synced = synced;
-        sums.wire_bytes += image_bytes;
-        self.image_bytes = image_bytes;
-        tracing::info!(%round, pages = sums.pages, wire_bytes = sums.wire_bytes, ?scanned,
-            ?frozen_in_criu, ?frozen_again, ?synced, images_sent = ?began.elapsed(), image_bytes,
-            "final round sent");
-        Ok(SourceEvent::Finished(FinalReport {
-            parcels: u32::try_from(sums.parcels).map_err(|error| internal(&error))?,
-            pages: PageCount(sums.pages),
-            live_sets: u32::try_from(scans.len()).map_err(|error| internal(&error))?,
-            images,
+        let rest = Rest {
             digests,
-            raw_bytes: sums.raw_bytes,
-            wire_bytes: sums.wire_bytes,
-        }))
+            images,
+            image_bytes,
+        };
+        Ok((sums, rest))
     }
 
     /// What a frozen tree needs that is not dumped.
@@ -485,70 +510,6 @@ impl Site {
             Failure::new(ErrorCode::PeerLost, "there is no connection to the target")
         })
     }
-}
-
-/// Sends every image file of a folder; answers with how many and how many bytes.
-async fn send_images(
-    data: &DataSender,
-    generation: Generation,
-    folder: &Path,
-) -> Result<(u32, u64), Failure> {
-    let unreadable = |path: &Path, error: std::io::Error| {
-        Failure::new(
-            ErrorCode::CriuFailed,
-            format!("image {}: {error}", path.display()),
-        )
-    };
-    let (mut files, mut bytes) = (0, 0);
-    // Most are small, and each stream costs a round trip: small ones go together.
-    let mut together = Vec::new();
-    let entries = fs::read_dir(folder).map_err(|error| unreadable(folder, error))?;
-    for entry in entries {
-        let path = entry.map_err(|error| unreadable(folder, error))?.path();
-        if !path.is_file() {
-            continue;
-        }
-        let content = fs::read(&path).map_err(|error| unreadable(&path, error))?;
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .unwrap_or_default();
-        let name = ImageName::new(name).map_err(|error| internal(&error))?;
-        let header = ImageFileHeader::new(generation, name, content.len() as u64);
-        let mut body = header.map_err(|error| internal(&error))?.encode();
-        body.extend(&content);
-        seal(&mut body);
-        bytes += body.len() as u64;
-        files += 1;
-        if IMAGE_PIECE < body.len() {
-            let sent = send_pieces(data, body.into()).await;
-            sent.map_err(|error| lost(&error))?;
-            continue;
-        }
-        together.extend(body);
-        if IMAGE_PIECE < together.len() {
-            let sent = send_pieces(data, std::mem::take(&mut together).into()).await;
-            sent.map_err(|error| lost(&error))?;
-        }
-    }
-    if !together.is_empty() {
-        let sent = send_pieces(data, together.into()).await;
-        sent.map_err(|error| lost(&error))?;
-    }
-    Ok((files, bytes))
-}
-
-async fn send_pieces(data: &DataSender, mut body: Bytes) -> Result<(), SendStreamError> {
-    if body.len() <= IMAGE_PIECE {
-        return data.send_stream(StreamKind::ImageFile, body).await;
-    }
-    let mut writer = data.open(StreamKind::ImageFile).await?;
-    while !body.is_empty() {
-        let piece = body.split_to(IMAGE_PIECE.min(body.len()));
-        writer.write(piece).await?;
-    }
-    writer.finish();
-    Ok(())
 }
 
 fn resident_bytes(pid: i32) -> u64 {

@@ -19,7 +19,7 @@ async fn a_target_that_acknowledges_and_does_not_read_holds_up_nothing_that_is_c
     let sending = tokio::spawn({
         let (waits, data, path) = (waits.clone(), source.data.clone(), folder.path().to_owned());
         async move {
-            let images = waits.on(Wait::Images, send_images(&data, Generation::FIRST, &path));
+            let images = waits.on(Wait::Images, images::send(&data, Generation::FIRST, &path));
             let live = waits.on(Wait::LiveSets, data.send_stream(StreamKind::LiveSet, body));
             let (images, live) = tokio::join!(images, live);
             (images.is_err(), live.is_err())

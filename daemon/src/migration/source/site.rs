@@ -359,19 +359,18 @@ impl Site {
         // From here on it cannot end by itself.
         self.check_root()?;
         self.check_mounts()?;
-        if let Some(locked) = self.held_lock()? {
+        let pids = self.pids()?;
+        if let Some(locked) = self.held_lock(&pids)? {
             return Ok(locked);
         }
-        let processes = || self.freezer.processes().unwrap_or_default();
-        block_in_place(|| self.kept.freeze(processes, self.mounts.as_ref()))?;
+        block_in_place(|| self.kept.freeze(&pids, self.mounts.as_ref()))?;
         Ok(SourceEvent::Frozen)
     }
 
     /// Tells the target how long files on shared storage are.
     pub(super) fn tell_lengths(&self, images: &Path) -> Result<(), Failure> {
-        let processes = || self.freezer.processes().unwrap_or_default();
         self.kept
-            .tell_lengths(processes, self.mounts.as_ref(), images)
+            .tell_lengths(&self.pids()?, self.mounts.as_ref(), images)
     }
 
     /// Freezes the cgroup, unless that is cut.

@@ -6,6 +6,7 @@ use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::Failure;
 use serde::{Deserialize, Serialize};
 
+use crate::link::port::Port;
 use crate::migration::text::internal;
 use crate::runtime::shared::marker::Written;
 
@@ -35,6 +36,16 @@ pub(super) struct PortState {
     /// For whoever reads the journal.
     pub(super) name: String,
     pub(super) bridge: String,
+}
+
+impl PortState {
+    pub(super) fn of(port: &Port) -> Self {
+        Self {
+            ends: port.ends(),
+            name: port.name().to_owned(),
+            bridge: port.bridge().to_owned(),
+        }
+    }
 }
 
 /// As the journal keeps it.

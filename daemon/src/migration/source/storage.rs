@@ -53,22 +53,17 @@ impl Kept {
     }
 
     /// A sync beside a round of the running workload; none if nothing is shared.
-    pub(super) fn sync_beside(&self, pids: impl FnOnce() -> Vec<i32>) -> Option<Syncing> {
-        (!self.systems.is_empty()).then(|| self.systems.begin(pids()))
+    pub(super) fn sync_beside(&self, pids: &[i32]) -> Option<Syncing> {
+        (!self.systems.is_empty()).then(|| self.systems.begin(pids.to_vec()))
     }
 
     /// Begins the sync that counts, when the workload stands still, and refuses what it must not
     /// have by then.
-    pub(super) fn freeze(
-        &mut self,
-        pids: impl FnOnce() -> Vec<i32>,
-        mounts: Option<&Mounts>,
-    ) -> Result<(), Failure> {
+    pub(super) fn freeze(&mut self, pids: &[i32], mounts: Option<&Mounts>) -> Result<(), Failure> {
         if self.storage.is_empty() {
             return Ok(());
         }
-        let pids = pids();
-        self.syncing = Some(self.systems.begin(pids.clone()));
+        self.syncing = Some(self.systems.begin(pids.to_vec()));
         self.storage.check_unchanged()?;
         if !self.storage.is_incoherent() {
             return Ok(());
@@ -81,14 +76,14 @@ impl Kept {
     /// Puts beside the images how long the files are that the frozen workload writes.
     pub(super) fn tell_lengths(
         &self,
-        pids: impl FnOnce() -> Vec<i32>,
+        pids: &[i32],
         mounts: Option<&Mounts>,
         images: &Path,
     ) -> Result<(), Failure> {
         if self.storage.is_empty() {
             return Ok(());
         }
-        let read = lengths::read(&pids(), self.storage.paths(), mounts);
+        let read = lengths::read(pids, self.storage.paths(), mounts);
         lengths::write(images, &read).map_err(|error| internal(&error))
     }
 

@@ -55,16 +55,9 @@ async fn a_running_process_arrives_in_rounds() {
         let round = Round::new(number).unwrap();
         let scan = space.scan().unwrap();
         let sink = Loop(&receiver, AtomicU64::new(0));
-        let sent = sender
-            .round(
-                SPACE,
-                (&space.reader(), Misses::GiveUp),
-                &scan.dirty,
-                round,
-                &sink,
-            )
-            .await
-            .unwrap();
+        let read = (&space.reader(), Misses::GiveUp);
+        let sent = sender.round(SPACE, read, &scan.dirty, round, &sink);
+        let sent = sent.await.unwrap();
         assert_eq!(sent.pages, scan.dirty.len());
         assert_eq!(sink.1.load(Ordering::Relaxed), sent.pages.0);
         trial.tell(&format!(
@@ -92,16 +85,9 @@ async fn a_running_process_arrives_in_rounds() {
     let last = space.final_scan().unwrap();
     let round = Round::new(4).unwrap();
     let sink = Loop(&receiver, AtomicU64::new(0));
-    sender
-        .round(
-            SPACE,
-            (&space.reader(), Misses::GiveUp),
-            &last.dirty,
-            round,
-            &sink,
-        )
-        .await
-        .unwrap();
+    let read = (&space.reader(), Misses::GiveUp);
+    let sent = sender.round(SPACE, read, &last.dirty, round, &sink);
+    sent.await.unwrap();
     let store = receiver.store().space(SPACE).unwrap();
     let held = store.held().pages();
     assert_eq!(last.live.difference(&held), PageSet::new());

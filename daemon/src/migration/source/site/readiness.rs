@@ -20,7 +20,7 @@ impl Site {
         let is_over = match &self.dumping {
             Dumping::No => false,
             Dumping::Preparing(task) => task.is_finished(),
-            Dumping::Prepared(dump) => !dump.is_waiting(),
+            Dumping::Prepared(dump) => dump.holds().is_err(),
         };
         if is_over {
             self.advance_dump().await?;
@@ -54,8 +54,10 @@ impl Site {
                     Err(error) => error,
                 }
             }
-            Dumping::Prepared(dump) if dump.is_waiting() => return Ok(true),
-            Dumping::Prepared(dump) => dump.ended(),
+            Dumping::Prepared(dump) => match dump.holds() {
+                Ok(()) => return Ok(true),
+                Err(ended) => ended,
+            },
         };
         if self.restarts == RESTARTS_MAX {
             return Err(criu_failed(&ended));

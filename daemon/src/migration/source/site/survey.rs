@@ -77,6 +77,37 @@ pub struct Asked<'a> {
     pub force_cpu: bool,
 }
 
+/// What the workload needs of a node, and the limits it has here.
+fn add_needs(
+    description: &mut WorkloadDescription,
+    node: &SourceNode,
+    id: MigrationId,
+    pids: &[i32],
+) {
+    let limited = limits::read(description.root_pid, &node.hierarchies);
+    description.needs.shared_bytes = shared_bytes(pids);
+    description.needs.limits = limited.limits;
+    for path in limited.left_behind {
+        tracing::warn!(migration = %id, path = %path.display(),
+            "what its cgroup says here is not carried to the target");
+    }
+}
+
+/// The network of a namespace of its own; this node's ends of it.
+async fn add_network(
+    description: &mut WorkloadDescription,
+    root: i32,
+) -> Result<Vec<Port>, Failure> {
+    let net = namespace::open(root, NamespaceKind::Net).map_err(|error| {
+        Failure::new(ErrorCode::WorkloadGone, format!("process {root}: {error}"))
+    })?;
+    let network = describe_network(&net).await;
+    let network = network.map_err(|error| network_unfit(&error))?;
+    description.links = network.links;
+    description.routes = network.routes;
+    Ok(network.ports)
+}
+
 impl Site {
     /// Looks at the tree below `root` and says what the target must know, or why it cannot move.
     pub async fn survey(
@@ -87,9 +118,6 @@ impl Site {
         asked: Asked<'_>,
         cancelled: watch::Receiver<bool>,
     ) -> Result<Survey, Failure> {
-        let gone = |error: &dyn std::fmt::Display| {
-            Failure::new(ErrorCode::WorkloadGone, format!("process {root}: {error}"))
-        };
         // Everything below is read by its number.
         let anchor = Anchor::new(root).map_err(|_| ended(root))?;
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| unreadable(&error))?;
@@ -108,27 +136,15 @@ impl Site {
         })?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
-        let (in_common, limited) =
-            block_in_place(|| (shared_bytes(&pids), limits::read(root, &node.hierarchies)));
-        description.needs.shared_bytes = in_common;
-        description.needs.limits = limited.limits;
-        for path in limited.left_behind {
-            tracing::warn!(migration = %id, path = %path.display(),
-                "what its cgroup says here is not carried to the target");
-        }
+        block_in_place(|| add_needs(&mut description, &node, id, &pids));
         description.cpu = (!asked.force_cpu).then(cpu::read);
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
         let kept = block_in_place(|| Kept::open(storage, &mut description.shared))?;
-        let mut ports = Vec::new();
-        if described.own.contains(&NamespaceKind::Net) {
-            let net = namespace::open(root, NamespaceKind::Net).map_err(|error| gone(&error))?;
-            let network = describe_network(&net)
-                .await
-                .map_err(|error| network_unfit(&error))?;
-            description.links = network.links;
-            description.routes = network.routes;
-            ports = network.ports;
-        }
+        let ports = if described.own.contains(&NamespaceKind::Net) {
+            add_network(&mut description, root).await?
+        } else {
+            Vec::new()
+        };
         if !anchor.is_alive() {
             return Err(ended(root));
         }
@@ -147,21 +163,11 @@ impl Site {
             boot: anchor.identity().boot.clone(),
             freezer: freezer.path().to_owned(),
             origin: origin.clone(),
-            ports: ports
-                .iter()
-                .map(|port| PortState {
-                    ends: port.ends(),
-                    name: port.name().to_owned(),
-                    bridge: port.bridge().to_owned(),
-                })
-                .collect(),
+            ports: ports.iter().map(PortState::of).collect(),
             markers: kept.markers(),
         };
-        let memory_bytes = description
-            .spaces
-            .iter()
-            .map(|space| space.memory_bytes)
-            .sum();
+        let spaces = description.spaces.iter();
+        let memory_bytes = spaces.map(|space| space.memory_bytes).sum();
         let found = Found {
             root,
             anchor: Some(anchor),

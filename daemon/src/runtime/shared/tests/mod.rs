@@ -480,7 +480,7 @@ fn a_node_that_believes_in_an_old_length_does_not_restore() {
     log.write_all(PATTERN).unwrap();
     let _other = append("other");
     let own = std::process::id().cast_signed();
-    let mut read = lengths::read(&[own], &[source.path.clone()], None);
+    let mut read = lengths::read(&[own], std::slice::from_ref(&source.path), None);
     let expected = [("log", 2 * PATTERN.len()), ("other", PATTERN.len())];
     let expected = expected.map(|(name, bytes)| Length {
         path: source.path.join(name),
