@@ -47,7 +47,16 @@ fn find(pids: &[i32], passes: impl Fn(&str) -> bool) -> Option<(i32, i32)> {
 
 /// The function of the kernel in which a task waits; empty or `0` where nobody says.
 fn waits_in(place: &str) -> String {
-    fs::read_to_string(format!("{place}/wchan")).unwrap_or_default()
+    let wchan = || fs::read_to_string(format!("{place}/wchan")).unwrap_or_default();
+    let waits = wchan();
+    if waits != "0" || !sleeps_uninterruptibly(place) {
+        return waits;
+    }
+    // The scheduler may leave a task that has begun to sleep in its queue (since Linux 6.12), even
+    // when it is frozen (6.14), and nobody is told where such a task waits. Whoever asks for its
+    // system call has it taken out of the queue (`wait_task_inactive`).
+    let _ = fs::read_to_string(format!("{place}/syscall"));
+    wchan()
 }
 
 fn sleeps_uninterruptibly(place: &str) -> bool {
