@@ -117,6 +117,18 @@ fn lost_pages_are_live_and_dirty_for_as_long_as_they_are_lost() {
 }
 
 #[test]
+fn pages_that_were_lost_under_an_earlier_tracking_are_dirty_for_the_next() {
+    let trial = with_lost_pages();
+    let lost = PageSet::from_runs([run(4, 40), run(60, 1)]);
+    for _ in 0..2 {
+        let mut space = attach(&trial);
+        let scan = space.scan().unwrap();
+        assert_eq!(lost.difference(&scan.dirty), PageSet::new());
+        // They are protected now, and this is never taken back.
+    }
+}
+
+#[test]
 fn a_process_whose_first_thread_has_ended_is_not_gone() {
     let mut trial = start();
     trial.tell(&format!("map {BASE:#x} 50 rw"));

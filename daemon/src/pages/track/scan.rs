@@ -251,7 +251,11 @@ impl Space {
             };
         }
         let (live, written) = walked.found.into_sets();
-        for run in live.difference(&written).runs() {
+        let protected = live.difference(&written);
+        // Off a page that is lost the kernel takes no protection (`change_pte_range` passes over
+        // poison markers), so that a scan would not find it.
+        self.owed.union_with(&protected);
+        for run in protected.runs() {
             let (start, end) = (run.address(), run.address() + run.bytes());
             let Err(source) = self.tracker.unprotect(start, end) else {
                 continue;
@@ -362,7 +366,11 @@ impl Space {
         TrackError::Exec { pid }
     }
 
-    fn scanning(&self, Broken { rest, source }: Broken) -> TrackError {
+    pub(super) fn scanning(&self, Broken { rest, source }: Broken) -> TrackError {
+        // A process that ends loses its memory before anything else says so.
+        if source.raw_os_error() == Some(libc::ESRCH) {
+            return self.lost();
+        }
         TrackError::Scan {
             pid: self.pid,
             start: rest.start,

@@ -408,3 +408,18 @@ fn a_lock_after_the_record_is_found_by_the_comparison() {
         Err(TrackError::SmapsChanged { .. })
     ));
 }
+
+#[test]
+fn a_walk_that_meets_the_end_of_the_process_tells_of_it() {
+    let (trial, space, _) = tracked(4);
+    let pid = trial.pid();
+    let pagemap = Pagemap::open(pid).unwrap();
+    // A zombie: without memory, and a process still.
+    trial::signal(pid, libc::SIGKILL);
+    eventually("the end", || task::has_ended(pid));
+    let range = BASE..BASE + 4 * 4096;
+    let walked = walk_all(&pagemap, false, &[range], Look::Protect);
+    let broken = walked.broken.into_iter().next().unwrap();
+    let error = space.scanning(broken);
+    assert!(error.tells_of_end(), "{error}");
+}
