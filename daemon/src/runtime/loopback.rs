@@ -12,30 +12,55 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+
+use super::passing::diag::{Diag, INET_SOCKETS, inet_request, number};
+use crate::sys::namespace::{self, NamespaceKind, run_inside};
+
+/// Tells the connections of one network namespace.
+#[derive(Clone, Debug)]
+pub struct Connections(Arc<Mutex<Diag>>);
+
+impl Connections {
+    /// Those of the namespace that process `root` is in.
+    pub fn of(root: i32) -> Result<Self, Failure> {
+        let open = || {
+            let net = namespace::open(root, NamespaceKind::Net)?;
+            run_inside(&[(NamespaceKind::Net, net.as_fd())], Diag::open)?
+        };
+        let diag = open().map_err(|error| unreadable(root, &error))?;
+        Ok(Self(Arc::new(Mutex::new(diag))))
+    }
+
+    fn tables(&self) -> io::Result<Tables> {
+        let mut tables = Tables::default();
+        let mut diag = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        diag.dump(INET_SOCKETS, &inet_request(STATES), |record| {
+            if let Some(connection) = parse(record) {
+                tables.add(connection);
+            }
+        })?;
+        Ok(tables)
+    }
+}
 
 /// Refuses a connection of which one end is held by the tree of `pids` and the other by a process
 /// outside of it. `holds` tells the inodes of sockets that the tree is known to hold; one that it
 /// does not know is looked for. To be asked of a tree that has a network namespace of its own.
 ///
-/// Blocks: 2 ms, since the kernel looks for the sockets of one namespace among all.
-pub fn check(root: i32, pids: &[i32], holds: impl Fn(u64) -> bool) -> Result<(), Failure> {
-    let unreadable = |error: io::Error| {
-        Failure::new(
-            ErrorCode::NetworkUnfit,
-            format!("the connections of process {root} cannot be read: {error}"),
-        )
-    };
-    let mut tables = Tables::default();
-    for table in ["tcp", "tcp6"] {
-        match fs::read_to_string(format!("/proc/{root}/net/{table}")) {
-            Ok(text) => tables.add(&text),
-            // A kernel without IPv6.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && table == "tcp6" => {}
-            Err(error) => return Err(unreadable(error)),
-        }
-    }
+/// Blocks: 0.2 ms, since the kernel looks for the sockets of one namespace among all. (The tables in
+/// `/proc/PID/net` take ten times as long.)
+pub fn check(
+    connections: &Connections,
+    root: i32,
+    pids: &[i32],
+    holds: impl Fn(u64) -> bool,
+) -> Result<(), Failure> {
+    let unreadable = |error: io::Error| unreadable(root, &error);
+    let tables = connections.tables().map_err(unreadable)?;
     for pair in tables.pairs(holds) {
         // The tree may have made it since it was asked what it holds.
         if holder(pids.iter().copied(), pair.other).is_some() {
@@ -62,6 +87,16 @@ pub fn check(root: i32, pids: &[i32], holds: impl Fn(u64) -> bool) -> Result<(),
     }
     Ok(())
 }
+
+fn unreadable(root: i32, error: &io::Error) -> Failure {
+    Failure::new(
+        ErrorCode::NetworkUnfit,
+        format!("the connections of process {root} cannot be read: {error}"),
+    )
+}
+
+/// Own address, address of the peer, state, inode.
+type Connection = (SocketAddr, SocketAddr, u8, u64);
 
 /// The connections of one network namespace.
 #[derive(Debug, Default)]
@@ -91,16 +126,13 @@ struct Pair {
 }
 
 impl Tables {
-    /// Adds the lines of `/proc/PID/net/tcp` or `tcp6`.
-    fn add(&mut self, text: &str) {
-        for (local, remote, state, inode) in text.lines().skip(1).filter_map(parse_line) {
-            match state {
-                LISTEN => self.listeners.push((local, inode)),
-                TIME_WAIT | CLOSE => {}
-                _ => {
-                    let socket = Socket { state, inode };
-                    self.connections.insert((local, remote), socket);
-                }
+    fn add(&mut self, (local, remote, state, inode): Connection) {
+        match state {
+            LISTEN => self.listeners.push((local, inode)),
+            TIME_WAIT | CLOSE => {}
+            _ => {
+                let socket = Socket { state, inode };
+                self.connections.insert((local, remote), socket);
             }
         }
     }
@@ -146,33 +178,27 @@ impl Tables {
     }
 }
 
-/// Own address, address of the peer, state, inode.
-fn parse_line(line: &str) -> Option<(SocketAddr, SocketAddr, u8, u64)> {
-    let mut words = line.split_ascii_whitespace();
-    let local = parse_address(words.nth(1)?)?;
-    let remote = parse_address(words.next()?)?;
-    let state = u8::from_str_radix(words.next()?, 16).ok()?;
-    Some((local, remote, state, words.nth(5)?.parse().ok()?))
-}
-
-/// An address is printed as words of 32 bits, each as a number of this machine. One that maps an
-/// IPv4 address is that address.
-fn parse_address(text: &str) -> Option<SocketAddr> {
-    let (address, port) = text.split_once(':')?;
-    let word = |index: usize| {
-        let digits = address.get(8 * index..8 * index + 8)?;
-        u32::from_str_radix(digits, 16).ok().map(u32::to_ne_bytes)
+/// `struct inet_diag_msg`: family, state, ports, addresses, inode. An IPv6 address that maps an
+/// IPv4 one is that one.
+fn parse(record: &[u8]) -> Option<Connection> {
+    let family = i32::from(*record.first()?);
+    let place = |port: usize, address: usize| {
+        let port = u16::from_be_bytes(record.get(port..port + 2)?.try_into().ok()?);
+        let bytes: [u8; 16] = record.get(address..address + 16)?.try_into().ok()?;
+        let ip = match family {
+            libc::AF_INET => IpAddr::V4(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3])),
+            libc::AF_INET6 => IpAddr::V6(Ipv6Addr::from(bytes)).to_canonical(),
+            _ => return None,
+        };
+        Some(SocketAddr::new(ip, port))
     };
-    let ip = match address.len() {
-        8 => IpAddr::V4(Ipv4Addr::from(word(0)?)),
-        32 => {
-            let words = [word(0)?, word(1)?, word(2)?, word(3)?];
-            let bytes: [u8; 16] = words.as_flattened().try_into().ok()?;
-            IpAddr::V6(Ipv6Addr::from(bytes)).to_canonical()
-        }
-        _ => return None,
-    };
-    Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
+    let inode = number(record, 68)?;
+    Some((
+        place(4, 8)?,
+        place(6, 24)?,
+        *record.get(1)?,
+        u64::from(inode),
+    ))
 }
 
 /// The first of `pids` that has the socket open.
@@ -203,6 +229,9 @@ const TIME_WAIT: u8 = 6;
 const CLOSE: u8 = 7;
 const CLOSE_WAIT: u8 = 8;
 const LISTEN: u8 = 10;
+
+/// All but those that nobody holds any more.
+const STATES: u32 = 0xfff & !(1 << TIME_WAIT | 1 << CLOSE) & !1;
 
 #[cfg(test)]
 mod tests;

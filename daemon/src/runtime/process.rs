@@ -64,7 +64,10 @@ pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Describe
     let (spaces, tasks) = members(pids, storage, &mut descriptors)?;
     descriptors.check_pipes()?;
     if own.contains(&NamespaceKind::Net) {
-        loopback::check(root, pids, |inode| descriptors.sockets.contains_key(&inode))?;
+        let seen = loopback::Connections::of(root)?;
+        loopback::check(&seen, root, pids, |inode| {
+            descriptors.sockets.contains_key(&inode)
+        })?;
     } else {
         refuse_inet_sockets(root, &descriptors)?;
     }

@@ -29,6 +29,7 @@ use super::site::Site;
 use crate::link::netlink::Netlink;
 use crate::migration::text::network_unfit;
 use crate::pages::track::tree::Tree;
+use crate::runtime::loopback::Connections;
 use crate::runtime::passing::{self, Observer, Passing, State};
 use crate::sys::namespace::{self, NamespaceKind};
 
@@ -131,30 +132,33 @@ impl Site {
         Ok(left)
     }
 
+    /// Opens what looks at the workload's sockets, before the first freeze has to wait for it.
+    pub(super) fn open_observers(&mut self) -> Result<(), Failure> {
+        let root = self.root;
+        let net = self.own.contains(&NamespaceKind::Net);
+        if net {
+            self.connections = Some(Connections::of(root)?);
+        }
+        let net = net.then(|| namespace::open(root, NamespaceKind::Net));
+        let observer = net
+            .transpose()
+            .and_then(|net| Observer::open(net.as_ref().map(AsFd::as_fd)));
+        self.observer = Some(observer.map_err(|error| unlisted(root, &error))?);
+        Ok(())
+    }
+
     /// A passing state of the workload's sockets; first one that needs the other side.
     fn look(&mut self) -> Result<Option<Passing>, Failure> {
         let pids = self.pids()?;
-        let unlisted = |error: std::io::Error| {
-            let text = format!(
-                "the sockets of process {} cannot be listed: {error}",
-                self.root
-            );
-            Failure::new(ErrorCode::NodeUnfit, text)
+        let Some(observer) = &mut self.observer else {
+            return Err(Failure::new(
+                ErrorCode::Internal,
+                "a freeze of a workload that is not tracked",
+            ));
         };
-        block_in_place(|| {
-            if self.observer.is_none() {
-                let net = self.own.contains(&NamespaceKind::Net);
-                let net = net.then(|| namespace::open(self.root, NamespaceKind::Net));
-                let net = net.transpose().map_err(unlisted)?;
-                let observer = Observer::open(net.as_ref().map(AsFd::as_fd));
-                self.observer = Some(observer.map_err(unlisted)?);
-            }
-            let Some(observer) = &mut self.observer else {
-                return Ok(None);
-            };
-            let found = observer.look(&pids).map_err(unlisted)?;
-            Ok(found.into_iter().min_by_key(|p| p.state.passes_alone()))
-        })
+        let found = block_in_place(|| observer.look(&pids));
+        let found = found.map_err(|error| unlisted(self.root, &error))?;
+        Ok(found.into_iter().min_by_key(|p| p.state.passes_alone()))
     }
 
     /// The processes of the workload: all are in its cgroup.
@@ -186,6 +190,11 @@ impl Site {
         };
         sent.given_up(Failure::new(ErrorCode::PassingState, text), pause)
     }
+}
+
+fn unlisted(root: i32, error: &std::io::Error) -> Failure {
+    let text = format!("the sockets of process {root} cannot be listed: {error}");
+    Failure::new(ErrorCode::NodeUnfit, text)
 }
 
 /// How long the workload runs after freeze number `tries` was given up: doubled each time up to a

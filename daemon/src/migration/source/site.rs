@@ -45,6 +45,7 @@ use crate::runtime::cgroup::{Freezer, FreezerRoot};
 use crate::runtime::hierarchies::Hierarchies;
 use crate::runtime::identity::Anchor;
 use crate::runtime::locks::Locks;
+use crate::runtime::loopback::Connections;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::passing::Observer;
 use crate::sys::namespace::{self, NamespaceKind};
@@ -112,8 +113,10 @@ pub struct Site {
     dumping: Dumping,
     /// CRIU was let in: what is prepared is used up.
     pub(super) let_in: bool,
-    /// Looks for states that pass; made for the first freeze.
+    /// Looks for states that pass, from when the tree is tracked.
     pub(super) observer: Option<Observer>,
+    /// Those of the tree's network namespace, if that is its own; from the same moment.
+    pub(super) connections: Option<Connections>,
     /// Freezes that were given up because of one.
     pub(super) tries: u32,
     /// How often CRIU was started in the place of one that had ended.
@@ -161,6 +164,7 @@ impl Site {
                 Ok(()) => freeze_failed(&error),
                 Err(gone) => gone,
             })?;
+            self.open_observers()?;
             self.attach_new()?;
             self.scan()
         })?;

@@ -11,19 +11,18 @@ use pageferry_proto::wire::code::ErrorCode;
 use super::*;
 use crate::sys::namespace::{self, NamespaceKind};
 
-const HEAD: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   \
-                    uid  timeout inode\n";
-
-fn line(local: &str, remote: &str, state: u8, inode: u64) -> String {
-    format!(
-        "   0: {local} {remote} {state:02X} 00000000:00000000 00:00000000 00000000     0        0 \
-         {inode} 1 0000000000000000 20 4 30 10 -1\n"
+fn line(local: &str, remote: &str, state: u8, inode: u64) -> Connection {
+    (
+        local.parse().unwrap(),
+        remote.parse().unwrap(),
+        state,
+        inode,
     )
 }
 
-fn tables(lines: &[String]) -> Tables {
+fn tables(connections: &[Connection]) -> Tables {
     let mut tables = Tables::default();
-    tables.add(&format!("{HEAD}{}", lines.concat()));
+    connections.iter().for_each(|one| tables.add(*one));
     tables
 }
 
@@ -33,8 +32,8 @@ fn others(tables: &Tables, held: &[u64]) -> Vec<u64> {
 }
 
 const NONE: [u64; 0] = [];
-const A: &str = "0100007F:9C40";
-const B: &str = "0100007F:1F90";
+const A: &str = "127.0.0.1:40000";
+const B: &str = "127.0.0.1:8080";
 
 #[test]
 fn both_ends_of_a_connection_must_be_in_the_tree() {
@@ -49,11 +48,11 @@ fn both_ends_of_a_connection_must_be_in_the_tree() {
 
 #[test]
 fn a_connection_that_waits_to_be_accepted_is_held_by_its_listener() {
-    let any = "00000000:1F90";
+    let any = "0.0.0.0:8080";
     let waits = tables(&[
         line(A, B, 1, 11),
         line(B, A, 1, 0),
-        line(any, "00000000:0000", 10, 33),
+        line(any, "0.0.0.0:0", 10, 33),
     ]);
     assert_eq!(others(&waits, &[11, 33]), NONE);
     assert_eq!(others(&waits, &[11]), [33]);
@@ -62,23 +61,42 @@ fn a_connection_that_waits_to_be_accepted_is_held_by_its_listener() {
     let closed = tables(&[
         line(A, B, 1, 11),
         line(B, A, 5, 0),
-        line(any, "00000000:0000", 10, 33),
+        line(any, "0.0.0.0:0", 10, 33),
     ]);
     assert_eq!(others(&closed, &[11]), NONE);
 }
 
 #[test]
 fn an_address_of_either_kind_is_the_same_address() {
-    let mapped = "0000000000000000FFFF00000100007F:1F90";
-    assert_eq!(
-        parse_address(mapped),
-        Some("127.0.0.1:8080".parse().unwrap())
+    let record = |family: i32, from: Ipv6Addr, to: Ipv6Addr| {
+        let mut record = vec![u8::try_from(family).unwrap(), 1, 0, 0];
+        record.extend([0x1f, 0x90, 0, 80]);
+        record.extend(from.octets());
+        record.extend(to.octets());
+        record.extend([0; 28]);
+        record.extend(77_u32.to_ne_bytes());
+        record
+    };
+    let expected = ("127.0.0.1:8080", "127.0.0.2:80");
+    let expected = (
+        expected.0.parse().unwrap(),
+        expected.1.parse().unwrap(),
+        1,
+        77,
     );
-    let six = "00000000000000000000000001000000:0050";
-    assert_eq!(parse_address(six), Some("[::1]:80".parse().unwrap()));
-    assert_eq!(parse_address("0100007F"), None);
-    assert_eq!(parse_address("01:02"), None);
-    assert_eq!(parse_address("\u{e9}000007F:1F90"), None);
+    let mapped = |last: u8| Ipv4Addr::new(127, 0, 0, last).to_ipv6_mapped();
+    let six = record(libc::AF_INET6, mapped(1), mapped(2));
+    assert_eq!(parse(&six), Some(expected));
+    let four = |last: u8| {
+        let mut octets = [0; 16];
+        octets[..4].copy_from_slice(&[127, 0, 0, last]);
+        Ipv6Addr::from(octets)
+    };
+    let mut four = record(libc::AF_INET, four(1), four(2));
+    assert_eq!(parse(&four), Some(expected));
+    four.pop();
+    assert_eq!(parse(&four), None);
+    assert_eq!(parse(&record(libc::AF_UNIX, mapped(1), mapped(2))), None);
 }
 
 /// A process in a network namespace of its own, which holds what it was given.
@@ -138,7 +156,11 @@ fn a_peer_outside_the_tree_is_named_with_both_ends() {
     let (here, there) = (client.local_addr().unwrap(), server.local_addr().unwrap());
     let tree = Holder::new(&net, client.into(), None);
     let held = sockets(&tree);
-    let refused = check(tree.pid(), &[tree.pid()], |inode| held.contains(&inode)).unwrap_err();
+    let seen = Connections::of(tree.pid()).unwrap();
+    let refused = check(&seen, tree.pid(), &[tree.pid()], |inode| {
+        held.contains(&inode)
+    })
+    .unwrap_err();
     assert_eq!(refused.code(), ErrorCode::LoopbackPeer);
     let (own, peer) = (tree.pid(), std::process::id());
     for part in [
@@ -150,7 +172,10 @@ fn a_peer_outside_the_tree_is_named_with_both_ends() {
     }
     drop(server);
     // The tree still has its end, and nobody has the other.
-    check(tree.pid(), &[tree.pid()], |inode| held.contains(&inode)).unwrap();
+    check(&seen, tree.pid(), &[tree.pid()], |inode| {
+        held.contains(&inode)
+    })
+    .unwrap();
 }
 
 #[test]
@@ -160,8 +185,12 @@ fn a_connection_within_the_tree_is_no_objection_even_if_it_is_new() {
         .unwrap()
         .ino();
     let tree = Holder::new(&net, client.into(), Some(server.into()));
+    let seen = Connections::of(tree.pid()).unwrap();
     // As if the other end had come into being after the tree was asked what it holds.
-    check(tree.pid(), &[tree.pid()], |inode| inode == client_inode).unwrap();
+    check(&seen, tree.pid(), &[tree.pid()], |inode| {
+        inode == client_inode
+    })
+    .unwrap();
 }
 
 fn fd(stream: &TcpStream) -> i32 {

@@ -12,16 +12,16 @@ use nix::sys::time::TimeVal;
 
 /// A socket of `sock_diag`; it speaks of the network namespace it was made in.
 #[derive(Debug)]
-pub(super) struct Diag {
+pub(in crate::runtime) struct Diag {
     socket: OwnedFd,
     /// Its own number, which the answers name too.
-    pub(super) inode: u64,
+    pub(in crate::runtime) inode: u64,
     buffer: Vec<u8>,
 }
 
 impl Diag {
     /// One for the namespace of the calling thread.
-    pub(super) fn open() -> io::Result<Self> {
+    pub(in crate::runtime) fn open() -> io::Result<Self> {
         let socket = socket(
             AddressFamily::Netlink,
             SockType::Raw,
@@ -45,7 +45,7 @@ impl Diag {
     /// Asks for all sockets that `request` describes, and gives each one's record to `each`.
     ///
     /// A kernel that has no such dump has no such sockets.
-    pub(super) fn dump(
+    pub(in crate::runtime) fn dump(
         &mut self,
         kind: u16,
         request: &[u8],
@@ -82,6 +82,14 @@ impl Diag {
     }
 }
 
+/// What asks for the TCP sockets in these states, each a bit: `struct inet_diag_req`, the older form,
+/// of which one walk covers both families.
+pub(in crate::runtime) fn inet_request(states: u32) -> [u8; INET_REQUEST_BYTES] {
+    let mut request = [0; INET_REQUEST_BYTES];
+    request[INET_REQUEST_BYTES - 8..INET_REQUEST_BYTES - 4].copy_from_slice(&states.to_ne_bytes());
+    request
+}
+
 /// The first message of `bytes`, its type and payload, and what follows it.
 fn split(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     let length = usize::try_from(number(bytes, 0)?).ok()?;
@@ -95,7 +103,7 @@ fn split(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
 }
 
 /// The attribute `wanted` among those that follow the first `fixed` bytes of a record.
-pub(super) fn attribute(record: &[u8], fixed: usize, wanted: u16) -> Option<&[u8]> {
+pub(in crate::runtime) fn attribute(record: &[u8], fixed: usize, wanted: u16) -> Option<&[u8]> {
     let mut rest = record.get(aligned(fixed)..)?;
     loop {
         let length = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
@@ -109,7 +117,7 @@ pub(super) fn attribute(record: &[u8], fixed: usize, wanted: u16) -> Option<&[u8
 }
 
 /// The number of this machine's byte order at `offset`.
-pub(super) fn number(bytes: &[u8], offset: usize) -> Option<u32> {
+pub(in crate::runtime) fn number(bytes: &[u8], offset: usize) -> Option<u32> {
     let bytes = bytes.get(offset..offset + 4)?;
     Some(u32::from_ne_bytes(bytes.try_into().ok()?))
 }
@@ -119,7 +127,11 @@ const fn aligned(length: usize) -> usize {
 }
 
 /// `SOCK_DIAG_BY_FAMILY`.
-pub(super) const BY_FAMILY: u16 = 20;
+pub(in crate::runtime) const BY_FAMILY: u16 = 20;
+
+/// `TCPDIAG_GETSOCK`: answers are `struct inet_diag_msg`.
+pub(in crate::runtime) const INET_SOCKETS: u16 = 18;
+const INET_REQUEST_BYTES: usize = 60;
 
 /// `struct nlmsghdr`.
 const HEADER_BYTES: usize = 16;

@@ -15,7 +15,7 @@
 //! asks for (`SO_PASSCRED`), which only CRIU sees, and says in its log.
 
 mod descriptors;
-mod diag;
+pub(super) mod diag;
 mod netlink;
 mod tasks;
 mod tcp;

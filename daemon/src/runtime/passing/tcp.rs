@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::io;
 
-use super::diag::{Diag, number};
+use super::diag::{Diag, INET_SOCKETS, inet_request, number};
 use super::{Passing, State, descriptors, name_of};
 
 /// One socket of a dump.
@@ -27,7 +27,7 @@ struct Socket {
 pub(super) fn look(diag: &mut Diag, pids: &[i32], own_network: bool) -> io::Result<Vec<Passing>> {
     let states = if own_network { STATES } else { 1 << LISTEN };
     let mut sockets = Vec::new();
-    diag.dump(GET_SOCKETS, &request(states), |record| {
+    diag.dump(INET_SOCKETS, &inet_request(states), |record| {
         sockets.extend(parse(record));
     })?;
     let listeners = || sockets.iter().filter(|socket| socket.state == LISTEN);
@@ -77,13 +77,6 @@ impl Socket {
     }
 }
 
-/// `struct inet_diag_req`: the older form, of which one walk covers both families.
-fn request(states: u32) -> [u8; REQUEST_BYTES] {
-    let mut request = [0; REQUEST_BYTES];
-    request[REQUEST_BYTES - 8..REQUEST_BYTES - 4].copy_from_slice(&states.to_ne_bytes());
-    request
-}
-
 /// `struct inet_diag_msg`.
 fn parse(record: &[u8]) -> Option<Socket> {
     let port = |at: usize| {
@@ -112,7 +105,3 @@ const CLOSING: u8 = 11;
 
 const STATES: u32 =
     1 << LISTEN | 1 << SYN_RECEIVED | 1 << FIN_WAIT_1 | 1 << LAST_ACK | 1 << CLOSING;
-
-/// `TCPDIAG_GETSOCK`.
-const GET_SOCKETS: u16 = 18;
-const REQUEST_BYTES: usize = 60;

@@ -266,6 +266,7 @@ impl Site {
             dumping: Dumping::No,
             let_in: false,
             observer: None,
+            connections: None,
             tries: 0,
             restarts: 0,
             comparing: None,
