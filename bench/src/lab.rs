@@ -12,6 +12,7 @@ pub mod init;
 pub mod inside;
 pub mod network;
 pub mod node;
+pub mod pids;
 pub mod state;
 
 use std::fs::{self, File};
@@ -221,7 +222,8 @@ fn build(
     for index in 0..options.nodes {
         let name = node_name(index);
         let cgroups = cgroup::create(&state.hierarchies, &name)?;
-        nodes.push(Node::start(&plan, &name, index, cgroups)?);
+        let address = network::node_address(index);
+        nodes.push(Node::start(&plan, &name, index, address, cgroups)?);
     }
     let cgroups = cgroup::create(&state.hierarchies, "network")?;
     let switch = Holder::start(&lab_binary, &cgroups)?;

@@ -9,7 +9,7 @@ pub mod client;
 pub mod content;
 pub mod lab;
 pub mod measure;
-pub mod pageferry;
+pub mod mover;
 pub mod scenario;
 pub mod sys;
 pub mod workload;

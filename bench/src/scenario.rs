@@ -13,6 +13,7 @@ pub mod nginx;
 pub mod redis;
 pub mod report;
 pub mod session;
+pub mod settings;
 pub mod stop_and_copy;
 pub mod writing;
 
@@ -20,9 +21,8 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
-use crate::lab::network::Link;
-use crate::lab::{Lab, LabOptions};
 use report::Report;
+use settings::Settings;
 
 /// One named scenario.
 #[derive(Debug)]
@@ -32,41 +32,6 @@ pub struct Scenario {
     /// Whether it has cases, of which one may be run alone.
     pub cases: bool,
     run: fn(&Settings, &mut Report) -> Result<()>,
-}
-
-/// What the command line may change about a scenario.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Absent: what the scenario is defined with.
-    pub link: Option<Link>,
-    /// Leave the lab up afterwards.
-    pub keep: bool,
-    /// Move by stock CRIU instead of pageferry: checks the scenario itself.
-    pub baseline: bool,
-    /// Of a scenario with cases, only this one.
-    pub only: Option<String>,
-}
-
-impl Settings {
-    /// Brings up the lab of a scenario, with a daemon on each node.
-    pub fn lab(&self, nodes: usize) -> Result<Lab> {
-        self.bring_up(nodes, !self.baseline)
-    }
-
-    /// Brings up the lab of a scenario that drives CRIU itself.
-    pub fn lab_without_daemons(&self, nodes: usize) -> Result<Lab> {
-        self.bring_up(nodes, false)
-    }
-
-    fn bring_up(&self, nodes: usize, daemons: bool) -> Result<Lab> {
-        let link = self.link.clone().unwrap_or(Link::Unshaped);
-        Lab::up(&LabOptions {
-            nodes,
-            link,
-            daemons,
-            keep: self.keep,
-        })
-    }
 }
 
 /// All scenarios, in the order in which they make sense.

@@ -10,13 +10,16 @@ pub mod redis;
 pub mod writer;
 
 use std::fs;
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::lab::Lab;
+use crate::lab::inside::in_network;
 use crate::lab::network::WorkloadLink;
 use crate::lab::node::Node;
+use crate::lab::pids;
 use launch::{LaunchSpec, launch};
 
 /// A workload, wherever it is at the moment.
@@ -44,7 +47,7 @@ impl Workload {
         let number = lab.next_workload()?;
         let workload = Self {
             number,
-            pid: pid_of(number),
+            pid: pids::of_workload(number),
             link: WorkloadLink::new(number),
         };
         let spec = LaunchSpec {
@@ -57,6 +60,32 @@ impl Workload {
         launch(lab.node(node)?, &spec, &workload.link)
             .with_context(|| format!("starting {} at node {node}", plan.name))?;
         Ok(workload)
+    }
+
+    /// Waits until it takes connections at a port.
+    ///
+    /// # Errors
+    /// It ended, or does not within half a minute.
+    pub fn wait_until_it_listens(&self, lab: &Lab, port: u16) -> Result<()> {
+        let address = SocketAddr::from((self.link.address, port));
+        let deadline = Instant::now() + START_TIME_MAX;
+        loop {
+            let connected = in_network(&lab.client.net, || {
+                TcpStream::connect_timeout(&address, CONNECT_TIME_MAX)
+            })?;
+            let Err(error) = connected else { return Ok(()) };
+            ensure!(
+                lab.nodes.iter().any(|node| self.is_at(node)),
+                "{} has ended at its start",
+                self.name()
+            );
+            ensure!(
+                Instant::now() < deadline,
+                "{} takes no connections at {address}: {error}",
+                self.name()
+            );
+            std::thread::sleep(START_POLL);
+        }
     }
 
     /// The name by which pageferry knows it.
@@ -114,15 +143,10 @@ impl Workload {
     }
 }
 
-/// Outside what nodes hand out to their own processes, below the smallest `pid_max` (32768).
-fn pid_of(number: usize) -> i32 {
-    let number = i32::try_from(number).expect("the lab bounds its workloads");
-    PID_FIRST + number * PID_STEP
-}
-
-pub const PID_FIRST: i32 = 10_000;
-/// Room to see which workload a pid belongs to.
-const PID_STEP: i32 = 100;
+/// A database that recovers takes seconds.
+const START_TIME_MAX: Duration = Duration::from_secs(30);
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(1);
+const START_POLL: Duration = Duration::from_millis(20);
 /// How long a killed workload may take to end.
 const END_TIME_MAX: Duration = Duration::from_secs(10);
 const END_POLL: Duration = Duration::from_millis(5);

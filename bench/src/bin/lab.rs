@@ -5,10 +5,15 @@ use std::process::{ExitCode, Stdio};
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
+use pageferry_bench::client::writer;
 use pageferry_bench::lab::network::Link;
 use pageferry_bench::lab::{self, Lab, LabOptions};
-use pageferry_bench::scenario::{self, Settings};
-use pageferry_bench::workload::{WorkloadPlan, launch, nginx, redis, writer};
+use pageferry_bench::mover::Mover;
+use pageferry_bench::mover::pageferry::Pageferry;
+use pageferry_bench::mover::stock_criu::StockCriu;
+use pageferry_bench::scenario;
+use pageferry_bench::scenario::settings::Settings;
+use pageferry_bench::workload::{WorkloadPlan, launch, nginx, redis};
 use pageferry_bench::writer::options::Options;
 
 /// Nodes on one machine to try live migration on.
@@ -140,11 +145,12 @@ fn run(command: Command) -> Result<ExitCode> {
             let Some(scenario) = scenario::find(&scenario) else {
                 bail!("no scenario is called {scenario:?} (lab list)")
             };
+            let mover: &dyn Mover = if baseline { &StockCriu } else { &Pageferry };
             let ok = scenario.run(
                 &Settings {
                     link,
                     keep,
-                    baseline,
+                    mover,
                     only,
                 },
                 json.as_deref(),

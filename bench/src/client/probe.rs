@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::resp::{ANSWER_TIME_MAX, REDIS_PORT};
+use super::resp::ANSWER_TIME_MAX;
 use crate::lab::inside::in_network;
+use crate::workload::redis;
 use crate::writer;
 
 /// A prober that is running.
@@ -33,7 +34,7 @@ struct Seen {
 
 impl Prober {
     pub fn redis(net: &OwnedFd, address: Ipv4Addr) -> Result<Self> {
-        Self::start(net, SocketAddr::from((address, REDIS_PORT)), b"PING\r\n")
+        Self::start(net, SocketAddr::from((address, redis::PORT)), b"PING\r\n")
     }
 
     pub fn writer(net: &OwnedFd, address: Ipv4Addr) -> Result<Self> {

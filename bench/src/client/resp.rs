@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::lab::inside::in_network;
+use crate::workload::redis;
 
 /// One connection.
 #[derive(Debug)]
@@ -31,7 +32,7 @@ pub enum Reply {
 impl Connection {
     /// Connects from inside a network namespace.
     pub fn open(net: impl AsFd, address: Ipv4Addr) -> Result<Self> {
-        let target = SocketAddr::from((address, REDIS_PORT));
+        let target = SocketAddr::from((address, redis::PORT));
         let stream = in_network(net, || TcpStream::connect_timeout(&target, ANSWER_TIME_MAX))?
             .with_context(|| format!("connecting to {target}"))?;
         stream.set_nodelay(true)?;
@@ -117,7 +118,6 @@ fn bad_reply(line: &str) -> io::Error {
     )
 }
 
-pub const REDIS_PORT: u16 = 6379;
 /// Far above any outage that a move may cause: silence for longer is a broken connection.
 pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 const BUFFER: usize = 256 << 10; // 256 KiB

@@ -8,9 +8,27 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::lab::Lab;
 use crate::lab::inside::in_network;
-use crate::workload::Workload;
+use crate::workload::{Workload, WorkloadPlan, writer};
 use crate::writer::PORT;
+use crate::writer::options::Options;
+
+/// Starts a writer at a node and waits until it has its memory and answers.
+pub fn start(
+    lab: &mut Lab,
+    node: &str,
+    options: &Options,
+    change: impl FnOnce(&mut WorkloadPlan),
+) -> Result<(Workload, WriterClient)> {
+    let mut plan = writer::plan(options);
+    change(&mut plan);
+    let workload = Workload::start(lab, node, &plan)?;
+    let gib = options.memory >> 30;
+    let time_max = START_TIME_MAX + START_TIME_PER_GIB * u32::try_from(gib).unwrap_or(u32::MAX);
+    let client = WriterClient::connect(&lab.client.net, &workload, time_max)?;
+    Ok((workload, client))
+}
 
 /// One connection to a writer.
 #[derive(Debug)]
@@ -97,5 +115,8 @@ impl WriterClient {
     }
 }
 
+const START_TIME_MAX: Duration = Duration::from_secs(20);
+/// A virtual machine touches memory for the first time at some 0.4 GB/s.
+const START_TIME_PER_GIB: Duration = Duration::from_secs(10);
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(1);
 const CONNECT_POLL: Duration = Duration::from_millis(20);

@@ -19,7 +19,7 @@ use nix::unistd::{chdir, pivot_root, sethostname};
 use serde::{Deserialize, Serialize};
 
 use super::cgroup::Hierarchy;
-use crate::lab::node::PIDS_ABOVE;
+use super::pids;
 
 /// What a node consists of.
 #[derive(Debug, Serialize, Deserialize)]
@@ -144,7 +144,7 @@ fn build_node(spec: &InitSpec) -> Result<()> {
         .context("mounting the shared folder")?;
     enter_root(&root)?;
     // Both are of the pid namespace of whoever writes them.
-    if PIDS_ABOVE <= spec.pid_first {
+    if pids::is_above(spec.pid_first) {
         fs::write("/proc/sys/kernel/pid_max", PID_MAX.to_string())
             .context("making room for pids")?;
     }

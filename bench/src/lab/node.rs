@@ -13,8 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::cgroup::{self, Hierarchy};
 use super::init::{HoldSpec, InitSpec, READY};
 use super::inside::{Inside, Namespaces};
-use super::network;
-use crate::workload::PID_FIRST;
+use super::pids;
 
 /// What a later process needs to find a node again.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -52,9 +51,9 @@ impl Node {
         plan: &NodePlan<'_>,
         name: &str,
         index: usize,
+        address: Ipv4Addr,
         cgroups: Vec<PathBuf>,
     ) -> Result<Self> {
-        let address = network::node_address(index);
         let scratch = plan.scratch.join(name);
         fs::create_dir_all(&scratch).with_context(|| format!("creating {}", scratch.display()))?;
         let spec = InitSpec {
@@ -63,7 +62,7 @@ impl Node {
             scratch,
             shared: plan.shared.to_owned(),
             hierarchies: plan.hierarchies.to_vec(),
-            pid_first: pid_first(index, plan.nodes),
+            pid_first: pids::first_of_node(index, plan.nodes),
         };
         let binary = plan.lab_binary.display().to_string();
         let command = Inside::new(&binary)
@@ -204,7 +203,7 @@ impl Node {
     /// Roots of workloads at this node: leaders of sessions that the lab gave their pids.
     pub fn workload_pids(&self) -> Vec<i32> {
         let mut pids = self.pids();
-        pids.retain(|pid| *pid >= PID_FIRST && self.session(*pid).contains(pid));
+        pids.retain(|pid| pids::is_of_workload(*pid) && self.session(*pid).contains(pid));
         pids
     }
 
@@ -302,35 +301,6 @@ fn pid_inside(host_pid: u32) -> Result<i32> {
         .with_context(|| format!("no NSpid in {path}"))
 }
 
-/// Nodes get ranges of pids of their own, so that what is born at one is not in the way of what
-/// comes from another. Where pid namespaces have a `pid_max` of their own (since Linux 6.14) the
-/// ranges are above those of workloads, as they would be: children come after their parents.
-fn pid_first(index: usize, nodes: usize) -> i32 {
-    let (index, nodes) = (i32::try_from(index), i32::try_from(nodes.max(1)));
-    let index = index.expect("the lab bounds its nodes");
-    if has_own_pid_max() {
-        return PIDS_ABOVE * (index + 1);
-    }
-    PIDS_FIRST + index * (PIDS / nodes.expect("the lab bounds its nodes"))
-}
-
-fn has_own_pid_max() -> bool {
-    let release = nix::sys::utsname::uname().map(|name| name.release().to_owned());
-    let release = release.unwrap_or_default().to_string_lossy().into_owned();
-    let mut numbers = release.split(['.', '-']).map(str::parse::<u32>);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => (6, 14) <= (major, minor),
-        _ => false,
-    }
-}
-
 fn host_process(pid: i32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}"))
 }
-
-/// Where ranges above workloads begin, and how large they are.
-pub const PIDS_ABOVE: i32 = 100_000;
-/// A kernel whose counter starts anew begins at 300.
-const PIDS_FIRST: i32 = 1_000;
-/// Workloads begin at 10000.
-const PIDS: i32 = 9_000;

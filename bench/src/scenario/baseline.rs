@@ -5,15 +5,17 @@
 use anyhow::{Context, Result};
 
 use super::report::Report;
-use super::{Settings, stop_and_copy};
+use super::settings::Settings;
+use crate::client::writer;
 use crate::lab::Lab;
-use crate::workload::writer;
+use crate::mover::stock_criu::StockCriu;
+use crate::mover::{MoveOptions, Mover, Order};
 use crate::writer::case::{ALL, TRACED};
 use crate::writer::options::Options;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    let mut lab = settings.lab_without_daemons(2)?;
+    let mut lab = settings.lab_for(&StockCriu, 2)?;
     for kind in ALL.iter().chain([&TRACED]) {
         if settings
             .only
@@ -36,12 +38,20 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
 fn run_case(lab: &mut Lab, options: &Options, report: &mut Report) -> Result<String> {
     let (workload, mut client) = writer::start(lab, "a", options, |_| {})?;
     client.verify().context("before the move")?;
-    let outcome = match stop_and_copy::move_workload(lab, &workload, "a", "b") {
-        Ok(one) => {
+    let order = Order {
+        workload: &workload,
+        from: "a",
+        to: "b",
+        options: &MoveOptions::default(),
+    };
+    let outcome = StockCriu.move_workload(lab, &order);
+    let outcome = match outcome.map(|outcome| (outcome.moved, outcome.error.unwrap_or_default())) {
+        Ok((Some(one), _)) => {
             client.verify().context("after the move")?;
             report.push(one);
             "moved".to_owned()
         }
+        Ok((None, (_, text))) => format!("not moved: {text}"),
         Err(error) => format!("not moved: {error:#}"),
     };
     workload.kill(lab)?;

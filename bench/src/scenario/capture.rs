@@ -13,22 +13,22 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 
-use super::Settings;
-use super::redis::other;
 use super::report::Report;
 use super::session::Session;
+use super::settings::{Settings, other};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::lab::inside::in_network;
 use crate::lab::network::{CLIENT_ADDRESS, mac_of, tool};
-use crate::pageferry::MigrateFlags;
+use crate::mover::MoveOptions;
 use crate::sys;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut lab = settings.lab(2)?;
     let dataset = Dataset::first_row(DATA_BYTES);
-    let mut session = Session::start(&mut lab, "a", dataset, LoadPlan::first_row())?;
+    let load = LoadPlan::first_row();
+    let mut session = Session::start(&mut lab, settings.mover, "a", dataset, load)?;
     let address = session.workload.link.address;
     let capture = Capture::start(&lab)?;
     let mut moves = Vec::new();
@@ -36,7 +36,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         for _ in 0..MOVES {
             let (from, to) = (session.at.clone(), other(&session.at));
             let begun = SystemTime::now();
-            if !session.move_to(&lab, to, &MigrateFlags::default(), report)? {
+            if !session.move_to(&lab, to, &MoveOptions::default(), report)? {
                 break;
             }
             session.wait_for_writes(WRITES_AROUND)?;

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Settings;
-use super::redis::{SETTLE_TIME_MAX, other};
 use super::report::Report;
+use super::settings::{Settings, other};
 use crate::lab::Lab;
 use crate::lab::init::SHARED;
-use crate::pageferry::{MigrateFlags, Migration, wait_settled};
+use crate::mover::MoveOptions;
+use crate::mover::pageferry::{Migration, SETTLE_TIME_MAX, wait_settled};
 use crate::workload::case::CaseWorkload;
 
 /// What must come of a move.
@@ -63,10 +63,7 @@ const ALL: [Case; 15] = [
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    ensure!(
-        !settings.baseline,
-        "cases are about what stock CRIU cannot do"
-    );
+    settings.need_pageferry("cases are about what stock CRIU cannot do")?;
     // Several may be run, with commas between them.
     let only: Option<Vec<&str>> = settings
         .only
@@ -102,9 +99,9 @@ impl Case {
         let mut at = "a".to_owned();
         for _ in 0..MOVES {
             let to = other(&at).to_owned();
-            let flags = MigrateFlags {
+            let flags = MoveOptions {
                 shared: vec![SHARED.to_owned()],
-                ..MigrateFlags::default()
+                ..MoveOptions::default()
             };
             let name = running.workload.name();
             let before = given_up(lab);

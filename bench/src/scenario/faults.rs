@@ -17,20 +17,20 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::Settings;
 use super::report::Report;
+use super::settings::Settings;
 use super::writing::WriterSession;
 use crate::lab::network::Link;
 use crate::lab::{Lab, LabOptions};
-use crate::pageferry::{self, MigrateFlags, Migration, under_way, wait_settled};
+use crate::mover::MoveOptions;
+use crate::mover::pageferry::{
+    self, Migration, Pageferry, SETTLE_TIME_MAX, under_way, wait_settled,
+};
 use crate::writer::options::Options;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    ensure!(
-        !settings.baseline,
-        "faults is about what stock CRIU does not have"
-    );
+    settings.need_pageferry("faults is about what stock CRIU does not have")?;
     let link = settings
         .link
         .clone()
@@ -154,13 +154,13 @@ impl Fault {
             rate: HOT_RATE,
             ..Options::new(memory)
         };
-        let mut session = WriterSession::start(lab, "a", &options, |_| {})?;
-        let flags = MigrateFlags {
+        let mut session = WriterSession::start(lab, &Pageferry, "a", &options, |_| {})?;
+        let flags = MoveOptions {
             timeout: Some("60s".to_owned()),
             // The final round is as large as the hot set, and takes half a second.
             downtime_max: Some("5s".to_owned()),
             frozen_max: self.act.waited_for().map(|_| FROZEN_MAX.to_owned()),
-            ..MigrateFlags::default()
+            ..MoveOptions::default()
         };
         let name = session.workload.name();
         let begun = Instant::now();
@@ -536,7 +536,6 @@ const FROZEN_MAX: &str = "2s";
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 const PHASE_TIME_MAX: Duration = Duration::from_secs(20);
 const HANGS_FOR: Duration = Duration::from_millis(300);
-const SETTLE_TIME_MAX: Duration = Duration::from_secs(60);
 /// For the same backoff, after faults that take longer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 const ANSWER_POLL: Duration = Duration::from_millis(200);

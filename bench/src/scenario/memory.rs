@@ -3,18 +3,18 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
-use super::Settings;
-use super::redis::{SETTLE_TIME_MAX, other};
 use super::report::Report;
 use super::session::Session;
+use super::settings::{Settings, other};
 use super::writing::WriterSession;
 use crate::client::load::{Dataset, LoadPlan};
 use crate::client::resp::Connection;
 use crate::lab::Lab;
 use crate::lab::init::SHARED;
-use crate::pageferry::{MigrateFlags, Migration, wait_settled};
+use crate::mover::MoveOptions;
+use crate::mover::pageferry::{Migration, Pageferry, SETTLE_TIME_MAX, wait_settled};
 use crate::sys::process::Verdict;
 use crate::workload::{WorkloadPlan, redis};
 use crate::writer::case::{ALL, Demand, LOST_PAGES, TRACED};
@@ -22,10 +22,7 @@ use crate::writer::options::Options;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    ensure!(
-        !settings.baseline,
-        "memory is about what stock CRIU does not have"
-    );
+    settings.need_pageferry("memory is about what stock CRIU does not have")?;
     let mut lab = settings.lab(2)?;
     let wanted = |name: &str| settings.only.as_deref().is_none_or(|only| only == name);
     for kind in ALL.iter().chain([&TRACED]).filter(|kind| wanted(kind.name)) {
@@ -86,18 +83,19 @@ fn variants() -> Vec<Case> {
 impl Case {
     fn run(&self, lab: &mut Lab, report: &mut Report) -> Result<()> {
         let earlier = report.moves.len();
-        let mut session = match WriterSession::start(lab, "a", &self.options, self.change) {
-            Ok(session) => session,
-            Err(error) => {
-                // Secret memory and io_uring can be switched off, guard pages can be too new.
-                if !matches!(self.demand, Demand::MayBeRefused(_)) {
-                    report.fail(format!("{}: {error:#}", self.name));
-                } else {
-                    println!("{}: not possible on this machine: {error:#}", self.name);
+        let mut session =
+            match WriterSession::start(lab, &Pageferry, "a", &self.options, self.change) {
+                Ok(session) => session,
+                Err(error) => {
+                    // Secret memory and io_uring can be switched off, guard pages can be too new.
+                    if !matches!(self.demand, Demand::MayBeRefused(_)) {
+                        report.fail(format!("{}: {error:#}", self.name));
+                    } else {
+                        println!("{}: not possible on this machine: {error:#}", self.name);
+                    }
+                    return Ok(());
                 }
-                return Ok(());
-            }
-        };
+            };
         for _ in 0..MOVES_PER_CASE {
             if !self.move_once(lab, &mut session, report) {
                 break;
@@ -120,9 +118,9 @@ impl Case {
 
     /// False when there is no use going on.
     fn move_once(&self, lab: &Lab, session: &mut WriterSession, report: &mut Report) -> bool {
-        let flags = MigrateFlags {
+        let flags = MoveOptions {
             verify: true,
-            ..MigrateFlags::default()
+            ..MoveOptions::default()
         };
         let to = other(&session.at);
         let frozen = Instant::now();
@@ -172,11 +170,11 @@ fn lost_pages(lab: &mut Lab, report: &mut Report) -> Result<()> {
     let name = LOST_PAGES.name;
     let mut options = Options::new(CASE_BYTES);
     name.clone_into(&mut options.case);
-    let mut session = WriterSession::start(lab, "a", &options, |_| {})?;
+    let mut session = WriterSession::start(lab, &Pageferry, "a", &options, |_| {})?;
     for verify in [false, true] {
-        let flags = MigrateFlags {
+        let flags = MoveOptions {
             verify,
-            ..MigrateFlags::default()
+            ..MoveOptions::default()
         };
         match session.move_to(lab, "b", &flags)? {
             Err((code, text)) if code == "pages-unread" => {
@@ -207,14 +205,14 @@ fn again_while_filling(lab: &mut Lab, report: &mut Report) -> Result<()> {
         rate: 5_000,
         ..Options::new(FILL_BYTES)
     };
-    let mut session = WriterSession::start(lab, "a", &options, |_| {})?;
+    let mut session = WriterSession::start(lab, &Pageferry, "a", &options, |_| {})?;
     for _ in 0..MOVES_PER_CASE {
         let begun = Instant::now();
         let to = other(&session.at);
         let source = lab.node(&session.at)?;
-        let flags = MigrateFlags {
+        let flags = MoveOptions {
             verify: true,
-            ..MigrateFlags::default()
+            ..MoveOptions::default()
         };
         let outcome = Migration::start(source, &session.workload.name(), to, &flags)?.finish()?;
         match outcome.moved {
@@ -251,7 +249,7 @@ fn bgsave(lab: &mut Lab, report: &mut Report) -> Result<()> {
     let mut plan = redis::plan();
     plan.arguments.extend(["--dir", SHARED].map(str::to_owned));
     let load = LoadPlan::first_row();
-    let mut session = Session::start_plan(lab, "a", &plan, dataset, load)?;
+    let mut session = Session::start_plan(lab, &Pageferry, "a", &plan, dataset, load)?;
     let address = session.workload.link.address;
     let mut control = Connection::open(&lab.client.net, address)?;
     for _ in 0..MOVES_PER_CASE {
@@ -259,10 +257,10 @@ fn bgsave(lab: &mut Lab, report: &mut Report) -> Result<()> {
         control.call(&[b"BGSAVE"]).context("asking Redis to save")?;
         let to = other(&session.at);
         let shared = vec![SHARED.to_owned()];
-        let flags = MigrateFlags {
+        let flags = MoveOptions {
             verify: true,
             shared,
-            ..MigrateFlags::default()
+            ..MoveOptions::default()
         };
         if !session.move_to(lab, to, &flags, report)? {
             break;

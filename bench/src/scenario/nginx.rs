@@ -8,20 +8,17 @@ use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
 
-use super::Settings;
-use super::redis::other;
-use super::report::{Report, millis};
+use super::report::Report;
+use super::settings::{Settings, other};
 use crate::client::http::Requests;
 use crate::lab::init::SHARED;
-use crate::pageferry::{MigrateFlags, Migration};
+use crate::mover::outcome::millis;
+use crate::mover::{MoveOptions, Order};
 use crate::workload::nginx;
 
 /// The scenario; its one case is a short one.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    ensure!(
-        !settings.baseline,
-        "nginx is about what stock CRIU does not have"
-    );
+    settings.need_pageferry("nginx is about what stock CRIU does not have")?;
     let moves = match settings.only.as_deref() {
         None => MOVES,
         Some(FEW) => MOVES_FEW,
@@ -35,16 +32,22 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         requests.wait_for_answers(ANSWERS_AROUND),
         "nginx does not answer"
     );
-    let flags = MigrateFlags {
+    let options = MoveOptions {
         shared: vec![SHARED.to_owned()],
-        ..MigrateFlags::default()
+        ..MoveOptions::default()
     };
     let mut at = "a";
     let mut moved = 0;
     for number in 1..=moves {
         let to = other(at);
         requests.mark();
-        let outcome = Migration::start(lab.node(at)?, &workload.name(), to, &flags)?.finish()?;
+        let order = Order {
+            workload: &workload,
+            from: at,
+            to,
+            options: &options,
+        };
+        let outcome = settings.mover.move_workload(&lab, &order)?;
         workload.pid = outcome.pid_at_target().unwrap_or(workload.pid);
         let answered = requests.wait_for_answers(ANSWERS_AROUND);
         let blackout = requests.silence();

@@ -1,25 +1,27 @@
 //! Scenarios with Redis: `demo`, `chain`, `cross`.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
-use super::Settings;
 use super::report::Report;
 use super::session::Session;
+use super::settings::{Settings, other};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::measure::Meter;
-use crate::pageferry::{MigrateFlags, Migration, wait_settled};
+use crate::mover::pageferry::{Migration, SETTLE_TIME_MAX, wait_settled};
+use crate::mover::{MoveOptions, Mover};
 
 /// One move under the first row of the load.
 pub fn demo(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut lab = settings.lab(2)?;
     let meter = Meter::start(&lab)?;
     let dataset = Dataset::first_row(DEMO_BYTES);
-    let mut session = Session::start(&mut lab, "a", dataset, LoadPlan::first_row())?;
+    let load = LoadPlan::first_row();
+    let mut session = Session::start(&mut lab, settings.mover, "a", dataset, load)?;
     session.wait_for_writes(WRITES_AROUND)?;
-    if session.move_to(&lab, "b", &MigrateFlags::default(), report)? {
+    if session.move_to(&lab, "b", &MoveOptions::default(), report)? {
         session.wait_for_writes(WRITES_AROUND)?;
     }
     session.finish(report)?;
@@ -31,8 +33,8 @@ pub fn demo(settings: &Settings, report: &mut Report) -> Result<()> {
 /// row.
 pub fn chain(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut lab = settings.lab(2)?;
-    run_chain(&mut lab, Row::First, CHAIN_MOVES, report)?;
-    run_chain(&mut lab, Row::Second, SECOND_ROW_MOVES, report)
+    run_chain(&mut lab, settings.mover, Row::First, report)?;
+    run_chain(&mut lab, settings.mover, Row::Second, report)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,28 +43,35 @@ enum Row {
     Second,
 }
 
-fn run_chain(lab: &mut Lab, row: Row, moves: usize, report: &mut Report) -> Result<()> {
-    let (name, dataset, plan) = match row {
+fn run_chain(
+    lab: &mut Lab,
+    mover: &'static dyn Mover,
+    row: Row,
+    report: &mut Report,
+) -> Result<()> {
+    let (name, moves, dataset, plan) = match row {
         Row::First => (
             "first row",
+            CHAIN_MOVES,
             Dataset::first_row(CHAIN_BYTES),
             LoadPlan::first_row(),
         ),
         Row::Second => (
             "second row",
+            SECOND_ROW_MOVES,
             Dataset::second_row(CHAIN_BYTES),
             LoadPlan::second_row(),
         ),
     };
     let earlier = report.moves.len();
     let meter = Meter::start(lab)?;
-    let mut session = Session::start(lab, "a", dataset, plan)?;
+    let mut session = Session::start(lab, mover, "a", dataset, plan)?;
     for number in 0..moves {
-        let to = if session.at == "a" { "b" } else { "a" };
+        let to = other(&session.at);
         let verify = row == Row::First && number % VERIFY_EVERY == VERIFY_EVERY - 1;
-        let flags = MigrateFlags {
+        let flags = MoveOptions {
             verify,
-            ..MigrateFlags::default()
+            ..MoveOptions::default()
         };
         if !session.move_to(lab, to, &flags, report)? {
             break;
@@ -80,10 +89,7 @@ fn run_chain(lab: &mut Lab, row: Row, moves: usize, report: &mut Report) -> Resu
 
 /// Two workloads move in opposite directions at the same time.
 pub fn cross(settings: &Settings, report: &mut Report) -> Result<()> {
-    ensure!(
-        !settings.baseline,
-        "cross is about what stock CRIU does not have"
-    );
+    settings.need_pageferry("cross is about what stock CRIU does not have")?;
     let mut lab = settings.lab(2)?;
     let dataset = Dataset::first_row(CROSS_BYTES);
     let mut sessions = Vec::new();
@@ -93,7 +99,7 @@ pub fn cross(settings: &Settings, report: &mut Report) -> Result<()> {
             values_per_second: Some(25_000_000 / 4096),
             ..LoadPlan::first_row()
         };
-        sessions.push(Session::start(&mut lab, at, dataset, plan)?);
+        sessions.push(Session::start(&mut lab, settings.mover, at, dataset, plan)?);
     }
     for _ in 0..CROSSINGS {
         let begun = Instant::now();
@@ -101,7 +107,7 @@ pub fn cross(settings: &Settings, report: &mut Report) -> Result<()> {
         for session in &sessions {
             let to = other(&session.at);
             let source = lab.node(&session.at)?;
-            let flags = MigrateFlags::default();
+            let flags = MoveOptions::default();
             let migration = Migration::start(source, &session.workload.name(), to, &flags)?;
             migrations.push((to, migration));
         }
@@ -117,11 +123,6 @@ pub fn cross(settings: &Settings, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// The other one of the two nodes.
-pub fn other(node: &str) -> &'static str {
-    if node == "a" { "b" } else { "a" }
-}
-
 /// Values alone; Redis needs a quarter more for them.
 const DEMO_BYTES: u64 = 512 << 20; // 512 MiB
 const CHAIN_BYTES: u64 = 1 << 30; // 1 GiB
@@ -133,5 +134,3 @@ const SECOND_ROW_MOVES: usize = 4;
 const CROSSINGS: usize = 2;
 /// A quarter of a second of the first row.
 const WRITES_AROUND: u64 = 3_000;
-/// A fill of 1 GiB takes seconds.
-pub const SETTLE_TIME_MAX: Duration = Duration::from_secs(60);

@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -14,34 +13,7 @@ use serde_json::Value;
 
 use crate::lab::state::RunFolder;
 use crate::measure::Usage;
-
-/// One move, as `pageferry migrate --json` prints it too.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Move {
-    pub workload: String,
-    pub mode: String,
-    pub from: String,
-    pub to: String,
-    pub rounds: u32,
-    pub memory_bytes: u64,
-    pub wire_bytes: u64,
-    pub downtime_ms: f64,
-    pub parts_ms: Parts,
-    pub frozen_ms: Option<f64>,
-    pub restore_ms: Option<f64>,
-    pub blackout_ms: Option<f64>,
-    pub total_ms: f64,
-}
-
-/// The consecutive intervals of the downtime.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Parts {
-    pub freeze: f64,
-    pub final_round: f64,
-    pub restore: f64,
-    pub commit: f64,
-    pub handoff: f64,
-}
+use crate::mover::outcome::{Move, round};
 
 /// The object of `lab run --json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -192,57 +164,12 @@ impl Report {
     }
 }
 
-impl Move {
-    fn line(&self, number: usize) -> String {
-        let optional = |name: &str, value: Option<f64>| match value {
-            Some(value) => format!(", {name} {value:.1} ms"),
-            None => String::new(),
-        };
-        let parts = &self.parts_ms;
-        format!(
-            "move {number}: {} {} {} -> {}: {} rounds, {} in memory, {} on the wire, \
-             total {:.1} s\n  downtime {:.1} ms = freeze {:.1} + final round {:.1} + restore {:.1} \
-             + commit {:.1} + hand-off {:.1}{}{}{}",
-            self.workload,
-            self.mode,
-            self.from,
-            self.to,
-            self.rounds,
-            bytes_text(self.memory_bytes),
-            bytes_text(self.wire_bytes),
-            self.total_ms / 1e3,
-            self.downtime_ms,
-            parts.freeze,
-            parts.final_round,
-            parts.restore,
-            parts.commit,
-            parts.handoff,
-            optional("inside CRIU", self.frozen_ms),
-            optional("CRIU's restore", self.restore_ms),
-            optional("blackout", self.blackout_ms),
-        )
-    }
-}
-
-pub fn bytes_text(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
-}
-
 /// The smallest value that at least `percent` of the values do not exceed. 0 for no values.
 pub fn percentile(values: &[f64], percent: usize) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let rank = (sorted.len() * percent).div_ceil(100).max(1);
     sorted.get(rank - 1).copied().unwrap_or(0.0)
-}
-
-pub fn millis(duration: Duration) -> f64 {
-    round(duration.as_secs_f64() * 1e3)
-}
-
-/// To three decimals: what is behind them is noise.
-pub fn round(value: f64) -> f64 {
-    (value * 1e3).round() / 1e3
 }
 
 #[cfg(test)]

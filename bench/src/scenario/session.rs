@@ -3,21 +3,21 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
 
-use super::report::{Report, millis, round};
-use super::stop_and_copy;
+use super::report::Report;
 use crate::client::load::{Dataset, Load, LoadPlan};
 use crate::client::probe::Prober;
 use crate::client::resp::{ANSWER_TIME_MAX, Connection};
 use crate::client::verify;
 use crate::lab::Lab;
-use crate::pageferry::{MigrateFlags, Migration, Outcome};
+use crate::mover::outcome::{Outcome, millis, round};
+use crate::mover::{MoveOptions, Mover, Order};
 use crate::workload::{Workload, WorkloadPlan, redis};
 
 /// A Redis of the lab, its load and its prober.
 #[derive(Debug)]
 pub struct Session {
+    mover: &'static dyn Mover,
     pub workload: Workload,
     /// The node it is at.
     pub at: String,
@@ -29,13 +29,20 @@ pub struct Session {
 
 impl Session {
     /// Starts Redis at a node, fills it, and starts its clients.
-    pub fn start(lab: &mut Lab, at: &str, dataset: Dataset, plan: LoadPlan) -> Result<Self> {
-        Self::start_plan(lab, at, &redis::plan(), dataset, plan)
+    pub fn start(
+        lab: &mut Lab,
+        mover: &'static dyn Mover,
+        at: &str,
+        dataset: Dataset,
+        plan: LoadPlan,
+    ) -> Result<Self> {
+        Self::start_plan(lab, mover, at, &redis::plan(), dataset, plan)
     }
 
     /// As [`Session::start`], with another Redis.
     pub fn start_plan(
         lab: &mut Lab,
+        mover: &'static dyn Mover,
         at: &str,
         redis: &WorkloadPlan,
         dataset: Dataset,
@@ -51,6 +58,7 @@ impl Session {
         let load = Load::start(net, address, dataset, plan, &logs)?;
         let prober = Prober::redis(net, address)?;
         let session = Self {
+            mover,
             workload,
             at: at.to_owned(),
             load,
@@ -72,17 +80,23 @@ impl Session {
         Ok(())
     }
 
-    /// Moves it by pageferry while the load runs. Whatever fails goes to the report; true when the
+    /// Moves it while the load runs. Whatever fails goes to the report; true when the
     /// workload is at `to` now.
     pub fn move_to(
         &mut self,
         lab: &Lab,
         to: &str,
-        flags: &MigrateFlags,
+        flags: &MoveOptions,
         report: &mut Report,
     ) -> Result<bool> {
         let begun = Instant::now();
-        let outcome = move_workload(lab, &self.workload, &self.at, to, flags)?;
+        let order = Order {
+            workload: &self.workload,
+            from: &self.at,
+            to,
+            options: flags,
+        };
+        let outcome = self.mover.move_workload(lab, &order)?;
         Ok(self.note(outcome, begun, to, report))
     }
 
@@ -151,26 +165,6 @@ impl Session {
         }
         Ok(workload)
     }
-}
-
-/// Moves a workload by what the lab has: pageferry, or stock CRIU, which takes no flags.
-pub fn move_workload(
-    lab: &Lab,
-    workload: &Workload,
-    at: &str,
-    to: &str,
-    flags: &MigrateFlags,
-) -> Result<Outcome> {
-    if lab.has_daemons() {
-        return Migration::start(lab.node(at)?, &workload.name(), to, flags)?.finish();
-    }
-    let moved = stop_and_copy::move_workload(lab, workload, at, to)?;
-    Ok(Outcome {
-        id: None,
-        moved: Some(moved),
-        error: None,
-        object: Value::Null,
-    })
 }
 
 /// What only the migration itself knows, where this build prints it.

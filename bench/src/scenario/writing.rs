@@ -1,27 +1,28 @@
 //! A self-checking writer with everything that watches it, and scenarios about sizes and rates.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use super::Settings;
-use super::redis::{SETTLE_TIME_MAX, other};
-use super::report::{Move, Report, millis, percentile, round};
-use super::session::move_workload;
+use super::report::{Report, percentile};
+use super::settings::{Settings, other};
 use crate::client::probe::Prober;
 use crate::client::resp::ANSWER_TIME_MAX;
-use crate::client::writer::WriterClient;
+use crate::client::writer::{self, WriterClient};
 use crate::content::Content;
 use crate::lab::network::Link;
 use crate::lab::{Lab, LabOptions};
 use crate::measure::{Meter, memory_peak, reset_memory_peak};
-use crate::pageferry::{MigrateFlags, Outcome, wait_settled};
-use crate::workload::{Workload, WorkloadPlan, writer};
+use crate::mover::outcome::{Move, Outcome, millis, round};
+use crate::mover::pageferry::SETTLE_TIME_MAX;
+use crate::mover::{MoveOptions, Mover, Order};
+use crate::workload::{Workload, WorkloadPlan};
 use crate::writer::options::Options;
 
 /// A writer of the lab, its client and its prober.
 #[derive(Debug)]
 pub struct WriterSession {
+    mover: &'static dyn Mover,
     pub workload: Workload,
     /// The node it is at.
     pub at: String,
@@ -32,6 +33,7 @@ pub struct WriterSession {
 impl WriterSession {
     pub fn start(
         lab: &mut Lab,
+        mover: &'static dyn Mover,
         at: &str,
         options: &Options,
         change: impl FnOnce(&mut WorkloadPlan),
@@ -40,6 +42,7 @@ impl WriterSession {
         client.verify().context("before any move")?;
         let prober = Prober::writer(&lab.client.net, workload.link.address)?;
         Ok(Self {
+            mover,
             workload,
             at: at.to_owned(),
             client,
@@ -53,10 +56,16 @@ impl WriterSession {
         &mut self,
         lab: &Lab,
         to: &str,
-        flags: &MigrateFlags,
+        flags: &MoveOptions,
     ) -> Result<std::result::Result<Move, (String, String)>> {
         let begun = Instant::now();
-        let outcome = move_workload(lab, &self.workload, &self.at, to, flags)?;
+        let order = Order {
+            workload: &self.workload,
+            from: &self.at,
+            to,
+            options: flags,
+        };
+        let outcome = self.mover.move_workload(lab, &order)?;
         self.note(outcome, begun, to)
     }
 
@@ -94,7 +103,7 @@ impl WriterSession {
     pub fn move_and_note(
         &mut self,
         lab: &Lab,
-        flags: &MigrateFlags,
+        flags: &MoveOptions,
         what: &str,
         report: &mut Report,
     ) -> bool {
@@ -130,22 +139,19 @@ impl WriterSession {
 /// Does the downtime depend on the size?
 pub fn sizes(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut lab = settings.lab(2)?;
-    let mut medians = vec![run_size(&mut lab, SIZES[0].0, SIZES[0].1, false, report)?];
+    let mover = settings.mover;
+    let [small, large @ ..] = SIZES;
+    let mut medians = vec![run_size(&mut lab, mover, small, false, report)?];
     // Next to what it is compared with, so that both meet the same machine.
-    let own = run_size(
-        &mut lab,
-        "64 MiB, own pid and mount namespaces",
-        SIZES[0].1,
-        true,
-        report,
-    )?;
+    let own = ("64 MiB, own pid and mount namespaces", small.1);
+    let own = run_size(&mut lab, mover, own, true, report)?;
     report.figure(
         "own pid and mount namespaces, ms more",
         round(own - medians[0]),
     );
     report.print_figures("own pid and mount namespaces");
-    for (name, memory) in &SIZES[1..] {
-        medians.push(run_size(&mut lab, name, *memory, false, report)?);
+    for size in large {
+        medians.push(run_size(&mut lab, mover, size, false, report)?);
     }
     let (small, large) = (medians[0], medians[2]);
     let gibibytes = (SIZES[2].1 - SIZES[0].1) as f64 / f64::from(1 << 30);
@@ -160,23 +166,23 @@ pub fn sizes(settings: &Settings, report: &mut Report) -> Result<()> {
 /// The median downtime of a few moves.
 fn run_size(
     lab: &mut Lab,
-    name: &str,
-    memory: usize,
+    mover: &'static dyn Mover,
+    (name, memory): (&str, usize),
     own_pid_mnt: bool,
     report: &mut Report,
 ) -> Result<f64> {
     let mut options = Options::new(memory);
     options.hot = HOT_BYTES;
     options.rate = HOT_RATE;
-    let mut session =
-        WriterSession::start(lab, "a", &options, |plan| plan.own_pid_mnt = own_pid_mnt)?;
+    let change = |plan: &mut WorkloadPlan| plan.own_pid_mnt = own_pid_mnt;
+    let mut session = WriterSession::start(lab, mover, "a", &options, change)?;
     let earlier = report.moves.len();
     for number in 0..SIZE_MOVES {
         let target = lab.node(other(&session.at))?;
         reset_memory_peak(target);
         let meter = Meter::start(lab)?;
-        let going = session.move_and_note(lab, &MigrateFlags::default(), name, report);
-        wait_settled(lab, SETTLE_TIME_MAX)?;
+        let going = session.move_and_note(lab, &MoveOptions::default(), name, report);
+        mover.wait_settled(lab, SETTLE_TIME_MAX)?;
         // The first move: later ones find caches and buffers of the earlier ones.
         if number == 0 {
             report.figure_usage(&meter.finish());
@@ -212,29 +218,39 @@ pub fn rate(settings: &Settings, report: &mut Report) -> Result<()> {
         let options = LabOptions {
             nodes: 2,
             link: link.clone(),
-            daemons: !settings.baseline,
+            daemons: settings.mover.needs_daemons(),
             keep,
         };
         let mut lab = Lab::up(&options)?;
         for content in [Content::Random, Content::Text, Content::HalfZero] {
-            run_rate(&mut lab, link, content, report)?;
+            run_rate(&mut lab, settings.mover, (link, content), report)?;
         }
     }
     Ok(())
 }
 
-fn run_rate(lab: &mut Lab, link: &Link, content: Content, report: &mut Report) -> Result<()> {
+fn run_rate(
+    lab: &mut Lab,
+    mover: &'static dyn Mover,
+    (link, content): (&Link, Content),
+    report: &mut Report,
+) -> Result<()> {
     let mut options = Options::new(RATE_BYTES);
     options.content = content;
     // Idle: nothing written, nothing read.
     (options.rate, options.checks) = (0, 0);
     let name = format!("{} on {link}", content.name());
-    let mut session = WriterSession::start(lab, "a", &options, |_| {})?;
+    let mut session = WriterSession::start(lab, mover, "a", &options, |_| {})?;
     warm(report);
     let meter = Meter::start(lab)?;
     let begun = Instant::now();
-    let flags = MigrateFlags::default();
-    let outcome = move_workload(lab, &session.workload, "a", "b", &flags)?;
+    let order = Order {
+        workload: &session.workload,
+        from: "a",
+        to: "b",
+        options: &MoveOptions::default(),
+    };
+    let outcome = mover.move_workload(lab, &order)?;
     let object = outcome.object.clone();
     report.figure_usage(&meter.finish());
     match session.note(outcome, begun, "b")? {
@@ -254,7 +270,7 @@ fn run_rate(lab: &mut Lab, link: &Link, content: Content, report: &mut Report) -
         Err((code, text)) => report.fail(format!("{name}: {code}: {text}")),
     }
     report.print_figures(&name);
-    wait_settled(lab, SETTLE_TIME_MAX)?;
+    mover.wait_settled(lab, SETTLE_TIME_MAX)?;
     session.finish(lab, report)
 }
 
@@ -279,5 +295,3 @@ const HOT_BYTES: usize = 64 << 20; // 64 MiB
 const HOT_RATE: u32 = 5_000;
 const SIZE_MOVES: usize = 5;
 const RATE_BYTES: usize = 1 << 30; // 1 GiB
-/// Moves of idle memory take seconds even on a slow link.
-pub const MOVE_TIME_MAX: Duration = Duration::from_secs(120);

@@ -3,15 +3,12 @@
 //! It answers `/echo/N` with a body that says N, and `/blob` with a file of the shared folder.
 
 use std::fs;
-use std::net::{SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::{Workload, WorkloadPlan};
 use crate::lab::Lab;
 use crate::lab::init::SHARED;
-use crate::lab::inside::in_network;
 
 /// Where it listens.
 pub const PORT: u16 = 80;
@@ -30,7 +27,7 @@ pub fn echo(number: u64) -> String {
     format!("you asked for /echo/{number}\n").repeat(ECHO_LINES)
 }
 
-/// Starts it at a node and waits until it answers.
+/// Starts it at a node and waits until it listens.
 pub fn start(lab: &mut Lab, node: &str) -> Result<Workload> {
     let shared = lab.folder.shared();
     let folder = shared.join("nginx");
@@ -48,18 +45,8 @@ pub fn start(lab: &mut Lab, node: &str) -> Result<Workload> {
         uid: None,
     };
     let workload = Workload::start(lab, node, &plan)?;
-    let address = SocketAddr::from((workload.link.address, PORT));
-    let deadline = Instant::now() + START_TIME_MAX;
-    loop {
-        let connected = in_network(&lab.client.net, || {
-            TcpStream::connect_timeout(&address, START_TIME_MAX)
-        })?;
-        match connected {
-            Ok(_) => return Ok(workload),
-            Err(error) if Instant::now() > deadline => bail!("nginx does not answer: {error}"),
-            Err(_) => std::thread::sleep(START_POLL),
-        }
-    }
+    workload.wait_until_it_listens(lab, PORT)?;
+    Ok(workload)
 }
 
 /// Nothing is written to a folder of one node alone, but for the temporary folders that nginx makes
@@ -89,5 +76,3 @@ fn configuration() -> String {
 
 /// 2 KiB or so: nginx takes no longer text.
 const ECHO_LINES: usize = 100;
-const START_TIME_MAX: Duration = Duration::from_secs(10);
-const START_POLL: Duration = Duration::from_millis(20);

@@ -6,40 +6,31 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use super::outcome::Outcome;
+use super::{MoveOptions, Mover, Order};
 use crate::lab::Lab;
 use crate::lab::node::Node;
-use crate::scenario::report::Move;
 
-/// Flags of `pageferry migrate`.
-#[derive(Clone, Debug, Default)]
-pub struct MigrateFlags {
-    pub verify: bool,
-    pub force_eager: bool,
-    /// A time as the command line takes it ("60s").
-    pub timeout: Option<String>,
-    pub downtime_max: Option<String>,
-    pub frozen_max: Option<String>,
-    /// Paths that are the same storage at both nodes.
-    pub shared: Vec<String>,
-}
+/// Moves by `pageferry migrate`.
+#[derive(Clone, Copy, Debug)]
+pub struct Pageferry;
 
-/// How a migration ended, as its command says.
-#[derive(Clone, Debug)]
-pub struct Outcome {
-    pub id: Option<String>,
-    /// The move, when it succeeded.
-    pub moved: Option<Move>,
-    /// Code and text, when it did not.
-    pub error: Option<(String, String)>,
-    /// All that the command printed, for figures that not every build prints.
-    pub object: Value,
-}
+impl Mover for Pageferry {
+    fn name(&self) -> &'static str {
+        "pageferry"
+    }
 
-impl Outcome {
-    /// What the workload's root is called at the target; as before, unless it has a pid namespace
-    /// of its own.
-    pub fn pid_at_target(&self) -> Option<i32> {
-        self.object["pid_at_target"].as_i64()?.try_into().ok()
+    fn needs_daemons(&self) -> bool {
+        true
+    }
+
+    fn move_workload(&self, lab: &Lab, order: &Order<'_>) -> Result<Outcome> {
+        let source = lab.node(order.from)?;
+        Migration::start(source, &order.workload.name(), order.to, order.options)?.finish()
+    }
+
+    fn wait_settled(&self, lab: &Lab, time_max: Duration) -> Result<()> {
+        wait_settled(lab, time_max)
     }
 }
 
@@ -51,7 +42,7 @@ pub struct Migration {
 
 impl Migration {
     /// Starts `pageferry migrate` at the source.
-    pub fn start(source: &Node, workload: &str, to: &str, flags: &MigrateFlags) -> Result<Self> {
+    pub fn start(source: &Node, workload: &str, to: &str, flags: &MoveOptions) -> Result<Self> {
         let mut command = source.command("pageferry")?;
         command = command.args(["migrate", workload, "--to", to, "--json"]);
         if flags.verify {
@@ -102,9 +93,8 @@ fn outcome(printed: &str, complaint: &str, success: bool) -> Outcome {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let mut outcome = Outcome {
         id: text(&object["id"]),
-        moved: None,
-        error: None,
         object: object.clone(),
+        ..Outcome::default()
     };
     if success {
         match serde_json::from_value(object) {
@@ -171,13 +161,7 @@ pub fn under_way(node: &Node, workload: &str) -> Option<(String, String)> {
 /// Waits until no migration of any node is under way: fills are over, journals closed.
 pub fn wait_settled(lab: &Lab, time_max: Duration) -> Result<()> {
     let deadline = Instant::now() + time_max;
-    // Stock CRIU has nothing left to do when it returns.
-    let nodes = if lab.has_daemons() {
-        &lab.nodes[..]
-    } else {
-        &[]
-    };
-    for node in nodes {
+    for node in &lab.nodes {
         loop {
             let all = list(node)?;
             let open = all.iter().find(|one| {
@@ -203,6 +187,8 @@ pub fn abort(node: &Node, id: &str) -> Result<Child> {
     command.stdin(Stdio::null()).stderr(Stdio::null()).spawn()
 }
 
+/// How long everything may take to settle: a fill of 1 GiB takes seconds.
+pub const SETTLE_TIME_MAX: Duration = Duration::from_secs(60);
 const FINAL_PHASES: [&str; 2] = ["done", "aborted"];
 const POLL: Duration = Duration::from_millis(50);
 

@@ -1,0 +1,50 @@
+//! What the command line may change about a scenario, and the lab that it gets.
+
+use anyhow::{Result, ensure};
+
+use crate::lab::network::Link;
+use crate::lab::{Lab, LabOptions};
+use crate::mover::Mover;
+
+/// What the command line may change about a scenario.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Absent: what the scenario is defined with.
+    pub link: Option<Link>,
+    /// Leave the lab up afterwards.
+    pub keep: bool,
+    /// Who moves; by stock CRIU, the scenario itself is checked.
+    pub mover: &'static dyn Mover,
+    /// Of a scenario with cases, only this one.
+    pub only: Option<String>,
+}
+
+impl Settings {
+    /// Brings up the lab of a scenario, with what its mover needs.
+    pub fn lab(&self, nodes: usize) -> Result<Lab> {
+        self.lab_for(self.mover, nodes)
+    }
+
+    /// Brings up the lab of a scenario that has a mover of its own.
+    pub fn lab_for(&self, mover: &dyn Mover, nodes: usize) -> Result<Lab> {
+        let link = self.link.clone().unwrap_or(Link::Unshaped);
+        Lab::up(&LabOptions {
+            nodes,
+            link,
+            daemons: mover.needs_daemons(),
+            keep: self.keep,
+        })
+    }
+
+    /// # Errors
+    /// `otherwise`, when another mover than pageferry is asked for.
+    pub fn need_pageferry(&self, otherwise: &'static str) -> Result<()> {
+        ensure!(self.mover.needs_daemons(), otherwise);
+        Ok(())
+    }
+}
+
+/// The other one of a scenario's two nodes.
+pub fn other(node: &str) -> &'static str {
+    if node == "a" { "b" } else { "a" }
+}
