@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod image;
 pub mod init;
 pub mod inside;
+pub mod layer;
 pub mod network;
 pub mod node;
 pub mod pids;
@@ -25,6 +26,7 @@ use nix::fcntl::Flock;
 use nix::sys::signal::{SigSet, Signal};
 
 use daemon::Daemon;
+use layer::LayerPlan;
 use network::Link;
 use node::{Holder, Node, NodePlan};
 use state::{RunFolder, State};
@@ -36,6 +38,8 @@ pub struct LabOptions {
     pub link: Link,
     /// Start `pageferryd` on each node.
     pub daemons: bool,
+    /// What nodes have besides the node image, made when it is first asked for.
+    pub layer: Option<&'static LayerPlan>,
     /// Leave it up when this process ends.
     pub keep: bool,
 }
@@ -66,7 +70,10 @@ impl Lab {
         let lock = folder.lock()?;
         refuse_or_clean(&folder)?;
         clean_on_exit(&folder);
-        let image = image::ensure_image()?;
+        let mut layers = vec![image::ensure_image()?];
+        if let Some(plan) = options.layer {
+            layers.insert(0, layer::ensure_layer(&layers[0], plan)?);
+        }
         folder.clear_logs()?;
         let mut state = State {
             kept: options.keep,
@@ -76,7 +83,7 @@ impl Lab {
             ..State::default()
         };
         folder.store(&state)?;
-        match build(&folder, &image, options, &mut state) {
+        match build(&folder, layers, options, &mut state) {
             Ok(Built {
                 nodes,
                 switch,
@@ -201,13 +208,13 @@ struct Built {
 
 fn build(
     folder: &RunFolder,
-    image: &Path,
+    mut layers: Vec<PathBuf>,
     options: &LabOptions,
     state: &mut State,
 ) -> Result<Built> {
     let lab_binary = lab_binary()?;
     make_layer(&folder.layer(), &lab_binary, options.daemons)?;
-    let layers = [folder.layer(), image.to_owned()];
+    layers.insert(0, folder.layer());
     let (scratch, shared) = (folder.scratch(), folder.shared());
     std::fs::create_dir_all(&shared).context("creating the shared folder")?;
     let plan = NodePlan {

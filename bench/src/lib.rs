@@ -4,6 +4,7 @@
 //! Absent on purpose: nothing here links against the daemon. It is driven as its users drive it, by
 //! its binaries.
 
+pub mod app;
 pub mod cases;
 pub mod client;
 pub mod content;

@@ -4,6 +4,7 @@
 //! that went wrong in the workload or for a client is a *failure* in the report; an error is the
 //! lab's own trouble, and ends up there too.
 
+pub mod apps;
 pub mod baseline;
 pub mod capture;
 pub mod cases;
@@ -35,7 +36,7 @@ pub struct Scenario {
 }
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 12] = [
+pub const ALL: [Scenario; 13] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -89,6 +90,12 @@ pub const ALL: [Scenario; 12] = [
         summary: "20 moves of a web server under 500 new connections per second",
         cases: true,
         run: nginx::run,
+    },
+    Scenario {
+        name: "apps",
+        summary: "real applications under load, 5 moves each, with a proof that nothing is lost",
+        cases: true,
+        run: apps::run,
     },
     Scenario {
         name: "cases",

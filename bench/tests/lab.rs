@@ -105,6 +105,12 @@ fn a_web_server_moves_while_clients_connect_and_no_request_fails() {
     check(&["nginx", "--only", "few"], 4);
 }
 
+/// nginx, memcached, Valkey, a JVM and numpy, there and back, each with a proof of its own.
+#[test]
+fn applications_move_under_load_and_lose_nothing() {
+    check(&["apps", "--only", "few"], 10);
+}
+
 #[test]
 fn memory_that_is_remapped_while_it_is_copied_arrives_right() {
     check(&["memory", "--only", "remap"], 5);

@@ -17,11 +17,12 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("measure", &["lab"]),
     ("workload", &["cases", "lab", "sys", "writer"]),
     ("client", &["content", "lab", "workload", "writer"]),
+    ("app", &["client", "content", "lab", "workload"]),
     ("mover", &["lab", "sys", "workload"]),
     (
         "scenario",
         &[
-            "client", "content", "lab", "measure", "mover", "sys", "workload", "writer",
+            "app", "client", "content", "lab", "measure", "mover", "sys", "workload", "writer",
         ],
     ),
 ];

@@ -5,6 +5,7 @@ use std::process::{ExitCode, Stdio};
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
+use pageferry_bench::app::layer::LAYER;
 use pageferry_bench::client::writer;
 use pageferry_bench::lab::network::Link;
 use pageferry_bench::lab::{self, Lab, LabOptions};
@@ -37,6 +38,9 @@ enum Command {
         /// Without pageferryd on the nodes.
         #[arg(long)]
         bare: bool,
+        /// With the applications of the scenario `apps`.
+        #[arg(long)]
+        apps: bool,
     },
     /// Run a command in a node of the lab that is up.
     Exec {
@@ -76,7 +80,7 @@ enum Command {
         /// wrong itself).
         #[arg(long)]
         baseline: bool,
-        /// Of a scenario with cases, only this one; of `cases` several, with commas between them.
+        /// Of a scenario with cases, only this one; of `cases` and `apps` several, with commas between them.
         #[arg(long)]
         only: Option<String>,
     },
@@ -112,11 +116,17 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Up { nodes, link, bare } => {
+        Command::Up {
+            nodes,
+            link,
+            bare,
+            apps,
+        } => {
             let lab = Lab::up(&LabOptions {
                 nodes,
                 link,
                 daemons: !bare,
+                layer: apps.then_some(&LAYER),
                 keep: true,
             })?;
             print_status(&lab);

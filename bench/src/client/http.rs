@@ -44,6 +44,8 @@ pub struct Seen {
     last_answer: Instant,
     /// The longest time without an answer since [`Requests::mark`].
     silence: Duration,
+    /// The longest time that an answer took since then.
+    slowest: Duration,
 }
 
 #[derive(Debug)]
@@ -76,6 +78,7 @@ impl Requests {
             failed: 0,
             last_answer: Instant::now(),
             silence: Duration::ZERO,
+            slowest: Duration::ZERO,
         }));
         let (stopped, shared) = (Arc::clone(&stop), Arc::clone(&seen));
         let thread = std::thread::Builder::new().name("requests".to_owned());
@@ -102,9 +105,15 @@ impl Requests {
         lock(&self.seen).clone()
     }
 
-    /// Forgets the silences so far.
+    /// Forgets the silences and the slow answers so far.
     pub fn mark(&self) {
-        lock(&self.seen).silence = Duration::ZERO;
+        let mut seen = lock(&self.seen);
+        (seen.silence, seen.slowest) = (Duration::ZERO, Duration::ZERO);
+    }
+
+    /// The longest time that an answer took since the mark.
+    pub fn slowest(&self) -> Duration {
+        lock(&self.seen).slowest
     }
 
     /// The longest silence since the mark, the present one included.
@@ -328,6 +337,7 @@ impl Seen {
                 self.answers += 1;
                 self.late += u64::from(LATE < time);
                 self.silence = self.silence.max(self.last_answer.elapsed());
+                self.slowest = self.slowest.max(time);
                 self.last_answer = Instant::now();
             }
             Err(reason) => {

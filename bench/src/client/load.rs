@@ -148,6 +148,8 @@ pub struct Load {
     started: Instant,
     stop: Arc<AtomicBool>,
     acknowledged: Arc<AtomicU64>,
+    /// The longest time that a connection waited for answers since the mark, in microseconds.
+    waited: Arc<AtomicU64>,
     threads: Vec<JoinHandle<Account>>,
     log_folder: PathBuf,
 }
@@ -173,6 +175,7 @@ impl Load {
     ) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let acknowledged = Arc::new(AtomicU64::new(0));
+        let waited = Arc::new(AtomicU64::new(0));
         let started = Instant::now();
         let mut threads = Vec::new();
         for index in 0..plan.connections {
@@ -190,6 +193,7 @@ impl Load {
                 started,
                 stop: Arc::clone(&stop),
                 acknowledged: Arc::clone(&acknowledged),
+                waited: Arc::clone(&waited),
             };
             let thread = std::thread::Builder::new().name(format!("load-{index}"));
             threads.push(
@@ -205,6 +209,7 @@ impl Load {
             started,
             stop,
             acknowledged,
+            waited,
             threads,
             log_folder,
         })
@@ -213,6 +218,16 @@ impl Load {
     /// Values acknowledged so far.
     pub fn writes(&self) -> u64 {
         self.acknowledged.load(Ordering::Relaxed)
+    }
+
+    /// Forgets how long connections waited so far.
+    pub fn mark(&self) {
+        self.waited.store(0, Ordering::Relaxed);
+    }
+
+    /// The longest time that a connection waited for answers since the mark.
+    pub fn longest_wait(&self) -> Duration {
+        Duration::from_micros(self.waited.load(Ordering::Relaxed))
     }
 
     /// Ends the load after the answers that are outstanding.
@@ -288,6 +303,7 @@ struct Writer {
     started: Instant,
     stop: Arc<AtomicBool>,
     acknowledged: Arc<AtomicU64>,
+    waited: Arc<AtomicU64>,
 }
 
 impl Writer {
@@ -317,6 +333,7 @@ impl Writer {
                     .queue(&[b"SET", &self.dataset.key(number), &value]);
                 batch.push((own, number, version));
             }
+            let asked = Instant::now();
             self.connection.flush()?;
             for (own, number, version) in &batch {
                 let reply = self.connection.receive()?;
@@ -326,6 +343,8 @@ impl Writer {
                 self.account.acknowledged[*own as usize] = *version;
                 self.log_acknowledged(*number, *version)?;
             }
+            let waited = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
+            self.waited.fetch_max(waited, Ordering::Relaxed);
             self.acknowledged
                 .fetch_add(batch.len() as u64, Ordering::Relaxed);
         }

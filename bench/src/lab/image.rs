@@ -21,10 +21,20 @@ use crate::sys;
 /// # Errors
 /// Without an apt source to take packages from, offline, or when debootstrap fails.
 pub fn ensure_image() -> Result<PathBuf> {
+    cached("image", inputs_hash(), build)
+}
+
+/// The folder `KIND-HASH` of the cache. When there is none, `build` makes it in the folder that it
+/// is given, and returns which folder below is to be kept.
+pub(super) fn cached(
+    kind: &str,
+    hash: u64,
+    build: impl FnOnce(&Path, &Path) -> Result<PathBuf>,
+) -> Result<PathBuf> {
     let cache = cache_folder()?;
-    let image = cache.join(format!("image-{:016x}", inputs_hash()));
-    if image.is_dir() {
-        return Ok(image);
+    let complete = cache.join(format!("{kind}-{hash:016x}"));
+    if complete.is_dir() {
+        return Ok(complete);
     }
     fs::create_dir_all(&cache).with_context(|| format!("creating {}", cache.display()))?;
     let lock = cache.join("image.lock");
@@ -33,22 +43,25 @@ pub fn ensure_image() -> Result<PathBuf> {
         .map_err(|(_, error)| error)
         .with_context(|| format!("locking {}", lock.display()))?;
     // Another builder may have finished while this one waited.
-    if !image.is_dir() {
-        build(&cache, &image)?;
+    if complete.is_dir() {
+        return Ok(complete);
     }
-    Ok(image)
-}
-
-fn build(cache: &Path, image: &Path) -> Result<()> {
-    require_tool("debootstrap", "debootstrap")?;
-    let mirror = debian_mirror()?;
-    let partial = cache.join("image.partial");
+    let partial = cache.join(format!("{kind}.partial"));
     if partial.exists() {
         fs::remove_dir_all(&partial).with_context(|| format!("removing {}", partial.display()))?;
     }
-    let log_path = cache.join("image.log");
-    let log =
-        File::create(&log_path).with_context(|| format!("creating {}", log_path.display()))?;
+    let built = build(&partial, &cache.join(format!("{kind}.log")))?;
+    fs::rename(&built, &complete).with_context(|| format!("renaming to {}", complete.display()))?;
+    if partial.exists() {
+        fs::remove_dir_all(&partial).with_context(|| format!("removing {}", partial.display()))?;
+    }
+    Ok(complete)
+}
+
+fn build(partial: &Path, log_path: &Path) -> Result<PathBuf> {
+    require_tool("debootstrap", "debootstrap")?;
+    let mirror = debian_mirror()?;
+    let log = File::create(log_path).with_context(|| format!("creating {}", log_path.display()))?;
     eprintln!("lab: building the node image (Debian {SUITE} from {mirror}; once, some minutes)");
     let mut command = Command::new("debootstrap");
     // It must not go on by itself when the lab is interrupted.
@@ -57,7 +70,7 @@ fn build(cache: &Path, image: &Path) -> Result<()> {
         .arg(format!("--variant={VARIANT}"))
         .arg(format!("--include={}", PACKAGES.join(",")))
         .arg(SUITE)
-        .arg(&partial)
+        .arg(partial)
         .arg(&mirror)
         .arg(SCRIPT)
         .stdout(log.try_clone()?)
@@ -73,7 +86,7 @@ fn build(cache: &Path, image: &Path) -> Result<()> {
     if archives.is_dir() {
         fs::remove_dir_all(&archives).context("removing the downloaded packages")?;
     }
-    fs::rename(&partial, image).with_context(|| format!("renaming to {}", image.display()))
+    Ok(partial.to_owned())
 }
 
 /// Installs the Debian package that holds a host tool, if the tool is missing, saying so.

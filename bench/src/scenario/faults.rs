@@ -39,6 +39,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         nodes: 2,
         link,
         daemons: true,
+        layer: None,
         keep: settings.keep,
     };
     let mut lab = Lab::up(&options)?;

@@ -26,12 +26,47 @@ pub struct Report {
     /// Null when no workload of the scenario has contents that nobody writes.
     pub digest_equal: Option<bool>,
     pub failures: Vec<String>,
+    /// What clients of real applications saw, by move.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub apps: Vec<AppMove>,
     /// Further figures by name, with the unit in the name: printed, and in a file beside the logs.
     #[serde(skip)]
     figures: serde_json::Map<String, Value>,
     /// Figures of parts that are over, by their headings.
     #[serde(skip)]
     parts: serde_json::Map<String, Value>,
+}
+
+/// A move of a real application, which may have been refused.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AppMove {
+    pub app: String,
+    pub from: String,
+    pub to: String,
+    /// `moved`, or `refused: CODE`.
+    pub outcome: String,
+    /// Null when it was refused.
+    pub downtime_ms: Option<f64>,
+    /// The longest time in which no client had an answer.
+    pub blackout_ms: f64,
+    /// The longest time for which a client waited.
+    pub pause_ms: f64,
+}
+
+impl AppMove {
+    /// A line of the table.
+    pub fn line(&self) -> String {
+        let downtime = match self.downtime_ms {
+            Some(downtime) => format!("{downtime:.1} ms"),
+            None => "-".to_owned(),
+        };
+        let [blackout, pause] = [self.blackout_ms, self.pause_ms].map(|ms| format!("{ms:.1} ms"));
+        let way = format!("{} -> {}", self.from, self.to);
+        format!(
+            "{:<12} {way:<7} {downtime:>10} {blackout:>10} {pause:>14}  {}",
+            self.app, self.outcome
+        )
+    }
 }
 
 impl Report {
@@ -44,6 +79,7 @@ impl Report {
             broken_connections: 0,
             digest_equal: None,
             failures: Vec::new(),
+            apps: Vec::new(),
             figures: serde_json::Map::new(),
             parts: serde_json::Map::new(),
         }

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 
+use crate::lab::layer::LayerPlan;
 use crate::lab::network::Link;
 use crate::lab::{Lab, LabOptions};
 use crate::mover::Mover;
@@ -25,13 +26,28 @@ impl Settings {
         self.lab_for(self.mover, nodes)
     }
 
+    /// As [`Settings::lab`], with a layer over the node image.
+    pub fn lab_with(&self, layer: &'static LayerPlan, nodes: usize) -> Result<Lab> {
+        self.bring_up(self.mover, Some(layer), nodes)
+    }
+
     /// Brings up the lab of a scenario that has a mover of its own.
     pub fn lab_for(&self, mover: &dyn Mover, nodes: usize) -> Result<Lab> {
+        self.bring_up(mover, None, nodes)
+    }
+
+    fn bring_up(
+        &self,
+        mover: &dyn Mover,
+        layer: Option<&'static LayerPlan>,
+        nodes: usize,
+    ) -> Result<Lab> {
         let link = self.link.clone().unwrap_or(Link::Unshaped);
         Lab::up(&LabOptions {
             nodes,
             link,
             daemons: mover.needs_daemons(),
+            layer,
             keep: self.keep,
         })
     }

@@ -219,6 +219,7 @@ pub fn rate(settings: &Settings, report: &mut Report) -> Result<()> {
             nodes: 2,
             link: link.clone(),
             daemons: settings.mover.needs_daemons(),
+            layer: None,
             keep,
         };
         let mut lab = Lab::up(&options)?;
