@@ -80,7 +80,8 @@ enum Command {
         /// wrong itself).
         #[arg(long)]
         baseline: bool,
-        /// Of a scenario with cases, only this one; of `cases` and `apps` several, with commas between them.
+        /// Of a scenario with cases, only this one; of `cases` and `apps` several, with commas
+        /// between them.
         #[arg(long)]
         only: Option<String>,
     },

@@ -51,7 +51,7 @@ fn build(image: &Path, plan: &LayerPlan, partial: &Path, log_path: &Path) -> Res
     for folder in [&upper, &work, &root] {
         fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
     }
-    // Whatever is in the way of the image's folders takes their place: it is made as they are.
+    // It stands for the root itself, whatever the umask of whoever makes it.
     fs::set_permissions(&upper, fs::Permissions::from_mode(0o755))?;
     for (path, text) in plan.files {
         write_below(&upper, path, text)?;

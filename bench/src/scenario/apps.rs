@@ -29,7 +29,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         }
         settings.mover.wait_settled(&lab, SETTLE_TIME_MAX)?;
     }
-    print_table(&report.apps);
+    print_table(settings.mover.name(), &report.apps);
     Ok(())
 }
 
@@ -129,7 +129,7 @@ fn move_to_and_fro(
     Ok(())
 }
 
-fn print_table(rows: &[AppMove]) {
+fn print_table(mover: &str, rows: &[AppMove]) {
     let head = [
         "application",
         "move",
@@ -143,7 +143,7 @@ fn print_table(rows: &[AppMove]) {
         println!("{}", row.line());
     }
     let moved = rows.iter().filter(|row| row.downtime_ms.is_some()).count();
-    println!("moved {moved}, refused {}", rows.len() - moved);
+    println!("{mover}: moved {moved}, refused {}", rows.len() - moved);
 }
 
 /// The case that a test runs.
