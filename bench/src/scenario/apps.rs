@@ -3,7 +3,7 @@
 //! A move that is refused is no failure of the application, whose proof is asked for all the same;
 //! but it is none that can be let pass, unless [`Kind::refused`] says that it is known.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 
 use super::report::{AppMove, Report};
 use super::settings::{Settings, other};
@@ -113,7 +113,10 @@ fn move_to_and_fro(
             row.outcome = format!("refused: {code}");
             println!("{}\n  {text}", row.line());
             report.apps.push(row);
-            ensure!(kind.refused == Some(code.as_str()), "{code}: {text}");
+            // Whether it is known or not: it runs on, and has its proof.
+            if kind.refused != Some(code.as_str()) {
+                report.fail(format!("{}: {code}: {text}", kind.name));
+            }
             return Ok(());
         };
         row.downtime_ms = Some(one.downtime_ms);
@@ -124,7 +127,10 @@ fn move_to_and_fro(
         at = to;
     }
     if let Some(code) = kind.refused {
-        bail!("it moves now: take {code:?} from it in the list of applications");
+        report.fail(format!(
+            "{} moves now: take {code:?} from it in the list of applications",
+            kind.name
+        ));
     }
     Ok(())
 }
