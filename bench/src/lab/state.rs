@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
@@ -75,17 +76,24 @@ impl RunFolder {
             .read(true)
             .write(true)
             .open(&path);
-        let file = file.with_context(|| format!("opening {}", path.display()))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(mut lock) => {
-                lock.set_len(0)?;
-                write!(lock, "{}", std::process::id())?;
-                Ok(lock)
+        let mut file = file.with_context(|| format!("opening {}", path.display()))?;
+        let deadline = Instant::now() + HEIR_TIME_MAX;
+        loop {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(mut lock) => {
+                    lock.set_len(0)?;
+                    write!(lock, "{}", std::process::id())?;
+                    return Ok(lock);
+                }
+                Err((unlocked, _)) => file = unlocked,
             }
-            Err(_) => {
-                let owner = fs::read_to_string(&path).unwrap_or_default();
+            // What a killed lab was about to start has its descriptors until it becomes another
+            // program.
+            let owner = fs::read_to_string(&path).unwrap_or_default();
+            if Path::new("/proc").join(&owner).exists() || deadline < Instant::now() {
                 bail!("another lab is at work on this machine (process {owner}); one at a time")
             }
+            std::thread::sleep(HEIR_POLL);
         }
     }
 
@@ -154,3 +162,6 @@ fn remove_if_there(folder: &Path) -> Result<()> {
 }
 
 const RUN_FOLDER: &str = "/run/pageferry-lab";
+/// Far more than lies between a fork and its exec.
+const HEIR_TIME_MAX: Duration = Duration::from_secs(10);
+const HEIR_POLL: Duration = Duration::from_millis(20);
