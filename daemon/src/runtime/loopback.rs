@@ -16,9 +16,9 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_sys::namespace::{self, NamespaceKind, run_inside};
 
 use super::passing::diag::{Diag, INET_SOCKETS, inet_request, number};
-use crate::sys::namespace::{self, NamespaceKind, run_inside};
 
 /// Tells the connections of one network namespace.
 #[derive(Clone, Debug)]
