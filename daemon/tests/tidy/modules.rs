@@ -20,7 +20,7 @@ const MAY_USE: &[(&str, Modules)] = &[("daemon", DAEMON), ("pager", PAGER), ("pa
 const DAEMON: Modules = &[
     ("api", &["migration", "pageferry_api"]),
     ("args", &["config"]),
-    ("cli", &["config", "net", "pageferry_api", "telemetry"]),
+    ("cli", &["config", "pageferry_api", "telemetry"]),
     ("config", &["args", "net"]),
     ("lib", &[]),
     ("link", &["pageferry_sys"]),
@@ -142,6 +142,8 @@ const TESTS_MAY_USE: &[(&str, Modules)] = &[
     (
         "daemon",
         &[
+            // That certificates are taken that were issued here.
+            ("cli", &["net"]),
             // How an error reads with its causes.
             ("config", &["telemetry"]),
             // The certificates that nodes are given.
@@ -149,7 +151,22 @@ const TESTS_MAY_USE: &[(&str, Modules)] = &[
         ],
     ),
     ("pager", &[]),
-    ("pages", &[]),
+    (
+        "pages",
+        &[
+            // Both halves of a parcel.
+            ("codec", &["encode"]),
+            // A process to track.
+            ("digest", &["track"]),
+            ("read", &["track"]),
+            // All the way from a process to a store.
+            (
+                "send",
+                &["digest", "pageferry_sys", "recv", "store", "track"],
+            ),
+            ("store", &["encode"]),
+        ],
+    ),
 ];
 
 /// Modules and crates that only the drivers of the two roles may bring together with pages.

@@ -10,7 +10,6 @@ use std::collections::BTreeSet;
 use pageferry_cgroup::freezer::Freezer;
 use pageferry_pages::track::{Support, refuse};
 use pageferry_proto::wire::code::Failure;
-use pageferry_sys::namespace::NamespaceKind;
 use pageferry_sys::task;
 
 use super::Site;
