@@ -22,10 +22,10 @@
 //! Everything works on batches of up to 1024 pages; nothing is locked, allocated, logged or awaited
 //! per page.
 //!
-//! Invariants: a page that was written after it was last found dirty is found again, or its space is
-//! void ([`track`]); a page is held only after its contents are in the file ([`store`]). How a
-//! memory file is laid out is said once, in [`store::MemoryFile`], for the daemon that writes it and
-//! the pager that reads it.
+//! Invariants: a page that was written after it was last found dirty is found again, or its space
+//! is void ([`track`]); a page is held only after its contents are in the file ([`store`]). How a
+//! memory file is laid out is said once, in [`store::MemoryFile`], for the daemon that writes it
+//! and the pager that reads it.
 //!
 //! Absent: migrations, streams, certificates, CRIU's options. Parcels are taken by a
 //! [`send::ParcelSink`], which may be a network or a test.

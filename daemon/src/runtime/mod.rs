@@ -2,10 +2,11 @@
 //!
 //! This step knows one kind, the bare process tree ([`process`]); which process a pid means is
 //! [`identity`]. Its cgroups are those of `pageferry-cgroup`, its processor [`cpu`], its limits
-//! [`limits`], and what memory is left for it says [`memory`]. The files it stands on are [`files`], what it has locked of them
-//! [`locks`], those that both nodes share [`shared`], and [`mounts`] are those of a namespace of
-//! its own. States in which it cannot be dumped for a moment are [`passing`], and connections that
-//! would be torn apart [`loopback`]. Nothing here knows the links or the pages.
+//! [`limits`], and what memory is left for it says [`memory`]. The files it stands on are
+//! [`files`], what it has locked of them [`locks`], those that both nodes share [`shared`], and
+//! [`mounts`] are those of a namespace of its own. States in which it cannot be dumped for a moment
+//! are [`passing`], and connections that would be torn apart [`loopback`]. Nothing here knows the
+//! links or the pages.
 
 pub mod build_id;
 pub mod cpu;

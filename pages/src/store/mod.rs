@@ -1,8 +1,8 @@
 //! The memory of an incoming workload, before the workload is there.
 //!
 //! One [`MemoryFile`] per space; a page's place in the file is its address, so that what is
-//! contiguous in the workload is contiguous in the file, and whoever serves faults reads any part of
-//! it without a table. Pages that are zero are holes. What is held is known as a set, apart from
+//! contiguous in the workload is contiguous in the file, and whoever serves faults reads any part
+//! of it without a table. Pages that are zero are holes. What is held is known as a set, apart from
 //! the file: a hole is a zero page only if the set says so.
 //!
 //! Pages are written with `pwrite`, not through a mapping: on memory never touched before it is

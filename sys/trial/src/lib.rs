@@ -2,9 +2,9 @@
 //! addresses it is told, and does nothing in between. Tests start their own executable again as
 //! that process.
 //!
-//! Test code only: a crate of its own, which is a dependency of tests alone. Every function works on
-//! memory the process mapped for this purpose, on its own descriptors, or makes a system call that
-//! takes numbers. Absent: what is to be tested.
+//! Test code only: a crate of its own, which is a dependency of tests alone. Every function works
+//! on memory the process mapped for this purpose, on its own descriptors, or makes a system call
+//! that takes numbers. Absent: what is to be tested.
 
 #![allow(unsafe_code)]
 #![allow(clippy::unwrap_used)]
