@@ -1,13 +1,10 @@
-//! Generates the control API from its schema, and records what builds this.
+//! Records what builds this.
 
 use std::error::Error;
 use std::process::Command;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    println!("cargo::rerun-if-changed=schema/control.proto");
-    let descriptors = protox::compile(["control.proto"], ["schema"])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
-
+    println!("cargo::rerun-if-changed=build.rs");
     let profile = std::env::var("PROFILE")?;
     println!("cargo::rustc-env=PAGEFERRY_PROFILE={profile}");
     let compiler = Command::new(std::env::var("RUSTC")?)

@@ -1,7 +1,14 @@
-//! The IO half of pageferry: everything that touches the kernel, CRIU, the network or a disk.
+//! The daemon and the command line: what drives a migration, and what speaks to the other node.
 //!
-//! Decisions are made in `pageferry-proto`; this crate performs them. See `ARCHITECTURE.md` for the
-//! map of modules and who may use whom.
+//! Decisions are made in `pageferry-proto`; this crate performs them, with what the crates below it
+//! know of pages, cgroups, CRIU and the pager. See `ARCHITECTURE.md` at the root for the map of
+//! crates and modules, and who may use whom.
+//!
+//! Invariants: nothing here decides who may run the workload; what was decided is in the journal
+//! before it is acted on. Absent: unsafe code (`pageferry-sys`), the schema of the control API
+//! (`pageferry-api`), and what must outlive the daemon (`pageferry-pager`).
+
+#![forbid(unsafe_code)]
 
 pub mod api;
 pub mod args;
@@ -11,8 +18,5 @@ pub mod link;
 pub mod migration;
 pub mod net;
 pub mod node;
-pub mod pager;
-pub mod pages;
 pub mod runtime;
-pub mod sys;
 pub mod telemetry;

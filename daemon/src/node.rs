@@ -9,6 +9,9 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use criu_glue::probe::Capabilities;
+use pageferry_cgroup::freezer::FreezerRoot;
+use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_pages::track::Support;
 use pageferry_proto::migration::policy::Policy;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -22,9 +25,6 @@ use crate::migration::target::site::TargetNode;
 use crate::net::endpoint::{Endpoint, EndpointConfig};
 use crate::net::lanes::Listener;
 use crate::net::tls::Credentials;
-use crate::pages::track::Support;
-use crate::runtime::cgroup::FreezerRoot;
-use crate::runtime::hierarchies::Hierarchies;
 use crate::runtime::memory;
 
 /// Runs a daemon until it is told to stop by SIGTERM or SIGINT. Migrations under way are not waited

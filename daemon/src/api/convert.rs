@@ -2,12 +2,12 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
+use pageferry_api as schema;
 use pageferry_proto::id::NodeName;
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::status::{Parts, Phase};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
-use super::schema;
 use crate::migration::progress::Progress;
 use crate::migration::refusals::Refusal;
 

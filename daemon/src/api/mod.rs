@@ -4,10 +4,10 @@
 //! peer's credentials are checked besides: uid 0 or the daemon's own. There is no other
 //! authentication and no way in from the network.
 //!
-//! Absent: decisions. Every call goes to the registry, every answer is a status.
+//! Absent: the schema and what is generated from it (`pageferry-api`), and decisions. Every call
+//! goes to the registry, every answer is a status.
 
 mod convert;
-pub mod schema;
 mod serve;
 
 pub use serve::{LocalControl, ServeError, Served, serve};

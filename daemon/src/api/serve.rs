@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::Stream;
+use pageferry_api as schema;
+use pageferry_api::control_server::{Control, ControlServer};
 use pageferry_proto::id::{MigrationId, NodeName};
 use pageferry_proto::migration::policy::{Policy, ROUNDS_LIMIT};
 use thiserror::Error;
@@ -23,8 +25,6 @@ use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
 use super::convert::{named_side, refusal, refused, status};
-use super::schema;
-use super::schema::control_server::{Control, ControlServer};
 use crate::migration::progress::Progress;
 use crate::migration::registry::{MigrateRequest, Registry};
 

@@ -6,8 +6,8 @@ use clap::Parser;
 use pageferry::args::DaemonArgs;
 use pageferry::config::Config;
 use pageferry::net::tls::Credentials;
-use pageferry::sys::heap;
 use pageferry::{node, telemetry};
+use pageferry_sys::heap;
 
 fn main() -> ExitCode {
     heap::keep_little();

@@ -5,12 +5,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use hyper_util::rt::TokioIo;
+use pageferry_api::control_client::ControlClient;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 use tower::service_fn;
-
-use crate::api::schema::control_client::ControlClient;
 
 /// Why a call brought no answer.
 #[derive(Debug, thiserror::Error)]

@@ -3,10 +3,10 @@
 //! The JSON is stable: fields are added, never renamed or removed. Times are in milliseconds, sizes
 //! in bytes; what was not measured is null.
 
+use pageferry_api::{ListReply, Parts, Refusal, Side, Status};
 use serde::Serialize;
 
 use super::client::CallError;
-use crate::api::schema::{ListReply, Parts, Refusal, Side, Status};
 use crate::config::units::Bytes;
 
 /// One end of a migration, as `list`, `show` and `watch` print it.
@@ -442,7 +442,7 @@ mod tests {
     use expect_test::expect;
 
     use super::*;
-    use crate::api::schema::Failure;
+    use pageferry_api::Failure;
 
     fn moved() -> Status {
         Status {

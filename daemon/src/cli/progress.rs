@@ -4,9 +4,9 @@ use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use pageferry_api::Status;
 
 use super::output::{line, millis};
-use crate::api::schema::Status;
 use crate::config::units::{Bytes, Span};
 
 /// Shows the statuses of one migration on stderr.

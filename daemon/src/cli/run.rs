@@ -4,6 +4,11 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use pageferry_api::control_client::ControlClient;
+use pageferry_api::{
+    self as schema, AbortRequest, ForgetRequest, ListRequest, MigrateRequest, ResolveRequest,
+    ShowRequest, Status, WatchRequest,
+};
 use pageferry_proto::migration::handoff::Side;
 use serde::Serialize;
 use tokio::time::{Instant, timeout_at};
@@ -15,11 +20,6 @@ use super::ca;
 use super::client::{self, CallError};
 use super::output::{self, Known, Listed, Moved};
 use super::progress::Shown;
-use crate::api::schema::control_client::ControlClient;
-use crate::api::schema::{
-    self, AbortRequest, ForgetRequest, ListRequest, MigrateRequest, ResolveRequest, ShowRequest,
-    Status, WatchRequest,
-};
 use crate::config::units::Span;
 use crate::telemetry::Chain;
 

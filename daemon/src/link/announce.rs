@@ -10,10 +10,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
 
 use pageferry_proto::wire::description::LinkDescription;
+use pageferry_sys::namespace::{NamespaceKind, run_inside};
+use pageferry_sys::packet::PacketSocket;
 
 use super::LinkError;
-use crate::sys::namespace::{NamespaceKind, run_inside};
-use crate::sys::packet::PacketSocket;
 
 /// Sends one announcement for each address of `links` from inside `net`. Blocks for microseconds.
 pub fn announce(net: BorrowedFd<'_>, links: &[LinkDescription]) -> Result<(), LinkError> {

@@ -2,10 +2,10 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
+use pageferry_sys::namespace::{NamespaceKind, run_inside};
 use rtnetlink::Handle;
 
 use super::LinkError;
-use crate::sys::namespace::{NamespaceKind, run_inside};
 
 /// A route-netlink connection; its socket belongs to the namespace it was opened in.
 ///

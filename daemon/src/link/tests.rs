@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use futures_util::TryStreamExt;
 use pageferry_proto::wire::description::{LinkAddress, LinkDescription};
+use pageferry_sys::namespace::{NamespaceKind, create, run_inside};
 use rtnetlink::packet_route::link::{
     BridgePortState, InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo,
 };
@@ -14,7 +15,6 @@ use super::describe::describe;
 use super::netlink::Netlink;
 use super::port::{Port, index_of};
 use super::prepare::PreparedNetwork;
-use crate::sys::namespace::{NamespaceKind, create, run_inside};
 
 /// Runs `test` on a thread that lives in a network namespace of its own: the test's node.
 fn at_a_node(test: impl AsyncFnOnce() + Send) {

@@ -6,8 +6,7 @@
 use pageferry_proto::wire::cpu::{
     COMPONENT_FIRST, COMPONENT_LAST, CpuDescription, Register, WORDS, XsaveComponent,
 };
-
-use crate::sys::cpu;
+use pageferry_sys::cpu;
 
 /// The leaf that tells where `XSAVE` puts what.
 const XSAVE_LEAF: u32 = 0xd;

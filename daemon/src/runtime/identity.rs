@@ -7,9 +7,8 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use pageferry_sys::ptrace::{is_alive, pidfd_open};
 use procfs::process::Process;
-
-use crate::sys::ptrace::{is_alive, pidfd_open};
 
 /// Names this boot of the machine.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";

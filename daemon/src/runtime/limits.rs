@@ -11,10 +11,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use pageferry_cgroup::hierarchies::{FOLDER, Hierarchies, Hierarchy};
 use pageferry_proto::wire::needs::{CPU_WEIGHT_MAX, CpuMax, ResourceLimits};
 use thiserror::Error;
 
-use super::hierarchies::{FOLDER, Hierarchies, Hierarchy};
 use super::memory::{UNLIMITED, number};
 
 /// The limits of a workload.

@@ -1,8 +1,9 @@
 use std::process::{Child, Command};
 use std::time::Duration;
 
+use pageferry_cgroup::hierarchies::Group;
+
 use super::*;
-use crate::runtime::hierarchies::Group;
 
 /// A process in cgroups of its own, taken away in the end.
 struct Limited {
@@ -155,10 +156,16 @@ fn the_strictest_limit_of_version_2_counts_and_what_is_not_carried_is_named() {
     assert_eq!(left, [own.join("io.max"), above.join("memory.low")]);
 }
 
+/// A node that has version 2 alone, at this folder.
+fn unified_at(point: &Path) -> Hierarchies {
+    let point = point.display();
+    Hierarchies::from_mountinfo(&format!("30 24 0:26 / {point} rw - cgroup2 cgroup2 rw\n"))
+}
+
 #[test]
 fn limits_of_version_2_are_written_where_controllers_are_passed_on() {
     let root = tempfile::tempdir().expect("a folder");
-    let hierarchies = Hierarchies::unified_at(root.path().to_owned());
+    let hierarchies = unified_at(root.path());
     files(
         root.path(),
         "",
@@ -197,7 +204,7 @@ fn limits_of_version_2_are_written_where_controllers_are_passed_on() {
 #[test]
 fn a_limit_that_no_controller_here_keeps_is_refused_by_name() {
     let root = tempfile::tempdir().expect("a folder");
-    let hierarchies = Hierarchies::unified_at(root.path().to_owned());
+    let hierarchies = unified_at(root.path());
     files(root.path(), "", &[("cgroup.controllers", "memory\n")]);
     let limits = ResourceLimits {
         pids_max: Some(40),

@@ -16,9 +16,9 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_sys::namespace::{self, NamespaceKind, run_inside};
 
 use super::passing::diag::{Diag, INET_SOCKETS, inet_request, number};
-use crate::sys::namespace::{self, NamespaceKind, run_inside};
 
 /// Tells the connections of one network namespace.
 #[derive(Clone, Debug)]
@@ -51,8 +51,8 @@ impl Connections {
 /// outside of it. `holds` tells the inodes of sockets that the tree is known to hold; one that it
 /// does not know is looked for. To be asked of a tree that has a network namespace of its own.
 ///
-/// Blocks: 0.2 ms, since the kernel looks for the sockets of one namespace among all. (The tables in
-/// `/proc/PID/net` take ten times as long.)
+/// Blocks: 0.2 ms, since the kernel looks for the sockets of one namespace among all. (The tables
+/// in `/proc/PID/net` take ten times as long.)
 pub fn check(
     connections: &Connections,
     root: i32,

@@ -12,7 +12,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::hierarchies::{Hierarchies, Hierarchy};
+use pageferry_cgroup::hierarchies::{Hierarchies, Hierarchy};
 
 /// What is left of one limit.
 #[derive(Debug, Clone, PartialEq, Eq)]

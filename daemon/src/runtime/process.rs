@@ -16,6 +16,7 @@ use pageferry_proto::page::PAGE_SIZE;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::{Namespaces, SpaceDescription, WorkloadDescription};
 use pageferry_proto::wire::needs::Needs;
+use pageferry_sys::namespace::{self, NamespaceKind};
 use procfs::process::{Process, Status};
 
 use super::files::{self, Descriptors};
@@ -23,7 +24,6 @@ use super::identity;
 use super::loopback;
 use super::mounts::{self, Mounts};
 use super::{cpu, shared};
-use crate::sys::namespace::{self, NamespaceKind};
 
 /// Threads in one tree; the description of one must fit a control message.
 pub const TASKS_MAX: usize = 16_384;

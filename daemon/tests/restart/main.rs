@@ -4,16 +4,18 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "../common/built.rs"]
+mod built;
 mod node;
 
 use std::fs;
 use std::path::Path;
 
-use node::{ANY_PORT, DEADLINE, Node, Sleeper, has_pager, name, pager, status, until};
+use built::pager;
+use node::{ANY_PORT, DEADLINE, Node, Sleeper, has_pager, name, status, until};
 use pageferry::migration::journal::FINISHED_MAX;
 use pageferry::net::lanes::{self, Listener};
-use pageferry::pager::client::{PagerClient, Spawn};
-use pageferry::sys::ptrace;
+use pageferry_pager::client::{PagerClient, Spawn};
 use pageferry_proto::id::{Generation, Incarnation, MigrationId, WorkloadName};
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::{
@@ -22,6 +24,7 @@ use pageferry_proto::migration::record::{
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::{SourceMessage, TargetMessage};
+use pageferry_sys::ptrace;
 
 const GENERATION: Generation = Generation::FIRST;
 
@@ -254,7 +257,7 @@ async fn who_got_the_pid_of_the_root_is_nothing_to_a_restarted_source() {
 async fn idle_pager(folder: &Path, id: MigrationId) -> PagerClient {
     fs::create_dir(folder).unwrap();
     let spawn = Spawn {
-        program: pager().into(),
+        program: pager(),
         directory: folder.to_owned(),
         id,
         cgroup_procs: Vec::new(),

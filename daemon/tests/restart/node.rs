@@ -18,12 +18,14 @@ use pageferry::migration::target::admission::Ledger;
 use pageferry::migration::target::site::TargetNode;
 use pageferry::net::endpoint::{Endpoint, EndpointConfig};
 use pageferry::net::tls::{Credentials, TlsFiles};
-use pageferry::pages::track::Support;
-use pageferry::runtime::cgroup::{Freezer, FreezerRoot};
-use pageferry::runtime::hierarchies::Hierarchies;
+use pageferry_cgroup::freezer::{Freezer, FreezerRoot};
+use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_pages::track::Support;
 use pageferry_proto::id::{MigrationId, NodeName};
 use pageferry_proto::migration::record::{Entry, Record};
 use tempfile::TempDir;
+
+use crate::built::pager;
 
 /// Nothing takes this long; whatever does has failed.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -133,7 +135,7 @@ impl Node {
                 criu: "criu".into(),
                 view_library: "libcriu_view.so".into(),
                 criu_version: 40201,
-                pager: pager().into(),
+                pager: pager(),
                 migrations,
                 freezers: self.freezers.clone(),
                 hierarchies,
@@ -159,10 +161,6 @@ impl Drop for Node {
         }
         let _ = fs::remove_dir(&self.cgroup);
     }
-}
-
-pub fn pager() -> &'static str {
-    env!("CARGO_BIN_EXE_pageferry-pager")
 }
 
 /// A process that waits to be killed.
@@ -211,7 +209,7 @@ pub async fn status(
 
 /// Whether a pager listens in this folder.
 pub fn has_pager(folder: &Path) -> bool {
-    pageferry::pager::client::PagerClient::connect(folder).is_ok()
+    pageferry_pager::client::PagerClient::connect(folder).is_ok()
 }
 
 /// The pid of the pager of this folder.

@@ -6,6 +6,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "../common/built.rs"]
+mod built;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
@@ -24,9 +27,9 @@ use pageferry::migration::target::{Over, TargetDriver, TargetParts, TargetReques
 use pageferry::net::endpoint::{Endpoint, EndpointConfig};
 use pageferry::net::lanes::{self, Listener, SourceSession};
 use pageferry::net::tls::{Credentials, TlsFiles};
-use pageferry::runtime::cgroup::FreezerRoot;
-use pageferry::runtime::hierarchies::{Groups, Hierarchies};
 use pageferry::runtime::memory::Room;
+use pageferry_cgroup::freezer::FreezerRoot;
+use pageferry_cgroup::hierarchies::{Groups, Hierarchies};
 use pageferry_proto::id::{Generation, Incarnation, MigrationId, NodeName, Round, WorkloadName};
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::target::{TargetMachine, TargetOrigin};
@@ -243,7 +246,8 @@ fn node_name(name: &str) -> NodeName {
 
 fn script(folder: &Path, name: &str, text: &str) -> PathBuf {
     let path = folder.join(name);
-    let pager = env!("CARGO_BIN_EXE_pageferry-pager");
+    let pager = built::pager();
+    let pager = pager.display();
     fs::write(&path, format!("#!/bin/sh\nPAGER={pager}\n{text}\n")).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     path

@@ -19,8 +19,10 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use pageferry_pages::track::tree::Tree;
 use pageferry_proto::migration::source::{SourceEvent, Wait};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::task::block_in_place;
 
 use super::failure::freeze_failed;
@@ -28,10 +30,8 @@ use super::rounds::Sums;
 use super::site::Site;
 use crate::link::netlink::Netlink;
 use crate::migration::text::network_unfit;
-use crate::pages::track::tree::Tree;
 use crate::runtime::loopback::Connections;
 use crate::runtime::passing::{self, Observer, Passing, State};
-use crate::sys::namespace::{self, NamespaceKind};
 
 impl Site {
     /// Closes the ports and freezes the cgroup, or says which passing state stands against it. The

@@ -24,10 +24,10 @@ use criu_glue::options::{
 use criu_glue::report;
 use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError, ViewFds};
 use criu_glue::view::{Blind, Feed, FeedError};
+use pageferry_cgroup::freezer::Freezer;
 use pageferry_proto::wire::description::MountDescription;
 use thiserror::Error;
 
-use crate::runtime::cgroup::Freezer;
 use crate::runtime::files::DELETED_FILE_MAX;
 use crate::runtime::mounts::external_at_dump;
 

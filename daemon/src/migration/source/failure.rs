@@ -1,5 +1,7 @@
 //! What the parts of a source failed at, as the machine and the operator are told.
 
+use pageferry_cgroup::freezer::CgroupError;
+use pageferry_pages::track::TrackError;
 use pageferry_proto::id::NodeName;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
@@ -7,8 +9,6 @@ use super::dump::DumpError;
 use crate::migration::text::chain;
 use crate::net::lanes::LanesError;
 use crate::net::stream::SendStreamError;
-use crate::pages::track::TrackError;
-use crate::runtime::cgroup::CgroupError;
 
 /// CRIU, or what starts it, failed.
 pub(super) fn criu_failed(error: &DumpError) -> Failure {
@@ -72,7 +72,7 @@ pub(super) fn refused(peer: &NodeName, code: ErrorCode) -> Option<Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pages::track::InjectError;
+    use pageferry_pages::track::InjectError;
 
     /// There was a second map from errors to codes, which called all of these `untrackable`.
     #[test]

@@ -5,6 +5,11 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use pageferry_pages::digest::Hashing;
+use pageferry_pages::read::Misses;
+use pageferry_pages::send::{ParcelSink, RoundSent, SendError};
+use pageferry_pages::track::tree::Tree;
+use pageferry_pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
 use pageferry_proto::id::{Generation, Round, SpaceId};
 use pageferry_proto::migration::policy::RoundReport;
 use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceEvent, Wait};
@@ -25,11 +30,6 @@ use super::unread::{Unsent, Verdict};
 use super::verify;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
-use crate::pages::digest::Hashing;
-use crate::pages::read::Misses;
-use crate::pages::send::{ParcelSink, RoundSent, SendError};
-use crate::pages::track::tree::Tree;
-use crate::pages::track::{FinalScan, LATE_BIRTH_BYTES_MAX, TrackError};
 use crate::runtime::passing::Passing;
 use crate::runtime::shared::sync::Syncing;
 

@@ -20,11 +20,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pageferry_cgroup::freezer::{Freezer, FreezerRoot};
+use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_pages::send::Sender;
+use pageferry_pages::track::tree::{Tree, TreeError};
+use pageferry_pages::track::{Eager, Space, Support, TrackError, TrackOptions};
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::migration::policy::{EAGER_BYTES_PER_SECOND, Policy};
 use pageferry_proto::migration::source::{SourceEvent, Wait};
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_sys::namespace::{self, NamespaceKind};
+use pageferry_sys::task::has_ended;
 use tokio::task::{JoinHandle, block_in_place};
 
 use super::delivered::Delivered;
@@ -38,18 +45,11 @@ use super::waits::Waits;
 use crate::link::port::Port;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::DataSender;
-use crate::pages::send::Sender;
-use crate::pages::track::tree::{Tree, TreeError};
-use crate::pages::track::{Eager, Space, Support, TrackError, TrackOptions};
-use crate::runtime::cgroup::{Freezer, FreezerRoot};
-use crate::runtime::hierarchies::Hierarchies;
 use crate::runtime::identity::Anchor;
 use crate::runtime::locks::Locks;
 use crate::runtime::loopback::Connections;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::passing::Observer;
-use crate::sys::namespace::{self, NamespaceKind};
-use crate::sys::task::has_ended;
 pub use lookout::Lookout;
 use lookout::check_trackable;
 pub use survey::{Asked, Survey};
@@ -190,8 +190,8 @@ impl Site {
             let options = TrackOptions {
                 support: self.node.support.clone(),
                 tree: pids.clone(),
-                stop_max: crate::pages::track::STOP_MAX,
-                attempts: crate::pages::track::ATTEMPTS,
+                stop_max: pageferry_pages::track::STOP_MAX,
+                attempts: pageferry_pages::track::ATTEMPTS,
             };
             match Space::attach(found.leader, &options) {
                 Ok(space) => {

@@ -6,11 +6,10 @@
 
 use std::collections::BTreeMap;
 
+use pageferry_pages::track::FinalScan;
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-
-use crate::pages::track::FinalScan;
 
 /// What of a round was not sent.
 #[derive(Debug, Default)]

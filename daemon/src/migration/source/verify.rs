@@ -8,6 +8,9 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use pageferry_pages::digest::{DigestError, Digests, Hashing, PIECE_PAGES};
+use pageferry_pages::send::SENDS_MAX;
+use pageferry_pages::track::{FinalScan, Space};
 use pageferry_proto::id::{Generation, SpaceId};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::stream::{DIGESTS_PAGES_MAX, SetHeader, StreamKind, seal};
@@ -16,9 +19,6 @@ use super::failure::lost;
 use super::unread::pages_unread;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::DataSender;
-use crate::pages::digest::{DigestError, Digests, Hashing, PIECE_PAGES};
-use crate::pages::send::SENDS_MAX;
-use crate::pages::track::{FinalScan, Space};
 
 const _: () = assert!(PIECE_PAGES.0 <= DIGESTS_PAGES_MAX);
 

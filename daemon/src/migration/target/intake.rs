@@ -16,6 +16,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
+use pageferry_pages::pool::Pool;
+use pageferry_pages::recv::Receiver;
+use pageferry_pages::store::Store;
 use pageferry_proto::id::{Generation, Round, SpaceId};
 use pageferry_proto::migration::ledger::{Account, Arrival, Ledger, LedgerError};
 use pageferry_proto::page::PageCount;
@@ -32,9 +35,6 @@ use tokio::task::JoinHandle;
 use crate::migration::text::{chain, internal};
 use crate::net::lanes::DataReceiver;
 use crate::net::stream::{DataStream, StreamReader};
-use crate::pages::pool::Pool;
-use crate::pages::recv::Receiver;
-use crate::pages::store::Store;
 
 /// Streams read at the same time: enough that the network never waits for a decoder. Each holds at
 /// most one parcel.

@@ -1,13 +1,13 @@
 use std::time::{Duration, Instant};
 
+use pageferry_pages::digest::of_page;
+use pageferry_pages::encode::Encoder;
+use pageferry_pages::store::StoreLimits;
 use pageferry_proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use pageferry_proto::wire::stream::{ImageName, seal};
 
 use super::*;
 use crate::net::tests::{Cluster, within};
-use crate::pages::digest::of_page;
-use crate::pages::encode::Encoder;
-use crate::pages::store::StoreLimits;
 
 const SPACE: SpaceId = SpaceId(1);
 const BASE: u64 = 0x7_ffff_0000;

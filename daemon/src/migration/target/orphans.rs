@@ -8,13 +8,13 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use pageferry_pager::client::{PagerClient, Remains};
+use pageferry_pager::message::State;
 use pageferry_proto::id::MigrationId;
 use tokio::task::block_in_place;
 
 use super::site::TargetNode;
 use crate::migration::text::chain;
-use crate::pager::client::{PagerClient, Remains};
-use crate::pager::message::State;
 
 /// How long a pager that was told to end may take.
 const END_TIMEOUT: Duration = Duration::from_secs(2);

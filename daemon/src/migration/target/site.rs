@@ -14,6 +14,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageferry_cgroup::freezer::{Freezer, FreezerRoot};
+use pageferry_cgroup::hierarchies::{Group, Groups, Hierarchies};
+use pageferry_pager::client::{ClientError, Notice, PagerClient, Spawn};
+use pageferry_pager::message::{Namespace, RestoreRequest};
+use pageferry_pages::store::{Growth, Store, StoreLimits};
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::page::PageCount;
@@ -23,6 +28,7 @@ use pageferry_proto::wire::description::{
     LinkAddress, LinkDescription, MountDescription, Namespaces,
 };
 use pageferry_proto::wire::needs::ResourceLimits;
+use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
@@ -33,16 +39,10 @@ use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal, network_unfit};
-use crate::pager::client::{ClientError, Notice, PagerClient, Spawn};
-use crate::pager::message::{Namespace, RestoreRequest};
-use crate::pages::store::{Growth, Store, StoreLimits};
-use crate::runtime::cgroup::{Freezer, FreezerRoot};
-use crate::runtime::hierarchies::{Group, Groups, Hierarchies};
 use crate::runtime::limits;
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::process;
 use crate::runtime::shared::lengths;
-use crate::sys::namespace::{self, NamespaceKind};
 pub use run::LetGoError;
 
 /// Most address spaces of a workload; each has a memory file.

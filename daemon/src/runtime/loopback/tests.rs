@@ -7,9 +7,9 @@ use std::os::unix::fs::MetadataExt;
 use std::process::{Child, Command, Stdio};
 
 use pageferry_proto::wire::code::ErrorCode;
+use pageferry_sys::namespace::{self, NamespaceKind};
 
 use super::*;
-use crate::sys::namespace::{self, NamespaceKind};
 
 fn line(local: &str, remote: &str, state: u8, inode: u64) -> Connection {
     (

@@ -82,8 +82,8 @@ impl Diag {
     }
 }
 
-/// What asks for the TCP sockets in these states, each a bit: `struct inet_diag_req`, the older form,
-/// of which one walk covers both families.
+/// What asks for the TCP sockets in these states, each a bit: `struct inet_diag_req`, the older
+/// form, of which one walk covers both families.
 pub(in crate::runtime) fn inet_request(states: u32) -> [u8; INET_REQUEST_BYTES] {
     let mut request = [0; INET_REQUEST_BYTES];
     request[INET_REQUEST_BYTES - 8..INET_REQUEST_BYTES - 4].copy_from_slice(&states.to_ne_bytes());

@@ -27,7 +27,8 @@ use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use crate::sys::namespace::{NamespaceKind, run_inside};
+use pageferry_sys::namespace::{NamespaceKind, run_inside};
+
 use diag::Diag;
 pub use tasks::{uninterruptible, vfork};
 

@@ -11,10 +11,10 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind,
     sendmsg, socket,
 };
+use pageferry_cgroup::freezer::FreezerRoot;
+use pageferry_sys::namespace::{NamespaceKind, create, run_inside};
 
 use super::{Observer, Passing, State, uninterruptible, vfork};
-use crate::runtime::cgroup::FreezerRoot;
-use crate::sys::namespace::{NamespaceKind, create, run_inside};
 
 /// A network namespace of the test's own, with its loopback up.
 struct Network(OwnedFd);

@@ -7,15 +7,15 @@
 
 use std::collections::BTreeSet;
 
+use pageferry_cgroup::freezer::Freezer;
+use pageferry_pages::track::{Support, refuse};
 use pageferry_proto::wire::code::Failure;
+use pageferry_sys::task;
 
 use super::Site;
 use crate::migration::source::failure::{failed_to_track, freeze_failed};
 use crate::migration::text::internal;
-use crate::pages::track::{Support, refuse};
-use crate::runtime::cgroup::Freezer;
 use crate::runtime::loopback::{self, Connections};
-use crate::sys::task;
 
 /// What a look needs: it may be taken beside an operation on the site.
 #[derive(Debug, Clone)]
@@ -105,10 +105,10 @@ pub fn check_trackable(pid: i32, root: i32, support: &Support) -> Result<(), Fai
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pages::track::{ATTEMPTS, STOP_MAX, Space, TrackOptions};
-    use crate::runtime::cgroup::FreezerRoot;
-    use crate::sys::track::trial::{self, Trial};
+    use pageferry_cgroup::freezer::FreezerRoot;
+    use pageferry_pages::track::{ATTEMPTS, STOP_MAX, Space, TrackOptions};
     use pageferry_proto::wire::code::ErrorCode;
+    use pageferry_trial::{self as trial, Trial};
 
     /// The other process of these tests.
     #[test]

@@ -5,11 +5,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pageferry_cgroup::freezer::Freezer;
+use pageferry_pages::send::Sender;
+use pageferry_pages::track::shared_bytes;
+use pageferry_pages::track::tree::Tree;
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::WorkloadDescription;
+use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 
@@ -22,10 +27,6 @@ use crate::migration::source::storage::Kept;
 use crate::migration::source::unread::Unreadable;
 use crate::migration::source::waits::Waits;
 use crate::migration::text::{internal, network_unfit};
-use crate::pages::send::Sender;
-use crate::pages::track::shared_bytes;
-use crate::pages::track::tree::Tree;
-use crate::runtime::cgroup::Freezer;
 use crate::runtime::identity::{Anchor, Identity};
 use crate::runtime::limits;
 use crate::runtime::locks::Locks;
@@ -33,7 +34,6 @@ use crate::runtime::mounts::Mounts;
 use crate::runtime::shared::marker::Markers;
 use crate::runtime::shared::{self, Storage};
 use crate::runtime::{cpu, process};
-use crate::sys::namespace::{self, NamespaceKind};
 
 /// How often it is looked for locks, and how long between two looks.
 const LOOKS: usize = 5;

@@ -8,7 +8,10 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use criu_glue::repair;
+use pageferry_cgroup::freezer::Freezer;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_sys::namespace::{self, NamespaceKind};
+use pageferry_sys::task::{is_seizing, threads, tracer};
 use tokio::task::block_in_place;
 
 use super::{Dumping, Site};
@@ -17,9 +20,6 @@ use crate::link::describe::describe;
 use crate::link::netlink::Netlink;
 use crate::migration::source::failure::freeze_failed;
 use crate::migration::text::{chain, internal, network_unfit};
-use crate::runtime::cgroup::Freezer;
-use crate::sys::namespace::{self, NamespaceKind};
-use crate::sys::task::{is_seizing, threads, tracer};
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);

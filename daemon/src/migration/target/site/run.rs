@@ -5,13 +5,13 @@
 
 use std::time::{Duration, Instant};
 
+use pageferry_pager::client::{ClientError, Notice, PagerClient, Remains};
+use pageferry_pager::message::State as PagerState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_sys::namespace::{self, NamespaceKind};
 
 use super::{Pager, Site, no_pager, pager_failed};
 use crate::migration::text::{chain, internal, network_unfit};
-use crate::pager::client::{ClientError, Notice, PagerClient, Remains};
-use crate::pager::message::State as PagerState;
-use crate::sys::namespace::{self, NamespaceKind};
 
 /// How long a pager may take to let a tree go, or to undo it instead: five seconds for CRIU to give
 /// up, ten for its tasks to die, and then it says that they do not.

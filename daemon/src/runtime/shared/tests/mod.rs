@@ -13,6 +13,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::{FileDescription, FileUse};
 use pageferry_proto::wire::shared::SharedPath;
+use pageferry_trial::shared_mapping;
 use tempfile::TempDir;
 use tokio::sync::watch;
 
@@ -22,7 +23,6 @@ use super::marker::{Markers, Written};
 use super::sync::FileSystems;
 use super::*;
 use crate::runtime::files;
-use crate::sys::shared_mapping;
 use fuse::{Fuse, OWNER};
 
 /// Longer than anything here takes.

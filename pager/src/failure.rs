@@ -1,0 +1,130 @@
+//! Why a restore failed, and how that is told to the daemon.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use criu_glue::lazy::LazyError;
+use criu_glue::report;
+use criu_glue::rpc::{RequestFailed, SwrkError};
+use pageferry_cgroup::freezer::CgroupError;
+use pageferry_proto::wire::code::ErrorCode;
+
+use crate::message::{Fault, Reply};
+use crate::plan::PlanError;
+use crate::serve::ServeError;
+use crate::watcher::WatcherError;
+
+/// Why a restore failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The plan does not fit the restore.
+    #[error("the plan does not fit the restore")]
+    Plan(#[source] PlanError),
+    /// The cgroup of the tree cannot be used.
+    #[error("cannot use the cgroup of the tree")]
+    Cgroup(#[source] CgroupError),
+    /// A directory cannot be opened.
+    #[error("cannot open {path}")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// CRIU could not be started, or the talk with it broke off.
+    #[error("cannot talk to criu")]
+    Swrk(#[source] SwrkError),
+    /// CRIU said no.
+    #[error("restore failed")]
+    Criu(#[source] RequestFailed),
+    /// CRIU said that it had finished before the tree was let go.
+    #[error("criu finished before it was let go")]
+    Early,
+    /// The handing-over of faults broke off.
+    #[error("cannot take over page faults")]
+    Lazy(#[source] LazyError),
+    /// CRIU closed the lazy-pages socket too early.
+    #[error("criu stopped handing over page faults")]
+    LazyClosed,
+    /// A task is restored lazily of which nobody knows the pages.
+    #[error("process {0} is restored lazily but not planned")]
+    Unplanned(i32),
+    /// A task that is planned has no memory.
+    #[error("process {0} is planned but dead")]
+    Dead(i32),
+    /// Not every planned space has arrived.
+    #[error("criu did not hand over the memory of process {0}")]
+    Missing(u32),
+    /// Faults cannot be served.
+    #[error("cannot serve the tree's memory")]
+    Serve(#[source] ServeError),
+    /// What arrived is no userfaultfd.
+    #[error("cannot use the userfaultfd of process {vpid}")]
+    Uffd {
+        /// Whose.
+        vpid: i32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Nobody would keep the descriptors if the pager died.
+    #[error("the tree cannot be watched")]
+    Watcher(#[source] WatcherError),
+}
+
+impl RestoreError {
+    /// What the daemon is told: a code, and the causes in one line, down to the first error in
+    /// CRIU's log at `log`.
+    pub fn fault(&self, log: Option<&Path>) -> Fault {
+        let mut text = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            text = format!("{text}: {cause}");
+            source = cause.source();
+        }
+        // Without a log there is no more to tell.
+        if let Some(Ok(Some(first))) = log.map(report::first_error) {
+            text = format!("{text}: {first}");
+        }
+        Fault::new(self.code(), text)
+    }
+
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Plan(_) | Self::Unplanned(_) | Self::Dead(_) => ErrorCode::LedgerIncomplete,
+            Self::Cgroup(_) | Self::Directory { .. } | Self::Watcher(_) => ErrorCode::Internal,
+            Self::Swrk(_)
+            | Self::Criu(_)
+            | Self::Early
+            | Self::Lazy(_)
+            | Self::LazyClosed
+            | Self::Missing(_)
+            | Self::Serve(_)
+            | Self::Uffd { .. } => ErrorCode::CriuFailed,
+        }
+    }
+}
+
+/// There is no network namespace to start CRIU in.
+pub(super) fn no_network(error: &io::Error) -> Reply {
+    let text = format!("cannot use the pager's network namespace: {error}");
+    Reply::Failed(Fault::new(ErrorCode::Internal, text))
+}
+
+/// What was asked has no place.
+pub(super) fn unexpected(text: &str) -> Reply {
+    Reply::Failed(Fault::new(ErrorCode::Unexpected, text))
+}
+
+/// The answer to a piece of a plan.
+pub(super) fn planned(result: Result<(), PlanError>) -> Reply {
+    match result {
+        Ok(()) => Reply::Ok,
+        Err(error) => {
+            let source = std::error::Error::source(&error).map(|source| format!(": {source}"));
+            let text = format!("{error}{}", source.unwrap_or_default());
+            Reply::Failed(Fault::new(ErrorCode::Malformed, text))
+        }
+    }
+}

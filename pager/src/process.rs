@@ -1,0 +1,587 @@
+//! The pager's process: how it shields itself, and how it answers the daemon.
+//!
+//! Everything that matters happens in [`crate::restore`] and the serving threads; this is the desk.
+//! It keeps the state that the daemon asks for, hands decisions on, and remembers who waits for
+//! which answer. A daemon that goes away takes nothing along but its questions.
+//!
+//! Invariants: one daemon is listened to at a time; a tree that is restored is never given up
+//! because of what happens here; the process ends only when nothing is left to hold.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use pageferry_cgroup::freezer::Freezer;
+use pageferry_proto::id::SpaceId;
+use pageferry_proto::wire::code::ErrorCode;
+use pageferry_sys::fdpass::watched_for_reading;
+use pageferry_sys::priority;
+use tokio::sync::{mpsc, oneshot};
+use tracing::{info, warn};
+
+use crate::ahead::Ahead;
+use crate::channel::{Channel, ChannelError, Listener};
+use crate::error::PagerError;
+use crate::failure::{RestoreError, no_network, planned, unexpected};
+use crate::marks::{FILLED, READY, SOCKET};
+use crate::message::{
+    Ask, Fault, FillReport, Namespace, Reply, Request, RestoreRequest, Restored, State, Status,
+    Told,
+};
+use crate::plan::Plan;
+use crate::restore::{self, Decision, Job, Progress};
+use crate::serve::Counters;
+use crate::signals::Signals;
+use crate::watcher::Watcher;
+
+/// Of all processes the one to be killed for memory last, short of never. Lowering it needs
+/// CAP_SYS_RESOURCE.
+const OOM_SCORE_ADJ: &str = "-900";
+
+/// How long a pager that holds nothing waits for its daemon to come back.
+const IDLE_MAX: Duration = Duration::from_secs(600);
+
+/// How often a pager that nobody talks to looks whether it is still needed.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// The `cgroup.procs` files of the cgroups that the two processes go into.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CgroupFiles {
+    /// The pager's.
+    pub pager: Vec<PathBuf>,
+    /// The watcher's, which must be others: what takes one must not take both.
+    pub watcher: Vec<PathBuf>,
+}
+
+/// Runs a pager with its files in `directory`. To be called while the process has one thread.
+pub fn run(directory: &Path, cgroups: &CgroupFiles) -> Result<(), PagerError> {
+    join(&cgroups.pager)?;
+    let network = shield()?;
+    let watcher = Watcher::start(directory, &cgroups.watcher).map_err(PagerError::Watcher)?;
+    // Until the workload runs every millisecond is one that its clients wait for.
+    let nice = priority::make_urgent();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(PagerError::Runtime)?;
+    runtime.block_on(serve(directory, Arc::new(watcher), network, nice))
+}
+
+fn join(cgroups: &[PathBuf]) -> Result<(), PagerError> {
+    let mut files = cgroups.iter();
+    files.try_for_each(|path| {
+        // The kernel reads it as the process that writes.
+        let written = fs::write(path, "0");
+        written.map_err(|source| PagerError::Cgroup {
+            path: path.clone(),
+            source,
+        })
+    })
+}
+
+/// Makes this process one that lives long and can do little. Answers the network namespace it
+/// was started in.
+fn shield() -> Result<OwnedFd, PagerError> {
+    if let Err(error) = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
+        warn!(%error, "cannot lower oom_score_adj: the pager is killed for memory like any other");
+    }
+    // Each restored process, and each child it forks, is a descriptor.
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!(%error, "cannot raise the limit of open files");
+    }
+    let network = File::open("/proc/self/ns/net").map_err(PagerError::Namespace)?;
+    unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| PagerError::Namespace(errno.into()))?;
+    Ok(network.into())
+}
+
+async fn serve(
+    directory: &Path,
+    watcher: Arc<Watcher>,
+    network: OwnedFd,
+    nice: i32,
+) -> Result<(), PagerError> {
+    let listener = Listener::bind(&directory.join(SOCKET)).map_err(PagerError::Channel)?;
+    println!("{READY}");
+    let mut signals = Signals::new().map_err(PagerError::Runtime)?;
+    let pidfd = watcher
+        .pidfd()
+        .try_clone_to_owned()
+        .and_then(watched_for_reading);
+    let pidfd = pidfd.map_err(PagerError::Runtime)?;
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    let (told, mut progress) = mpsc::unbounded_channel();
+    let mut desk = Desk::new(directory, watcher, network, nice, told);
+    let mut watched = true;
+    while !desk.is_over() {
+        tokio::select! {
+            accepted = listener.accept() => desk.connected(accepted).await,
+            received = receive(desk.connection.as_ref()) => match received {
+                Some((ask, fds)) => desk.asked(ask, fds).await,
+                None => desk.disconnected(),
+            },
+            Some(what) = progress.recv() => desk.progressed(what).await,
+            name = signals.next() => desk.signalled(name),
+            _ = look.tick() => desk.look(),
+            _ = pidfd.readable(), if watched => {
+                watched = false;
+                warn!("the watcher has died: if the pager died, too, threads would read zeros");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The next question; none when there is nobody who could ask any more.
+async fn receive(connection: Option<&Channel>) -> Option<(Ask, Vec<OwnedFd>)> {
+    match connection {
+        None => std::future::pending().await,
+        Some(channel) => channel.receive().await.unwrap_or_else(|error| {
+            warn!(%error, "the daemon does not make sense");
+            None
+        }),
+    }
+}
+
+/// What the pager knows and who wants to know it.
+struct Desk {
+    directory: PathBuf,
+    watcher: Arc<Watcher>,
+    network: OwnedFd,
+    progress: mpsc::UnboundedSender<Progress>,
+    connection: Option<Channel>,
+    /// Questions that are answered later.
+    waiting: Vec<(u64, Awaited)>,
+    state: State,
+    plan: Plan,
+    decisions: Option<mpsc::UnboundedSender<Decision>>,
+    counters: Option<oneshot::Receiver<Arc<Counters>>>,
+    counted: Option<Arc<Counters>>,
+    cgroup: Option<Freezer>,
+    /// Started, and waiting.
+    criu: Option<Ahead>,
+    /// How nice this process was.
+    nice: i32,
+    restored: Option<Restored>,
+    fault: Option<Fault>,
+    report: Option<FillReport>,
+    /// The daemon knows how it ended.
+    reported: bool,
+    /// Nothing is left to be held or told.
+    over: bool,
+    /// How long nobody has been connected.
+    alone: Duration,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Awaited {
+    Restored,
+    Resumed,
+    Discarded,
+}
+
+impl Desk {
+    fn new(
+        directory: &Path,
+        watcher: Arc<Watcher>,
+        network: OwnedFd,
+        nice: i32,
+        progress: mpsc::UnboundedSender<Progress>,
+    ) -> Self {
+        Self {
+            directory: directory.to_owned(),
+            watcher,
+            network,
+            progress,
+            connection: None,
+            waiting: Vec::new(),
+            state: State::Idle,
+            plan: Plan::default(),
+            decisions: None,
+            counters: None,
+            counted: None,
+            cgroup: None,
+            criu: None,
+            nice,
+            restored: None,
+            fault: None,
+            report: None,
+            reported: false,
+            over: false,
+            alone: Duration::ZERO,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.over || (self.report.is_some() && self.reported)
+    }
+
+    async fn connected(&mut self, accepted: Result<Channel, ChannelError>) {
+        match accepted {
+            Ok(_) if self.connection.as_ref().is_some_and(|held| !held.is_over()) => {
+                warn!("a second daemon was turned away");
+            }
+            Ok(channel) => {
+                // The one that was there may not have been seen to be gone.
+                self.disconnected();
+                self.connection = Some(channel);
+                self.alone = Duration::ZERO;
+                if let Some(report) = self.report {
+                    self.reported |= self.tell(&Told::Filled(report)).await;
+                }
+            }
+            Err(error) => warn!(%error, "a connection was not taken"),
+        }
+    }
+
+    fn disconnected(&mut self) {
+        self.waiting.clear();
+        if self.connection.take().is_some() {
+            info!(state = ?self.state, "the daemon is gone");
+        }
+    }
+
+    /// Nobody is waited for for ever.
+    fn look(&mut self) {
+        if self.connection.is_some() {
+            return;
+        }
+        self.alone += LOOK_EVERY;
+        let is_dead = self.fault.as_ref().is_some_and(|fault| !fault.after_go);
+        if (self.state == State::Idle || is_dead) && IDLE_MAX < self.alone {
+            info!("nothing is held and nobody comes back");
+            self.over = true;
+        }
+        let is_gone = || self.cgroup.as_ref().is_some_and(Freezer::is_empty);
+        if self.report.is_some() && is_gone() {
+            info!("the workload has ended");
+            self.over = true;
+        }
+    }
+
+    fn signalled(&mut self, name: &str) {
+        let holds_nothing = match self.state {
+            State::Idle | State::Filled => true,
+            State::Failed => self.report.is_some() || self.decisions.is_none(),
+            State::Restoring
+            | State::Held
+            | State::Resuming
+            | State::Running
+            | State::Discarding => false,
+        };
+        if holds_nothing {
+            info!(signal = name, "ending");
+            self.over = true;
+        } else {
+            warn!(signal = name, state = ?self.state, "ignored: a tree depends on this process");
+        }
+    }
+
+    async fn asked(&mut self, ask: Ask, fds: Vec<OwnedFd>) {
+        let id = ask.id;
+        let reply = match ask.request {
+            Request::Space { space } => Some(self.store(space, fds)),
+            Request::Plan { spaces } => Some(self.pending(&spaces, fds)),
+            Request::Prepare(request) => Some(self.prepare(*request, fds)),
+            Request::Restore(request) => self.restore(id, *request, fds),
+            Request::Go => self.go(id),
+            Request::Discard => self.discard(id),
+            Request::Status => Some(Reply::Status(self.status())),
+        };
+        if let Some(reply) = reply {
+            self.tell(&Told::Reply { id, reply }).await;
+        }
+    }
+
+    fn store(&mut self, space: u32, mut fds: Vec<OwnedFd>) -> Reply {
+        match (self.state, fds.pop(), fds.pop()) {
+            (State::Idle, Some(fd), None) => planned(self.plan.store(SpaceId(space), fd)),
+            (State::Idle, _, _) => unexpected("a space needs one descriptor"),
+            _ => self.out_of_order("a space"),
+        }
+    }
+
+    fn pending(&mut self, spaces: &[u32], fds: Vec<OwnedFd>) -> Reply {
+        if self.state != State::Idle {
+            return self.out_of_order("a plan");
+        }
+        if spaces.len() != fds.len() {
+            return unexpected("a plan needs a descriptor for each space");
+        }
+        let mut pairs = spaces.iter().zip(fds);
+        planned(pairs.try_for_each(|(space, fd)| self.plan.pending(SpaceId(*space), fd)))
+    }
+
+    fn restore(&mut self, id: u64, request: RestoreRequest, fds: Vec<OwnedFd>) -> Option<Reply> {
+        match (self.state, self.restored, &self.fault) {
+            (State::Idle, _, _) => {
+                if fds.len() != request.namespaces.len() + request.inherit.len() {
+                    return Some(unexpected("a restore needs each descriptor it names"));
+                }
+                if let Err(error) = self.start(request, fds) {
+                    return Some(no_network(&error));
+                }
+                self.state = State::Restoring;
+                self.waiting.push((id, Awaited::Restored));
+                None
+            }
+            (State::Restoring, _, _) => {
+                self.waiting.push((id, Awaited::Restored));
+                None
+            }
+            (State::Failed, _, Some(fault)) => Some(Reply::Failed(fault.clone())),
+            (_, Some(restored), _) => Some(Reply::Restored(restored)),
+            _ => Some(self.out_of_order("a restore")),
+        }
+    }
+
+    fn prepare(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> Reply {
+        if self.state != State::Idle {
+            return self.out_of_order("a preparation");
+        }
+        if fds.len() != request.namespaces.len() + request.inherit.len() {
+            return unexpected("a preparation needs each descriptor it names");
+        }
+        let (namespaces, inherited) = match self.divide(&request, fds) {
+            Ok(divided) => divided,
+            Err(error) => return no_network(&error),
+        };
+        match restore::start_criu(&request, namespaces, inherited) {
+            Ok(criu) => {
+                self.criu = Some(Ahead::new(request, criu));
+                Reply::Ok
+            }
+            Err(error) => Reply::Failed(RestoreError::Swrk(error).fault(None)),
+        }
+    }
+
+    /// Namespaces and inherited descriptors of a request. Without a network namespace among them
+    /// CRIU is started in the one that this process was.
+    fn divide(
+        &self,
+        request: &RestoreRequest,
+        mut fds: Vec<OwnedFd>,
+    ) -> io::Result<(Vec<OwnedFd>, Vec<OwnedFd>)> {
+        let inherited = fds.split_off(request.namespaces.len());
+        if !request.namespaces.contains(&Namespace::Net) {
+            fds.insert(0, self.network.try_clone()?);
+        }
+        Ok((fds, inherited))
+    }
+
+    fn start(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> io::Result<()> {
+        let (namespaces, inherited) = self.divide(&request, fds)?;
+        let ahead = self.criu.take();
+        let criu = ahead.and_then(|ahead| ahead.take_for(&request));
+        // The restore itself says so if it is not one.
+        self.cgroup = Freezer::open(&request.freezer).ok();
+        let job = Job {
+            request,
+            namespaces,
+            inherited,
+            plan: std::mem::take(&mut self.plan),
+            watcher: self.watcher.clone(),
+            criu,
+            nice: self.nice,
+        };
+        let (decisions, decided) = mpsc::unbounded_channel();
+        let (count, counters) = oneshot::channel();
+        self.decisions = Some(decisions);
+        self.counters = Some(counters);
+        tokio::spawn(restore::run(job, decided, self.progress.clone(), count));
+        Ok(())
+    }
+
+    fn go(&mut self, id: u64) -> Option<Reply> {
+        match (self.state, &self.fault) {
+            (State::Held, _) => {
+                self.state = State::Resuming;
+                self.decide(Decision::Go);
+                self.waiting.push((id, Awaited::Resumed));
+                None
+            }
+            // What is being undone ends in a failure, which is the answer.
+            (State::Resuming | State::Discarding, _) => {
+                self.waiting.push((id, Awaited::Resumed));
+                None
+            }
+            (State::Running | State::Filled, _) => Some(Reply::Resumed),
+            (State::Failed, Some(fault)) => Some(Reply::Failed(fault.clone())),
+            (State::Idle | State::Restoring | State::Failed, _) => Some(self.out_of_order("go")),
+        }
+    }
+
+    fn discard(&mut self, id: u64) -> Option<Reply> {
+        match (self.state, &self.fault) {
+            (State::Idle, _) => {
+                self.over = true;
+                Some(Reply::Ok)
+            }
+            (State::Restoring | State::Held, _) => {
+                self.state = State::Discarding;
+                self.decide(Decision::Discard);
+                self.waiting.push((id, Awaited::Discarded));
+                None
+            }
+            (State::Discarding, _) => {
+                self.waiting.push((id, Awaited::Discarded));
+                None
+            }
+            (
+                State::Failed,
+                Some(Fault {
+                    after_go: false, ..
+                }),
+            ) => {
+                self.over = true;
+                Some(Reply::Ok)
+            }
+            (State::Resuming | State::Running | State::Filled | State::Failed, _) => {
+                let fault = Fault::new(ErrorCode::Unexpected, "the tree has been let go");
+                Some(Reply::Failed(Fault {
+                    after_go: true,
+                    ..fault
+                }))
+            }
+        }
+    }
+
+    fn decide(&self, decision: Decision) {
+        if let Some(decisions) = &self.decisions {
+            // A restore that has just ended by itself tells so.
+            let _ = decisions.send(decision);
+        }
+    }
+
+    async fn progressed(&mut self, what: Progress) {
+        match what {
+            Progress::Held(restored) => {
+                self.restored = Some(restored);
+                // A decision to discard may have crossed it.
+                if self.state == State::Restoring {
+                    self.state = State::Held;
+                }
+                self.answer(Awaited::Restored, &Reply::Restored(restored))
+                    .await;
+            }
+            Progress::Resumed => {
+                self.state = State::Running;
+                self.answer(Awaited::Resumed, &Reply::Resumed).await;
+            }
+            Progress::Filled(report) => self.filled(report).await,
+            Progress::Failing => {
+                if matches!(self.state, State::Restoring | State::Held) {
+                    self.state = State::Discarding;
+                }
+            }
+            Progress::Discarded => {
+                let fault = Fault::new(ErrorCode::Aborted, "the restore was discarded");
+                let reply = Reply::Failed(fault);
+                self.answer(Awaited::Restored, &reply).await;
+                self.answer(Awaited::Resumed, &reply).await;
+                self.answer(Awaited::Discarded, &Reply::Ok).await;
+                self.over = true;
+            }
+            Progress::Failed(fault) => self.failed(fault).await,
+        }
+    }
+
+    async fn filled(&mut self, report: FillReport) {
+        info!(?report, "filled");
+        if self.state != State::Failed {
+            self.state = State::Filled;
+        }
+        self.report = Some(report);
+        let unfinished = self.directory.join(format!("{FILLED}.new"));
+        let written = serde_json::to_vec(&report)
+            .map_err(io::Error::from)
+            .and_then(|bytes| fs::write(&unfinished, bytes))
+            .and_then(|()| fs::rename(&unfinished, self.directory.join(FILLED)));
+        if let Err(error) = written {
+            warn!(%error, "cannot write {FILLED}");
+        }
+        self.reported |= self.tell(&Told::Filled(report)).await;
+    }
+
+    async fn failed(&mut self, fault: Fault) {
+        self.state = State::Failed;
+        self.fault = Some(fault.clone());
+        if !fault.after_go {
+            self.decisions = None;
+        }
+        let mut answered = self
+            .answer(Awaited::Restored, &Reply::Failed(fault.clone()))
+            .await;
+        answered |= self
+            .answer(Awaited::Resumed, &Reply::Failed(fault.clone()))
+            .await;
+        // It was to be discarded, and nothing is left of it.
+        if self.answer(Awaited::Discarded, &Reply::Ok).await {
+            self.over = true;
+        } else if !answered {
+            self.tell(&Told::Failed(fault)).await;
+        }
+    }
+
+    /// Answers whoever waits for this; false if nobody does.
+    async fn answer(&mut self, awaited: Awaited, reply: &Reply) -> bool {
+        let is_awaited = |(_, wanted): &mut (u64, Awaited)| *wanted == awaited;
+        let waiting: Vec<_> = self.waiting.extract_if(.., is_awaited).collect();
+        for (id, _) in &waiting {
+            let reply = reply.clone();
+            self.tell(&Told::Reply { id: *id, reply }).await;
+        }
+        !waiting.is_empty()
+    }
+
+    /// Whether it was told.
+    async fn tell(&mut self, told: &Told) -> bool {
+        let Some(channel) = &self.connection else {
+            return false;
+        };
+        // A daemon that does not read must not keep the pager from its work.
+        match tokio::time::timeout(LOOK_EVERY, channel.send(told, &[])).await {
+            Ok(Ok(())) => return true,
+            Ok(Err(error)) => warn!(%error, "the daemon cannot be told"),
+            Err(_) => warn!("the daemon does not read"),
+        }
+        self.disconnected();
+        false
+    }
+
+    fn status(&mut self) -> Status {
+        if let Some(counters) = &mut self.counters
+            && let Ok(counters) = counters.try_recv()
+        {
+            self.counted = Some(counters);
+        }
+        let counters = self.counted.as_deref();
+        let load = |count: fn(&Counters) -> &std::sync::atomic::AtomicU64| {
+            counters.map_or(0, |counters| count(counters).load(Ordering::Relaxed))
+        };
+        Status {
+            state: self.state,
+            root_pid: self.restored.map(|restored| restored.root_pid),
+            filled_pages: load(|counters| &counters.settled),
+            pending_pages: load(|counters| &counters.pending) + self.plan.pages().0,
+            faults: load(|counters| &counters.faults),
+            errors: load(|counters| &counters.errors),
+            watched: self.watcher.is_alive(),
+            failure: self.fault.clone(),
+        }
+    }
+
+    fn out_of_order(&self, what: &str) -> Reply {
+        unexpected(&format!(
+            "{what} has no place in the state {:?}",
+            self.state
+        ))
+    }
+}

@@ -1,0 +1,592 @@
+//! One restored tree, from CRIU's start to the last page.
+//!
+//! ```text
+//! prepare: lazy-pages socket ─► criu swrk ─► userfaultfds arrive, faults are served
+//!          └► post-restore is notified: nobody has run ─► every space is there ─► held
+//! held:    go ──► the watcher knows ─► the notification is answered ─► CRIU finishes ─► resumed
+//!                 └► "finished" on the socket: the fill begins ─► every page is in ─► filled
+//!          discard, or CRIU fails ─► answer false, kill what is left, see that it is gone
+//! ```
+//!
+//! Invariants: until `Go` the notification is unanswered, so nothing runs, and a failure ends in an
+//! empty cgroup before it is told. From the answer on there is no way back: a failure is told as
+//! one after `Go`, and what is there goes on being served. Userfaultfds are closed when their
+//! space is complete or the cgroup is empty, never else.
+//! Nobody needs to listen: without a daemon the tree is held, or filled to the end.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use criu_glue::lazy::{LazyMessage, LazySocket, Session};
+use criu_glue::options::{
+    Directories, InheritFd, JoinNamespace, Log, LogLevel, Request, RestoreOptions,
+};
+use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError};
+use pageferry_cgroup::freezer::{CgroupError, Freezer};
+use pageferry_proto::id::SpaceId;
+use pageferry_proto::wire::code::ErrorCode;
+use pageferry_sys::uffd::Uffd;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use crate::failure::RestoreError;
+use crate::message::{Fault, FillReport, RestoreRequest, Restored};
+use crate::plan::Plan;
+use crate::serve::{Counters, Server, Space};
+use crate::watcher::Watcher;
+
+/// How long a CRIU that was told to give up may take before it is killed.
+const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long killed tasks may take to be gone before it is said that they are not, and again.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long after CRIU has said that every task is ready their userfaultfds may take to arrive.
+/// They were sent before, so they wait in the socket.
+const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// CRIU's log in the work directory.
+pub const LOG: &str = "restore.log";
+
+/// What CRIU says before its log is open, in the work directory.
+pub const OUTPUT: &str = "criu.out";
+
+/// What is to be restored.
+#[derive(Debug)]
+pub struct Job {
+    /// How.
+    pub request: RestoreRequest,
+    /// Namespaces CRIU is started in.
+    pub namespaces: Vec<OwnedFd>,
+    /// Descriptors CRIU gets, in the order of `request.inherit`.
+    pub inherited: Vec<OwnedFd>,
+    /// What is missing where.
+    pub plan: Plan,
+    /// Holds the descriptors, too.
+    pub watcher: Arc<Watcher>,
+    /// A CRIU that was started before, by [`start_criu`] with the same request.
+    pub criu: Option<Swrk>,
+    /// What [`pageferry_sys::priority`] was before this process was urgent.
+    pub nice: i32,
+}
+
+/// What is decided about a tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// It runs.
+    Go,
+    /// It is undone.
+    Discard,
+}
+
+/// What has happened to a tree.
+#[derive(Debug)]
+pub enum Progress {
+    /// It is there and held.
+    Held(Restored),
+    /// It runs.
+    Resumed,
+    /// Its memory is complete, or it has ended.
+    Filled(FillReport),
+    /// It has failed, and what is there is being undone.
+    Failing,
+    /// Nothing of it is left, as was decided.
+    Discarded,
+    /// It failed. Before `Go` nothing of it is left.
+    Failed(Fault),
+}
+
+/// What CRIU said.
+enum Heard {
+    /// It is about to restore.
+    Connected,
+    /// Something about the memory of a task.
+    Lazy(LazyMessage),
+    /// A notification, or its last word.
+    Event(Event),
+}
+
+/// Why `held` came back.
+enum Held {
+    Decided(Decision),
+    Failed(RestoreError),
+}
+
+/// A restore on its way.
+#[derive(Debug)]
+struct Restore {
+    server: Server,
+    filled: mpsc::UnboundedReceiver<()>,
+    plan: Plan,
+    watcher: Arc<Watcher>,
+    cgroup: Freezer,
+    work_dir: PathBuf,
+    socket: LazySocket,
+    session: Option<Session>,
+    swrk: Swrk,
+    /// What CRIU is asked for, until it is.
+    options: Option<RestoreOptions>,
+    /// CRIU has said "finished" on the lazy-pages socket.
+    finished: bool,
+}
+
+/// Runs a restore to its end. Decisions come in, what happens goes out; `counters` is given the
+/// numbers that change meanwhile.
+pub async fn run(
+    job: Job,
+    mut decisions: mpsc::UnboundedReceiver<Decision>,
+    progress: mpsc::UnboundedSender<Progress>,
+    counters: tokio::sync::oneshot::Sender<Arc<Counters>>,
+) {
+    let tell = |what| {
+        // Only a pager that is ending does not listen.
+        let _ = progress.send(what);
+    };
+    let start = Instant::now();
+    let mut restore = match Restore::start(job).await {
+        Ok(restore) => restore,
+        Err(error) => return tell(Progress::Failed(error.fault(None))),
+    };
+    let _ = counters.send(restore.server.counters());
+    let prepared = tokio::select! {
+        prepared = restore.prepare() => prepared,
+        () = discarded(&mut decisions) => return tell(restore.discard().await),
+    };
+    let root_pid = match prepared {
+        Ok(root_pid) => root_pid,
+        Err(error) => {
+            tell(Progress::Failing);
+            return tell(restore.fail(error).await);
+        }
+    };
+    let restore_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+    info!(root_pid, restore_ms, "restored, held");
+    tell(Progress::Held(Restored {
+        root_pid,
+        restore_ms,
+    }));
+    match restore.held(&mut decisions).await {
+        Held::Decided(Decision::Go) => {}
+        Held::Decided(Decision::Discard) => return tell(restore.discard().await),
+        Held::Failed(error) => {
+            tell(Progress::Failing);
+            return tell(restore.fail(error).await);
+        }
+    }
+    let start = Instant::now();
+    match restore.go().await {
+        Ok(()) => tell(Progress::Resumed),
+        Err((error, false)) => return tell(restore.fail(error).await),
+        Err((error, true)) => {
+            let after_go = true;
+            let fault = restore.fault(&error);
+            tell(Progress::Failed(Fault { after_go, ..fault }));
+        }
+    }
+    let report = restore.fill(start).await;
+    tell(Progress::Filled(report));
+}
+
+/// Waits for the decision to undo. Nothing else can be decided while CRIU is at work.
+async fn discarded(decisions: &mut mpsc::UnboundedReceiver<Decision>) {
+    loop {
+        match decisions.recv().await {
+            Some(Decision::Discard) => return,
+            Some(Decision::Go) => {}
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Restore {
+    async fn start(job: Job) -> Result<Self, RestoreError> {
+        job.plan
+            .complete(job.request.spaces)
+            .map_err(RestoreError::Plan)?;
+        let cgroup = Freezer::open(&job.request.freezer).map_err(RestoreError::Cgroup)?;
+        let work_dir = job.request.work_dir.clone();
+        let directories = Directories {
+            images: open(&job.request.images_dir)?,
+            work: Some(open(&work_dir)?),
+        };
+        let (filled_tell, filled) = mpsc::unbounded_channel();
+        let server = Server::start(&filled_tell, job.nice).map_err(RestoreError::Serve)?;
+        let socket = LazySocket::bind(&work_dir).map_err(RestoreError::Lazy)?;
+        let options = options(&job.request, directories, &job.inherited);
+        let swrk = match job.criu {
+            Some(swrk) => swrk,
+            None => start_criu(&job.request, job.namespaces, job.inherited)
+                .map_err(RestoreError::Swrk)?,
+        };
+        Ok(Self {
+            server,
+            filled,
+            plan: job.plan,
+            watcher: job.watcher,
+            cgroup,
+            work_dir,
+            socket,
+            session: None,
+            swrk,
+            options: Some(options),
+            finished: false,
+        })
+    }
+
+    /// Up to the point where every task is there, none has run, and every space is served.
+    async fn prepare(&mut self) -> Result<i32, RestoreError> {
+        self.watcher
+            .hold(self.cgroup.path())
+            .map_err(RestoreError::Watcher)?;
+        if let Some(options) = self.options.take() {
+            let request = Request::restore(options);
+            self.swrk
+                .request(request)
+                .await
+                .map_err(RestoreError::Swrk)?;
+        }
+        let root_pid = loop {
+            match self.next().await? {
+                Heard::Connected => {}
+                Heard::Lazy(message) => self.take_over(message)?,
+                Heard::Event(Event::Notify {
+                    script: NotifyScript::PostRestore,
+                    pid,
+                }) => {
+                    break pid.unwrap_or_default();
+                }
+                Heard::Event(Event::Notify { .. }) => {
+                    self.swrk.answer(true).await.map_err(RestoreError::Swrk)?;
+                }
+                Heard::Event(Event::Response(response)) => {
+                    let failed = response.into_result().map_err(RestoreError::Criu);
+                    return Err(failed.err().unwrap_or(RestoreError::Early));
+                }
+            }
+        };
+        let deadline = tokio::time::sleep(ARRIVAL_TIMEOUT);
+        tokio::pin!(deadline);
+        while let Some(space) = self.plan.first() {
+            let Some(session) = self.session.as_mut() else {
+                return Err(RestoreError::LazyClosed);
+            };
+            tokio::select! {
+                message = session.next() => {
+                    let message = message.map_err(RestoreError::Lazy)?;
+                    self.take_over(message.ok_or(RestoreError::LazyClosed)?)?;
+                }
+                () = &mut deadline => return Err(RestoreError::Missing(space.0)),
+            }
+        }
+        self.server.probe().await.map_err(RestoreError::Serve)?;
+        Ok(root_pid)
+    }
+
+    /// What CRIU says next, on either of its sockets.
+    async fn next(&mut self) -> Result<Heard, RestoreError> {
+        let Self {
+            session,
+            socket,
+            swrk,
+            ..
+        } = self;
+        let lazy = async {
+            match session.as_mut() {
+                Some(session) => Ok(session.next().await?.map(Heard::Lazy)),
+                None => {
+                    *session = Some(socket.accept().await?);
+                    Ok(Some(Heard::Connected))
+                }
+            }
+        };
+        let heard = tokio::select! {
+            // What is on the socket was sent before what is notified.
+            biased;
+            heard = lazy => heard.map_err(RestoreError::Lazy)?,
+            event = swrk.next() => {
+                return Ok(Heard::Event(event.map_err(RestoreError::Swrk)?));
+            }
+        };
+        match heard {
+            Some(heard) => Ok(heard),
+            // CRIU closes this socket when it fails; why, it tells on the other.
+            None => match tokio::time::timeout(GIVE_UP_TIMEOUT, swrk.next()).await {
+                Ok(Ok(event @ Event::Response(_))) => Ok(Heard::Event(event)),
+                Ok(Ok(Event::Notify { .. }) | Err(_)) | Err(_) => Err(RestoreError::LazyClosed),
+            },
+        }
+    }
+
+    fn take_over(&mut self, message: LazyMessage) -> Result<(), RestoreError> {
+        let (vpid, fd) = match message {
+            LazyMessage::Uffd { vpid, fd } => (vpid, Some(fd)),
+            LazyMessage::Dead { vpid } => (vpid, None),
+            LazyMessage::Finished => return Err(RestoreError::Early),
+            _ => return Ok(()),
+        };
+        let id = SpaceId(u32::try_from(vpid).map_err(|_| RestoreError::Unplanned(vpid))?);
+        match (fd, self.plan.take(id)) {
+            (Some(fd), Some((store, pending))) => {
+                let uffd =
+                    Uffd::from_fd(fd).map_err(|source| RestoreError::Uffd { vpid, source })?;
+                let space = Space {
+                    id,
+                    uffd,
+                    pending,
+                    store,
+                };
+                self.server.adopt(space).map_err(RestoreError::Serve)
+            }
+            (Some(_), None) => Err(RestoreError::Unplanned(vpid)),
+            (None, Some((_, pending))) if !pending.is_empty() => Err(RestoreError::Dead(vpid)),
+            (None, _) => Ok(()),
+        }
+    }
+
+    /// Holds the tree until it is decided about, with or without a daemon.
+    async fn held(&mut self, decisions: &mut mpsc::UnboundedReceiver<Decision>) -> Held {
+        tokio::select! {
+            decision = decisions.recv() => match decision {
+                Some(decision) => Held::Decided(decision),
+                // The sender lives as long as the pager.
+                None => std::future::pending().await,
+            },
+            event = self.swrk.next() => Held::Failed(match event {
+                Ok(Event::Response(response)) => match response.into_result() {
+                    Err(failed) => RestoreError::Criu(failed),
+                    Ok(_) => RestoreError::Early,
+                },
+                Ok(Event::Notify { .. }) => RestoreError::Early,
+                Err(error) => RestoreError::Swrk(error),
+            }),
+        }
+    }
+
+    /// Lets the tree run. An error comes with whether it may have run.
+    async fn go(&mut self) -> Result<(), (RestoreError, bool)> {
+        let before = |error| (error, false);
+        let watcher = |error| before(RestoreError::Watcher(error));
+        self.watcher.run(self.cgroup.path()).map_err(watcher)?;
+        self.swrk
+            .answer(true)
+            .await
+            .map_err(|error| before(RestoreError::Swrk(error)))?;
+        self.resume().await.map_err(|error| (error, true))
+    }
+
+    async fn resume(&mut self) -> Result<(), RestoreError> {
+        loop {
+            let event = match self.session.as_mut() {
+                None => self.swrk.next().await,
+                Some(session) => tokio::select! {
+                    message = session.next() => {
+                        match message.map_err(RestoreError::Lazy)? {
+                            Some(LazyMessage::Finished) => {
+                                self.finished = true;
+                                self.server.fill().map_err(RestoreError::Serve)?;
+                            }
+                            Some(message) => self.take_over(message)?,
+                            None => self.session = None,
+                        }
+                        continue;
+                    }
+                    event = self.swrk.next() => event,
+                },
+            };
+            match event.map_err(RestoreError::Swrk)? {
+                Event::Notify { .. } => {
+                    self.swrk.answer(true).await.map_err(RestoreError::Swrk)?;
+                }
+                Event::Response(response) => {
+                    return response.into_result().map(drop).map_err(RestoreError::Criu);
+                }
+            }
+        }
+    }
+
+    /// Fills to the end, or until the tree is gone.
+    async fn fill(&mut self, start: Instant) -> FillReport {
+        // After a failure CRIU may not have said that the fill can begin. It can: the tree was
+        // let go, and what is in its memory must be right whatever became of CRIU.
+        if !self.finished
+            && let Err(error) = self.server.fill()
+        {
+            warn!(%error, "cannot start the fill");
+        }
+        while !self.server.is_filled() {
+            if self.filled.recv().await.is_none() {
+                break;
+            }
+        }
+        if let Err(error) = self.watcher.done() {
+            warn!(%error, "the watcher cannot be told that all is filled");
+        }
+        // CRIU has exited by itself; this only collects its status.
+        let _ = tokio::time::timeout(GIVE_UP_TIMEOUT, self.swrk.wait()).await;
+        let counters = self.server.counters();
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        FillReport {
+            fill_ms: u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX),
+            pages: load(&counters.settled),
+            faults: load(&counters.faults),
+            unmapped: load(&counters.unmapped),
+        }
+    }
+
+    async fn discard(&mut self) -> Progress {
+        match self.undo().await {
+            Ok(()) => Progress::Discarded,
+            Err(error) => self.left(&error).await,
+        }
+    }
+
+    async fn fail(&mut self, error: RestoreError) -> Progress {
+        let fault = self.fault(&error);
+        warn!(code = fault.code, text = fault.text, "restore failed");
+        match self.undo().await {
+            Ok(()) => Progress::Failed(fault),
+            Err(error) => self.left(&error).await,
+        }
+    }
+
+    /// Kills the tree and sees that it is gone.
+    async fn undo(&mut self) -> Result<(), CgroupError> {
+        // Between two notifications there is none to be answered with no.
+        if self.swrk.answer(false).await.is_err() {
+            self.swrk.close();
+        }
+        let given_up = async {
+            while let Ok(Event::Notify { .. }) = self.swrk.next().await {
+                let _ = self.swrk.answer(false).await;
+            }
+            let _ = self.swrk.wait().await;
+        };
+        if tokio::time::timeout(GIVE_UP_TIMEOUT, given_up)
+            .await
+            .is_err()
+        {
+            warn!("criu does not give up, killing it");
+        }
+        // Also after a normal end: a killed CRIU leaves tasks behind. It is in the cgroup, too, so
+        // that it is seen there if it does not die.
+        let _ = self.swrk.kill();
+        let _ = tokio::time::timeout(GIVE_UP_TIMEOUT, self.swrk.wait()).await;
+        self.kill().await?;
+        self.watcher
+            .done()
+            .unwrap_or_else(|error| warn!(%error, "the watcher was not told"));
+        Ok(())
+    }
+
+    async fn kill(&self) -> Result<(), CgroupError> {
+        let cgroup = self.cgroup.clone();
+        let killed = tokio::task::spawn_blocking(move || cgroup.kill(KILL_TIMEOUT)).await;
+        killed.expect("killing does not panic and is not cancelled")
+    }
+
+    /// Tasks that never ran do not die. Their descriptors are kept until they have.
+    async fn left(&mut self, error: &CgroupError) -> Progress {
+        let mut last = error.to_string();
+        loop {
+            warn!(
+                error = last,
+                "tasks that never ran do not die; trying again"
+            );
+            match self.kill().await {
+                Ok(()) => break,
+                Err(error) => last = error.to_string(),
+            }
+        }
+        let _ = self.watcher.done();
+        Progress::Failed(Fault::new(
+            ErrorCode::Internal,
+            format!("killed late: {error}"),
+        ))
+    }
+
+    fn fault(&self, error: &RestoreError) -> Fault {
+        error.fault(Some(&self.work_dir.join(LOG)))
+    }
+}
+
+/// Starts the CRIU of a restore. It waits to be asked for one.
+pub fn start_criu(
+    request: &RestoreRequest,
+    namespaces: Vec<OwnedFd>,
+    inherited: Vec<OwnedFd>,
+) -> Result<Swrk, SwrkError> {
+    let swrk = Swrk::spawn(SwrkConfig {
+        criu: request.criu.clone(),
+        namespaces,
+        cgroup_procs: request.cgroup_procs.clone(),
+        // A huge page would be put where pages are missing.
+        huge_pages: false,
+        breakpoints: false,
+        urgent: true,
+        view: None,
+        reaper: request.reaper.clone(),
+        output: request.work_dir.join(OUTPUT),
+        env: Vec::new(),
+        inherited,
+    })?;
+    // The workload would be spared like the pager, at the cost of everybody else.
+    if let Err(error) = swrk.set_oom_score_adj(0) {
+        warn!(%error, "the workload inherits the pager's oom_score_adj");
+    }
+    Ok(swrk)
+}
+
+fn open(path: &PathBuf) -> Result<OwnedFd, RestoreError> {
+    match File::open(path) {
+        Ok(file) => Ok(file.into()),
+        Err(source) => Err(RestoreError::Directory {
+            path: path.clone(),
+            source,
+        }),
+    }
+}
+
+fn options(
+    request: &RestoreRequest,
+    directories: Directories,
+    inherited: &[OwnedFd],
+) -> RestoreOptions {
+    let level = match request.log_level {
+        0 | 1 => LogLevel::Error,
+        2 => LogLevel::Warning,
+        3 => LogLevel::Info,
+        4.. => LogLevel::Debug,
+    };
+    let keys = request.inherit.iter().cloned();
+    let inherit_fd = keys
+        .zip(inherited)
+        .map(|(key, fd)| InheritFd {
+            key,
+            fd: fd.as_raw_fd(),
+        })
+        .collect();
+    let join = request.join.iter().cloned();
+    RestoreOptions {
+        log: Log {
+            file: LOG.to_owned(),
+            level,
+        },
+        lazy_pages: true,
+        tcp_established: request.tcp_established,
+        file_locks: request.file_locks,
+        ext_unix_sk: request.ext_unix_sk,
+        shell_job: request.shell_job,
+        link_remap: request.link_remap,
+        external: request.external.clone(),
+        inherit_fd,
+        join_namespaces: join
+            .map(|(kind, file)| JoinNamespace { kind, file })
+            .collect(),
+        root: request.root.clone(),
+        ..RestoreOptions::new(directories)
+    }
+}

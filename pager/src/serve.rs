@@ -1,0 +1,276 @@
+//! The threads that serve faults and fill memory.
+//!
+//! A family of spaces (one restored process and the children it forks meanwhile) belongs to one
+//! thread: it alone reads their userfaultfds, copies into them, keeps the model and punches the
+//! store. So there is no lock, and between reading an event and the next copy nothing can slip.
+//! Families are spread over a few threads; two threads on one family would wait for each other at
+//! every copy, since a copy decided before an event was read must not be made after.
+//!
+//! ```text
+//!            ┌──────────────── one turn ────────────────┐
+//!  commands ─► ready descriptors ─► events ─► faults ─► one chunk of fill ─► again
+//!            (while faults come: small chunks, and only every FAULT_TURNS_MAX turns)
+//! ```
+//!
+//! A member's descriptor is closed when nothing is missing in it any more. The last close
+//! undoes every registration, also of mappings that moved, merged or grew since, wakes whoever
+//! waits, and lets a child whose fork was not read yet go its way: all it inherited is there.
+//! (`UFFDIO_UNREGISTER` would need to know the mappings, and refuses ranges with strangers in
+//! them.)
+//!
+//! Absent: who may run when; that the fill may begin is told from outside.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use pageferry_pages::store::MemoryFile;
+use pageferry_proto::id::SpaceId;
+use pageferry_proto::page::PageIndex;
+use pageferry_proto::set::PageSet;
+use pageferry_sys::priority;
+use pageferry_sys::uffd::{EVENTS, Uffd};
+use tokio::sync::oneshot;
+
+use crate::worker::Worker;
+
+/// Most serving threads. Two fill a third faster than one; beyond, memory is the limit.
+pub const THREADS_MAX: usize = 4;
+
+/// Counters over all spaces, for whoever asks.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Pages still missing.
+    pub pending: AtomicU64,
+    /// Pages that were missing and are not any more, by whatever cause.
+    pub settled: AtomicU64,
+    /// Faults served.
+    pub faults: AtomicU64,
+    /// Pages that had no mapping any more when their turn came, although no event had said so.
+    pub unmapped: AtomicU64,
+    /// Times an error was met.
+    pub errors: AtomicU64,
+}
+
+/// A space as it is handed over to be served.
+#[derive(Debug)]
+pub struct Space {
+    /// Which.
+    pub id: SpaceId,
+    /// The userfaultfd of its process.
+    pub uffd: Uffd,
+    /// The pages that are missing; all others are zero or there.
+    pub pending: PageSet,
+    /// Their contents.
+    pub store: MemoryFile,
+}
+
+/// Why a space cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The kernel would not tell of everything that happens to the memory.
+    #[error(
+        "userfaultfd of space {} reports only {features:#x} of the events {EVENTS:#x}",
+        space.0
+    )]
+    Events {
+        /// Which space.
+        space: SpaceId,
+        /// What it has.
+        features: u64,
+    },
+    /// A system call failed.
+    #[error("cannot serve faults")]
+    System(#[source] io::Error),
+    /// Pages are planned to be filled where the process has no mapping to be filled.
+    #[error("page {page} of space {} is planned but cannot be filled", space.0)]
+    Unfillable {
+        /// Which space.
+        space: SpaceId,
+        /// The first such page.
+        page: PageIndex,
+    },
+    /// A serving thread has ended.
+    #[error("a serving thread has ended")]
+    Ended,
+}
+
+/// The serving threads.
+#[derive(Debug)]
+pub struct Server {
+    threads: Vec<Thread>,
+    counters: Arc<Counters>,
+    /// Pages given to each thread.
+    loads: Vec<u64>,
+}
+
+#[derive(Debug)]
+struct Thread {
+    commands: mpsc::Sender<Command>,
+    shared: Shared,
+    handle: Option<JoinHandle<()>>,
+}
+
+/// What a thread is told.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Serve this space.
+    Adopt(Box<Space>),
+    /// Look whether all that is missing can be filled.
+    Probe(oneshot::Sender<Result<(), ServeError>>),
+    /// The background fill may begin.
+    Fill,
+    /// Close everything and end.
+    Stop,
+}
+
+/// What a thread shares with whoever started it.
+#[derive(Debug, Clone)]
+pub(super) struct Shared {
+    /// Readable when there is a command.
+    pub(super) wake: Arc<EventFd>,
+    pub(super) counters: Arc<Counters>,
+    /// Told once, after `done` was set.
+    pub(super) filled: tokio::sync::mpsc::UnboundedSender<()>,
+    /// Set by the thread when a fill has ended and nothing is left.
+    pub(super) done: Arc<AtomicBool>,
+}
+
+impl Server {
+    /// Starts the threads. `filled` is told, once per thread, when a thread has nothing left to
+    /// fill. They are as nice as is said: they copy for as long as the workload runs beside them.
+    pub fn start(
+        filled: &tokio::sync::mpsc::UnboundedSender<()>,
+        nice: i32,
+    ) -> Result<Self, ServeError> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let counters = Arc::new(Counters::default());
+        let threads = (0..cores.min(THREADS_MAX))
+            .map(|number| Thread::start(number, nice, counters.clone(), filled.clone()))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Self {
+            loads: vec![0; threads.len()],
+            threads,
+            counters,
+        })
+    }
+
+    /// Serves a space from now on.
+    pub fn adopt(&mut self, space: Space) -> Result<(), ServeError> {
+        let features = space.uffd.features().map_err(ServeError::System)?;
+        if features & EVENTS != EVENTS {
+            return Err(ServeError::Events {
+                space: space.id,
+                features,
+            });
+        }
+        let pages = space.pending.len().0;
+        self.counters.pending.fetch_add(pages, Ordering::Relaxed);
+        let lightest = (0..self.loads.len())
+            .min_by_key(|index| self.loads[*index])
+            .unwrap_or(0);
+        self.loads[lightest] += pages + 1;
+        self.threads[lightest].send(Command::Adopt(Box::new(space)))
+    }
+
+    /// Looks whether what is missing can be filled: mapped, and registered for it.
+    pub async fn probe(&self) -> Result<(), ServeError> {
+        for thread in &self.threads {
+            let (answer, answered) = oneshot::channel();
+            thread.send(Command::Probe(answer))?;
+            answered.await.map_err(|_| ServeError::Ended)??;
+        }
+        Ok(())
+    }
+
+    /// The background fill begins.
+    pub fn fill(&self) -> Result<(), ServeError> {
+        self.threads
+            .iter()
+            .try_for_each(|thread| thread.send(Command::Fill))
+    }
+
+    /// Whether the fill has ended everywhere.
+    pub fn is_filled(&self) -> bool {
+        self.threads
+            .iter()
+            .all(|thread| thread.shared.done.load(Ordering::Acquire))
+    }
+
+    /// What has been done so far.
+    pub fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
+    }
+}
+
+impl Drop for Server {
+    /// Closes all descriptors. Whoever still waits for a page reads zeros then: the tree must be
+    /// dead, or complete.
+    fn drop(&mut self) {
+        for thread in &mut self.threads {
+            // A thread that has ended has closed them already.
+            let _ = thread.send(Command::Stop);
+            if let Some(handle) = thread.handle.take() {
+                let _ = handle.join();
+            }
+        }
+    }
+}
+
+impl Thread {
+    fn start(
+        number: usize,
+        nice: i32,
+        counters: Arc<Counters>,
+        filled: tokio::sync::mpsc::UnboundedSender<()>,
+    ) -> Result<Self, ServeError> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = EventFd::from_flags(flags);
+        let shared = Shared {
+            wake: Arc::new(wake.map_err(|errno| ServeError::System(errno.into()))?),
+            counters,
+            filled,
+            done: Arc::new(AtomicBool::new(false)),
+        };
+        let (commands, received) = mpsc::channel();
+        let worker = Worker::new(received, shared.clone()).map_err(ServeError::System)?;
+        let handle = std::thread::Builder::new()
+            .name(format!("serve-{number}"))
+            .spawn(move || {
+                // Without this thread its tasks wait for ever and nobody knows why. When the whole
+                // process ends, the watcher freezes them and says so.
+                let guard = AbortOnPanic;
+                if let Err(error) = priority::set(nice) {
+                    tracing::debug!(%error, "urgent without need");
+                }
+                worker.run();
+                std::mem::forget(guard);
+            })
+            .map_err(ServeError::System)?;
+        Ok(Self {
+            commands,
+            shared,
+            handle: Some(handle),
+        })
+    }
+
+    fn send(&self, command: Command) -> Result<(), ServeError> {
+        self.commands.send(command).map_err(|_| ServeError::Ended)?;
+        self.shared
+            .wake
+            .write(1)
+            .map_err(|errno| ServeError::System(errno.into()))?;
+        Ok(())
+    }
+}
+
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        std::process::abort();
+    }
+}

@@ -1,0 +1,74 @@
+//! Descriptors that a trial process opens, and what it makes of them.
+
+use std::io;
+use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use pageferry_sys::track::USERFAULTFD_FLAGS;
+
+use super::check;
+
+/// Opens a file for reading, for ever; returns its number.
+pub fn open(path: &str) -> io::Result<String> {
+    Ok(std::fs::File::open(path)?.into_raw_fd().to_string())
+}
+
+pub fn open_direct(path: &str) -> io::Result<()> {
+    let mut options = std::fs::OpenOptions::new();
+    let file = options.read(true).custom_flags(libc::O_DIRECT).open(path)?;
+    let _open_for_ever = file.into_raw_fd();
+    Ok(())
+}
+
+/// The same in a thread with a descriptor table of its own; in that of all others it is not open.
+pub fn open_direct_in_thread(path: &str) -> io::Result<()> {
+    let path = path.to_owned();
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let unshared = nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES);
+        let opened = unshared
+            .map_err(io::Error::from)
+            .and_then(|()| open_direct(&path));
+        tell.send(opened).unwrap();
+        loop {
+            std::thread::park();
+        }
+    });
+    told.recv().unwrap()
+}
+
+/// Turns direct I/O on for a file that is open.
+pub fn make_direct(number: u64) -> io::Result<()> {
+    let number = RawFd::try_from(number).unwrap();
+    // SAFETY: opened before, for ever.
+    let file = unsafe { BorrowedFd::borrow_raw(number) };
+    fcntl(file, FcntlArg::F_SETFL(OFlag::O_DIRECT))?;
+    Ok(())
+}
+
+pub fn close(number: u64) -> io::Result<()> {
+    // SAFETY: a number that nobody owns.
+    check(unsafe { libc::close(RawFd::try_from(number).unwrap()) })
+}
+
+/// An asynchronous I/O context, which lives until the process ends.
+pub fn make_aio_context() -> io::Result<()> {
+    let mut context: libc::c_ulong = 0;
+    // SAFETY: room for the number of the context.
+    let result = unsafe { libc::syscall(libc::SYS_io_setup, 8, &raw mut context) };
+    check(libc::c_int::try_from(result).unwrap())
+}
+
+pub fn open_userfaultfd() -> io::Result<()> {
+    // SAFETY: one number.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, USERFAULTFD_FLAGS) };
+    check(libc::c_int::try_from(fd).unwrap())
+}
+
+pub fn open_io_uring() -> io::Result<()> {
+    let mut parameters = [0u8; 256];
+    // SAFETY: room for struct io_uring_params, which is 120 bytes.
+    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr()) };
+    check(libc::c_int::try_from(fd).unwrap())
+}
