@@ -120,7 +120,7 @@ pub struct Shared(NonNull<Channel>);
 
 impl Shared {
     pub fn create() -> Option<Self> {
-        let channel = super::shared_memory::<Channel>()?;
+        let channel = crate::fork::shared_memory::<Channel>()?;
         // SAFETY: large enough, page-aligned, and known to nobody else yet.
         unsafe {
             channel.write(Channel {

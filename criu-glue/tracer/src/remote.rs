@@ -10,13 +10,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
 use std::time::Duration;
 
-use super::channel::{
+use crate::channel::{
     BUFFER_BYTES, Call, Channel, PEEK_BYTES, POSTED_BYTES, POSTED_MAX, Posted, Shape, Shared, What,
 };
-use super::frozen::Seizure;
-use super::{kernel, known};
-use crate::feed::{self, Feed};
-use crate::layout::Counter;
+use crate::frozen::Seizure;
+use crate::{fork, kernel, known};
 
 /// The two ends: CRIU's process, which may use the channel, and the tracer's.
 static OWNER: AtomicI32 = AtomicI32::new(0);
@@ -45,9 +43,11 @@ pub fn attach(shared: Shared, owner: i32, tracer: i32) {
 }
 
 /// `ptrace(2)`. Not variadic: on x86-64 the arguments are in the same registers.
-#[cfg_attr(not(test), unsafe(no_mangle))]
-extern "C" fn ptrace(request: c_uint, pid: c_int, address: u64, data: u64) -> c_long {
-    let seizes = request == kernel::SEIZE && Feed::current().is_some();
+///
+/// # Safety
+/// As for that.
+pub unsafe fn ptrace(request: c_uint, pid: c_int, address: u64, data: u64) -> c_long {
+    let seizes = request == kernel::SEIZE && fork::dumps();
     let remote = with_tracees(|tracees| {
         let known = tracees.known.get_mut(&pid);
         if known.is_none() && !seizes {
@@ -104,15 +104,11 @@ fn seize(tracees: &mut Tracees, pid: i32, address: u64, data: u64) -> Result<i64
     Ok(result)
 }
 
-/// `waitpid(2)`.
-#[cfg_attr(not(test), unsafe(no_mangle))]
-extern "C" fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int {
-    wait4(pid, status, options, ptr::null_mut())
-}
-
 /// `wait4(2)`.
-#[cfg_attr(not(test), unsafe(no_mangle))]
-extern "C" fn wait4(pid: c_int, status: *mut c_int, options: c_int, usage: *mut c_void) -> c_int {
+///
+/// # Safety
+/// As for that.
+pub unsafe fn wait4(pid: c_int, status: *mut c_int, options: c_int, usage: *mut c_void) -> c_int {
     let remote = loop {
         let waited = with_tracees(|tracees| wait_once(tracees, pid, options));
         if !matches!(waited, Some((0, _))) || options & libc::WNOHANG != 0 {
@@ -404,7 +400,7 @@ fn ask<T>(
     if GONE.load(Ordering::Relaxed) {
         return None;
     }
-    feed::count(Counter::TracerAsked);
+    fork::count();
     let fill = |call: &mut Call| {
         // SAFETY: no arguments.
         call.cpu = unsafe { libc::sched_getcpu() };

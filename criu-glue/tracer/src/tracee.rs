@@ -12,9 +12,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::home::Home;
-use super::kernel::{self, Registers, Stop};
-use super::section::Section;
+use crate::home::Home;
+use crate::kernel::{self, Registers, Stop};
+use crate::section::Section;
 
 /// A traced thread.
 #[derive(Debug, Default)]

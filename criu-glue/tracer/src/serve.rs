@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use super::channel::{BUFFER_BYTES, Call, PEEK_BYTES, Shape, Shared, What};
-use super::files::Inherited;
-use super::frozen;
-use super::kernel::{self, Registers, Signal, Stop};
-use super::known;
-use super::links::Links;
-use super::sockets::Marks;
-use super::tracee::{Tracee, is_first_thread};
+use crate::channel::{BUFFER_BYTES, Call, PEEK_BYTES, Shape, Shared, What};
+use crate::files::Inherited;
+use crate::frozen;
+use crate::kernel::{self, Registers, Signal, Stop};
+use crate::known;
+use crate::links::Links;
 use crate::repair;
+use crate::sockets::Marks;
+use crate::tracee::{Tracee, is_first_thread};
 
 /// The process, from its fork to its end. All signals are blocked in it.
 pub fn run(shared: Shared, owner: i32, things: (Inherited, &'static Marks, &'static Links)) -> ! {

@@ -3,7 +3,7 @@
 //! A call to the tracer takes ten times as long as one to the kernel, and CRIU asks these of every
 //! thread. They hold until anything is done to the thread.
 
-use super::kernel;
+use crate::kernel;
 
 /// One answer in a list of them: a head, then its bytes.
 struct Head {
