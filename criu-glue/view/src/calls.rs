@@ -9,16 +9,19 @@ use std::path::Path;
 use criu_tracer::Host;
 
 use crate::feed::{self, Feed};
-use crate::layout::{Counter, FREEZER_VARIABLE};
+use crate::layout::{ALONE_VARIABLE, Counter, FREEZER_VARIABLE};
 
-/// Forks the tracer of this process, which has found a feed and has one thread.
+/// Forks the tracer of this process, which has found a feed and has one thread, if it is to have
+/// one.
 pub fn attach() {
     let host = Host {
         dumps: || Feed::current().is_some(),
         asked: || feed::count(Counter::TracerAsked),
     };
     let freezer = feed::variable(FREEZER_VARIABLE);
-    criu_tracer::start(host, freezer.as_deref().map(Path::new));
+    if feed::variable(ALONE_VARIABLE).is_none() {
+        criu_tracer::start(host, freezer.as_deref().map(Path::new));
+    }
 }
 
 /// `ptrace(2)`. Not variadic: on x86-64 the arguments are in the same registers.
