@@ -27,6 +27,8 @@
 pub mod repair;
 
 #[cfg(target_arch = "x86_64")]
+mod ahead;
+#[cfg(target_arch = "x86_64")]
 mod channel;
 #[cfg(target_arch = "x86_64")]
 mod files;
@@ -50,6 +52,8 @@ mod section;
 mod serve;
 #[cfg(target_arch = "x86_64")]
 mod sockets;
+#[cfg(target_arch = "x86_64")]
+mod told;
 #[cfg(target_arch = "x86_64")]
 mod tracee;
 

@@ -10,10 +10,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
 use std::time::Duration;
 
-use crate::channel::{
-    BUFFER_BYTES, Call, Channel, PEEK_BYTES, POSTED_BYTES, POSTED_MAX, Posted, Shape, Shared, What,
-};
+use crate::ahead::Peeked;
+use crate::channel::{BUFFER_BYTES, Call, Channel, PEEK_BYTES, POSTED_BYTES, Shape, Shared, What};
 use crate::frozen::Seizure;
+use crate::told::{Post, Told};
 use crate::{fork, kernel, known};
 
 /// The two ends: CRIU's process, which may use the channel, and the tracer's.
@@ -24,15 +24,51 @@ static GONE: AtomicBool = AtomicBool::new(false);
 
 /// Held for the length of a call, with SIGCHLD blocked: CRIU's handler for it waits, too.
 static TRACEES: Mutex<Tracees> = Mutex::new(Tracees {
-    known: BTreeMap::new(),
+    seen: BTreeMap::new(),
     posted: Vec::new(),
 });
 
 struct Tracees {
-    /// Each with what is known of it since it stopped, if nothing was done to it.
-    known: BTreeMap<i32, Vec<u8>>,
-    /// What goes with the next call.
-    posted: Vec<Posted>,
+    seen: BTreeMap<i32, Seen>,
+    /// What goes with the next call, see [`crate::told`].
+    posted: Vec<u8>,
+}
+
+/// What is known of a tracee here.
+#[derive(Default)]
+struct Seen {
+    /// Since it stopped, if nothing was done to it.
+    known: Vec<u8>,
+    /// The status with which it has stopped, where CRIU has not waited for that.
+    stop: Option<i32>,
+}
+
+impl Tracees {
+    /// What the tracer has told besides its answer.
+    fn learn(seen: &mut BTreeMap<i32, Seen>, call: &Call) {
+        let mut list = call.besides.get(..call.told).unwrap_or_default();
+        while let Some((told, rest)) = Told::first(list) {
+            if let Some(seen) = seen.get_mut(&told.tid) {
+                if told.stop.is_some() {
+                    seen.stop = told.stop;
+                    seen.known.clear();
+                }
+                seen.known.extend_from_slice(told.known);
+            }
+            list = rest;
+        }
+    }
+
+    /// A stop that CRIU waits for and that was told already.
+    fn take_stop(&mut self, pid: i32) -> Option<(i64, i32)> {
+        let mut told = self.seen.iter_mut().filter(|(_, seen)| seen.stop.is_some());
+        let (tid, seen) = if pid > 0 {
+            (pid, self.seen.get_mut(&pid)?)
+        } else {
+            told.next().map(|(tid, seen)| (*tid, seen))?
+        };
+        Some((tid.into(), seen.stop.take()?))
+    }
 }
 
 /// From now on `shared` leads to the tracer.
@@ -49,28 +85,33 @@ pub fn attach(shared: Shared, owner: i32, tracer: i32) {
 pub unsafe fn ptrace(request: c_uint, pid: c_int, address: u64, data: u64) -> c_long {
     let seizes = request == kernel::SEIZE && fork::dumps();
     let remote = with_tracees(|tracees| {
-        let known = tracees.known.get_mut(&pid);
-        if known.is_none() && !seizes {
+        let seen = tracees.seen.get_mut(&pid);
+        if seen.is_none() && !seizes {
             return None;
         }
-        if let Some(known) = known {
-            if let Some(result) = answer_at_once(known, request, pid, address, data) {
-                return Some(Ok(result));
+        if let Some(seen) = seen {
+            let known = &mut seen.known;
+            if let Some(result) = answer_at_once(known, (request, pid, address, data)) {
+                return Some(checked(result));
             }
             if !keeps_known(request, data) {
                 known.clear();
             }
-            if post(&mut tracees.posted, request, pid, address, data) {
+            if matches!(request, kernel::CONT | kernel::SYSCALL) {
+                // Whoever runs again has nobody waited for.
+                seen.stop = None;
+            }
+            if post(&mut tracees.posted, (request, pid, address, data)) {
                 return Some(Ok(0));
             }
         }
         let result = if seizes {
             seize(tracees, pid, address, data)
         } else {
-            ptrace_remotely(&mut tracees.posted, (request, pid, address, data), None)
+            ptrace_remotely(tracees, (request, pid, address, data), None)
         };
         if result.is_ok() && request == kernel::DETACH {
-            tracees.known.remove(&pid);
+            tracees.seen.remove(&pid);
         }
         Some(result)
     });
@@ -92,16 +133,20 @@ pub unsafe fn ptrace(request: c_uint, pid: c_int, address: u64, data: u64) -> c_
 
 fn seize(tracees: &mut Tracees, pid: i32, address: u64, data: u64) -> Result<i64, i32> {
     let mut seizure = Seizure::new(pid, TRACER.load(Ordering::Relaxed));
+    let is_new = !tracees.seen.contains_key(&pid);
+    tracees.seen.entry(pid).or_default();
     let call = (kernel::SEIZE, pid, address, data);
-    let result = ptrace_remotely(&mut tracees.posted, call, Some(&mut seizure))?;
-    if !seizure.end() {
+    let mut result = ptrace_remotely(tracees, call, Some(&mut seizure));
+    if result.is_ok() && !seizure.end() {
         let call = (kernel::DETACH, pid, 0, 0);
         // The tracer is gone or has let go of it.
-        let _ = ptrace_remotely(&mut tracees.posted, call, None);
-        return Err(libc::EPERM);
+        let _ = ptrace_remotely(tracees, call, None);
+        result = Err(libc::EPERM);
     }
-    tracees.known.insert(pid, Vec::new());
-    Ok(result)
+    if result.is_err() && is_new {
+        tracees.seen.remove(&pid);
+    }
+    result
 }
 
 /// `wait4(2)`.
@@ -139,18 +184,22 @@ pub unsafe fn wait4(pid: c_int, status: *mut c_int, options: c_int, usage: *mut 
 /// `None` for CRIU's own children, 0 when nobody had anything to tell.
 fn wait_once(tracees: &mut Tracees, pid: i32, options: i32) -> Option<(i64, i32)> {
     if pid > 0 {
-        return tracees
-            .known
-            .contains_key(&pid)
-            .then(|| wait_remotely(tracees, pid, options));
+        if !tracees.seen.contains_key(&pid) {
+            return None;
+        }
+        let told = tracees.take_stop(pid);
+        return told.or_else(|| Some(wait_remotely(tracees, pid, options)));
     }
-    if pid != -1 || tracees.known.is_empty() {
+    if pid != -1 || tracees.seen.is_empty() {
         return None;
     }
     let own = kernel::wait(pid, (options | libc::WNOHANG) & !libc::__WALL);
     let childless = own.0 == -i64::from(libc::ECHILD);
     if own.0 != 0 && !childless {
         return Some(own);
+    }
+    if let Some(told) = tracees.take_stop(pid) {
+        return Some(told);
     }
     let patience = if childless { 0 } else { libc::WNOHANG };
     Some(wait_remotely(tracees, pid, options | patience))
@@ -161,53 +210,71 @@ fn wait_remotely(tracees: &mut Tracees, pid: i32, options: i32) -> (i64, i32) {
         call.what = What::Wait(options);
         call.pid = pid;
     };
+    let Tracees { seen, posted } = tracees;
     let read = |call: &Call, interrupted| {
-        let known = call.buffer.get(..call.length).unwrap_or_default();
-        let result = match call.result {
-            0 if interrupted && options & libc::WNOHANG == 0 => -i64::from(libc::EINTR),
-            result => result,
-        };
-        (result, call.status, known.to_vec())
-    };
-    let gone = (-i64::from(libc::ECHILD), 0, Vec::new());
-    let (result, status, known) = ask(&mut tracees.posted, None, fill, read).unwrap_or(gone);
-    if let Ok(tid @ 1..) = i32::try_from(result) {
-        if libc::WIFSTOPPED(status) {
-            tracees.known.insert(tid, known);
-        } else {
-            tracees.known.remove(&tid);
+        if let Ok(tid @ 1..) = i32::try_from(call.result) {
+            if libc::WIFSTOPPED(call.status) {
+                seen.insert(tid, Seen::default());
+            } else {
+                seen.remove(&tid);
+            }
         }
-    }
-    if result == -i64::from(libc::ECHILD) && pid == -1 {
-        tracees.known.clear();
+        Tracees::learn(seen, call);
+        match call.result {
+            0 if interrupted && options & libc::WNOHANG == 0 => (-i64::from(libc::EINTR), 0),
+            result => (result, call.status),
+        }
+    };
+    let gone = (-i64::from(libc::ECHILD), 0);
+    let (result, status) = ask(posted, None, fill, read).unwrap_or(gone);
+    if result == gone.0 && pid == -1 {
+        tracees.seen.clear();
     }
     (result, status)
 }
 
 /// What is known already, or can be had without being the tracer.
-fn answer_at_once(known: &[u8], request: u32, pid: i32, address: u64, data: u64) -> Option<i64> {
+fn answer_at_once(
+    known: &mut Vec<u8>,
+    (request, pid, address, data): (u32, i32, u64, u64),
+) -> Option<i64> {
     if request == kernel::PEEKDATA {
         return kernel::peek(pid, address).map(u64::cast_signed);
     }
-    if !keeps_known(request, data) {
+    if request != kernel::INTERRUPT && !keeps_known(request, data) {
         return None;
     }
     let passed = passed(request, address, data)?;
-    let key = if request == kernel::GETSIGINFO {
-        0
-    } else {
-        address
+    let key = match request {
+        kernel::GETSIGINFO | kernel::GETFPREGS | kernel::INTERRUPT => 0,
+        // SAFETY: the caller passes a `ptrace_peeksiginfo_args`.
+        kernel::PEEKSIGINFO => Peeked::kind(unsafe { &*(address as *const [u8; PEEK_BYTES]) })?,
+        _ => address,
     };
     let (result, bytes) = known::find(known, request, key)?;
-    if passed.length < bytes.len() {
+    let whole = match passed.shape {
+        Shape::Vector => usize::try_from(result).ok()?.min(passed.length),
+        _ => bytes.len(),
+    };
+    if passed.length < whole || !passed.length.is_multiple_of(REGISTER_BYTES) {
         return None;
     }
-    // SAFETY: the caller has room for what this request tells, and that is no more.
-    unsafe { ptr::copy(bytes.as_ptr(), passed.at, bytes.len()) };
+    let told = &bytes[..bytes.len().min(whole)];
+    if 0 < whole {
+        // SAFETY: the caller has room for what this request tells, and that is no more.
+        let place = unsafe { std::slice::from_raw_parts_mut(passed.at, whole) };
+        place[..told.len()].copy_from_slice(told);
+        place[told.len()..].fill(0);
+    }
     if passed.shape == Shape::Vector {
         let vector = data as *mut libc::iovec;
         // SAFETY: the caller passes an iovec with this shape.
-        unsafe { (*vector).iov_len = bytes.len() };
+        unsafe { (*vector).iov_len = whole };
+        return Some(0);
+    }
+    // What may change by itself is told once.
+    if matches!(request, kernel::INTERRUPT | kernel::PEEKSIGINFO) {
+        known::forget(known, request, key);
     }
     Some(result)
 }
@@ -245,38 +312,34 @@ struct Passed {
 
 /// Keeps a change for the next call. Registers and masks matter when a thread goes on, for which a
 /// call is needed; memory is seen by others at once, and is never kept.
-fn post(posted: &mut Vec<Posted>, request: u32, pid: i32, address: u64, data: u64) -> bool {
-    let general = request != kernel::SETREGSET || address == kernel::NT_PRSTATUS;
+fn post(posted: &mut Vec<u8>, (request, pid, address, data): (u32, i32, u64, u64)) -> bool {
     let kept = matches!(
         request,
         kernel::SETOPTIONS | kernel::SETSIGMASK | kernel::SETREGSET
     );
-    let Some(passed) = passed(request, address, data) else {
+    let Some(passed) = passed(request, address, data).filter(|_| kept) else {
         return false;
     };
-    if !kept || !general || POSTED_BYTES < passed.length || POSTED_MAX <= posted.len() {
-        return false;
-    }
-    let mut bytes = [0; POSTED_BYTES];
-    if !passed.at.is_null() {
-        // SAFETY: the caller passes as many bytes as the request implies, and there is room.
-        unsafe { ptr::copy(passed.at, bytes.as_mut_ptr(), passed.length) };
-    }
-    posted.push(Posted {
+    let bytes = if passed.at.is_null() {
+        &[]
+    } else {
+        // SAFETY: the caller passes as many bytes as the request implies.
+        unsafe { std::slice::from_raw_parts(passed.at, passed.length) }
+    };
+    let post = Post {
         request,
         shape: passed.shape,
         pid,
         address,
         data,
-        length: passed.length,
-        bytes,
-    });
-    true
+        length: bytes.len(),
+    };
+    post.append(posted, bytes, POSTED_BYTES)
 }
 
 /// The result, or the error's number.
 fn ptrace_remotely(
-    posted: &mut Vec<Posted>,
+    tracees: &mut Tracees,
     (request, pid, address, data): (u32, i32, u64, u64),
     seizure: Option<&mut Seizure>,
 ) -> Result<i64, i32> {
@@ -296,7 +359,9 @@ fn ptrace_remotely(
             unsafe { ptr::copy(passed.at, call.buffer.as_mut_ptr(), passed.length) };
         }
     };
+    let Tracees { seen, posted } = tracees;
     let answer = ask(posted, seizure, fill, |call, _| {
+        Tracees::learn(seen, call);
         let result = checked(call.result)?;
         let word = call
             .buffer
@@ -390,7 +455,7 @@ fn passed(request: u32, address: u64, data: u64) -> Option<Passed> {
 }
 
 fn ask<T>(
-    posted: &mut Vec<Posted>,
+    posted: &mut Vec<u8>,
     mut seizure: Option<&mut Seizure>,
     fill: impl FnOnce(&mut Call),
     read: impl FnOnce(&Call, bool) -> T,
@@ -480,6 +545,9 @@ const SEIZURE_PATIENCE: Duration = Duration::from_millis(1);
 
 /// From arch/x86/include/uapi/asm/prctl.h.
 const ARCH_SHSTK_STATUS: u64 = 0x5005;
+
+/// Of the registers in every set of them, on x86-64.
+const REGISTER_BYTES: usize = 8;
 
 /// `sizeof(struct sock_filter)`.
 const FILTER_BYTES: usize = 8;
