@@ -14,6 +14,7 @@ pub mod redis;
 pub mod report;
 pub mod session;
 pub mod stop_and_copy;
+pub mod traced;
 pub mod writing;
 
 use std::path::Path;
