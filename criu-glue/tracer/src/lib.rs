@@ -47,6 +47,8 @@ mod links;
 #[cfg(target_arch = "x86_64")]
 mod remote;
 #[cfg(target_arch = "x86_64")]
+mod request;
+#[cfg(target_arch = "x86_64")]
 mod section;
 #[cfg(target_arch = "x86_64")]
 mod serve;
