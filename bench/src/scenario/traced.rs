@@ -31,7 +31,7 @@ pub fn compare(lab: &mut Lab, options: &Options, report: &mut Report) -> Result<
         }
         wait_settled(lab, SETTLE_TIME_MAX)?;
     }
-    for percent in [1, 50] {
+    for percent in [25, 50] {
         let [alone, traced] = [&alone, &traced].map(|times| percentile(times, percent));
         let per_thread = (traced - alone) * 1e3 / THREADS as f64;
         report.figure(
