@@ -154,6 +154,21 @@ impl Lab {
         Ok(())
     }
 
+    /// Replaces all daemons by ones whose CRIU has a tracer, or none. No migration may be under way.
+    pub fn restart_daemons(&mut self, tracer: bool) -> Result<()> {
+        let names: Vec<String> = self
+            .nodes
+            .iter()
+            .map(|node| node.name().to_owned())
+            .collect();
+        for name in names {
+            daemon::write_config(self.node(&name)?, &self.nodes, tracer)?;
+            self.daemon(&name)?.kill()?;
+            self.restart_daemon(&name)?;
+        }
+        Ok(())
+    }
+
     /// Whether moves are pageferry's or those of stock CRIU.
     pub fn has_daemons(&self) -> bool {
         self.state.daemons

@@ -16,6 +16,7 @@ pub mod report;
 pub mod session;
 pub mod settings;
 pub mod stop_and_copy;
+pub mod traced;
 pub mod writing;
 
 use std::path::Path;

@@ -18,8 +18,8 @@ pub mod lazy;
 pub mod image;
 
 pub mod probe;
-#[path = "../view/src/repair.rs"]
-pub mod repair;
 pub mod report;
+
+pub use criu_tracer::repair;
 
 mod sys;

@@ -67,6 +67,10 @@ pub struct DaemonArgs {
     /// Library preloaded into criu [default: /usr/lib/pageferry/libcriu_view.so]
     #[arg(long, value_name = "FILE", help_heading = "Machinery")]
     pub criu_view_library: Option<PathBuf>,
+    /// Whether a process that outlives criu traces the workload for it; without one a criu that is
+    /// killed in a dump may take the workload with it [default: true]
+    #[arg(long, value_name = "BOOL", help_heading = "Machinery")]
+    pub criu_tracer: Option<bool>,
     /// The pager to run [default: pageferry-pager beside pageferryd]
     #[arg(long, value_name = "FILE", help_heading = "Machinery")]
     pub pager: Option<PathBuf>,

@@ -50,6 +50,8 @@ pub struct Config {
     pub criu: PathBuf,
     /// Library preloaded into criu.
     pub view_library: PathBuf,
+    /// Whether a process that outlives criu traces the workload for it in a dump.
+    pub tracer: bool,
     /// The pager to run.
     pub pager: PathBuf,
     /// What this node does at most.
@@ -240,6 +242,7 @@ impl Config {
                 criu.path("view_library")?,
                 VIEW_LIBRARY,
             ),
+            tracer: args.criu_tracer.or(criu.boolean("tracer")?).unwrap_or(true),
             pager: args
                 .pager
                 .clone()
@@ -433,6 +436,14 @@ impl Section {
             key: self.key(key),
             source: Box::new(source),
         })
+    }
+
+    fn boolean(&mut self, key: &'static str) -> Result<Option<bool>, ConfigError> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(Value::Boolean(value)) => Ok(Some(value)),
+            Some(other) => Err(self.mismatch(key, "true or false", &other)),
+        }
     }
 
     fn integer(&mut self, key: &'static str) -> Result<Option<i64>, ConfigError> {

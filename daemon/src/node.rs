@@ -54,6 +54,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         source: SourceNode {
             criu: config.criu.clone(),
             view_library: config.view_library.clone(),
+            tracer: config.tracer,
             criu_version,
             migrations: migrations.clone(),
             freezers: freezers.clone(),

@@ -33,10 +33,16 @@ pub fn configure(nodes: &[Node]) -> Result<()> {
             fs::copy(issued.join(file), config.join(file))
                 .with_context(|| format!("giving node {} its {file}", node.name()))?;
         }
-        fs::write(config.join("pageferryd.toml"), config_text(node, nodes))
-            .context("writing the configuration")?;
+        write_config(node, nodes, true)?;
     }
     Ok(())
+}
+
+/// Says how the daemon of a node is to be, from its next start on.
+pub fn write_config(node: &Node, nodes: &[Node], tracer: bool) -> Result<()> {
+    let path = node.path(CONFIG_FOLDER).join("pageferryd.toml");
+    let text = config_text(node, nodes, tracer);
+    fs::write(path, text).context("writing the configuration")
 }
 
 fn pageferry(node: &Node, arguments: &[&str]) -> Result<String> {
@@ -46,9 +52,10 @@ fn pageferry(node: &Node, arguments: &[&str]) -> Result<String> {
         .context("making certificates")
 }
 
-fn config_text(node: &Node, nodes: &[Node]) -> String {
+fn config_text(node: &Node, nodes: &[Node], tracer: bool) -> String {
     let mut text = format!(
-        "node = \"{}\"\nlisten = \"{}:{PORT}\"\n\n[network]\nbridge = \"{BRIDGE}\"\n",
+        "node = \"{}\"\nlisten = \"{}:{PORT}\"\n\n[network]\nbridge = \"{BRIDGE}\"\n\
+         \n[criu]\ntracer = {tracer}\n",
         node.name(),
         node.address()
     );

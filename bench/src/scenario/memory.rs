@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use super::report::Report;
 use super::session::Session;
 use super::settings::{Settings, other};
+use super::traced;
 use super::writing::WriterSession;
 use crate::client::load::{Dataset, LoadPlan};
 use crate::client::resp::Connection;
@@ -41,6 +42,11 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     }
     if wanted(LOST_PAGES.name) {
         lost_pages(&mut lab, report)?;
+    }
+    if wanted("threads") {
+        let mut options = Options::new(CASE_BYTES);
+        "threads".clone_into(&mut options.case);
+        traced::compare(&mut lab, &options, report)?;
     }
     if wanted("again-while-filling") {
         again_while_filling(&mut lab, report)?;

@@ -35,7 +35,7 @@ use super::event::Event;
 use super::message::{CriuRequest, CriuResponse, RequestType};
 use crate::options::Request;
 use crate::sys::{self, ChildSetup, FailedStep};
-use crate::view::{FEED_VARIABLE, FREEZER_VARIABLE, REAPER_VARIABLE};
+use crate::view::{ALONE_VARIABLE, FEED_VARIABLE, FREEZER_VARIABLE, REAPER_VARIABLE};
 
 /// How a worker is started.
 #[derive(Debug)]
@@ -79,6 +79,9 @@ pub struct ViewFds {
     /// The freezer cgroup that holds the tree, if the dump is told of one: without it CRIU waits
     /// for ever for a task that job control has stopped and the v1 freezer has frozen.
     pub freezer: Option<PathBuf>,
+    /// Whether a process that outlives CRIU traces for it. Without one a CRIU that dies in a dump
+    /// may take the tasks with it.
+    pub tracer: bool,
     pub feed: OwnedFd,
 }
 
@@ -406,6 +409,9 @@ fn command(config: &SwrkConfig, socket: i32) -> Result<Command, SwrkError> {
         command.env(FEED_VARIABLE, view.feed.as_raw_fd().to_string());
         if let Some(freezer) = &view.freezer {
             command.env(FREEZER_VARIABLE, freezer);
+        }
+        if !view.tracer {
+            command.env(ALONE_VARIABLE, "");
         }
     } else if let Some(library) = &config.reaper {
         command.env("LD_PRELOAD", library);

@@ -29,7 +29,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use crate::rpc::ViewFds;
 use layout::{CAPACITY, COUNTERS, COUNTERS_AT, Counter, Header, RANGES_MAX, SPACES_MAX, Space};
 
-pub(crate) use layout::{FEED_VARIABLE, FREEZER_VARIABLE, REAPER_VARIABLE};
+pub(crate) use layout::{ALONE_VARIABLE, FEED_VARIABLE, FREEZER_VARIABLE, REAPER_VARIABLE};
 pub use seen::Blind;
 
 /// The writer's end of a feed.
@@ -124,6 +124,7 @@ impl Feed {
         Ok(ViewFds {
             library,
             freezer: None,
+            tracer: true,
             feed: OwnedFd::from(feed),
         })
     }

@@ -31,6 +31,9 @@ use crate::stopped::{
     stopped_children_in_a_frozen_cgroup_come_back_by_a_restore,
     stopped_children_in_a_frozen_cgroup_of_v2_are_dumped_and_given_back,
 };
+use crate::threads::{
+    a_tracer_is_asked_little_about_each_thread, criu_sees_through_its_tracer_what_the_kernel_tells,
+};
 use crate::workload::{PATIENCE, Workload};
 use crate::wrapped::{
     a_script_that_execs_criu_sees_through_the_view,
@@ -62,6 +65,8 @@ cases! {
     a_late_tracer_finds_the_parasite_still_at_work,
     a_thread_in_a_restartable_sequence_begins_it_anew,
     a_dump_without_its_tracer_fails,
+    a_tracer_is_asked_little_about_each_thread,
+    criu_sees_through_its_tracer_what_the_kernel_tells,
     stopped_children_in_a_frozen_cgroup_are_dumped_and_given_back,
     stopped_children_in_a_frozen_cgroup_of_v2_are_dumped_and_given_back,
     stopped_children_in_a_frozen_cgroup_come_back_by_a_restore,

@@ -11,6 +11,7 @@ mod lazy;
 mod node;
 mod stopped;
 mod sys;
+mod threads;
 mod workload;
 mod wrapped;
 

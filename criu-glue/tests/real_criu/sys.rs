@@ -1,10 +1,12 @@
-//! The two userfaultfd calls a page-fault side cannot do without, and a restartable sequence.
+//! The two userfaultfd calls a page-fault side cannot do without, a restartable sequence, and a
+//! signal for one thread.
 
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::sys::signal::Signal;
 
 /// `struct uffdio_copy` of `linux/userfaultfd.h`.
 #[repr(C)]
@@ -89,4 +91,11 @@ pub fn stay_in_sequence() {
             options(nostack),
         );
     }
+}
+
+/// Sends a signal to one thread of a process.
+pub fn signal(pid: i32, tid: i32, signal: Signal) -> Result<(), Errno> {
+    // SAFETY: numbers only.
+    let sent = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal as i32) };
+    Errno::result(sent).map(drop)
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use memmap2::MmapMut;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
@@ -30,6 +30,10 @@ const SEQUENCE: &str = "IN_SEQUENCE";
 /// With `threads` more, each sends back what it receives on a port of its own, the first one too.
 pub fn run(directory: &Path, mebibytes: usize, threads: usize) -> ExitCode {
     nix::unistd::setsid().expect("a child is no group leader");
+    // For signals that stay in a thread's queue.
+    SigSet::from_iter([Signal::SIGUSR1])
+        .thread_block()
+        .expect("a signal");
     let mut memory = MmapMut::map_anon(mebibytes << 20).expect("memory");
     for (index, page) in memory.chunks_exact_mut(PAGE).enumerate() {
         for (at, word) in page.chunks_exact_mut(WORD).enumerate() {

@@ -6,8 +6,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering, fence};
 
 use crate::layout::{
-    CAPACITY, COUNTERS_AT, Counter, FEED_VARIABLE, FREEZER_VARIABLE, GENERATION_AT, Header, Range,
-    SPACES_AT, Space,
+    CAPACITY, COUNTERS_AT, Counter, FEED_VARIABLE, GENERATION_AT, Header, Range, SPACES_AT, Space,
 };
 
 /// Start of the mapping; null until the constructor has found a feed. It stays mapped until the
@@ -27,7 +26,6 @@ pub struct Feed {
 ///
 /// True if there is a feed of this version.
 pub fn attach() -> bool {
-    let freezer = variable(FREEZER_VARIABLE);
     let Some(fd) = feed_descriptor() else {
         return false;
     };
@@ -38,10 +36,6 @@ pub fn attach() -> bool {
         known = read(base, 0).is_some_and(|bytes| Header::is_known(&bytes));
         if known {
             count(Counter::Attached);
-            #[cfg(target_arch = "x86_64")]
-            if let Some(cgroup) = freezer {
-                crate::tracer::frozen::attach(std::path::Path::new(&cgroup));
-            }
         }
     }
     // SAFETY: a descriptor meant for us alone; closing a wrong number only fails.
@@ -55,8 +49,8 @@ fn feed_descriptor() -> Option<i32> {
     variable(FEED_VARIABLE)?.to_str()?.parse().ok()
 }
 
-/// The value of a variable of the environment, which forgets it.
-fn variable(name: &str) -> Option<OsString> {
+/// The value of a variable of the environment, which forgets it. In a process that has one thread.
+pub fn variable(name: &str) -> Option<OsString> {
     let name = CString::new(name).ok()?;
     // SAFETY: the name is a C string; the value is copied before the environment is changed, by the
     // one thread there is while libraries are initialised.

@@ -24,6 +24,9 @@ pub const FEED_VARIABLE: &str = "CRIU_VIEW_FEED";
 /// Environment variable with the path of the cgroup that holds the tree, if one does.
 pub const FREEZER_VARIABLE: &str = "CRIU_VIEW_FREEZER";
 
+/// Environment variable, of any value, for a dump in which CRIU traces by itself.
+pub const ALONE_VARIABLE: &str = "CRIU_VIEW_ALONE";
+
 /// Environment variable, of any value, for a restore whose root has to adopt orphans.
 pub const REAPER_VARIABLE: &str = "CRIU_VIEW_REAPER";
 

@@ -13,7 +13,7 @@
 //! guards within the hidden ranges were told.
 //!
 //! It also answers for limits that the kernel does not tell (see `limits`), and leaves tracing to a
-//! process that outlives CRIU (see `tracer`).
+//! process that outlives CRIU (see `calls`).
 //!
 //! Of a restore it changes one thing, where it is asked to (see `reaper`). Absent: every other help
 //! for restores. A restored task must never run with this library's answers.
@@ -23,16 +23,14 @@
 // The test binary keeps its own ioctl and openat.
 #![cfg_attr(test, allow(dead_code))]
 
+#[cfg(target_arch = "x86_64")]
+mod calls;
 mod cut;
 mod feed;
 mod layout;
 mod limits;
 mod program;
 mod reaper;
-#[cfg(target_arch = "x86_64")]
-mod repair;
-#[cfg(target_arch = "x86_64")]
-mod tracer;
 
 use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
 
@@ -80,7 +78,7 @@ static CONSTRUCTOR: extern "C" fn() = {
         reaper::attach();
         if feed::attach() {
             #[cfg(target_arch = "x86_64")]
-            tracer::start();
+            calls::attach();
         }
     }
     constructor

@@ -35,6 +35,7 @@ fn everything_but_the_name_and_the_address_has_a_default() {
             bridge: None,
             criu: "criu",
             view_library: "/usr/lib/pageferry/libcriu_view.so",
+            tracer: true,
             pager: "/opt/bin/pageferry-pager",
             limits: Limits {
                 incoming_max: 4,
@@ -73,6 +74,7 @@ const FULL: &str = r#"
     [criu]
     path = "/c"
     view_library = "/v"
+    tracer = true
     [pager]
     path = ""
     [limits]
@@ -113,6 +115,7 @@ fn a_flag_wins_over_the_file() {
         "--bridge=fb",
         "--criu=/fcriu",
         "--criu-view-library=/fv",
+        "--criu-tracer=false",
         "--pager=/fp",
         "--incoming-max=11",
         "--outgoing-max=12",

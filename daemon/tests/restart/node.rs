@@ -123,6 +123,7 @@ impl Node {
             source: SourceNode {
                 criu: "criu".into(),
                 view_library: "libcriu_view.so".into(),
+                tracer: true,
                 criu_version: 40201,
                 migrations: migrations.clone(),
                 freezers: self.freezers.clone(),

@@ -446,7 +446,7 @@ impl Case for Traced {
 const PROGRAM: &str = "/usr/local/bin/lab-writer";
 const FINE: &[u8; 1] = b".";
 const PROCESSES: usize = 50;
-const THREADS: usize = 200;
+pub const THREADS: usize = 200;
 const THREAD_BYTES: usize = 256 << 10; // 256 KiB
 const EXEC_BYTES: usize = 4 << 20; // 4 MiB
 /// Milliseconds between forks: some are always in flight, and 20 moves stay below 32768 pids.

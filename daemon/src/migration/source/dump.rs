@@ -120,6 +120,8 @@ pub struct DumpPlan {
     pub criu: PathBuf,
     /// The preload library through which CRIU sees memory.
     pub view_library: PathBuf,
+    /// Whether a process that outlives CRIU traces for it.
+    pub tracer: bool,
     /// Namespaces CRIU is started in: the workload's own network, UTS and IPC namespaces.
     pub namespaces: Vec<OwnedFd>,
     /// Root of the tree.
@@ -170,6 +172,7 @@ impl Dump {
             cgroup_procs: Vec::new(),
             view: Some(ViewFds {
                 freezer: Some(plan.freezer.path().to_owned()),
+                tracer: plan.tracer,
                 ..feed.share(library.clone())?
             }),
             output: plan.directory.join("dump.out"),

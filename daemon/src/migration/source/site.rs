@@ -61,6 +61,8 @@ pub struct SourceNode {
     pub criu: PathBuf,
     /// The preload library for dumps.
     pub view_library: PathBuf,
+    /// Whether a process that outlives CRIU traces for it.
+    pub tracer: bool,
     /// CRIU's version as the wire carries it.
     pub criu_version: u32,
     /// A tmpfs folder in which each migration has one of its own.
@@ -335,6 +337,7 @@ impl Site {
         let plan = DumpPlan {
             criu: self.node.criu.clone(),
             view_library: self.node.view_library.clone(),
+            tracer: self.node.tracer,
             namespaces,
             root_pid: self.root,
             directory: self.directory.clone(),

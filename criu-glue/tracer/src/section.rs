@@ -4,7 +4,7 @@
 //! middle the thread would end what the kernel should have it begin anew. So the field that names
 //! it is put back before the thread is let go.
 
-use super::{kernel, known};
+use crate::{kernel, known};
 
 /// Where the thread's `rseq_cs` is, and what it was.
 #[derive(Clone, Copy, Debug)]

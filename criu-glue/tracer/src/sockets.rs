@@ -10,9 +10,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering};
 
-use super::remote;
-use crate::feed::Feed;
-use crate::repair;
+use crate::{fork, repair};
 
 /// A mark for each descriptor.
 pub struct Marks {
@@ -38,7 +36,7 @@ static MARKS: AtomicPtr<Marks> = AtomicPtr::new(ptr::null_mut());
 impl Marks {
     /// New ones, shared with whoever is forked, and never unmapped.
     pub fn create() -> Option<&'static Self> {
-        let memory = super::shared_memory::<Self>()?;
+        let memory = crate::fork::shared_memory::<Self>()?;
         // SAFETY: never unmapped, and zeros are values of all its integers.
         Some(unsafe { memory.as_ref() })
     }
@@ -98,8 +96,10 @@ impl Marks {
 }
 
 /// `setsockopt(2)`.
-#[cfg_attr(not(test), unsafe(no_mangle))]
-extern "C" fn setsockopt(
+///
+/// # Safety
+/// As for that.
+pub unsafe fn setsockopt(
     fd: c_int,
     level: c_int,
     name: c_int,
@@ -107,7 +107,7 @@ extern "C" fn setsockopt(
     length: libc::socklen_t,
 ) -> c_int {
     // Before that CRIU tries things on sockets of its own.
-    let is_dump = remote::has_tracer() && Feed::current().is_some();
+    let is_dump = fork::dumps();
     let marks = Marks::current().filter(|_| is_dump);
     if let Some(marks) = marks
         && (level, name) == (libc::IPPROTO_TCP, repair::TCP_REPAIR)

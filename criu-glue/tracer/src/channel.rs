@@ -19,6 +19,7 @@ pub enum What {
 
 /// Which of `ptrace`'s arguments point to the buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
 pub enum Shape {
     /// None: both are numbers.
     Plain,
@@ -32,6 +33,19 @@ pub enum Shape {
     Both,
 }
 
+impl Shape {
+    pub fn from_number(number: u32) -> Option<Self> {
+        let all = [
+            Self::Plain,
+            Self::Data,
+            Self::Address,
+            Self::Vector,
+            Self::Both,
+        ];
+        all.into_iter().find(|shape| *shape as u32 == number)
+    }
+}
+
 /// One call, its arguments and its result.
 #[derive(Debug)]
 pub struct Call {
@@ -43,8 +57,9 @@ pub struct Call {
     pub cpu: i32,
     pub address: u64,
     pub data: u64,
-    /// What comes before, and is not worth a call of its own.
-    pub posted: [Posted; POSTED_MAX],
+    /// What comes before, and is not worth a call of its own: so many bytes of a list of posts, see
+    /// [`crate::told`].
+    pub posted: [u8; POSTED_BYTES],
     pub posts: usize,
     /// What the kernel returned, negative errors included. If something posted failed, its error.
     pub result: i64,
@@ -53,36 +68,16 @@ pub struct Call {
     /// Bytes of `buffer` that mean something.
     pub length: usize,
     pub buffer: [u8; BUFFER_BYTES],
+    /// With the answer: so many bytes of a list of what is told besides, see [`crate::told`].
+    pub told: usize,
+    pub besides: [u8; BESIDES_BYTES],
 }
 
-/// A change of a thread that CRIU does not wait for: of its result only an error is told.
-#[derive(Clone, Copy, Debug)]
-pub struct Posted {
-    pub request: u32,
-    pub shape: Shape,
-    pub pid: i32,
-    pub address: u64,
-    pub data: u64,
-    pub length: usize,
-    pub bytes: [u8; POSTED_BYTES],
-}
+/// Room for the changes of some threads: registers are the largest, with AMX 11 KiB.
+pub const POSTED_BYTES: usize = 32 << 10;
 
-impl Posted {
-    const NOTHING: Self = Self {
-        request: 0,
-        shape: Shape::Plain,
-        pid: 0,
-        address: 0,
-        data: 0,
-        length: 0,
-        bytes: [0; POSTED_BYTES],
-    };
-}
-
-pub const POSTED_MAX: usize = 8;
-
-/// The general registers are the largest thing posted.
-pub const POSTED_BYTES: usize = 256;
+/// Room for what is told of some dozen threads, 3 to 12 KiB each.
+pub const BESIDES_BYTES: usize = 128 << 10;
 
 impl Call {
     pub const NOTHING: Self = Self {
@@ -92,12 +87,14 @@ impl Call {
         cpu: 0,
         address: 0,
         data: 0,
-        posted: [Posted::NOTHING; POSTED_MAX],
+        posted: [0; POSTED_BYTES],
         posts: 0,
         result: 0,
         status: 0,
         length: 0,
         buffer: [0; BUFFER_BYTES],
+        told: 0,
+        besides: [0; BESIDES_BYTES],
     };
 }
 
@@ -120,7 +117,7 @@ pub struct Shared(NonNull<Channel>);
 
 impl Shared {
     pub fn create() -> Option<Self> {
-        let channel = super::shared_memory::<Channel>()?;
+        let channel = crate::fork::shared_memory::<Channel>()?;
         // SAFETY: large enough, page-aligned, and known to nobody else yet.
         unsafe {
             channel.write(Channel {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 pub type Registers = libc::user_regs_struct;
 
 /// Bytes of the extended state this has room for; AMX makes it 11 KiB.
-const EXTENDED_BYTES: usize = 16 << 10;
+pub const EXTENDED_BYTES: usize = 16 << 10;
 
 /// What made a tracee stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,23 +66,43 @@ pub fn wait(pid: i32, options: i32) -> (i64, i32) {
 
 /// Whether a tracee has something to tell that nobody has waited for.
 pub fn somebody_waits_to_be_heard() -> bool {
+    let options = libc::WEXITED | libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT;
+    wait_info(libc::P_ALL, 0, options).is_some()
+}
+
+/// The status with which `tid` has stopped, if nobody has waited for that. An end is left to be
+/// waited for.
+pub fn stop_of(tid: i32) -> Option<i32> {
+    let info = wait_info(libc::P_PID, tid, libc::WSTOPPED | libc::WNOHANG)?;
+    // SAFETY: filled by the kernel, for a tracee that has stopped.
+    let code = unsafe { info.si_status() };
+    // As wait4 has it: `wait_task_stopped` in kernel/exit.c.
+    Some(code << 8 | 0x7f)
+}
+
+fn wait_info(kind: libc::idtype_t, id: i32, options: i32) -> Option<libc::siginfo_t> {
     // SAFETY: all integers, for which zero is a value.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    let options = libc::WEXITED | libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
+    let at = &raw mut info;
+    let options = options | libc::__WALL;
     let nothing = ptr::null::<u8>();
     // SAFETY: `info` lives across the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_waitid,
-            libc::P_ALL,
-            0,
-            &raw mut info,
-            options,
-            nothing,
-        )
-    };
+    let result = unsafe { libc::syscall(libc::SYS_waitid, kind, id, at, options, nothing) };
     // SAFETY: filled by the kernel, or zero.
-    result == 0 && unsafe { info.si_pid() } != 0
+    let found = result == 0 && unsafe { info.si_pid() } != 0;
+    found.then_some(info)
+}
+
+/// Whether the number of this thread is that of its process.
+pub fn is_first_thread(tid: i32) -> bool {
+    // SAFETY: numbers only; signal 0 is never sent.
+    unsafe { libc::syscall(libc::SYS_tgkill, tid, tid, 0) == 0 }
+}
+
+/// Lets others run that wait for this processor.
+pub fn give_way() {
+    // SAFETY: no arguments.
+    unsafe { libc::sched_yield() };
 }
 
 pub fn registers(tid: i32) -> Option<Registers> {
@@ -98,11 +118,25 @@ pub fn set_registers(tid: i32, mut registers: Registers) -> bool {
     ptrace(SETREGSET, tid, NT_PRSTATUS, (&raw mut area) as u64) == 0
 }
 
-/// Registers as the kernel writes them.
-pub fn bytes_of(registers: &Registers) -> &[u8] {
-    let at = ptr::from_ref(registers).cast();
-    // SAFETY: a C struct of integers without padding, borrowed for as long as the bytes are.
-    unsafe { std::slice::from_raw_parts(at, size_of::<Registers>()) }
+/// Registers as the kernel writes them, if they are those of a 64-bit program.
+pub fn registers_in(bytes: &[u8]) -> Option<Registers> {
+    if bytes.len() != size_of::<Registers>() {
+        return None;
+    }
+    // SAFETY: as many bytes as the struct has, all integers; read without alignment.
+    Some(unsafe { bytes.as_ptr().cast::<Registers>().read_unaligned() })
+}
+
+/// Reads a set of registers of a stopped thread into `into`; how many bytes there are of it.
+///
+/// The length of `into` is a multiple of a register's.
+pub fn register_set(tid: i32, set: u64, into: &mut [u8]) -> Option<usize> {
+    let mut area = libc::iovec {
+        iov_base: into.as_mut_ptr().cast(),
+        iov_len: into.len(),
+    };
+    let result = ptrace(GETREGSET, tid, set, (&raw mut area) as u64);
+    (result == 0).then_some(area.iov_len)
 }
 
 fn area(registers: *mut Registers) -> libc::iovec {
@@ -115,13 +149,9 @@ fn area(registers: *mut Registers) -> libc::iovec {
 /// Floating point and vector registers.
 pub fn extended(tid: i32) -> Option<Vec<u8>> {
     let mut state = vec![0; EXTENDED_BYTES];
-    let mut area = libc::iovec {
-        iov_base: state.as_mut_ptr().cast(),
-        iov_len: state.len(),
-    };
-    let result = ptrace(GETREGSET, tid, NT_X86_XSTATE, (&raw mut area) as u64);
-    state.truncate(area.iov_len);
-    (result == 0).then_some(state)
+    let length = register_set(tid, NT_X86_XSTATE, &mut state)?;
+    state.truncate(length);
+    Some(state)
 }
 
 pub fn set_extended(tid: i32, state: &mut [u8]) -> bool {
@@ -296,12 +326,15 @@ fn or_errno(result: libc::c_long) -> i64 {
 /// `PTRACE_O_TRACESYSGOOD` sets this bit in the signal of a stop at a system call.
 const SYSCALL_GOOD: i32 = 0x80;
 
+/// `sizeof(struct user_fpregs_struct)`.
+pub const FPREGS_BYTES: usize = 512;
+
 /// `sizeof(siginfo_t)`.
 pub const SIGINFO_BYTES: usize = 128;
 
 pub const NT_PRSTATUS: u64 = 1;
-const NT_X86_XSTATE: u64 = 0x202;
-const MASK_BYTES: u64 = size_of::<u64>() as u64;
+pub const NT_X86_XSTATE: u64 = 0x202;
+pub const MASK_BYTES: u64 = size_of::<u64>() as u64;
 
 // Requests, from include/uapi/linux/ptrace.h and arch/x86/include/uapi/asm/ptrace-abi.h.
 pub const PEEKTEXT: u32 = 1;

@@ -4,10 +4,7 @@
 //! it lets the tasks go. A CRIU that was killed does not: the sockets of a workload that runs on
 //! would then neither send nor answer, and what it reads from them fails.
 //!
-//! Compiled into both the preload library, whose tracer does it before the tasks go on, and the
-//! crate, for tasks that a cgroup holds.
-
-#![allow(unsafe_code)]
+//! The tracer does it before the tasks go on; others may, for tasks that a cgroup holds.
 
 use std::fs;
 use std::io;

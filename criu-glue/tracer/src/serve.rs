@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use super::channel::{BUFFER_BYTES, Call, PEEK_BYTES, Shape, Shared, What};
-use super::files::Inherited;
-use super::frozen;
-use super::kernel::{self, Registers, Signal, Stop};
-use super::known;
-use super::links::Links;
-use super::sockets::Marks;
-use super::tracee::{Tracee, is_first_thread};
-use crate::repair;
+use crate::ahead::{self, Peeked};
+use crate::channel::{Call, PEEK_BYTES, Shape, Shared, What};
+use crate::files::Inherited;
+use crate::kernel::{self, Signal, Stop};
+use crate::links::Links;
+use crate::sockets::Marks;
+use crate::told::Post;
+use crate::tracee::Tracee;
+use crate::{frozen, repair};
 
 /// The process, from its fork to its end. All signals are blocked in it.
 pub fn run(shared: Shared, owner: i32, things: (Inherited, &'static Marks, &'static Links)) -> ! {
@@ -30,7 +30,7 @@ pub fn run(shared: Shared, owner: i32, things: (Inherited, &'static Marks, &'sta
         tracees: BTreeMap::new(),
         let_some_go: false,
         saw_end: false,
-        scratch: Some(Box::new(Call::NOTHING)),
+        peeked: None,
     };
     // It may have ended before the kernel was told to say so.
     while tracer.has_owner() {
@@ -63,8 +63,8 @@ struct Tracer {
     /// Threads have been let go, have ended.
     let_some_go: bool,
     saw_end: bool,
-    /// For what is posted, one after the other.
-    scratch: Option<Box<Call>>,
+    /// CRIU's last look into a queue of signals, if it was empty.
+    peeked: Option<Peeked>,
 }
 
 impl Tracer {
@@ -75,35 +75,42 @@ impl Tracer {
 
     fn serve(&mut self, call: &mut Call) {
         self.follow(call.cpu);
+        call.told = 0;
         if let Err(error) = self.serve_posted(call) {
             call.result = error;
             return;
         }
         match call.what {
-            What::Ptrace(request) => self.ptrace(request, call),
+            What::Ptrace(request) => {
+                let asked = Post {
+                    request,
+                    shape: call.shape,
+                    pid: call.pid,
+                    address: call.address,
+                    data: call.data,
+                    length: call.length,
+                };
+                (call.result, call.length) = self.ptrace(&asked, &mut call.buffer);
+                if call.result >= 0 {
+                    call.told = self.look_ahead(&asked, call);
+                }
+            }
             What::Wait(options) => self.wait(options, call),
         }
     }
 
     fn serve_posted(&mut self, call: &mut Call) -> Result<(), i64> {
         let posts = call.posts.min(call.posted.len());
-        let mut each = self.scratch.take().ok_or(-i64::from(libc::EIO))?;
-        let mut result = Ok(());
-        for posted in &call.posted[..posts] {
-            each.shape = posted.shape;
-            each.pid = posted.pid;
-            (each.address, each.data) = (posted.address, posted.data);
-            each.length = posted.length.min(posted.bytes.len());
-            each.buffer[..posted.bytes.len()].copy_from_slice(&posted.bytes);
-            self.ptrace(posted.request, &mut each);
-            if each.result < 0 {
-                result = Err(each.result);
-                break;
-            }
-        }
-        self.scratch = Some(each);
         call.posts = 0;
-        result
+        let mut list = &mut call.posted[..posts];
+        while let Some((post, bytes, rest)) = Post::first(list) {
+            let (result, _) = self.ptrace(&post, bytes);
+            if result < 0 {
+                return Err(result);
+            }
+            list = rest;
+        }
+        Ok(())
     }
 
     /// A call goes to and fro between two processes: on one processor that takes 6 us, between two
@@ -126,37 +133,38 @@ impl Tracer {
         }
     }
 
-    fn ptrace(&mut self, request: u32, call: &mut Call) {
-        let before = self.remember(request, call);
-        let pointer = call.buffer.as_mut_ptr() as u64;
-        call.result = match call.shape {
-            Shape::Plain => kernel::ptrace(request, call.pid, call.address, call.data),
-            Shape::Data => kernel::ptrace(request, call.pid, call.address, pointer),
-            Shape::Address => kernel::ptrace(request, call.pid, pointer, call.data),
-            Shape::Both => {
-                let behind = pointer + PEEK_BYTES as u64;
-                kernel::ptrace(request, call.pid, pointer, behind)
-            }
+    /// The result, and the length of what is in `bytes` then.
+    fn ptrace(&mut self, call: &Post, bytes: &mut [u8]) -> (i64, usize) {
+        let before = self.remember(call);
+        let pointer = bytes.as_mut_ptr() as u64;
+        let (request, pid) = (call.request, call.pid);
+        let mut length = call.length.min(bytes.len());
+        let result = match call.shape {
+            Shape::Plain => kernel::ptrace(request, pid, call.address, call.data),
+            Shape::Data => kernel::ptrace(request, pid, call.address, pointer),
+            Shape::Address => kernel::ptrace(request, pid, pointer, call.data),
+            Shape::Both => kernel::ptrace(request, pid, pointer, pointer + PEEK_BYTES as u64),
             Shape::Vector => {
                 let mut vector = libc::iovec {
-                    iov_base: call.buffer.as_mut_ptr().cast(),
-                    iov_len: call.length.min(BUFFER_BYTES),
+                    iov_base: bytes.as_mut_ptr().cast(),
+                    iov_len: length,
                 };
                 let vector_at = (&raw mut vector) as u64;
-                let result = kernel::ptrace(request, call.pid, call.address, vector_at);
-                call.length = vector.iov_len;
+                let result = kernel::ptrace(request, pid, call.address, vector_at);
+                length = vector.iov_len;
                 result
             }
         };
-        if call.result >= 0 {
-            self.note(request, call, before);
+        if result >= 0 {
+            self.note(call, &bytes[..length], before);
         }
+        (result, length)
     }
 
     /// Before a change: what is there now. Gives the word that is going to be replaced.
-    fn remember(&mut self, request: u32, call: &Call) -> Option<u64> {
+    fn remember(&mut self, call: &Post) -> Option<u64> {
         let tracee = self.tracees.get_mut(&call.pid)?;
-        match request {
+        match call.request {
             kernel::SETREGSET | kernel::SETSIGMASK | kernel::SETFPREGS => {
                 tracee.leaves(call.pid);
                 None
@@ -171,8 +179,8 @@ impl Tracer {
     }
 
     /// After a call that succeeded.
-    fn note(&mut self, request: u32, call: &Call, before: Option<u64>) {
-        match request {
+    fn note(&mut self, call: &Post, bytes: &[u8], before: Option<u64>) {
+        match call.request {
             kernel::SEIZE => {
                 self.tracees.insert(call.pid, Tracee::default());
             }
@@ -185,18 +193,16 @@ impl Tracer {
         let Some(tracee) = self.tracees.get_mut(&call.pid) else {
             return;
         };
-        match request {
+        match call.request {
             kernel::CONT | kernel::SYSCALL => tracee.resumed(),
+            kernel::INTERRUPT => tracee.interrupted(),
             kernel::SETREGSET if call.address == kernel::NT_PRSTATUS => {
-                if let Some(registers) = registers_in(call) {
+                if let Some(registers) = kernel::registers_in(bytes) {
                     tracee.has_registers(&registers);
                 }
             }
             kernel::SETSIGMASK => {
-                let mask = call
-                    .buffer
-                    .first_chunk()
-                    .map(|mask| u64::from_ne_bytes(*mask));
+                let mask = bytes.first_chunk().map(|mask| u64::from_ne_bytes(*mask));
                 tracee.has_mask(mask.unwrap_or_default());
             }
             kernel::POKEDATA => {
@@ -208,9 +214,39 @@ impl Tracer {
         }
     }
 
+    /// Does what CRIU is going to ask for after a call that succeeded; how much tells of it.
+    fn look_ahead(&mut self, asked: &Post, call: &mut Call) -> usize {
+        let (tid, besides) = (asked.pid, &mut call.besides);
+        match asked.request {
+            kernel::SEIZE => {
+                let Some((result, told)) = ahead::interrupt(tid, besides) else {
+                    return 0;
+                };
+                if let Some(tracee) = self.tracees.get_mut(&tid).filter(|_| result >= 0) {
+                    tracee.interrupted();
+                }
+                told
+            }
+            kernel::CONT => match self.tracees.get_mut(&tid) {
+                Some(tracee) if tracee.is_on_errand(tid) => ahead::next_stop(tid, tracee, besides),
+                _ => 0,
+            },
+            kernel::PEEKSIGINFO => {
+                let now = Peeked::empty(tid, &call.buffer, call.result);
+                let before = std::mem::replace(&mut self.peeked, now);
+                match (before, now) {
+                    (Some(before), Some(now)) if before.is_like(&now) => {
+                        ahead::peek(&now, &self.tracees, besides)
+                    }
+                    _ => 0,
+                }
+            }
+            _ => 0,
+        }
+    }
+
     fn wait(&mut self, options: i32, call: &mut Call) {
         let polled = options | libc::__WALL | libc::WNOHANG;
-        call.length = 0;
         let deadline = Instant::now() + WAIT_TIME_MAX;
         loop {
             (call.result, call.status) = kernel::wait(call.pid, polled);
@@ -222,27 +258,29 @@ impl Tracer {
                 self.let_all_go();
             }
         }
-        let Ok(tid) = i32::try_from(call.result) else {
+        let Ok(tid @ 1..) = i32::try_from(call.result) else {
             return;
         };
-        match Stop::from_status(call.status) {
-            Stop::Ended => {
-                self.saw_end |= self.tracees.remove(&tid).is_some();
-            }
-            stop => {
-                let (length, registers) = known::collect(tid, &mut call.buffer);
-                call.length = length;
-                if let Some(tracee) = self.tracees.get_mut(&tid) {
-                    tracee.stopped(tid, stop, &call.buffer[..length]);
-                    tracee.shows(registers.as_ref());
-                }
-            }
+        if Stop::from_status(call.status) == Stop::Ended {
+            self.saw_end |= self.tracees.remove(&tid).is_some();
+            return;
+        }
+        let Some(tracee) = self.tracees.get_mut(&tid) else {
+            return;
+        };
+        let was_expected = tracee.is_expected();
+        let besides = &mut call.besides;
+        call.told = ahead::hear(tid, call.status, tracee, besides, None);
+        if was_expected && call.pid == tid {
+            call.told += ahead::next_stops(tid, &mut self.tracees, &mut besides[call.told..]);
         }
     }
 
-    /// CRIU is the one who has a handler for what its tracees do without being asked to.
+    /// CRIU is the one who has a handler for what its tracees do without being asked to. It has it
+    /// for as long as one of them serves in the parasite, and may end there.
     fn pass_on(&self) {
-        if kernel::somebody_waits_to_be_heard() {
+        let serves = self.tracees.iter().any(|(tid, tracee)| tracee.serves(*tid));
+        if serves && kernel::somebody_waits_to_be_heard() {
             // SAFETY: numbers only.
             unsafe { libc::kill(self.owner, libc::SIGCHLD) };
         }
@@ -271,7 +309,7 @@ impl Tracer {
             .collect();
         let mut said = String::new();
         for (tid, tracee) in &mut self.tracees {
-            if is_first_thread(*tid)
+            if kernel::is_first_thread(*tid)
                 && let Err(error) = repair::end(*tid)
             {
                 said += &format!("sockets of process {tid} may be left in repair mode: {error}\n");
@@ -300,13 +338,4 @@ impl Tracer {
         // SAFETY: a number; what CRIU wants done at its exit is not for us to do.
         unsafe { libc::_exit(0) }
     }
-}
-
-fn registers_in(call: &Call) -> Option<Registers> {
-    let bytes = call.buffer.get(..size_of::<Registers>())?;
-    if call.length != bytes.len() {
-        return None;
-    }
-    // SAFETY: as many bytes as the struct has, all integers; read without alignment.
-    Some(unsafe { bytes.as_ptr().cast::<Registers>().read_unaligned() })
 }

@@ -12,15 +12,17 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::home::Home;
-use super::kernel::{self, Registers, Stop};
-use super::section::Section;
+use crate::home::Home;
+use crate::kernel::{self, Registers, Stop};
+use crate::section::Section;
 
 /// A traced thread.
 #[derive(Debug, Default)]
 pub struct Tracee {
     /// Set while it is away.
     home: Option<Home>,
+    /// It was asked to stop, and nobody has heard yet that it has.
+    is_interrupted: bool,
     registers_away: bool,
     mask_away: bool,
     /// Code that is replaced, by address.
@@ -52,9 +54,39 @@ impl Tracee {
     /// Thread `tid` has stopped; `known` is what was collected of it.
     pub fn stopped(&mut self, tid: i32, stop: Stop, known: &[u8]) {
         self.stop = Some(stop);
-        if self.home.is_none() {
+        self.is_interrupted = false;
+        if self.is_home() {
             self.section = Section::of(tid, known);
         }
+    }
+
+    /// Whether its registers and its mask are its own.
+    pub fn is_home(&self) -> bool {
+        self.home.is_none()
+    }
+
+    pub fn is_stopped(&self) -> bool {
+        self.stop.is_some()
+    }
+
+    /// It was asked to stop.
+    pub fn interrupted(&mut self) {
+        self.is_interrupted = !self.is_stopped();
+    }
+
+    /// Whether CRIU is going to wait for its stop.
+    pub fn is_expected(&self) -> bool {
+        self.is_interrupted
+    }
+
+    /// Whether thread `tid` was sent off for microseconds, to one system call or one command.
+    pub fn is_on_errand(&self, tid: i32) -> bool {
+        !self.is_stopped() && !self.is_home() && !self.serves_in_parasite(tid)
+    }
+
+    /// Whether it answers CRIU in the parasite, and may end there.
+    pub fn serves(&self, tid: i32) -> bool {
+        !self.is_stopped() && self.serves_in_parasite(tid)
     }
 
     pub fn resumed(&mut self) {
@@ -101,10 +133,10 @@ impl Tracee {
         }
     }
 
-    /// Its registers after a stop: they have the result of the call that was made, if one was.
-    pub fn shows(&mut self, registers: Option<&Registers>) {
+    /// It has stopped: its registers have the result of the call that was made, if one was.
+    pub fn shows(&mut self, registers: impl FnOnce() -> Option<Registers>) {
         if let Some((number, arguments)) = self.calling.take()
-            && let Some(registers) = registers
+            && let Some(registers) = registers()
         {
             self.left
                 .add(number, arguments, registers.rax.cast_signed());
@@ -120,7 +152,7 @@ impl Tracee {
 
     /// Stops thread `tid` if it serves CRIU in the parasite: it must not leave that unseen.
     pub fn hold(&mut self, tid: i32) {
-        if self.stop.is_none() && self.serves_in_parasite(tid) {
+        if self.serves(tid) {
             kernel::ptrace(kernel::INTERRUPT, tid, 0, 0);
             self.stop = kernel::next_stop(tid, CALL_TIME_MAX);
         }
@@ -162,7 +194,7 @@ impl Tracee {
 
     /// Other threads, and the first one at times, run a single command and end in a trap.
     fn serves_in_parasite(&self, tid: i32) -> bool {
-        self.in_parasite && self.code.is_empty() && is_first_thread(tid)
+        self.in_parasite && self.code.is_empty() && kernel::is_first_thread(tid)
     }
 
     /// A thread that runs is waited for: it comes to the end of what it was sent to do.
@@ -181,7 +213,7 @@ impl Tracee {
             return stop == Some(Stop::Ended);
         };
         self.stop = Some(stop);
-        self.shows(kernel::registers(tid).as_ref());
+        self.shows(|| kernel::registers(tid));
         let code = std::mem::take(&mut self.code);
         let whole = code
             .into_iter()
@@ -305,13 +337,6 @@ impl Leftovers {
             _ => {}
         }
     }
-}
-
-/// Whether this thread's number is that of its process.
-pub fn is_first_thread(tid: i32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
-    let group = status.lines().find_map(|line| line.strip_prefix("Tgid:"));
-    group.and_then(|group| group.trim().parse().ok()) == Some(tid)
 }
 
 /// `syscall`.

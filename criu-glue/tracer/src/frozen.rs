@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use super::kernel;
+use crate::kernel;
 
 static FREEZER: OnceLock<Freezer> = OnceLock::new();
 

@@ -4,7 +4,7 @@
 //! signals blocked, with eight bytes of the program's code replaced. All of it goes through the
 //! tracer, which remembers the first of each.
 
-use super::kernel::{self, Registers};
+use crate::kernel::{self, Registers};
 
 /// Registers and signal mask a thread came with.
 #[derive(Clone, Debug)]

@@ -12,8 +12,7 @@ use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
-use super::remote;
-use crate::feed::Feed;
+use crate::fork;
 
 /// The names that are there.
 pub struct Links([Link; LINKS]);
@@ -35,7 +34,7 @@ static LINKED: AtomicPtr<Links> = AtomicPtr::new(ptr::null_mut());
 impl Links {
     /// None yet; shared with whoever is forked, and never unmapped.
     pub fn create() -> Option<&'static Self> {
-        let memory = super::shared_memory::<Self>()?;
+        let memory = crate::fork::shared_memory::<Self>()?;
         // SAFETY: never unmapped, and zeros are values of all its integers.
         Some(unsafe { memory.as_ref() })
     }
@@ -49,7 +48,7 @@ impl Links {
     fn current() -> Option<&'static Self> {
         // SAFETY: null, or from `attach`.
         let links = unsafe { LINKED.load(Ordering::Acquire).as_ref() }?;
-        (remote::has_tracer() && Feed::current().is_some()).then_some(links)
+        fork::dumps().then_some(links)
     }
 
     fn note(&self, directory: c_int, path: &CStr) {
@@ -111,8 +110,10 @@ impl Link {
 }
 
 /// `linkat(2)`.
-#[cfg_attr(not(test), unsafe(no_mangle))]
-extern "C" fn linkat(
+///
+/// # Safety
+/// As for that.
+pub unsafe fn linkat(
     from: c_int,
     from_path: *const c_char,
     directory: c_int,
@@ -136,8 +137,10 @@ extern "C" fn linkat(
 }
 
 /// `unlinkat(2)`.
-#[cfg_attr(not(test), unsafe(no_mangle))]
-extern "C" fn unlinkat(directory: c_int, path: *const c_char, flags: c_int) -> c_int {
+///
+/// # Safety
+/// As for that.
+pub unsafe fn unlinkat(directory: c_int, path: *const c_char, flags: c_int) -> c_int {
     // SAFETY: passed on as it came.
     let result = unsafe { real_unlinkat(directory, path, flags) };
     if result == 0
