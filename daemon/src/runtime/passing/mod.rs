@@ -29,7 +29,7 @@ use std::os::fd::BorrowedFd;
 
 use crate::sys::namespace::{NamespaceKind, run_inside};
 use diag::Diag;
-pub use tasks::{uninterruptible, vfork};
+pub use tasks::{Sleepers, uninterruptible, vfork};
 
 /// What kind of state it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
