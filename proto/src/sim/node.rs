@@ -98,7 +98,9 @@ pub(super) enum SourceJob {
     Late(SourceEvent),
     Release,
     Send(Sending),
-    Thaw,
+    Thaw {
+        untrack: bool,
+    },
     Track,
 }
 
