@@ -37,6 +37,7 @@ use crate::pager::client::{ClientError, Notice, PagerClient, Spawn};
 use crate::pager::message::{Namespace, RestoreRequest};
 use crate::pages::store::{Growth, Store, StoreLimits};
 use crate::runtime::cgroup::{Freezer, FreezerRoot};
+use crate::runtime::detached;
 use crate::runtime::hierarchies::{Group, Groups, Hierarchies};
 use crate::runtime::limits;
 use crate::runtime::mounts::external_at_restore;
@@ -236,7 +237,9 @@ impl Site {
                 ),
             ));
         }
-        block_in_place(|| process::check(description))?;
+        let described = description.clone();
+        // Files may be on storage that does not answer.
+        detached::done("check", move || process::check(&described)).await??;
         self.admit(offer)?;
         if offer.policy.verify {
             // No page comes before the offer is accepted.
@@ -347,7 +350,8 @@ impl Site {
     /// Restores the workload and holds it before its first instruction.
     pub async fn restore(&mut self) -> Result<DriverState, Failure> {
         let images = self.intake.images();
-        block_in_place(|| lengths::check(&images))?;
+        let told = images.clone();
+        detached::done("lengths", move || lengths::check(&told)).await??;
         let Images {
             spaces,
             tasks,
