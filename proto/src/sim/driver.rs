@@ -183,7 +183,10 @@ impl World {
             SourceJob::Release => outcome(SourceEvent::Released),
             SourceJob::Send(_) if failed => SourceEvent::Failure(injected()),
             SourceJob::Send(sending) => return self.send_on(sending, place),
-            SourceJob::Thaw { untrack } => outcome(SourceEvent::Thawed { untrack }),
+            SourceJob::Thaw { untrack } => {
+                self.source.untracked |= untrack && !failed;
+                outcome(SourceEvent::Thawed { untrack })
+            }
             SourceJob::Track => outcome(SourceEvent::TrackingReady {
                 memory: self.source.memory.memory.pages(),
             }),

@@ -62,8 +62,9 @@ impl World {
     /// The source is about to record something: an abort only when the workload is left alone.
     pub(super) fn check_aborted(&self, entry: &Entry) -> Result<(), Violation> {
         let untracks = |job: &SourceJob| matches!(job, SourceJob::Thaw { untrack: true });
+        let pending = self.source.jobs.iter().any(untracks) && !self.source.untracked;
         self.demand(
-            !matches!(entry, Entry::Aborted(_)) || !self.source.jobs.iter().any(untracks),
+            !(matches!(entry, Entry::Aborted(_)) && pending),
             "the source records an abort while it is still undoing",
         )
     }
