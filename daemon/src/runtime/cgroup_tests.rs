@@ -194,9 +194,9 @@ fn a_cgroup_of_version_2_is_taken_for_one_of_ours_only_if_it_is() {
     };
     enter(&own, &child);
     enter(&own, &other);
-    // A unit whose name begins like ours, with somebody else in it.
+    // A unit whose name begins like ours.
     let (freezer, origin) = root
-        .place(pid(&child), &[pid(&child)], &id)
+        .place(pid(&child), &[pid(&child), pid(&other)], &id)
         .expect("a place");
     assert_eq!(
         (freezer.path(), origin.as_ref()),

@@ -41,12 +41,13 @@ impl Sleepers {
             if sleeps_uninterruptibly(place) {
                 let waits = waits_in(place);
                 if VFORK.contains(&waits.as_str()) {
-                    vfork = Some((pid, tid));
+                    vfork = vfork.or(Some((pid, tid)));
                 } else {
                     asleep.push((pid, tid, switches(place), waits));
                 }
             }
-            vfork.is_some()
+            // All are looked at.
+            false
         });
         asleep.retain(|(_, tid, switches, _)| match &self.0 {
             Some(before) => before.get(tid) == Some(switches),

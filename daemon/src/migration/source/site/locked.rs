@@ -59,7 +59,7 @@ mod tests {
     use crate::runtime::shared::Storage;
     use crate::runtime::shared::tests::fuse::{Fuse, Silent};
 
-    #[tokio::test]
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_server_that_does_not_answer_about_a_deleted_file_holds_no_freeze_that_is_cut() {
         let folder = tempfile::tempdir().unwrap();
         let fuse = Fuse::mount(folder.path());

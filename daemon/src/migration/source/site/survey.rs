@@ -193,8 +193,7 @@ impl Site {
     }
 
     /// A site for a migration that a dead daemon has left: it can be thawed or released, unless it
-    /// `is_over`. Asks nothing of shared storage, so that one that does not answer holds up no other
-    /// migration.
+    /// `is_over`. Asks nothing of shared storage: one that does not answer holds up no restart.
     pub async fn recover(
         node: SourceNode,
         id: MigrationId,

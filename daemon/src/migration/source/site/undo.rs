@@ -201,8 +201,8 @@ impl Site {
     }
 }
 
-/// Waits until nobody holds the tree any more, for at most `limit`; who still does then. `seizing` is
-/// called with whoever does, again and again.
+/// Waits until nobody holds the tree any more, for at most `limit`; who still does then. `seizing`
+/// is called with whoever does, again and again.
 async fn let_go(
     held_by: impl Fn() -> Option<i32>,
     seizing: impl Fn(i32),
