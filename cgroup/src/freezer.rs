@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pageferry_proto::id::MigrationId;
 use pageferry_sys::task;
 use thiserror::Error;
 
@@ -207,8 +208,8 @@ impl FreezerRoot {
             return Ok((self.plan(name), origin));
         };
         for pid in pids {
-            // One that has ended is nowhere.
-            let path = self.current_of(*pid);
+            // One that has ended is nowhere, though a zombie still tells where it was.
+            let path = self.current_of(*pid).filter(|_| !task::has_ended(*pid));
             if let Some(path) = path.filter(|path| path != folder) {
                 return Err(CgroupError::Scattered {
                     pid: *pid,
@@ -218,12 +219,14 @@ impl FreezerRoot {
             }
         }
         let version = self.version;
-        let begins = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(BELOW);
-        // A migration before this one could not bring it back.
-        if folder.file_name().is_some_and(begins) {
+        // A migration before this one could not bring it back. Names are cheap: that of a unit may
+        // begin the same, and others may have come there since.
+        if is_made_below(folder) {
             let path = folder.to_owned();
-            let above = folder.parent().map(Path::to_owned);
-            return Ok((Freezer { path, version }, above));
+            let left = Freezer { path, version };
+            if left.processes()?.iter().all(|held| pids.contains(held)) {
+                return Ok((left, folder.parent().map(Path::to_owned)));
+            }
         }
         let path = folder.join(format!("{BELOW}{name}"));
         Ok((Freezer { path, version }, origin))
@@ -262,6 +265,13 @@ impl FreezerRoot {
     pub fn version(&self) -> FreezerVersion {
         self.version
     }
+}
+
+/// Whether the last part of `folder` is a name that [`FreezerRoot::place`] gives.
+fn is_made_below(folder: &Path) -> bool {
+    let name = folder.file_name().and_then(|name| name.to_str());
+    let id = name.and_then(|name| name.strip_prefix(BELOW));
+    id.is_some_and(|id| id.parse::<MigrationId>().is_ok())
 }
 
 /// One workload's freezer cgroup.
@@ -348,6 +358,12 @@ impl Freezer {
         Err(CgroupError::Restless {
             path: self.path.clone(),
         })
+    }
+
+    /// Moves all that is in it to `origin`, and removes it. What is born meanwhile is moved, too.
+    pub fn empty_into(&self, origin: &Self) -> Result<(), CgroupError> {
+        origin.adopt(|| self.processes().map_err(io::Error::other))?;
+        self.remove()
     }
 
     /// The processes in it, ascending.

@@ -136,16 +136,107 @@ impl Drop for Removed {
     }
 }
 
-#[test]
-fn a_tree_of_version_2_is_frozen_below_its_own_cgroup_and_keeps_its_limits() {
+/// The unified hierarchy, if this machine has it mounted: nothing tries version 2 where it is not.
+fn unified() -> Option<FreezerRoot> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mounts");
     let unified: String = mounts
         .lines()
         .filter(|line| line.contains(" - cgroup2 "))
         .map(|line| format!("{line}\n"))
         .collect();
-    let root =
-        FreezerRoot::among(&Hierarchies::from_mountinfo(&unified)).expect("cgroup2 is mounted");
+    let root = FreezerRoot::among(&Hierarchies::from_mountinfo(&unified));
+    if root.is_none() {
+        eprintln!("cgroup v2 is not mounted");
+    }
+    root
+}
+
+#[test]
+fn a_child_born_while_a_tree_is_brought_back_is_brought_back_too() {
+    let root = FreezerRoot::detect().expect("a freezer");
+    let (freezer, origin) = (made(&root, "test-back"), made(&root, "test-origin"));
+    let script = "while :; do /bin/true & /bin/true & wait; done";
+    let busy = Reaped(
+        Command::new("sh")
+            .args(["-c", script])
+            .spawn()
+            .expect("a shell"),
+    );
+    let pid = i32::try_from(busy.0.id()).expect("a pid");
+    let back = (0..BACK_AND_FORTH).try_for_each(|_| {
+        freezer.make()?;
+        freezer.adopt(|| Ok(vec![pid]))?;
+        freezer.empty_into(&origin)
+    });
+    origin.kill(Duration::from_secs(20)).expect("killed");
+    drop(busy);
+    if freezer.exists() {
+        freezer.kill(Duration::from_secs(20)).expect("killed");
+        freezer.remove().expect("removed");
+    }
+    origin.remove().expect("removed");
+    back.expect("every time");
+}
+
+const BACK_AND_FORTH: usize = 300;
+
+#[test]
+fn a_cgroup_of_version_2_is_taken_for_one_of_ours_only_if_it_is() {
+    let Some(root) = unified() else { return };
+    let top = root.directory.parent().expect("a mount point");
+    let own = top.join(format!("pageferry-test-{}.service", std::process::id()));
+    let id = MigrationId::new([2; 16]).to_string();
+    let (left, again) = (
+        own.join(format!("pageferry-{id}")),
+        MigrationId::new([3; 16]),
+    );
+    let below = left.join(format!("pageferry-{again}"));
+    let _removed = Removed(vec![own.clone(), left.clone(), below.clone()]);
+    fs::create_dir(&own).expect("a cgroup");
+    let (child, other, mut ended) = (sleeper(), sleeper(), sleeper());
+    let pid = |child: &Reaped| i32::try_from(child.0.id()).expect("a pid");
+    let enter = |folder: &Path, child: &Reaped| {
+        fs::write(folder.join("cgroup.procs"), pid(child).to_string()).expect("moved");
+    };
+    enter(&own, &child);
+    enter(&own, &other);
+    // A unit whose name begins like ours.
+    let (freezer, origin) = root
+        .place(pid(&child), &[pid(&child), pid(&other)], &id)
+        .expect("a place");
+    assert_eq!(
+        (freezer.path(), origin.as_ref()),
+        (left.as_path(), Some(&own))
+    );
+    // One that a migration has left, with somebody else in it.
+    fs::create_dir(&left).expect("a cgroup");
+    enter(&left, &child);
+    enter(&left, &other);
+    let again = again.to_string();
+    let place = |pids: &[i32]| root.place(pid(&child), pids, &again).expect("a place");
+    assert_eq!(place(&[pid(&child)]).0.path(), below);
+    let both = [pid(&child), pid(&other)];
+    assert_eq!(place(&both).0.path(), left);
+    // A zombie says it is in a cgroup that has been removed.
+    let gone = own.join("gone");
+    fs::create_dir(&gone).expect("a cgroup");
+    enter(&gone, &ended);
+    ended.0.kill().expect("our child");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !task::has_ended(pid(&ended)) || fs::remove_dir(&gone).is_err() {
+        assert!(Instant::now() < deadline, "its cgroup cannot be removed");
+        std::thread::yield_now();
+    }
+    let told = root.current_of(pid(&ended)).expect("a zombie tells");
+    assert_ne!(told, left, "{}", told.display());
+    let three = [pid(&child), pid(&other), pid(&ended)];
+    assert_eq!(place(&three).0.path(), left);
+    drop((child, other, ended));
+}
+
+#[test]
+fn a_tree_of_version_2_is_frozen_below_its_own_cgroup_and_keeps_its_limits() {
+    let Some(root) = unified() else { return };
     let top = root.directory.parent().expect("a mount point");
     let own = top.join(format!("test-place-{}", std::process::id()));
     let aside = top.join(format!("test-place-aside-{}", std::process::id()));
@@ -158,7 +249,8 @@ fn a_tree_of_version_2_is_frozen_below_its_own_cgroup_and_keeps_its_limits() {
     for pid in pids {
         fs::write(own.join("cgroup.procs"), pid.to_string()).expect("moved");
     }
-    let (freezer, origin) = root.place(pids[0], &pids, "id").expect("a place");
+    let id = MigrationId::new([1; 16]).to_string();
+    let (freezer, origin) = root.place(pids[0], &pids, &id).expect("a place");
     made.0.push(freezer.path().to_owned());
     assert_eq!(origin.as_ref(), Some(&own));
     assert!(freezer.path().starts_with(&own), "{freezer:?}");
@@ -180,7 +272,7 @@ fn a_tree_of_version_2_is_frozen_below_its_own_cgroup_and_keeps_its_limits() {
     freezer.remove().expect("removed");
     // A tree in several cgroups would lose the limits of some.
     fs::write(aside.join("cgroup.procs"), pids[1].to_string()).expect("moved");
-    let scattered = root.place(pids[0], &pids, "id");
+    let scattered = root.place(pids[0], &pids, &id);
     assert!(matches!(scattered, Err(CgroupError::Scattered { pid, .. }) if pid == pids[1]));
     drop((child, other));
 }

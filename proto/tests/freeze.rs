@@ -78,7 +78,7 @@ fn a_freeze_that_is_tried_again_has_its_whole_bound_again() {
     let mut source = Source::finishing();
     assert_eq!(source.wait(FROZEN_MAX_LEAST * 9 / 10), []);
     source.feed(SourceEvent::Retry(retry(Duration::ZERO)));
-    source.feed(SourceEvent::Thawed);
+    source.feed(SourceEvent::Thawed { untrack: false });
     let round = Round::FIRST.next();
     source.hear(TargetMessage::RoundHeld { round });
     assert_eq!(source.wait(FROZEN_MAX_LEAST * 2), []);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use pageferry_proto::id::Round;
 use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::record::Entry;
 use pageferry_proto::migration::source::{RETRIES_MAX, SourceAction, SourceEvent};
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::migration::timer::Time;
@@ -33,7 +34,7 @@ fn a_freeze_that_is_given_up_thaws_and_waits_for_what_is_on_its_way() {
     assert_eq!(status.phase, Phase::Copying);
     assert_eq!(status.sent_bytes, before.sent_bytes + 7 * 4096);
     assert_eq!(status.wire_bytes, before.wire_bytes + 9000);
-    assert_eq!(source.feed(SourceEvent::Thawed), []);
+    assert_eq!(source.feed(SourceEvent::Thawed { untrack: false }), []);
     let next = SourceAction::SendRound {
         round: round.next(),
     };
@@ -53,12 +54,12 @@ fn the_workload_runs_for_a_while_between_a_thaw_and_the_next_round() {
     assert_eq!(source.hear(TargetMessage::RoundHeld { round }), []);
     // The pause begins with the thaw, not with the report.
     assert_eq!(source.wait(2 * pause), []);
-    assert_eq!(source.feed(SourceEvent::Thawed), []);
+    assert_eq!(source.feed(SourceEvent::Thawed { untrack: false }), []);
     assert_eq!(source.wait(pause / 2), []);
     assert_eq!(source.wait(pause / 2), std::slice::from_ref(&next));
     let mut source = Source::finishing();
     source.feed(SourceEvent::Retry(retry(pause)));
-    source.feed(SourceEvent::Thawed);
+    source.feed(SourceEvent::Thawed { untrack: false });
     assert_eq!(source.wait(2 * pause), []);
     assert_eq!(source.hear(TargetMessage::RoundHeld { round }), [next]);
 }
@@ -75,7 +76,7 @@ fn a_freeze_is_not_given_up_any_more_once_its_final_message_is_sent() {
 /// Gives up the freeze, and comes to the next one.
 fn give_up(source: &mut Source, round: &mut Round) {
     source.feed(SourceEvent::Retry(retry(Duration::ZERO)));
-    source.feed(SourceEvent::Thawed);
+    source.feed(SourceEvent::Thawed { untrack: false });
     source.hear(TargetMessage::RoundHeld { round: *round });
     *round = round.next();
     source.feed(SourceEvent::RoundSent(round_report(
@@ -137,4 +138,20 @@ fn each_attempt_at_the_final_round_has_a_generation_of_its_own() {
     // A target that is ready with an older attempt is ready for something else.
     let actions = source.hear(ready());
     assert_aborts(&actions, &source, ErrorCode::Unexpected);
+}
+
+#[test]
+fn the_thaw_of_a_freeze_that_was_given_up_is_not_taken_for_that_of_an_abort() {
+    let mut source = Source::finishing();
+    source.feed(SourceEvent::Retry(retry(Duration::ZERO)));
+    let actions = source.feed(SourceEvent::AbortRequested);
+    assert!(actions.contains(&THAW), "{actions:?}");
+    assert_eq!(source.feed(SourceEvent::Thawed { untrack: false }), []);
+    assert_eq!(source.status().phase, Phase::Aborting);
+    let actions = source.feed(SourceEvent::Thawed { untrack: true });
+    assert!(
+        matches!(&actions[..], [SourceAction::Journal(record)]
+            if matches!(record.entry, Entry::Aborted(_))),
+        "{actions:?}"
+    );
 }

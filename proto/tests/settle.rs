@@ -98,7 +98,10 @@ fn a_refusal_is_settled_when_the_abort_is_on_disk() {
     assert_eq!(source.hear(REFUSED), [journal(refusal())]);
     let thawing = source.journalled(refusal());
     assert!(matches!(thawing[..], [SourceAction::Thaw { .. }]));
-    assert_eq!(source.feed(SourceEvent::Thawed), [say_settled()]);
+    assert_eq!(
+        source.feed(SourceEvent::Thawed { untrack: true }),
+        [say_settled()]
+    );
     assert_eq!(source.hear(FORGOTTEN), [journal(Entry::Done)]);
 }
 
@@ -106,7 +109,7 @@ fn a_refusal_is_settled_when_the_abort_is_on_disk() {
 fn a_refusal_before_the_commit_is_settled_too() {
     let mut source = Source::finishing();
     source.hear(REFUSED);
-    source.feed(SourceEvent::Thawed);
+    source.feed(SourceEvent::Thawed { untrack: true });
     assert_eq!(source.journalled(refusal()), [say_settled()]);
     assert_eq!(source.hear(FORGOTTEN), [journal(Entry::Done)]);
 }

@@ -237,7 +237,7 @@ fn a_target_that_gives_up_before_the_commit_is_not_told_again() {
     let mut source = Source::finishing();
     assert_eq!(source.hear(TargetMessage::Failed(failure())), [THAW]);
     assert_eq!(
-        source.feed(SourceEvent::Thawed),
+        source.feed(SourceEvent::Thawed { untrack: true }),
         [journal(Entry::Aborted(failure()))]
     );
     assert_eq!(
@@ -251,7 +251,7 @@ fn a_target_that_gives_up_before_the_commit_is_not_told_again() {
 fn an_aborted_target_is_told_until_it_answers() {
     let mut source = Source::finishing();
     source.feed(SourceEvent::PeerLost);
-    source.feed(SourceEvent::Thawed);
+    source.feed(SourceEvent::Thawed { untrack: true });
     let gone = aborted(ErrorCode::PeerLost, "the connection to the target is gone");
     assert_eq!(source.journalled(gone), [SourceAction::Connect]);
     assert_eq!(source.status().phase, Phase::Aborted);
@@ -269,7 +269,7 @@ fn an_aborted_target_is_told_until_it_answers() {
 fn a_target_that_cannot_be_told_is_given_up() {
     let mut source = Source::copying();
     source.feed(SourceEvent::AbortRequested);
-    source.feed(SourceEvent::Thawed);
+    source.feed(SourceEvent::Thawed { untrack: true });
     source.journalled(aborted(
         ErrorCode::Aborted,
         "the operator ended the migration",
@@ -318,7 +318,10 @@ fn a_refused_workload_is_thawed_when_that_is_on_disk() {
     assert_eq!(source.journalled(refusal()), [THAW]);
     assert_eq!(source.feed(SourceEvent::Failure(failure())), []);
     assert_eq!(source.wait(RETRY), [THAW]);
-    assert_eq!(source.feed(SourceEvent::Thawed), [say_settled()]);
+    assert_eq!(
+        source.feed(SourceEvent::Thawed { untrack: true }),
+        [say_settled()]
+    );
     assert_eq!(source.status().phase, Phase::Aborted);
 }
 
@@ -359,7 +362,10 @@ fn a_fence_of_the_target_thaws_when_it_is_on_disk() {
     assert_eq!(source.wait(RETRY), [journal(fenced())]);
     assert_eq!(source.journalled(fenced()), [THAW]);
     let dead = aborted(ErrorCode::Fenced, "the operator declared the target dead");
-    assert_eq!(source.feed(SourceEvent::Thawed), [journal(dead)]);
+    assert_eq!(
+        source.feed(SourceEvent::Thawed { untrack: true }),
+        [journal(dead)]
+    );
     let mut source = Source::prepared();
     assert_eq!(source.feed(fence), []);
     assert_eq!(source.journalled(commit()), [journal(fenced())]);
@@ -423,7 +429,7 @@ fn a_restarted_source_without_a_commit_thaws_and_ends_every_generation() {
         "the daemon was restarted before the hand-off was decided",
     );
     assert_eq!(
-        source.feed(SourceEvent::Thawed),
+        source.feed(SourceEvent::Thawed { untrack: true }),
         [journal(restarted.clone())]
     );
     assert_eq!(source.journalled(restarted), [SourceAction::Connect]);

@@ -1,7 +1,7 @@
 //! Children stopped by job control, in a cgroup that is frozen when CRIU comes.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use criu_glue::options::{DumpOptions, Request};
@@ -45,8 +45,8 @@ impl Tree {
             .expect("a name")
             .to_string_lossy()
             .into_owned();
-        let cgroup = Path::new(freezer.mount).join(format!("criu-glue{name}"));
-        fs::create_dir(&cgroup).expect("the v1 freezer");
+        let cgroup = freezer.mount.join(format!("criu-glue{name}"));
+        fs::create_dir(&cgroup).expect("a freezer");
         let tree = Self {
             freezer,
             child,
@@ -168,15 +168,14 @@ async fn until(worker: &mut Swrk, point: &NotifyScript) {
 /// They are as before when the dump is taken back: stopped, their parent told as often as it was,
 /// and they go on when they are continued.
 pub async fn stopped_children_in_a_frozen_cgroup_are_dumped_and_given_back() {
-    given_back(V1).await;
+    given_back(Freezer::of_this_node()).await;
 }
 
 /// In cgroup v2, where a frozen task traps.
 pub async fn stopped_children_in_a_frozen_cgroup_of_v2_are_dumped_and_given_back() {
-    if Path::new(V2.mount).join("cgroup.procs").exists() {
-        given_back(V2).await;
-    } else {
-        println!("cgroup v2 is not mounted at {}", V2.mount);
+    match Freezer::v2() {
+        Some(freezer) => given_back(freezer).await,
+        None => println!("cgroup v2 is not mounted"),
     }
 }
 
@@ -195,7 +194,7 @@ async fn given_back(freezer: Freezer) {
 
 /// The same at the other side of a dump and a restore.
 pub async fn stopped_children_in_a_frozen_cgroup_come_back_by_a_restore() {
-    let tree = Tree::start(V1, "stopped-children");
+    let tree = Tree::start(Freezer::of_this_node(), "stopped-children");
     let run = Run::new();
     let mut feed = Feed::create().expect("memfd");
     let mut worker = tree.dumped(&run, &mut feed).await;
@@ -219,7 +218,7 @@ pub async fn stopped_children_in_a_frozen_cgroup_come_back_by_a_restore() {
 
 /// Wherever it was killed: the freezer holds all threads that it held.
 pub async fn a_killed_criu_leaves_stopped_children_in_their_cgroup() {
-    let tree = Tree::start(V1, "stopped-children-told-once");
+    let tree = Tree::start(Freezer::of_this_node(), "stopped-children-told-once");
     for calls in (1..).step_by(11) {
         let run = Run::new();
         let mut feed = Feed::create().expect("memfd");
@@ -258,9 +257,8 @@ pub async fn a_killed_criu_leaves_stopped_children_in_their_cgroup() {
 }
 
 /// A kernel's interface for freezing.
-#[derive(Clone, Copy)]
 struct Freezer {
-    mount: &'static str,
+    mount: PathBuf,
     /// The file that lists threads.
     threads: &'static str,
     /// The file that is written to, and the one that tells.
@@ -269,17 +267,40 @@ struct Freezer {
     words: [[&'static str; 2]; 2],
 }
 
-const V1: Freezer = Freezer {
-    mount: "/sys/fs/cgroup/freezer",
-    threads: "tasks",
-    files: ["freezer.state", "freezer.state"],
-    words: [["THAWED", "THAWED"], ["FROZEN", "FROZEN"]],
-};
+impl Freezer {
+    /// What a daemon would use here.
+    fn of_this_node() -> Self {
+        let found = Self::v1().or_else(Self::v2);
+        found.expect("the v1 freezer or cgroup2 is mounted")
+    }
 
-/// Where a machine that has both mounts it.
-const V2: Freezer = Freezer {
-    mount: "/sys/fs/cgroup/unified",
-    threads: "cgroup.threads",
-    files: ["cgroup.freeze", "cgroup.events"],
-    words: [["0", "frozen 0"], ["1", "frozen 1"]],
-};
+    fn v1() -> Option<Self> {
+        Some(Self {
+            mount: mounted("cgroup", Some("freezer"))?,
+            threads: "tasks",
+            files: ["freezer.state", "freezer.state"],
+            words: [["THAWED", "THAWED"], ["FROZEN", "FROZEN"]],
+        })
+    }
+
+    fn v2() -> Option<Self> {
+        Some(Self {
+            mount: mounted("cgroup2", None)?,
+            threads: "cgroup.threads",
+            files: ["cgroup.freeze", "cgroup.events"],
+            words: [["0", "frozen 0"], ["1", "frozen 1"]],
+        })
+    }
+}
+
+/// Where a file system of this kind, with this option, is mounted.
+fn mounted(kind: &str, option: Option<&str>) -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").expect("procfs");
+    mounts.lines().find_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let after: Vec<&str> = after.split(' ').collect();
+        let has = |option| after[2].split(',').any(|word| word == option);
+        let is_it = after[0] == kind && option.is_none_or(has);
+        is_it.then(|| before.split(' ').nth(4).map(PathBuf::from))?
+    })
+}

@@ -116,40 +116,57 @@ impl Port {
     /// `LISTENING`, because without STP it is the only closed state that stays: each change makes
     /// the bridge select states anew, which turns `BLOCKING` into `FORWARDING`
     /// (`br_port_state_selection`), and each event of the link turns a `DISABLED` port on again
-    /// (`br_port_carrier_check`). In all three no frame is received or sent.
+    /// (`br_port_carrier_check`). In all three no frame is received or sent. A link that is gone
+    /// lets none pass either.
     pub async fn close(&self, node: &Netlink) -> Result<(), LinkError> {
-        self.set_state(node, BridgePortState::Listening, "closing port")
-            .await
+        let closed = self.set_state(node, BridgePortState::Listening).await;
+        unless(&[libc::ENODEV], closed).map_err(failed("closing port", &self.name))
     }
 
-    /// Lets frames pass again.
+    /// Lets frames pass again. A link that is gone, or is no port of a bridge any more, has nothing
+    /// that could be opened.
     pub async fn open(&self, node: &Netlink) -> Result<(), LinkError> {
-        self.set_state(node, BridgePortState::Forwarding, "opening port")
-            .await
+        let opened = self.set_state(node, BridgePortState::Forwarding).await;
+        unless(&[libc::ENODEV, libc::EOPNOTSUPP], opened)
+            .map_err(failed("opening port", &self.name))
+    }
+
+    /// Opens all of `ports`, also behind one that fails, whose error it returns then.
+    pub async fn open_all(ports: &[Self], node: &Netlink) -> Result<(), LinkError> {
+        let mut all = Ok(());
+        for port in ports {
+            let opened = port.open(node).await;
+            all = all.and(opened);
+        }
+        all
     }
 
     /// Deletes the link, and with it the workload's end.
     pub async fn delete(&self, node: &Netlink) -> Result<(), LinkError> {
-        match node.handle().link().del(self.index).execute().await {
-            Err(rtnetlink::Error::NetlinkError(error)) if error.raw_code() == -libc::ENODEV => {
-                Ok(())
-            }
-            result => result.map_err(failed("deleting link", &self.name)),
-        }
+        let deleted = node.handle().link().del(self.index).execute().await;
+        unless(&[libc::ENODEV], deleted).map_err(failed("deleting link", &self.name))
     }
 
     async fn set_state(
         &self,
         node: &Netlink,
         state: BridgePortState,
-        action: &'static str,
-    ) -> Result<(), LinkError> {
+    ) -> Result<(), rtnetlink::Error> {
         node.handle()
             .link()
             .set_port(LinkBridgePort::new(self.index).state(state).build())
             .execute()
             .await
-            .map_err(failed(action, &self.name))
+    }
+}
+
+/// Takes the kernel's answers `numbers` for success.
+fn unless(numbers: &[i32], result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+    match result {
+        Err(rtnetlink::Error::NetlinkError(error)) if numbers.contains(&-error.raw_code()) => {
+            Ok(())
+        }
+        other => other,
     }
 }
 

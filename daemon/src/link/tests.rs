@@ -181,3 +181,36 @@ fn a_port_is_found_again_by_its_ends_and_not_by_its_name() {
         assert_eq!(again.expect("looked for"), None);
     });
 }
+
+#[test]
+fn a_port_whose_link_is_gone_is_closed_and_open() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let (net, prepared) = workload("pfa").await;
+        prepared.attach(&net).await.expect("attach");
+        let node = Netlink::open(None).expect("netlink");
+        let port = describe(&net).await.expect("describe").ports.remove(0);
+        port.close(&node).await.expect("close");
+        port.delete(&node).await.expect("delete");
+        port.close(&node).await.expect("there is nothing to close");
+        port.open(&node).await.expect("there is nothing to open");
+    });
+}
+
+#[test]
+fn a_port_that_was_taken_out_of_its_bridge_is_no_reason_to_try_for_ever() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let (net, prepared) = workload("pfa").await;
+        prepared.attach(&net).await.expect("attach");
+        let node = Netlink::open(None).expect("netlink");
+        let port = describe(&net).await.expect("describe").ports.remove(0);
+        let out = LinkUnspec::new_with_index(port.ends().0)
+            .controller(0)
+            .build();
+        node.handle().link().set(out).execute().await.expect("out");
+        port.open(&node).await.expect("there is nothing to open");
+        // Elsewhere it may forward to others.
+        port.close(&node).await.expect_err("it is not closed");
+    });
+}

@@ -184,8 +184,8 @@ impl Registry {
                     SourceMachine::recover(&records, clock.now()).map_err(contradiction)?;
                 let (cancel, cancelled) = watch::channel(false);
                 let node = self.inner.parts.source.clone();
-                let state = machine.driver_state().clone();
-                let site = SourceSite::recover(node, id, policy, &state, cancelled).await?;
+                let state = (machine.driver_state(), machine.is_finished());
+                let site = SourceSite::recover(node, id, policy, state, cancelled).await?;
                 self.start_source(
                     machine,
                     clock,

@@ -128,14 +128,9 @@ impl Descriptors {
 
     fn add_mapped(&mut self, process: &Process, shared: &[PathBuf]) -> Result<(), Failure> {
         let pid = process.pid;
-        let unreadable = |error: procfs::ProcError| {
-            Failure::new(
-                ErrorCode::UnsupportedWorkload,
-                format!("the mappings of process {pid} cannot be read: {error}"),
-            )
-        };
+        let unreadable = |error| mappings::unreadable(pid, &error);
         let maps = process.maps().map_err(unreadable)?;
-        let written = mappings::writable(process).map_err(unreadable)?;
+        let written = mappings::writable(process, |_| true).map_err(unreadable)?;
         for map in maps.iter() {
             let MMapPath::Path(name) = &map.pathname else {
                 continue;

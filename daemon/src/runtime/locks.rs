@@ -16,6 +16,7 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 
 use super::files::{deleted, is_shared};
 use super::mounts::Mounts;
+use super::shared::Storage;
 
 /// A lock that is held.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,15 +32,29 @@ pub struct SharedLock {
 /// Which locks on files below `shared` processes hold.
 #[derive(Debug, Clone, Default)]
 pub struct Locks {
-    /// What both nodes have, as the operator says. With nothing shared nothing is looked at.
-    pub shared: Vec<PathBuf>,
+    /// What both nodes have, as open files below are named. With nothing shared nothing is looked
+    /// at.
+    shared: Vec<PathBuf>,
     /// Where the node has the workload's files, if it has a mount namespace of its own.
-    pub mounts: Option<Mounts>,
+    mounts: Option<Mounts>,
 }
 
 impl Locks {
-    /// All of them, of processes `pids`. Takes some microseconds per descriptor. Who has ended
-    /// holds none.
+    /// Those on `storage`, of a workload that sees `mounts` if these are its own.
+    pub fn on(storage: &Storage, mounts: Option<Mounts>) -> Self {
+        Self {
+            shared: storage.paths().to_vec(),
+            mounts,
+        }
+    }
+
+    /// Whether there can be none.
+    pub fn is_empty(&self) -> bool {
+        self.shared.is_empty()
+    }
+
+    /// All of them, of processes `pids`. Takes some microseconds per descriptor, and for a file
+    /// that was deleted as long as its storage takes to answer. Who has ended holds none.
     pub fn held(&self, pids: &[i32]) -> Vec<SharedLock> {
         if self.shared.is_empty() {
             return Vec::new();
@@ -70,19 +85,22 @@ impl Locks {
 
     /// The name of a descriptor's file, if both nodes have it.
     fn shared_file(&self, link: &Path) -> Option<PathBuf> {
-        let mut path = fs::read_link(link).ok()?;
-        if let Some(name) = deleted(&path) {
-            // Without any other name it goes along, as a file of nobody else's.
-            if fs::metadata(link).ok()?.nlink() == 0 {
-                return None;
-            }
-            path = PathBuf::from(name);
-        }
+        let name = fs::read_link(link).ok()?;
+        let old = deleted(&name).map(PathBuf::from);
+        let was_deleted = old.is_some();
+        let path = old.unwrap_or(name);
         let path = match &self.mounts {
             Some(mounts) => mounts.node_path(&path)?,
             None => path,
         };
-        is_shared(&path, &self.shared).then_some(path)
+        if !is_shared(&path, &self.shared) {
+            return None;
+        }
+        // Without any other name it goes along, as a file of nobody else's.
+        if was_deleted && fs::metadata(link).ok()?.nlink() == 0 {
+            return None;
+        }
+        Some(path)
     }
 }
 
@@ -144,9 +162,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let own = [i32::try_from(std::process::id()).expect("a pid")];
         let path = folder.path().join("database");
-        let locks = |shared: &Path| Locks {
-            shared: vec![shared.to_owned()],
-            mounts: None,
+        let locks = |shared: &Path| {
+            let storage = Storage::find(&[shared.to_owned()]).expect("it is there");
+            Locks::on(&storage, None)
         };
         let file = File::create(&path).expect("a file");
         let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error);
@@ -155,7 +173,8 @@ mod tests {
         assert_eq!(found.len(), 1, "{found:?}");
         assert_eq!((found[0].pid, &found[0].path), (own[0], &path));
         assert_eq!(found[0].refused().code(), ErrorCode::SharedLock);
-        assert!(locks(Path::new("/nowhere")).held(&own).is_empty());
+        let elsewhere = tempfile::tempdir().expect("a folder");
+        assert!(locks(elsewhere.path()).held(&own).is_empty());
         assert!(Locks::default().held(&own).is_empty());
         // Its name is gone, and it has another.
         fs::hard_link(&path, folder.path().join("other")).expect("a link");
@@ -168,5 +187,22 @@ mod tests {
         );
         drop(lock);
         assert!(locks(folder.path()).held(&own).is_empty());
+    }
+
+    #[test]
+    fn a_lock_is_found_whichever_way_leads_to_the_shared_path() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let own = [i32::try_from(std::process::id()).expect("a pid")];
+        let (place, link) = (folder.path().join("place"), folder.path().join("link"));
+        fs::create_dir(&place).expect("a folder");
+        std::os::unix::fs::symlink(&place, &link).expect("a link");
+        let file = File::create(place.join("database")).expect("a file");
+        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error);
+        let _lock = lock.expect("nobody else has it");
+        for declared in [place.clone(), link, place.join("..").join("place")] {
+            let storage = Storage::find(std::slice::from_ref(&declared)).expect("it is there");
+            let found = Locks::on(&storage, None).held(&own);
+            assert_eq!(found.len(), 1, "{}", declared.display());
+        }
     }
 }

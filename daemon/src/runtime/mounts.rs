@@ -71,7 +71,8 @@ struct Seen {
 }
 
 impl Mounts {
-    /// The mounts of process `pid`, as the node that this program runs on sees them.
+    /// The mounts of process `pid`, as the node that this program runs on sees them. Asks the
+    /// kernel's tables alone: a file system that does not answer holds nobody.
     pub fn read(pid: i32) -> Result<Self, Failure> {
         let list = |process: procfs::ProcResult<Process>| {
             let mounts = process.and_then(|process| process.mountinfo());
@@ -110,9 +111,9 @@ impl Mounts {
             }
         }
         let bytes: usize = found
-            .describe()?
+            .of_the_node()?
             .iter()
-            .map(|mount| mount.path.len() + mount.node_path.len())
+            .map(|(path, node)| path.len() + node.len())
             .sum();
         if bytes > PATH_BYTES_MAX {
             return Err(unsupported(format!(
@@ -166,9 +167,19 @@ impl Mounts {
         }
     }
 
-    /// What the target must have, the root first.
+    /// What the target must have, the root first. Asks the file systems of the node.
     pub fn describe(&self) -> Result<Vec<MountDescription>, Failure> {
-        let mut described = Vec::new();
+        let describe = |(path, node_path): (String, String)| MountDescription {
+            directory: fs::metadata(&node_path).is_ok_and(|metadata| metadata.is_dir()),
+            path,
+            node_path,
+        };
+        Ok(self.of_the_node()?.into_iter().map(describe).collect())
+    }
+
+    /// Mounts of the node, the root first: where they are seen, and where the node has them.
+    fn of_the_node(&self) -> Result<Vec<(String, String)>, Failure> {
+        let mut found: Vec<(String, String)> = Vec::new();
         for mount in &self.mounts {
             let Place::Node(node) = &mount.place else {
                 continue;
@@ -179,20 +190,15 @@ impl Mounts {
                     unsupported(format!("the mount {path} has a name that is not UTF-8"))
                 })
             };
-            let description = MountDescription {
-                path: text(&mount.seen.path)?,
-                node_path: text(node)?,
-                directory: fs::metadata(node).is_ok_and(|metadata| metadata.is_dir()),
-            };
+            let (path, node) = (text(&mount.seen.path)?, text(node)?);
             // Several at one place are the same: CRIU knows them by it.
-            let known = |other: &MountDescription| other.path == description.path;
-            if mount.seen.path == Path::new("/") && !described.iter().any(known) {
-                described.insert(0, description);
-            } else if !described.iter().any(known) {
-                described.push(description);
+            if found.iter().any(|(other, _)| *other == path) {
+                continue;
             }
+            let at = if path == "/" { 0 } else { found.len() };
+            found.insert(at, (path, node));
         }
-        Ok(described)
+        Ok(found)
     }
 
     /// Refuses what CRIU would refuse in the freeze, or what would make the freeze long: full tmpfs

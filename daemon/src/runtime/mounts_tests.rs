@@ -1,6 +1,7 @@
 //! Namespaces as they come about, in lines of mountinfo(5).
 
 use super::*;
+use crate::runtime::shared::tests::fuse::{Fuse, Silent};
 
 fn seen(text: &str) -> Vec<Seen> {
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
@@ -15,6 +16,27 @@ fn seen(text: &str) -> Vec<Seen> {
 
 fn classify(workload: &str) -> Result<Mounts, Failure> {
     Mounts::classify(&seen(workload), &seen(NODE))
+}
+
+/// Mounts are read anew in the freeze.
+#[test]
+fn a_server_that_does_not_answer_does_not_hold_who_reads_the_mounts() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let fuse = Fuse::mount(folder.path());
+    let place = fuse.path.display();
+    let node = format!("{NODE} 29 20 0:99 / {place} rw shared:9 - fuse test rw");
+    let workload = format!("{CLONED} 49 40 0:99 / {place} rw - fuse test rw");
+    let silent = Silent::begin(&fuse);
+    let (tell, told) = std::sync::mpsc::channel();
+    let reading = std::thread::spawn(move || {
+        let mounts = Mounts::classify(&seen(&workload), &seen(&node));
+        tell.send(mounts.map(|mounts| mounts.mounts.len()))
+            .expect("somebody waits");
+    });
+    let read = told.recv_timeout(std::time::Duration::from_secs(20));
+    drop(silent);
+    reading.join().expect("no panic");
+    read.expect("nobody was asked").expect("it moves");
 }
 
 fn refusal(workload: &str) -> String {

@@ -6,12 +6,18 @@
 
 #[path = "../common/built.rs"]
 mod built;
+#[path = "../../src/runtime/shared/tests/fuse.rs"]
+#[allow(dead_code)]
+mod fuse;
 mod node;
 
 use std::fs;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
 
 use built::pager;
+use fuse::{Fuse, Silent};
 use node::{ANY_PORT, DEADLINE, Node, Sleeper, has_pager, name, status, until};
 use pageferry::migration::journal::FINISHED_MAX;
 use pageferry::net::lanes::{self, Listener};
@@ -24,7 +30,7 @@ use pageferry_proto::migration::record::{
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::{SourceMessage, TargetMessage};
-use pageferry_sys::ptrace;
+use pageferry_sys::{ptrace, task};
 
 const GENERATION: Generation = Generation::FIRST;
 
@@ -197,12 +203,19 @@ async fn answers_outlast_restarts() {
 
 /// The journal of a source of which nothing was decided.
 fn offered(root: i32, started: u64, freezer: &Path) -> Vec<Entry> {
+    offered_with(root, started, freezer, None)
+}
+
+/// The same, with a marker on shared storage.
+fn offered_with(root: i32, started: u64, freezer: &Path, marker: Option<&Path>) -> Vec<Entry> {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let written = |path: &Path| format!(r#"{{"path":"{}","owner":null}}"#, path.display());
     let state = format!(
         r#"{{"root":{root},"started":{started},"boot":"{}","freezer":"{}",
-            "origin":null,"ports":[]}}"#,
+            "origin":null,"ports":[],"markers":[{}]}}"#,
         boot.trim_end(),
-        freezer.display()
+        freezer.display(),
+        marker.map(written).unwrap_or_default()
     );
     vec![Entry::Offered(OfferedEntry {
         workload: WorkloadName::Process(root),
@@ -210,6 +223,30 @@ fn offered(root: i32, started: u64, freezer: &Path) -> Vec<Entry> {
         policy: Policy::DEFAULT,
         state: DriverState::new(state.into_bytes()).unwrap(),
     })]
+}
+
+/// A thread that traces process `pid` until this is dropped.
+struct Tracing(Option<mpsc::Sender<()>>, Option<JoinHandle<()>>);
+
+impl Tracing {
+    fn begin(pid: i32) -> Self {
+        let (seized, ready) = mpsc::channel();
+        let (done, finish) = mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            ptrace::seize(pid).unwrap();
+            seized.send(()).unwrap();
+            let _ = finish.recv();
+        });
+        ready.recv().unwrap();
+        Self(Some(done), Some(thread))
+    }
+}
+
+impl Drop for Tracing {
+    fn drop(&mut self) {
+        drop(self.0.take());
+        let _ = self.1.take().unwrap().join();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -222,15 +259,7 @@ async fn who_got_the_pid_of_the_root_is_nothing_to_a_restarted_source() {
     freezer.freeze().unwrap();
     // The other process has the number that the root had, and somebody traces it.
     node.write(id(1), &offered(other.pid(), 1, freezer.path()), 0);
-    let (seized, ready) = std::sync::mpsc::channel();
-    let (done, finish) = std::sync::mpsc::channel::<()>();
-    let pid = other.pid();
-    let tracing = std::thread::spawn(move || {
-        ptrace::seize(pid).unwrap();
-        seized.send(()).unwrap();
-        let _ = finish.recv();
-    });
-    ready.recv().unwrap();
+    let tracing = Tracing::begin(other.pid());
     let nowhere = ANY_PORT.parse().unwrap();
     let registry = node.start(node.endpoint("b", &[("a", nowhere)])).await;
     let begun = std::time::Instant::now();
@@ -249,8 +278,82 @@ async fn who_got_the_pid_of_the_root_is_nothing_to_a_restarted_source() {
     );
     // What was counted before the restart is not known.
     assert!(ended.recovered);
-    done.send(()).unwrap();
-    tracing.join().unwrap();
+    drop(tracing);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_debugger_that_stays_attached_does_not_keep_a_frozen_tree_frozen() {
+    let node = Node::new();
+    let root = Sleeper::start();
+    let freezer = node.freezer(&id(1).to_string());
+    freezer.make().unwrap();
+    freezer.adopt(|| Ok(vec![root.pid()])).unwrap();
+    freezer.freeze().unwrap();
+    let started = task::start_time(root.pid()).unwrap();
+    node.write(id(1), &offered(root.pid(), started, freezer.path()), 0);
+    let tracing = Tracing::begin(root.pid());
+    let nowhere = ANY_PORT.parse().unwrap();
+    let registry = node.start(node.endpoint("b", &[("a", nowhere)])).await;
+    until("the tree is thawed", || !freezer.is_frozen().unwrap()).await;
+    let ended = status(&registry, id(1), |known| known.status.phase.is_final()).await;
+    assert_eq!(ended.status.phase, Phase::Aborted);
+    assert!(
+        task::tracer(root.pid()).is_some(),
+        "it is attached all the time"
+    );
+    drop(tracing);
+}
+
+/// Storage with the marker of a daemon that was killed, and a workload that it left frozen.
+#[tokio::test(flavor = "multi_thread")]
+async fn storage_that_does_not_answer_holds_up_no_restart() {
+    let node = Node::new();
+    let shared = tempfile::tempdir().unwrap();
+    let fuse = Fuse::mount(shared.path());
+    let root = Sleeper::start();
+    let freezer = node.freezer(&id(1).to_string());
+    freezer.make().unwrap();
+    freezer.adopt(|| Ok(vec![root.pid()])).unwrap();
+    freezer.freeze().unwrap();
+    let (started, marker) = (task::start_time(root.pid()).unwrap(), fuse.path.join("one"));
+    fs::write(&marker, "").unwrap();
+    let entries = offered_with(root.pid(), started, freezer.path(), Some(&marker));
+    node.write(id(1), &entries, 0);
+    // What is over asks for nothing.
+    let other = fuse.path.join("two");
+    fs::write(&other, "").unwrap();
+    let mut over = offered_with(root.pid(), started, Path::new("/gone"), Some(&other));
+    over.extend([
+        Entry::Commit {
+            generation: GENERATION,
+        },
+        Entry::Started {
+            generation: GENERATION,
+        },
+        Entry::Done,
+    ]);
+    node.write(id(2), &over, 0);
+    let silent = Silent::begin(&fuse);
+    let nowhere = ANY_PORT.parse().unwrap();
+    let starting = {
+        let endpoint = node.endpoint("b", &[("a", nowhere)]);
+        std::thread::scope(|scope| {
+            let (tell, told) = std::sync::mpsc::channel();
+            let (node, handle) = (&node, tokio::runtime::Handle::current());
+            scope.spawn(move || tell.send(handle.block_on(node.start(endpoint))));
+            let started = told.recv_timeout(DEADLINE / 2);
+            if started.is_err() {
+                fuse.release();
+            }
+            started
+        })
+    };
+    let registry = starting.expect("it starts while the storage does not answer");
+    until("the tree is thawed", || !freezer.is_frozen().unwrap()).await;
+    let ended = status(&registry, id(1), |known| known.status.phase.is_final()).await;
+    assert_eq!(ended.status.phase, Phase::Aborted);
+    drop(silent);
+    assert!(fuse.state().files.contains_key("two"));
 }
 
 /// A pager that holds nothing, in a folder made for it.

@@ -111,7 +111,10 @@ pub enum SourceEvent {
     /// [`SourceAction::CompareSmaps`] found no difference.
     SmapsEqual,
     /// [`SourceAction::Thaw`] is done.
-    Thawed,
+    Thawed {
+        /// As the action said.
+        untrack: bool,
+    },
     /// [`SourceAction::Track`] is done.
     TrackingReady {
         /// The workload's memory, in pages.
@@ -311,7 +314,7 @@ impl SourceMachine {
             SourceEvent::Retry(report) => self.retry(report),
             SourceEvent::RoundSent(report) => self.round_sent(&report),
             SourceEvent::SmapsEqual => self.smaps_equal(),
-            SourceEvent::Thawed => self.thawed(now),
+            SourceEvent::Thawed { untrack } => self.thawed(now, untrack),
             SourceEvent::TrackingReady { memory } => self.tracking_ready(memory),
             SourceEvent::Waiting(waiting) => self.waiting = waiting,
         }

@@ -72,6 +72,7 @@ impl World {
                 SourceJob::Freeze
             }
             SourceAction::Journal(ref record) => {
+                self.check_aborted(&record.entry)?;
                 let place = self.source.journal.write(record);
                 SourceJob::Journal { action, place }
             }
@@ -91,14 +92,14 @@ impl World {
                 return Ok(());
             }
             SourceAction::SendRound { round } => SourceJob::Send(self.sending(round, None)),
-            SourceAction::Thaw { untrack: _ } => {
+            SourceAction::Thaw { untrack } => {
                 self.undo_at_source();
                 self.check_thaw()?;
                 if self.source.workload == SourceWorkload::Frozen {
                     self.source.workload = SourceWorkload::Running;
                     self.source.frozen_at = None;
                 }
-                SourceJob::Thaw
+                SourceJob::Thaw { untrack }
             }
             SourceAction::Track => {
                 self.source.memory.restart();
@@ -130,7 +131,7 @@ impl World {
                 | SourceJob::Journal { .. }
                 | SourceJob::Late(_)
                 | SourceJob::Release
-                | SourceJob::Thaw => {}
+                | SourceJob::Thaw { .. } => {}
             }
         }
     }
@@ -182,7 +183,10 @@ impl World {
             SourceJob::Release => outcome(SourceEvent::Released),
             SourceJob::Send(_) if failed => SourceEvent::Failure(injected()),
             SourceJob::Send(sending) => return self.send_on(sending, place),
-            SourceJob::Thaw => outcome(SourceEvent::Thawed),
+            SourceJob::Thaw { untrack } => {
+                self.source.untracked |= untrack && !failed;
+                outcome(SourceEvent::Thawed { untrack })
+            }
             SourceJob::Track => outcome(SourceEvent::TrackingReady {
                 memory: self.source.memory.memory.pages(),
             }),

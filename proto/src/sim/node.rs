@@ -22,6 +22,8 @@ pub(super) struct SourceNode {
     pub(super) jobs: Vec<SourceJob>,
     pub(super) fail_next: bool,
     pub(super) hang_next: bool,
+    /// A thaw has ended the tracking.
+    pub(super) untracked: bool,
     /// When the present freeze began.
     pub(super) frozen_at: Option<Time>,
     /// The freeze is given up after so many of its steps.
@@ -98,7 +100,9 @@ pub(super) enum SourceJob {
     Late(SourceEvent),
     Release,
     Send(Sending),
-    Thaw,
+    Thaw {
+        untrack: bool,
+    },
     Track,
 }
 

@@ -1,6 +1,6 @@
 //! What must never be, asked at the moments when it could come to be.
 
-use super::node::{SourceWorkload, TargetWorkload};
+use super::node::{SourceJob, SourceWorkload, TargetWorkload};
 use super::world::World;
 use crate::migration::record::Entry;
 use crate::migration::source::SourceAction;
@@ -56,6 +56,16 @@ impl World {
         self.demand(
             !(committed || self.go_said) || fenced || refused,
             "the source thaws after a commit without a refusal or a fence",
+        )
+    }
+
+    /// The source is about to record something: an abort only when the workload is left alone.
+    pub(super) fn check_aborted(&self, entry: &Entry) -> Result<(), Violation> {
+        let untracks = |job: &SourceJob| matches!(job, SourceJob::Thaw { untrack: true });
+        let pending = self.source.jobs.iter().any(untracks) && !self.source.untracked;
+        self.demand(
+            !(matches!(entry, Entry::Aborted(_)) && pending),
+            "the source records an abort while it is still undoing",
         )
     }
 

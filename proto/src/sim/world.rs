@@ -104,6 +104,7 @@ impl World {
                 jobs: Vec::new(),
                 fail_next: false,
                 hang_next: false,
+                untracked: false,
                 frozen_at: None,
                 retry_after: None,
                 dead: false,

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use pageferry_sys::track::USERFAULTFD_FLAGS;
@@ -12,6 +12,16 @@ use super::check;
 /// Opens a file for reading, for ever; returns its number.
 pub fn open(path: &str) -> io::Result<String> {
     Ok(std::fs::File::open(path)?.into_raw_fd().to_string())
+}
+
+/// Opens a pair of sockets, for ever; returns their inodes.
+pub fn open_sockets() -> io::Result<String> {
+    let (one, other) = std::os::unix::net::UnixStream::pair()?;
+    let inode = |socket: std::os::unix::net::UnixStream| {
+        let path = format!("/proc/self/fd/{}", socket.into_raw_fd());
+        Ok::<_, io::Error>(std::fs::metadata(path)?.ino())
+    };
+    Ok(format!("{} {}", inode(one)?, inode(other)?))
 }
 
 pub fn open_direct(path: &str) -> io::Result<()> {

@@ -31,7 +31,7 @@ use super::site::Site;
 use crate::link::netlink::Netlink;
 use crate::migration::text::network_unfit;
 use crate::runtime::loopback::Connections;
-use crate::runtime::passing::{self, Observer, Passing, State};
+use crate::runtime::passing::{self, Observer, Passing, Sleepers, State};
 
 impl Site {
     /// Closes the ports and freezes the cgroup, or says which passing state stands against it. The
@@ -95,14 +95,17 @@ impl Site {
         Ok(found)
     }
 
-    /// Gives a busy server some moments to be in no passing state. Returns what was seen last.
+    /// Gives a busy server some moments to be in no passing state. Returns what was seen last. Of
+    /// tasks in uninterruptible sleep only those count that stay in one: whether the others freeze
+    /// the freeze itself tells.
     async fn wait_open(&mut self) -> Result<Option<Passing>, Failure> {
         let began = Instant::now();
+        let mut sleepers = Sleepers::default();
         loop {
             let mut found = self.look()?;
             if found.is_none() {
                 let pids = self.pids()?;
-                found = block_in_place(|| passing::uninterruptible(&pids));
+                found = block_in_place(|| sleepers.look(&pids));
             }
             let patience = match &found {
                 None => return Ok(None),

@@ -461,7 +461,10 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
         SourceAction::Freeze { .. } => site.freeze().await,
         SourceAction::Finish { generation, round } => Ok(site.finish(generation, round).await),
         SourceAction::CompareSmaps => site.compare_smaps().await.map(|()| SourceEvent::SmapsEqual),
-        SourceAction::Thaw { untrack } => site.thaw(untrack).await.map(|()| SourceEvent::Thawed),
+        SourceAction::Thaw { untrack } => site
+            .thaw(untrack)
+            .await
+            .map(|()| SourceEvent::Thawed { untrack }),
         SourceAction::Release => site.release().await.map(|()| SourceEvent::Released),
         SourceAction::Connect
         | SourceAction::Journal(_)

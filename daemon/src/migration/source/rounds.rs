@@ -269,7 +269,7 @@ impl Site {
         (generation, round): (Generation, Round),
     ) -> Result<(Sums, Rest), Failure> {
         let (data, folder) = (self.data()?, self.dump()?.images().to_owned());
-        block_in_place(|| self.tell_lengths(&folder))?;
+        self.tell_lengths(&folder).await?;
         let (waits, syncing) = (self.waits.clone(), self.kept.take_syncing());
         let synced = async {
             let synced = storage::synced(syncing, waits.cut());

@@ -30,6 +30,7 @@ use pageferry_proto::migration::policy::{EAGER_BYTES_PER_SECOND, Policy};
 use pageferry_proto::migration::source::{SourceEvent, Wait};
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::description::MountDescription;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use pageferry_sys::task::has_ended;
 use tokio::task::{JoinHandle, block_in_place};
@@ -99,6 +100,8 @@ pub struct Site {
     pub(super) own: Vec<NamespaceKind>,
     /// As surveyed, if it has a mount namespace of its own.
     mounts: Option<Mounts>,
+    /// Those that are the node's, as the target was told.
+    described_mounts: Vec<MountDescription>,
     pub(super) freezer: Freezer,
     /// Tells which locks it holds that cannot move.
     locks: Locks,
@@ -342,10 +345,7 @@ impl Site {
             root_pid: self.root,
             directory: self.directory.clone(),
             freezer: self.freezer.clone(),
-            mounts: match &self.mounts {
-                Some(mounts) => mounts.describe()?,
-                None => Vec::new(),
-            },
+            mounts: self.described_mounts.clone(),
         };
         self.let_in = false;
         self.dumping = Dumping::Preparing(tokio::spawn(Dump::prepare(plan)));
@@ -367,7 +367,7 @@ impl Site {
         self.check_root()?;
         self.check_mounts()?;
         let pids = self.pids()?;
-        if let Some(locked) = self.held_lock(&pids)? {
+        if let Some(locked) = self.held_lock(&pids).await? {
             return Ok(locked);
         }
         block_in_place(|| self.kept.freeze(&pids, self.mounts.as_ref()))?;
@@ -375,9 +375,11 @@ impl Site {
     }
 
     /// Tells the target how long files on shared storage are.
-    pub(super) fn tell_lengths(&self, images: &Path) -> Result<(), Failure> {
+    pub(super) async fn tell_lengths(&self, images: &Path) -> Result<(), Failure> {
+        let (pids, mounts) = (self.pids()?, self.mounts.as_ref());
         self.kept
-            .tell_lengths(&self.pids()?, self.mounts.as_ref(), images)
+            .tell_lengths(pids, mounts, images, &self.waits)
+            .await
     }
 
     /// Freezes the cgroup, unless that is cut.

@@ -4,11 +4,14 @@
 use std::path::Path;
 use std::time::Duration;
 
+use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::Failure;
 use pageferry_proto::wire::shared::SharedPath;
 use tokio::sync::watch;
 
+use super::waits::Waits;
 use crate::migration::text::internal;
+use crate::runtime::detached;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::shared::marker::{Markers, Written};
 use crate::runtime::shared::sync::{FileSystems, Syncing};
@@ -29,22 +32,31 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// Opens `storage`; what the target is told of it goes to `offered`.
-    pub(super) fn open(storage: Storage, offered: &mut Vec<SharedPath>) -> Result<Self, Failure> {
+    /// Opens `storage`; with it comes what the target is told of it.
+    pub(super) fn open(storage: Storage) -> Result<(Self, Vec<SharedPath>), Failure> {
         let mut markers = Markers::default();
         let systems = FileSystems::open(&storage)?;
-        *offered = storage.offer(&mut markers)?;
-        Ok(Self {
+        let offered = storage.offer(&mut markers)?;
+        let kept = Self {
             storage,
             markers,
             systems,
             syncing: None,
-        })
+        };
+        Ok((kept, offered))
     }
 
     /// The markers, for the journal.
     pub(super) fn markers(&self) -> Vec<Written> {
         self.markers.written().to_vec()
+    }
+
+    /// What a dead daemon has left.
+    pub(super) fn recovered(markers: Vec<Written>) -> Self {
+        Self {
+            markers: Markers::recovered(markers),
+            ..Self::default()
+        }
     }
 
     /// The target has looked.
@@ -58,7 +70,7 @@ impl Kept {
     }
 
     /// Begins the sync that counts, when the workload stands still, and refuses what it must not
-    /// have by then.
+    /// have by then. Asks nothing of the storage, which may not answer.
     pub(super) fn freeze(&mut self, pids: &[i32], mounts: Option<&Mounts>) -> Result<(), Failure> {
         if self.storage.is_empty() {
             return Ok(());
@@ -68,22 +80,27 @@ impl Kept {
         if !self.storage.is_incoherent() {
             return Ok(());
         }
-        let paths = self.storage.paths();
-        let found = |pid: &i32| mappings::find_incoherent(*pid, paths, mounts);
-        pids.iter().find_map(found).map_or(Ok(()), Err)
+        pids.iter()
+            .try_for_each(|pid| mappings::check_coherent(*pid, &self.storage, mounts))
     }
 
     /// Puts beside the images how long the files are that the frozen workload writes.
-    pub(super) fn tell_lengths(
+    pub(super) async fn tell_lengths(
         &self,
-        pids: &[i32],
+        pids: Vec<i32>,
         mounts: Option<&Mounts>,
         images: &Path,
+        waits: &Waits,
     ) -> Result<(), Failure> {
         if self.storage.is_empty() {
             return Ok(());
         }
-        let read = lengths::read(pids, self.storage.paths(), mounts);
+        let (paths, mounts) = (self.storage.paths().to_owned(), mounts.cloned());
+        // One that ends late writes nothing: the images may be those of another try by then.
+        let reading = detached::done("lengths", move || {
+            lengths::read(&pids, &paths, mounts.as_ref())
+        });
+        let read = waits.on(Wait::Storage, reading).await??;
         lengths::write(images, &read).map_err(|error| internal(&error))
     }
 
@@ -101,5 +118,89 @@ pub(super) async fn synced(
     match syncing {
         Some(syncing) => syncing.ended(FROZEN_SYNC_MAX, cancelled).await.map(Some),
         None => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::process::{Child, Command, Stdio};
+    use std::time::Instant;
+
+    use pageferry_proto::wire::code::ErrorCode;
+
+    use super::*;
+    use crate::runtime::shared::tests::fuse::{Fuse, Silent};
+
+    /// A process that has files open, killed on drop.
+    struct Holder(Child);
+
+    impl Holder {
+        /// `script` opens what it is to hold.
+        fn start(script: &str) -> Self {
+            let script = format!("{script}; echo; exec sleep 600");
+            let mut child = Command::new("sh")
+                .args(["-c", &script])
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut ready = [0];
+            let mut output = child.stdout.take().unwrap();
+            std::io::Read::read_exact(&mut output, &mut ready).unwrap();
+            Self(child)
+        }
+    }
+
+    impl Drop for Holder {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn until(what: &str, holds: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !holds() {
+            assert!(Instant::now() < deadline, "never happened: {what}");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_server_that_does_not_answer_holds_no_freeze_that_is_cut() {
+        let folder = tempfile::tempdir().unwrap();
+        let fuse = Fuse::mount(folder.path());
+        fuse.state().uncached = true;
+        let storage = Storage::find(std::slice::from_ref(&fuse.path)).unwrap();
+        let (mut kept, _) = Kept::open(storage).unwrap();
+        kept.offer_is_answered();
+        until("the marker is gone", || fuse.state().files.is_empty());
+        let path = fuse.path.join("log");
+        let holder = Holder::start(&format!("exec 3>>{}", path.display()));
+        let pid = holder.0.id().cast_signed();
+        // It lets go before the file is closed.
+        let silent = Silent::begin(&fuse);
+        let (cut, cancelled) = watch::channel(false);
+        let (waits, images) = (Waits::new(cancelled), tempfile::tempdir().unwrap());
+        let (seen, place) = (waits.clone(), images.path().to_owned());
+        let freezing = std::thread::spawn(move || {
+            let frozen = kept.freeze(&[pid], None);
+            let runtime = tokio::runtime::Builder::new_current_thread().build();
+            let telling = kept.tell_lengths(vec![pid], None, &place, &waits);
+            let told = runtime.unwrap().block_on(telling);
+            (frozen, told)
+        });
+        until("the server is asked", || {
+            seen.list().iter().any(|wait| wait.what == Wait::Storage)
+        });
+        cut.send_replace(true);
+        until("the wait is cut", || freezing.is_finished());
+        let (frozen, told) = freezing.join().unwrap();
+        assert_eq!(frozen, Ok(()));
+        assert_eq!(told.unwrap_err().code(), ErrorCode::Aborted);
+        drop((silent, holder));
+        // It ended late, and says nothing any more.
+        assert!(File::open(images.path().join("lengths")).is_err());
+        assert_eq!(images.path().read_dir().unwrap().count(), 0);
     }
 }

@@ -39,6 +39,7 @@ use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal, network_unfit};
+use crate::runtime::detached;
 use crate::runtime::limits;
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::process;
@@ -236,7 +237,9 @@ impl Site {
                 ),
             ));
         }
-        block_in_place(|| process::check(description))?;
+        let described = description.clone();
+        // Files may be on storage that does not answer.
+        detached::done("check", move || process::check(&described)).await??;
         self.admit(offer)?;
         if offer.policy.verify {
             // No page comes before the offer is accepted.
@@ -347,7 +350,8 @@ impl Site {
     /// Restores the workload and holds it before its first instruction.
     pub async fn restore(&mut self) -> Result<DriverState, Failure> {
         let images = self.intake.images();
-        block_in_place(|| lengths::check(&images))?;
+        let told = images.clone();
+        detached::done("lengths", move || lengths::check(&told)).await??;
         let Images {
             spaces,
             tasks,

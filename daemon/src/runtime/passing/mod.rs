@@ -30,7 +30,7 @@ use std::os::fd::BorrowedFd;
 use pageferry_sys::namespace::{NamespaceKind, run_inside};
 
 use diag::Diag;
-pub use tasks::{uninterruptible, vfork};
+pub use tasks::{Sleepers, uninterruptible, vfork};
 
 /// What kind of state it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -14,7 +14,8 @@ use nix::sys::socket::{
 use pageferry_cgroup::freezer::FreezerRoot;
 use pageferry_sys::namespace::{NamespaceKind, create, run_inside};
 
-use super::{Observer, Passing, State, uninterruptible, vfork};
+use super::{Observer, Passing, Sleepers, State, uninterruptible, vfork};
+use pageferry_trial::Trial;
 
 /// A network namespace of the test's own, with its loopback up.
 struct Network(OwnedFd);
@@ -301,4 +302,36 @@ fn a_task_in_uninterruptible_sleep_is_found_until_it_wakes() {
     );
     drop(still);
     assert_eq!(uninterruptible(&[pid]), None);
+}
+
+/// A process of which one thread waits in the kernel for a page.
+fn waiting() -> Trial {
+    let mut trial = Trial::start("pages::track::tests::workload");
+    let page = 0x2000_0000_0000_u64;
+    trial.tell(&format!("map {page:#x} 1 rw"));
+    trial.tell(&format!("wait-for-page {page:#x}"));
+    let pid = trial.pid();
+    until(&true, || uninterruptible(&[pid]).is_some());
+    trial
+}
+
+/// Of many who read and write files some thread is in such a sleep at every look.
+#[test]
+fn only_a_sleep_that_lasts_over_all_looks_stands_against_a_freeze() {
+    let (one, other) = (waiting(), waiting());
+    let mut sleepers = Sleepers::default();
+    assert!(sleepers.look(&[one.pid()]).is_some());
+    // Always somebody, and never the same.
+    assert_eq!(sleepers.look(&[other.pid()]), None);
+    assert_eq!(sleepers.look(&[one.pid()]), None);
+    let mut sleepers = Sleepers::default();
+    assert!(sleepers.look(&[other.pid(), one.pid()]).is_some());
+    for _ in 0..3 {
+        let found = sleepers.look(&[one.pid()]).expect("it sleeps on");
+        assert_eq!(found.state, State::Uninterruptible);
+        assert!(
+            found.holder.contains(&format!("process {}", one.pid())),
+            "{found}"
+        );
+    }
 }

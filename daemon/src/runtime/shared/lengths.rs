@@ -34,7 +34,7 @@ pub struct Length {
 }
 
 /// The files below one of `shared` that the processes have open for writing. `mounts` is there if
-/// they have a mount namespace of their own.
+/// they have a mount namespace of their own. Asks the storage, and waits for its answer.
 pub fn read(pids: &[i32], shared: &[PathBuf], mounts: Option<&Mounts>) -> Vec<Length> {
     let mut found: BTreeMap<PathBuf, Length> = BTreeMap::new();
     for descriptor in pids.iter().flat_map(|pid| sync::descriptors(*pid)) {
@@ -42,8 +42,7 @@ pub fn read(pids: &[i32], shared: &[PathBuf], mounts: Option<&Mounts>) -> Vec<Le
         if flags & libc::O_ACCMODE == libc::O_RDONLY {
             continue;
         }
-        let (Ok(metadata), Ok(name)) = (fs::metadata(&descriptor), fs::read_link(&descriptor))
-        else {
+        let Ok(name) = fs::read_link(&descriptor) else {
             continue;
         };
         let path = match mounts {
@@ -55,7 +54,13 @@ pub fn read(pids: &[i32], shared: &[PathBuf], mounts: Option<&Mounts>) -> Vec<Le
             continue;
         };
         // What is deleted goes along by itself.
-        if !metadata.is_file() || path.to_string_lossy().ends_with(" (deleted)") {
+        if path.to_string_lossy().ends_with(" (deleted)") {
+            continue;
+        }
+        let Ok(metadata) = fs::metadata(&descriptor) else {
+            continue;
+        };
+        if !metadata.is_file() {
             continue;
         }
         let appended =

@@ -17,6 +17,8 @@ use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use pageferry_proto::wire::shared::{MARKER_PART_BYTES, Marker};
 use serde::{Deserialize, Serialize};
 
+use crate::runtime::detached;
+
 /// A marker that is older than this belongs to nobody: an offer is answered within a minute. Both
 /// times are the storage's, so clocks of nodes do not matter.
 const LEFT_AFTER: Duration = Duration::from_secs(3600);
@@ -80,10 +82,14 @@ impl Markers {
         }
     }
 
-    /// Removes all of them.
+    /// Has all of them removed, by a thread that the storage may hold for as long as it does not
+    /// answer.
     pub fn remove(&mut self) {
-        for written in self.0.drain(..) {
-            written.remove();
+        let written = std::mem::take(&mut self.0);
+        if !written.is_empty() {
+            drop(detached::begin("markers", move || {
+                written.iter().for_each(Written::remove);
+            }));
         }
     }
 }

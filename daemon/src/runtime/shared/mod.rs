@@ -70,6 +70,8 @@ pub struct Storage {
     paths: Vec<PathBuf>,
     /// Those, and the mounts below them.
     places: BTreeSet<Place>,
+    /// What was mounted around the paths when they were looked up.
+    mounts: BTreeSet<Mounted>,
 }
 
 /// A path that is on one file system, with whatever is mounted below it apart.
@@ -78,6 +80,31 @@ struct Place {
     path: PathBuf,
     /// Number of the device of the file system.
     device: u64,
+    /// Which file system, by its number in statfs(2).
+    number: u64,
+}
+
+/// Something mounted at this node, by a line of mountinfo(5).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Mounted {
+    path: PathBuf,
+    /// What of the file system is there.
+    root: String,
+    device: String,
+    /// Name of the file system.
+    kind: String,
+}
+
+impl Mounted {
+    /// Whether what one of `paths` leads to depends on it.
+    fn is_around(&self, paths: &[PathBuf]) -> bool {
+        let related = |path: &PathBuf| self.path.starts_with(path) || path.starts_with(&self.path);
+        self.is_storage() && paths.iter().any(related)
+    }
+
+    fn is_storage(&self) -> bool {
+        !NOT_STORAGE.contains(&self.kind.as_str())
+    }
 }
 
 impl Storage {
@@ -92,8 +119,13 @@ impl Storage {
             }
         });
         let paths: Vec<PathBuf> = resolved.collect::<Result<_, _>>()?;
-        let places = places(&paths)?;
-        Ok(Self { paths, places })
+        let mounts = mounts_around(&paths)?;
+        let places = places(&paths, &mounts)?;
+        Ok(Self {
+            paths,
+            places,
+            mounts,
+        })
     }
 
     /// The declared paths, as open files below them are named.
@@ -108,19 +140,35 @@ impl Storage {
 
     /// Whether something of it has caches that do not agree between nodes.
     pub fn is_incoherent(&self) -> bool {
-        let incoherent =
-            |place: &Place| !matches!(kind::of(&place.path), Ok((Kind::Local | Kind::Coherent, _)));
+        let incoherent = |place: &Place| kind::of_number(place.number) == Kind::OnOpen;
         self.places.iter().any(incoherent)
     }
 
-    /// Refuses mounts below the declared paths that the target knows nothing of.
+    /// The number of the file system that `path` is on, if it is below a declared path; as looked
+    /// up once: nothing is asked of the storage.
+    pub fn number_at(&self, path: &Path) -> Option<u64> {
+        let around = self
+            .places
+            .iter()
+            .filter(|place| path.starts_with(&place.path));
+        let nearest = around.max_by_key(|place| place.path.as_os_str().len());
+        nearest.map(|place| place.number)
+    }
+
+    /// Refuses mounts at, below or above the declared paths that the target knows nothing of. Asks
+    /// the kernel's table alone, and nothing of the storage.
     pub fn check_unchanged(&self) -> Result<(), Failure> {
-        match places(&self.paths)?.difference(&self.places).next() {
+        let now = mounts_around(&self.paths)?;
+        let changed = |mounted: &Mounted, how: &str| {
+            let why = format!("was {how} since the move began: move it again");
+            Err(differs(&mounted.path, &why))
+        };
+        if let Some(mounted) = now.difference(&self.mounts).next() {
+            return changed(mounted, "mounted");
+        }
+        match self.mounts.difference(&now).next() {
+            Some(mounted) => changed(mounted, "unmounted"),
             None => Ok(()),
-            Some(place) => Err(differs(
-                &place.path,
-                "was mounted since the move began: move it again",
-            )),
         }
     }
 
@@ -263,38 +311,45 @@ fn changed(metadata: &Metadata) -> u64 {
 }
 
 fn is_mount_point(path: &Path) -> bool {
-    mounts().is_ok_and(|mounts| mounts.iter().any(|(mounted, _)| mounted == path))
+    mounts().is_ok_and(|mounts| mounts.iter().any(|mounted| mounted.path == path))
 }
 
-/// Where something is mounted at this node, and which kind of file system.
-fn mounts() -> Result<Vec<(PathBuf, String)>, procfs::ProcError> {
+/// What is mounted at this node.
+fn mounts() -> Result<Vec<Mounted>, procfs::ProcError> {
     let mounts = Process::myself()?.mountinfo()?.into_iter();
-    let place = |mount: procfs::process::MountInfo| {
-        (decoded(&mount.mount_point.to_string_lossy()), mount.fs_type)
+    let mounted = |mount: procfs::process::MountInfo| Mounted {
+        path: decoded(&mount.mount_point.to_string_lossy()),
+        root: mount.root,
+        device: mount.majmin,
+        kind: mount.fs_type,
     };
-    Ok(mounts.map(place).collect())
+    Ok(mounts.map(mounted).collect())
 }
 
-/// `paths` and what is mounted below them; of a path within another one only the outer.
-fn places(paths: &[PathBuf]) -> Result<BTreeSet<Place>, Failure> {
+fn mounts_around(paths: &[PathBuf]) -> Result<BTreeSet<Mounted>, Failure> {
     if paths.is_empty() {
         return Ok(BTreeSet::new());
     }
     let mounts = mounts()
         .map_err(|error| differs(&paths[0], &format!("cannot be looked at: mounts: {error}")))?;
-    let below = mounts.into_iter().filter(|(mounted, kind)| {
-        !NOT_STORAGE.contains(&kind.as_str()) && paths.iter().any(|path| mounted.starts_with(path))
-    });
+    let around = mounts.into_iter().filter(|mount| mount.is_around(paths));
+    Ok(around.collect())
+}
+
+/// `paths` and what is mounted below them; of a path within another one only the outer.
+fn places(paths: &[PathBuf], mounts: &BTreeSet<Mounted>) -> Result<BTreeSet<Place>, Failure> {
+    let below = mounts.iter().map(|mounted| &mounted.path);
+    let below = below.filter(|mounted| paths.iter().any(|path| mounted.starts_with(path)));
     let mut places = BTreeSet::new();
-    for path in paths
-        .iter()
-        .cloned()
-        .chain(below.map(|(mounted, _)| mounted))
-    {
-        match fs::metadata(&path) {
-            Ok(metadata) => {
-                let device = metadata.dev();
-                places.insert(Place { path, device });
+    for path in paths.iter().chain(below).cloned() {
+        let found = fs::metadata(&path).and_then(|found| Ok((found.dev(), kind::of(&path)?.1)));
+        match found {
+            Ok((device, number)) => {
+                places.insert(Place {
+                    path,
+                    device,
+                    number,
+                });
             }
             // Something is mounted over the folder it is in.
             Err(error) if error.kind() == io::ErrorKind::NotFound && !paths.contains(&path) => {}
@@ -337,4 +392,4 @@ fn differs(path: &Path, why: &str) -> Failure {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -27,6 +27,9 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::{oneshot, watch};
 
 use super::{Storage, kind};
+use crate::runtime::detached;
+use crate::sys::ptrace::{self, Shared};
+use crate::sys::task;
 
 /// The file systems of shared storage, each once.
 #[derive(Clone, Debug, Default)]
@@ -63,12 +66,11 @@ impl FileSystems {
                 .read(true)
                 .custom_flags(libc::O_NONBLOCK)
                 .open(&path);
-            let opened = file.and_then(|file| Ok((kind::of(&path)?.1, file)));
-            match opened {
-                Ok((number, file)) => Ok(FileSystem {
+            match file {
+                Ok(file) => Ok(FileSystem {
                     path,
                     device: place.device,
-                    number,
+                    number: place.number,
                     file,
                 }),
                 Err(error) => Err(failed(&path, &error)),
@@ -84,10 +86,9 @@ impl FileSystems {
 
     /// Begins to sync all of them. `pids` are the workload's processes.
     pub fn begin(&self, pids: Vec<i32>) -> Syncing {
-        let (end, ended) = oneshot::channel();
         let at = Arc::new(Mutex::new(PathBuf::new()));
         let (systems, place) = (Arc::clone(&self.0), Arc::clone(&at));
-        let work = move || {
+        let ended = detached::begin("sync", move || {
             let began = Instant::now();
             let synced = systems.iter().try_for_each(|system| {
                 place
@@ -96,17 +97,8 @@ impl FileSystems {
                     .clone_from(&system.path);
                 system.sync(&pids)
             });
-            // Nobody may be waiting any more.
-            drop(end.send(synced.map(|()| began.elapsed())));
-        };
-        // Not one of the runtime's threads: it may never end, and the runtime would wait for it.
-        let spawned = std::thread::Builder::new()
-            .name("sync".to_owned())
-            .spawn(work);
-        if let Err(error) = spawned {
-            // The sender is gone with the closure, so whoever waits hears of it.
-            tracing::warn!("no thread to sync with: {error}");
-        }
+            synced.map(|()| began.elapsed())
+        });
         Syncing { ended, at }
     }
 }
@@ -177,12 +169,23 @@ impl FileSystem {
     }
 }
 
-/// All descriptors of a process: a thread may have a table of its own.
+/// All descriptors of a process. Threads nearly always have one table: each table is listed once.
 pub(super) fn descriptors(pid: i32) -> Vec<PathBuf> {
-    let list = |path: String| fs::read_dir(path).into_iter().flatten().flatten();
-    let threads = list(format!("/proc/{pid}/task"));
-    threads
-        .flat_map(|thread| list(format!("{}/fd", thread.path().display())))
+    let mut listed: Vec<i32> = Vec::new();
+    // One that has ended has none.
+    for tid in task::threads(pid).unwrap_or_default() {
+        // Where the kernel does not say, rather once too often.
+        let shares = |known: &i32| {
+            ptrace::compare(*known, tid, Shared::Files).is_ok_and(|order| order.is_eq())
+        };
+        if !listed.iter().any(shares) {
+            listed.push(tid);
+        }
+    }
+    let list = |tid| fs::read_dir(format!("/proc/{pid}/task/{tid}/fd"));
+    listed
+        .into_iter()
+        .flat_map(|tid| list(tid).into_iter().flatten().flatten())
         .map(|entry| entry.path())
         .collect()
 }

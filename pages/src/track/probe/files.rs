@@ -149,6 +149,7 @@ const FILES_MAX: usize = 4 << 20;
 mod tests {
     use super::*;
     use crate::track::probe::{KERNEL_TYPES, kernel_types};
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
     use std::collections::BTreeMap;
     use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
@@ -161,6 +162,8 @@ mod tests {
         let probe = Files::load(&kernel_types().unwrap()).unwrap();
         // More than fit into one read of the iterator, of several kinds. Other tests open and close
         // in the same process, so only these are compared.
+        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
         let mut options = std::fs::File::options();
         options.read(true);
         let mut files = Vec::new();

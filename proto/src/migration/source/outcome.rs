@@ -273,7 +273,11 @@ impl SourceMachine {
         self.journal(Entry::Aborted(self.failure_or_unknown()));
     }
 
-    pub(super) fn thawed(&mut self, now: Time) {
+    pub(super) fn thawed(&mut self, now: Time, untrack: bool) {
+        // That of a freeze that was given up; what came since asks for more, and waits for it.
+        if !untrack && !matches!(self.state, State::Retrying(_)) {
+            return;
+        }
         match &mut self.state {
             State::Retrying(retrying) => {
                 retrying.thawed = true;

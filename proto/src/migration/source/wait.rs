@@ -63,7 +63,7 @@ impl Wait {
             Self::LiveSets => "the target to take the live sets",
             Self::Digests => "digests of all pages, and the target to take them",
             Self::Images => "the target to take CRIU's images",
-            Self::Storage => "shared storage to be synced",
+            Self::Storage => "shared storage to answer",
             Self::Smaps => "the comparison of the mappings",
             Self::Held => "the target to acknowledge the final round",
             Self::Ready => "the target's restore",

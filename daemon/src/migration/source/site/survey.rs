@@ -13,7 +13,7 @@ use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::description::WorkloadDescription;
+use pageferry_proto::wire::description::{MountDescription, WorkloadDescription};
 use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
@@ -27,17 +27,22 @@ use crate::migration::source::storage::Kept;
 use crate::migration::source::unread::Unreadable;
 use crate::migration::source::waits::Waits;
 use crate::migration::text::{internal, network_unfit};
+use crate::runtime::cpu;
+use crate::runtime::detached;
 use crate::runtime::identity::{Anchor, Identity};
 use crate::runtime::limits;
 use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
-use crate::runtime::shared::marker::Markers;
+use crate::runtime::process::{self, Described};
 use crate::runtime::shared::{self, Storage};
-use crate::runtime::{cpu, process};
 
 /// How often it is looked for locks, and how long between two looks.
 const LOOKS: usize = 5;
 const LOOK_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long one look at the files of a workload may take: smaps take 11 ms per GiB, and thousands
+/// of files as many questions to their storage.
+const SURVEY_MAX: Duration = Duration::from_secs(60);
 
 /// A surveyed workload: nothing of it has been touched.
 #[derive(Debug)]
@@ -57,6 +62,7 @@ struct Found {
     anchor: Option<Anchor>,
     own: Vec<NamespaceKind>,
     mounts: Option<Mounts>,
+    described_mounts: Vec<MountDescription>,
     freezer: Freezer,
     locks: Locks,
     origin: Option<PathBuf>,
@@ -122,14 +128,10 @@ impl Site {
         let anchor = Anchor::new(root).map_err(|_| ended(root))?;
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| unreadable(&error))?;
         let pids = tree.pids();
-        // First: to open a file that is leased would break the lease.
-        let locks = Locks {
-            shared: asked.shared.to_vec(),
-            mounts: block_in_place(|| process::mounts(root))?,
-        };
+        let (storage, locks) = find_storage(root, asked.shared).await?;
+        // Before files are opened: that would break the lease of one that is leased.
         check_locks(&locks, &pids).await?;
-        let storage = block_in_place(|| Storage::find(asked.shared))?;
-        let described = block_in_place(|| process::describe(root, &pids, storage.paths()))?;
+        let described = describe(root, &pids, &storage).await?;
         block_in_place(|| {
             pids.iter()
                 .try_for_each(|pid| check_trackable(*pid, root, &node.support))
@@ -139,7 +141,8 @@ impl Site {
         block_in_place(|| add_needs(&mut description, &node, id, &pids));
         description.cpu = (!asked.force_cpu).then(cpu::read);
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
-        let kept = block_in_place(|| Kept::open(storage, &mut description.shared))?;
+        let (kept, shared) = looking(root, move || Kept::open(storage)).await?;
+        description.shared = shared;
         let ports = if described.own.contains(&NamespaceKind::Net) {
             add_network(&mut description, root).await?
         } else {
@@ -173,6 +176,7 @@ impl Site {
             anchor: Some(anchor),
             own: described.own,
             mounts: described.mounts,
+            described_mounts: description.mounts.clone(),
             freezer,
             locks,
             origin,
@@ -188,12 +192,13 @@ impl Site {
         })
     }
 
-    /// A site for a migration that a dead daemon has left: it can be thawed or released.
+    /// A site for a migration that a dead daemon has left: it can be thawed or released, unless it
+    /// `is_over`. Asks nothing of shared storage: one that does not answer holds up no restart.
     pub async fn recover(
         node: SourceNode,
         id: MigrationId,
         policy: Policy,
-        state: &DriverState,
+        (state, is_over): (&DriverState, bool),
         cancelled: watch::Receiver<bool>,
     ) -> Result<Self, Failure> {
         let state: SiteState = serde_json::from_slice(state.as_bytes()).map_err(|error| {
@@ -226,16 +231,16 @@ impl Site {
             anchor: Anchor::again(&identity),
             own: Vec::new(),
             mounts: None,
+            described_mounts: Vec::new(),
             freezer: Freezer::at(state.freezer),
             locks: Locks::default(),
             origin: state.origin,
             ports,
             memory_bytes: 0,
             true_smaps: false,
-            kept: Kept::default(),
+            // Of one that is over nothing is left to do.
+            kept: Kept::recovered(if is_over { Vec::new() } else { state.markers }),
         };
-        // What they were for is over.
-        drop(Markers::recovered(state.markers));
         Ok(Self::untouched(node, id, policy, found, cancelled))
     }
 
@@ -255,6 +260,7 @@ impl Site {
             anchor: found.anchor,
             own: found.own,
             mounts: found.mounts,
+            described_mounts: found.described_mounts,
             freezer: found.freezer,
             locks: found.locks,
             origin: found.origin,
@@ -285,15 +291,43 @@ impl Site {
     }
 }
 
+/// Looks at files, whose storage may not answer: other workloads wait until this one is surveyed.
+async fn looking<T: Send + 'static>(
+    root: i32,
+    look: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let what = format!("the files of process {root}");
+    detached::within("survey", (&what, SURVEY_MAX), look).await
+}
+
+async fn find_storage(root: i32, declared: &[PathBuf]) -> Result<(Storage, Locks), Failure> {
+    let declared = declared.to_vec();
+    looking(root, move || {
+        let storage = Storage::find(&declared)?;
+        let locks = Locks::on(&storage, process::mounts(root)?);
+        Ok((storage, locks))
+    })
+    .await
+}
+
+async fn describe(root: i32, pids: &[i32], storage: &Storage) -> Result<Described, Failure> {
+    let (pids, paths) = (pids.to_vec(), storage.paths().to_vec());
+    looking(root, move || process::describe(root, &pids, &paths)).await
+}
+
 /// Refuses a lock that is held whenever it is looked for.
 async fn check_locks(locks: &Locks, pids: &[i32]) -> Result<(), Failure> {
-    let mut held = block_in_place(|| locks.held(pids));
+    let look = async || {
+        let (root, locks, pids) = (pids.first().copied(), locks.clone(), pids.to_vec());
+        looking(root.unwrap_or_default(), move || Ok(locks.held(&pids))).await
+    };
+    let mut held = look().await?;
     for _ in 1..LOOKS {
         if held.is_empty() {
             return Ok(());
         }
         tokio::time::sleep(LOOK_PAUSE).await;
-        let now = block_in_place(|| locks.held(pids));
+        let now = look().await?;
         held.retain(|lock| now.contains(lock));
     }
     held.first().map_or(Ok(()), |lock| Err(lock.refused()))

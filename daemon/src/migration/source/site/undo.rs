@@ -4,12 +4,14 @@
 //! Invariants: ports are opened after the cgroup is thawed, and deleted before the frozen copy
 //! dies; SIGKILL is pending on every task before a copy that is given away is thawed.
 
+use std::fs;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use criu_glue::repair;
 use pageferry_cgroup::freezer::Freezer;
-use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::code::Failure;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use pageferry_sys::task::{is_seizing, threads, tracer};
 use tokio::task::block_in_place;
@@ -18,6 +20,8 @@ use super::{Dumping, Site};
 use crate::link::announce::announce;
 use crate::link::describe::describe;
 use crate::link::netlink::Netlink;
+use crate::link::port::Port;
+use crate::migration::source::dump::DumpError;
 use crate::migration::source::failure::freeze_failed;
 use crate::migration::text::{chain, internal, network_unfit};
 
@@ -39,6 +43,7 @@ impl Site {
     pub async fn thaw(&mut self, untrack: bool) -> Result<(), Failure> {
         self.comparing = None;
         drop(self.kept.take_syncing());
+        let mut let_go_within = LET_GO_TIMEOUT;
         match std::mem::take(&mut self.dumping) {
             Dumping::No => {}
             // It has not touched anything, and can wait for the next freeze.
@@ -48,21 +53,21 @@ impl Site {
                 // A CRIU that fails here has let go of the tasks all the same, by its end.
                 if let Err(error) = dump.rollback(self.release_patience()).await {
                     tracing::warn!("criu did not end well: {}", chain(&error));
+                    if matches!(error, DumpError::Timeout { .. }) {
+                        let_go_within = Duration::ZERO;
+                    }
                 }
             }
         }
-        self.wait_untraced().await?;
+        self.wait_let_go(let_go_within).await;
         if self.freezer.exists() {
             block_in_place(|| self.end_repair());
             self.freezer.thaw().map_err(|error| freeze_failed(&error))?;
         }
         if !self.ports.is_empty() {
             let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
-            for port in &self.ports {
-                port.open(&netlink)
-                    .await
-                    .map_err(|error| network_unfit(&error))?;
-            }
+            let opened = Port::open_all(&self.ports, &netlink).await;
+            opened.map_err(|error| network_unfit(&error))?;
             if untrack && let Err(error) = self.announce().await {
                 // Its next frame says the same.
                 tracing::warn!("the workload's addresses are not announced: {error}");
@@ -73,7 +78,7 @@ impl Site {
             self.pending.clear();
             block_in_place(|| self.kept.offer_is_answered());
             self.leave_cgroup();
-            drop(std::fs::remove_dir_all(&self.directory));
+            drop(fs::remove_dir_all(&self.directory));
         } else if matches!(self.dumping, Dumping::No) {
             self.prepare_dump()?;
         }
@@ -118,11 +123,7 @@ impl Site {
         if !self.freezer.exists() {
             return;
         }
-        let moved = self.freezer.processes().and_then(|pids| {
-            Freezer::at(origin.clone()).adopt(|| Ok(pids.clone()))?;
-            self.freezer.remove()
-        });
-        if let Err(error) = moved {
+        if let Err(error) = self.freezer.empty_into(&Freezer::at(origin.clone())) {
             // It runs, thawed, in a cgroup of ours; the next migration finds it there.
             tracing::warn!("the workload stays in its cgroup: {}", chain(&error));
         }
@@ -130,23 +131,29 @@ impl Site {
 
     /// A CRIU that lost its daemon lets go by itself; a thaw before that would do nothing. But one
     /// that was killed while its tracer waited for a task to trap, which is stopped and frozen, has
-    /// left it waiting for the thaw.
-    async fn wait_untraced(&self) -> Result<(), Failure> {
-        let deadline = Instant::now() + LET_GO_TIMEOUT;
+    /// left it waiting for the thaw. Nobody else who traces is waited for: a debugger may stay for
+    /// days. What comes of a CRIU that does not end is said, and the rest of the tree goes on.
+    async fn wait_let_go(&self, limit: Duration) {
+        let criu = &self.node.criu;
+        let of_criu = |tracer: &i32| is_criu(*tracer, criu);
         // Who traces another process of that number is nothing to us.
-        while let Some(tracer) = tracer(self.root).filter(|_| self.is_root()) {
-            if is_seizing(tracer) && self.freezer.exists() {
-                self.freezer.thaw().map_err(|error| freeze_failed(&error))?;
+        let held_by = || tracer(self.root).filter(of_criu).filter(|_| self.is_root());
+        let seizing = |tracer| {
+            if is_seizing(tracer)
+                && self.freezer.exists()
+                && let Err(error) = self.freezer.thaw()
+            {
+                tracing::warn!("what criu waits for stays frozen: {}", chain(&error));
             }
-            if Instant::now() > deadline {
-                return Err(Failure::new(
-                    ErrorCode::Traced,
-                    format!("process {} is still held by process {tracer}", self.root),
-                ));
-            }
-            tokio::time::sleep(Duration::from_millis(2)).await;
+        };
+        if let Some(tracer) = let_go(held_by, seizing, limit).await {
+            tracing::warn!(
+                root = self.root,
+                tracer,
+                "criu was told to end and still holds tasks: it may wait for a file system that \
+                 does not answer; the workload is thawed, and they go on when criu ends"
+            );
         }
-        Ok(())
     }
 
     /// Ends the frozen copy: it runs elsewhere now.
@@ -189,9 +196,37 @@ impl Site {
                 .map_err(|error| freeze_failed(&error))?;
         }
         self.remove_groups();
-        drop(std::fs::remove_dir_all(&self.directory));
+        drop(fs::remove_dir_all(&self.directory));
         Ok(())
     }
+}
+
+/// Waits until nobody holds the tree any more, for at most `limit`; who still does then. `seizing`
+/// is called with whoever does, again and again.
+async fn let_go(
+    held_by: impl Fn() -> Option<i32>,
+    seizing: impl Fn(i32),
+    limit: Duration,
+) -> Option<i32> {
+    let deadline = Instant::now() + limit;
+    while let Some(tracer) = held_by() {
+        seizing(tracer);
+        if Instant::now() > deadline {
+            return Some(tracer);
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    None
+}
+
+/// Whether task `tracer` is CRIU, by the program it runs or its name, or traces for CRIU.
+fn is_criu(tracer: i32, criu: &Path) -> bool {
+    let runs = fs::read_link(format!("/proc/{tracer}/exe")).unwrap_or_default();
+    let name = fs::read_to_string(format!("/proc/{tracer}/comm")).unwrap_or_default();
+    name.starts_with("criu")
+        || runs
+            .file_name()
+            .is_some_and(|name| Some(name) == criu.file_name())
 }
 
 impl Site {
@@ -204,5 +239,68 @@ impl Site {
         if let Err(error) = block_in_place(|| group.remove(Duration::ZERO)) {
             tracing::warn!("a cgroup of the workload is left: {}", chain(&error));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread::JoinHandle;
+
+    use super::*;
+    use pageferry_sys::ptrace;
+    use pageferry_trial::Trial;
+
+    /// The other process of these tests.
+    #[test]
+    fn workload() {
+        pageferry_trial::obey();
+    }
+
+    /// A thread that traces process `pid` until this is dropped.
+    struct Tracing(Option<mpsc::Sender<()>>, Option<JoinHandle<()>>);
+
+    impl Tracing {
+        fn begin(pid: i32, name: &str) -> Self {
+            let (seized, ready) = mpsc::channel();
+            let (done, finish) = mpsc::channel::<()>();
+            let thread = std::thread::Builder::new().name(name.to_owned());
+            let thread = thread.spawn(move || {
+                ptrace::seize(pid).unwrap();
+                seized.send(()).unwrap();
+                let _ = finish.recv();
+            });
+            ready.recv().unwrap();
+            Self(Some(done), Some(thread.unwrap()))
+        }
+    }
+
+    impl Drop for Tracing {
+        fn drop(&mut self) {
+            drop(self.0.take());
+            let _ = self.1.take().unwrap().join();
+        }
+    }
+
+    #[tokio::test]
+    async fn only_criu_is_waited_for_and_not_for_ever() {
+        let trial = Trial::start("migration::source::site::undo::tests::workload");
+        let pid = trial.pid();
+        let criu = Path::new("/usr/sbin/criu");
+        let held_by = || tracer(pid).filter(|tracer| is_criu(*tracer, criu));
+        let debugger = Tracing::begin(pid, "gdb");
+        assert!(tracer(pid).is_some());
+        let long = Duration::from_secs(60);
+        assert_eq!(let_go(held_by, |_| (), long).await, None);
+        drop(debugger);
+        let criu_tracer = Tracing::begin(pid, "criu-tracer");
+        let short = Duration::from_millis(20);
+        assert_eq!(let_go(held_by, |_| (), short).await, tracer(pid));
+        let ends = async {
+            tokio::task::yield_now().await;
+            drop(criu_tracer);
+        };
+        let (left, ()) = tokio::join!(let_go(held_by, |_| (), long), ends);
+        assert_eq!(left, None);
     }
 }

@@ -27,6 +27,10 @@ pub struct State {
     pub failing: bool,
     /// Writes are not answered.
     pub hanging: bool,
+    /// Nothing is answered.
+    pub silent: bool,
+    /// The kernel is to ask for attributes each time.
+    pub uncached: bool,
     held: Vec<u64>,
     /// Root may not make files, as at a server that takes root for nobody.
     pub squashing: bool,
@@ -97,13 +101,30 @@ impl Fuse {
         self.state().files.get(name).expect("a file").1.clone()
     }
 
-    /// Answers the writes that were held, with an error, and hangs no more.
+    /// Answers what was held, with an error, and hangs no more.
     pub fn release(&self) {
         let mut state = self.state();
-        state.hanging = false;
+        (state.hanging, state.silent) = (false, false);
         for unique in std::mem::take(&mut state.held) {
             answer(&mut &self.device, unique, libc::EIO, &[]);
         }
+    }
+}
+
+/// A server that answers nothing, until this is dropped: before whatever is open there.
+#[derive(Debug)]
+pub struct Silent<'a>(&'a Fuse);
+
+impl<'a> Silent<'a> {
+    pub fn begin(fuse: &'a Fuse) -> Self {
+        fuse.state().silent = true;
+        Self(fuse)
+    }
+}
+
+impl Drop for Silent<'_> {
+    fn drop(&mut self) {
+        self.0.release();
     }
 }
 
@@ -152,18 +173,18 @@ fn attributes(inode: u64, length: usize) -> Vec<u8> {
 /// Who owns everything.
 pub const OWNER: u32 = 12_345;
 
-/// `struct fuse_attr_out`: not to be asked again within a second.
-fn attributes_out(inode: u64, length: usize) -> Vec<u8> {
-    let mut bytes = 1_u64.to_le_bytes().to_vec();
+/// `struct fuse_attr_out`: not to be asked again for so many seconds.
+fn attributes_out(valid: u64, inode: u64, length: usize) -> Vec<u8> {
+    let mut bytes = valid.to_le_bytes().to_vec();
     bytes.extend([0; 8]);
     bytes.extend(attributes(inode, length));
     bytes
 }
 
 /// `struct fuse_entry_out`.
-fn entry(inode: u64, length: usize) -> Vec<u8> {
+fn entry(valid: u64, inode: u64, length: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
-    for word in [inode, 0, 1, 1] {
+    for word in [inode, 0, valid, valid] {
         bytes.extend(u64::to_le_bytes(word));
     }
     bytes.extend([0; 8]);
@@ -183,6 +204,12 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
     let mut state = state.lock().expect("nobody panics with it");
     let (opcode, unique, node) = (u32_at(request, 4), u64_at(request, 8), u64_at(request, 16));
     let (uid, body) = (u32_at(request, 24), &request[40..]);
+    // FORGET, INIT, INTERRUPT, BATCH_FORGET: nobody waits for these.
+    if state.silent && ![2, 26, 36, 42].contains(&opcode) {
+        state.held.push(unique);
+        return;
+    }
+    let valid = u64::from(!state.uncached);
     let length = |state: &State| {
         let mut files = state.files.values();
         files
@@ -192,21 +219,21 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
     let (errno, reply) = match opcode {
         // LOOKUP
         1 => match state.files.get(&name_of(body)) {
-            Some((inode, data)) => (0, entry(*inode, data.len())),
+            Some((inode, data)) => (0, entry(valid, *inode, data.len())),
             None => (libc::ENOENT, Vec::new()),
         },
         // FORGET, INTERRUPT, BATCH_FORGET: no answer.
         2 | 36 | 42 => return,
         // GETATTR
-        3 if node == ROOT => (0, attributes_out(ROOT, 0)),
+        3 if node == ROOT => (0, attributes_out(valid, ROOT, 0)),
         3 => match length(&state) {
-            Some(length) => (0, attributes_out(node, length)),
+            Some(length) => (0, attributes_out(valid, node, length)),
             None => (libc::ENOENT, Vec::new()),
         },
         // SETATTR
         4 => {
             resize(&mut state, node, body);
-            (0, attributes_out(node, length(&state).unwrap_or(0)))
+            (0, attributes_out(valid, node, length(&state).unwrap_or(0)))
         }
         // UNLINK
         10 => match state.files.remove(&name_of(body)) {
@@ -245,7 +272,7 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
             state
                 .files
                 .insert(name_of(&body[16..]), (inode, Vec::new()));
-            (0, [entry(inode, 0), vec![0; 16]].concat())
+            (0, [entry(valid, inode, 0), vec![0; 16]].concat())
         }
         _ => (libc::ENOSYS, Vec::new()),
     };

@@ -1,6 +1,6 @@
 //! On real file systems: tmpfs, ext4 on a loop device, and one in user space. They need root.
 
-mod fuse;
+pub(crate) mod fuse;
 
 use std::fs::{self, File, FileTimes};
 use std::io::Write;
@@ -24,6 +24,8 @@ use super::sync::FileSystems;
 use super::*;
 use crate::runtime::files;
 use fuse::{Fuse, OWNER};
+use pageferry_sys::shared_mapping;
+use pageferry_trial::Trial;
 
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_secs(60);
@@ -108,6 +110,16 @@ fn markers_in(folder: &Path) -> usize {
     fs::read_dir(folder).unwrap().count()
 }
 
+/// Markers are removed by a thread of their own.
+#[track_caller]
+fn until(what: &str, holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + LONG;
+    while !holds() {
+        assert!(Instant::now() < deadline, "never happened: {what}");
+        std::thread::yield_now();
+    }
+}
+
 fn sync(path: &Path, limit: Duration, cancelled: watch::Receiver<bool>) -> Result<(), Failure> {
     let systems = FileSystems::open(&storage(path)).expect("storage that can be opened");
     let syncing = systems.begin(vec![std::process::id().cast_signed()]);
@@ -165,7 +177,7 @@ fn a_file_is_proven_by_the_folder_it_is_in() {
     fs::write(&file, "much longer").unwrap();
     assert_eq!(check(&offered, SAME_KERNEL), Ok(()));
     drop(markers);
-    assert_eq!(markers_in(folder.path()), 1);
+    until("the marker is gone", || markers_in(folder.path()) == 1);
 }
 
 #[test]
@@ -174,14 +186,14 @@ fn a_marker_is_removed_with_its_migration_and_after_a_crash() {
     let (_, markers) = offer_of(folder.path());
     assert_eq!(markers_in(folder.path()), 1);
     drop(markers);
-    assert_eq!(markers_in(folder.path()), 0);
+    until("the marker is gone", || markers_in(folder.path()) == 0);
     let (_, markers) = offer_of(folder.path());
     let journalled = serde_json::to_string(markers.written()).unwrap();
     // What a crash does.
     std::mem::forget(markers);
     let written: Vec<Written> = serde_json::from_str(&journalled).unwrap();
     drop(Markers::recovered(written));
-    assert_eq!(markers_in(folder.path()), 0);
+    until("the marker is gone", || markers_in(folder.path()) == 0);
 }
 
 #[test]
@@ -211,6 +223,7 @@ fn a_path_that_is_missing_is_refused_by_its_name_at_either_node() {
     fs::create_dir(&path).unwrap();
     let (offered, markers) = offer_of(&path);
     drop(markers);
+    until("the marker is gone", || markers_in(&path) == 0);
     fs::remove_dir(&path).unwrap();
     let words = ["/gone", "is not at the target"];
     refused(
@@ -289,7 +302,28 @@ fn where_root_is_nobody_the_owner_of_the_folder_writes_the_marker() {
     assert!(offered.marker.is_some());
     assert_eq!(check(&offered, SAME_KERNEL), Ok(()));
     drop(markers);
-    assert!(fuse.state().files.is_empty());
+    until("the marker is gone", || fuse.state().files.is_empty());
+}
+
+#[test]
+fn a_table_of_descriptors_is_listed_once_however_many_threads_have_it() {
+    let mut trial = Trial::start("pages::track::tests::workload");
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("data");
+    fs::write(&path, "x").unwrap();
+    trial.tell("threads 8");
+    let table = || fs::read_dir(format!("/proc/{}/fd", trial.pid())).unwrap();
+    let open = table().count();
+    assert_eq!(sync::descriptors(trial.pid()).len(), open);
+    // One of them takes a copy of the table, and opens one more there.
+    trial.tell(&format!("open-direct-in-thread {}", path.display()));
+    let found = sync::descriptors(trial.pid());
+    assert_eq!(found.len(), 2 * open + 1);
+    assert!(
+        found
+            .iter()
+            .any(|found| fs::read_link(found).is_ok_and(|name| name == path))
+    );
 }
 
 #[test]
@@ -389,45 +423,56 @@ fn a_writable_shared_mapping_is_refused_where_caches_differ() {
     let own = std::process::id().cast_signed();
     let folder = TempDir::new().unwrap();
     let fuse = Fuse::mount(folder.path());
-    let open = |path: &Path| {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path);
-        let file = file.unwrap();
-        file.set_len(4096).unwrap();
-        file
-    };
-    let paths = [fuse.path.clone()];
-    assert!(storage(&fuse.path).is_incoherent());
-    assert_eq!(mappings::find_incoherent(own, &paths, None), None);
-    let file = open(&fuse.path.join("data"));
+    let (declared, elsewhere) = (storage(&fuse.path), TempDir::new().unwrap());
+    let check = || mappings::check_coherent(own, &declared, None);
+    assert!(declared.is_incoherent());
+    assert_eq!(check(), Ok(()));
+    let file = mappable(&fuse.path.join("data"));
     let later = shared_mapping::write_later(&file);
-    let failure = mappings::find_incoherent(own, &paths, None).expect("it may write later");
     refused(
-        Err(failure),
+        check(),
         ErrorCode::SharedIncoherent,
         &["/data", &own.to_string(), "fuse"],
     );
     drop(later);
-    assert_eq!(mappings::find_incoherent(own, &paths, None), None);
+    assert_eq!(check(), Ok(()));
     let now = shared_mapping::writable(&file);
-    assert!(mappings::find_incoherent(own, &paths, None).is_some());
+    assert!(check().is_err());
     // Only where it was declared.
-    assert_eq!(
-        mappings::find_incoherent(own, &[PathBuf::from("/nowhere")], None),
-        None
-    );
+    let other = storage(elsewhere.path());
+    assert_eq!(mappings::check_coherent(own, &other, None), Ok(()));
     drop(now);
     let local = TempDir::new_in("/dev/shm").unwrap();
-    let _mapping = shared_mapping::writable(&open(&local.path().join("data")));
-    assert_eq!(
-        mappings::find_incoherent(own, &[local.path().to_owned()], None),
-        None
-    );
+    let _mapping = shared_mapping::writable(&mappable(&local.path().join("data")));
+    let other = storage(local.path());
+    assert_eq!(mappings::check_coherent(own, &other, None), Ok(()));
     assert!(matches!(kind::of(local.path()), Ok((Kind::Local, _))));
+}
+
+fn mappable(path: &Path) -> File {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path);
+    let file = file.unwrap();
+    file.set_len(4096).unwrap();
+    file
+}
+
+#[test]
+fn a_file_elsewhere_that_is_mapped_to_be_read_asks_for_no_smaps() {
+    let own = procfs::process::Process::myself().unwrap();
+    let (here, there) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let file = mappable(&there.path().join("modules"));
+    let _mapping = shared_mapping::write_later(&file);
+    let asks = |folder: &Path| {
+        let (_, unsure) = mappings::writable_now(&own, |path| path.starts_with(folder)).unwrap();
+        unsure
+    };
+    assert!(!asks(here.path()));
+    assert!(asks(there.path()));
 }
 
 #[test]
