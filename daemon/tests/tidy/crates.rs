@@ -35,9 +35,15 @@ pub const CRATES: &[Crate] = &[
         tests_use: &["criu-view", "pageferry-bench"],
     },
     Crate {
+        folder: "criu-glue/tracer",
+        package: "criu-tracer",
+        uses: &[],
+        tests_use: &[],
+    },
+    Crate {
         folder: "criu-glue/view",
         package: "criu-view",
-        uses: &[],
+        uses: &["criu-tracer"],
         tests_use: &[],
     },
     Crate {
@@ -55,7 +61,7 @@ pub const CRATES: &[Crate] = &[
     Crate {
         folder: "cgroup",
         package: "pageferry-cgroup",
-        uses: &["pageferry-sys"],
+        uses: &["pageferry-proto", "pageferry-sys"],
         tests_use: &["pageferry-trial"],
     },
     Crate {

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 
 use pageferry_proto::id::Round;
 use pageferry_proto::page::{PAGE_SIZE, PageRun};

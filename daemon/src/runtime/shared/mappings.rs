@@ -13,7 +13,7 @@ use procfs::process::{MMPermissions, MMapPath, Process, VmFlags};
 use super::Storage;
 use super::kind::{self, Kind};
 use crate::runtime::mounts::Mounts;
-use crate::sys::task;
+use pageferry_sys::task;
 
 /// The files that `process` has mapped shared, and may write there: now, or after an mprotect(2),
 /// which a mapping of a descriptor open for writing allows. Of files that do not `matter` some may

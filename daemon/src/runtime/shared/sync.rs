@@ -28,8 +28,8 @@ use tokio::sync::{oneshot, watch};
 
 use super::{Storage, kind};
 use crate::runtime::detached;
-use crate::sys::ptrace::{self, Shared};
-use crate::sys::task;
+use pageferry_sys::ptrace::{self, Shared};
+use pageferry_sys::task;
 
 /// The file systems of shared storage, each once.
 #[derive(Clone, Debug, Default)]
