@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod lost;
 mod node;
 
 use std::fs;
