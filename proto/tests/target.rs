@@ -313,6 +313,19 @@ fn a_restarted_target_that_had_said_ready_is_held_without_a_connection() {
     assert_eq!(target.hear(GO), [target_journal(running())]);
 }
 
+// clause: H-9
+#[test]
+fn a_restarted_target_that_holds_nothing_any_more_refuses() {
+    let mut target = Target::recovered(&[accepted(), ready_entry()]);
+    target.actions();
+    assert_eq!(target.feed(TargetEvent::Failure(failure())), []);
+    assert_eq!(target.hear(GO), []);
+    assert_eq!(
+        target.journalled(ready_entry()),
+        [target_journal(refused())]
+    );
+}
+
 // clause: H-13
 #[test]
 fn a_fence_of_the_source_lets_a_ready_workload_run() {

@@ -9,7 +9,7 @@ use pageferry::migration::registry::Registry;
 use pageferry::migration::target::site::Site;
 use pageferry::net::lanes::{self, Listener};
 use pageferry_proto::id::MigrationId;
-use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::handoff::{RESEND, Side};
 use pageferry_proto::migration::record::{DriverState, Entry};
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::wire::code::ErrorCode;
@@ -56,22 +56,30 @@ async fn ask(node: &Node, of: MigrationId, message: &SourceMessage) -> (Registry
     let registry = node.start(here.clone()).await;
     let mut listener = Listener::start(here);
     let accepting = registry.clone();
-    tokio::spawn(async move {
+    let accepting = tokio::spawn(async move {
         while let Some(session) = listener.next().await {
             accepting.accept(session).await;
         }
     });
     let asking = async {
-        let mut session = lanes::dial(&there, &name("b"), of, 1).await.unwrap();
         loop {
-            session.sender.send(message.clone()).await.unwrap();
-            let pause = std::time::Duration::from_millis(200);
-            if let Ok(heard) = tokio::time::timeout(pause, session.receiver.next()).await {
-                return heard.unwrap().unwrap();
+            // A driver that is just ending drops whoever comes then.
+            let Ok(mut session) = lanes::dial(&there, &name("b"), of, 1).await else {
+                continue;
+            };
+            while session.sender.send(message.clone()).await.is_ok() {
+                let heard = tokio::time::timeout(RESEND, session.receiver.next()).await;
+                match heard {
+                    Ok(Ok(Some(heard))) => return heard,
+                    Ok(_) => break,
+                    Err(_) => {}
+                }
             }
         }
     };
     let heard = tokio::time::timeout(DEADLINE, asking).await;
+    accepting.abort();
+    let _ = accepting.await;
     (registry, heard.expect("the source is answered"))
 }
 
