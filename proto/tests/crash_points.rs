@@ -206,6 +206,28 @@ fn what_the_target_lost_before_it_ran_is_survived_by_the_source() {
     }
 }
 
+// clause: H-20
+#[test]
+fn a_target_that_lost_its_power_comes_to_its_end_wherever_that_was() {
+    let (mut kept, mut lost) = (0, 0);
+    for steps in 0..STEPS_MAX {
+        for found in FOUND {
+            let Some(mut run) = Run::new(Plan::Success, steps) else {
+                assert!(60 < kept && 2 < lost, "{kept} {lost}");
+                return;
+            };
+            run.world.apply(Op::PowerLoss(Side::Target, found)).unwrap();
+            match run.world.settle().unwrap() {
+                Survivor::Source => kept += 1,
+                Survivor::Nobody => lost += 1,
+                // It had no power yet to lose.
+                Survivor::Target => assert!(!run.world.held_dropped()),
+            }
+        }
+    }
+    panic!("the run does not end");
+}
+
 /// Lets the target alone come to its end, and then removes what it need not keep.
 fn expire_target(world: &mut World) {
     let is_target = |step: &Step| {

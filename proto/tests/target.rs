@@ -248,6 +248,31 @@ fn a_source_that_aborts_before_ready_is_answered_when_nothing_is_left() {
 }
 
 #[test]
+fn what_fails_while_it_is_undone_does_not_end_the_discard() {
+    let mut target = Target::restoring();
+    assert_eq!(target.hear(abort()), [TargetAction::Discard]);
+    // The streams that the source has cut.
+    assert_eq!(target.feed(TargetEvent::Failure(failure())), []);
+    assert_eq!(target.status().phase, Phase::Aborting);
+    let ended = Entry::Aborted(failure());
+    let actions = target.feed(TargetEvent::DiscardFailed(failure()));
+    assert_eq!(actions, [target_journal(ended)]);
+    let mut target = Target::ready();
+    target.hear(QUERY);
+    assert_eq!(target.journalled(refused()), [TargetAction::Discard]);
+    assert_eq!(target.feed(TargetEvent::Failure(failure())), []);
+    let actions = target.feed(TargetEvent::DiscardFailed(failure()));
+    assert_eq!(actions[0], say_refused());
+    // What may have run is not lost before nothing of it is left.
+    let mut target = stuck();
+    target.feed(TargetEvent::Fenced(Side::Target));
+    assert_eq!(target.feed(TargetEvent::DiscardFailed(failure())), []);
+    assert_eq!(target.status().phase, Phase::Running);
+    let fence = TargetEvent::Fenced(Side::Target);
+    assert_eq!(target.feed(fence), [TargetAction::Discard]);
+}
+
+#[test]
 fn a_connection_lost_before_ready_discards() {
     for mut target in [Target::receiving(), Target::restoring()] {
         assert_eq!(target.feed(TargetEvent::PeerLost), [TargetAction::Discard]);
@@ -286,6 +311,19 @@ fn a_restarted_target_that_had_said_ready_is_held_without_a_connection() {
     assert_eq!(target.status().phase, Phase::Ready);
     target.feed(TargetEvent::PeerConnected);
     assert_eq!(target.hear(GO), [target_journal(running())]);
+}
+
+// clause: H-9
+#[test]
+fn a_restarted_target_that_holds_nothing_any_more_refuses() {
+    let mut target = Target::recovered(&[accepted(), ready_entry()]);
+    target.actions();
+    assert_eq!(target.feed(TargetEvent::Failure(failure())), []);
+    assert_eq!(target.hear(GO), []);
+    assert_eq!(
+        target.journalled(ready_entry()),
+        [target_journal(refused())]
+    );
 }
 
 // clause: H-13
@@ -329,8 +367,8 @@ fn a_failure_while_running_is_being_written_refuses_nothing() {
     assert_eq!(target.journalled(running()), [LET_GO]);
 }
 
-#[test]
-fn a_workload_that_must_run_is_let_go_a_bounded_number_of_times() {
+/// One that was let go as often as it may be, in vain.
+fn stuck() -> Target {
     let mut target = Target::ready();
     target.hear(GO);
     target.journalled(running());
@@ -339,10 +377,73 @@ fn a_workload_that_must_run_is_let_go_a_bounded_number_of_times() {
         assert_eq!(target.wait(), [LET_GO]);
     }
     assert_eq!(target.feed(TargetEvent::Failure(failure())), []);
+    target
+}
+
+#[test]
+fn a_workload_that_must_run_is_let_go_a_bounded_number_of_times() {
+    let mut target = stuck();
     assert_eq!(target.machine.poll_timeout(), None);
     assert_eq!(target.hear(QUERY), []);
     assert_eq!(target.hear(abort()), [target_journal(settled())]);
     assert_eq!(target.status().phase, Phase::Running);
+}
+
+// clause: H-21
+#[test]
+fn an_operator_ends_what_could_not_be_let_go() {
+    let fence = TargetEvent::Fenced(Side::Target);
+    // Nobody kills what is being let go, or runs.
+    let mut target = Target::ready();
+    target.hear(GO);
+    assert_eq!(target.feed(fence.clone()), []);
+    target.journalled(running());
+    assert_eq!(target.feed(fence.clone()), []);
+    target.feed(TargetEvent::Resumed);
+    assert_eq!(target.feed(fence.clone()), []);
+    let mut target = stuck();
+    assert_eq!(target.feed(TargetEvent::AbortRequested), []);
+    assert_eq!(target.feed(fence), [TargetAction::Discard]);
+    assert_eq!(target.hear(GO), []);
+    let ended = aborted(ErrorCode::Fenced, "the operator declared the target dead");
+    let actions = target.feed(TargetEvent::Discarded);
+    assert_eq!(actions, [target_journal(ended.clone())]);
+    assert_eq!(target.journalled(ended), []);
+    assert!(target.machine.is_finished());
+    assert_eq!(target.hear(GO), [say_unknown()]);
+}
+
+// clause: H-20
+#[test]
+fn what_was_to_run_and_is_lost_is_neither_started_nor_refused() {
+    let mut target = Target::recovered(&[accepted(), ready_entry(), running()]);
+    target.actions();
+    // Nothing is said of it before the record is as durable as what follows from it.
+    assert_eq!(target.feed(TargetEvent::Lost(failure())), []);
+    assert_eq!(target.journalled(running()), [LET_GO]);
+    let ended = Entry::Aborted(failure());
+    let actions = target.feed(TargetEvent::Lost(failure()));
+    assert_eq!(actions, [target_journal(ended.clone())]);
+    assert_eq!(target.journalled(ended.clone()), []);
+    assert!(target.machine.is_finished());
+    assert_eq!(target.status().phase, Phase::Aborted);
+    for message in [GO, QUERY] {
+        assert_eq!(target.hear(message), [say_unknown()]);
+    }
+    let settles = target_journal(settled());
+    assert_eq!(target.hear(abort()), [say_unknown(), settles]);
+    // And so it is after another restart.
+    let mut target = Target::recovered(&[accepted(), ready_entry(), running(), ended]);
+    assert_eq!(target.actions(), []);
+    assert!(target.machine.is_finished());
+    assert_eq!(target.hear(GO), [say_unknown()]);
+}
+
+#[test]
+fn what_has_run_and_is_lost_has_run() {
+    let mut target = Target::running();
+    assert_eq!(target.feed(TargetEvent::Lost(failure())), []);
+    assert_eq!(target.hear(QUERY), [started()]);
 }
 
 // clause: H-18

@@ -98,7 +98,8 @@ pub fn ancestors(pid: i32) -> Vec<i32> {
     found
 }
 
-fn boot() -> io::Result<String> {
+/// What names this boot of the machine.
+pub fn boot() -> io::Result<String> {
     Ok(fs::read_to_string(BOOT_ID)?.trim_end().to_owned())
 }
 

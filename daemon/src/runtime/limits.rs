@@ -176,12 +176,24 @@ const NOT_CARRIED: [(&str, Usual); 16] = [
     ("rdma.max", Usual::Empty),
 ];
 
-/// Sets `limits` on the cgroup `name` of ours, made where it is needed. Returns its folders:
-/// whoever is in all of them is limited.
+/// When limits are set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Before the restore: those of memory, which the workload never had more of. The others are
+    /// tried, and lifted again: CRIU works in the same cgroup, beside tasks that may be as many as
+    /// they may be, and nobody should wait for processor time that the workload used up elsewhere.
+    Making,
+    /// When the workload is restored, before its first instruction: those others.
+    Restored,
+}
+
+/// Sets `limits` on the cgroup `name` of ours, made where it is needed, as far as it is time for
+/// them. Returns its folders: whoever is in all of them is limited.
 pub fn set(
     limits: &ResourceLimits,
     name: &str,
     hierarchies: &Hierarchies,
+    stage: Stage,
 ) -> Result<Vec<PathBuf>, LimitError> {
     let ResourceLimits {
         memory_max,
@@ -198,12 +210,16 @@ pub fn set(
         };
         let files = if is_v2 { v2 } else { v1 };
         for (file, value) in files {
-            put(&folder.join(file), value)?;
+            let path = folder.join(file);
+            let lifted = lifted(file).filter(|_| stage == Stage::Making);
+            put(&path, value)?;
+            lifted.map_or(Ok(()), |lifted| put(&path, lifted.to_owned()))?;
         }
         folders.push(folder);
         Ok(())
     };
-    if memory_max.is_some() || memory_high.is_some() || swap_max.is_some() {
+    let is_making = stage == Stage::Making;
+    if is_making && (memory_max.is_some() || memory_high.is_some() || swap_max.is_some()) {
         let text = |file, limit: Option<u64>| limit.map(|limit| (file, limit.to_string()));
         let both = memory_max
             .zip(swap_max)
@@ -244,6 +260,17 @@ pub fn set(
         write("cpu", v1, v2)?;
     }
     Ok(folders)
+}
+
+/// What lifts a limit that does not hold during the restore.
+fn lifted(file: &str) -> Option<&'static str> {
+    match file {
+        "pids.max" | "cpu.max" => Some("max"),
+        "cpu.cfs_quota_us" => Some("-1"),
+        "cpu.shares" => Some("1024"),
+        "cpu.weight" => Some("100"),
+        _ => None,
+    }
 }
 
 /// The folder of cgroup `name` with this controller, and whether it is of version 2.

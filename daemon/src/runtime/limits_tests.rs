@@ -37,6 +37,52 @@ impl Drop for Limited {
     }
 }
 
+/// One stage after the other.
+fn set_all(
+    limits: &ResourceLimits,
+    name: &str,
+    hierarchies: &Hierarchies,
+) -> Result<Vec<PathBuf>, LimitError> {
+    let made = set(limits, name, hierarchies, Stage::Making)?;
+    set(limits, name, hierarchies, Stage::Restored)?;
+    Ok(made)
+}
+
+/// CRIU forks in the same cgroup, beside as many tasks as the workload may have.
+#[test]
+fn a_limit_of_processes_does_not_hold_before_the_workload_is_restored() {
+    let (hierarchies, _) = here();
+    let limits = ResourceLimits {
+        pids_max: hierarchies.with("pids").map(|_| 1),
+        cpu_max: hierarchies.with("cpu").map(|_| CpuMax {
+            quota_us: 1000,
+            period_us: 50_000,
+        }),
+        ..ResourceLimits::default()
+    };
+    let name = name("later");
+    let folders = set(&limits, &name, &hierarchies, Stage::Making).expect("a cgroup");
+    let limited = Limited::new(folders);
+    let forks = || {
+        let mut shell = Command::new("sh");
+        let join = "for file; do echo 0 >$file || exit 2; done; sleep 0 && exit 0; exit 1";
+        shell
+            .args(["-c", join, "sh"])
+            .args(limited.group.procs_files());
+        shell.status().expect("a shell").code()
+    };
+    assert_eq!(forks(), Some(0));
+    assert_eq!(
+        read(limited.pid(), &hierarchies).limits,
+        ResourceLimits::default()
+    );
+    set(&limits, &name, &hierarchies, Stage::Restored).expect("limits that are set");
+    assert_eq!(read(limited.pid(), &hierarchies).limits, limits);
+    if limits.pids_max.is_some() {
+        assert_ne!(forks(), Some(0));
+    }
+}
+
 fn name(of: &str) -> String {
     format!("test-limits-{of}-{}", std::process::id())
 }
@@ -66,7 +112,7 @@ fn here() -> (Hierarchies, ResourceLimits) {
 fn limits_that_are_set_on_the_real_kernel_limit_and_are_read_again() {
     let (hierarchies, limits) = here();
     let set_on = name("set");
-    let folders = set(&limits, &set_on, &hierarchies).expect("limits that are set");
+    let folders = set_all(&limits, &set_on, &hierarchies).expect("limits that are set");
     let limited = Limited::new(folders);
     let found = read(limited.pid(), &hierarchies);
     assert_eq!(found.limits, limits);
@@ -84,7 +130,7 @@ fn limits_that_are_set_on_the_real_kernel_limit_and_are_read_again() {
 #[test]
 fn an_unlimited_process_has_no_limits_and_nothing_is_made_for_it() {
     let hierarchies = Hierarchies::detect().expect("mounts");
-    let folders = set(&ResourceLimits::default(), &name("none"), &hierarchies);
+    let folders = set_all(&ResourceLimits::default(), &name("none"), &hierarchies);
     assert!(folders.expect("nothing to be set").is_empty());
     let own = |hierarchy: &Hierarchy| hierarchy.ours().join(name("none"));
     let mut folders = hierarchies.group(&name("none")).folders().to_vec();
@@ -182,7 +228,7 @@ fn limits_of_version_2_are_written_where_controllers_are_passed_on() {
         cpu_weight: Some(300),
         pids_max: Some(40),
     };
-    set(&limits, "id", &hierarchies).expect("limits that are set");
+    set_all(&limits, "id", &hierarchies).expect("limits that are set");
     let text = |path: &str| fs::read_to_string(root.path().join(path)).expect("a file");
     let written = [
         ("memory.max", "1000"),
@@ -210,6 +256,6 @@ fn a_limit_that_no_controller_here_keeps_is_refused_by_name() {
         pids_max: Some(40),
         ..ResourceLimits::default()
     };
-    let error = set(&limits, "id", &hierarchies).expect_err("no pids");
+    let error = set_all(&limits, "id", &hierarchies).expect_err("no pids");
     assert!(error.to_string().contains("controller pids"), "{error}");
 }

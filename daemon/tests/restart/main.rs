@@ -9,6 +9,7 @@ mod built;
 #[path = "../../src/runtime/shared/tests/fuse.rs"]
 #[allow(dead_code)]
 mod fuse;
+mod lost;
 mod node;
 
 use std::fs;

@@ -115,6 +115,22 @@ impl Node {
         Arc::new(endpoint.unwrap())
     }
 
+    /// What its targets share.
+    pub fn target(&self) -> TargetNode {
+        TargetNode {
+            criu: "criu".into(),
+            view_library: "libcriu_view.so".into(),
+            criu_version: 40201,
+            pager: pager().into(),
+            migrations: self.folder.path().join("migrations"),
+            freezers: self.freezers.clone(),
+            hierarchies: Hierarchies::detect().unwrap(),
+            bridge: None,
+            memory: Ledger::new(|| Ok(Vec::new())),
+            workers: 1,
+        }
+    }
+
     /// What a start of the daemon makes of it all.
     pub async fn start(&self, endpoint: Arc<Endpoint>) -> Registry {
         let migrations = self.folder.path().join("migrations");
@@ -125,25 +141,14 @@ impl Node {
                 view_library: "libcriu_view.so".into(),
                 tracer: true,
                 criu_version: 40201,
-                migrations: migrations.clone(),
+                migrations,
                 freezers: self.freezers.clone(),
-                hierarchies: hierarchies.clone(),
+                hierarchies,
                 support: Support::probe().unwrap(),
                 workers: 1,
                 eager_memory_max: 0,
             },
-            target: TargetNode {
-                criu: "criu".into(),
-                view_library: "libcriu_view.so".into(),
-                criu_version: 40201,
-                pager: pager(),
-                migrations,
-                freezers: self.freezers.clone(),
-                hierarchies,
-                bridge: None,
-                memory: Ledger::new(|| Ok(Vec::new())),
-                workers: 1,
-            },
+            target: self.target(),
             endpoint,
             journals: Journals::open(&self.journal_folder()).unwrap(),
             lanes: 1,

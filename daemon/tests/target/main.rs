@@ -8,6 +8,7 @@
 
 #[path = "../common/built.rs"]
 mod built;
+mod silent;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -38,8 +39,10 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::{Final, Offer, SourceMessage, TargetMessage};
 use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
 use pageferry_proto::wire::needs::{Needs, ResourceLimits};
+use pageferry_proto::wire::shared::{LENGTHS_FILE, Marker, SharedPath};
 use pageferry_proto::wire::stream::{ImageFileHeader, ImageName, StreamKind, seal};
 use pageferry_proto::wire::version::Version;
+use silent::Silent;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -147,25 +150,33 @@ impl Target {
     }
 
     async fn offer(&mut self, needs: Needs) {
+        self.offer_of(description(needs)).await;
+    }
+
+    async fn offer_of(&mut self, description: WorkloadDescription) {
         let offer = Offer {
             version: Version::CURRENT,
             workload: WorkloadName::Process(1),
             generation: Generation::FIRST,
             policy: Policy::DEFAULT,
-            description: description(needs),
+            description,
         };
         self.say(SourceMessage::Offer(Box::new(offer))).await;
     }
 
     /// Sends the image of a tree of one process.
     async fn send_tree(&self) {
-        let name = ImageName::new("pstree.img").unwrap();
         // The magic numbers of all images and of this one, and one record: its length, and a
         // process 1 of no group and no session with one thread.
         let mut image = [0x5456_4319_u32, 0x5027_3030, 10]
             .map(u32::to_le_bytes)
             .concat();
         image.extend([0x08, 1, 0x10, 0, 0x18, 0, 0x20, 0, 0x28, 1]);
+        self.send_image("pstree.img", image).await;
+    }
+
+    async fn send_image(&self, name: &str, image: Vec<u8>) {
+        let name = ImageName::new(name).unwrap();
         let header = ImageFileHeader::new(Generation::FIRST, name, image.len() as u64);
         let mut body = header.unwrap().encode();
         body.extend(image);
@@ -318,24 +329,28 @@ fn named(pids: &[i32], name: &str) -> bool {
     pids.iter().any(is)
 }
 
+/// The end of a final round without pages.
+fn last(images: u32) -> Final {
+    Final {
+        generation: Generation::FIRST,
+        round: Round::FIRST,
+        parcels: 0,
+        pages: PageCount::ZERO,
+        live_sets: 0,
+        images,
+        digests: 0,
+        verify: false,
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_gives_up_ends_a_restore_whose_criu_never_answers() {
     let mut target = Target::start(1, &USUAL).await;
     target.offer(Needs::default()).await;
     let heard = target.hear().await;
     assert!(matches!(heard, TargetMessage::Accepted { .. }), "{heard:?}");
-    let last = Final {
-        generation: Generation::FIRST,
-        round: Round::FIRST,
-        parcels: 0,
-        pages: PageCount::ZERO,
-        live_sets: 0,
-        images: 1,
-        digests: 0,
-        verify: false,
-    };
     target.send_tree().await;
-    target.say(SourceMessage::Final(last)).await;
+    target.say(SourceMessage::Final(last(1))).await;
     let heard = target.hear().await;
     assert!(
         matches!(heard, TargetMessage::FinalHeld { .. }),
@@ -442,6 +457,52 @@ async fn whoever_is_restored_has_the_limits_of_the_source_and_cgroups_of_its_own
         assert_eq!(all.len(), 4, "{all:?}");
     }
     assert!(memory.ours().join(target.id.to_string()).exists());
+    target.abort().await;
+    assert_eq!(target.left(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_gives_up_ends_a_comparison_whose_storage_never_answers() {
+    let storage = Silent::mount();
+    let mut target = Target::start(5, &USUAL).await;
+    let shared = SharedPath {
+        path: storage.path().display().to_string(),
+        directory: true,
+        file_system: 0x6573_5546,
+        inode: 1,
+        born_ns: 0,
+        changed_ns: 0,
+        marker: Some(Marker::new([7; 32])),
+    };
+    target
+        .offer_of(WorkloadDescription {
+            shared: vec![shared],
+            ..description(Needs::default())
+        })
+        .await;
+    target.until(|_| storage.is_asked()).await;
+    target.abort().await;
+    assert_eq!(target.left(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_gives_up_ends_a_look_at_lengths_whose_storage_never_answers() {
+    let storage = Silent::mount();
+    let mut target = Target::start(6, &USUAL).await;
+    target.offer(Needs::default()).await;
+    let heard = target.hear().await;
+    assert!(matches!(heard, TargetMessage::Accepted { .. }), "{heard:?}");
+    let path = storage.path().display();
+    let lengths = format!(r#"[{{"path":"{path}/log","bytes":7,"appended":true}}]"#);
+    target.send_tree().await;
+    target.send_image(LENGTHS_FILE, lengths.into_bytes()).await;
+    target.say(SourceMessage::Final(last(2))).await;
+    let heard = target.hear().await;
+    assert!(
+        matches!(heard, TargetMessage::FinalHeld { .. }),
+        "{heard:?}"
+    );
+    target.until(|_| storage.is_asked()).await;
     target.abort().await;
     assert_eq!(target.left(), Vec::<PathBuf>::new());
 }

@@ -1,5 +1,4 @@
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 
 use pageferry_proto::id::Round;
 use pageferry_proto::page::{PAGE_SIZE, PageRun};

@@ -111,7 +111,9 @@ pub struct Convergence {
     bytes_per_second: Option<u64>,
     dirtied_per_second: Option<u64>,
     predicted_downtime: Option<Duration>,
-    predicted_freeze: Option<Duration>,
+    estimated_freeze: Option<Duration>,
+    /// A round was long enough to tell how fast the link is.
+    measured: bool,
 }
 
 impl Policy {
@@ -137,6 +139,7 @@ impl Convergence {
     /// Takes in a round of a workload with this much memory, and says what should follow.
     pub fn after(&mut self, policy: &Policy, report: &RoundReport, memory: PageCount) -> Decision {
         let known = self.bytes_per_second;
+        self.measured |= RATE_BYTES_MIN <= report.raw_bytes;
         if known.is_none() || RATE_BYTES_MIN <= report.raw_bytes {
             self.bytes_per_second = per_second(report.raw_bytes, report.duration).or(known);
         }
@@ -148,7 +151,7 @@ impl Convergence {
         let copying = time_for(report.eager_bytes, Some(EAGER_BYTES_PER_SECOND));
         let hashed_bytes = if policy.verify { memory.bytes() } else { 0 };
         let hashing = time_for(hashed_bytes, Some(HASHED_BYTES_PER_SECOND));
-        self.predicted_freeze = (predicted < Duration::MAX)
+        self.estimated_freeze = (predicted < Duration::MAX)
             .then(|| predicted.saturating_add(copying).saturating_add(hashing));
         let left = dirtied.0.saturating_mul(100);
         let sent = report.pages_sent.0;
@@ -178,14 +181,16 @@ impl Convergence {
 
     /// How long the workload would stand still if it were frozen now: the downtime, and beside it
     /// CRIU's copying and the hashing, which no rate of the link says anything of. None as long as
-    /// nothing tells how fast the link is.
-    pub const fn predicted_freeze(&self) -> Option<Duration> {
-        self.predicted_freeze
+    /// no round was long enough to tell how fast the link is: a short one measures its own round
+    /// trips, and says too much of what is larger.
+    pub fn predicted_freeze(&self) -> Option<Duration> {
+        self.estimated_freeze.filter(|_| self.measured)
     }
 
     /// How long a freeze that begins now may last before the commit.
     pub fn frozen_max(&self, policy: &Policy) -> Duration {
-        let predicted = self.predicted_freeze.unwrap_or_default();
+        // Too much does no harm here.
+        let predicted = self.estimated_freeze.unwrap_or_default();
         let default = FROZEN_MAX_LEAST.max(predicted.saturating_mul(2));
         policy.frozen_max.unwrap_or(default)
     }
@@ -367,6 +372,21 @@ mod tests {
                 "{dirtied} dirty, {eager} eager: {difference:?} from {expected:?}"
             );
         }
+    }
+
+    // clause: F-7
+    #[test]
+    fn a_first_round_that_is_short_forbids_no_freeze() {
+        // 300 KiB in 30 ms: at that rate 64 MiB of shared memory would take 7 s.
+        let mut convergence = Convergence::default();
+        let mut round = report(1, 75, 0, SECOND * 3 / 100);
+        round.eager_bytes = 64 << 20;
+        convergence.after(&Policy::DEFAULT, &round, MEMORY);
+        assert_eq!(convergence.predicted_freeze(), None);
+        // It may well be so, and then there is time for it.
+        assert!(FROZEN_MAX_LEAST < convergence.frozen_max(&Policy::DEFAULT));
+        convergence.after(&Policy::DEFAULT, &report(2, 25_600, 0, SECOND), MEMORY);
+        assert!(convergence.predicted_freeze().is_some());
     }
 
     #[test]

@@ -44,6 +44,9 @@ pub struct TargetOrigin {
 pub enum TargetEvent {
     /// The operator wants the workload not to come here.
     AbortRequested,
+    /// [`TargetAction::Discard`] could not be done: something of the workload may be left here,
+    /// that will not be let go.
+    DiscardFailed(Failure),
     /// [`TargetAction::Discard`] is done: nothing of the workload is left here.
     Discarded,
     /// An action failed, or the held workload is gone.
@@ -53,6 +56,12 @@ pub enum TargetEvent {
     Fenced(Side),
     /// All memory of the running workload is in place.
     Filled,
+    /// [`TargetAction::LetGo`] fails however often it is tried, and whether the workload has run is
+    /// not known. Something of it may be left, that somebody must end.
+    GaveUp(Failure),
+    /// [`TargetAction::LetGo`] can never be done any more, and nothing of the workload is left that
+    /// could run; but it may have run.
+    Lost(Failure),
     /// The final round has arrived ([`TargetAction::AwaitFinal`]), live pages are complete and,
     /// if asked for, equal.
     FinalStored,
@@ -173,10 +182,13 @@ impl TargetMachine {
     pub fn handle(&mut self, now: Time, event: TargetEvent) {
         match event {
             TargetEvent::AbortRequested => self.abort_requested(),
+            TargetEvent::DiscardFailed(failure) => self.discard_failed(failure),
             TargetEvent::Discarded => self.discarded(),
             TargetEvent::Failure(failure) => self.failed(now, failure),
             TargetEvent::Fenced(side) => self.fenced(side),
             TargetEvent::Filled => self.filled(),
+            TargetEvent::GaveUp(failure) => self.gave_up(now, failure),
+            TargetEvent::Lost(failure) => self.lost(now, failure),
             TargetEvent::FinalStored => self.final_stored(),
             TargetEvent::JournalFailed(record) => self.journal_failed(now, &record),
             TargetEvent::Journalled(record) => self.journalled(&record),

@@ -301,6 +301,7 @@ impl World {
                 TargetJob::Discard
             }
             TargetAction::Journal(ref record) => {
+                self.check_over(record)?;
                 let place = self.target.journal.write(record);
                 TargetJob::Journal { action, place }
             }
@@ -382,7 +383,8 @@ impl World {
         };
         let state = || DriverState::new(b"target".to_vec()).expect("six bytes");
         let event = match job {
-            TargetJob::Discard => outcome(TargetEvent::Discarded),
+            TargetJob::Discard if failed => TargetEvent::DiscardFailed(injected()),
+            TargetJob::Discard => TargetEvent::Discarded,
             TargetJob::Fill => TargetEvent::Filled,
             TargetJob::Journal {
                 action: TargetAction::Journal(record),
@@ -399,6 +401,10 @@ impl World {
             TargetJob::Late(event) | TargetJob::Stored(event) => event,
             TargetJob::LetGo if self.target.workload == TargetWorkload::Dropped => {
                 TargetEvent::NeverRan(workload_gone())
+            }
+            // Of another boot: nothing is left, and nothing says whether it ran.
+            TargetJob::LetGo if self.target.workload == TargetWorkload::Lost => {
+                TargetEvent::Lost(workload_gone())
             }
             TargetJob::LetGo => {
                 let may_fail = self.target.let_go_failures + 1 < LET_GO_TRIES_MAX;

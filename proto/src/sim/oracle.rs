@@ -1,8 +1,8 @@
 //! What must never be, asked at the moments when it could come to be.
 
-use super::node::{SourceJob, SourceWorkload, TargetWorkload};
+use super::node::{SourceJob, SourceWorkload, TargetJob, TargetWorkload};
 use super::world::World;
-use crate::migration::record::Entry;
+use crate::migration::record::{Entry, Record};
 use crate::migration::source::SourceAction;
 use crate::wire::control::{SourceMessage, TargetMessage};
 
@@ -121,6 +121,16 @@ impl World {
         )
     }
 
+    /// The target writes how things stand: nothing is over that is still being discarded, since a
+    /// restart would not go on with that.
+    pub(super) fn check_over(&self, record: &Record) -> Result<(), Violation> {
+        let discarding = |job: &TargetJob| matches!(job, TargetJob::Discard);
+        self.demand(
+            !(matches!(record.entry, Entry::Aborted(_)) && self.target.jobs.iter().any(discarding)),
+            "the target writes that it is over while it discards",
+        )
+    }
+
     pub(super) fn check_said_by_source(&self, message: &SourceMessage) -> Result<(), Violation> {
         match message {
             SourceMessage::Go { generation } => {
@@ -189,8 +199,10 @@ impl World {
                     Entry::Refused { generation: ours } => ours >= generation,
                     _ => false,
                 };
+                // Of what was lost with the power that is all that anybody knows.
+                let is_lost = self.target.workload == TargetWorkload::Lost;
                 self.demand(
-                    !(is_known(&decided) && self.source_may_ask()),
+                    is_lost || !(is_known(&decided) && self.source_may_ask()),
                     "the target has forgotten what the source still asks",
                 )
             }

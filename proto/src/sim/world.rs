@@ -321,8 +321,7 @@ impl World {
         if !ended(source) {
             return Err(self.violation("the source does not come to an end"));
         }
-        let lost_there = self.target.workload == TargetWorkload::Lost;
-        if !ended(target) && target != Some(Phase::Accepted) && !lost_there {
+        if !ended(target) && target != Some(Phase::Accepted) {
             return Err(self.violation("the target does not come to an end"));
         }
         match (source, survivor) {

@@ -76,6 +76,35 @@ pub fn open_userfaultfd() -> io::Result<()> {
     check(libc::c_int::try_from(fd).unwrap())
 }
 
+/// An io_uring that no descriptor and no mapping of the kernel's leads to.
+pub fn register_io_uring() -> io::Result<()> {
+    // Without an array of indices, in memory of our own, registered only.
+    const FLAGS: u32 = 1 << 14 | 1 << 15 | 1 << 16;
+    let memory = |bytes| {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+        // SAFETY: new memory, which stays until the process ends.
+        let memory = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                -1,
+                0,
+            )
+        };
+        memory.expose_provenance() as u64
+    };
+    let mut parameters = [0_u8; 256];
+    parameters[8..12].copy_from_slice(&FLAGS.to_ne_bytes());
+    // `sq_off.user_addr` and `cq_off.user_addr`: entries, and both rings.
+    parameters[72..80].copy_from_slice(&memory(4096).to_ne_bytes());
+    parameters[112..120].copy_from_slice(&memory(4096).to_ne_bytes());
+    // SAFETY: room for struct io_uring_params, which is 120 bytes.
+    let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr()) };
+    check(libc::c_int::try_from(ring).unwrap())
+}
+
 pub fn open_io_uring() -> io::Result<()> {
     let mut parameters = [0u8; 256];
     // SAFETY: room for struct io_uring_params, which is 120 bytes.

@@ -172,6 +172,7 @@ fn act_silently(words: &[&str]) -> io::Result<()> {
         "aio" => files::make_aio_context()?,
         "userfaultfd" => files::open_userfaultfd()?,
         "io-uring" => files::open_io_uring()?,
+        "io-uring-registered" => files::register_io_uring()?,
         "poison" => lost::poison(number(1), size(2))?,
         "wait-for-page" => lost::wait_for_page(number(1))?,
         "end-first-thread" => lost::end_first_thread()?,

@@ -27,6 +27,10 @@ use crate::runtime::memory::Room;
 /// of 4 GiB: a line of 71 MiB and 1 + 1/512 of the workload.
 const FIXED_BYTES: u64 = 71 << 20; // 71 MiB
 
+/// The part of it that images may take: those of a small workload are some hundred KiB, and the
+/// store counts them with the pages. What CRIU copies of memory is in what the workload needs.
+const IMAGES_BYTES: u64 = 32 << 20; // 32 MiB
+
 /// The 1/512 of it: an entry of 8 bytes in a page table for each page of 4096.
 const TABLES_PART: u64 = 512;
 
@@ -133,13 +137,14 @@ impl Ledger {
     ) -> Result<Promise, Failure> {
         let promised = peak(needs, verify);
         let mut accounts = self.lock();
-        self.admit(&accounts, promised)?;
+        self.admit(&accounts, promised, None)?;
         let number = accounts.next;
         accounts.next += 1;
         accounts
             .promised
             .insert(number, Account { promised, taken });
-        let bytes = needs.private_bytes.saturating_add(needs.shared_bytes);
+        let bytes = [needs.private_bytes, needs.shared_bytes, IMAGES_BYTES];
+        let bytes = bytes.into_iter().fold(0, u64::saturating_add);
         Ok(Promise {
             ledger: self.clone(),
             number,
@@ -148,17 +153,24 @@ impl Ledger {
     }
 
     /// Under the lock of the accounts, so that two who come at once do not both get the last of it.
-    fn admit(&self, accounts: &Accounts, needed: u64) -> Result<(), Failure> {
+    /// `grows` is the one that asks for more, if it has a promise: what that holds besides pages is
+    /// in use by the time it grows, and is not kept free from itself.
+    fn admit(&self, accounts: &Accounts, needed: u64, grows: Option<u64>) -> Result<(), Failure> {
         let rooms = (self.0.rooms)().map_err(|error| {
             Failure::new(
                 ErrorCode::NodeUnfit,
                 format!("what memory is left cannot be read: {error}"),
             )
         })?;
-        let accounts = accounts.promised.values();
-        let promised = accounts.map(|account| {
+        let promised = accounts.promised.iter().map(|(number, account)| {
             let taken = PageCount(account.taken.load(Ordering::Relaxed)).bytes();
-            outstanding(account.promised, taken)
+            let outstanding = outstanding(account.promised, taken);
+            let own = if Some(*number) == grows {
+                FIXED_BYTES
+            } else {
+                0
+            };
+            outstanding.saturating_sub(own)
         });
         admit(needed, &rooms, promised.fold(0, u64::saturating_add))
     }
@@ -186,7 +198,7 @@ impl Promise {
         let step = PageCount(held.0 - pages.0).bytes() + STEP_BYTES;
         let more = step + step / TABLES_PART;
         // What was taken beyond the promise is used already.
-        self.ledger.admit(&accounts, more)?;
+        self.ledger.admit(&accounts, more, Some(self.number))?;
         if let Some(account) = accounts.promised.get_mut(&self.number) {
             account.promised = account.promised.saturating_add(more);
         }

@@ -124,21 +124,43 @@ fn what_is_taken_of_a_promise_counts_once() {
 }
 
 #[test]
+fn what_was_admitted_has_room_for_its_images() {
+    // As much as the workload needs, and not a page more.
+    let (ledger, taken) = ledger(172);
+    let promise = ledger.promise(&needs(100, 0), false, Arc::clone(&taken));
+    let promise = promise.unwrap();
+    let with_images = PageCount(110 * MIB / 4096);
+    taken.store(with_images.0, Ordering::Relaxed);
+    assert!(promise.grow(with_images).unwrap() >= with_images);
+}
+
+#[test]
+fn a_workload_that_grows_does_not_compete_with_itself() {
+    let (ledger, taken) = ledger(220);
+    let promise = ledger.promise(&needs(100, 0), false, Arc::clone(&taken));
+    let promise = promise.unwrap();
+    // 87 MiB are left, and it asks for 65; of its own promise 38 are not taken as pages.
+    let held = PageCount(133 * MIB / 4096);
+    taken.store(held.0, Ordering::Relaxed);
+    assert!(promise.grow(held).unwrap() >= held);
+}
+
+#[test]
 fn a_workload_that_grows_is_promised_more_until_there_is_no_more() {
-    let (ledger, taken) = ledger(400);
+    let (ledger, taken) = ledger(380);
     let promise = ledger.promise(&needs(100, 0), false, Arc::clone(&taken));
     let promise = promise.unwrap();
     let pages = |mib: u64| PageCount(mib * MIB / 4096);
-    assert_eq!(promise.pages(), pages(100));
-    assert_eq!(promise.grow(pages(100)).unwrap(), pages(100));
-    taken.store(pages(101).0, Ordering::Relaxed);
-    assert_eq!(promise.grow(pages(101)).unwrap(), pages(165));
+    assert_eq!(promise.pages(), pages(132));
+    assert_eq!(promise.grow(pages(132)).unwrap(), pages(132));
+    taken.store(pages(133).0, Ordering::Relaxed);
+    assert_eq!(promise.grow(pages(133)).unwrap(), pages(197));
     // What another was promised meanwhile is not to be had.
     let other = ledger.promise(&needs(50, 0), false, none()).unwrap();
-    taken.store(pages(166).0, Ordering::Relaxed);
-    let failure = promise.grow(pages(166)).unwrap_err();
+    taken.store(pages(198).0, Ordering::Relaxed);
+    let failure = promise.grow(pages(198)).unwrap_err();
     assert_eq!(failure.code(), ErrorCode::MemoryShort);
-    assert_eq!(promise.pages(), pages(165));
+    assert_eq!(promise.pages(), pages(197));
     drop(other);
-    promise.grow(pages(166)).unwrap();
+    promise.grow(pages(198)).unwrap();
 }

@@ -17,6 +17,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::record::Entry;
+use pageferry_proto::migration::status::Phase;
 use pageferry_proto::migration::target::{TargetAction, TargetEvent, TargetMachine};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::TargetMessage;
@@ -70,6 +72,8 @@ pub struct TargetDriver {
     /// The workload's root, once it is restored.
     root_pid: Option<i32>,
     recovered: bool,
+    /// How it ended may not be on disk: what proves it must be found by the next daemon.
+    end_unwritten: bool,
     log: Log,
 }
 
@@ -106,8 +110,17 @@ enum Operation {
     Action(Box<TargetAction>),
     /// Wait for the end of the fill: follows a successful `LetGo` by itself.
     Fill,
-    /// Wait until a workload whose memory was lost in the fill has been killed.
-    Bury,
+    /// Wait until a workload whose memory was lost has been killed.
+    Bury(Buried),
+}
+
+/// What is known of a workload whose memory was lost.
+#[derive(Debug)]
+enum Buried {
+    /// It has run.
+    Ran,
+    /// It may have run, before a restart of this daemon.
+    MayHaveRun(Failure),
 }
 
 #[derive(Debug)]
@@ -136,6 +149,7 @@ impl TargetDriver {
             intake: parts.site.intake(),
             root_pid: parts.site.root_pid(),
             recovered: parts.recovered,
+            end_unwritten: false,
             site: Some(Box::new(parts.site)),
             operation: None,
             cut: None,
@@ -156,6 +170,9 @@ impl TargetDriver {
     ///
     /// `session` is the one that began it; a recovered migration has none.
     pub async fn run(mut self, session: Option<Box<TargetSession>>) -> Over {
+        if let Some(failure) = self.dropped() {
+            self.handle(TargetEvent::Failure(failure));
+        }
         if let Some(session) = session {
             self.connected(*session);
         }
@@ -176,7 +193,7 @@ impl TargetDriver {
                 }
             }
         }
-        if let Some(site) = self.site {
+        if let Some(site) = self.site.filter(|_| !self.end_unwritten) {
             site.tidy();
         }
         if self.machine.is_begun() {
@@ -186,9 +203,24 @@ impl TargetDriver {
         }
     }
 
+    /// Why what the journal says is held is not: a restart of the node, or whatever took the pager,
+    /// came between. The source hears so before it can say `Go`.
+    fn dropped(&self) -> Option<Failure> {
+        let phase = self.machine.status(self.clock.now()).phase;
+        let site = self.site.as_ref().filter(|_| phase == Phase::Ready)?;
+        site.is_dropped()
+    }
+
     fn handle(&mut self, event: TargetEvent) {
-        if let TargetEvent::Failure(failure) = &event {
+        if let TargetEvent::Failure(failure)
+        | TargetEvent::DiscardFailed(failure)
+        | TargetEvent::GaveUp(failure)
+        | TargetEvent::Lost(failure) = &event
+        {
             tracing::warn!(migration = %self.machine.id(), %failure, "failed");
+        }
+        if let TargetEvent::JournalFailed(record) = &event {
+            self.end_unwritten |= matches!(record.entry, Entry::Aborted(_) | Entry::Done);
         }
         self.machine.handle(self.clock.now(), event);
     }
@@ -378,13 +410,15 @@ impl TargetDriver {
 impl Operation {
     /// Whether a discard need not wait for it, since it undoes it.
     fn is_undone_by_discard(&self) -> bool {
-        let Self::Action(action) = self else {
-            return false;
-        };
-        matches!(
-            **action,
-            TargetAction::Prepare(_) | TargetAction::Restore { .. }
-        )
+        match self {
+            Self::Action(action) => matches!(
+                **action,
+                TargetAction::Prepare(_) | TargetAction::Restore { .. }
+            ),
+            // What it waits for is what a discard does.
+            Self::Bury(_) => true,
+            Self::Fill => false,
+        }
     }
 }
 
@@ -407,15 +441,26 @@ async fn operation(site: &mut Site, operation: Operation) -> (TargetEvent, Optio
     match operation {
         Operation::Fill => match site.filled().await {
             Ok(()) => (TargetEvent::Filled, None),
-            Err(failure) => (TargetEvent::Failure(failure), Some(Operation::Bury)),
+            Err(failure) => {
+                let follows = Operation::Bury(Buried::Ran);
+                (TargetEvent::Failure(failure), Some(follows))
+            }
         },
-        // Nothing of it is missing any more.
-        Operation::Bury => {
+        Operation::Bury(buried) => {
             site.emptied().await;
-            (TargetEvent::Filled, None)
+            let event = match buried {
+                // Nothing of it is missing any more.
+                Buried::Ran => TargetEvent::Filled,
+                Buried::MayHaveRun(failure) => TargetEvent::Lost(failure),
+            };
+            (event, None)
         }
         Operation::Action(action) => match perform(site, *action).await {
             Ok(TargetEvent::Resumed) => (TargetEvent::Resumed, Some(Operation::Fill)),
+            Ok(TargetEvent::Lost(failure)) => {
+                let follows = Operation::Bury(Buried::MayHaveRun(failure.clone()));
+                (TargetEvent::GaveUp(failure), Some(follows))
+            }
             Ok(event) => (event, None),
             Err(failure) => (TargetEvent::Failure(failure), None),
         },
@@ -435,9 +480,13 @@ async fn perform(site: &mut Site, action: TargetAction) -> Result<TargetEvent, F
         TargetAction::LetGo { .. } => match site.let_go().await {
             Ok(()) => Ok(TargetEvent::Resumed),
             Err(LetGoError::NeverRan(failure)) => Ok(TargetEvent::NeverRan(failure)),
+            Err(LetGoError::Lost(failure)) => Ok(TargetEvent::Lost(failure)),
             Err(LetGoError::Unclear(failure)) => Err(failure),
         },
-        TargetAction::Discard => site.discard().await.map(|()| TargetEvent::Discarded),
+        TargetAction::Discard => Ok(match site.discard().await {
+            Ok(()) => TargetEvent::Discarded,
+            Err(failure) => TargetEvent::DiscardFailed(failure),
+        }),
         TargetAction::AwaitFinal(_)
         | TargetAction::AwaitRound(_)
         | TargetAction::Journal(_)

@@ -40,7 +40,8 @@ use super::intake::Intake;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::detached;
-use crate::runtime::limits;
+use crate::runtime::identity;
+use crate::runtime::limits::{self, Stage};
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::process;
 use crate::runtime::shared::lengths;
@@ -88,6 +89,9 @@ struct SiteState {
     links: Vec<LinkState>,
     #[serde(default)]
     root_pid: Option<i32>,
+    /// The boot in which it was written: nothing of a workload outlives it.
+    #[serde(default)]
+    boot: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -127,10 +131,14 @@ pub struct Site {
     mounts: Vec<MountDescription>,
     /// Its pids are the node's.
     shares_pids: bool,
+    /// What its cgroups allowed it at the source.
+    limits: ResourceLimits,
     /// The workload's root at this node, once it is restored.
     root_pid: Option<i32>,
     pager: Option<Pager>,
     intake: Arc<Intake>,
+    /// It was made in a boot before this one: no process of it is left.
+    is_of_another_boot: bool,
     /// Until it has all its memory, or is gone. What a recovered one needs is taken already.
     promise: Option<Arc<Promise>>,
     /// From the request to CRIU's post-restore.
@@ -155,9 +163,11 @@ impl Site {
             links: Vec::new(),
             mounts: Vec::new(),
             shares_pids: false,
+            limits: ResourceLimits::default(),
             root_pid: None,
             pager: None,
             intake: Arc::new(intake),
+            is_of_another_boot: false,
             promise: None,
             restore_time: None,
         })
@@ -182,8 +192,10 @@ impl Site {
             links: Vec::new(),
             mounts: Vec::new(),
             shares_pids: false,
+            limits: ResourceLimits::default(),
             root_pid: None,
             pager: None,
+            is_of_another_boot: false,
             promise: None,
             restore_time: None,
         };
@@ -198,6 +210,8 @@ impl Site {
         })?;
         site.freezer = Freezer::at(state.freezer);
         site.root_pid = state.root_pid;
+        let boot = identity::boot().map_err(|error| internal(&error))?;
+        site.is_of_another_boot = state.boot.is_some_and(|then| then != boot);
         site.links = state.links.into_iter().map(from_state).collect();
         let prefix = link_prefix(id);
         site.network = Some(PreparedNetwork::recovered(
@@ -211,6 +225,18 @@ impl Site {
             Err(error) => tracing::info!(migration = %id, "no pager: {}", chain(&error)),
         }
         Ok(site)
+    }
+
+    /// Why what was held when a daemon died is not held any more, if so.
+    pub fn is_dropped(&self) -> Option<Failure> {
+        let is_gone = self.pager.is_none();
+        is_gone.then(|| match self.is_of_another_boot {
+            true => Failure::new(
+                ErrorCode::FillLost,
+                "this node was restarted: the workload that it held, and never ran, is gone",
+            ),
+            false => no_pager(),
+        })
     }
 
     /// The workload's root in this node's pid namespace, once it is restored.
@@ -286,18 +312,25 @@ impl Site {
             self.network = Some(network.await.map_err(|error| network_unfit(&error))?);
             self.links.clone_from(&description.links);
         }
-        self.make_groups(&description.needs.limits)?;
+        self.limits = description.needs.limits;
+        self.make_groups()?;
         self.start_pager().await?;
         self.state()
     }
 
-    /// Makes the cgroups of workload, pager and watcher; the workload's with its limits.
-    fn make_groups(&mut self, limits: &ResourceLimits) -> Result<(), Failure> {
-        let name = self.id.to_string();
-        let limited = limits::set(limits, &name, &self.node.hierarchies).map_err(|error| {
+    /// Sets limits of the workload, of which those of processes and processor time hold only when
+    /// it is restored. Returns the cgroups that they are set on.
+    fn limit(&self, stage: Stage) -> Result<Vec<PathBuf>, Failure> {
+        let (name, hierarchies) = (self.id.to_string(), &self.node.hierarchies);
+        limits::set(&self.limits, &name, hierarchies, stage).map_err(|error| {
             let text = format!("the limits of the workload: {}", chain(&error));
             Failure::new(ErrorCode::NodeUnfit, text)
-        })?;
+        })
+    }
+
+    /// Makes the cgroups of workload, pager and watcher; the workload's with its limits.
+    fn make_groups(&mut self) -> Result<(), Failure> {
+        let limited = self.limit(Stage::Making)?;
         let tree = std::mem::take(&mut self.groups.tree);
         self.groups.tree = limited.into_iter().fold(tree, Group::and);
         let Groups {
@@ -390,6 +423,7 @@ impl Site {
             .map_err(pager_failed)?;
         self.root_pid = Some(restored.root_pid);
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));
+        self.limit(Stage::Restored)?;
         tracing::info!(migration = %self.id, root = restored.root_pid,
             took = ?self.restore_time, "restored and held");
         self.state()
@@ -450,6 +484,7 @@ impl Site {
             bridge: self.node.bridge.clone().unwrap_or_default(),
             links: self.links.iter().map(to_state).collect(),
             root_pid: self.root_pid,
+            boot: Some(identity::boot().map_err(|error| internal(&error))?),
         };
         let bytes = serde_json::to_vec(&state).map_err(|error| internal(&error))?;
         DriverState::new(bytes).map_err(|error| internal(&error))

@@ -1,7 +1,8 @@
 //! TCP: connections that wait to be accepted, handshakes, and what closed sockets still owe.
 //!
 //! CRIU refuses a listener whose queue is not empty. It does not see the other two, since no
-//! descriptor leads to them; the restored kernel would not know them and answer with a reset.
+//! descriptor leads to them; the restored kernel would not know them and answer with a reset. Whose
+//! they are tells the port: others may have sockets in the same namespace.
 
 use std::collections::HashSet;
 use std::io;
@@ -42,9 +43,13 @@ pub(super) fn look(diag: &mut Diag, pids: &[i32], own_network: bool) -> io::Resu
     }
     let owners = descriptors::owners(pids, &wanted);
     let found = passing.into_iter().filter_map(|(state, socket)| {
-        let owner = listeners()
-            .filter(|listener| listener.port == socket.port)
-            .find_map(|listener| owners.get(&listener.inode));
+        let mut same_port = listeners().filter(|listener| listener.port == socket.port);
+        let owner = same_port.find_map(|listener| owners.get(&listener.inode));
+        // Where others listen and the workload does not, it came to them. Where nobody listens
+        // nobody can tell.
+        if owner.is_none() && listeners().any(|listener| listener.port == socket.port) {
+            return None;
+        }
         let place = match state {
             State::Unaccepted => {
                 owners.get(&socket.inode)?;

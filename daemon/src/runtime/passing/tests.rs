@@ -120,6 +120,8 @@ fn a_handshake_is_found_until_the_client_has_sent_something() {
         found[0].holder.contains("(perl) at TCP port 7321"),
         "{found:?}"
     );
+    // It came to somebody else.
+    assert_eq!(observer.look(&own()).expect("a look"), []);
     client.write_all(b"x").expect("send");
     until(&Vec::<Passing>::new(), || {
         observer.look(&pids).expect("a look")
@@ -142,6 +144,12 @@ fn what_a_closed_connection_still_owes_its_peer_is_found_until_it_has_it() {
     assert_eq!(states(&mut observer), []);
     drop(server);
     assert_eq!(states(&mut observer), [State::Closing]);
+    // It was somebody else's, whose listener is still there.
+    assert_eq!(observer.look(&[1]).expect("a look"), []);
+    drop(listener);
+    // Nobody can tell whose it was.
+    let found = observer.look(&[1]).expect("a look");
+    assert_eq!((found.len(), found[0].state), (1, State::Closing));
     let mut received = Vec::new();
     client.read_to_end(&mut received).expect("read");
     assert_eq!(received.len(), sent);

@@ -1,4 +1,5 @@
-//! The threads of a process, as the kernel holds them: whether one is traced.
+//! The threads of a process, as the kernel holds them: whether one is traced, and whether one has
+//! an io_uring that no descriptor and no mapping leads to (`IORING_SETUP_REGISTERED_FD_ONLY`).
 //!
 //! Absent: who traces it. That is in `status`, which takes 10 us for each thread.
 
@@ -8,12 +9,24 @@ use std::os::fd::OwnedFd;
 use pageferry_sys::bpf::Whose;
 
 use super::types::Types;
-use super::{ELEMENT, R1, Records, load, load_half, odd, program, put, unknown};
+use super::{
+    ELEMENT, JUMP_IF_ZERO, MOVE_NUMBER, R1, R2, R3, Records, instruction, load, load_half,
+    load_word, odd, program, put, unknown,
+};
 
 /// Reads the threads of processes.
 #[derive(Debug)]
 pub struct Threads {
     program: OwnedFd,
+}
+
+/// What some thread of a process has; nothing if it has ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// A tracer.
+    pub tracer: bool,
+    /// An io_uring that it has registered with itself.
+    pub ring: bool,
 }
 
 impl Threads {
@@ -27,15 +40,20 @@ impl Threads {
         let own = i32::try_from(std::process::id()).map_err(io::Error::other)?;
         let told = probe.read(own)?;
         let first = told.first().ok_or_else(odd)?[0];
-        if told.iter().any(|[process, _]| *process != first) {
+        if told.iter().any(|[process, ..]| *process != first) {
             return Err(odd());
         }
         Ok(probe)
     }
 
-    /// Whether any thread of a process is traced; false if it has ended.
-    pub fn any_traced(&self, pid: i32) -> io::Result<bool> {
-        Ok(self.read(pid)?.iter().any(|[_, traced]| *traced != 0))
+    /// What any thread of a process has.
+    pub fn of(&self, pid: i32) -> io::Result<Found> {
+        let mut found = Found::default();
+        for [_, traced, ring] in self.read(pid)? {
+            found.tracer |= traced != 0;
+            found.ring |= ring != 0;
+        }
+        Ok(found)
     }
 
     fn read(&self, pid: i32) -> io::Result<Vec<[u64; WORDS]>> {
@@ -43,17 +61,42 @@ impl Threads {
     }
 }
 
-/// For every thread: its process, and the flags of ptrace.
+/// For every thread: its process, the flags of ptrace, and whether it has a ring.
 fn instructions(types: &Types) -> Option<Vec<u64>> {
     let copy = |index, name| {
         let place = types.member("task_struct", name)?;
         put(WORDS, index, vec![load_half(R1, ELEMENT, place)])
     };
-    let copies = [copy(0, "tgid")?, copy(1, "ptrace")?];
+    let none = || vec![instruction(MOVE_NUMBER, R1, 0, 0, 0)];
+    let ring = put(WORDS, 2, ring(types).unwrap_or_else(none))?;
+    let copies = [copy(0, "tgid")?, copy(1, "ptrace")?, ring];
     program(types, "bpf_iter__task", "task", &copies)
 }
 
+/// 1 if the thread has registered a ring, else 0. None where the kernel has no such rings.
+fn ring(types: &Types) -> Option<Vec<u64>> {
+    let own = types.member("task_struct", "io_uring")?;
+    let first = types.member("io_uring_task", "registered_rings")?;
+    let looks = (0..RINGS_MAX).flat_map(|index| {
+        [
+            load_word(R3, R2, first + 8 * index),
+            instruction(JUMP_IF_ZERO, R3, 0, 1, 0),
+            instruction(MOVE_NUMBER, R1, 0, 0, 1),
+        ]
+    });
+    let mut ring = vec![
+        instruction(MOVE_NUMBER, R1, 0, 0, 0),
+        load_word(R2, ELEMENT, own),
+        // It has never used one.
+        instruction(JUMP_IF_ZERO, R2, 0, 3 * RINGS_MAX, 0),
+    ];
+    ring.extend(looks);
+    Some(ring)
+}
+
 const ITERATOR: &str = "bpf_iter_task";
-const WORDS: usize = 2;
+const WORDS: usize = 3;
+/// `IO_RINGFD_REG_MAX`: if there were fewer, the kernel would not load the program.
+const RINGS_MAX: i16 = 16;
 /// As many as there can be on one node (`PID_MAX_LIMIT`).
 const THREADS_MAX: usize = 4 << 20;

@@ -49,12 +49,12 @@ pub struct Looked {
     pub sockets: BTreeSet<u64>,
 }
 
-/// Whether a thread of process `pid` is traced, or it has a descriptor that forbids tracking. 0.1
+/// Whether a thread of process `pid` is traced or has registered an io_uring, or it has a descriptor that forbids tracking. 0.1
 /// ms for a thousand threads and as much for a thousand descriptors, where the kernel's iterators
 /// can be used.
 pub fn look(pid: i32, support: &Support) -> Result<Looked, TrackError> {
     let mut looked = Looked {
-        forbidden: find_tracer(pid, support)?,
+        forbidden: find_of_threads(pid, support)?,
         sockets: BTreeSet::new(),
     };
     if looked.forbidden.is_none() {
@@ -105,13 +105,25 @@ fn advice(code: ErrorCode, what: &str) -> &'static str {
     }
 }
 
+fn hidden_ring(pid: i32) -> Failure {
+    let what = "an io_uring";
+    let text = format!(
+        "a thread of process {pid} has {what}, registered with itself{}",
+        advice(ErrorCode::IoUring, what)
+    );
+    Failure::new(ErrorCode::IoUring, text)
+}
+
 const AIO_RING: &str = "a ring of asynchronous I/O";
 
-fn find_tracer(pid: i32, support: &Support) -> Result<Option<Failure>, TrackError> {
+/// What forbids it of its threads. An io_uring that only a thread knows is in nothing that `/proc`
+/// tells.
+fn find_of_threads(pid: i32, support: &Support) -> Result<Option<Failure>, TrackError> {
     if let Some(probe) = &support.threads {
-        match probe.any_traced(pid) {
-            Ok(false) => return Ok(None),
-            Ok(true) => {}
+        match probe.of(pid) {
+            Ok(found) if found.ring => return Ok(Some(hidden_ring(pid))),
+            Ok(found) if !found.tracer => return Ok(None),
+            Ok(_) => {}
             Err(error) => tracing::debug!(pid, %error, "no threads of the iterator"),
         }
     }

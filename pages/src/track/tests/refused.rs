@@ -60,6 +60,26 @@ fn an_io_uring_is_refused() {
     assert_eq!(refusal(&["io-uring"]), Some(ErrorCode::IoUring));
 }
 
+/// `/proc` does not tell of it.
+#[test]
+fn an_io_uring_that_only_a_thread_knows_is_refused() {
+    let support = Support::probe().unwrap();
+    if support.threads.is_none() {
+        eprintln!("this kernel does not tell its types");
+        return;
+    }
+    let mut trial = start();
+    let looked = || refuse::look(trial.pid(), &support).unwrap().forbidden;
+    assert_eq!(looked(), None);
+    trial.tell("io-uring-registered");
+    let found = refuse::look(trial.pid(), &support)
+        .unwrap()
+        .forbidden
+        .unwrap();
+    assert_eq!(found.code(), ErrorCode::IoUring);
+    assert!(found.text().contains("registered with itself"), "{found}");
+}
+
 #[test]
 fn a_refused_io_uring_says_what_helps() {
     let mut trial = start();

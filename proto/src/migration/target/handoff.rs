@@ -144,7 +144,9 @@ impl TargetMachine {
             Start::LettingGo { .. } => {}
             // Let go twice, resumed twice.
             Start::Filling | Start::Closing => return,
-            Start::Recording => return self.out_of_place("a resumed workload"),
+            Start::Recording | Start::Stuck | Start::Burying | Start::Losing | Start::Lost => {
+                return self.out_of_place("a resumed workload");
+            }
         }
         running.step = Start::Filling;
         let (generation, filled) = (running.generation, running.filled);
@@ -169,7 +171,13 @@ impl TargetMachine {
                 running.step = Start::Closing;
                 self.journal(Entry::Done);
             }
-            Start::Recording | Start::LettingGo { .. } | Start::Closing => {}
+            Start::Recording
+            | Start::LettingGo { .. }
+            | Start::Closing
+            | Start::Stuck
+            | Start::Burying
+            | Start::Losing
+            | Start::Lost => {}
         }
     }
 
@@ -213,6 +221,58 @@ impl TargetMachine {
             | State::Aborted
             | State::Done { .. } => self.failed(now, failure),
         }
+    }
+
+    /// What was to run never will any more, and may have: that is neither a start nor a refusal.
+    pub(super) fn lost(&mut self, now: Time, failure: Failure) {
+        match &mut self.state {
+            State::Running(running) => match running.step {
+                Start::LettingGo { .. } | Start::Stuck | Start::Burying => {
+                    running.step = Start::Losing;
+                    self.timers.stop_all();
+                    self.failure = Some(failure.clone());
+                    self.journal(Entry::Aborted(failure));
+                }
+                // Asked for twice, and known already.
+                Start::Losing | Start::Lost => {}
+                // It is asked for again when that is on disk.
+                Start::Recording => self.note(failure),
+                // It has run, which is the answer.
+                Start::Filling | Start::Closing => self.note(failure),
+            },
+            State::Idle
+            | State::Preparing { .. }
+            | State::Accepting
+            | State::Receiving(_)
+            | State::Storing(_)
+            | State::Restoring { .. }
+            | State::Readying { .. }
+            | State::Ready { .. }
+            | State::Refusing(_)
+            | State::Refused { .. }
+            | State::Aborting(_)
+            | State::Aborted
+            | State::Done { .. } => self.failed(now, failure),
+        }
+    }
+
+    /// Nobody tries any more to let it go, and only the operator can end that.
+    pub(super) fn gave_up(&mut self, now: Time, failure: Failure) {
+        let State::Running(Running {
+            step: step @ Start::LettingGo { .. },
+            ..
+        }) = &mut self.state
+        else {
+            return self.failed(now, failure);
+        };
+        *step = Start::Stuck;
+        self.timers.stop_all();
+        let text = format!(
+            "letting it go was given up, and whether it runs is not known: {}. If it does not, \
+             declare the target dead at the target itself: `pageferry resolve --help`",
+            failure.text()
+        );
+        self.note(Failure::new(failure.code(), text));
     }
 
     fn refusal_recorded(&mut self) {
@@ -263,6 +323,13 @@ impl TargetMachine {
                 self.send(TargetMessage::Refused { generation });
                 self.journal(Entry::Aborted(self.failure_or_unknown()));
             }
+            State::Running(Running {
+                step: step @ Start::Burying,
+                ..
+            }) => {
+                *step = Start::Losing;
+                self.journal(Entry::Aborted(self.failure_or_unknown()));
+            }
             State::Aborting(aborting) if !aborting.discarded => {
                 aborting.discarded = true;
                 if self.recorded {
@@ -288,6 +355,21 @@ impl TargetMachine {
         }
     }
 
+    /// What cannot be discarded is not run either: that is all that the source must know of what
+    /// never ran. What may have run is not over.
+    pub(super) fn discard_failed(&mut self, failure: Failure) {
+        self.note(failure);
+        if let State::Running(Running {
+            step: step @ Start::Burying,
+            ..
+        }) = &mut self.state
+        {
+            *step = Start::Stuck;
+        } else {
+            self.discarded();
+        }
+    }
+
     /// The last record is written, or could not be: nothing depends on it.
     fn closed(&mut self) {
         match &self.state {
@@ -300,6 +382,13 @@ impl TargetMachine {
                 self.state = State::Done {
                     generation: running.generation,
                 };
+            }
+            State::Running(running) if running.step == Start::Losing => {
+                self.state = State::Running(Running {
+                    generation: running.generation,
+                    step: Start::Lost,
+                    filled: false,
+                });
             }
             State::Aborting(aborting) if aborting.discarded => {
                 let asked = aborting.asked;
@@ -341,21 +430,23 @@ impl TargetMachine {
                 Start::LettingGo { tries } if tries < LET_GO_TRIES_MAX => {
                     self.retry_later(now, failure);
                 }
-                Start::Recording | Start::LettingGo { .. } | Start::Filling | Start::Closing => {
-                    self.note(failure);
-                }
+                Start::LettingGo { .. } => self.gave_up(now, failure),
+                Start::Recording
+                | Start::Filling
+                | Start::Closing
+                | Start::Stuck
+                | Start::Burying
+                | Start::Losing
+                | Start::Lost => self.note(failure),
             },
-            // What cannot be discarded is not run either: that is all that the source must know.
+            // What is being undone may still report that it failed; the discard goes on.
             State::Refusing(Refusing {
                 step: Refusal::Discarding,
                 ..
             })
             | State::Aborting(Aborting {
                 discarded: false, ..
-            }) => {
-                self.note(failure);
-                self.discarded();
-            }
+            }) => self.note(failure),
             State::Idle
             | State::Refusing(_)
             | State::Refused { .. }
@@ -421,6 +512,18 @@ impl TargetMachine {
                 let generation = *generation;
                 self.refuse(generation, failure);
             }
+            // Nobody lets it go any more: from here on nobody may run it here either.
+            (
+                State::Running(Running {
+                    step: step @ Start::Stuck,
+                    ..
+                }),
+                Side::Target,
+            ) => {
+                *step = Start::Burying;
+                self.failure = Some(failure);
+                self.actions.push_back(TargetAction::Discard);
+            }
             (
                 State::Idle
                 | State::Readying { .. }
@@ -450,7 +553,12 @@ impl TargetMachine {
                     generation: *generation,
                 }),
                 Start::LettingGo { tries } => self.let_go(tries + 1),
-                Start::Filling | Start::Closing => {}
+                Start::Filling
+                | Start::Closing
+                | Start::Stuck
+                | Start::Burying
+                | Start::Losing
+                | Start::Lost => {}
             },
             State::Refusing(Refusing {
                 generation,

@@ -1,6 +1,6 @@
 //! What the source says, and what the target makes of it.
 
-use super::state::{Aborting, Receiving, Refusal, Start, State, Verdict};
+use super::state::{Aborting, Receiving, Refusal, Running, Start, State, Verdict};
 use super::{TargetAction, TargetMachine};
 use crate::id::{Generation, Round};
 use crate::migration::record::Entry;
@@ -118,8 +118,10 @@ impl TargetMachine {
     fn answer(&mut self, asked: Generation) {
         let answer = match &self.state {
             State::Running(running) => match running.step {
-                Start::Recording | Start::LettingGo { .. } => None,
+                Start::Recording | Start::LettingGo { .. } | Start::Stuck | Start::Burying => None,
                 Start::Filling | Start::Closing => self.answer_started(running.generation, asked),
+                // It may have run: only the operator can say what that is worth.
+                Start::Losing | Start::Lost => Some(TargetMessage::Unknown { generation: asked }),
             },
             State::Done { generation } => self.answer_started(*generation, asked),
             State::Refused { generation } => self.answer_refused(*generation, asked),
@@ -193,7 +195,12 @@ impl TargetMachine {
                 let generation = refusing.generation;
                 self.send(TargetMessage::Refused { generation });
             }
-            State::Idle | State::Aborted => {
+            State::Idle
+            | State::Aborted
+            | State::Running(Running {
+                step: Start::Losing | Start::Lost,
+                ..
+            }) => {
                 self.send(TargetMessage::Unknown { generation: ended });
             }
             State::Running(_) | State::Done { .. } => self.abort_too_late(),
@@ -252,7 +259,12 @@ impl TargetMachine {
     fn abort_too_late(&mut self) {
         let generation = match &self.state {
             State::Running(running) => match running.step {
-                Start::Recording | Start::LettingGo { .. } => None,
+                Start::Recording
+                | Start::LettingGo { .. }
+                | Start::Stuck
+                | Start::Burying
+                | Start::Losing
+                | Start::Lost => None,
                 Start::Filling | Start::Closing => Some(running.generation),
             },
             State::Done { generation } => Some(*generation),

@@ -1,6 +1,6 @@
 //! A target that was restarted: what its journal proves, and what follows.
 
-use super::state::{Refusal, Refusing, State, Verdict};
+use super::state::{Refusal, Refusing, Running, Start, State, Verdict};
 use super::{TargetMachine, TargetOrigin};
 use crate::migration::handoff::{RecoverError, TargetFacts};
 use crate::migration::record::{AcceptedEntry, DriverState, Entry, Record};
@@ -19,7 +19,11 @@ pub fn answer(records: &[Record]) -> Result<Option<Vec<Record>>, RecoverError> {
     let mut accepted = facts.accepted.ok_or(RecoverError::NoBeginning)?;
     let end = match (facts.running, facts.refused) {
         _ if facts.settled.is_some() => return Ok(None),
-        (Some(generation), _) => [Entry::Running { generation }, Entry::Done],
+        (Some(generation), _) => match facts.aborted {
+            // It may have run, and nobody will know (H-20).
+            Some(failure) => [Entry::Running { generation }, Entry::Aborted(failure)],
+            None => [Entry::Running { generation }, Entry::Done],
+        },
         (None, Some(generation)) => {
             let unknown = || Failure::new(ErrorCode::Unknown, "no reason was recorded");
             let failure = facts.aborted.unwrap_or_else(unknown);
@@ -80,6 +84,12 @@ impl TargetMachine {
         if let Some(generation) = facts.running {
             if facts.done {
                 self.state = State::Done { generation };
+            } else if over {
+                self.state = State::Running(Running {
+                    generation,
+                    step: Start::Lost,
+                    filled: false,
+                });
             } else {
                 self.run(generation);
             }

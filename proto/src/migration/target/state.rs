@@ -76,6 +76,14 @@ pub(super) enum Start {
     Filling,
     /// That the memory is in place is being written.
     Closing,
+    /// Letting go is given up: whether it runs is not known here.
+    Stuck,
+    /// The operator has given it up: what there may be of it is being killed.
+    Burying,
+    /// That it may have run and nothing of it is left is being written.
+    Losing,
+    /// It may have run, and nothing of it is left; `Unknown` is the answer.
+    Lost,
 }
 
 #[derive(Debug)]
@@ -116,8 +124,12 @@ impl State {
             Self::Restoring { .. } | Self::Readying { said: false, .. } => Phase::Restoring,
             Self::Readying { said: true, .. } | Self::Ready { .. } => Phase::Ready,
             Self::Running(running) => match running.step {
-                Start::Recording | Start::LettingGo { .. } | Start::Filling => Phase::Running,
+                Start::Recording | Start::LettingGo { .. } | Start::Filling | Start::Stuck => {
+                    Phase::Running
+                }
                 Start::Closing => Phase::Done,
+                Start::Burying => Phase::Aborting,
+                Start::Losing | Start::Lost => Phase::Aborted,
             },
             Self::Refusing(refusing) => match refusing.step {
                 Refusal::Recording | Refusal::Discarding => Phase::Refusing,
@@ -141,6 +153,7 @@ impl State {
     pub(super) const fn is_closed(&self) -> bool {
         match self {
             Self::Refused { .. } | Self::Aborted | Self::Done { .. } => true,
+            Self::Running(running) => matches!(running.step, Start::Lost),
             Self::Idle
             | Self::Preparing { .. }
             | Self::Accepting
@@ -149,7 +162,6 @@ impl State {
             | Self::Restoring { .. }
             | Self::Readying { .. }
             | Self::Ready { .. }
-            | Self::Running(_)
             | Self::Refusing(_)
             | Self::Aborting(_) => false,
         }
@@ -182,6 +194,10 @@ impl State {
             | Self::Receiving(_)
             | Self::Storing(_)
             | Self::Restoring { .. } => Place::Unready,
+            Self::Running(Running {
+                step: Start::Losing | Start::Lost,
+                ..
+            }) => Place::Over,
             Self::Readying { .. } | Self::Ready { .. } | Self::Running(_) => Place::Decisive,
             Self::Refusing(_)
             | Self::Refused { .. }

@@ -25,6 +25,9 @@ const ANNOUNCEMENTS: [Duration; 2] = [Duration::from_millis(50), Duration::from_
 pub enum LetGoError {
     /// It died before its first instruction, and nothing of it is left.
     NeverRan(Failure),
+    /// It may have run, and nothing of it runs or ever will: what is left of it has no memory, and
+    /// is frozen for good.
+    Lost(Failure),
     /// It may run, or may yet.
     Unclear(Failure),
 }
@@ -72,7 +75,16 @@ impl Site {
         Ok(())
     }
 
+    /// Attaches the network, in a bounded time.
     async fn attach(&mut self) -> Result<(), Failure> {
+        let attached = tokio::time::timeout(GO_TIMEOUT, self.attach_links()).await;
+        attached.unwrap_or_else(|_| {
+            let text = format!("the network was not attached within {GO_TIMEOUT:?}");
+            Err(Failure::new(ErrorCode::Timeout, text))
+        })
+    }
+
+    async fn attach_links(&mut self) -> Result<(), Failure> {
         let Some(Pager { client, .. }) = &self.pager else {
             return Err(no_pager());
         };
@@ -107,11 +119,14 @@ impl Site {
         let remains = Remains::read(&self.directory).map_err(|error| internal(&error))?;
         match remains {
             Remains::Filled(_) => Ok(()),
-            Remains::FillLost(line) => Err(Failure::new(ErrorCode::FillLost, line).into()),
+            Remains::FillLost(line) => {
+                Err(LetGoError::Lost(Failure::new(ErrorCode::FillLost, line)))
+            }
             Remains::RestoreLost(line) => {
                 let failure = Failure::new(ErrorCode::CriuFailed, line);
                 Err(LetGoError::NeverRan(failure))
             }
+            Remains::Nothing if self.is_of_another_boot => Err(LetGoError::Lost(restarted())),
             Remains::Nothing => Err(no_pager().into()),
         }
     }
@@ -172,7 +187,7 @@ impl Site {
 impl LetGoError {
     fn failure(self) -> Failure {
         match self {
-            Self::NeverRan(failure) | Self::Unclear(failure) => failure,
+            Self::NeverRan(failure) | Self::Lost(failure) | Self::Unclear(failure) => failure,
         }
     }
 }
@@ -183,11 +198,21 @@ impl From<Failure> for LetGoError {
     }
 }
 
+fn restarted() -> Failure {
+    Failure::new(
+        ErrorCode::FillLost,
+        "this node was restarted after it was told to run the workload: whether it ran is not \
+         known, and nothing of it is left here",
+    )
+}
+
 /// Fails if the pager says that its tree died before it was let go, which it says only when nothing
 /// of the tree is left; else says how things stand. A pager that does not answer proves nothing,
 /// but its tree may be dying, and its network must not be attached.
 async fn never_ran(pager: &PagerClient) -> Result<PagerState, LetGoError> {
-    let status = pager.status().await.map_err(pager_failed)?;
+    let status = tokio::time::timeout(GO_TIMEOUT, pager.status()).await;
+    let status = status.unwrap_or(Err(ClientError::Silent(GO_TIMEOUT)));
+    let status = status.map_err(pager_failed)?;
     match status.failure {
         Some(fault) if status.state == PagerState::Failed && !fault.after_go => {
             Err(LetGoError::NeverRan(fault.failure()))

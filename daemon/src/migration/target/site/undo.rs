@@ -53,6 +53,7 @@ impl Site {
                 .map_err(|error| network_unfit(&error))?;
         }
         self.clear();
+        self.tidy();
         Ok(())
     }
 
@@ -84,7 +85,8 @@ impl Site {
         self.clear();
     }
 
-    /// The workload has all its memory, or nothing of it is left.
+    /// The workload has all its memory, or nothing of it is left. What proves that stays: the
+    /// journal does not say so yet.
     pub(super) fn clear(&mut self) {
         self.pager = None;
         self.promise = None;
@@ -95,7 +97,7 @@ impl Site {
                     tracing::warn!(migration = %self.id, "a cgroup is left: {}", chain(&error));
                 }
             }
-            drop(fs::remove_dir_all(&self.directory));
+            drop(fs::remove_dir_all(self.directory.join("images")));
         });
     }
 
@@ -110,10 +112,9 @@ impl Site {
         }
     }
 
-    /// Removes the folder of a migration for which nothing was ever prepared.
+    /// Removes the folder of a migration that is over, and whose end the journal knows; or of which
+    /// there never was anything.
     pub fn tidy(&self) {
-        if self.pager.is_none() && !self.freezer.exists() {
-            drop(fs::remove_dir_all(&self.directory));
-        }
+        block_in_place(|| drop(fs::remove_dir_all(&self.directory)));
     }
 }
