@@ -6,8 +6,8 @@
 //! is left for it says [`memory`]. The files it stands on are [`files`], what it has locked of them
 //! [`locks`], those that both nodes share [`shared`], and [`mounts`] are those of a namespace of
 //! its own. States in which it cannot be dumped for a moment are [`passing`], and connections that
-//! would be torn apart [`loopback`]. What may hang is done [`detached`]. Nothing here knows the links
-//! or the pages.
+//! would be torn apart [`loopback`]. What may hang is done [`detached`]. Nothing here knows the
+//! links or the pages.
 
 pub mod build_id;
 pub mod cgroup;
