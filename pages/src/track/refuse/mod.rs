@@ -49,9 +49,9 @@ pub struct Looked {
     pub sockets: BTreeSet<u64>,
 }
 
-/// Whether a thread of process `pid` is traced or has registered an io_uring, or it has a descriptor that forbids tracking. 0.1
-/// ms for a thousand threads and as much for a thousand descriptors, where the kernel's iterators
-/// can be used.
+/// Whether a thread of process `pid` is traced or has registered an io_uring, or it has a
+/// descriptor that forbids tracking. 0.1 ms for a thousand threads and as much for a thousand
+/// descriptors, where the kernel's iterators can be used.
 pub fn look(pid: i32, support: &Support) -> Result<Looked, TrackError> {
     let mut looked = Looked {
         forbidden: find_of_threads(pid, support)?,
