@@ -154,7 +154,8 @@ impl Lab {
         Ok(())
     }
 
-    /// Replaces all daemons by ones whose CRIU has a tracer, or none. No migration may be under way.
+    /// Replaces all daemons by ones whose CRIU has a tracer, or none. No migration may be under
+    /// way.
     pub fn restart_daemons(&mut self, tracer: bool) -> Result<()> {
         let names: Vec<String> = self
             .nodes

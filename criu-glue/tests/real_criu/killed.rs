@@ -80,6 +80,13 @@ async fn late_tracer() -> Result<(), String> {
     while !said().contains("Turning repair on") {
         tokio::select! {
             event = worker.next() => match event.expect("criu talks") {
+                // We were slow; and told to go on it would kill the workload.
+                Event::Notify { script: NotifyScript::PostDump, .. } => {
+                    worker.answer(false).await.expect("criu listens");
+                    while worker.next().await.is_ok() {}
+                    worker.wait().await.expect("our child");
+                    return Err("the dump was over".to_owned());
+                }
                 Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
                 Event::Response(response) => panic!("{response:?}"),
             },

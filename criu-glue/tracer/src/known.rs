@@ -60,7 +60,8 @@ const AT_HOME: [(u32, u64, usize); 5] = [
 pub const RSEQ_BYTES: u64 = 24;
 
 /// Fills `into` with what is known of the stopped thread `tid`: its signal and its registers, and
-/// if it is at home, where CRIU has asked for nothing yet, the rest. The length; 0 for want of room.
+/// if it is at home, where CRIU has asked for nothing yet, the rest. Gives the length, which is 0
+/// for want of room.
 pub fn collect(tid: i32, is_home: bool, into: &mut [u8]) -> usize {
     if into.len() < ROOM {
         return 0;
