@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
-use crate::*;
+use super::*;
 
 /// Pages of the address space in the random tests: small, so that everything overlaps.
 const PAGES: u64 = 48;
