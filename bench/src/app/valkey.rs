@@ -35,6 +35,8 @@ pub fn start(lab: &mut Lab, node: &str) -> Result<Box<dyn App>> {
         ["--appendonly", "yes"],
         ["--appendfsync", "everysec"],
         ["--save", ""],
+        // No child that rewrites the file: forks that save are a case of `memory`.
+        ["--auto-aof-rewrite-percentage", "0"],
         ["--bind", "0.0.0.0"],
         ["--protected-mode", "no"],
         // For its digest.
