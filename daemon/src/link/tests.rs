@@ -172,6 +172,10 @@ fn a_port_is_found_again_by_its_ends_and_not_by_its_name() {
         let port = describe(&net).await.expect("describe").ports.remove(0);
         let again = Port::again(&node, port.ends(), "br0").await;
         assert_eq!(again.expect("found"), Some(port.clone()));
+        // A link can be made with an index that was free again.
+        let (index, peer) = port.ends();
+        let again = Port::again(&node, (index, peer + 1), "br0").await;
+        assert_eq!(again.expect("looked for"), None);
         port.delete(&node).await.expect("delete");
         // Another workload's link has the name now.
         let (other, prepared) = workload("pfa").await;

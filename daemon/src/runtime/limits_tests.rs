@@ -161,7 +161,7 @@ fn the_strictest_limit_of_version_2_counts_and_what_is_not_carried_is_named() {
         root.path(),
         "web.slice/redis.service",
         &[
-            ("memory.max", "max\n"),
+            ("memory.max", "2000\n"),
             ("memory.high", "500\n"),
             ("memory.swap.max", "0\n"),
             ("cpu.max", "200000 100000\n"),
@@ -177,6 +177,7 @@ fn the_strictest_limit_of_version_2_counts_and_what_is_not_carried_is_named() {
         "web.slice",
         &[
             ("memory.max", "1000\n"),
+            ("memory.high", "700\n"),
             ("cpu.max", "10000 10000\n"),
             ("cpu.weight", "20\n"),
             ("pids.max", "40\n"),

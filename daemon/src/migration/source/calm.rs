@@ -247,6 +247,7 @@ mod tests {
         assert_eq!(pause(1, 1000), Duration::from_millis(15));
         assert_eq!(pause(4, 500), Duration::from_millis(80));
         assert_eq!(pause(10, 500), PAUSE_MAX);
+        assert_eq!(pause(33, 500), PAUSE_MAX);
         assert_eq!(pause(u32::MAX, 1000), PAUSE_MAX * 3 / 2);
     }
 }

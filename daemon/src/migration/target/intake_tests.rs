@@ -321,8 +321,10 @@ async fn an_image_that_is_being_written_is_dropped_when_its_attempt_is_given_up(
         assert!(Instant::now() < deadline, "the image is not begun");
         tokio::task::yield_now().await;
     }
+    assert_eq!(intake.store().data_pages(), PageCount::covering(300_000));
     live(&intake, FIRST.next(), 0, 10).unwrap();
     assert!(!old.exists());
+    assert_eq!(intake.store().data_pages(), PageCount::ZERO);
     writer.write(body).await.unwrap();
     writer.finish();
     within(taking).await.unwrap().unwrap();

@@ -226,10 +226,12 @@ impl Drop for Reaped {
 
 #[test]
 fn a_parent_in_vfork_is_found_running_and_frozen_until_its_child_ends() {
-    // The child goes on in perl, in its parent's memory: CLONE_VM, CLONE_VFORK, SIGCHLD.
+    // The child goes on in perl, in its parent's memory (CLONE_VM, CLONE_VFORK, SIGCHLD), and ends
+    // with its parent (PR_SET_PDEATHSIG, SIGKILL).
     let script = format!(
-        "$| = 1; my $child = syscall({}, 0x4111, 0, 0, 0, 0); sleep 1000",
-        libc::SYS_clone
+        "syscall({}, 0x4111, 0, 0, 0, 0) or syscall({}, 1, 9, 0, 0, 0); sleep 1000",
+        libc::SYS_clone,
+        libc::SYS_prctl
     );
     let mut perl = Command::new("perl");
     let perl = perl.args(["-e", &script]).stdout(Stdio::null()).spawn();
@@ -272,8 +274,8 @@ struct Still {
     mount: String,
 }
 
-impl Drop for Still {
-    fn drop(&mut self) {
+impl Still {
+    fn thaw(&self) {
         let pid = self.writer.0.id().to_string();
         let mut thaw = Command::new("nsenter");
         // It may have been thawed.
@@ -284,12 +286,19 @@ impl Drop for Still {
     }
 }
 
+impl Drop for Still {
+    fn drop(&mut self) {
+        self.thaw();
+    }
+}
+
 #[test]
 fn a_task_in_uninterruptible_sleep_is_found_until_it_wakes() {
     let folder = tempfile::tempdir().expect("a folder");
     let mount = folder.path().to_str().expect("a path").to_owned();
     let script = "truncate -s 8M $1.img && mkfs.ext4 -q $1.img && mount -o loop $1.img $1 && \
-                  rm $1.img && fsfreeze -f $1 && exec touch $1/file";
+                  rm $1.img && fsfreeze -f $1 && \
+                  exec perl -e 'open(my $file, \">\", shift); sleep 1000' $1/file";
     let mut shell = Command::new("unshare");
     let shell = shell.args(["-m", "sh", "-c", script, "sh", &mount]).spawn();
     let still = Still {
@@ -299,17 +308,18 @@ fn a_task_in_uninterruptible_sleep_is_found_until_it_wakes() {
     let pid = still.writer.0.id().cast_signed();
     let is_writer = || {
         let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
-        name.is_ok_and(|name| name == "touch\n")
+        name.is_ok_and(|name| name == "perl\n")
     };
     until(&true, || is_writer() && uninterruptible(&[pid]).is_some());
     let found = uninterruptible(&[pid]).expect("a sleeper");
     assert_eq!(found.state, State::Uninterruptible);
     assert!(
-        found.holder.starts_with(&format!("process {pid} (touch)")),
+        found.holder.starts_with(&format!("process {pid} (perl)")),
         "{found}"
     );
-    drop(still);
-    assert_eq!(uninterruptible(&[pid]), None);
+    still.thaw();
+    until(&None, || uninterruptible(&[pid]));
+    assert!(is_writer(), "it has ended");
 }
 
 /// A process of which one thread waits in the kernel for a page.

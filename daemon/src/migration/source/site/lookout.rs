@@ -104,11 +104,22 @@ pub fn check_trackable(pid: i32, root: i32, support: &Support) -> Result<(), Fai
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
+    use crate::migration::source::site::SourceNode;
+    use crate::migration::source::state::{SiteState, encode_state};
+    use crate::runtime::identity::Identity;
     use pageferry_cgroup::freezer::FreezerRoot;
+    use pageferry_cgroup::hierarchies::Hierarchies;
+    use pageferry_pages::track::tree::Tree;
     use pageferry_pages::track::{ATTEMPTS, STOP_MAX, Space, TrackOptions};
+    use pageferry_proto::id::{Generation, MigrationId, Round};
+    use pageferry_proto::migration::policy::Policy;
+    use pageferry_proto::migration::source::SourceEvent;
     use pageferry_proto::wire::code::ErrorCode;
     use pageferry_trial::{self as trial, Trial};
+    use tokio::sync::watch;
 
     /// The other process of these tests.
     #[test]
@@ -120,6 +131,7 @@ mod tests {
     struct Tracked {
         trial: Option<Trial>,
         space: Option<Space>,
+        site: Option<Site>,
         lookout: Lookout,
     }
 
@@ -146,6 +158,7 @@ mod tests {
             Self {
                 space: Some(Space::attach(trial.pid(), &options).unwrap()),
                 trial: Some(trial),
+                site: None,
                 lookout,
             }
         }
@@ -167,6 +180,40 @@ mod tests {
             scanned.map(drop).map_err(|failure| failure.code())
         }
 
+        /// From now on it is a site's, as between two rounds.
+        async fn give_to_site(&mut self, cancelled: watch::Receiver<bool>) {
+            let root = self.lookout.root;
+            let identity = Identity::of(root).unwrap();
+            let state = SiteState {
+                root,
+                started: identity.started,
+                boot: identity.boot,
+                freezer: self.lookout.freezer.path().to_owned(),
+                origin: None,
+                ports: Vec::new(),
+                markers: Vec::new(),
+            };
+            let node = SourceNode {
+                criu: PathBuf::new(),
+                view_library: PathBuf::new(),
+                tracer: true,
+                criu_version: 0,
+                migrations: PathBuf::new(),
+                freezers: FreezerRoot::detect().unwrap(),
+                hierarchies: Hierarchies::default(),
+                support: self.lookout.support.clone(),
+                workers: 1,
+                eager_memory_max: 0,
+            };
+            let (id, state) = (MigrationId::new([1; 16]), encode_state(&state).unwrap());
+            let site = Site::recover(node, id, Policy::DEFAULT, (&state, false), cancelled).await;
+            let mut site = site.unwrap();
+            let tree = Tree::read(root).unwrap();
+            let space = self.space.take().unwrap();
+            site.spaces.insert(tree.spaces[0].id, space);
+            self.site = Some(site);
+        }
+
         fn tell(&mut self, order: &str) -> String {
             self.trial.as_mut().unwrap().tell(order)
         }
@@ -175,7 +222,7 @@ mod tests {
     impl Drop for Tracked {
         fn drop(&mut self) {
             let _ = self.lookout.freezer.thaw();
-            drop((self.space.take(), self.trial.take()));
+            drop((self.site.take(), self.space.take(), self.trial.take()));
             let _ = self.lookout.freezer.remove();
         }
     }
@@ -201,14 +248,20 @@ mod tests {
         assert_eq!(tracked.scan(|_| (), |_| ()), Ok(()));
     }
 
-    #[test]
-    fn a_frozen_tree_is_looked_at_once_more() {
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_frozen_tree_is_looked_at_once_more() {
         let mut tracked = Tracked::start("look-frozen");
         assert_eq!(tracked.scan(|_| (), |_| ()), Ok(()));
+        let (_cut, cancelled) = watch::channel(false);
+        tracked.give_to_site(cancelled).await;
         tracked.tell(&direct());
         tracked.lookout.freezer.freeze().unwrap();
-        let found = tracked.lookout.look().unwrap_err();
-        assert_eq!(found.code(), ErrorCode::DirectIo);
+        let site = tracked.site.as_mut().unwrap();
+        let event = site.finish(Generation::FIRST, Round::FIRST).await;
+        let SourceEvent::Failure(found) = event else {
+            panic!("{event:?}");
+        };
+        assert_eq!(found.code(), ErrorCode::DirectIo, "{found}");
         tracked.lookout.freezer.thaw().unwrap();
         assert_eq!(tracked.tell("signals"), "0");
     }

@@ -9,7 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -25,6 +25,8 @@ pub struct State {
     pub fsyncs: usize,
     /// Writes are answered with EIO.
     pub failing: bool,
+    /// Fsyncs are answered with EIO.
+    pub forgetful: bool,
     /// Writes are not answered.
     pub hanging: bool,
     /// Nothing is answered.
@@ -94,7 +96,7 @@ impl Fuse {
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("the server does not panic")
+        lock(&self.state)
     }
 
     pub fn content(&self, name: &str) -> Vec<u8> {
@@ -200,8 +202,13 @@ fn name_of(body: &[u8]) -> String {
     String::from_utf8_lossy(&body[..end]).into_owned()
 }
 
+/// Also of a test that has failed with it: were the server to end, closing a file would never.
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
-    let mut state = state.lock().expect("nobody panics with it");
+    let mut state = lock(state);
     let (opcode, unique, node) = (u32_at(request, 4), u64_at(request, 8), u64_at(request, 16));
     let (uid, body) = (u32_at(request, 24), &request[40..]);
     // FORGET, INIT, INTERRUPT, BATCH_FORGET: nobody waits for these.
@@ -256,6 +263,7 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
         // RELEASE, FLUSH, RELEASEDIR, FSYNCDIR
         18 | 25 | 29 | 30 => (0, Vec::new()),
         // FSYNC
+        20 if state.forgetful => (libc::EIO, Vec::new()),
         20 => {
             state.fsyncs += 1;
             (0, Vec::new())

@@ -354,6 +354,21 @@ fn a_server_that_fails_fails_the_sync_by_name() {
 }
 
 #[test]
+fn a_server_that_takes_what_was_written_and_cannot_keep_it_fails_the_sync_by_the_file() {
+    let folder = TempDir::new().unwrap();
+    let fuse = Fuse::mount(folder.path());
+    let mut file = File::create(fuse.path.join("data")).unwrap();
+    file.write_all(PATTERN).unwrap();
+    fuse.state().forgetful = true;
+    let words = ["/data cannot be made durable", "Input/output error"];
+    refused(
+        sync(&fuse.path, LONG, never()),
+        ErrorCode::SyncFailed,
+        &words,
+    );
+}
+
+#[test]
 fn a_server_that_does_not_answer_holds_nobody_who_waits() {
     let folder = TempDir::new().unwrap();
     let fuse = Fuse::mount(folder.path());
@@ -524,13 +539,25 @@ fn a_node_that_believes_in_an_old_length_does_not_restore() {
     assert_eq!(seen(), PATTERN.len() as u64);
     log.write_all(PATTERN).unwrap();
     let _other = append("other");
+    // The workload does not write it.
+    let _read = File::open(source.path.join("log")).unwrap();
+    // Who appends is not the only one who writes.
+    let _twice = append("twice");
+    let _anywhere = File::options()
+        .write(true)
+        .open(source.path.join("twice"))
+        .unwrap();
     let own = std::process::id().cast_signed();
     let mut read = lengths::read(&[own], std::slice::from_ref(&source.path), None);
-    let expected = [("log", 2 * PATTERN.len()), ("other", PATTERN.len())];
-    let expected = expected.map(|(name, bytes)| Length {
+    let expected = [
+        ("log", 2 * PATTERN.len(), true),
+        ("other", PATTERN.len(), true),
+        ("twice", PATTERN.len(), false),
+    ];
+    let expected = expected.map(|(name, bytes, appended)| Length {
         path: source.path.join(name),
         bytes: bytes as u64,
-        appended: true,
+        appended,
     });
     assert_eq!(read, expected);
     for length in &mut read {
