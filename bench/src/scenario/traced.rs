@@ -3,17 +3,19 @@
 
 use anyhow::{Result, bail};
 
-use super::redis::{SETTLE_TIME_MAX, other};
-use super::report::{Report, percentile, round};
+use super::report::{Report, percentile};
+use super::settings::other;
 use super::writing::WriterSession;
 use crate::lab::Lab;
-use crate::pageferry::{MigrateFlags, wait_settled};
+use crate::mover::MoveOptions;
+use crate::mover::outcome::round;
+use crate::mover::pageferry::{Pageferry, SETTLE_TIME_MAX, wait_settled};
 use crate::writer::case::tree::THREADS;
 use crate::writer::options::Options;
 
 /// Moves the writer of `options` and tells the time inside CRIU. The daemons are as they were then.
 pub fn compare(lab: &mut Lab, options: &Options, report: &mut Report) -> Result<()> {
-    let mut session = WriterSession::start(lab, "a", options, |_| {})?;
+    let mut session = WriterSession::start(lab, &Pageferry, "a", options, |_| {})?;
     let (mut alone, mut traced) = (Vec::new(), Vec::new());
     for turn in 0..TURNS {
         let has_tracer = turn % 2 == 1;
@@ -21,7 +23,7 @@ pub fn compare(lab: &mut Lab, options: &Options, report: &mut Report) -> Result<
         let times = if has_tracer { &mut traced } else { &mut alone };
         for _ in 0..MOVES_PER_TURN {
             let to = other(&session.at);
-            match session.move_to(lab, to, &MigrateFlags::default())? {
+            match session.move_to(lab, to, &MoveOptions::default())? {
                 Ok(one) => {
                     times.extend(one.frozen_ms);
                     report.push(one);

@@ -24,7 +24,6 @@ use super::sync::FileSystems;
 use super::*;
 use crate::runtime::files;
 use fuse::{Fuse, OWNER};
-use pageferry_sys::shared_mapping;
 use pageferry_trial::Trial;
 
 /// Longer than anything here takes.
