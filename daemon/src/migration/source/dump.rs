@@ -167,21 +167,14 @@ impl Dump {
         let feed = Feed::create()?;
         let library = plan.view_library;
         let mut swrk = Swrk::spawn(SwrkConfig {
-            criu: plan.criu,
             namespaces: plan.namespaces,
-            cgroup_procs: Vec::new(),
             view: Some(ViewFds {
                 freezer: Some(plan.freezer.path().to_owned()),
                 tracer: plan.tracer,
                 ..feed.share(library.clone())?
             }),
-            output: plan.directory.join("dump.out"),
-            reaper: None,
-            env: Vec::new(),
-            inherited: Vec::new(),
-            huge_pages: true,
-            breakpoints: false,
             urgent: true,
+            ..SwrkConfig::new(plan.criu, plan.directory.join("dump.out"))
         })?;
         // Killed in the middle of the dump it fails the migration; its tracer, which takes this
         // over from it, would take the workload with it.
