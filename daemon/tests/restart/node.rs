@@ -121,7 +121,7 @@ impl Node {
             criu: "criu".into(),
             view_library: "libcriu_view.so".into(),
             criu_version: 40201,
-            pager: pager().into(),
+            pager: pager(),
             migrations: self.folder.path().join("migrations"),
             freezers: self.freezers.clone(),
             hierarchies: Hierarchies::detect().unwrap(),
