@@ -31,7 +31,7 @@ pub const CRATES: &[Crate] = &[
     Crate {
         folder: "criu-glue",
         package: "criu-glue",
-        uses: &[],
+        uses: &["criu-tracer"],
         tests_use: &["criu-view", "pageferry-bench"],
     },
     Crate {

@@ -17,6 +17,12 @@ use pageferry_sys::namespace::{NamespaceKind, create, run_inside};
 use super::{Observer, Passing, Sleepers, State, uninterruptible, vfork};
 use pageferry_trial::Trial;
 
+/// The other process of these tests.
+#[test]
+fn workload() {
+    pageferry_trial::obey();
+}
+
 /// A network namespace of the test's own, with its loopback up.
 struct Network(OwnedFd);
 
@@ -324,7 +330,7 @@ fn a_task_in_uninterruptible_sleep_is_found_until_it_wakes() {
 
 /// A process of which one thread waits in the kernel for a page.
 fn waiting() -> Trial {
-    let mut trial = Trial::start("pages::track::tests::workload");
+    let mut trial = Trial::start("runtime::passing::tests::workload");
     let page = 0x2000_0000_0000_u64;
     trial.tell(&format!("map {page:#x} 1 rw"));
     trial.tell(&format!("wait-for-page {page:#x}"));

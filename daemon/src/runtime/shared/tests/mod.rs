@@ -26,6 +26,12 @@ use crate::runtime::files;
 use fuse::{Fuse, OWNER};
 use pageferry_trial::Trial;
 
+/// The other process of these tests.
+#[test]
+fn workload() {
+    pageferry_trial::obey();
+}
+
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_secs(60);
 
@@ -306,7 +312,7 @@ fn where_root_is_nobody_the_owner_of_the_folder_writes_the_marker() {
 
 #[test]
 fn a_table_of_descriptors_is_listed_once_however_many_threads_have_it() {
-    let mut trial = Trial::start("pages::track::tests::workload");
+    let mut trial = Trial::start("runtime::shared::tests::workload");
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("data");
     fs::write(&path, "x").unwrap();
