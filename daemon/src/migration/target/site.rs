@@ -263,6 +263,9 @@ impl Site {
                 ),
             ));
         }
+        self.shares_pids = !description.own_namespaces.contains(Namespaces::PID);
+        // Before threads begin: where a workload has left this node, its numbers are the next ones.
+        self.begin_pids_above(&description.pids);
         let described = description.clone();
         // Files may be on storage that does not answer.
         detached::done("check", move || process::check(&described)).await??;
@@ -271,8 +274,6 @@ impl Site {
             // No page comes before the offer is accepted.
             self.intake.store().keep_digests();
         }
-        self.shares_pids = !description.own_namespaces.contains(Namespaces::PID);
-        self.begin_pids_above(&description.pids);
         let mut kinds = process::kinds(description.own_namespaces);
         if kinds.contains(&NamespaceKind::Mount) == description.mounts.is_empty() {
             return Err(Failure::new(
