@@ -1,6 +1,6 @@
 //! How a workload comes to run at the target, or never does.
 
-use super::state::{Aborting, Place, Refusal, Refusing, Running, Start, State, Timer, Verdict};
+use super::state::{Absent, Fate, Held, Refusal, Run, State, Step, Timer, Verdict};
 use super::{TargetAction, TargetMachine};
 use crate::id::Generation;
 use crate::migration::handoff::{RETRY, Side};
@@ -16,22 +16,7 @@ pub const LET_GO_TRIES_MAX: u32 = 5;
 impl TargetMachine {
     pub(super) fn journalled(&mut self, record: &Record) {
         match &record.entry {
-            Entry::Accepted(_) => match &self.state {
-                State::Accepting => self.receive(),
-                State::Idle
-                | State::Preparing { .. }
-                | State::Receiving(_)
-                | State::Storing(_)
-                | State::Restoring { .. }
-                | State::Readying { .. }
-                | State::Ready { .. }
-                | State::Running(_)
-                | State::Refusing(_)
-                | State::Refused { .. }
-                | State::Aborting(_)
-                | State::Aborted
-                | State::Done { .. } => self.out_of_place("accepted"),
-            },
+            Entry::Accepted(_) => self.receive(),
             Entry::Ready(_) => self.ready(),
             Entry::Running { .. } => self.let_go(1),
             Entry::Refused { .. } => self.refusal_recorded(),
@@ -51,9 +36,9 @@ impl TargetMachine {
         let text = format!("record {} could not be written", record.entry.name());
         let failure = Failure::new(ErrorCode::JournalFailed, text);
         match &record.entry {
-            Entry::Accepted(_) => match self.state.place() {
-                Place::Unready => self.give_up(failure),
-                Place::Nowhere | Place::Decisive | Place::Over => {}
+            Entry::Accepted(_) => match &self.state {
+                State::Unready(_) => self.give_up(failure),
+                State::Held(_) | State::Decided(..) | State::Absent(_) => {}
             },
             Entry::Ready(_) => self.ready_failed(now, failure),
             // Either decision stands once it was asked for: the record may be on disk.
@@ -71,18 +56,18 @@ impl TargetMachine {
 
     /// The workload is held, and that is durable.
     fn ready(&mut self) {
-        let State::Readying {
+        let State::Held(Held::Readying {
             entry,
             said,
             verdict,
-        } = &mut self.state
+        }) = &mut self.state
         else {
             return self.out_of_place("ready");
         };
         let (generation, said) = (entry.generation, *said);
         match std::mem::replace(verdict, Verdict::Hold) {
             Verdict::Hold => {
-                self.state = State::Ready { generation };
+                self.state = State::Held(Held::Ready { generation });
                 if !said {
                     let incarnation = self.incarnation;
                     self.send(TargetMessage::Ready {
@@ -99,55 +84,46 @@ impl TargetMachine {
     /// If `Ready` was never said, nobody can have committed to it, wherever the record is.
     fn ready_failed(&mut self, now: Time, failure: Failure) {
         match &self.state {
-            State::Readying { said: false, .. } => self.give_up(failure),
-            State::Readying { said: true, .. } => self.retry_later(now, failure),
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => self.out_of_place("ready"),
+            State::Held(Held::Readying { said: false, .. }) => self.give_up(failure),
+            State::Held(Held::Readying { said: true, .. }) => self.retry_later(now, failure),
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                self.out_of_place("ready");
+            }
         }
     }
 
     /// The decision to run: from here on only proof that nothing ran permits to refuse.
     pub(super) fn run(&mut self, generation: Generation) {
-        self.state = State::Running(Running {
-            generation,
-            step: Start::Recording,
-            filled: false,
-        });
+        let recording = Run::Recording { filled: false };
+        self.state = State::Decided(generation, Fate::Running(recording));
         self.journal(Entry::Running { generation });
     }
 
     fn let_go(&mut self, tries: u32) {
-        let State::Running(running) = &mut self.state else {
+        let State::Decided(
+            generation,
+            Fate::Running(Run::Recording { filled } | Run::LettingGo { filled, .. }),
+        ) = self.state
+        else {
             return self.out_of_place("running");
         };
-        running.step = Start::LettingGo { tries };
-        let generation = running.generation;
+        let letting_go = Run::LettingGo { tries, filled };
+        self.state = State::Decided(generation, Fate::Running(letting_go));
         self.actions.push_back(TargetAction::LetGo { generation });
     }
 
     pub(super) fn resumed(&mut self) {
-        let State::Running(running) = &mut self.state else {
+        let State::Decided(generation, Fate::Running(run)) = &mut self.state else {
             return self.out_of_place("a resumed workload");
         };
-        match running.step {
-            Start::LettingGo { .. } => {}
+        let filled = match *run {
+            Run::LettingGo { filled, .. } => filled,
             // Let go twice, resumed twice.
-            Start::Filling | Start::Closing => return,
-            Start::Recording => return self.out_of_place("a resumed workload"),
-        }
-        running.step = Start::Filling;
-        let (generation, filled) = (running.generation, running.filled);
+            Run::Filling | Run::Closing | Run::Closed => return,
+            Run::Recording { .. } => return self.out_of_place("a resumed workload"),
+        };
+        *run = Run::Filling;
+        let generation = *generation;
         self.failure = None;
         self.timers.stop_all();
         self.send(TargetMessage::Started {
@@ -160,26 +136,23 @@ impl TargetMachine {
     }
 
     pub(super) fn filled(&mut self) {
-        let State::Running(running) = &mut self.state else {
+        let State::Decided(_, Fate::Running(run)) = &mut self.state else {
             return self.out_of_place("a filled workload");
         };
-        running.filled = true;
-        match running.step {
-            Start::Filling => {
-                running.step = Start::Closing;
+        match run {
+            Run::Recording { filled } | Run::LettingGo { filled, .. } => *filled = true,
+            Run::Filling => {
+                *run = Run::Closing;
                 self.journal(Entry::Done);
             }
-            Start::Recording | Start::LettingGo { .. } | Start::Closing => {}
+            Run::Closing | Run::Closed => {}
         }
     }
 
     /// The decision never to run: excludes `Running` from here on.
     pub(super) fn refuse(&mut self, generation: Generation, failure: Failure) {
         self.failure = Some(failure);
-        self.state = State::Refusing(Refusing {
-            generation,
-            step: Refusal::Recording,
-        });
+        self.state = State::Decided(generation, Fate::Refusing(Refusal::Recording));
         self.journal(Entry::Refused { generation });
         // It may have said so before there was anything to refuse.
         self.settle();
@@ -189,57 +162,35 @@ impl TargetMachine {
     /// was told otherwise.
     pub(super) fn never_ran(&mut self, now: Time, failure: Failure) {
         match &self.state {
-            State::Running(Running {
-                generation,
-                step: Start::LettingGo { .. },
-                ..
-            }) => {
+            State::Decided(generation, Fate::Running(Run::LettingGo { .. })) => {
                 let generation = *generation;
                 self.timers.stop_all();
                 self.refuse(generation, failure);
             }
             // Asked for twice, and known already.
-            State::Refusing(_) | State::Refused { .. } => {}
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => self.failed(now, failure),
+            State::Decided(_, Fate::Refusing(_)) => {}
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                self.failed(now, failure);
+            }
         }
     }
 
     fn refusal_recorded(&mut self) {
-        let State::Refusing(refusing) = &mut self.state else {
+        let State::Decided(_, Fate::Refusing(refusal @ Refusal::Recording)) = &mut self.state
+        else {
             return self.out_of_place("refused");
         };
-        refusing.step = Refusal::Discarding;
+        *refusal = Refusal::Discarding;
         self.actions.push_back(TargetAction::Discard);
     }
 
     /// Gives up before `Ready`, and says so to a source that did not ask for it.
     pub(super) fn give_up(&mut self, failure: Failure) {
         let message = match &self.state {
-            State::Preparing { .. } => TargetMessage::Declined(failure.clone()),
-            State::Idle
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => TargetMessage::Failed(failure.clone()),
+            State::Unready(Step::Preparing { .. }) => TargetMessage::Declined(failure.clone()),
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                TargetMessage::Failed(failure.clone())
+            }
         };
         self.send(message);
         self.undo(failure, None);
@@ -248,143 +199,91 @@ impl TargetMachine {
     pub(super) fn undo(&mut self, failure: Failure, asked: Option<Generation>) {
         self.failure = Some(failure);
         self.timers.stop_all();
-        self.state = State::Aborting(Aborting {
-            asked,
-            discarded: false,
-        });
+        self.state = State::Absent(Absent::Discarding { asked });
         self.actions.push_back(TargetAction::Discard);
     }
 
     pub(super) fn discarded(&mut self) {
         match &mut self.state {
-            State::Refusing(refusing) if refusing.step == Refusal::Discarding => {
-                refusing.step = Refusal::Closing;
-                let generation = refusing.generation;
+            State::Decided(generation, Fate::Refusing(refusal @ Refusal::Discarding)) => {
+                let generation = *generation;
+                *refusal = Refusal::Closing;
                 self.send(TargetMessage::Refused { generation });
                 self.journal(Entry::Aborted(self.failure_or_unknown()));
             }
-            State::Aborting(aborting) if !aborting.discarded => {
-                aborting.discarded = true;
+            State::Absent(Absent::Discarding { asked }) => {
+                self.state = State::Absent(Absent::Closing { asked: *asked });
                 if self.recorded {
                     self.journal(Entry::Aborted(self.failure_or_unknown()));
                 } else {
                     self.closed();
                 }
             }
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => self.out_of_place("a discarded workload"),
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                self.out_of_place("a discarded workload");
+            }
         }
     }
 
     /// The last record is written, or could not be: nothing depends on it.
     fn closed(&mut self) {
-        match &self.state {
-            State::Refusing(refusing) if refusing.step == Refusal::Closing => {
-                self.state = State::Refused {
-                    generation: refusing.generation,
-                };
+        match &mut self.state {
+            State::Decided(_, Fate::Refusing(refusal @ Refusal::Closing)) => {
+                *refusal = Refusal::Closed;
             }
-            State::Running(running) if running.step == Start::Closing => {
-                self.state = State::Done {
-                    generation: running.generation,
-                };
-            }
-            State::Aborting(aborting) if aborting.discarded => {
-                let asked = aborting.asked;
-                self.state = State::Aborted;
+            State::Decided(_, Fate::Running(run @ Run::Closing)) => *run = Run::Closed,
+            State::Absent(Absent::Closing { asked }) => {
+                let asked = *asked;
+                self.state = State::Absent(Absent::Closed);
                 if let Some(generation) = asked {
                     self.send(TargetMessage::Unknown { generation });
                 }
             }
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => self.out_of_place("the last record"),
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                self.out_of_place("the last record");
+            }
         }
     }
 
     pub(super) fn failed(&mut self, now: Time, failure: Failure) {
-        match &mut self.state {
-            State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. } => self.give_up(failure),
-            State::Readying { verdict, .. } => *verdict = Verdict::Refuse(failure),
-            State::Ready { generation } => {
-                let generation = *generation;
-                self.refuse(generation, failure);
-            }
-            State::Running(running) => match running.step {
-                Start::LettingGo { tries } if tries < LET_GO_TRIES_MAX => {
+        match &self.state {
+            State::Unready(_) | State::Held(_) => self.withdraw(failure),
+            State::Decided(_, Fate::Running(run)) => match *run {
+                Run::LettingGo { tries, .. } if tries < LET_GO_TRIES_MAX => {
                     self.retry_later(now, failure);
                 }
-                Start::Recording | Start::LettingGo { .. } | Start::Filling | Start::Closing => {
+                Run::Closed => {}
+                Run::Recording { .. } | Run::LettingGo { .. } | Run::Filling | Run::Closing => {
                     self.note(failure);
                 }
             },
             // What cannot be discarded is not run either: that is all that the source must know.
-            State::Refusing(Refusing {
-                step: Refusal::Discarding,
-                ..
-            })
-            | State::Aborting(Aborting {
-                discarded: false, ..
-            }) => {
+            State::Decided(_, Fate::Refusing(Refusal::Discarding))
+            | State::Absent(Absent::Discarding { .. }) => {
                 self.note(failure);
                 self.discarded();
             }
-            State::Idle
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => {}
+            State::Decided(..) | State::Absent(_) => {}
         }
     }
 
     pub(super) fn abort_requested(&mut self) {
-        let failure = Failure::new(ErrorCode::Aborted, "the operator ended the migration");
+        self.withdraw(Failure::new(
+            ErrorCode::Aborted,
+            "the operator ended the migration",
+        ));
+    }
+
+    /// Sees to it that the workload never runs here, unless that is decided.
+    pub(super) fn withdraw(&mut self, failure: Failure) {
         match &mut self.state {
-            State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. } => self.give_up(failure),
-            State::Readying { verdict, .. } => *verdict = Verdict::Refuse(failure),
-            State::Ready { generation } => {
+            State::Unready(_) => self.give_up(failure),
+            State::Held(Held::Readying { verdict, .. }) => *verdict = Verdict::Refuse(failure),
+            State::Held(Held::Ready { generation }) => {
                 let generation = *generation;
                 self.refuse(generation, failure);
             }
-            State::Idle
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => {}
+            State::Decided(..) | State::Absent(_) => {}
         }
     }
 
@@ -392,87 +291,36 @@ impl TargetMachine {
         let text = format!("the operator declared the {side} dead");
         let failure = Failure::new(ErrorCode::Fenced, text);
         match (&mut self.state, side) {
-            (
-                State::Preparing { .. }
-                | State::Accepting
-                | State::Receiving(_)
-                | State::Storing(_)
-                | State::Restoring { .. },
-                Side::Source | Side::Target,
-            ) => self.give_up(failure),
-            // What was decided before stays: a source that aborted has run on.
-            (
-                State::Readying {
-                    verdict: verdict @ Verdict::Hold,
-                    ..
-                },
-                Side::Source,
-            ) => {
-                *verdict = Verdict::Run;
+            (State::Held(Held::Readying { verdict, .. }), Side::Source) => {
+                // What was decided before stays: a source that aborted has run on.
+                if matches!(verdict, Verdict::Hold) {
+                    *verdict = Verdict::Run;
+                }
             }
-            (State::Readying { verdict, .. }, Side::Target) => {
-                *verdict = Verdict::Refuse(failure);
-            }
-            (State::Ready { generation }, Side::Source) => {
+            (State::Held(Held::Ready { generation }), Side::Source) => {
                 let generation = *generation;
                 self.run(generation);
             }
-            (State::Ready { generation }, Side::Target) => {
-                let generation = *generation;
-                self.refuse(generation, failure);
-            }
-            (
-                State::Idle
-                | State::Readying { .. }
-                | State::Running(_)
-                | State::Refusing(_)
-                | State::Refused { .. }
-                | State::Aborting(_)
-                | State::Aborted
-                | State::Done { .. },
-                Side::Source | Side::Target,
-            ) => {}
+            (_, Side::Source | Side::Target) => self.withdraw(failure),
         }
     }
 
     /// Does once more what failed and must succeed.
     pub(super) fn again(&mut self) {
         match &self.state {
-            State::Readying {
+            State::Held(Held::Readying {
                 entry, said: true, ..
-            } => {
-                self.journal(Entry::Ready(entry.clone()));
+            }) => self.journal(Entry::Ready(entry.clone())),
+            &State::Decided(generation, Fate::Running(Run::Recording { .. })) => {
+                self.journal(Entry::Running { generation });
             }
-            State::Running(Running {
-                generation, step, ..
-            }) => match *step {
-                Start::Recording => self.journal(Entry::Running {
-                    generation: *generation,
-                }),
-                Start::LettingGo { tries } => self.let_go(tries + 1),
-                Start::Filling | Start::Closing => {}
-            },
-            State::Refusing(Refusing {
-                generation,
-                step: Refusal::Recording,
-            }) => {
-                self.journal(Entry::Refused {
-                    generation: *generation,
-                });
+            State::Decided(_, Fate::Running(Run::LettingGo { tries, .. })) => {
+                self.let_go(*tries + 1);
             }
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => {}
+            &State::Decided(generation, Fate::Refusing(Refusal::Recording)) => {
+                self.journal(Entry::Refused { generation });
+            }
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {}
         }
     }
 
