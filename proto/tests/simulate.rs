@@ -223,6 +223,7 @@ fn no_storm_in_the_hand_off_breaks_an_oracle() {
 }
 
 // clause: F-6
+// clause: R-5
 #[test]
 fn a_source_that_gives_up_freezes_moves_in_the_end() {
     let counts = simulate(SETUP, passing(), |ran| match ran.survivor {

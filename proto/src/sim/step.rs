@@ -55,8 +55,8 @@ pub enum Op {
     Retry(u8),
     /// The source's driver gives up a freeze that is over: what was undone may still report that.
     RetryLate,
-    /// A stream is put in flight that no source sends, at once or, with bit 2, when the target hears
-    /// `Final`: bits 0 and 1 say whether digests, an image, a live set or a parcel.
+    /// A stream is put in flight that no source sends: bits 0 and 1 say whether digests, an image,
+    /// a live set or a parcel. With bit 2 it comes when the target hears `Final`, else at once.
     Stray(u8),
     /// Time passes until the next timer.
     Tick,

@@ -98,6 +98,7 @@ impl SourceMachine {
             self.answered = true;
             self.reclaim(Evidence::Refused(generation));
         } else {
+            // The machine was made as one whose commit is being written.
             self.journal(Entry::Commit { generation });
         }
     }
