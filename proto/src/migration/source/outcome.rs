@@ -16,7 +16,9 @@ impl SourceMachine {
                 self.timers.stop_all();
                 self.journal(undecided.commit(self.generation));
             }
-            state => self.state = state,
+            state @ (State::Undecided(..) | State::Decided(_) | State::Over(_)) => {
+                self.state = state;
+            }
         }
     }
 
