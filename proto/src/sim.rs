@@ -14,6 +14,9 @@
 //! - nothing is said that is not on disk: `Ready`, `Go`, `Refused`, `Settled`;
 //! - the target does not forget what a source may still ask;
 //! - what runs at the target is what was frozen at the source, page by page;
+//! - the source sends a round when the one before is held, and none after `Final`, of whose attempt
+//!   the commit is;
+//! - the target collects the attempt of `Final`, and holds none to which a stray stream came;
 //! - the generation of the status only grows, and no machine piles up actions;
 //! - a workload that has stood still for as long as the policy allows, and is not committed, is
 //!   asked back: whatever hangs then is cut.
@@ -31,6 +34,7 @@
 //! living side dead.
 
 mod attempt;
+mod course;
 mod driver;
 mod expire;
 mod jobs;
@@ -41,6 +45,7 @@ mod oracle;
 mod step;
 mod world;
 
+pub use course::Strayed;
 pub use oracle::Violation;
 pub use step::{Op, Step};
 pub use world::{Setup, Survivor, World};

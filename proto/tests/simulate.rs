@@ -10,7 +10,7 @@ use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::source::RETRIES_MAX;
 use pageferry_proto::migration::status::Phase;
-use pageferry_proto::sim::{Op, Setup, Survivor, Violation, World};
+use pageferry_proto::sim::{Op, Setup, Strayed, Survivor, Violation, World};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -57,6 +57,7 @@ fn op() -> impl Strategy<Value = Op> {
         6 => side().prop_map(Op::Restart),
         4 => (0..32u8).prop_map(Op::Pass),
         4 => (0..16u8).prop_map(Op::Retry),
+        2 => Just(Op::RetryLate),
         2 => Just(Op::Tick),
     ]
 }
@@ -79,6 +80,23 @@ fn passing() -> impl Strategy<Value = Vec<Op>> {
     })
 }
 
+/// The same, and one stream that no source sends. In half of the schedules data streams come late,
+/// after the message that counts them.
+fn straying() -> impl Strategy<Value = Vec<Op>> {
+    let ops = (passing(), 20..160usize, any::<u8>(), any::<bool>());
+    ops.prop_map(|(mut ops, place, kind, late)| {
+        for op in &mut ops {
+            if let Op::Step(choice) = op
+                && late
+            {
+                *choice %= 2;
+            }
+        }
+        ops.insert(place.min(ops.len()), Op::Stray(kind));
+        ops
+    })
+}
+
 /// Many faults at once.
 fn storm() -> impl Strategy<Value = Op> {
     prop_oneof![
@@ -94,6 +112,7 @@ fn storm() -> impl Strategy<Value = Op> {
         1 => (side(), any::<u8>()).prop_map(|(side, found)| Op::PowerLoss(side, found)),
         12 => side().prop_map(Op::Restart),
         4 => (0..32u8).prop_map(Op::Pass),
+        4 => Just(Op::RetryLate),
         4 => Just(Op::Tick),
     ]
 }
@@ -105,7 +124,14 @@ fn late_storm() -> impl Strategy<Value = Vec<Op>> {
     (calm, storm).prop_map(|(calm, storm)| [calm, storm].concat())
 }
 
-fn run(setup: Setup, ops: &[Op]) -> Result<(Survivor, Seen), Violation> {
+/// How a schedule ended.
+struct Ran {
+    survivor: Survivor,
+    seen: Seen,
+    strayed: Option<Strayed>,
+}
+
+fn run(setup: Setup, ops: &[Op]) -> Result<Ran, Violation> {
     let mut world = World::new(setup);
     let mut seen = Seen::new();
     for op in ops {
@@ -114,18 +140,23 @@ fn run(setup: Setup, ops: &[Op]) -> Result<(Survivor, Seen), Violation> {
             seen.extend(world.status(side).map(|status| (side, status.phase)));
         }
     }
-    world.settle().map(|survivor| (survivor, seen))
+    let survivor = world.settle()?;
+    Ok(Ran {
+        survivor,
+        seen,
+        strayed: world.strayed(),
+    })
 }
 
 /// The phases that each side was in.
 type Seen = BTreeSet<(Side, Phase)>;
 
-/// Runs the schedules, and says in how many of them each phase was seen. If `moves`, all of them
-/// must move the workload.
+/// Runs the schedules, and says in how many of them each phase was seen. Each must end as `judge`
+/// wants it.
 fn simulate(
     setup: Setup,
     ops: impl Strategy<Value = Vec<Op>>,
-    moves: bool,
+    judge: impl Fn(&Ran) -> Result<(), &'static str>,
 ) -> BTreeMap<(Side, Phase), u32> {
     let seed: u64 = std::env::var("SIMULATE_SEED").map_or(0, |seed| seed.parse().unwrap());
     let cases = std::env::var("PROPTEST_CASES").map_or(CASES, |cases| cases.parse().unwrap());
@@ -139,12 +170,10 @@ fn simulate(
     };
     let counts = RefCell::new(BTreeMap::new());
     let outcome = TestRunner::new_with_rng(config, rng).run(&ops, |ops| {
-        let (survivor, seen) =
+        let ran =
             run(setup, &ops).map_err(|violation| TestCaseError::fail(violation.to_string()))?;
-        if moves && survivor != Survivor::Target {
-            return Err(TestCaseError::fail("without a fault it did not move"));
-        }
-        for phase in seen {
+        judge(&ran).map_err(TestCaseError::fail)?;
+        for phase in ran.seen {
             *counts.borrow_mut().entry(phase).or_default() += 1;
         }
         Ok(())
@@ -166,7 +195,7 @@ fn assert_reached(counts: &BTreeMap<(Side, Phase), u32>, side: Side, phases: &[P
 
 #[test]
 fn no_schedule_with_faults_breaks_an_oracle() {
-    let counts = simulate(SETUP, prop::collection::vec(op(), 0..500), false);
+    let counts = simulate(SETUP, prop::collection::vec(op(), 0..500), |_| Ok(()));
     assert_reached(
         &counts,
         Side::Source,
@@ -181,7 +210,7 @@ fn no_schedule_with_faults_breaks_an_oracle() {
 
 #[test]
 fn no_storm_in_the_hand_off_breaks_an_oracle() {
-    let counts = simulate(SMALL, late_storm(), false);
+    let counts = simulate(SMALL, late_storm(), |_| Ok(()));
     let phases = [
         Phase::Prepared,
         Phase::Committed,
@@ -194,9 +223,32 @@ fn no_storm_in_the_hand_off_breaks_an_oracle() {
 }
 
 // clause: F-6
+// clause: R-5
 #[test]
 fn a_source_that_gives_up_freezes_moves_in_the_end() {
-    let counts = simulate(SETUP, passing(), true);
+    let counts = simulate(SETUP, passing(), |ran| match ran.survivor {
+        Survivor::Target => Ok(()),
+        Survivor::Nobody | Survivor::Source => Err("without a fault it did not move"),
+    });
     let phases = [Phase::Copying, Phase::Freezing, Phase::Finishing];
     assert_reached(&counts, Side::Source, &phases);
+}
+
+// clause: F-6
+#[test]
+fn a_stream_that_no_source_sends_ends_the_migration_if_the_target_takes_it_in() {
+    let strays = RefCell::new(BTreeMap::<_, u32>::new());
+    simulate(SETUP, straying(), |ran| {
+        *strays.borrow_mut().entry(ran.strayed).or_default() += 1;
+        match (ran.strayed, ran.survivor) {
+            (Some(_), Survivor::Source) | (None, Survivor::Target) => Ok(()),
+            (Some(_), _) => Err("a stray stream was passed over"),
+            (None, _) => Err("without a stray stream it did not move"),
+        }
+    });
+    let strays = strays.into_inner();
+    for when in [None, Some(Strayed::Before), Some(Strayed::After)] {
+        let count = strays.get(&when).copied().unwrap_or_default();
+        assert!(CASES / 100 <= count, "{when:?}: {count} of {strays:?}");
+    }
 }

@@ -34,7 +34,7 @@ use crate::wire::code::Failure;
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 use crate::wire::description::WorkloadDescription;
 use crate::wire::version::Version;
-use state::{Copying, Finishing, Link, State, Timer};
+use state::{Copying, Finishing, Link, State, Step, Timer};
 pub use wait::{Wait, Waiting};
 
 /// How long the first connection may take. Longer than QUIC's own handshake timeout, whose
@@ -216,8 +216,6 @@ pub struct SourceMachine {
     /// Taken when the offer is sent.
     description: Option<Box<WorkloadDescription>>,
     state: State,
-    /// There until the commit is handed to the journal.
-    undecided: Option<Undecided>,
     generation: Generation,
     retries: u32,
     /// Why the last freeze was given up.
@@ -264,8 +262,7 @@ impl SourceMachine {
             policy: offer.policy,
             driver_state: offer.state,
             description: Some(Box::new(offer.description)),
-            state: State::Journalling,
-            undecided: Some(Undecided::without_commit()),
+            state: State::Undecided(Undecided::without_commit(), Step::Journalling),
             generation: Generation::FIRST,
             retries: 0,
             given_up: None,
@@ -380,11 +377,14 @@ impl SourceMachine {
     }
 
     fn offer(&mut self, now: Time) {
+        let Some(step @ Step::Dialling) = self.state.step() else {
+            return self.out_of_place("an offer");
+        };
         let Some(description) = self.description.take() else {
             return self.out_of_place("a second offer");
         };
+        *step = Step::Offered;
         self.offered = true;
-        self.state = State::Offered;
         self.timers.set(Timer::Step, now.after(ACCEPT_MAX));
         self.send(SourceMessage::Offer(Box::new(Offer {
             version: Version::CURRENT,
@@ -396,7 +396,7 @@ impl SourceMachine {
     }
 
     fn tracking_ready(&mut self, memory: PageCount) {
-        let State::Tracking = self.state else {
+        let Some(Step::Tracking) = self.state.step() else {
             return self.out_of_place("a tracker");
         };
         self.counters.memory = memory;
@@ -405,16 +405,19 @@ impl SourceMachine {
     }
 
     fn send_round(&mut self, round: Round) {
-        self.round = Some(round);
-        self.state = State::Copying(Copying {
+        let Some(step) = self.state.step() else {
+            return self.out_of_place("a round");
+        };
+        *step = Step::Copying(Copying {
             round,
             report: None,
         });
+        self.round = Some(round);
         self.actions.push_back(SourceAction::SendRound { round });
     }
 
     fn round_sent(&mut self, report: &RoundReport) {
-        let State::Copying(copying) = &mut self.state else {
+        let Some(Step::Copying(copying)) = self.state.step() else {
             return self.out_of_place("the end of a round");
         };
         if copying.round != report.round || copying.report.is_some() {
@@ -447,18 +450,18 @@ impl SourceMachine {
     }
 
     fn frozen(&mut self, now: Time) {
-        let State::Freezing { round } = self.state else {
+        let Some(step @ &mut Step::Freezing { round }) = self.state.step() else {
             return self.out_of_place("a freeze");
         };
+        *step = Step::Finishing(Finishing::new(round));
         self.edges.frozen = Some(now);
-        self.state = State::Finishing(Finishing::new(round));
         let generation = self.generation;
         self.actions
             .push_back(SourceAction::Finish { generation, round });
     }
 
     fn finished(&mut self, now: Time, report: FinalReport) {
-        let State::Finishing(finishing) = &mut self.state else {
+        let Some(Step::Finishing(finishing)) = self.state.step() else {
             return self.out_of_place("the end of the final round");
         };
         if std::mem::replace(&mut finishing.sent, true) {
@@ -482,7 +485,7 @@ impl SourceMachine {
     }
 
     fn smaps_equal(&mut self) {
-        let State::Finishing(finishing) = &mut self.state else {
+        let Some(Step::Finishing(finishing)) = self.state.step() else {
             return self.out_of_place("a comparison of smaps");
         };
         if !finishing.sent {

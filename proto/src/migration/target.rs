@@ -26,7 +26,7 @@ use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 pub use handoff::LET_GO_TRIES_MAX;
 pub use recovery::{ANSWER_STATE_BYTES_MAX, answer};
-use state::{State, Timer, Verdict};
+use state::{Absent, Held, State, Step, Timer, Verdict};
 
 /// What an incoming migration begins with.
 #[derive(Clone, Debug)]
@@ -163,7 +163,7 @@ impl TargetMachine {
             incarnation: origin.incarnation,
             workload: None,
             driver_state: DriverState::default(),
-            state: State::Idle,
+            state: State::Absent(Absent::Idle),
             connected: false,
             recorded: false,
             over_at_source: None,
@@ -278,48 +278,36 @@ impl TargetMachine {
     fn peer_lost(&mut self) {
         self.connected = false;
         match &mut self.state {
-            State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. } => {
-                // The source breaks off too: it never comes back to a migration before a commit.
+            // The source breaks off too: it never comes back to a migration before a commit.
+            State::Unready(_) => {
                 self.give_up(Failure::new(
                     ErrorCode::PeerLost,
                     "the connection to the source is gone",
                 ));
             }
             // `Ready` was never said, so nobody can have committed to it.
-            State::Readying {
+            State::Held(Held::Readying {
                 verdict: verdict @ Verdict::Hold,
                 said: false,
                 ..
-            } => {
+            }) => {
                 *verdict = Verdict::Refuse(Failure::new(
                     ErrorCode::PeerLost,
                     "the connection to the source was gone before the target was ready",
                 ));
             }
-            State::Idle
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => {}
+            State::Held(_) | State::Decided(..) | State::Absent(_) => {}
         }
     }
 
     fn prepared(&mut self, driver_state: DriverState) {
-        let State::Preparing { workload } = &self.state else {
+        let State::Unready(Step::Preparing { workload }) = &self.state else {
             return self.out_of_place("a preparation");
         };
         let workload = workload.clone();
         self.driver_state = driver_state;
         self.recorded = true;
-        self.state = State::Accepting;
+        self.state = State::Unready(Step::Accepting);
         self.journal(Entry::Accepted(AcceptedEntry {
             workload,
             peer: self.peer.clone(),
@@ -329,7 +317,7 @@ impl TargetMachine {
     }
 
     fn round_stored(&mut self, round: Round) {
-        let State::Receiving(receiving) = &mut self.state else {
+        let State::Unready(Step::Receiving(receiving)) = &mut self.state else {
             return self.out_of_place("a stored round");
         };
         if receiving.ended != Some(round) {
@@ -341,17 +329,17 @@ impl TargetMachine {
     }
 
     fn final_stored(&mut self) {
-        let State::Storing(last) = &self.state else {
+        let State::Unready(Step::Storing(last)) = &self.state else {
             return self.out_of_place("a stored final round");
         };
         let generation = last.generation;
-        self.state = State::Restoring { generation };
+        self.state = State::Unready(Step::Restoring { generation });
         self.send(TargetMessage::FinalHeld { generation });
         self.actions.push_back(TargetAction::Restore { generation });
     }
 
     fn restored(&mut self, driver_state: DriverState) {
-        let State::Restoring { generation } = self.state else {
+        let State::Unready(Step::Restoring { generation }) = self.state else {
             return self.out_of_place("a restored workload");
         };
         self.driver_state = driver_state;
@@ -360,11 +348,11 @@ impl TargetMachine {
             incarnation: self.incarnation,
             state: self.driver_state.clone(),
         };
-        self.state = State::Readying {
+        self.state = State::Held(Held::Readying {
             entry: entry.clone(),
             said: false,
             verdict: Verdict::Hold,
-        };
+        });
         self.journal(Entry::Ready(entry));
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::attempt::images;
+use super::course::Taken;
 use super::memory::Memory;
 use super::node::{Attempt, Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload};
 use super::oracle::Violation;
@@ -56,6 +57,7 @@ impl World {
         };
         self.trace
             .push(format!("  source begins {}", brief(&action)));
+        self.source_begins(&action)?;
         let job = match action {
             SourceAction::CompareSmaps => SourceJob::CompareSmaps,
             SourceAction::Connect => SourceJob::Connect,
@@ -247,7 +249,7 @@ impl World {
         self.at_source(SourceEvent::Finished(report));
     }
 
-    fn put(&mut self, stream: Stream) {
+    pub(super) fn put(&mut self, stream: Stream) {
         if self.link.up {
             self.streams.push(stream);
         }
@@ -278,6 +280,7 @@ impl World {
             .push(format!("  target begins {}", brief(&action)));
         let job = match action {
             TargetAction::AwaitFinal(last) => {
+                self.target_hears_final(last.generation);
                 let ended = self
                     .target
                     .ledger
@@ -311,6 +314,7 @@ impl World {
             }
             TargetAction::Prepare(_) => {
                 self.target.ledger = Some(Ledger::new());
+                self.target.taken = Taken::default();
                 self.target.store = Memory::default();
                 self.target.attempt = Attempt::default();
                 TargetJob::Prepare
@@ -431,6 +435,9 @@ impl World {
     /// A data stream arrives. Its pages are in the store before the ledger knows of them.
     pub(super) fn stream(&mut self, place: usize) {
         let stream = self.streams.remove(place);
+        if !self.takes_in(&stream) {
+            return;
+        }
         let Some(ledger) = &mut self.target.ledger else {
             return;
         };
@@ -487,6 +494,7 @@ impl World {
             Ok(None) => return,
             Ok(Some(round)) => match ledger.settle(&self.target.store.held()) {
                 Ok(accounts) => {
+                    self.target.taken.complete = true;
                     for account in accounts {
                         self.target.store.remove(account.space, &account.surplus);
                     }
@@ -495,7 +503,11 @@ impl World {
                 Err(LedgerError::NotFinal) => TargetEvent::RoundStored { round },
                 Err(error) => ledger_failure(&error),
             },
-            Err(error) => ledger_failure(&error),
+            Err(error) => {
+                // Nothing more is taken in.
+                self.target.ledger = None;
+                ledger_failure(&error)
+            }
         };
         self.target.jobs.push(TargetJob::Stored(event));
     }
@@ -525,7 +537,7 @@ fn ledger_failure(error: &LedgerError) -> TargetEvent {
     TargetEvent::Failure(Failure::new(error.code(), error.to_string()))
 }
 
-fn retry(parcels: u32, pages: PageCount) -> SourceEvent {
+pub(super) fn retry(parcels: u32, pages: PageCount) -> SourceEvent {
     SourceEvent::Retry(RetryReport {
         parcels,
         pages,

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::course::Taken;
 use super::journal::Journal;
 use super::memory::{Memory, TrackedMemory};
 use crate::id::{Generation, Round, SpaceId};
@@ -41,6 +42,7 @@ pub(super) struct TargetNode {
     /// Pages that have arrived, and what is known of them.
     pub(super) store: Memory,
     pub(super) ledger: Option<Ledger>,
+    pub(super) taken: Taken,
     /// What has arrived of the attempt that the ledger collects.
     pub(super) attempt: Attempt,
     /// What was restored from the store, and from which images.

@@ -28,7 +28,7 @@ impl World {
         }
     }
 
-    fn demand(&self, holds: bool, what: &str) -> Result<(), Violation> {
+    pub(super) fn demand(&self, holds: bool, what: &str) -> Result<(), Violation> {
         if holds {
             Ok(())
         } else {
@@ -206,10 +206,10 @@ impl World {
                     "the target has forgotten what the source still asks",
                 )
             }
+            TargetMessage::FinalHeld { .. } => self.check_final_held(),
             TargetMessage::Accepted { .. }
             | TargetMessage::Declined(_)
             | TargetMessage::Failed(_)
-            | TargetMessage::FinalHeld { .. }
             | TargetMessage::Forgotten { .. }
             | TargetMessage::RoundHeld { .. } => Ok(()),
         }
@@ -227,6 +227,7 @@ impl World {
         let target = self.target.workload == TargetWorkload::Running;
         self.demand(!(source && target), "the workload runs twice")?;
         self.check_stillness()?;
+        self.check_collected()?;
         let longest = self.source.actions.len().max(self.target.actions.len());
         self.demand(longest <= ACTIONS_MAX, "a machine piles up actions")
     }

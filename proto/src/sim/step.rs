@@ -53,6 +53,11 @@ pub enum Op {
     Hang(Side),
     /// The next freeze is given up for another round: at once, or so many of its steps later.
     Retry(u8),
+    /// The source's driver gives up a freeze that is over: what was undone may still report that.
+    RetryLate,
+    /// A stream is put in flight that no source sends: bits 0 and 1 say whether digests, an image,
+    /// a live set or a parcel. With bit 2 it comes when the target hears `Final`, else at once.
+    Stray(u8),
     /// Time passes until the next timer.
     Tick,
 }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
+use super::course::{Sent, Taken};
 use super::journal::Journal;
 use super::memory::{Memory, TrackedMemory};
 use super::node::{
@@ -57,6 +58,9 @@ pub struct World {
     pub(super) link: Link,
     pub(super) streams: Vec<Stream>,
     pub(super) now: Time,
+    pub(super) sent: Sent,
+    /// The kind of a stray stream that comes when the target hears `Final`.
+    pub(super) stray_next: Option<u8>,
     /// How often the workload was started at the target.
     pub(super) starts: u32,
     /// The target was told to go.
@@ -115,6 +119,7 @@ impl World {
                 workload: TargetWorkload::Nothing,
                 store: Memory::default(),
                 ledger: None,
+                taken: Taken::default(),
                 attempt: Attempt::default(),
                 restored: Default::default(),
                 actions: VecDeque::new(),
@@ -128,6 +133,8 @@ impl World {
             link: Link::default(),
             streams: Vec::new(),
             now,
+            sent: Sent::default(),
+            stray_next: None,
             starts: 0,
             go_said: false,
             frozen: None,
@@ -195,6 +202,8 @@ impl World {
                     self.source.retry_after.get_or_insert(after);
                 }
             }
+            Op::RetryLate => self.retry_late(),
+            Op::Stray(kind) => self.stray(kind),
             Op::Tick => self.tick(),
         }
         self.check()
@@ -254,6 +263,7 @@ impl World {
         self.target.fail_next = false;
         self.target.hang_next = false;
         self.source.retry_after = None;
+        self.stray_next = None;
         self.restart(Side::Source);
         self.restart(Side::Target);
         for turn in 0..SETTLE_STEPS_MAX {
@@ -357,7 +367,10 @@ impl World {
         };
         let message = Message::decode(&bytes[frame::HEADER_BYTES..]);
         match message.expect("what a machine says is legal") {
-            Message::Target(message) => self.at_source(SourceEvent::Message(message)),
+            Message::Target(message) => {
+                self.source_hears(&message);
+                self.at_source(SourceEvent::Message(message));
+            }
             Message::Source(message) => self.at_target(TargetEvent::Message(message)),
             Message::Hello(_) | Message::Welcome(_) => {}
         }

@@ -1,7 +1,7 @@
 //! What the coming and going of the connection means.
 
 use super::SourceMachine;
-use super::state::{Link, State, Timer};
+use super::state::{Decided, Link, Over, State, Step, Timer};
 use crate::migration::timer::Time;
 use crate::wire::code::{ErrorCode, Failure};
 
@@ -10,23 +10,9 @@ impl SourceMachine {
         self.link = Link::Up;
         self.timers.stop(Timer::Redial);
         match &self.state {
-            State::Dialling => self.offer(now),
-            State::Committed { .. } => self.ask(now),
-            State::Telling => self.tell(now),
-            State::Settling { .. } => self.settle(now),
-            State::Journalling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_) => self.out_of_place("a connection"),
-            State::Prepared { .. }
-            | State::Releasing(_)
-            | State::Reclaiming { .. }
-            | State::Aborting(_)
-            | State::Closing { .. }
-            | State::Closed { .. } => {}
+            State::Undecided(_, Step::Dialling) => self.offer(now),
+            State::Undecided(..) => self.out_of_place("a connection"),
+            State::Decided(_) | State::Over(_) => self.speak(now),
         }
     }
 
@@ -34,28 +20,18 @@ impl SourceMachine {
         self.link = Link::Down;
         self.timers.stop(Timer::Resend);
         match &self.state {
-            State::Dialling => {
+            // Nothing was dialled.
+            State::Undecided(_, Step::Journalling) => {}
+            State::Undecided(_, Step::Dialling) => {
                 self.abort_with(ErrorCode::PeerLost, "the target cannot be reached");
             }
-            State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_) => {
+            State::Undecided(..) => {
                 self.abort_with(ErrorCode::PeerLost, "the connection to the target is gone");
             }
-            State::Committed { .. } | State::Telling | State::Settling { .. } => {
-                self.redial_later(now);
-            }
-            // Nothing was dialled, or nobody waits for an answer: what needs the peer dials.
-            State::Journalling
-            | State::Prepared { .. }
-            | State::Releasing(_)
-            | State::Reclaiming { .. }
-            | State::Aborting(_)
-            | State::Closing { .. }
-            | State::Closed { .. } => {}
+            State::Decided(Decided::Committed { .. })
+            | State::Over(Over::Telling | Over::Settling { .. }) => self.redial_later(now),
+            // Nobody waits for an answer: what needs the peer dials.
+            State::Decided(_) | State::Over(_) => {}
         }
     }
 
@@ -63,24 +39,11 @@ impl SourceMachine {
     pub(super) fn peer_refused(&mut self, now: Time, failure: Failure) {
         self.link = Link::Down;
         match &self.state {
-            State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_) => self.abort(failure),
+            State::Undecided(_, Step::Journalling) => {}
+            State::Undecided(..) => self.abort(failure),
             // It may change its mind, or its certificate.
-            State::Committed { .. } => self.note(failure),
-            State::Journalling
-            | State::Prepared { .. }
-            | State::Releasing(_)
-            | State::Reclaiming { .. }
-            | State::Aborting(_)
-            | State::Telling
-            | State::Settling { .. }
-            | State::Closing { .. }
-            | State::Closed { .. } => {}
+            State::Decided(Decided::Committed { .. }) => self.note(failure),
+            State::Decided(_) | State::Over(_) => {}
         }
         self.peer_lost(now);
     }

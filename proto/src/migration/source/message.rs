@@ -1,6 +1,6 @@
 //! What the target says, and what the source makes of it.
 
-use super::state::{Place, State, Timer};
+use super::state::{Decided, Over, State, Step, Timer};
 use super::{SourceAction, SourceMachine};
 use crate::id::{Generation, Incarnation, Round};
 use crate::migration::handoff::Evidence;
@@ -33,12 +33,12 @@ impl SourceMachine {
     }
 
     fn accepted(&mut self, now: Time, incarnation: Incarnation) {
-        let State::Offered = self.state else {
+        let Some(step @ Step::Offered) = self.state.step() else {
             return self.out_of_place("an acceptance");
         };
+        *step = Step::Tracking;
         self.incarnation = Some(incarnation);
         self.touched = true;
-        self.state = State::Tracking;
         self.timers.set(Timer::Step, now.after(super::TRACK_MAX));
         self.actions.push_back(SourceAction::Track);
     }
@@ -46,49 +46,37 @@ impl SourceMachine {
     /// The target holds nothing any more, and says so before it was ready, or in answer to an
     /// abort.
     fn target_gave_up(&mut self, failure: Failure) {
-        match self.state.place() {
-            Place::Undecided => {
+        match &self.state {
+            State::Undecided(..) => {
                 self.told = true;
                 self.abort(failure);
             }
             // After a commit only a durable refusal counts; this is not one.
-            Place::Decided => self.note(failure),
-            Place::Undone => self.target_told(),
+            State::Decided(_) => self.note(failure),
+            State::Over(_) => self.target_told(),
         }
     }
 
     fn round_held(&mut self, now: Time, round: Round) {
         match &mut self.state {
-            State::Copying(copying) if copying.round == round => match copying.report {
-                Some(report) => self.round_complete(now, &report),
-                None => self.out_of_place("a round held before it was sent"),
-            },
-            State::Retrying(retrying) if retrying.round == round => {
+            State::Undecided(_, Step::Copying(copying)) if copying.round == round => {
+                match copying.report {
+                    Some(report) => self.round_complete(now, &report),
+                    None => self.out_of_place("a round held before it was sent"),
+                }
+            }
+            State::Undecided(_, Step::Retrying(retrying)) if retrying.round == round => {
                 retrying.held = true;
                 self.continue_after_retry();
             }
-            State::Journalling
-            | State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_)
-            | State::Prepared { .. }
-            | State::Committed { .. }
-            | State::Releasing(_)
-            | State::Reclaiming { .. }
-            | State::Aborting(_)
-            | State::Telling
-            | State::Settling { .. }
-            | State::Closing { .. }
-            | State::Closed { .. } => self.out_of_place("a held round"),
+            State::Undecided(..) | State::Decided(_) | State::Over(_) => {
+                self.out_of_place("a held round");
+            }
         }
     }
 
     fn final_held(&mut self, now: Time, generation: Generation) {
-        let State::Finishing(finishing) = &self.state else {
+        let Some(Step::Finishing(finishing)) = self.state.step() else {
             return self.out_of_place("a held final round");
         };
         if !finishing.sent || generation != self.generation {
@@ -98,7 +86,7 @@ impl SourceMachine {
     }
 
     fn ready(&mut self, now: Time, generation: Generation, incarnation: Incarnation) {
-        let State::Finishing(finishing) = &mut self.state else {
+        let Some(Step::Finishing(finishing)) = self.state.step() else {
             return self.out_of_place("a ready target");
         };
         if !finishing.sent || generation != self.generation {
@@ -117,9 +105,12 @@ impl SourceMachine {
     /// anywhere but in `Committed` this is a repetition or a lie.
     fn target_started(&mut self, now: Time, generation: Generation) {
         match &self.state {
-            State::Committed { .. } if generation == self.generation => self.release(now),
-            State::Releasing(_) => {}
-            State::Reclaiming { .. } | State::Aborting(_) | State::Telling => {
+            State::Decided(Decided::Committed { .. }) if generation == self.generation => {
+                self.release(now);
+            }
+            State::Decided(Decided::Releasing(_)) => {}
+            State::Decided(Decided::Reclaiming { .. })
+            | State::Over(Over::Aborting(_) | Over::Telling) => {
                 self.answered = true;
                 self.note(Failure::new(
                     ErrorCode::Unexpected,
@@ -127,19 +118,9 @@ impl SourceMachine {
                 ));
                 self.target_told();
             }
-            State::Journalling
-            | State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_)
-            | State::Prepared { .. }
-            | State::Committed { .. }
-            | State::Settling { .. }
-            | State::Closing { .. }
-            | State::Closed { .. } => self.out_of_place("a started workload"),
+            State::Undecided(..) | State::Decided(_) | State::Over(_) => {
+                self.out_of_place("a started workload");
+            }
         }
     }
 
@@ -147,58 +128,32 @@ impl SourceMachine {
     fn refused(&mut self, generation: Generation) {
         self.answered = true;
         match &mut self.state {
-            State::Prepared { evidence, .. } if self.generation <= generation => {
-                evidence.get_or_insert(Evidence::Refused(generation));
-            }
-            State::Committed { .. } if self.generation <= generation => {
-                self.told = true;
-                self.reclaim(Evidence::Refused(generation));
-            }
-            State::Journalling
-            | State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_) => {
+            State::Undecided(..) => {
                 self.told = true;
                 self.abort(Evidence::Refused(generation).failure());
             }
-            State::Aborting(_) | State::Telling => self.target_told(),
-            State::Reclaiming { .. } => self.told = true,
-            State::Prepared { .. } | State::Committed { .. } | State::Releasing(_) => {
-                self.out_of_place("a refusal of another generation");
+            State::Decided(Decided::Prepared { evidence, .. }) if self.generation <= generation => {
+                evidence.get_or_insert(Evidence::Refused(generation));
             }
-            State::Settling { .. } | State::Closing { .. } | State::Closed { .. } => {}
+            State::Decided(Decided::Committed { .. }) if self.generation <= generation => {
+                self.told = true;
+                self.reclaim(Evidence::Refused(generation));
+            }
+            State::Decided(Decided::Reclaiming { .. }) => self.told = true,
+            State::Decided(_) => self.out_of_place("a refusal of another generation"),
+            State::Over(_) => self.target_told(),
         }
     }
 
     /// The target's journal knows nothing of the generation. That is no refusal: the journal
     /// may be a new one on a node that runs the workload.
     fn unknown(&mut self) {
-        match self.state.place() {
-            Place::Undecided => self.out_of_place("a target that knows of nothing"),
-            Place::Decided => match &self.state {
-                State::Committed { .. } => self.fence_wanted = true,
-                State::Journalling
-                | State::Dialling
-                | State::Offered
-                | State::Tracking
-                | State::Copying(_)
-                | State::Retrying(_)
-                | State::Freezing { .. }
-                | State::Finishing(_)
-                | State::Prepared { .. }
-                | State::Releasing(_)
-                | State::Reclaiming { .. }
-                | State::Aborting(_)
-                | State::Telling
-                | State::Settling { .. }
-                | State::Closing { .. }
-                | State::Closed { .. } => self.out_of_place("a target that knows of nothing"),
-            },
-            Place::Undone => self.target_told(),
+        match &self.state {
+            State::Decided(Decided::Committed { .. }) => self.fence_wanted = true,
+            State::Undecided(..) | State::Decided(_) => {
+                self.out_of_place("a target that knows of nothing");
+            }
+            State::Over(_) => self.target_told(),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! How a migration is decided, given away, taken back and broken off.
 
-use super::state::{Outcome, Place, Reclaim, Release, State, Timer, Undo};
+use super::state::{Decided, Outcome, Over, Reclaim, Release, State, Step, Timer, Undo};
 use super::{SourceAction, SourceMachine};
 use crate::migration::handoff::{Evidence, Question, RETRY, Side, TELL_MAX};
 use crate::migration::record::{Entry, Record};
@@ -11,22 +11,15 @@ use crate::wire::control::SourceMessage;
 impl SourceMachine {
     /// Commits, if the target is ready and CRIU was told the truth about the mappings.
     pub(super) fn prepare_if_complete(&mut self) {
-        let State::Finishing(finishing) = &self.state else {
-            return self.out_of_place("a commit");
-        };
-        if !finishing.ready || !finishing.smaps_equal {
-            return;
+        match std::mem::replace(&mut self.state, State::Decided(Decided::prepared())) {
+            State::Undecided(undecided, Step::Finishing(finishing)) if finishing.is_complete() => {
+                self.timers.stop_all();
+                self.journal(undecided.commit(self.generation));
+            }
+            state @ (State::Undecided(..) | State::Decided(_) | State::Over(_)) => {
+                self.state = state;
+            }
         }
-        let Some(undecided) = self.undecided.take() else {
-            return self.out_of_place("a second commit");
-        };
-        let entry = undecided.commit(self.generation);
-        self.timers.stop_all();
-        self.state = State::Prepared {
-            evidence: None,
-            question: Question::Go,
-        };
-        self.journal(entry);
     }
 
     pub(super) fn journalled(&mut self, now: Time, record: &Record) {
@@ -51,9 +44,9 @@ impl SourceMachine {
         let text = format!("record {} could not be written", record.entry.name());
         let failure = Failure::new(ErrorCode::JournalFailed, text);
         match &record.entry {
-            Entry::Offered(_) => match self.state.place() {
-                Place::Undecided => self.abort(failure),
-                Place::Decided | Place::Undone => {}
+            Entry::Offered(_) => match &self.state {
+                State::Undecided(..) => self.abort(failure),
+                State::Decided(_) | State::Over(_) => {}
             },
             Entry::Commit { .. } => {
                 self.note(failure);
@@ -64,39 +57,15 @@ impl SourceMachine {
             // Without it the workload must not be thawed: a restart might find the commit and
             // nothing after it, and tell the target to go.
             Entry::Fenced { .. } => self.retry_later(now, failure),
-            Entry::Aborted(_) => match &self.state {
-                State::Reclaiming {
+            entry @ Entry::Aborted(_) => match &self.state {
+                State::Decided(Decided::Reclaiming {
                     step: Reclaim::Recording,
                     ..
-                } => {
-                    self.retry_later(now, failure);
-                }
+                }) => self.retry_later(now, failure),
                 // A restart would undo once more what is undone, which changes nothing.
-                State::Reclaiming {
-                    step: Reclaim::Concluding,
-                    ..
+                State::Undecided(..) | State::Decided(_) | State::Over(_) => {
+                    self.abort_recorded(now, entry);
                 }
-                | State::Aborting(Undo::Recording) => self.conclude(now),
-                State::Journalling
-                | State::Dialling
-                | State::Offered
-                | State::Tracking
-                | State::Copying(_)
-                | State::Retrying(_)
-                | State::Freezing { .. }
-                | State::Finishing(_)
-                | State::Prepared { .. }
-                | State::Committed { .. }
-                | State::Releasing(_)
-                | State::Reclaiming {
-                    step: Reclaim::Thawing(_),
-                    ..
-                }
-                | State::Aborting(Undo::Thawing(_))
-                | State::Telling
-                | State::Settling { .. }
-                | State::Closing { .. }
-                | State::Closed { .. } => self.out_of_place("aborted"),
             },
             Entry::Done => self.closed(),
             entry @ (Entry::Accepted(_)
@@ -108,10 +77,10 @@ impl SourceMachine {
     }
 
     fn offer_recorded(&mut self, now: Time) {
-        let State::Journalling = self.state else {
+        let Some(step @ Step::Journalling) = self.state.step() else {
             return self.out_of_place("offered");
         };
-        self.state = State::Dialling;
+        *step = Step::Dialling;
         self.timers.set(Timer::Step, now.after(super::DIAL_MAX));
         self.dial();
     }
@@ -119,7 +88,7 @@ impl SourceMachine {
     /// The fate of the commit is known: it is durable, or it may be. In doubt the target is
     /// asked to refuse: telling it to go would rest on a record that a restart may not find.
     fn commit_written(&mut self, now: Time, durable: bool) {
-        let State::Prepared { evidence, question } = &mut self.state else {
+        let State::Decided(Decided::Prepared { evidence, question }) = &mut self.state else {
             return self.out_of_place("commit");
         };
         if let Some(evidence) = evidence.take() {
@@ -129,10 +98,10 @@ impl SourceMachine {
         if durable {
             self.edges.committed = Some(now);
         }
-        self.state = State::Committed { question };
+        self.state = State::Decided(Decided::Committed { question });
         self.timers
             .set(Timer::Silence, now.after(super::SILENCE_MAX));
-        self.ask(now);
+        self.speak(now);
     }
 
     /// The target runs the workload.
@@ -142,14 +111,14 @@ impl SourceMachine {
         self.failure = None;
         self.fence_wanted = false;
         self.timers.stop_all();
-        self.state = State::Releasing(Release::Recording);
+        self.state = State::Decided(Decided::Releasing(Release::Recording));
         self.journal(Entry::Started {
             generation: self.generation,
         });
     }
 
     fn kill(&mut self, recorded: bool) {
-        let State::Releasing(step @ Release::Recording) = &mut self.state else {
+        let State::Decided(Decided::Releasing(step @ Release::Recording)) = &mut self.state else {
             return self.out_of_place("started");
         };
         *step = Release::Killing { recorded };
@@ -160,7 +129,7 @@ impl SourceMachine {
     }
 
     pub(super) fn released(&mut self, now: Time) {
-        let State::Releasing(Release::Killing { recorded }) = self.state else {
+        let State::Decided(Decided::Releasing(Release::Killing { recorded })) = self.state else {
             return self.out_of_place("a release");
         };
         // A restart that finds nothing but the commit asks the target again.
@@ -177,74 +146,51 @@ impl SourceMachine {
         self.fence_wanted = false;
         self.timers.stop_all();
         self.journal(evidence.entry());
-        self.state = State::Reclaiming {
+        self.state = State::Decided(Decided::Reclaiming {
             evidence,
             step: Reclaim::Recording,
-        };
+        });
     }
 
     fn evidence_recorded(&mut self, entry: &Entry) {
-        let State::Reclaiming {
+        let State::Decided(Decided::Reclaiming {
             evidence,
-            step: Reclaim::Recording,
-        } = &self.state
+            step: step @ Reclaim::Recording,
+        }) = &mut self.state
         else {
             return self.out_of_place(entry.name());
         };
-        let evidence = evidence.clone();
         let Some(permit) = evidence.permit(entry) else {
             return self.out_of_place(entry.name());
         };
+        *step = Reclaim::Thawing(permit);
         self.thaw(permit, true);
-        self.state = State::Reclaiming {
-            evidence,
-            step: Reclaim::Thawing(permit),
-        };
     }
 
     fn abort_recorded(&mut self, now: Time, entry: &Entry) {
         match &self.state {
-            State::Reclaiming {
+            State::Decided(Decided::Reclaiming {
                 step: Reclaim::Recording,
                 ..
-            } => self.evidence_recorded(entry),
-            State::Reclaiming {
+            }) => self.evidence_recorded(entry),
+            State::Decided(Decided::Reclaiming {
                 step: Reclaim::Concluding,
                 ..
+            })
+            | State::Over(Over::Aborting(Undo::Recording)) => self.conclude(now),
+            State::Undecided(..) | State::Decided(_) | State::Over(_) => {
+                self.out_of_place("aborted");
             }
-            | State::Aborting(Undo::Recording) => self.conclude(now),
-            State::Journalling
-            | State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_)
-            | State::Prepared { .. }
-            | State::Committed { .. }
-            | State::Releasing(_)
-            | State::Reclaiming {
-                step: Reclaim::Thawing(_),
-                ..
-            }
-            | State::Aborting(Undo::Thawing(_))
-            | State::Telling
-            | State::Settling { .. }
-            | State::Closing { .. }
-            | State::Closed { .. } => self.out_of_place("aborted"),
         }
     }
 
     /// Breaks the migration off. Only before a commit: afterwards there is no permit to be had.
     pub(super) fn abort(&mut self, failure: Failure) {
-        if self.state.place() == Place::Undone {
-            return;
-        }
-        let Some(undecided) = &self.undecided else {
-            return self.note(failure);
+        let permit = match &self.state {
+            State::Undecided(undecided, _) => undecided.permit(),
+            State::Decided(_) => return self.note(failure),
+            State::Over(_) => return,
         };
-        let permit = undecided.permit();
         self.timers.stop_all();
         if !self.offered {
             self.told = true;
@@ -258,7 +204,7 @@ impl SourceMachine {
         self.failure = Some(failure);
         if self.touched {
             self.thaw(permit, true);
-            self.state = State::Aborting(Undo::Thawing(permit));
+            self.state = State::Over(Over::Aborting(Undo::Thawing(permit)));
         } else {
             self.record_abort();
         }
@@ -269,17 +215,17 @@ impl SourceMachine {
     }
 
     fn record_abort(&mut self) {
-        self.state = State::Aborting(Undo::Recording);
+        self.state = State::Over(Over::Aborting(Undo::Recording));
         self.journal(Entry::Aborted(self.failure_or_unknown()));
     }
 
     pub(super) fn thawed(&mut self, now: Time, untrack: bool) {
         // That of a freeze that was given up; what came since asks for more, and waits for it.
-        if !untrack && !matches!(self.state, State::Retrying(_)) {
+        if !untrack && !matches!(self.state, State::Undecided(_, Step::Retrying(_))) {
             return;
         }
         match &mut self.state {
-            State::Retrying(retrying) => {
+            State::Undecided(_, Step::Retrying(retrying)) => {
                 retrying.thawed = true;
                 if retrying.pause.is_zero() {
                     retrying.rested = true;
@@ -288,14 +234,14 @@ impl SourceMachine {
                 }
                 self.continue_after_retry();
             }
-            State::Aborting(Undo::Thawing(_)) => {
+            State::Over(Over::Aborting(Undo::Thawing(_))) => {
                 self.timers.stop(Timer::Retry);
                 self.record_abort();
             }
-            State::Reclaiming {
+            State::Decided(Decided::Reclaiming {
                 evidence,
                 step: step @ Reclaim::Thawing(_),
-            } => {
+            }) => {
                 self.timers.stop(Timer::Retry);
                 match evidence {
                     Evidence::Fenced(_) => {
@@ -306,25 +252,8 @@ impl SourceMachine {
                 }
             }
             // A thaw that was asked for twice.
-            State::Aborting(Undo::Recording)
-            | State::Reclaiming {
-                step: Reclaim::Recording | Reclaim::Concluding,
-                ..
-            }
-            | State::Telling
-            | State::Settling { .. }
-            | State::Closing { .. }
-            | State::Closed { .. } => {}
-            State::Journalling
-            | State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_)
-            | State::Prepared { .. }
-            | State::Committed { .. }
-            | State::Releasing(_) => self.out_of_place("a thaw"),
+            State::Decided(Decided::Reclaiming { .. }) | State::Over(_) => {}
+            State::Undecided(..) | State::Decided(_) => self.out_of_place("a thaw"),
         }
     }
 
@@ -334,14 +263,14 @@ impl SourceMachine {
         if self.told {
             return self.settle_or_close(now, Outcome::Aborted);
         }
-        self.state = State::Telling;
+        self.state = State::Over(Over::Telling);
         self.timers.set(Timer::Tell, now.after(TELL_MAX));
-        self.tell(now);
+        self.speak(now);
     }
 
     pub(super) fn target_told(&mut self) {
         self.told = true;
-        if let State::Telling = self.state {
+        if let State::Over(Over::Telling) = self.state {
             self.close(Outcome::Aborted);
         }
     }
@@ -351,108 +280,60 @@ impl SourceMachine {
             self.failure = None;
         }
         self.timers.stop_all();
-        self.state = State::Closing { outcome };
+        self.state = State::Over(Over::Closing { outcome });
         self.journal(Entry::Done);
     }
 
     fn closed(&mut self) {
-        let State::Closing { outcome } = self.state else {
+        let State::Over(Over::Closing { outcome }) = self.state else {
             return self.out_of_place("done");
         };
-        self.state = State::Closed { outcome };
+        self.state = State::Over(Over::Closed { outcome });
     }
 
     pub(super) fn failed(&mut self, now: Time, failure: Failure) {
         match &self.state {
-            State::Journalling
-            | State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_) => self.abort(failure),
-            State::Releasing(Release::Killing { .. })
-            | State::Reclaiming {
-                step: Reclaim::Thawing(_),
-                ..
-            }
-            | State::Aborting(Undo::Thawing(_)) => self.retry_later(now, failure),
-            State::Prepared { .. }
-            | State::Committed { .. }
-            | State::Releasing(Release::Recording)
-            | State::Reclaiming {
-                step: Reclaim::Recording | Reclaim::Concluding,
-                ..
-            } => {
-                self.note(failure);
-            }
-            State::Aborting(Undo::Recording)
-            | State::Telling
-            | State::Settling { .. }
-            | State::Closing { .. }
-            | State::Closed { .. } => {}
+            State::Undecided(..) => self.abort(failure),
+            State::Decided(
+                Decided::Releasing(Release::Killing { .. })
+                | Decided::Reclaiming {
+                    step: Reclaim::Thawing(_),
+                    ..
+                },
+            )
+            | State::Over(Over::Aborting(Undo::Thawing(_))) => self.retry_later(now, failure),
+            State::Decided(_) => self.note(failure),
+            State::Over(_) => {}
         }
     }
 
     pub(super) fn abort_requested(&mut self, now: Time) {
         match &mut self.state {
-            State::Journalling
-            | State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_) => {
+            State::Undecided(..) => {
                 self.abort_with(ErrorCode::Aborted, "the operator ended the migration");
             }
-            State::Prepared { question, .. } => *question = Question::Query,
-            State::Committed { question } => {
+            State::Decided(Decided::Prepared { question, .. }) => *question = Question::Query,
+            State::Decided(Decided::Committed { question }) => {
                 *question = Question::Query;
-                self.ask(now);
+                self.speak(now);
             }
-            State::Releasing(_)
-            | State::Reclaiming { .. }
-            | State::Aborting(_)
-            | State::Telling
-            | State::Settling { .. }
-            | State::Closing { .. }
-            | State::Closed { .. } => {}
+            State::Decided(_) | State::Over(_) => {}
         }
     }
 
     /// A source is never fenced at itself: whoever can be told is alive.
     pub(super) fn fenced(&mut self, side: Side) {
-        match (side, &mut self.state) {
-            (Side::Source, _) => {}
-            (
-                Side::Target,
-                State::Journalling
-                | State::Dialling
-                | State::Offered
-                | State::Tracking
-                | State::Copying(_)
-                | State::Retrying(_)
-                | State::Freezing { .. }
-                | State::Finishing(_),
-            ) => self.abort(Evidence::Fenced(self.generation).failure()),
-            (Side::Target, State::Prepared { evidence, .. }) => {
-                evidence.get_or_insert(Evidence::Fenced(self.generation));
+        if side == Side::Source {
+            return;
+        }
+        let fenced = Evidence::Fenced(self.generation);
+        match &mut self.state {
+            State::Undecided(..) => self.abort(fenced.failure()),
+            State::Decided(Decided::Prepared { evidence, .. }) => {
+                evidence.get_or_insert(fenced);
             }
-            (Side::Target, State::Committed { .. }) => {
-                self.reclaim(Evidence::Fenced(self.generation));
-            }
-            (
-                Side::Target,
-                State::Releasing(_)
-                | State::Reclaiming { .. }
-                | State::Aborting(_)
-                | State::Telling
-                | State::Settling { .. }
-                | State::Closing { .. }
-                | State::Closed { .. },
-            ) => {}
+            State::Decided(Decided::Committed { .. }) => self.reclaim(fenced),
+            State::Decided(_) | State::Over(_) => {}
         }
     }
 
@@ -475,34 +356,16 @@ impl SourceMachine {
             }
             Timer::Frozen => self.frozen_too_long(now),
             Timer::Pause => {
-                if let State::Retrying(retrying) = &mut self.state {
+                if let Some(Step::Retrying(retrying)) = self.state.step() {
                     retrying.rested = true;
                     self.continue_after_retry();
                 }
             }
-            Timer::Resend | Timer::Redial => match &self.state {
-                State::Committed { .. } => self.ask(now),
-                State::Telling => self.tell(now),
-                State::Settling { .. } => self.settle(now),
-                State::Journalling
-                | State::Dialling
-                | State::Offered
-                | State::Tracking
-                | State::Copying(_)
-                | State::Retrying(_)
-                | State::Freezing { .. }
-                | State::Finishing(_)
-                | State::Prepared { .. }
-                | State::Releasing(_)
-                | State::Reclaiming { .. }
-                | State::Aborting(_)
-                | State::Closing { .. }
-                | State::Closed { .. } => {}
-            },
+            Timer::Resend | Timer::Redial => self.speak(now),
             Timer::Retry => self.again(),
             Timer::Silence => self.fence_wanted = true,
             Timer::Tell => {
-                if let State::Settling { outcome } = self.state {
+                if let State::Over(Over::Settling { outcome }) = self.state {
                     self.close(outcome);
                 } else {
                     self.target_told();
@@ -514,42 +377,19 @@ impl SourceMachine {
     /// Does once more what failed and must succeed.
     fn again(&mut self) {
         match &self.state {
-            State::Releasing(Release::Killing { .. }) => {
+            State::Decided(Decided::Releasing(Release::Killing { .. })) => {
                 self.actions.push_back(SourceAction::Release);
             }
-            State::Reclaiming {
+            State::Decided(Decided::Reclaiming {
                 evidence,
                 step: Reclaim::Recording,
-            } => {
-                self.journal(evidence.entry());
-            }
-            State::Reclaiming {
-                step: Reclaim::Thawing(_),
+            }) => self.journal(evidence.entry()),
+            State::Decided(Decided::Reclaiming {
+                step: Reclaim::Thawing(permit),
                 ..
-            }
-            | State::Aborting(Undo::Thawing(_)) => {
-                self.actions.push_back(SourceAction::Thaw { untrack: true });
-            }
-            State::Journalling
-            | State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_)
-            | State::Prepared { .. }
-            | State::Committed { .. }
-            | State::Releasing(Release::Recording)
-            | State::Reclaiming {
-                step: Reclaim::Concluding,
-                ..
-            }
-            | State::Aborting(Undo::Recording)
-            | State::Telling
-            | State::Settling { .. }
-            | State::Closing { .. }
-            | State::Closed { .. } => {}
+            })
+            | State::Over(Over::Aborting(Undo::Thawing(permit))) => self.thaw(*permit, true),
+            State::Undecided(..) | State::Decided(_) | State::Over(_) => {}
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the source says: actions, questions to the target, reports.
 
-use super::state::{Link, Place, State, Timer};
+use super::state::{Decided, Link, Over, State, Timer};
 use super::{SourceAction, SourceMachine};
 use crate::migration::handoff::{Question, REDIAL, RESEND, ThawPermit};
 use crate::migration::record::{Entry, Record};
@@ -9,11 +9,18 @@ use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::SourceMessage;
 
 impl SourceMachine {
-    /// Asks the target what became of the committed generation, over and over.
-    pub(super) fn ask(&mut self, now: Time) {
-        let State::Committed { question } = self.state else {
-            return self.out_of_place("a question to the target");
-        };
+    /// Says what the target has still to hear or to answer, if there is anything, over and over.
+    pub(super) fn speak(&mut self, now: Time) {
+        match self.state {
+            State::Decided(Decided::Committed { question }) => self.ask(now, question),
+            State::Over(Over::Telling) => self.tell(now),
+            State::Over(Over::Settling { .. }) => self.settle(now),
+            State::Undecided(..) | State::Decided(_) | State::Over(_) => {}
+        }
+    }
+
+    /// Asks the target what became of the committed generation.
+    fn ask(&mut self, now: Time, question: Question) {
         let generation = self.generation;
         let message = match question {
             Question::Go => SourceMessage::Go { generation },
@@ -23,7 +30,7 @@ impl SourceMachine {
     }
 
     /// Tells the target that nothing will come of the migration.
-    pub(super) fn tell(&mut self, now: Time) {
+    fn tell(&mut self, now: Time) {
         let (generation, failure) = (self.generation, self.failure_or_unknown());
         self.send_or_dial(
             now,
@@ -79,10 +86,10 @@ impl SourceMachine {
     pub(super) fn out_of_place(&mut self, what: &str) {
         let text = format!("{what} has no place in phase {}", self.state.phase());
         let failure = Failure::new(ErrorCode::Unexpected, text);
-        match self.state.place() {
-            Place::Undecided => self.abort(failure),
-            Place::Decided => self.note(failure),
-            Place::Undone => {}
+        match &self.state {
+            State::Undecided(..) => self.abort(failure),
+            State::Decided(_) => self.note(failure),
+            State::Over(_) => {}
         }
     }
 
@@ -90,22 +97,10 @@ impl SourceMachine {
     /// the first once it is not.
     pub(super) fn note(&mut self, failure: Failure) {
         match &self.state {
-            State::Prepared { .. } | State::Committed { .. } => self.failure = Some(failure),
-            State::Journalling
-            | State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_)
-            | State::Releasing(_)
-            | State::Reclaiming { .. }
-            | State::Aborting(_)
-            | State::Telling
-            | State::Settling { .. }
-            | State::Closing { .. }
-            | State::Closed { .. } => {
+            State::Decided(Decided::Prepared { .. } | Decided::Committed { .. }) => {
+                self.failure = Some(failure);
+            }
+            State::Undecided(..) | State::Decided(_) | State::Over(_) => {
                 self.failure.get_or_insert(failure);
             }
         }

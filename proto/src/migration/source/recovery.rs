@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 
 use super::SourceMachine;
-use super::state::{Link, Outcome, Release, State};
+use super::state::{Decided, Link, Outcome, Over, Release, State, Step};
 use crate::id::Generation;
-use crate::migration::handoff::{Evidence, Question, RecoverError, SourceFacts, Undecided};
+use crate::migration::handoff::{Evidence, RecoverError, SourceFacts, Undecided};
 use crate::migration::policy::Convergence;
 use crate::migration::record::{Entry, Record};
 use crate::migration::status::{Counters, Edges};
@@ -29,8 +29,10 @@ impl SourceMachine {
             policy: offered.policy,
             driver_state: offered.state,
             description: None,
-            state: State::Journalling,
-            undecided: None,
+            state: match facts.commit {
+                None => State::Undecided(Undecided::without_commit(), Step::Journalling),
+                Some(_) => State::Decided(Decided::prepared()),
+            },
             // An abort ends every generation; which was the last is not recorded.
             generation: facts.commit.unwrap_or(Generation::LAST),
             retries: 0,
@@ -69,17 +71,16 @@ impl SourceMachine {
             } else {
                 Outcome::Moved
             };
-            self.state = State::Closed { outcome };
+            self.state = State::Over(Over::Closed { outcome });
         } else if facts.started {
             self.answered = true;
-            self.state = State::Releasing(Release::Recording);
+            self.state = State::Decided(Decided::Releasing(Release::Recording));
             self.journal(Entry::Started {
                 generation: self.generation,
             });
         } else if let Some(generation) = facts.commit {
             self.resume_decided(generation, facts);
         } else {
-            self.undecided = Some(Undecided::without_commit());
             let text = "the daemon was restarted before the hand-off was decided";
             match facts.aborted.clone() {
                 Some(failure) => self.abort(failure),
@@ -97,10 +98,7 @@ impl SourceMachine {
             self.answered = true;
             self.reclaim(Evidence::Refused(generation));
         } else {
-            self.state = State::Prepared {
-                evidence: None,
-                question: Question::Go,
-            };
+            // The machine was made as one whose commit is being written.
             self.journal(Entry::Commit { generation });
         }
     }

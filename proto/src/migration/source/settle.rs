@@ -5,7 +5,7 @@
 //! within limits: what is lost here costs the target a few hundred bytes, and nothing else.
 
 use super::SourceMachine;
-use super::state::{Outcome, State, Timer};
+use super::state::{Decided, Outcome, Over, State, Timer};
 use crate::id::Generation;
 use crate::migration::handoff::TELL_MAX;
 use crate::migration::timer::Time;
@@ -20,7 +20,7 @@ impl SourceMachine {
         if outcome == Outcome::Moved {
             self.failure = None;
         }
-        self.state = State::Settling { outcome };
+        self.state = State::Over(Over::Settling { outcome });
         self.timers.set(Timer::Tell, now.after(TELL_MAX));
         self.settle(now);
     }
@@ -42,24 +42,14 @@ impl SourceMachine {
             return;
         }
         match self.state {
-            State::Releasing(_) => self.answered = false,
-            State::Settling { outcome } => {
+            State::Decided(Decided::Releasing(_)) => self.answered = false,
+            State::Over(Over::Settling { outcome }) => {
                 self.answered = false;
                 self.close(outcome);
             }
             // An abort lets the target forget too.
-            State::Aborting(_) | State::Telling | State::Closing { .. } | State::Closed { .. } => {}
-            State::Journalling
-            | State::Dialling
-            | State::Offered
-            | State::Tracking
-            | State::Copying(_)
-            | State::Retrying(_)
-            | State::Freezing { .. }
-            | State::Finishing(_)
-            | State::Prepared { .. }
-            | State::Committed { .. }
-            | State::Reclaiming { .. } => self.out_of_place("a target that forgets"),
+            State::Over(_) => {}
+            State::Undecided(..) | State::Decided(_) => self.out_of_place("a target that forgets"),
         }
     }
 }

@@ -1,14 +1,31 @@
-//! The states of the source, each with the data that only it has.
+//! The states of the source, in three groups, each state with the data that only it has.
+//!
+//! The group decides what an event means that has no place in a state, and most of what means the
+//! same in several: a match names the few states that it is about, and groups for the rest.
 
 use std::time::Duration;
 
 use crate::id::Round;
-use crate::migration::handoff::{Evidence, Question, ThawPermit};
+use crate::migration::handoff::{Evidence, Question, ThawPermit, Undecided};
 use crate::migration::policy::RoundReport;
 use crate::migration::status::Phase;
 
 #[derive(Debug)]
 pub(super) enum State {
+    /// No commit was handed to the journal, of which this is the proof. Whatever goes wrong or is
+    /// out of place breaks the migration off.
+    Undecided(Undecided, Step),
+    /// The target may run the workload, or it is known who does. Whatever is out of place is
+    /// noted, and changes nothing.
+    Decided(Decided),
+    /// The migration was broken off, or the workload is where it belongs. What was undone may
+    /// still report.
+    Over(Over),
+}
+
+/// On the way to the commit.
+#[derive(Debug)]
+pub(super) enum Step {
     /// The offer is being written to the journal.
     Journalling,
     /// The first connection is being made.
@@ -25,6 +42,11 @@ pub(super) enum State {
     Freezing { round: Round },
     /// The final round, and waiting for the target.
     Finishing(Finishing),
+}
+
+/// From the commit on, until one copy is left and that is known.
+#[derive(Debug)]
+pub(super) enum Decided {
     /// The commit is being written. What happens meanwhile is kept for when its fate is known.
     Prepared {
         evidence: Option<Evidence>,
@@ -36,6 +58,11 @@ pub(super) enum State {
     Releasing(Release),
     /// The target will never run it: the copy here comes back.
     Reclaiming { evidence: Evidence, step: Reclaim },
+}
+
+/// What remains to be done when nothing remains to be decided.
+#[derive(Debug)]
+pub(super) enum Over {
     /// No commit was written: the copy here comes back.
     Aborting(Undo),
     /// Failed, the workload runs here; the target has still to be told.
@@ -148,18 +175,67 @@ impl Finishing {
             smaps_equal: false,
         }
     }
+
+    /// Whether the target is ready, and CRIU was told the truth about the mappings.
+    pub(super) const fn is_complete(&self) -> bool {
+        self.ready && self.smaps_equal
+    }
 }
 
 impl State {
     pub(super) const fn phase(&self) -> Phase {
         match self {
+            Self::Undecided(_, step) => step.phase(),
+            Self::Decided(decided) => decided.phase(),
+            Self::Over(over) => over.phase(),
+        }
+    }
+
+    pub(super) const fn is_closed(&self) -> bool {
+        matches!(self, Self::Over(Over::Closed { .. }))
+    }
+
+    /// Where it is on the way to the commit, if that was not handed to the journal.
+    pub(super) const fn step(&mut self) -> Option<&mut Step> {
+        match self {
+            Self::Undecided(_, step) => Some(step),
+            Self::Decided(_) | Self::Over(_) => None,
+        }
+    }
+}
+
+impl Step {
+    const fn phase(&self) -> Phase {
+        match self {
             Self::Journalling | Self::Dialling | Self::Offered | Self::Tracking => Phase::Offered,
             Self::Copying(_) | Self::Retrying(_) => Phase::Copying,
             Self::Freezing { .. } => Phase::Freezing,
             Self::Finishing(_) => Phase::Finishing,
+        }
+    }
+}
+
+impl Decided {
+    /// The commit is being written, for the first time or once more.
+    pub(super) const fn prepared() -> Self {
+        Self::Prepared {
+            evidence: None,
+            question: Question::Go,
+        }
+    }
+
+    const fn phase(&self) -> Phase {
+        match self {
             Self::Prepared { .. } => Phase::Prepared,
             Self::Committed { .. } | Self::Releasing(_) => Phase::Committed,
             Self::Reclaiming { .. } => Phase::Reclaiming,
+        }
+    }
+}
+
+impl Over {
+    const fn phase(&self) -> Phase {
+        match self {
             Self::Aborting(_) => Phase::Aborting,
             Self::Telling => Phase::Aborted,
             Self::Settling { outcome } | Self::Closing { outcome } | Self::Closed { outcome } => {
@@ -170,42 +246,4 @@ impl State {
             }
         }
     }
-
-    pub(super) const fn is_closed(&self) -> bool {
-        matches!(self, Self::Closed { .. })
-    }
-
-    /// What an event means that has no place in this state.
-    pub(super) const fn place(&self) -> Place {
-        match self {
-            Self::Journalling
-            | Self::Dialling
-            | Self::Offered
-            | Self::Tracking
-            | Self::Copying(_)
-            | Self::Retrying(_)
-            | Self::Freezing { .. }
-            | Self::Finishing(_) => Place::Undecided,
-            Self::Prepared { .. }
-            | Self::Committed { .. }
-            | Self::Releasing(_)
-            | Self::Reclaiming { .. } => Place::Decided,
-            Self::Aborting(_)
-            | Self::Telling
-            | Self::Settling { .. }
-            | Self::Closing { .. }
-            | Self::Closed { .. } => Place::Undone,
-        }
-    }
-}
-
-/// Where a state lies in the life of a migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
-    /// Whatever is out of place breaks the migration off.
-    Undecided,
-    /// Whatever is out of place is noted, and changes nothing.
-    Decided,
-    /// What was begun has been undone, and may still report.
-    Undone,
 }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::state::{State, Timer};
+use super::state::{State, Step, Timer};
 use super::{SourceAction, SourceMachine};
 use crate::id::Round;
 use crate::migration::status::Edges;
@@ -82,6 +82,10 @@ impl SourceMachine {
             );
             return self.abort_with(ErrorCode::FrozenTooLong, &text);
         }
+        let Some(step) = self.state.step() else {
+            return self.out_of_place("a freeze");
+        };
+        *step = Step::Freezing { round };
         self.frozen_max = Some(frozen_max);
         self.waiting.clear();
         self.round = Some(round);
@@ -89,7 +93,6 @@ impl SourceMachine {
             requested: Some(now),
             ..Edges::default()
         };
-        self.state = State::Freezing { round };
         self.timers.stop(Timer::Overall);
         self.timers.set(Timer::Frozen, now.after(frozen_max));
         self.actions.push_back(SourceAction::Freeze { round });
@@ -98,7 +101,8 @@ impl SourceMachine {
     /// The bound ends with the commit being handed to the journal: this timer was stopped then.
     pub(super) fn frozen_too_long(&mut self, now: Time) {
         let mut waiting = std::mem::take(&mut self.waiting);
-        if let (State::Finishing(finishing), Some(sent)) = (&self.state, self.edges.sent)
+        if let State::Undecided(_, Step::Finishing(finishing)) = &self.state
+            && let Some(sent) = self.edges.sent
             && !finishing.ready
         {
             let (what, since) = match self.edges.held {

@@ -1,6 +1,6 @@
 //! How a workload comes to run at the target, or never does.
 
-use super::state::{Aborting, Place, Refusal, Refusing, Running, Start, State, Timer, Verdict};
+use super::state::{Absent, Fate, Held, Loss, Refusal, Run, State, Step, Timer, Verdict};
 use super::{TargetAction, TargetMachine};
 use crate::id::Generation;
 use crate::migration::handoff::{RETRY, Side};
@@ -16,22 +16,7 @@ pub const LET_GO_TRIES_MAX: u32 = 5;
 impl TargetMachine {
     pub(super) fn journalled(&mut self, record: &Record) {
         match &record.entry {
-            Entry::Accepted(_) => match &self.state {
-                State::Accepting => self.receive(),
-                State::Idle
-                | State::Preparing { .. }
-                | State::Receiving(_)
-                | State::Storing(_)
-                | State::Restoring { .. }
-                | State::Readying { .. }
-                | State::Ready { .. }
-                | State::Running(_)
-                | State::Refusing(_)
-                | State::Refused { .. }
-                | State::Aborting(_)
-                | State::Aborted
-                | State::Done { .. } => self.out_of_place("accepted"),
-            },
+            Entry::Accepted(_) => self.receive(),
             Entry::Ready(_) => self.ready(),
             Entry::Running { .. } => self.let_go(1),
             Entry::Refused { .. } => self.refusal_recorded(),
@@ -51,9 +36,9 @@ impl TargetMachine {
         let text = format!("record {} could not be written", record.entry.name());
         let failure = Failure::new(ErrorCode::JournalFailed, text);
         match &record.entry {
-            Entry::Accepted(_) => match self.state.place() {
-                Place::Unready => self.give_up(failure),
-                Place::Nowhere | Place::Decisive | Place::Over => {}
+            Entry::Accepted(_) => match &self.state {
+                State::Unready(_) => self.give_up(failure),
+                State::Held(_) | State::Decided(..) | State::Absent(_) => {}
             },
             Entry::Ready(_) => self.ready_failed(now, failure),
             // Either decision stands once it was asked for: the record may be on disk.
@@ -71,18 +56,18 @@ impl TargetMachine {
 
     /// The workload is held, and that is durable.
     fn ready(&mut self) {
-        let State::Readying {
+        let State::Held(Held::Readying {
             entry,
             said,
             verdict,
-        } = &mut self.state
+        }) = &mut self.state
         else {
             return self.out_of_place("ready");
         };
         let (generation, said) = (entry.generation, *said);
         match std::mem::replace(verdict, Verdict::Hold) {
             Verdict::Hold => {
-                self.state = State::Ready { generation };
+                self.state = State::Held(Held::Ready { generation });
                 if !said {
                     let incarnation = self.incarnation;
                     self.send(TargetMessage::Ready {
@@ -99,57 +84,46 @@ impl TargetMachine {
     /// If `Ready` was never said, nobody can have committed to it, wherever the record is.
     fn ready_failed(&mut self, now: Time, failure: Failure) {
         match &self.state {
-            State::Readying { said: false, .. } => self.give_up(failure),
-            State::Readying { said: true, .. } => self.retry_later(now, failure),
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => self.out_of_place("ready"),
+            State::Held(Held::Readying { said: false, .. }) => self.give_up(failure),
+            State::Held(Held::Readying { said: true, .. }) => self.retry_later(now, failure),
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                self.out_of_place("ready");
+            }
         }
     }
 
     /// The decision to run: from here on only proof that nothing ran permits to refuse.
     pub(super) fn run(&mut self, generation: Generation) {
-        self.state = State::Running(Running {
-            generation,
-            step: Start::Recording,
-            filled: false,
-        });
+        let recording = Run::Recording { filled: false };
+        self.state = State::Decided(generation, Fate::Running(recording));
         self.journal(Entry::Running { generation });
     }
 
     fn let_go(&mut self, tries: u32) {
-        let State::Running(running) = &mut self.state else {
+        let State::Decided(
+            generation,
+            Fate::Running(Run::Recording { filled } | Run::LettingGo { filled, .. }),
+        ) = self.state
+        else {
             return self.out_of_place("running");
         };
-        running.step = Start::LettingGo { tries };
-        let generation = running.generation;
+        let letting_go = Run::LettingGo { tries, filled };
+        self.state = State::Decided(generation, Fate::Running(letting_go));
         self.actions.push_back(TargetAction::LetGo { generation });
     }
 
     pub(super) fn resumed(&mut self) {
-        let State::Running(running) = &mut self.state else {
+        let State::Decided(generation, Fate::Running(run)) = &mut self.state else {
             return self.out_of_place("a resumed workload");
         };
-        match running.step {
-            Start::LettingGo { .. } => {}
+        let filled = match *run {
+            Run::LettingGo { filled, .. } => filled,
             // Let go twice, resumed twice.
-            Start::Filling | Start::Closing => return,
-            Start::Recording | Start::Stuck | Start::Burying | Start::Losing | Start::Lost => {
-                return self.out_of_place("a resumed workload");
-            }
-        }
-        running.step = Start::Filling;
-        let (generation, filled) = (running.generation, running.filled);
+            Run::Filling | Run::Closing | Run::Closed => return,
+            Run::Recording { .. } => return self.out_of_place("a resumed workload"),
+        };
+        *run = Run::Filling;
+        let generation = *generation;
         self.failure = None;
         self.timers.stop_all();
         self.send(TargetMessage::Started {
@@ -162,32 +136,28 @@ impl TargetMachine {
     }
 
     pub(super) fn filled(&mut self) {
-        let State::Running(running) = &mut self.state else {
-            return self.out_of_place("a filled workload");
+        let run = match &mut self.state {
+            State::Decided(_, Fate::Running(run)) => run,
+            // Nobody lets it go any more.
+            State::Decided(_, Fate::Lost(_)) => return,
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                return self.out_of_place("a filled workload");
+            }
         };
-        running.filled = true;
-        match running.step {
-            Start::Filling => {
-                running.step = Start::Closing;
+        match run {
+            Run::Recording { filled } | Run::LettingGo { filled, .. } => *filled = true,
+            Run::Filling => {
+                *run = Run::Closing;
                 self.journal(Entry::Done);
             }
-            Start::Recording
-            | Start::LettingGo { .. }
-            | Start::Closing
-            | Start::Stuck
-            | Start::Burying
-            | Start::Losing
-            | Start::Lost => {}
+            Run::Closing | Run::Closed => {}
         }
     }
 
     /// The decision never to run: excludes `Running` from here on.
     pub(super) fn refuse(&mut self, generation: Generation, failure: Failure) {
         self.failure = Some(failure);
-        self.state = State::Refusing(Refusing {
-            generation,
-            step: Refusal::Recording,
-        });
+        self.state = State::Decided(generation, Fate::Refusing(Refusal::Recording));
         self.journal(Entry::Refused { generation });
         // It may have said so before there was anything to refuse.
         self.settle();
@@ -197,75 +167,47 @@ impl TargetMachine {
     /// was told otherwise.
     pub(super) fn never_ran(&mut self, now: Time, failure: Failure) {
         match &self.state {
-            State::Running(Running {
-                generation,
-                step: Start::LettingGo { .. },
-                ..
-            }) => {
+            State::Decided(generation, Fate::Running(Run::LettingGo { .. })) => {
                 let generation = *generation;
                 self.timers.stop_all();
                 self.refuse(generation, failure);
             }
             // Asked for twice, and known already.
-            State::Refusing(_) | State::Refused { .. } => {}
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => self.failed(now, failure),
+            State::Decided(_, Fate::Refusing(_)) => {}
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                self.failed(now, failure);
+            }
         }
     }
 
     /// What was to run never will any more, and may have: that is neither a start nor a refusal.
     pub(super) fn lost(&mut self, now: Time, failure: Failure) {
-        match &mut self.state {
-            State::Running(running) => match running.step {
-                Start::LettingGo { .. } | Start::Stuck | Start::Burying => {
-                    running.step = Start::Losing;
-                    self.timers.stop_all();
-                    self.failure = Some(failure.clone());
-                    self.journal(Entry::Aborted(failure));
-                }
-                // Asked for twice, and known already.
-                Start::Losing | Start::Lost => {}
-                // It is asked for again when that is on disk.
-                Start::Recording => self.note(failure),
-                // It has run, which is the answer.
-                Start::Filling | Start::Closing => self.note(failure),
-            },
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => self.failed(now, failure),
+        let State::Decided(_, fate) = &mut self.state else {
+            return self.failed(now, failure);
+        };
+        match fate {
+            Fate::Running(Run::LettingGo { .. }) | Fate::Lost(Loss::Stuck | Loss::Burying) => {
+                *fate = Fate::Lost(Loss::Closing);
+                self.timers.stop_all();
+                self.failure = Some(failure.clone());
+                self.journal(Entry::Aborted(failure));
+            }
+            // Asked for twice, and known already.
+            Fate::Lost(Loss::Closing | Loss::Closed) => {}
+            // It is asked for again when `Running` is on disk. If it has run, that is the answer.
+            Fate::Running(Run::Recording { .. } | Run::Filling | Run::Closing) => {
+                self.note(failure);
+            }
+            Fate::Running(Run::Closed) | Fate::Refusing(_) => self.failed(now, failure),
         }
     }
 
     /// Nobody tries any more to let it go, and only the operator can end that.
     pub(super) fn gave_up(&mut self, now: Time, failure: Failure) {
-        let State::Running(Running {
-            step: step @ Start::LettingGo { .. },
-            ..
-        }) = &mut self.state
-        else {
+        let State::Decided(_, fate @ Fate::Running(Run::LettingGo { .. })) = &mut self.state else {
             return self.failed(now, failure);
         };
-        *step = Start::Stuck;
+        *fate = Fate::Lost(Loss::Stuck);
         self.timers.stop_all();
         let text = format!(
             "letting it go was given up, and whether it runs is not known: {}. If it does not, \
@@ -276,30 +218,21 @@ impl TargetMachine {
     }
 
     fn refusal_recorded(&mut self) {
-        let State::Refusing(refusing) = &mut self.state else {
+        let State::Decided(_, Fate::Refusing(refusal @ Refusal::Recording)) = &mut self.state
+        else {
             return self.out_of_place("refused");
         };
-        refusing.step = Refusal::Discarding;
+        *refusal = Refusal::Discarding;
         self.actions.push_back(TargetAction::Discard);
     }
 
     /// Gives up before `Ready`, and says so to a source that did not ask for it.
     pub(super) fn give_up(&mut self, failure: Failure) {
         let message = match &self.state {
-            State::Preparing { .. } => TargetMessage::Declined(failure.clone()),
-            State::Idle
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => TargetMessage::Failed(failure.clone()),
+            State::Unready(Step::Preparing { .. }) => TargetMessage::Declined(failure.clone()),
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                TargetMessage::Failed(failure.clone())
+            }
         };
         self.send(message);
         self.undo(failure, None);
@@ -308,50 +241,33 @@ impl TargetMachine {
     pub(super) fn undo(&mut self, failure: Failure, asked: Option<Generation>) {
         self.failure = Some(failure);
         self.timers.stop_all();
-        self.state = State::Aborting(Aborting {
-            asked,
-            discarded: false,
-        });
+        self.state = State::Absent(Absent::Discarding { asked });
         self.actions.push_back(TargetAction::Discard);
     }
 
     pub(super) fn discarded(&mut self) {
         match &mut self.state {
-            State::Refusing(refusing) if refusing.step == Refusal::Discarding => {
-                refusing.step = Refusal::Closing;
-                let generation = refusing.generation;
+            State::Decided(generation, Fate::Refusing(refusal @ Refusal::Discarding)) => {
+                let generation = *generation;
+                *refusal = Refusal::Closing;
                 self.send(TargetMessage::Refused { generation });
                 self.journal(Entry::Aborted(self.failure_or_unknown()));
             }
-            State::Running(Running {
-                step: step @ Start::Burying,
-                ..
-            }) => {
-                *step = Start::Losing;
+            State::Decided(_, Fate::Lost(loss @ Loss::Burying)) => {
+                *loss = Loss::Closing;
                 self.journal(Entry::Aborted(self.failure_or_unknown()));
             }
-            State::Aborting(aborting) if !aborting.discarded => {
-                aborting.discarded = true;
+            State::Absent(Absent::Discarding { asked }) => {
+                self.state = State::Absent(Absent::Closing { asked: *asked });
                 if self.recorded {
                     self.journal(Entry::Aborted(self.failure_or_unknown()));
                 } else {
                     self.closed();
                 }
             }
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => self.out_of_place("a discarded workload"),
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                self.out_of_place("a discarded workload");
+            }
         }
     }
 
@@ -359,12 +275,8 @@ impl TargetMachine {
     /// never ran. What may have run is not over.
     pub(super) fn discard_failed(&mut self, failure: Failure) {
         self.note(failure);
-        if let State::Running(Running {
-            step: step @ Start::Burying,
-            ..
-        }) = &mut self.state
-        {
-            *step = Start::Stuck;
+        if let State::Decided(_, Fate::Lost(loss @ Loss::Burying)) = &mut self.state {
+            *loss = Loss::Stuck;
         } else {
             self.discarded();
         }
@@ -372,110 +284,61 @@ impl TargetMachine {
 
     /// The last record is written, or could not be: nothing depends on it.
     fn closed(&mut self) {
-        match &self.state {
-            State::Refusing(refusing) if refusing.step == Refusal::Closing => {
-                self.state = State::Refused {
-                    generation: refusing.generation,
-                };
+        match &mut self.state {
+            State::Decided(_, Fate::Refusing(refusal @ Refusal::Closing)) => {
+                *refusal = Refusal::Closed;
             }
-            State::Running(running) if running.step == Start::Closing => {
-                self.state = State::Done {
-                    generation: running.generation,
-                };
-            }
-            State::Running(running) if running.step == Start::Losing => {
-                self.state = State::Running(Running {
-                    generation: running.generation,
-                    step: Start::Lost,
-                    filled: false,
-                });
-            }
-            State::Aborting(aborting) if aborting.discarded => {
-                let asked = aborting.asked;
-                self.state = State::Aborted;
+            State::Decided(_, Fate::Running(run @ Run::Closing)) => *run = Run::Closed,
+            State::Decided(_, Fate::Lost(loss @ Loss::Closing)) => *loss = Loss::Closed,
+            State::Absent(Absent::Closing { asked }) => {
+                let asked = *asked;
+                self.state = State::Absent(Absent::Closed);
                 if let Some(generation) = asked {
                     self.send(TargetMessage::Unknown { generation });
                 }
             }
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => self.out_of_place("the last record"),
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                self.out_of_place("the last record");
+            }
         }
     }
 
     pub(super) fn failed(&mut self, now: Time, failure: Failure) {
-        match &mut self.state {
-            State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. } => self.give_up(failure),
-            State::Readying { verdict, .. } => *verdict = Verdict::Refuse(failure),
-            State::Ready { generation } => {
-                let generation = *generation;
-                self.refuse(generation, failure);
-            }
-            State::Running(running) => match running.step {
-                Start::LettingGo { tries } if tries < LET_GO_TRIES_MAX => {
+        match &self.state {
+            State::Unready(_) | State::Held(_) => self.withdraw(failure),
+            State::Decided(_, Fate::Running(run)) => match *run {
+                Run::LettingGo { tries, .. } if tries < LET_GO_TRIES_MAX => {
                     self.retry_later(now, failure);
                 }
-                Start::LettingGo { .. } => self.gave_up(now, failure),
-                Start::Recording
-                | Start::Filling
-                | Start::Closing
-                | Start::Stuck
-                | Start::Burying
-                | Start::Losing
-                | Start::Lost => self.note(failure),
+                Run::LettingGo { .. } => self.gave_up(now, failure),
+                Run::Closed => {}
+                Run::Recording { .. } | Run::Filling | Run::Closing => self.note(failure),
             },
+            State::Decided(_, Fate::Lost(_)) => self.note(failure),
             // What is being undone may still report that it failed; the discard goes on.
-            State::Refusing(Refusing {
-                step: Refusal::Discarding,
-                ..
-            })
-            | State::Aborting(Aborting {
-                discarded: false, ..
-            }) => self.note(failure),
-            State::Idle
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => {}
+            State::Decided(_, Fate::Refusing(Refusal::Discarding))
+            | State::Absent(Absent::Discarding { .. }) => self.note(failure),
+            State::Decided(..) | State::Absent(_) => {}
         }
     }
 
     pub(super) fn abort_requested(&mut self) {
-        let failure = Failure::new(ErrorCode::Aborted, "the operator ended the migration");
+        self.withdraw(Failure::new(
+            ErrorCode::Aborted,
+            "the operator ended the migration",
+        ));
+    }
+
+    /// Sees to it that the workload never runs here, unless that is decided.
+    pub(super) fn withdraw(&mut self, failure: Failure) {
         match &mut self.state {
-            State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. } => self.give_up(failure),
-            State::Readying { verdict, .. } => *verdict = Verdict::Refuse(failure),
-            State::Ready { generation } => {
+            State::Unready(_) => self.give_up(failure),
+            State::Held(Held::Readying { verdict, .. }) => *verdict = Verdict::Refuse(failure),
+            State::Held(Held::Ready { generation }) => {
                 let generation = *generation;
                 self.refuse(generation, failure);
             }
-            State::Idle
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => {}
+            State::Decided(..) | State::Absent(_) => {}
         }
     }
 
@@ -483,104 +346,42 @@ impl TargetMachine {
         let text = format!("the operator declared the {side} dead");
         let failure = Failure::new(ErrorCode::Fenced, text);
         match (&mut self.state, side) {
-            (
-                State::Preparing { .. }
-                | State::Accepting
-                | State::Receiving(_)
-                | State::Storing(_)
-                | State::Restoring { .. },
-                Side::Source | Side::Target,
-            ) => self.give_up(failure),
-            // What was decided before stays: a source that aborted has run on.
-            (
-                State::Readying {
-                    verdict: verdict @ Verdict::Hold,
-                    ..
-                },
-                Side::Source,
-            ) => {
-                *verdict = Verdict::Run;
+            (State::Held(Held::Readying { verdict, .. }), Side::Source) => {
+                // What was decided before stays: a source that aborted has run on.
+                if matches!(verdict, Verdict::Hold) {
+                    *verdict = Verdict::Run;
+                }
             }
-            (State::Readying { verdict, .. }, Side::Target) => {
-                *verdict = Verdict::Refuse(failure);
-            }
-            (State::Ready { generation }, Side::Source) => {
+            (State::Held(Held::Ready { generation }), Side::Source) => {
                 let generation = *generation;
                 self.run(generation);
             }
-            (State::Ready { generation }, Side::Target) => {
-                let generation = *generation;
-                self.refuse(generation, failure);
-            }
             // Nobody lets it go any more: from here on nobody may run it here either.
-            (
-                State::Running(Running {
-                    step: step @ Start::Stuck,
-                    ..
-                }),
-                Side::Target,
-            ) => {
-                *step = Start::Burying;
+            (State::Decided(_, Fate::Lost(loss @ Loss::Stuck)), Side::Target) => {
+                *loss = Loss::Burying;
                 self.failure = Some(failure);
                 self.actions.push_back(TargetAction::Discard);
             }
-            (
-                State::Idle
-                | State::Readying { .. }
-                | State::Running(_)
-                | State::Refusing(_)
-                | State::Refused { .. }
-                | State::Aborting(_)
-                | State::Aborted
-                | State::Done { .. },
-                Side::Source | Side::Target,
-            ) => {}
+            (_, Side::Source | Side::Target) => self.withdraw(failure),
         }
     }
 
     /// Does once more what failed and must succeed.
     pub(super) fn again(&mut self) {
         match &self.state {
-            State::Readying {
+            State::Held(Held::Readying {
                 entry, said: true, ..
-            } => {
-                self.journal(Entry::Ready(entry.clone()));
+            }) => self.journal(Entry::Ready(entry.clone())),
+            &State::Decided(generation, Fate::Running(Run::Recording { .. })) => {
+                self.journal(Entry::Running { generation });
             }
-            State::Running(Running {
-                generation, step, ..
-            }) => match *step {
-                Start::Recording => self.journal(Entry::Running {
-                    generation: *generation,
-                }),
-                Start::LettingGo { tries } => self.let_go(tries + 1),
-                Start::Filling
-                | Start::Closing
-                | Start::Stuck
-                | Start::Burying
-                | Start::Losing
-                | Start::Lost => {}
-            },
-            State::Refusing(Refusing {
-                generation,
-                step: Refusal::Recording,
-            }) => {
-                self.journal(Entry::Refused {
-                    generation: *generation,
-                });
+            State::Decided(_, Fate::Running(Run::LettingGo { tries, .. })) => {
+                self.let_go(*tries + 1);
             }
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => {}
+            &State::Decided(generation, Fate::Refusing(Refusal::Recording)) => {
+                self.journal(Entry::Refused { generation });
+            }
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {}
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the source says, and what the target makes of it.
 
-use super::state::{Aborting, Receiving, Refusal, Running, Start, State, Verdict};
+use super::state::{Absent, Fate, Held, Receiving, State, Step};
 use super::{TargetAction, TargetMachine};
 use crate::id::{Generation, Round};
 use crate::migration::record::Entry;
@@ -25,7 +25,7 @@ impl TargetMachine {
     }
 
     fn offered(&mut self, offer: Box<Offer>) {
-        let State::Idle = self.state else {
+        let State::Absent(Absent::Idle) = self.state else {
             return self.out_of_place("an offer");
         };
         let bytes = offer
@@ -36,14 +36,14 @@ impl TargetMachine {
             .sum();
         self.memory = PageCount::covering(bytes);
         self.workload = Some(offer.workload.clone());
-        self.state = State::Preparing {
+        self.state = State::Unready(Step::Preparing {
             workload: offer.workload.clone(),
-        };
+        });
         self.actions.push_back(TargetAction::Prepare(offer));
     }
 
     fn round_ended(&mut self, end: RoundEnd) {
-        let State::Receiving(receiving) = &mut self.state else {
+        let State::Unready(Step::Receiving(receiving)) = &mut self.state else {
             return self.out_of_place("the end of a round");
         };
         if receiving.open != end.round || receiving.ended.is_some() {
@@ -55,7 +55,7 @@ impl TargetMachine {
     }
 
     fn final_ended(&mut self, last: Final) {
-        let State::Receiving(receiving) = &self.state else {
+        let State::Unready(Step::Receiving(receiving)) = &self.state else {
             return self.out_of_place("the end of the final round");
         };
         if receiving.open != last.round || receiving.ended.is_some() {
@@ -63,149 +63,84 @@ impl TargetMachine {
         }
         self.round = Some(last.round);
         self.actions.push_back(TargetAction::AwaitFinal(last));
-        self.state = State::Storing(last);
+        self.state = State::Unready(Step::Storing(last));
     }
 
     /// The source has committed this generation, durably.
     fn go(&mut self, asked: Generation) {
         match &self.state {
-            State::Ready { generation } if *generation == asked => self.run(asked),
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => self.answer(asked),
+            State::Held(Held::Ready { generation }) if *generation == asked => self.run(asked),
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                self.answer(asked);
+            }
         }
     }
 
     /// The source wants to know; if the workload does not run yet, it must never.
     fn queried(&mut self, asked: Generation) {
         match &self.state {
-            State::Ready { generation } if *generation == asked => {
-                self.refuse(
-                    *generation,
-                    Failure::new(ErrorCode::Refused, "the source asked for the workload back"),
-                );
+            State::Held(Held::Ready { generation }) if *generation == asked => {
+                let text = "the source asked for the workload back";
+                self.refuse(asked, Failure::new(ErrorCode::Refused, text));
             }
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Running(_)
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted
-            | State::Done { .. } => self.answer(asked),
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                self.answer(asked);
+            }
         }
     }
 
     /// What the state says of a generation that cannot be run or refused just now. No answer
     /// where the journal has still to say: the source asks again.
     fn answer(&mut self, asked: Generation) {
-        let answer = match &self.state {
-            State::Running(running) => match running.step {
-                Start::Recording | Start::LettingGo { .. } | Start::Stuck | Start::Burying => None,
-                Start::Filling | Start::Closing => self.answer_started(running.generation, asked),
-                // It may have run: only the operator can say what that is worth.
-                Start::Losing | Start::Lost => Some(TargetMessage::Unknown { generation: asked }),
-            },
-            State::Done { generation } => self.answer_started(*generation, asked),
-            State::Refused { generation } => self.answer_refused(*generation, asked),
-            State::Refusing(refusing) => match refusing.step {
-                Refusal::Recording | Refusal::Discarding => None,
-                Refusal::Closing => self.answer_refused(refusing.generation, asked),
-            },
-            State::Readying { .. } => None,
+        let answer = match self.state {
+            State::Held(Held::Readying { .. }) => return,
+            State::Decided(_, fate) if !fate.is_known() => return,
+            State::Decided(generation, Fate::Running(_)) if generation == asked => {
+                TargetMessage::Started {
+                    generation,
+                    root_pid: None,
+                }
+            }
+            State::Decided(generation, Fate::Refusing(_)) if asked <= generation => {
+                TargetMessage::Refused { generation }
+            }
             // A source that has committed was told `Ready`. If this is not what the journal
             // says, the journal is not the one that said it.
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Ready { .. }
-            | State::Aborting(_)
-            | State::Aborted => Some(TargetMessage::Unknown { generation: asked }),
+            State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
+                TargetMessage::Unknown { generation: asked }
+            }
         };
-        if let Some(answer) = answer {
-            self.send(answer);
-        }
-    }
-
-    fn answer_started(&self, running: Generation, asked: Generation) -> Option<TargetMessage> {
-        let generation = asked;
-        if running == asked {
-            Some(TargetMessage::Started {
-                generation,
-                root_pid: None,
-            })
-        } else {
-            Some(TargetMessage::Unknown { generation })
-        }
-    }
-
-    fn answer_refused(&self, refused: Generation, asked: Generation) -> Option<TargetMessage> {
-        let generation = asked;
-        if asked <= refused {
-            Some(TargetMessage::Refused {
-                generation: refused,
-            })
-        } else {
-            Some(TargetMessage::Unknown { generation })
-        }
+        self.send(answer);
     }
 
     /// The source has not committed any generation up to this one, and never will.
     fn source_aborted(&mut self, ended: Generation, failure: Failure) {
         self.over_at_source = self.over_at_source.max(Some(ended));
         match &mut self.state {
-            State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. } => self.undo(failure, Some(ended)),
-            State::Readying { entry, verdict, .. } if entry.generation <= ended => {
-                *verdict = Verdict::Refuse(failure);
+            State::Unready(_) => self.undo(failure, Some(ended)),
+            State::Held(held) if held.generation() <= ended => self.withdraw(failure),
+            // A generation that this target has left behind.
+            State::Held(_) => {}
+            State::Decided(generation, fate) => {
+                let (generation, fate) = (*generation, *fate);
+                match fate {
+                    Fate::Running(_) => {
+                        self.note_late_abort();
+                        self.answer(generation);
+                    }
+                    Fate::Refusing(_) => self.answer(generation),
+                    Fate::Lost(_) => {
+                        if !fate.is_known() {
+                            self.note_late_abort();
+                        }
+                        self.answer(ended);
+                    }
+                }
             }
-            State::Ready { generation } if *generation <= ended => {
-                let generation = *generation;
-                self.refuse(generation, failure);
+            State::Absent(Absent::Discarding { asked } | Absent::Closing { asked }) => {
+                *asked = Some(ended);
             }
-            State::Aborting(Aborting { asked, .. }) => *asked = Some(ended),
-            State::Refused { generation } => {
-                let generation = *generation;
-                self.send(TargetMessage::Refused { generation });
-            }
-            State::Refusing(refusing) if refusing.step == Refusal::Closing => {
-                let generation = refusing.generation;
-                self.send(TargetMessage::Refused { generation });
-            }
-            State::Idle
-            | State::Aborted
-            | State::Running(Running {
-                step: Start::Losing | Start::Lost,
-                ..
-            }) => {
-                self.send(TargetMessage::Unknown { generation: ended });
-            }
-            State::Running(_) | State::Done { .. } => self.abort_too_late(),
-            // A generation that this target has left behind, or a refusal on its way.
-            State::Readying { .. } | State::Ready { .. } | State::Refusing(_) => {}
+            State::Absent(Absent::Idle | Absent::Closed) => self.answer(ended),
         }
         self.settle();
     }
@@ -213,7 +148,7 @@ impl TargetMachine {
     /// The source has on disk how this ended, and never asks again.
     fn source_settled(&mut self, settled: Generation) {
         match &self.state {
-            State::Running(_) | State::Refusing(_) | State::Refused { .. } | State::Done { .. } => {
+            State::Decided(..) => {
                 self.over_at_source = self.over_at_source.max(Some(settled));
                 if self.settled {
                     self.say_forgotten();
@@ -222,19 +157,14 @@ impl TargetMachine {
                 }
             }
             // It was said before, and the answer was lost.
-            State::Idle | State::Aborted => {
+            State::Absent(Absent::Idle | Absent::Closed) => {
                 self.send(TargetMessage::Forgotten {
                     generation: settled,
                 });
             }
-            State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Aborting(_) => self.out_of_place("a settled migration"),
+            State::Unready(_) | State::Held(_) | State::Absent(_) => {
+                self.out_of_place("a settled migration");
+            }
         }
     }
 
@@ -256,45 +186,18 @@ impl TargetMachine {
     }
 
     /// Only a source that took the target for dead aborts what it has committed.
-    fn abort_too_late(&mut self) {
-        let generation = match &self.state {
-            State::Running(running) => match running.step {
-                Start::Recording
-                | Start::LettingGo { .. }
-                | Start::Stuck
-                | Start::Burying
-                | Start::Losing
-                | Start::Lost => None,
-                Start::Filling | Start::Closing => Some(running.generation),
-            },
-            State::Done { generation } => Some(*generation),
-            State::Idle
-            | State::Preparing { .. }
-            | State::Accepting
-            | State::Receiving(_)
-            | State::Storing(_)
-            | State::Restoring { .. }
-            | State::Readying { .. }
-            | State::Ready { .. }
-            | State::Refusing(_)
-            | State::Refused { .. }
-            | State::Aborting(_)
-            | State::Aborted => None,
-        };
+    fn note_late_abort(&mut self) {
         self.note(Failure::new(
             ErrorCode::Unexpected,
             "the source aborted what it had told this node to run",
         ));
-        if let Some(generation) = generation {
-            self.send(TargetMessage::Started {
-                generation,
-                root_pid: None,
-            });
-        }
     }
 
     pub(super) fn receive(&mut self) {
-        self.state = State::Receiving(Receiving {
+        let State::Unready(step @ Step::Accepting) = &mut self.state else {
+            return self.out_of_place("accepted");
+        };
+        *step = Step::Receiving(Receiving {
             open: Round::FIRST,
             ended: None,
         });

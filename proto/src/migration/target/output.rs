@@ -1,6 +1,6 @@
 //! What the target says: actions and reports.
 
-use super::state::Place;
+use super::state::{Absent, Fate, Loss, Run, State};
 use super::{TargetAction, TargetMachine};
 use crate::migration::record::{Entry, Record};
 use crate::migration::timer::Time;
@@ -28,21 +28,33 @@ impl TargetMachine {
     pub(super) fn out_of_place(&mut self, what: &str) {
         let text = format!("{what} has no place in phase {}", self.state.phase());
         let failure = Failure::new(ErrorCode::Unexpected, text);
-        match self.state.place() {
-            Place::Nowhere => self.send(TargetMessage::Failed(failure)),
-            Place::Unready => self.give_up(failure),
-            Place::Decisive => self.note(failure),
-            Place::Over => {}
+        match &self.state {
+            State::Absent(Absent::Idle) => self.send(TargetMessage::Failed(failure)),
+            State::Unready(_) => self.give_up(failure),
+            State::Decided(
+                _,
+                Fate::Running(Run::Closed)
+                | Fate::Refusing(_)
+                | Fate::Lost(Loss::Closing | Loss::Closed),
+            )
+            | State::Absent(_) => {}
+            State::Held(_) | State::Decided(..) => self.note(failure),
         }
     }
 
     /// Keeps what went wrong where the operator sees it; the cause of an end stays.
     pub(super) fn note(&mut self, failure: Failure) {
-        match self.state.place() {
-            Place::Nowhere | Place::Unready | Place::Decisive => self.failure = Some(failure),
-            Place::Over => {
+        match &self.state {
+            State::Decided(
+                _,
+                Fate::Running(Run::Closed)
+                | Fate::Refusing(_)
+                | Fate::Lost(Loss::Closing | Loss::Closed),
+            )
+            | State::Absent(_) => {
                 self.failure.get_or_insert(failure);
             }
+            State::Unready(_) | State::Held(_) | State::Decided(..) => self.failure = Some(failure),
         }
     }
 

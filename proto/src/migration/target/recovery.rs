@@ -1,6 +1,6 @@
 //! A target that was restarted: what its journal proves, and what follows.
 
-use super::state::{Refusal, Refusing, Running, Start, State, Verdict};
+use super::state::{Absent, Fate, Held, Loss, Refusal, Run, State, Verdict};
 use super::{TargetMachine, TargetOrigin};
 use crate::migration::handoff::{RecoverError, TargetFacts};
 use crate::migration::record::{AcceptedEntry, DriverState, Entry, Record};
@@ -83,35 +83,28 @@ impl TargetMachine {
         let over = facts.aborted.is_some();
         if let Some(generation) = facts.running {
             if facts.done {
-                self.state = State::Done { generation };
+                self.state = State::Decided(generation, Fate::Running(Run::Closed));
             } else if over {
-                self.state = State::Running(Running {
-                    generation,
-                    step: Start::Lost,
-                    filled: false,
-                });
+                self.state = State::Decided(generation, Fate::Lost(Loss::Closed));
             } else {
                 self.run(generation);
             }
         } else if let Some(generation) = facts.refused {
             if over {
-                self.state = State::Refused { generation };
+                self.state = State::Decided(generation, Fate::Refusing(Refusal::Closed));
             } else {
-                self.state = State::Refusing(Refusing {
-                    generation,
-                    step: Refusal::Recording,
-                });
+                self.state = State::Decided(generation, Fate::Refusing(Refusal::Recording));
                 self.journal(Entry::Refused { generation });
             }
         } else if over {
-            self.state = State::Aborted;
+            self.state = State::Absent(Absent::Closed);
         } else if let Some(entry) = facts.ready {
             let verdict = Verdict::Hold;
-            self.state = State::Readying {
+            self.state = State::Held(Held::Readying {
                 entry: entry.clone(),
                 said: true,
                 verdict,
-            };
+            });
             self.journal(Entry::Ready(entry));
         } else {
             let text = "the daemon was restarted before the target was ready";

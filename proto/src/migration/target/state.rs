@@ -1,4 +1,8 @@
-//! The states of the target, each with the data that only it has.
+//! The states of the target, in four groups, each state with the data that only it has.
+//!
+//! The group decides what an event means that has no place in a state, what a source is answered,
+//! and most of what means the same in several states: a match names the few that it is about, and
+//! groups for the rest.
 
 use crate::id::{Generation, Round, WorkloadName};
 use crate::migration::record::ReadyEntry;
@@ -8,8 +12,21 @@ use crate::wire::control::Final;
 
 #[derive(Debug)]
 pub(super) enum State {
-    /// Nothing is known of the migration.
-    Idle,
+    /// The source cannot have committed. Whatever goes wrong or is out of place ends the
+    /// migration.
+    Unready(Step),
+    /// The workload is held, and the source says what becomes of it. Whatever is out of place is
+    /// noted, and changes nothing.
+    Held(Held),
+    /// It is decided what becomes of this generation, and its source may ask.
+    Decided(Generation, Fate),
+    /// Nothing of a workload is to be here, and `Unknown` is the answer.
+    Absent(Absent),
+}
+
+/// On the way to `Ready`.
+#[derive(Debug)]
+pub(super) enum Step {
     /// An offer is being compared and prepared for.
     Preparing { workload: WorkloadName },
     /// The acceptance is being written.
@@ -20,6 +37,18 @@ pub(super) enum State {
     Storing(Final),
     /// CRIU restores.
     Restoring { generation: Generation },
+}
+
+/// The round whose parcels may arrive, and its number again once it has ended.
+#[derive(Debug)]
+pub(super) struct Receiving {
+    pub(super) open: Round,
+    pub(super) ended: Option<Round>,
+}
+
+/// Restored.
+#[derive(Debug)]
+pub(super) enum Held {
     /// That the workload is held is being written: for the first time, or again after a restart
     /// (`said`: then the source may know of it). What happens meanwhile is kept as a verdict.
     Readying {
@@ -29,25 +58,6 @@ pub(super) enum State {
     },
     /// The workload is held.
     Ready { generation: Generation },
-    /// The workload runs, or is about to.
-    Running(Running),
-    /// The workload will never run here.
-    Refusing(Refusing),
-    /// Nothing is left here, and `Refused` is the answer.
-    Refused { generation: Generation },
-    /// Before `Ready`: undoing.
-    Aborting(Aborting),
-    /// Nothing is left here, and `Unknown` is the answer.
-    Aborted,
-    /// The workload runs here, and all its memory is in place.
-    Done { generation: Generation },
-}
-
-/// The round whose parcels may arrive, and its number again once it has ended.
-#[derive(Debug)]
-pub(super) struct Receiving {
-    pub(super) open: Round,
-    pub(super) ended: Option<Round>,
 }
 
 /// What follows when `Ready` is durable.
@@ -58,38 +68,31 @@ pub(super) enum Verdict {
     Run,
 }
 
-#[derive(Debug)]
-pub(super) struct Running {
-    pub(super) generation: Generation,
-    pub(super) step: Start,
-    /// The memory is in place, as far as reported before the workload was.
-    pub(super) filled: bool,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// The workload runs, or is about to.
+    Running(Run),
+    /// The workload will never run here.
+    Refusing(Refusal),
+    /// The workload may have run, and is given up.
+    Lost(Loss),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Start {
+pub(super) enum Run {
     /// That the workload runs is being written.
-    Recording,
+    Recording {
+        /// The memory is in place already.
+        filled: bool,
+    },
     /// The workload is being let go, for the so-manieth time.
-    LettingGo { tries: u32 },
+    LettingGo { tries: u32, filled: bool },
     /// The workload runs.
     Filling,
     /// That the memory is in place is being written.
     Closing,
-    /// Letting go is given up: whether it runs is not known here.
-    Stuck,
-    /// The operator has given it up: what there may be of it is being killed.
-    Burying,
-    /// That it may have run and nothing of it is left is being written.
-    Losing,
-    /// It may have run, and nothing of it is left; `Unknown` is the answer.
-    Lost,
-}
-
-#[derive(Debug)]
-pub(super) struct Refusing {
-    pub(super) generation: Generation,
-    pub(super) step: Refusal,
+    /// The workload runs here, and all its memory is in place.
+    Closed,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,14 +103,33 @@ pub(super) enum Refusal {
     Discarding,
     /// That nothing is left is being written.
     Closing,
+    /// Nothing is left here.
+    Closed,
 }
 
-#[derive(Debug)]
-pub(super) struct Aborting {
-    /// The source asked, and is answered when nothing is left.
-    pub(super) asked: Option<Generation>,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Loss {
+    /// Letting go is given up: whether it runs is not known here.
+    Stuck,
+    /// The operator has given it up: what there may be of it is being killed.
+    Burying,
+    /// That it may have run and nothing of it is left is being written.
+    Closing,
+    /// It may have run, and nothing of it is left; `Unknown` is the answer.
+    Closed,
+}
+
+/// Nothing came, or what came before `Ready` goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Absent {
+    /// Nothing is known of the migration.
+    Idle,
+    /// What came is being dropped. A source that `asked` is answered when nothing is left.
+    Discarding { asked: Option<Generation> },
     /// That nothing is left is being written.
-    pub(super) discarded: bool,
+    Closing { asked: Option<Generation> },
+    /// Nothing is left here.
+    Closed,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,104 +141,102 @@ pub(super) enum Timer {
 impl State {
     pub(super) const fn phase(&self) -> Phase {
         match self {
-            Self::Idle | Self::Preparing { .. } | Self::Accepting => Phase::Accepted,
-            Self::Receiving(_) | Self::Storing(_) => Phase::Receiving,
-            Self::Restoring { .. } | Self::Readying { said: false, .. } => Phase::Restoring,
-            Self::Readying { said: true, .. } | Self::Ready { .. } => Phase::Ready,
-            Self::Running(running) => match running.step {
-                Start::Recording | Start::LettingGo { .. } | Start::Filling | Start::Stuck => {
-                    Phase::Running
-                }
-                Start::Closing => Phase::Done,
-                Start::Burying => Phase::Aborting,
-                Start::Losing | Start::Lost => Phase::Aborted,
-            },
-            Self::Refusing(refusing) => match refusing.step {
-                Refusal::Recording | Refusal::Discarding => Phase::Refusing,
-                Refusal::Closing => Phase::Aborted,
-            },
-            Self::Refused { .. } | Self::Aborted => Phase::Aborted,
-            Self::Aborting(_) => Phase::Aborting,
-            Self::Done { .. } => Phase::Done,
+            Self::Unready(step) => step.phase(),
+            Self::Held(Held::Readying { said: false, .. }) => Phase::Restoring,
+            Self::Held(Held::Readying { said: true, .. } | Held::Ready { .. }) => Phase::Ready,
+            Self::Decided(_, fate) => fate.phase(),
+            Self::Absent(absent) => absent.phase(),
         }
     }
 
     /// Whether the workload is held, and only the source can say what becomes of it.
     pub(super) const fn is_ready(&self) -> bool {
-        matches!(self, Self::Ready { .. })
+        matches!(self, Self::Held(Held::Ready { .. }))
     }
 
     pub(super) const fn is_idle(&self) -> bool {
-        matches!(self, Self::Idle)
+        matches!(self, Self::Absent(Absent::Idle))
     }
 
     pub(super) const fn is_closed(&self) -> bool {
-        match self {
-            Self::Refused { .. } | Self::Aborted | Self::Done { .. } => true,
-            Self::Running(running) => matches!(running.step, Start::Lost),
-            Self::Idle
-            | Self::Preparing { .. }
-            | Self::Accepting
-            | Self::Receiving(_)
-            | Self::Storing(_)
-            | Self::Restoring { .. }
-            | Self::Readying { .. }
-            | Self::Ready { .. }
-            | Self::Refusing(_)
-            | Self::Aborting(_) => false,
-        }
+        matches!(
+            self,
+            Self::Decided(
+                _,
+                Fate::Running(Run::Closed)
+                    | Fate::Refusing(Refusal::Closed)
+                    | Fate::Lost(Loss::Closed)
+            ) | Self::Absent(Absent::Closed)
+        )
     }
 
     /// The generation that is decided here, to run or never to.
     pub(super) const fn decided(&self) -> Option<Generation> {
         match self {
-            Self::Running(running) => Some(running.generation),
-            Self::Refusing(refusing) => Some(refusing.generation),
-            Self::Refused { generation } | Self::Done { generation } => Some(*generation),
-            Self::Idle
-            | Self::Preparing { .. }
-            | Self::Accepting
-            | Self::Receiving(_)
-            | Self::Storing(_)
-            | Self::Restoring { .. }
-            | Self::Readying { .. }
-            | Self::Ready { .. }
-            | Self::Aborting(_)
-            | Self::Aborted => None,
-        }
-    }
-
-    pub(super) const fn place(&self) -> Place {
-        match self {
-            Self::Idle => Place::Nowhere,
-            Self::Preparing { .. }
-            | Self::Accepting
-            | Self::Receiving(_)
-            | Self::Storing(_)
-            | Self::Restoring { .. } => Place::Unready,
-            Self::Running(Running {
-                step: Start::Losing | Start::Lost,
-                ..
-            }) => Place::Over,
-            Self::Readying { .. } | Self::Ready { .. } | Self::Running(_) => Place::Decisive,
-            Self::Refusing(_)
-            | Self::Refused { .. }
-            | Self::Aborting(_)
-            | Self::Aborted
-            | Self::Done { .. } => Place::Over,
+            Self::Decided(generation, _) => Some(*generation),
+            Self::Unready(_) | Self::Held(_) | Self::Absent(_) => None,
         }
     }
 }
 
-/// Where a state lies in the life of a migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
-    /// There is no migration.
-    Nowhere,
-    /// Whatever is out of place ends the migration: the source cannot have committed.
-    Unready,
-    /// Whatever is out of place is noted, and changes nothing.
-    Decisive,
-    /// What was begun has been undone or is complete, and may still report.
-    Over,
+impl Step {
+    const fn phase(&self) -> Phase {
+        match self {
+            Self::Preparing { .. } | Self::Accepting => Phase::Accepted,
+            Self::Receiving(_) | Self::Storing(_) => Phase::Receiving,
+            Self::Restoring { .. } => Phase::Restoring,
+        }
+    }
+}
+
+impl Held {
+    pub(super) const fn generation(&self) -> Generation {
+        match self {
+            Self::Readying { entry, .. } => entry.generation,
+            Self::Ready { generation } => *generation,
+        }
+    }
+}
+
+impl Fate {
+    const fn phase(self) -> Phase {
+        match self {
+            Self::Running(Run::Closing | Run::Closed) => Phase::Done,
+            Self::Running(_) => Phase::Running,
+            Self::Refusing(Refusal::Closing | Refusal::Closed) => Phase::Aborted,
+            Self::Refusing(_) => Phase::Refusing,
+            Self::Lost(Loss::Stuck) => Phase::Running,
+            Self::Lost(Loss::Burying) => Phase::Aborting,
+            Self::Lost(Loss::Closing | Loss::Closed) => Phase::Aborted,
+        }
+    }
+
+    /// Whether it has come true, so that the source may be told: the workload runs, or nothing of
+    /// it is left here.
+    pub(super) const fn is_known(self) -> bool {
+        match self {
+            Self::Running(run) => match run {
+                Run::Recording { .. } | Run::LettingGo { .. } => false,
+                Run::Filling | Run::Closing | Run::Closed => true,
+            },
+            Self::Refusing(refusal) => match refusal {
+                Refusal::Recording | Refusal::Discarding => false,
+                Refusal::Closing | Refusal::Closed => true,
+            },
+            Self::Lost(loss) => match loss {
+                Loss::Stuck | Loss::Burying => false,
+                Loss::Closing | Loss::Closed => true,
+            },
+        }
+    }
+}
+
+impl Absent {
+    const fn phase(self) -> Phase {
+        match self {
+            Self::Idle => Phase::Accepted,
+            Self::Discarding { .. } | Self::Closing { .. } => Phase::Aborting,
+            Self::Closed => Phase::Aborted,
+        }
+    }
 }
