@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -30,6 +31,8 @@ pub const DELETED_FILE_MAX: u64 = 16 << 20; // 16 MiB
 pub struct Descriptors {
     /// Where the node has the workload's files, if it has a mount namespace of its own.
     pub mounts: Option<Mounts>,
+    /// All processes of the workload: what procfs has of them goes along.
+    pub pids: Vec<i32>,
     /// Files by path.
     pub files: BTreeMap<PathBuf, FileDescription>,
     /// Pipe ends by inode: readers, writers.
@@ -113,6 +116,10 @@ impl Descriptors {
             return Ok(());
         };
         let path = path.as_path();
+        // The target has it once they are restored there.
+        if owner_in_proc(path).is_some_and(|owner| self.pids.contains(&owner)) {
+            return Ok(());
+        }
         if writes && !is_shared(path, shared) {
             return Err(Failure::new(
                 ErrorCode::FileWritable,
@@ -252,8 +259,9 @@ impl Descriptors {
     }
 }
 
-/// Compares a file of the description with what this node has under `root`.
-pub fn check(file: &FileDescription, root: &Path) -> Result<(), Failure> {
+/// Compares a file of the description with what this node has under `root`. One that `is_shared`,
+/// which has been proven, may be gone: the workload runs, and removes and renames what it has.
+pub fn check(file: &FileDescription, root: &Path, is_shared: bool) -> Result<(), Failure> {
     let differs = |why: String| {
         Err(Failure::new(
             ErrorCode::FileDiffers,
@@ -263,6 +271,7 @@ pub fn check(file: &FileDescription, root: &Path) -> Result<(), Failure> {
     let here = root.join(file.path.trim_start_matches('/'));
     let metadata = match fs::metadata(&here) {
         Ok(metadata) => metadata,
+        Err(error) if is_shared && error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return differs(error.to_string()),
     };
     if file.mapped_shared
@@ -316,6 +325,18 @@ fn strip(path: &Path) -> &Path {
     path.strip_prefix("/").unwrap_or(path)
 }
 
+/// The process of whose folder in `/proc` this is a file.
+fn owner_in_proc(path: &Path) -> Option<i32> {
+    let below = path.strip_prefix("/proc").ok()?;
+    below
+        .components()
+        .next()?
+        .as_os_str()
+        .to_str()?
+        .parse()
+        .ok()
+}
+
 /// The name of a deleted file, as the kernel marks it in /proc.
 pub(super) fn deleted(path: &Path) -> Option<&str> {
     path.to_str()?.strip_suffix(" (deleted)")
@@ -333,6 +354,8 @@ pub(super) fn is_shared(path: &Path, shared: &[PathBuf]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     #[test]
@@ -341,5 +364,40 @@ mod tests {
         assert!(advice("/tmp/hsperfdata_tomcat/4711").contains("-XX:+PerfDisableSharedMem"));
         assert!(advice("/srv/data/log").contains("--shared"));
         assert!(!advice("/srv/hsperf/log").contains("JVM"));
+    }
+
+    #[test]
+    fn what_procfs_has_of_the_workload_is_not_asked_of_the_target() {
+        let pid = std::process::id().cast_signed();
+        let path = PathBuf::from(format!("/proc/{pid}/smaps"));
+        let opened = File::open(&path).unwrap();
+        let seen = |pids: Vec<i32>| {
+            let mut descriptors = Descriptors {
+                pids,
+                ..Descriptors::default()
+            };
+            let added = descriptors.add_open(pid, opened.as_raw_fd(), &path, false, &[]);
+            added.map(|()| descriptors.files.len())
+        };
+        assert_eq!(seen(vec![1, pid]), Ok(0));
+        // Of another process, the target has none, or not the same.
+        assert_eq!(seen(vec![1]), Ok(1));
+    }
+
+    #[test]
+    fn a_file_may_be_gone_from_shared_storage_alone() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let file = FileDescription {
+            path: "/temp-4711.rdb".to_owned(),
+            size: 9,
+            build_id: Vec::new(),
+            writable: true,
+            mode: 0o100_644,
+            kind: FileUse::Open,
+            mapped_shared: false,
+        };
+        let checked = |is_shared| check(&file, folder.path(), is_shared).map_err(|f| f.code());
+        assert_eq!(checked(true), Ok(()));
+        assert_eq!(checked(false), Err(ErrorCode::FileDiffers));
     }
 }

@@ -59,6 +59,7 @@ pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Describe
     let mounts = own_mounts(root, &own)?;
     let mut descriptors = Descriptors {
         mounts: mounts.clone(),
+        pids: pids.to_vec(),
         ..Descriptors::default()
     };
     let (spaces, tasks) = members(pids, storage, &mut descriptors)?;
@@ -158,8 +159,14 @@ pub fn check(description: &WorkloadDescription) -> Result<(), Failure> {
     }
     mounts::check(&description.mounts)?;
     check_shared(description)?;
+    let shared = description
+        .shared
+        .iter()
+        .map(|shared| PathBuf::from(&shared.path));
+    let shared: Vec<PathBuf> = shared.collect();
     for file in &description.files {
-        files::check(file, Path::new("/"))?;
+        let is_shared = files::is_shared(Path::new(&file.path), &shared);
+        files::check(file, Path::new("/"), is_shared)?;
     }
     check_folder(description)?;
     // Empty with a pid namespace of its own.

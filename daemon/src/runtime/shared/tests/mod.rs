@@ -509,8 +509,8 @@ fn a_file_that_is_mapped_is_refused_where_the_caches_of_the_target_differ() {
         kind: FileUse::Mapped,
         mapped_shared,
     };
-    assert_eq!(files::check(&described(false), &fuse.path), Ok(()));
-    let refusal = files::check(&described(true), &fuse.path);
+    assert_eq!(files::check(&described(false), &fuse.path, false), Ok(()));
+    let refusal = files::check(&described(true), &fuse.path, false);
     refused(
         refusal,
         ErrorCode::SharedIncoherent,
