@@ -16,174 +16,146 @@
 //! Invariant: a look changes nothing. Of a frozen workload it costs one dump of sockets per family.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use pageferry_pages::track::tree::Tree;
 use pageferry_proto::migration::source::{SourceEvent, Wait};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::task::block_in_place;
 
 use super::failure::freeze_failed;
-use super::rounds::Sums;
-use super::site::Site;
-use crate::link::netlink::Netlink;
-use crate::migration::text::network_unfit;
-use crate::runtime::loopback::Connections;
-use crate::runtime::passing::{self, Observer, Passing, Sleepers, State};
+use super::network::{Network, Sockets};
+use super::sending::Sums;
+use super::waits::Waits;
+use super::workload::Workload;
+use crate::runtime::passing::{self, Passing, Sleepers, State};
 
-impl Site {
-    /// Closes the ports and freezes the cgroup, or says which passing state stands against it. The
-    /// thaw that follows opens the ports.
-    pub(super) async fn freeze_calmly(&mut self) -> Result<Option<Passing>, Failure> {
-        let began = Instant::now();
-        let netlink = if self.ports.is_empty() {
-            None
-        } else {
-            Some(Netlink::open(None).map_err(|error| network_unfit(&error))?)
+/// Closes the ports and freezes the cgroup, or says which passing state stands against it. The thaw
+/// that follows opens the ports.
+pub(super) async fn freeze(
+    workload: &Workload,
+    network: &mut Network,
+    waits: &Waits,
+) -> Result<Option<Passing>, Failure> {
+    let began = Instant::now();
+    if let Some(passing) = close_calmly(workload, network, waits).await? {
+        return Ok(Some(passing));
+    }
+    let freezing = Instant::now();
+    let cut = waits.begin(Wait::Cgroup);
+    let end = || cut.is_cut() || FREEZE_MAX < freezing.elapsed();
+    block_in_place(|| workload.freezer.freeze_unless(end))
+        .map_err(|error| freeze_failed(&error))?;
+    cut.check()?;
+    drop(cut);
+    let is_frozen = workload.freezer.is_frozen();
+    if !is_frozen.map_err(|error| freeze_failed(&error))? {
+        // It is thawed: a task that still cannot be interrupted was not so because of that.
+        let pids = workload.pids()?;
+        let sleeper = block_in_place(|| passing::uninterruptible(&pids));
+        return Ok(Some(sleeper.unwrap_or_else(|| Passing {
+            state: State::Uninterruptible,
+            holder: format!("a task of {} processes", pids.len()),
+        })));
+    }
+    let frozen = Instant::now();
+    let found = network.sockets.look(workload)?;
+    tracing::debug!(took = ?began.elapsed(), looked = ?frozen.elapsed(), "frozen");
+    Ok(found)
+}
+
+/// Closes the ports at a moment without a passing state, or says which does not pass.
+async fn close_calmly(
+    workload: &Workload,
+    network: &mut Network,
+    waits: &Waits,
+) -> Result<Option<Passing>, Failure> {
+    let Network { ports, sockets } = network;
+    let gate = ports.gate()?;
+    for closing in 1..=CLOSINGS_MAX {
+        // Closing the ports would not end it, and would hold up what does.
+        if let Some(open) = wait_open(workload, sockets, waits).await?
+            && !open.state.passes_alone()
+        {
+            return Ok(Some(open));
+        }
+        if let Some(gate) = &gate {
+            gate.close(waits).await?;
+        }
+        let closed = Instant::now();
+        let left = wait_closed(workload, sockets).await?;
+        tracing::debug!(closing, ?left, waited = ?closed.elapsed(), "ports closed");
+        match left {
+            None => break,
+            Some(left) if left.state.passes_alone() || closing == CLOSINGS_MAX => {
+                return Ok(Some(left));
+            }
+            Some(_) => {}
+        }
+        if let Some(gate) = &gate {
+            gate.reopen(waits).await?;
+        }
+        tokio::time::sleep(PAUSE_OPEN).await;
+    }
+    Ok(None)
+}
+
+/// Gives a busy server some moments to be in no passing state. Returns what was seen last. Of tasks
+/// in uninterruptible sleep only those count that stay in one: whether the others freeze the freeze
+/// itself tells.
+async fn wait_open(
+    workload: &Workload,
+    sockets: &mut Sockets,
+    waits: &Waits,
+) -> Result<Option<Passing>, Failure> {
+    let began = Instant::now();
+    let mut sleepers = Sleepers::default();
+    loop {
+        let mut found = sockets.look(workload)?;
+        if found.is_none() {
+            let pids = workload.pids()?;
+            found = block_in_place(|| sleepers.look(&pids));
+        }
+        let patience = match &found {
+            None => return Ok(None),
+            Some(passing) if passing.state.passes_alone() => PATIENCE_ALONE,
+            Some(_) => PATIENCE_OTHERS,
         };
-        for closing in 1..=CLOSINGS_MAX {
-            // Closing the ports would not end it, and would hold up what does.
-            if let Some(open) = self.wait_open().await?
-                && !open.state.passes_alone()
-            {
-                return Ok(Some(open));
-            }
-            for port in &self.ports {
-                let Some(netlink) = &netlink else { break };
-                let closed = self.waits.on(Wait::Ports, port.close(netlink)).await?;
-                closed.map_err(|error| network_unfit(&error))?;
-            }
-            let closed = Instant::now();
-            let left = self.wait_closed().await?;
-            tracing::debug!(closing, ?left, waited = ?closed.elapsed(), "ports closed");
-            match left {
-                None => break,
-                Some(left) if left.state.passes_alone() || closing == CLOSINGS_MAX => {
-                    return Ok(Some(left));
-                }
-                Some(_) => {}
-            }
-            for port in &self.ports {
-                let Some(netlink) = &netlink else { break };
-                let opened = self.waits.on(Wait::Ports, port.open(netlink)).await?;
-                opened.map_err(|error| network_unfit(&error))?;
-            }
-            tokio::time::sleep(PAUSE_OPEN).await;
+        if patience < began.elapsed() {
+            return Ok(found);
         }
-        let freezing = Instant::now();
-        let cut = self.waits.begin(Wait::Cgroup);
-        let end = || cut.is_cut() || FREEZE_MAX < freezing.elapsed();
-        block_in_place(|| self.freezer.freeze_unless(end))
-            .map_err(|error| freeze_failed(&error))?;
-        cut.check()?;
-        drop(cut);
-        let is_frozen = self.freezer.is_frozen();
-        if !is_frozen.map_err(|error| freeze_failed(&error))? {
-            // It is thawed: a task that still cannot be interrupted was not so because of that.
-            let pids = self.pids()?;
-            let sleeper = block_in_place(|| passing::uninterruptible(&pids));
-            return Ok(Some(sleeper.unwrap_or_else(|| Passing {
-                state: State::Uninterruptible,
-                holder: format!("a task of {} processes", pids.len()),
-            })));
-        }
-        let frozen = Instant::now();
-        let found = self.look()?;
-        tracing::debug!(took = ?began.elapsed(), looked = ?frozen.elapsed(), "frozen");
-        Ok(found)
+        waits.begin(Wait::Cgroup).check()?;
+        tokio::time::sleep(PAUSE_OPEN).await;
     }
+}
 
-    /// Gives a busy server some moments to be in no passing state. Returns what was seen last. Of
-    /// tasks in uninterruptible sleep only those count that stay in one: whether the others freeze
-    /// the freeze itself tells.
-    async fn wait_open(&mut self) -> Result<Option<Passing>, Failure> {
-        let began = Instant::now();
-        let mut sleepers = Sleepers::default();
-        loop {
-            let mut found = self.look()?;
-            if found.is_none() {
-                let pids = self.pids()?;
-                found = block_in_place(|| sleepers.look(&pids));
-            }
-            let patience = match &found {
-                None => return Ok(None),
-                Some(passing) if passing.state.passes_alone() => PATIENCE_ALONE,
-                Some(_) => PATIENCE_OTHERS,
-            };
-            if patience < began.elapsed() {
-                return Ok(found);
-            }
-            self.waits.begin(Wait::Cgroup).check()?;
-            tokio::time::sleep(PAUSE_OPEN).await;
+/// With closed ports, lets the workload end what it ends by itself. Returns what is left.
+async fn wait_closed(
+    workload: &Workload,
+    sockets: &mut Sockets,
+) -> Result<Option<Passing>, Failure> {
+    let mut left = None;
+    for look in 0..LOOKS_CLOSED {
+        if 0 < look {
+            tokio::time::sleep(PAUSE_CLOSED).await;
+        }
+        left = sockets.look(workload)?;
+        if left.as_ref().is_none_or(|left| !left.state.passes_alone()) {
+            break;
         }
     }
+    Ok(left)
+}
 
-    /// With closed ports, lets the workload end what it ends by itself. Returns what is left.
-    async fn wait_closed(&mut self) -> Result<Option<Passing>, Failure> {
-        let mut left = None;
-        for look in 0..LOOKS_CLOSED {
-            if 0 < look {
-                tokio::time::sleep(PAUSE_CLOSED).await;
-            }
-            left = self.look()?;
-            if left.as_ref().is_none_or(|left| !left.state.passes_alone()) {
-                break;
-            }
-        }
-        Ok(left)
-    }
+/// Freezes that were given up for a state that passes.
+#[derive(Debug, Default)]
+pub(super) struct Tries(u32);
 
-    /// Opens what looks at the workload's sockets, before the first freeze has to wait for it.
-    pub(super) fn open_observers(&mut self) -> Result<(), Failure> {
-        let root = self.root;
-        let net = self.own.contains(&NamespaceKind::Net);
-        if net {
-            self.connections = Some(Connections::of(root)?);
-        }
-        let net = net.then(|| namespace::open(root, NamespaceKind::Net));
-        let observer = net
-            .transpose()
-            .and_then(|net| Observer::open(net.as_ref().map(AsFd::as_fd)));
-        self.observer = Some(observer.map_err(|error| unlisted(root, &error))?);
-        Ok(())
-    }
-
-    /// A passing state of the workload's sockets; first one that needs the other side.
-    fn look(&mut self) -> Result<Option<Passing>, Failure> {
-        let pids = self.pids()?;
-        let Some(observer) = &mut self.observer else {
-            return Err(Failure::new(
-                ErrorCode::Internal,
-                "a freeze of a workload that is not tracked",
-            ));
-        };
-        let found = block_in_place(|| observer.look(&pids));
-        let found = found.map_err(|error| unlisted(self.root, &error))?;
-        Ok(found.into_iter().min_by_key(|p| p.state.passes_alone()))
-    }
-
-    /// The processes of the workload: all are in its cgroup.
-    pub(super) fn pids(&self) -> Result<Vec<i32>, Failure> {
-        self.freezer
-            .processes()
-            .map_err(|error| freeze_failed(&error))
-    }
-
-    /// A thread in a `vfork`, which the freezer counts as frozen: its child lives in its memory.
-    pub(super) fn find_vfork(tree: &Tree) -> Option<Passing> {
-        let shared = tree.spaces.iter().filter(|space| !space.sharers.is_empty());
-        shared
-            .map(|space| [&[space.leader], space.sharers.as_slice()].concat())
-            .find_map(|pids| passing::vfork(&pids))
-    }
-
-    /// The freeze is given up for a state that passes, with so much of it on its way: `what` names
-    /// the state, its process, and what to do.
+impl Tries {
+    /// Another one is, with so much of it on its way: `what` names the state, its process, and what
+    /// to do.
     pub(super) fn give_up(&mut self, what: &str, sent: &Sums) -> Result<SourceEvent, Failure> {
-        self.tries += 1;
-        let tries = self.tries;
+        self.0 += 1;
+        let tries = self.0;
         let pause = pause(tries, RandomState::new().build_hasher().finish());
         tracing::info!(tries, ?pause, "the freeze is given up: {what}");
         let text = if tries == 1 {
@@ -193,11 +165,6 @@ impl Site {
         };
         sent.given_up(Failure::new(ErrorCode::PassingState, text), pause)
     }
-}
-
-fn unlisted(root: i32, error: &std::io::Error) -> Failure {
-    let text = format!("the sockets of process {root} cannot be listed: {error}");
-    Failure::new(ErrorCode::NodeUnfit, text)
 }
 
 /// How long the workload runs after freeze number `tries` was given up: doubled each time up to a

@@ -9,18 +9,22 @@
 //! happens; the machine's timers bound how long that may take.
 
 mod calm;
-pub mod delivered;
+mod delivered;
 pub mod dump;
+mod dumping;
 mod failure;
 mod images;
-pub mod rounds;
+mod network;
+mod sending;
 pub mod sent;
 pub mod site;
 mod state;
 mod storage;
+mod tracking;
 mod unread;
 mod verify;
 mod waits;
+mod workload;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -31,7 +35,6 @@ use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine};
 use pageferry_proto::migration::status::{Phase, Status};
-use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::SourceMessage;
 use pageferry_proto::wire::control::TargetMessage;
@@ -380,10 +383,8 @@ impl SourceDriver {
         // What stands before a thaw does not hold it up.
         self.cancel
             .send_replace(self.waiting.iter().any(ends_others));
-        site.data = self
-            .connection
-            .as_ref()
-            .map(|connection| connection.data.clone());
+        let connection = self.connection.as_ref();
+        site.connect(connection.map(|connection| connection.data.clone()));
         self.operation = Some(tokio::spawn(async move {
             let event = operation(&mut site, action).await;
             (site, event)
@@ -395,7 +396,8 @@ impl SourceDriver {
         match ended {
             Ok((site, event)) => {
                 if let SourceEvent::Finished(report) = &event {
-                    self.measured = (site.frozen_in_criu, site.synced, Some(report.pages.0));
+                    let (frozen, synced) = site.measured();
+                    self.measured = (frozen, synced, Some(report.pages.0));
                 }
                 self.site = Some(site);
                 self.handle(event);
@@ -455,11 +457,11 @@ fn ends_others(action: &SourceAction) -> bool {
 async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
     let done = match action {
         SourceAction::Track => site.track().await.map(|()| SourceEvent::TrackingReady {
-            memory: PageCount::covering(site.memory_bytes),
+            memory: site.memory(),
         }),
         SourceAction::SendRound { round } => site.round(round).await.map(SourceEvent::RoundSent),
         SourceAction::Freeze { .. } => site.freeze().await,
-        SourceAction::Finish { generation, round } => Ok(site.finish(generation, round).await),
+        SourceAction::Finish { generation, round } => site.finish(generation, round).await,
         SourceAction::CompareSmaps => site.compare_smaps().await.map(|()| SourceEvent::SmapsEqual),
         SourceAction::Thaw { untrack } => site
             .thaw(untrack)

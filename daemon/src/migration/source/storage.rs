@@ -7,7 +7,6 @@ use std::time::Duration;
 use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::Failure;
 use pageferry_proto::wire::shared::SharedPath;
-use tokio::sync::watch;
 
 use super::waits::Waits;
 use crate::migration::text::internal;
@@ -29,6 +28,8 @@ pub(super) struct Kept {
     systems: FileSystems,
     /// Begun in the freeze.
     syncing: Option<Syncing>,
+    /// How long syncing took in the last freeze, if anything is shared.
+    synced: Option<Duration>,
 }
 
 impl Kept {
@@ -42,6 +43,7 @@ impl Kept {
             markers,
             systems,
             syncing: None,
+            synced: None,
         };
         Ok((kept, offered))
     }
@@ -65,8 +67,8 @@ impl Kept {
     }
 
     /// A sync beside a round of the running workload; none if nothing is shared.
-    pub(super) fn sync_beside(&self, pids: &[i32]) -> Option<Syncing> {
-        (!self.systems.is_empty()).then(|| self.systems.begin(pids.to_vec()))
+    pub(super) fn sync_beside(&self, pids: &[i32]) -> Beside {
+        Beside((!self.systems.is_empty()).then(|| self.systems.begin(pids.to_vec())))
     }
 
     /// Begins the sync that counts, when the workload stands still, and refuses what it must not
@@ -104,20 +106,45 @@ impl Kept {
         lengths::write(images, &read).map_err(|error| internal(&error))
     }
 
-    /// The sync of this freeze, once.
-    pub(super) fn take_syncing(&mut self) -> Option<Syncing> {
-        self.syncing.take()
+    /// Waits for the sync of this freeze, if there is one.
+    pub(super) async fn settle(&mut self, waits: &Waits) -> Result<(), Failure> {
+        let syncing = self.syncing.take();
+        let cut = waits.cut();
+        let settled = async {
+            match syncing {
+                Some(syncing) => syncing.ended(FROZEN_SYNC_MAX, cut).await.map(Some),
+                None => Ok(None),
+            }
+        };
+        self.synced = waits.on(Wait::Storage, settled).await??;
+        Ok(())
+    }
+
+    /// How long that took in the last freeze, if anything is shared.
+    pub(super) fn synced(&self) -> Option<Duration> {
+        self.synced
+    }
+
+    /// The freeze is over.
+    pub(super) fn thawed(&mut self) {
+        self.syncing = None;
     }
 }
 
-/// Waits for a sync of the frozen workload; how long it took, if there is one.
-pub(super) async fn synced(
-    syncing: Option<Syncing>,
-    cancelled: watch::Receiver<bool>,
-) -> Result<Option<Duration>, Failure> {
-    match syncing {
-        Some(syncing) => syncing.ended(FROZEN_SYNC_MAX, cancelled).await.map(Some),
-        None => Ok(None),
+/// A sync beside a round, if there is one.
+#[derive(Debug)]
+pub(super) struct Beside(Option<Syncing>);
+
+impl Beside {
+    /// Waits for it: as long as the round may take.
+    pub(super) async fn ended(self, waits: &Waits) -> Result<(), Failure> {
+        let Some(syncing) = self.0 else {
+            return Ok(());
+        };
+        let ended = syncing.ended(Duration::MAX, waits.cut());
+        let took = waits.on(Wait::Storage, ended).await??;
+        tracing::debug!(?took, "shared storage synced");
+        Ok(())
     }
 }
 
@@ -128,6 +155,7 @@ mod tests {
     use std::time::Instant;
 
     use pageferry_proto::wire::code::ErrorCode;
+    use tokio::sync::watch;
 
     use super::*;
     use crate::runtime::shared::tests::fuse::{Fuse, Silent};

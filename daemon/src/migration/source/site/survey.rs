@@ -1,38 +1,39 @@
 //! How a site begins: a workload surveyed, or found again from the journal.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pageferry_cgroup::freezer::Freezer;
-use pageferry_pages::send::Sender;
 use pageferry_pages::track::shared_bytes;
 use pageferry_pages::track::tree::Tree;
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::description::{MountDescription, WorkloadDescription};
+use pageferry_proto::wire::description::WorkloadDescription;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 
-use super::{Delivered, Dumping, Site, SourceNode, check_trackable, ended, unreadable};
+use super::{Site, SourceNode};
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
+use crate::migration::source::calm::Tries;
+use crate::migration::source::dumping::Dumping;
+use crate::migration::source::network::Network;
+use crate::migration::source::sending::Sending;
 use crate::migration::source::state::{PortState, SiteState, encode_state};
 use crate::migration::source::storage::Kept;
-use crate::migration::source::unread::Unreadable;
+use crate::migration::source::tracking::{Budget, Tracking, check_trackable};
 use crate::migration::source::waits::Waits;
+use crate::migration::source::workload::{Workload, ended, unreadable};
 use crate::migration::text::{internal, network_unfit};
 use crate::runtime::cpu;
 use crate::runtime::detached;
 use crate::runtime::identity::{Anchor, Identity};
 use crate::runtime::limits;
 use crate::runtime::locks::Locks;
-use crate::runtime::mounts::Mounts;
 use crate::runtime::process::{self, Described};
 use crate::runtime::shared::{self, Storage};
 
@@ -58,15 +59,8 @@ pub struct Survey {
 /// What a survey, or a journal, says of a workload.
 #[derive(Debug)]
 struct Found {
-    root: i32,
-    anchor: Option<Anchor>,
-    own: Vec<NamespaceKind>,
-    mounts: Option<Mounts>,
-    described_mounts: Vec<MountDescription>,
-    freezer: Freezer,
-    locks: Locks,
-    origin: Option<PathBuf>,
-    ports: Vec<Port>,
+    workload: Workload,
+    network: Network,
     memory_bytes: u64,
     true_smaps: bool,
     kept: Kept,
@@ -171,16 +165,19 @@ impl Site {
         };
         let spaces = description.spaces.iter();
         let memory_bytes = spaces.map(|space| space.memory_bytes).sum();
-        let found = Found {
+        let workload = Workload {
             root,
             anchor: Some(anchor),
             own: described.own,
             mounts: described.mounts,
             described_mounts: description.mounts.clone(),
             freezer,
-            locks,
             origin,
-            ports,
+            locks,
+        };
+        let found = Found {
+            workload,
+            network: Network::new(ports),
             memory_bytes,
             true_smaps: asked.true_smaps,
             kept,
@@ -226,16 +223,19 @@ impl Site {
                 ports.extend(port);
             }
         }
-        let found = Found {
+        let workload = Workload {
             root: state.root,
             anchor: Anchor::again(&identity),
             own: Vec::new(),
             mounts: None,
             described_mounts: Vec::new(),
             freezer: Freezer::at(state.freezer),
-            locks: Locks::default(),
             origin: state.origin,
-            ports,
+            locks: Locks::default(),
+        };
+        let found = Found {
+            workload,
+            network: Network::new(ports),
             memory_bytes: 0,
             true_smaps: false,
             // Of one that is over nothing is left to do.
@@ -251,42 +251,21 @@ impl Site {
         found: Found,
         cancelled: watch::Receiver<bool>,
     ) -> Self {
+        let directory = node.migrations.join(id.to_string());
+        let budget = Budget::new(&policy, node.eager_memory_max);
         Self {
-            directory: node.migrations.join(id.to_string()),
-            sender: Arc::new(Sender::new(node.workers)),
+            workload: found.workload,
+            network: found.network,
+            tracking: Tracking::new(node.support.clone(), budget, found.true_smaps),
+            dumping: Dumping::new(&node, directory.clone()),
+            kept: found.kept,
+            sending: Sending::new(node.workers),
+            waits: Waits::new(cancelled),
+            tries: Tries::default(),
+            memory_bytes: found.memory_bytes,
+            directory,
             node,
             policy,
-            root: found.root,
-            anchor: found.anchor,
-            own: found.own,
-            mounts: found.mounts,
-            described_mounts: found.described_mounts,
-            freezer: found.freezer,
-            locks: found.locks,
-            origin: found.origin,
-            ports: found.ports,
-            spaces: BTreeMap::new(),
-            pending: BTreeMap::new(),
-            delivered: Delivered::default(),
-            scanned: Instant::now(),
-            dumping: Dumping::No,
-            let_in: false,
-            observer: None,
-            connections: None,
-            tries: 0,
-            restarts: 0,
-            comparing: None,
-            memory_bytes: found.memory_bytes,
-            eager_bytes: 0,
-            image_bytes: 0,
-            frozen_in_criu: None,
-            data: None,
-            waits: Waits::new(cancelled),
-            unread: Unreadable::default(),
-            sent: Arc::default(),
-            true_smaps: found.true_smaps,
-            kept: found.kept,
-            synced: None,
         }
     }
 }

@@ -1,7 +1,7 @@
 use tokio::sync::watch;
 
 use super::*;
-use crate::migration::source::waits::Waits;
+use crate::migration::source::images;
 use crate::net::tests::{Cluster, within};
 
 /// Its node answers every packet, as one does of which only the daemon's tasks are stuck; so the

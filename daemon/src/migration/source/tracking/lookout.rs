@@ -12,8 +12,8 @@ use pageferry_pages::track::{Support, refuse};
 use pageferry_proto::wire::code::Failure;
 use pageferry_sys::task;
 
-use super::Site;
 use crate::migration::source::failure::{failed_to_track, freeze_failed};
+use crate::migration::source::workload::Workload;
 use crate::migration::text::internal;
 use crate::runtime::loopback::{self, Connections};
 
@@ -29,13 +29,13 @@ pub struct Lookout {
 }
 
 impl Lookout {
-    /// That of a site whose tree is in its cgroup.
-    pub fn of(site: &Site) -> Self {
+    /// That of a workload whose tree is in its cgroup, and the connections of its own network.
+    pub fn new(workload: &Workload, support: Support, connections: Option<Connections>) -> Self {
         Self {
-            root: site.root,
-            support: site.node.support.clone(),
-            freezer: site.freezer.clone(),
-            connections: site.connections.clone(),
+            root: workload.root,
+            support,
+            freezer: workload.freezer.clone(),
+            connections,
         }
     }
 
@@ -107,7 +107,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::migration::source::site::SourceNode;
+    use crate::migration::source::site::{Site, SourceNode};
     use crate::migration::source::state::{SiteState, encode_state};
     use crate::runtime::identity::Identity;
     use pageferry_cgroup::freezer::FreezerRoot;
@@ -116,7 +116,6 @@ mod tests {
     use pageferry_pages::track::{ATTEMPTS, STOP_MAX, Space, TrackOptions};
     use pageferry_proto::id::{Generation, MigrationId, Round};
     use pageferry_proto::migration::policy::Policy;
-    use pageferry_proto::migration::source::SourceEvent;
     use pageferry_proto::wire::code::ErrorCode;
     use pageferry_trial::{self as trial, Trial};
     use tokio::sync::watch;
@@ -137,7 +136,7 @@ mod tests {
 
     impl Tracked {
         fn start(name: &str) -> Self {
-            let trial = Trial::start("migration::source::site::lookout::tests::workload");
+            let trial = Trial::start("migration::source::tracking::lookout::tests::workload");
             let name = format!("test-{name}-{}", std::process::id());
             let freezer = FreezerRoot::detect().unwrap().plan(&name);
             freezer.make().unwrap();
@@ -210,7 +209,7 @@ mod tests {
             let mut site = site.unwrap();
             let tree = Tree::read(root).unwrap();
             let space = self.space.take().unwrap();
-            site.spaces.insert(tree.spaces[0].id, space);
+            site.tracking.spaces.insert(tree.spaces[0].id, space);
             self.site = Some(site);
         }
 
@@ -257,10 +256,8 @@ mod tests {
         tracked.tell(&direct());
         tracked.lookout.freezer.freeze().unwrap();
         let site = tracked.site.as_mut().unwrap();
-        let event = site.finish(Generation::FIRST, Round::FIRST).await;
-        let SourceEvent::Failure(found) = event else {
-            panic!("{event:?}");
-        };
+        let found = site.finish(Generation::FIRST, Round::FIRST).await;
+        let found = found.unwrap_err();
         assert_eq!(found.code(), ErrorCode::DirectIo, "{found}");
         tracked.lookout.freezer.thaw().unwrap();
         assert_eq!(tracked.tell("signals"), "0");

@@ -9,8 +9,7 @@ use std::time::Duration;
 use pageferry_proto::migration::source::{SourceEvent, Wait};
 use pageferry_proto::wire::code::Failure;
 
-use super::Site;
-use crate::migration::source::rounds::Sums;
+use crate::migration::source::sending::Sums;
 use crate::migration::source::waits::Waits;
 use crate::runtime::detached;
 use crate::runtime::locks::{Locks, SharedLock};
@@ -19,17 +18,19 @@ use crate::runtime::locks::{Locks, SharedLock};
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_SPREAD_MS: u64 = 180;
 
-impl Site {
-    /// What comes of a freeze that meets a lock; nothing if it meets none. The tree is frozen.
-    pub(super) async fn held_lock(&self, pids: &[i32]) -> Result<Option<SourceEvent>, Failure> {
-        let held = held(&self.locks, pids, &self.waits).await?;
-        let Some(lock) = held.first() else {
-            return Ok(None);
-        };
-        let pause = pause(RandomState::new().build_hasher().finish());
-        tracing::info!(?pause, ?lock, "the freeze is given up");
-        Sums::default().given_up(lock.refused(), pause).map(Some)
-    }
+/// What comes of a freeze that meets a lock; nothing if it meets none. The tree is frozen.
+pub(super) async fn look(
+    locks: &Locks,
+    pids: &[i32],
+    waits: &Waits,
+) -> Result<Option<SourceEvent>, Failure> {
+    let held = held(locks, pids, waits).await?;
+    let Some(lock) = held.first() else {
+        return Ok(None);
+    };
+    let pause = pause(RandomState::new().build_hasher().finish());
+    tracing::info!(?pause, ?lock, "the freeze is given up");
+    Sums::default().given_up(lock.refused(), pause).map(Some)
 }
 
 /// Deleted files are asked about at their storage, which may not answer.

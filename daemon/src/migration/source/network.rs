@@ -1,0 +1,164 @@
+//! The workload's network, as its source sees it: the ports through which it is reached, and what
+//! its sockets are at.
+//!
+//! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; they are
+//! deleted before the frozen copy dies. A look changes nothing. Without a network namespace of its
+//! own a workload has no ports, and its connections are the node's.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use pageferry_proto::migration::source::Wait;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_sys::namespace::{self, NamespaceKind};
+use tokio::task::block_in_place;
+
+use super::waits::Waits;
+use super::workload::Workload;
+use crate::link::announce::announce;
+use crate::link::describe::describe;
+use crate::link::netlink::Netlink;
+use crate::link::port::Port;
+use crate::migration::text::{internal, network_unfit};
+use crate::runtime::loopback::Connections;
+use crate::runtime::passing::{Observer, Passing};
+
+/// How others reach a workload, and what is on its way to them.
+#[derive(Debug)]
+pub(super) struct Network {
+    pub(super) ports: Ports,
+    pub(super) sockets: Sockets,
+}
+
+/// This node's ends of its links.
+#[derive(Debug)]
+pub(super) struct Ports(Vec<Port>);
+
+/// Looks at the workload's sockets, from when the tree is tracked.
+#[derive(Debug, Default)]
+pub(super) struct Sockets {
+    /// Looks for states that pass.
+    observer: Option<Observer>,
+    /// Those of the tree's network namespace, if that is its own.
+    connections: Option<Connections>,
+}
+
+impl Network {
+    /// One of which nothing is observed yet.
+    pub(super) fn new(ports: Vec<Port>) -> Self {
+        Self {
+            ports: Ports(ports),
+            sockets: Sockets::default(),
+        }
+    }
+}
+
+impl Sockets {
+    /// Opens what looks at them, before the first freeze has to wait for it.
+    pub(super) fn observe(&mut self, workload: &Workload) -> Result<(), Failure> {
+        let root = workload.root;
+        let net = workload.own.contains(&NamespaceKind::Net);
+        if net {
+            self.connections = Some(Connections::of(root)?);
+        }
+        let net = net.then(|| namespace::open(root, NamespaceKind::Net));
+        let observer = net
+            .transpose()
+            .and_then(|net| Observer::open(net.as_ref().map(AsFd::as_fd)));
+        self.observer = Some(observer.map_err(|error| unlisted(root, &error))?);
+        Ok(())
+    }
+
+    /// Those of a network namespace of its own, once they are observed.
+    pub(super) fn connections(&self) -> Option<Connections> {
+        self.connections.clone()
+    }
+
+    /// A passing state they are in; first one that needs the other side.
+    pub(super) fn look(&mut self, workload: &Workload) -> Result<Option<Passing>, Failure> {
+        let pids = workload.pids()?;
+        let Some(observer) = &mut self.observer else {
+            return Err(Failure::new(
+                ErrorCode::Internal,
+                "a freeze of a workload that is not tracked",
+            ));
+        };
+        let found = block_in_place(|| observer.look(&pids));
+        let found = found.map_err(|error| unlisted(workload.root, &error))?;
+        Ok(found.into_iter().min_by_key(|p| p.state.passes_alone()))
+    }
+}
+
+impl Ports {
+    /// What opens and closes them; none if there are none.
+    pub(super) fn gate(&self) -> Result<Option<Gate<'_>>, Failure> {
+        if self.0.is_empty() {
+            return Ok(None);
+        }
+        let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
+        let ports = &self.0;
+        Ok(Some(Gate { ports, netlink }))
+    }
+
+    /// Says where the workload's addresses are, if it has any of its own. A target that failed late
+    /// has said otherwise, and bridges believe it until the workload sends something.
+    pub(super) async fn announce(&self, workload: &Workload) -> Result<(), Failure> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let net = namespace::open(workload.root, NamespaceKind::Net);
+        let net = net.map_err(|error| internal(&error))?;
+        workload.check_root()?;
+        let network = describe(&net)
+            .await
+            .map_err(|error| network_unfit(&error))?;
+        announce(net.as_fd(), &network.links).map_err(|error| network_unfit(&error))
+    }
+}
+
+/// Ports, and the way to the kernel's side of them, which is opened before it is in a hurry.
+#[derive(Debug)]
+pub(super) struct Gate<'a> {
+    ports: &'a [Port],
+    netlink: Netlink,
+}
+
+impl Gate<'_> {
+    /// From here on nothing new arrives.
+    pub(super) async fn close(&self, waits: &Waits) -> Result<(), Failure> {
+        for port in self.ports {
+            let closed = waits.on(Wait::Ports, port.close(&self.netlink)).await?;
+            closed.map_err(|error| network_unfit(&error))?;
+        }
+        Ok(())
+    }
+
+    /// Opens them again, for another moment to freeze.
+    pub(super) async fn reopen(&self, waits: &Waits) -> Result<(), Failure> {
+        for port in self.ports {
+            let opened = waits.on(Wait::Ports, port.open(&self.netlink)).await?;
+            opened.map_err(|error| network_unfit(&error))?;
+        }
+        Ok(())
+    }
+
+    /// Opens all that can be opened, whatever becomes of the others.
+    pub(super) async fn open_all(&self) -> Result<(), Failure> {
+        let opened = Port::open_all(self.ports, &self.netlink).await;
+        opened.map_err(|error| network_unfit(&error))
+    }
+
+    /// Deletes them: whatever a dying socket says reaches nobody.
+    pub(super) async fn delete(&self) -> Result<(), Failure> {
+        for port in self.ports {
+            let deleted = port.delete(&self.netlink).await;
+            deleted.map_err(|error| network_unfit(&error))?;
+        }
+        Ok(())
+    }
+}
+
+fn unlisted(root: i32, error: &io::Error) -> Failure {
+    let text = format!("the sockets of process {root} cannot be listed: {error}");
+    Failure::new(ErrorCode::NodeUnfit, text)
+}

@@ -1,0 +1,228 @@
+//! What is sent to the target: pages in rounds and, of a workload that stands still, the last ones
+//! and the sets of those that are alive.
+//!
+//! Invariants: a page that was not sent is dirty again, or told; no live set is sent before every
+//! page of it has been.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use pageferry_pages::read::Misses;
+use pageferry_pages::send::{ParcelSink, RoundSent, SendError, Sender};
+use pageferry_proto::id::{Generation, Round, SpaceId};
+use pageferry_proto::migration::source::{RetryReport, SourceEvent, Wait};
+use pageferry_proto::page::PageCount;
+use pageferry_proto::set::PageSet;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::parcel::ParcelHeader;
+use pageferry_proto::wire::stream::{SetHeader, StreamKind, seal};
+
+use super::failure::lost;
+use super::sent::Sent;
+use super::tracking::{Scans, Tracking};
+use super::unread::{Unsent, Verdict};
+use super::waits::Waits;
+use crate::migration::text::{chain, internal};
+use crate::net::stream::{DataSender, SendStreamError};
+
+/// Sends over the connection of the present session.
+#[derive(Debug)]
+pub(super) struct Sending {
+    sender: Sender,
+    /// What the round under way has sent.
+    sent: Arc<Sent>,
+    /// Opens data streams, while there is a session.
+    data: Option<DataSender>,
+}
+
+/// Which final round of which freeze.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Attempt {
+    pub(super) generation: Generation,
+    pub(super) round: Round,
+}
+
+/// Parcels on one connection are data streams of it.
+struct Parcels<'a>(&'a DataSender, &'a Sent);
+
+impl ParcelSink for Parcels<'_> {
+    type Error = SendStreamError;
+
+    async fn send(&self, parcel: Bytes) -> Result<(), SendStreamError> {
+        let wire_bytes = parcel.len() as u64;
+        let raw_bytes =
+            ParcelHeader::decode(&parcel).map_or(0, |(header, _)| header.pages().bytes());
+        self.0.send_stream(StreamKind::Parcel, parcel).await?;
+        self.1.add(raw_bytes, wire_bytes);
+        Ok(())
+    }
+}
+
+/// The sums of what was sent in one round, over all spaces.
+#[derive(Debug, Default)]
+pub(super) struct Sums {
+    pub(super) parcels: u64,
+    pub(super) pages: u64,
+    pub(super) raw_bytes: u64,
+    pub(super) wire_bytes: u64,
+}
+
+impl Sums {
+    fn add(&mut self, sent: &RoundSent) {
+        self.parcels += sent.parcels;
+        self.pages += sent.pages.0;
+        self.raw_bytes += sent.raw_bytes;
+        self.wire_bytes += sent.wire_bytes;
+    }
+
+    /// The freeze is given up, with so much of the final round on its way.
+    pub(super) fn given_up(
+        &self,
+        reason: Failure,
+        pause: Duration,
+    ) -> Result<SourceEvent, Failure> {
+        Ok(SourceEvent::Retry(RetryReport {
+            parcels: u32::try_from(self.parcels).map_err(|error| internal(&error))?,
+            pages: PageCount(self.pages),
+            raw_bytes: self.raw_bytes,
+            wire_bytes: self.wire_bytes,
+            pause,
+            reason,
+        }))
+    }
+}
+
+impl Sending {
+    /// Reads and encodes on `workers` threads.
+    pub(super) fn new(workers: usize) -> Self {
+        Self {
+            sender: Sender::new(workers),
+            sent: Arc::default(),
+            data: None,
+        }
+    }
+
+    /// Counts what is sent.
+    pub(super) fn sent(&self) -> Arc<Sent> {
+        Arc::clone(&self.sent)
+    }
+
+    /// Uses this connection from now on, or none.
+    pub(super) fn connect(&mut self, data: Option<DataSender>) {
+        self.data = data;
+    }
+
+    /// The connection.
+    pub(super) fn data(&self) -> Result<DataSender, Failure> {
+        self.data.clone().ok_or_else(|| {
+            Failure::new(ErrorCode::PeerLost, "there is no connection to the target")
+        })
+    }
+
+    /// Sends pages of each space; what could not be read is put back as dirty, and told.
+    pub(super) async fn pages(
+        &self,
+        tracking: &mut Tracking,
+        wanted: &BTreeMap<SpaceId, PageSet>,
+        (round, misses): (Round, Misses),
+        waits: &Waits,
+    ) -> Result<(Sums, Unsent), Failure> {
+        let data = self.data()?;
+        let mut sums = Sums::default();
+        let mut unsent = Unsent::default();
+        for (id, pages) in wanted {
+            let Some((pid, reader)) = tracking.reader(*id) else {
+                continue;
+            };
+            if pages.is_empty() {
+                continue;
+            }
+            let sink = Parcels(&data, &self.sent);
+            let read = (&reader, misses);
+            let sending = self.sender.round(*id, read, pages, round, &sink);
+            match waits.on(Wait::Pages, sending).await? {
+                Ok(sent) => {
+                    tracking.sent(*id, pages, &sent.unread);
+                    sums.add(&sent);
+                    if !sent.unread.is_empty() {
+                        unsent.unread.insert(*id, (pid, sent.unread));
+                    }
+                }
+                // It has ended, all of it; the rest of the tree goes on.
+                Err(SendError::Read { sent, .. }) if reader.has_ended() => {
+                    sums.add(&sent);
+                    unsent.ended.push(pid);
+                }
+                Err(error) => return Err(send_failed(&error)),
+            }
+        }
+        Ok((sums, unsent))
+    }
+
+    /// Sends what is dirty, and live sets if that is all there was to send.
+    pub(super) async fn last(
+        &self,
+        tracking: &mut Tracking,
+        scans: &Scans,
+        attempt: Attempt,
+        waits: &Waits,
+    ) -> Result<(Sums, Unsent), Failure> {
+        let data = self.data()?;
+        let dirty = tracking.dirty(scans);
+        let how = (attempt.round, Misses::Settle);
+        let (mut sums, mut unsent) = self.pages(tracking, &dirty, how, waits).await?;
+        unsent.keep(scans);
+        if !unsent.is_empty() {
+            return Ok((sums, unsent));
+        }
+        for (id, scan) in scans {
+            tracking.delivered.check(*id, &scan.live)?;
+            let set = scan.live.to_wire();
+            let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
+            let header = SetHeader {
+                generation: attempt.generation,
+                space: *id,
+                length,
+            };
+            let mut body = header.encode().to_vec();
+            body.extend(set);
+            seal(&mut body);
+            sums.wire_bytes += body.len() as u64;
+            let sending = data.send_stream(StreamKind::LiveSet, body.into());
+            let sent = waits.on(Wait::LiveSets, sending).await?;
+            sent.map_err(|error| lost(&error))?;
+        }
+        Ok((sums, unsent))
+    }
+
+    /// As [`Sending::last`], of what is verified. A page that cannot be read has no digest either,
+    /// so that nothing is tried again.
+    pub(super) async fn last_verified(
+        &self,
+        tracking: &mut Tracking,
+        (scans, root): (&Scans, i32),
+        attempt: Attempt,
+        waits: &Waits,
+    ) -> Result<Sums, Failure> {
+        let (sums, unsent) = self.last(tracking, scans, attempt, waits).await?;
+        match tracking.unread.judge(&unsent, root) {
+            None => Ok(sums),
+            Some(Verdict::Again(failure) | Verdict::Never(failure)) => Err(failure),
+        }
+    }
+}
+
+fn send_failed(error: &SendError<SendStreamError>) -> Failure {
+    let code = match error {
+        SendError::Read { source, .. } => source.code(),
+        SendError::Send { .. } => ErrorCode::PeerLost,
+        SendError::Cut => ErrorCode::Aborted,
+    };
+    Failure::new(code, chain(error))
+}
+
+#[cfg(test)]
+#[path = "sending_tests.rs"]
+mod tests;

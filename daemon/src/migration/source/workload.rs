@@ -1,0 +1,235 @@
+//! The workload itself, at its source: its processes, and the cgroup that holds them.
+//!
+//! Invariants: what is read by the number of the root counts only if [`Workload::check_root`] holds
+//! afterwards; from [`Workload::adopt`] on, the tree is in a cgroup that nobody else is in; SIGKILL
+//! is pending on every task before a copy that is given away is thawed.
+
+mod locked;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use criu_glue::repair;
+use pageferry_cgroup::freezer::Freezer;
+use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_pages::track::tree::{Tree, TreeError};
+use pageferry_proto::migration::source::{SourceEvent, Wait};
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::description::MountDescription;
+use pageferry_sys::namespace::{self, NamespaceKind};
+use pageferry_sys::task::{threads, tracer};
+use tokio::task::block_in_place;
+
+use super::failure::freeze_failed;
+use super::waits::Waits;
+use crate::migration::text::chain;
+use crate::runtime::identity::Anchor;
+use crate::runtime::locks::Locks;
+use crate::runtime::mounts::Mounts;
+
+/// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
+const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A tree of processes that moves as one.
+#[derive(Debug)]
+pub(super) struct Workload {
+    pub(super) root: i32,
+    /// The process that `root` means, if it was there when this was made.
+    pub(super) anchor: Option<Anchor>,
+    /// Kinds of namespaces that are its own.
+    pub(super) own: Vec<NamespaceKind>,
+    /// As surveyed, if it has a mount namespace of its own.
+    pub(super) mounts: Option<Mounts>,
+    /// Those that are the node's, as the target was told.
+    pub(super) described_mounts: Vec<MountDescription>,
+    /// Holds the tree.
+    pub(super) freezer: Freezer,
+    /// The freezer cgroup the tree came from, if it was moved.
+    pub(super) origin: Option<PathBuf>,
+    /// Tells which locks it holds that cannot move.
+    pub(super) locks: Locks,
+}
+
+impl Workload {
+    /// Puts the tree into its cgroup.
+    pub(super) fn adopt(&self) -> Result<(), Failure> {
+        self.freezer.make().map_err(|error| freeze_failed(&error))?;
+        let adopted = self.freezer.adopt(|| {
+            let tree = Tree::read(self.root).map_err(io::Error::other)?;
+            self.check_root().map_err(io::Error::other)?;
+            Ok(tree.pids())
+        });
+        adopted.map_err(|error| match self.check_root() {
+            Ok(()) => freeze_failed(&error),
+            Err(gone) => gone,
+        })
+    }
+
+    /// Who is in the tree, by its root.
+    pub(super) fn tree(&self) -> Result<Tree, Failure> {
+        let tree = Tree::read(self.root).map_err(|error| unreadable(&error))?;
+        self.check_root()?;
+        Ok(tree)
+    }
+
+    /// Its processes, by its cgroup: all are in it.
+    pub(super) fn pids(&self) -> Result<Vec<i32>, Failure> {
+        self.freezer
+            .processes()
+            .map_err(|error| freeze_failed(&error))
+    }
+
+    /// How many threads it has, as far as that can be told.
+    pub(super) fn threads(&self) -> usize {
+        let pids = self.freezer.processes().unwrap_or_default();
+        let threads = |pid: &i32| threads(*pid).map_or(0, |threads| threads.len());
+        pids.iter().map(threads).sum()
+    }
+
+    /// Fails if the root has ended, after which its pid may mean another process. What was read by
+    /// its number before was read of it.
+    pub(super) fn check_root(&self) -> Result<(), Failure> {
+        if self.is_root() {
+            Ok(())
+        } else {
+            Err(ended(self.root))
+        }
+    }
+
+    fn is_root(&self) -> bool {
+        self.anchor.as_ref().is_some_and(Anchor::is_alive)
+    }
+
+    /// Who traces its root. Who traces another process of that number is nothing to us.
+    pub(super) fn tracer(&self) -> Option<i32> {
+        tracer(self.root).filter(|_| self.is_root())
+    }
+
+    /// Namespaces of its own that CRIU is to be in.
+    pub(super) fn open_namespaces(&self) -> Result<Vec<OwnedFd>, Failure> {
+        let mut namespaces = Vec::new();
+        for kind in [NamespaceKind::Ipc, NamespaceKind::Uts, NamespaceKind::Net] {
+            if self.own.contains(&kind) {
+                namespaces.push(namespace::open(self.root, kind).map_err(|error| {
+                    Failure::new(
+                        ErrorCode::WorkloadGone,
+                        format!(
+                            "the {} namespace of process {}: {error}",
+                            kind.file(),
+                            self.root
+                        ),
+                    )
+                })?);
+            }
+        }
+        self.check_root()?;
+        Ok(namespaces)
+    }
+
+    /// Freezes its cgroup, unless that is cut.
+    pub(super) fn freeze(&self, waits: &Waits) -> Result<(), Failure> {
+        let freezing = waits.begin(Wait::Cgroup);
+        let frozen = block_in_place(|| self.freezer.freeze_unless(|| freezing.is_cut()));
+        frozen.map_err(|error| freeze_failed(&error))?;
+        freezing.check()
+    }
+
+    /// CRIU and the target were told of the mounts before the rounds.
+    pub(super) fn check_mounts(&self) -> Result<(), Failure> {
+        let Some(surveyed) = &self.mounts else {
+            return Ok(());
+        };
+        let now = block_in_place(|| Mounts::read(self.root))?;
+        if now == *surveyed {
+            return Ok(());
+        }
+        Err(Failure::new(
+            ErrorCode::UnsupportedWorkload,
+            "the workload's mounts have changed since the move began: move it again",
+        ))
+    }
+
+    /// What comes of a freeze that meets a lock; nothing if it meets none. The tree is frozen.
+    pub(super) async fn held_lock(
+        &self,
+        pids: &[i32],
+        waits: &Waits,
+    ) -> Result<Option<SourceEvent>, Failure> {
+        locked::look(&self.locks, pids, waits).await
+    }
+
+    /// Lets the tree run, of which CRIU has let go.
+    pub(super) fn thaw(&self) -> Result<(), Failure> {
+        if !self.freezer.exists() {
+            return Ok(());
+        }
+        block_in_place(|| self.end_repair());
+        self.freezer.thaw().map_err(|error| freeze_failed(&error))
+    }
+
+    /// Takes sockets out of repair mode that a killed CRIU and a killed tracer have left in it. The
+    /// tree is still frozen.
+    fn end_repair(&self) {
+        for pid in self.freezer.processes().unwrap_or_default() {
+            match repair::end(pid) {
+                Ok(0) => {}
+                Ok(count) => tracing::warn!(pid, count, "sockets were left in repair mode"),
+                Err(error) => tracing::warn!(pid, %error, "sockets cannot be looked at"),
+            }
+        }
+    }
+
+    /// Moves the tree back to the cgroup it came from, as far as that still exists.
+    pub(super) fn leave_cgroup(&self) {
+        let Some(origin) = &self.origin else { return };
+        if !self.freezer.exists() {
+            return;
+        }
+        if let Err(error) = self.freezer.empty_into(&Freezer::at(origin.clone())) {
+            // It runs, thawed, in a cgroup of ours; the next migration finds it there.
+            tracing::warn!("the workload stays in its cgroup: {}", chain(&error));
+        }
+    }
+
+    /// Ends every task. SIGKILL comes before the thaw, whatever CRIU did: a task that is thawed
+    /// with it pending runs no instruction of its own.
+    pub(super) fn kill(&self) -> Result<(), Failure> {
+        if !self.freezer.exists() {
+            return Ok(());
+        }
+        block_in_place(|| self.freezer.kill(KILL_TIMEOUT)).map_err(|error| freeze_failed(&error))
+    }
+
+    /// Removes its cgroups, in which nobody is any more. One that had come here before had some in
+    /// all hierarchies.
+    pub(super) fn remove_cgroups(&self, hierarchies: &Hierarchies) -> Result<(), Failure> {
+        if self.freezer.exists() {
+            self.freezer
+                .remove()
+                .map_err(|error| freeze_failed(&error))?;
+        }
+        let Some(name) = self.freezer.name() else {
+            return Ok(());
+        };
+        let group = hierarchies.everywhere(name);
+        if let Err(error) = block_in_place(|| group.remove(Duration::ZERO)) {
+            tracing::warn!("a cgroup of the workload is left: {}", chain(&error));
+        }
+        Ok(())
+    }
+}
+
+/// The root of a workload has ended by itself.
+pub(super) fn ended(root: i32) -> Failure {
+    Failure::new(
+        ErrorCode::WorkloadGone,
+        format!("there is no process {root}, or it has ended"),
+    )
+}
+
+/// The tree cannot be read.
+pub(super) fn unreadable(error: &TreeError) -> Failure {
+    Failure::new(error.code(), chain(error))
+}
