@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry::cli::ca;
 use pageferry::migration::journal::Journals;
@@ -185,7 +185,11 @@ impl Sleeper {
 impl Drop for Sleeper {
     fn drop(&mut self) {
         let _ = self.0.kill();
-        let _ = self.0.wait();
+        // After a test that failed it may be frozen, and ends with its node, which goes last.
+        let patience = Instant::now() + Duration::from_secs(2);
+        while matches!(self.0.try_wait(), Ok(None)) && Instant::now() < patience {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 

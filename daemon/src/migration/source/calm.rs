@@ -1,7 +1,8 @@
 //! Freezing a workload at a moment at which it can be dumped.
 //!
 //! ```text
-//! look ── running, ports open: a few looks, until no passing state is seen
+//! look ── running, ports open: a few looks, until no passing state is seen; the first one at the
+//!         end of a round, before the freeze is asked for
 //! close ─ nothing new arrives
 //! look ── running: what the workload ends by itself gets some milliseconds;
 //!         what needs the other side of a connection gets the ports back, and all begins anew
@@ -34,10 +35,11 @@ use crate::runtime::passing::{self, Passing, Sleepers, State};
 pub(super) async fn freeze(
     workload: &Workload,
     network: &mut Network,
+    glance: Glance,
     waits: &Waits,
 ) -> Result<Option<Passing>, Failure> {
     let began = Instant::now();
-    if let Some(passing) = close_calmly(workload, network, waits).await? {
+    if let Some(passing) = close_calmly(workload, network, glance, waits).await? {
         return Ok(Some(passing));
     }
     let freezing = Instant::now();
@@ -63,17 +65,39 @@ pub(super) async fn freeze(
     Ok(found)
 }
 
+/// When a running workload was last seen in no passing state.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Glance(Option<Instant>);
+
+impl Glance {
+    /// One look. What it finds, and what is wrong with it, the freeze will find again.
+    pub(super) fn now(workload: &Workload, sockets: &mut Sockets) -> Self {
+        let at = Instant::now();
+        let is_calm = matches!(sockets.look(workload), Ok(None))
+            && workload
+                .pids()
+                .is_ok_and(|pids| Sleepers::default().look(&pids).is_none());
+        Self(is_calm.then_some(at))
+    }
+
+    fn is_old(self) -> bool {
+        self.0.is_none_or(|at| GLANCE_MAX < at.elapsed())
+    }
+}
+
 /// Closes the ports at a moment without a passing state, or says which does not pass.
 async fn close_calmly(
     workload: &Workload,
     network: &mut Network,
+    glance: Glance,
     waits: &Waits,
 ) -> Result<Option<Passing>, Failure> {
     let Network { ports, sockets } = network;
     let gate = ports.gate()?;
     for closing in 1..=CLOSINGS_MAX {
         // Closing the ports would not end it, and would hold up what does.
-        if let Some(open) = wait_open(workload, sockets, waits).await?
+        if (1 < closing || glance.is_old())
+            && let Some(open) = wait_open(workload, sockets, waits).await?
             && !open.state.passes_alone()
         {
             return Ok(Some(open));
@@ -187,6 +211,10 @@ const PATIENCE_ALONE: Duration = Duration::from_millis(16);
 /// shortest retransmission timeout is 200 ms.
 const PATIENCE_OTHERS: Duration = Duration::from_millis(250);
 
+/// How old a glance may be: it spares the downtime the look that comes first (0.5 ms), and is no
+/// more than a hint, which the looks after it do not rest on.
+const GLANCE_MAX: Duration = Duration::from_millis(20);
+
 /// Between two looks while the ports are open.
 const PAUSE_OPEN: Duration = Duration::from_millis(2);
 
@@ -207,6 +235,14 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_glance_counts_for_a_moment_and_only_if_nothing_was_seen() {
+        let before = |age| Glance(Instant::now().checked_sub(age));
+        assert!(!before(Duration::ZERO).is_old());
+        assert!(before(2 * GLANCE_MAX).is_old());
+        assert!(Glance::default().is_old());
+    }
 
     #[test]
     fn pauses_grow_to_a_limit_and_are_spread_around_it() {

@@ -11,7 +11,6 @@ use std::os::fd::AsFd;
 use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_sys::namespace::{self, NamespaceKind};
-use tokio::task::block_in_place;
 
 use super::waits::Waits;
 use super::workload::Workload;
@@ -83,7 +82,8 @@ impl Sockets {
                 "a freeze of a workload that is not tracked",
             ));
         };
-        let found = block_in_place(|| observer.look(&pids));
+        // For less time than it takes to make room for another task.
+        let found = observer.look(&pids);
         let found = found.map_err(|error| unlisted(workload.root, &error))?;
         Ok(found.into_iter().min_by_key(|p| p.state.passes_alone()))
     }

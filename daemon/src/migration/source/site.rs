@@ -38,7 +38,7 @@ use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::Failure;
 use tokio::task::block_in_place;
 
-use super::calm::{self, Tries};
+use super::calm::{self, Glance, Tries};
 use super::dumping::Dumping;
 use super::network::Network;
 use super::sending::{Sending, Sums};
@@ -93,6 +93,8 @@ pub struct Site {
     /// What is waited for, and whether that should end early.
     waits: Waits,
     tries: Tries,
+    /// At the end of the last round, if that was a moment ago.
+    glance: Glance,
 }
 
 impl Site {
@@ -152,6 +154,7 @@ impl Site {
         let waited = began.elapsed().saturating_sub(sent);
         block_in_place(|| self.scan())?;
         self.dumping.tend(&self.workload, &self.waits).await?;
+        self.glance = Glance::now(&self.workload, &mut self.network.sockets);
         let dirtied = self.tracking.pages_pending();
         tracing::debug!(%round, pages = sums.pages, dirtied, wire_bytes = sums.wire_bytes,
             took = ?began.elapsed(), since_scan = ?last_scan.elapsed(), "round sent");
@@ -174,10 +177,11 @@ impl Site {
 
     /// Closes the ports and freezes the tree, or gives that up. CRIU stands ready before either.
     pub async fn freeze(&mut self) -> Result<SourceEvent, Failure> {
+        let glance = std::mem::take(&mut self.glance);
         let (workload, waits) = (&self.workload, &self.waits);
         self.dumping.stand_ready(workload, waits).await?;
         self.tracking.put_pending_back();
-        if let Some(passing) = calm::freeze(workload, &mut self.network, waits).await? {
+        if let Some(passing) = calm::freeze(workload, &mut self.network, glance, waits).await? {
             return self.tries.give_up(&passing.to_string(), &Sums::default());
         }
         // From here on it cannot end by itself.

@@ -19,7 +19,7 @@ use super::{Site, SourceNode};
 use crate::link::describe::describe as describe_network;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
-use crate::migration::source::calm::Tries;
+use crate::migration::source::calm::{Glance, Tries};
 use crate::migration::source::dumping::Dumping;
 use crate::migration::source::network::Network;
 use crate::migration::source::sending::Sending;
@@ -262,6 +262,7 @@ impl Site {
             sending: Sending::new(node.workers),
             waits: Waits::new(cancelled),
             tries: Tries::default(),
+            glance: Glance::default(),
             memory_bytes: found.memory_bytes,
             directory,
             node,
