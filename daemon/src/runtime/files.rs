@@ -42,6 +42,15 @@ pub struct Descriptors {
 }
 
 impl Descriptors {
+    /// None yet, of these processes.
+    pub fn of(pids: &[i32], mounts: Option<Mounts>) -> Self {
+        Self {
+            mounts,
+            pids: pids.to_vec(),
+            ..Self::default()
+        }
+    }
+
     /// Adds what process `pid` has open and mapped.
     pub fn add(&mut self, process: &Process, shared: &[PathBuf]) -> Result<(), Failure> {
         let unreadable = |error: procfs::ProcError| {
@@ -371,17 +380,14 @@ mod tests {
         let pid = std::process::id().cast_signed();
         let path = PathBuf::from(format!("/proc/{pid}/smaps"));
         let opened = File::open(&path).unwrap();
-        let seen = |pids: Vec<i32>| {
-            let mut descriptors = Descriptors {
-                pids,
-                ..Descriptors::default()
-            };
+        let seen = |pids: &[i32]| {
+            let mut descriptors = Descriptors::of(pids, None);
             let added = descriptors.add_open(pid, opened.as_raw_fd(), &path, false, &[]);
             added.map(|()| descriptors.files.len())
         };
-        assert_eq!(seen(vec![1, pid]), Ok(0));
+        assert_eq!(seen(&[1, pid]), Ok(0));
         // Of another process, the target has none, or not the same.
-        assert_eq!(seen(vec![1]), Ok(1));
+        assert_eq!(seen(&[1]), Ok(1));
     }
 
     #[test]

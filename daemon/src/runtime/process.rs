@@ -57,11 +57,7 @@ pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Describe
     let own = own_namespaces(root)?;
     check_members(root, pids, &own)?;
     let mounts = own_mounts(root, &own)?;
-    let mut descriptors = Descriptors {
-        mounts: mounts.clone(),
-        pids: pids.to_vec(),
-        ..Descriptors::default()
-    };
+    let mut descriptors = Descriptors::of(pids, mounts.clone());
     let (spaces, tasks) = members(pids, storage, &mut descriptors)?;
     descriptors.check_pipes()?;
     if own.contains(&NamespaceKind::Net) {
