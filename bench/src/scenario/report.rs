@@ -178,16 +178,21 @@ impl Report {
     /// The end of the report for people, on standard output.
     pub fn print(&self) {
         self.print_lines();
-        println!(
-            "acknowledged writes lost {}, connections broken {}, untouched contents {}",
-            self.lost_acks,
-            self.broken_connections,
-            match self.digest_equal {
-                Some(true) => "equal",
-                Some(false) => "DIFFERENT",
-                None => "not measured",
-            }
-        );
+        // Zeros of what never ran would be taken for a result.
+        if self.moves.is_empty() && !self.ok {
+            println!("no move is on record");
+        } else {
+            println!(
+                "acknowledged writes lost {}, connections broken {}, untouched contents {}",
+                self.lost_acks,
+                self.broken_connections,
+                match self.digest_equal {
+                    Some(true) => "equal",
+                    Some(false) => "DIFFERENT",
+                    None => "not measured",
+                }
+            );
+        }
         for failure in &self.failures {
             println!("FAILURE: {failure}");
         }

@@ -48,8 +48,9 @@ impl Shown {
             bar.set_position(sent);
             bar.set_prefix(status.phase.clone());
             bar.set_message(self.message(status));
-        } else if self.phase != status.phase || self.round != status.round {
-            // There is nobody to tell that stderr is closed.
+        } else if (self.phase != status.phase || self.round != status.round) && !status.r#final {
+            // How it ended whoever asked prints as the result. There is nobody to tell that stderr
+            // is closed.
             drop(writeln!(io::stderr(), "{}", line(status)));
         }
         self.phase.clone_from(&status.phase);

@@ -21,3 +21,8 @@ pub fn internal(error: &(dyn Error + 'static)) -> Failure {
 pub fn network_unfit(error: &LinkError) -> Failure {
     Failure::new(ErrorCode::NetworkUnfit, chain(error))
 }
+
+/// `12.5 MiB`.
+pub fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}

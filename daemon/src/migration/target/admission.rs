@@ -20,6 +20,7 @@ use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::needs::Needs;
 
+use crate::migration::text::mebibytes;
 use crate::runtime::memory::Room;
 
 /// What a migration takes however small its workload is: daemon, buffers of parcels, pager, CRIU,
@@ -82,10 +83,6 @@ pub fn admit(needed: u64, rooms: &[Room], promised: u64) -> Result<(), Failure> 
 /// What a promise still stands for, when so much has been taken: the kernel's figures count that.
 const fn outstanding(promised: u64, taken: u64) -> u64 {
     promised.saturating_sub(taken)
-}
-
-fn mebibytes(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// What all incoming migrations of this node have been promised. Cheap to clone.

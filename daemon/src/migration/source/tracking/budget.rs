@@ -6,6 +6,8 @@ use pageferry_pages::track::Eager;
 use pageferry_proto::migration::policy::{EAGER_BYTES_PER_SECOND, Policy};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
+use crate::migration::text::mebibytes;
+
 /// What CRIU copies in the downtime allowed is accepted.
 #[derive(Debug)]
 pub struct Budget {
@@ -35,22 +37,27 @@ impl Budget {
         }
         let largest = eager.shared.iter().max_by_key(|object| object.bytes);
         let which = largest.map_or(String::new(), |object| {
-            format!(", the largest {} of {} bytes", object.name, object.bytes)
+            format!(
+                ", the largest {} of {}",
+                object.name,
+                mebibytes(object.bytes)
+            )
         });
         let advice = if budget == self.node_max {
-            "more than limits.eager_memory_max, whatever the downtime: raise it".to_owned()
+            "limits.eager_memory_max, whatever the downtime: raise it".to_owned()
         } else {
             format!(
-                "more than fits into {:?} of downtime: allow more downtime",
-                self.downtime_max
+                "what fits into {} ms of downtime: allow more of that",
+                self.downtime_max.as_millis()
             )
         };
         Err(Failure::new(
             ErrorCode::SharedMemoryBudget,
             format!(
-                "{} bytes of shared, locked or executable memory can only be copied in the \
-                 freeze{which}; {budget} bytes may be, and that is {advice}, or use --force-eager",
-                eager.bytes()
+                "{} of shared, locked or executable memory can only be copied in the \
+                 freeze{which}; {} may be, which is {advice}, or use --force-eager",
+                mebibytes(eager.bytes()),
+                mebibytes(budget)
             ),
         ))
     }
