@@ -8,7 +8,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -56,6 +57,26 @@ impl NamespaceKind {
 /// Opens the namespace `kind` of process `pid`.
 pub fn open(pid: i32, kind: NamespaceKind) -> io::Result<OwnedFd> {
     Ok(File::open(format!("/proc/{pid}/ns/{}", kind.file()))?.into())
+}
+
+/// Opens the namespace `kind` that is bound at `path`. Another file is an error, and so is a
+/// namespace of the calling process.
+pub fn open_bound(path: &Path, kind: NamespaceKind) -> io::Result<OwnedFd> {
+    let file = File::open(path)?;
+    // Of a namespace the kernel makes the name up; that of a file begins with a slash.
+    let theirs = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let ours = std::fs::read_link(format!("/proc/self/ns/{}", kind.file()))?;
+    let begins = format!("{}:[", kind.file());
+    if theirs == ours {
+        return Err(io::Error::other("it is this node's own"));
+    }
+    if !theirs.to_string_lossy().starts_with(&begins) {
+        return Err(io::Error::other(format!(
+            "it is no {} namespace",
+            kind.file()
+        )));
+    }
+    Ok(file.into())
 }
 
 /// True when `pid` lives in another namespace of this kind than the calling process.

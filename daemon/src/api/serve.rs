@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures_util::Stream;
 use pageferry_api as schema;
 use pageferry_api::control_server::{Control, ControlServer};
-use pageferry_proto::id::{MigrationId, NodeName};
+use pageferry_proto::id::{IdError, MigrationId, NodeName};
 use pageferry_proto::migration::policy::{Policy, ROUNDS_LIMIT};
 use thiserror::Error;
 use tokio::net::UnixListener;
@@ -27,6 +27,7 @@ use tonic::{Request, Response, Status};
 use super::convert::{named_side, refusal, refused, status};
 use crate::migration::progress::Progress;
 use crate::migration::registry::{MigrateRequest, Registry};
+use crate::migration::source::site::Asked;
 
 /// How long calls under way may take when the daemon stops; watches are cut.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -318,12 +319,19 @@ fn parse_migrate(
             relative.display()
         )));
     }
+    let id = request.id.as_deref().map(parse_id).transpose()?;
+    let network = request.join_network.map(|name| name.parse()).transpose();
+    let network = network.map_err(|error: IdError| Status::invalid_argument(error.to_string()))?;
     Ok(MigrateRequest {
+        id,
         workload,
         target,
         policy,
-        shared,
-        force_cpu: request.force_cpu,
-        true_smaps: false,
+        asked: Asked {
+            shared,
+            force_cpu: request.force_cpu,
+            true_smaps: false,
+            network,
+        },
     })
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry_proto::id::{MigrationId, NodeName, WorkloadName};
+use pageferry_proto::id::{MigrationId, NetworkName, NodeName, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
 
 use crate::config::units::Span;
@@ -68,7 +68,7 @@ pub enum Command {
 /// The flags of `migrate`.
 #[derive(Debug, Args)]
 pub struct MigrateArgs {
-    /// What moves: process/PID is the tree below that process
+    /// What moves: process/PID is the tree below that process; other kinds are refused so far
     pub workload: WorkloadName,
     /// Name of the node it moves to
     #[arg(long, value_name = "NODE")]
@@ -98,6 +98,14 @@ pub struct MigrateArgs {
     /// Move even if the target's processor lacks features that this one has
     #[arg(long)]
     pub force_cpu: bool,
+    /// Join this network namespace of the target, by its name in /run/netns, instead of having one
+    /// made: it must have the same links, addresses and routes, attached to nothing
+    #[arg(long, value_name = "NAME")]
+    pub join_network: Option<NetworkName>,
+    /// What to call the migration, in 32 hexadecimal digits: the same command with the same id
+    /// begins nothing, and tells of the same migration [default: a random id]
+    #[arg(long)]
+    pub id: Option<MigrationId>,
     /// Print the id and return; the daemon goes on
     #[arg(long)]
     pub detach: bool,

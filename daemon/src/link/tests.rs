@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use futures_util::TryStreamExt;
-use pageferry_proto::wire::description::{LinkAddress, LinkDescription};
+use pageferry_proto::wire::description::{LinkAddress, LinkDescription, RouteDescription};
 use pageferry_sys::namespace::{NamespaceKind, create, run_inside};
 use rtnetlink::packet_route::link::{
     BridgePortState, InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo,
@@ -12,6 +12,7 @@ use rtnetlink::{LinkBridge, LinkUnspec};
 
 use super::LinkError;
 use super::describe::describe;
+use super::join::JoinedNetwork;
 use super::netlink::Netlink;
 use super::port::{Port, index_of};
 use super::prepare::PreparedNetwork;
@@ -216,5 +217,114 @@ fn a_port_that_was_taken_out_of_its_bridge_is_no_reason_to_try_for_ever() {
         port.open(&node).await.expect("there is nothing to open");
         // Elsewhere it may forward to others.
         port.close(&node).await.expect_err("it is not closed");
+    });
+}
+
+/// What this node's end of the first workload's link is attached to.
+async fn controller(node: &Netlink) -> Option<u32> {
+    let mut query = node.handle().link().get().match_name("pfa0").execute();
+    let message = query.try_next().await.expect("a link").expect("a link");
+    message
+        .attributes
+        .into_iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) => Some(index),
+            _ => None,
+        })
+}
+
+#[test]
+fn what_somebody_else_has_made_is_joined_as_it_is_and_left_as_it_was() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let node = Netlink::open(None).expect("netlink");
+        let (net, _made) = workload("pfa").await;
+        let mut wanted = workload_links();
+        // Neighbours are told of another one.
+        wanted[0].mac = [0x02, 0, 0, 0, 0, 0x66];
+        let joined = JoinedNetwork::compare(&net, &wanted, &[], "br0").await;
+        let joined = joined.expect("it has all that is wanted");
+        assert_eq!(controller(&node).await, None);
+        assert_eq!(joined.links()[0].mac, workload_links()[0].mac);
+        joined.attach(&net).await.expect("attach");
+        assert_eq!(state(&node).await, BridgePortState::Forwarding);
+        joined.attach(&net).await.expect("attach again");
+        // As a restarted daemon finds it.
+        let port = &joined.ports()[0];
+        let again = Port::again(&node, port.ends(), port.bridge()).await;
+        let again = again.expect("it can be looked for").expect("it is there");
+        let again = JoinedNetwork::recovered(vec![again], joined.links().to_vec());
+        again.detach().await.expect("detach");
+        assert_eq!(controller(&node).await, None);
+    });
+}
+
+#[test]
+fn what_a_network_lacks_that_is_to_be_joined_is_named() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let (net, made) = workload("pfa").await;
+        let route = RouteDescription {
+            destination: LinkAddress {
+                ip: "10.91.0.0".parse().expect("ip"),
+                prefix: 16,
+            },
+            gateway: Some("10.90.0.1".parse().expect("ip")),
+            device: "eth0".to_owned(),
+            metric: 0,
+            source: None,
+        };
+        let refused =
+            async |change: &dyn Fn(&mut LinkDescription), routes: &[_], bridge, text: &str| {
+                let mut wanted = workload_links();
+                change(&mut wanted[0]);
+                let compared = JoinedNetwork::compare(&net, &wanted, routes, bridge).await;
+                let error = compared.expect_err(text).to_string();
+                assert!(error.contains(text), "{error}");
+            };
+        let other = |link: &mut LinkDescription| link.name = "eth1".to_owned();
+        refused(&other, &[], "br0", "has no link eth1").await;
+        let other =
+            |link: &mut LinkDescription| link.addresses[0].ip = "10.90.0.7".parse().unwrap();
+        refused(
+            &other,
+            &[],
+            "br0",
+            "has no address 10.90.0.7/24 on link eth0",
+        )
+        .await;
+        let other = |link: &mut LinkDescription| link.mtu = 1500;
+        refused(
+            &other,
+            &[],
+            "br0",
+            "has an MTU of 1400 on link eth0, less than 1500",
+        )
+        .await;
+        let routes = [route];
+        refused(
+            &|_| (),
+            &routes,
+            "br0",
+            "no route to 10.91.0.0/16 by 10.90.0.1 and eth0",
+        )
+        .await;
+        refused(&|_| (), &[], "br7", "br7").await;
+        let none = JoinedNetwork::compare(&net, &[], &[], "br0").await;
+        let none = none.expect_err("a link more").to_string();
+        assert!(none.contains("has a link eth0 more"), "{none}");
+        made.attach(&net).await.expect("attach");
+        refused(&|_| (), &[], "br0", "is attached already").await;
+        made.detach().await.expect("detach");
+        let node = Netlink::open(None).expect("netlink");
+        let index = index_of(&node, "pfa0").await.expect("this node's end");
+        let down = LinkUnspec::new_with_index(index).down().build();
+        node.handle()
+            .link()
+            .set(down)
+            .execute()
+            .await
+            .expect("down");
+        refused(&|_| (), &[], "br0", "link eth0 of the network is down").await;
     });
 }

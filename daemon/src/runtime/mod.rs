@@ -1,7 +1,7 @@
-//! What kinds of workload there are, and how each is described, frozen, and made again.
+//! What kinds of workload there are, and how each is described, held, dumped, and made again.
 //!
-//! This step knows one kind, the bare process tree ([`process`]); which process a pid means is
-//! [`identity`]. Its cgroups are those of `pageferry-cgroup`, its processor [`cpu`], its limits
+//! Kinds are [`kind`], and so far there is one, the bare process tree ([`process`]); which process a
+//! pid means is [`identity`]. Its cgroups are those of `pageferry-cgroup`, its processor [`cpu`], its limits
 //! [`limits`], and what memory is left for it says [`memory`]. The files it stands on are
 //! [`files`], what it has locked of them [`locks`], those that both nodes share [`shared`], and
 //! [`mounts`] are those of a namespace of its own. States in which it cannot be dumped for a moment
@@ -13,6 +13,7 @@ pub mod cpu;
 pub mod detached;
 pub mod files;
 pub mod identity;
+pub mod kind;
 pub mod limits;
 pub mod locks;
 pub mod loopback;

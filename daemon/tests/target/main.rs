@@ -160,6 +160,7 @@ impl Target {
             generation: Generation::FIRST,
             policy: Policy::DEFAULT,
             description,
+            network: None,
         };
         self.say(SourceMessage::Offer(Box::new(offer))).await;
     }

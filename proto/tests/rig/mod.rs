@@ -400,6 +400,7 @@ pub fn offer() -> Offer {
         generation: GENERATION,
         policy: Policy::DEFAULT,
         description: description(),
+        network: None,
     }
 }
 
@@ -410,6 +411,7 @@ fn source_offer() -> SourceOffer {
         peer: "b".parse().unwrap(),
         policy: Policy::DEFAULT,
         description: description(),
+        network: None,
         state: state(),
     }
 }

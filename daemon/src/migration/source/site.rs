@@ -108,6 +108,11 @@ impl Site {
         self.sending.sent()
     }
 
+    /// The root of the tree, in this node's pid namespace.
+    pub fn root(&self) -> i32 {
+        self.workload.root()
+    }
+
     /// The memory it had when it was surveyed.
     pub fn memory(&self) -> PageCount {
         PageCount::covering(self.memory_bytes)
@@ -127,7 +132,7 @@ impl Site {
     pub async fn track(&mut self) -> Result<(), Failure> {
         block_in_place(|| {
             self.kept.offer_is_answered();
-            self.workload.adopt()?;
+            self.workload.enter_cgroup()?;
             self.network.sockets.observe(&self.workload)?;
             self.scan()
         })?;
@@ -219,7 +224,7 @@ impl Site {
             self.tracking.end();
             self.kept.offer_is_answered();
         });
-        self.workload.leave_cgroup();
+        self.workload.give_back();
         drop(fs::remove_dir_all(&self.directory));
         Ok(())
     }
@@ -236,7 +241,7 @@ impl Site {
             ending.ended().await;
         }
         self.tracking.end();
-        self.workload.remove_cgroups(&self.node.hierarchies)?;
+        self.workload.release(&self.node.hierarchies)?;
         drop(fs::remove_dir_all(&self.directory));
         Ok(())
     }

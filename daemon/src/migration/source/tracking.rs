@@ -78,7 +78,7 @@ impl Tracking {
             recorded.extend(self.spaces.iter_mut().map(record));
         }
         let lookout = self.lookout(workload, sockets);
-        let eager = lookout.around(|| self.scan_spaces(workload.root, recorded))?;
+        let eager = lookout.around(|| self.scan_spaces(workload.root(), recorded))?;
         self.scanned = Instant::now();
         self.eager_bytes = eager.bytes();
         self.budget.check(&eager)
@@ -91,7 +91,7 @@ impl Tracking {
 
     /// Attaches to the spaces that are not yet tracked and forgets those that are gone.
     fn attach_new(&mut self, workload: &Workload) -> Result<(), Failure> {
-        let root = workload.root;
+        let root = workload.root();
         let tree = workload.tree()?;
         let pids = tree.pids();
         self.forget_others(&tree);

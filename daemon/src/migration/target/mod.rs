@@ -10,6 +10,7 @@
 pub mod admission;
 mod images;
 pub mod intake;
+mod network;
 pub mod orphans;
 pub mod site;
 

@@ -32,7 +32,7 @@ impl Lookout {
     /// That of a workload whose tree is in its cgroup, and the connections of its own network.
     pub fn new(workload: &Workload, support: Support, connections: Option<Connections>) -> Self {
         Self {
-            root: workload.root,
+            root: workload.root(),
             support,
             freezer: workload.freezer.clone(),
             connections,
@@ -107,14 +107,15 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::migration::source::site::{Site, SourceNode};
+    use crate::migration::source::site::{Asked, Site, SourceNode};
     use crate::migration::source::state::{SiteState, encode_state};
     use crate::runtime::identity::Identity;
+    use crate::runtime::kind::Kind;
     use pageferry_cgroup::freezer::FreezerRoot;
     use pageferry_cgroup::hierarchies::Hierarchies;
     use pageferry_pages::track::tree::Tree;
     use pageferry_pages::track::{ATTEMPTS, STOP_MAX, Space, TrackOptions};
-    use pageferry_proto::id::{Generation, MigrationId, Round};
+    use pageferry_proto::id::{Generation, MigrationId, Round, WorkloadName};
     use pageferry_proto::migration::policy::Policy;
     use pageferry_proto::wire::code::ErrorCode;
     use pageferry_trial::{self as trial, Trial};
@@ -184,13 +185,13 @@ mod tests {
             let root = self.lookout.root;
             let identity = Identity::of(root).unwrap();
             let state = SiteState {
-                root,
+                kind: Kind::of(&WorkloadName::Process(root)).unwrap(),
                 started: identity.started,
                 boot: identity.boot,
                 freezer: self.lookout.freezer.path().to_owned(),
-                origin: None,
                 ports: Vec::new(),
                 markers: Vec::new(),
+                asked: Asked::default(),
             };
             let node = SourceNode {
                 criu: PathBuf::new(),
