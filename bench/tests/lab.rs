@@ -163,6 +163,75 @@ fn a_lab_stays_up_until_it_is_taken_down_and_is_the_only_one() {
     assert_clean();
 }
 
+/// And whoever asks twice under one id moves it once.
+#[test]
+fn a_workload_joins_a_network_that_is_there_already() {
+    let _turn = turn();
+    let done = |arguments: &[&str]| {
+        let output = lab(arguments).output().expect("lab");
+        assert!(output.status.success(), "{arguments:?}: {}", text(&output));
+        text(&output)
+    };
+    done(&["up"]);
+    let started = done(&["start", "a", "redis"]);
+    assert!(started.contains("process/10000"), "{started}");
+    let address = "10.90.0.101";
+    assert!(started.contains(address), "{started}");
+    done(&["exec", "b", "--", "sh", "-ec", NETWORK]);
+    let id = "00000000000000000000000000000007";
+    let move_it = "pageferry migrate process/10000 --to b --join-network web --id";
+    let words: Vec<&str> = move_it.split(' ').chain([id]).collect();
+    let there = [&["exec", "a", "--"], &words[..]].concat();
+    let first = done(&there);
+    let answers = |node| {
+        let asked = done(&["exec", node, "--", "redis-cli", "-h", address, "ping"]);
+        assert!(asked.contains("PONG"), "{asked}");
+    };
+    answers("a");
+    let inside = done(&["exec", "b", "--", "sh", "-c", INODES]);
+    let inodes: Vec<&str> = inside.split_whitespace().collect();
+    assert!(
+        matches!(inodes[..], [one, other] if one == other),
+        "{inside}"
+    );
+    // Its process is not here any more, and that is nothing to a call that was made before.
+    let again = done(&there);
+    assert!(first.contains(id) && again.contains(id), "{first}{again}");
+    let refused = lab(&[&there[..], &["--verify"]].concat()).output();
+    let refused = refused.expect("lab");
+    assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
+    assert!(text(&refused).contains("id-taken"), "{}", text(&refused));
+    // Back into one that is made, and the other one is left without links.
+    done(&[
+        "exec",
+        "b",
+        "--",
+        "pageferry",
+        "migrate",
+        "process/10000",
+        "--to",
+        "a",
+    ]);
+    answers("b");
+    let links = done(&["exec", "b", "--", "ip", "-n", "web", "-o", "link"]);
+    assert!(!links.contains("eth0"), "{links}");
+    done(&["down"]);
+    assert_clean();
+}
+
+/// As README has it, for the first workload of a lab.
+const NETWORK: &str = "
+ip netns add web
+ip link add vweb type veth peer name eth0 netns web
+ip -n web addr add 10.90.0.101/24 dev eth0
+ip -n web link set lo up
+ip -n web link set eth0 up
+ip link set vweb up
+ip -n web route add default via 10.90.0.1";
+
+/// The network namespace of the workload, and the one that was made.
+const INODES: &str = "stat -L -c %i /proc/10000/ns/net /run/netns/web";
+
 #[test]
 fn what_a_killed_lab_left_is_cleaned_up() {
     let _turn = turn();

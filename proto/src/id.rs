@@ -116,7 +116,10 @@ pub enum IdError {
         form: &'static str,
     },
     /// No kind of workload.
-    #[error("workload {text:?} is of no known kind: {kind:?} is not one of {known}", known = kinds())]
+    #[error(
+        "workload {text:?} is of no known kind: {kind:?} is not one of {}",
+        kinds()
+    )]
     WorkloadKind {
         /// What was read.
         text: String,
@@ -266,13 +269,6 @@ impl FromStr for NodeName {
             return Err(IdError::NodeName(text.to_owned()));
         }
         Ok(Self(text.to_owned()))
-    }
-}
-
-impl ContainerId {
-    /// The name as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
     }
 }
 

@@ -330,8 +330,8 @@ fn parse_migrate(
         asked: Asked {
             shared,
             force_cpu: request.force_cpu,
-            true_smaps: false,
             network,
+            instead_of: None,
         },
     })
 }

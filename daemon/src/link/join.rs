@@ -48,7 +48,9 @@ impl JoinedNetwork {
         for route in routes {
             check_route(route, &found)?;
         }
-        check_usable(&Netlink::open(Some(net.as_fd()))?).await?;
+        let addresses = links.iter().flat_map(|link| &link.addresses);
+        let wanted: Vec<IpAddr> = addresses.map(|address| address.ip).collect();
+        check_usable(&Netlink::open(Some(net.as_fd()))?, &wanted).await?;
         Ok(Self {
             ports: found.ports,
             links: found.links,
@@ -148,7 +150,7 @@ fn check_route(wanted: &RouteDescription, found: &Network) -> Result<(), LinkErr
 }
 
 /// Sockets are restored at addresses, so these must be in use.
-async fn check_usable(inside: &Netlink) -> Result<(), LinkError> {
+async fn check_usable(inside: &Netlink, wanted: &[IpAddr]) -> Result<(), LinkError> {
     let mut links = inside.handle().link().get().execute();
     let listing = "listing links of";
     while let Some(message) = links
@@ -178,19 +180,20 @@ async fn check_usable(inside: &Netlink) -> Result<(), LinkError> {
         .await
         .map_err(failed(listing, "the network"))?
     {
-        let checked = AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed;
-        if message.header.flags.intersects(checked) {
-            let ip = message
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    AddressAttribute::Address(ip) => Some(ip.to_string()),
-                    _ => None,
-                });
-            let ip = ip.unwrap_or_default();
-            return Err(unfit(format!(
-                "address {ip} of the network is being checked, or is taken"
-            )));
+        let unsure = AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed;
+        if !message.header.flags.intersects(unsure) {
+            continue;
+        }
+        let found = message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                AddressAttribute::Address(ip) => Some(*ip),
+                _ => None,
+            });
+        if let Some(ip) = found.filter(|ip| wanted.contains(ip)) {
+            let why = "of the network is being checked for another owner, or has one";
+            return Err(unfit(format!("address {ip} {why}")));
         }
     }
     Ok(())

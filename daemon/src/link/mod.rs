@@ -10,8 +10,8 @@
 //! then only its links' way onto the bridge is ours.
 //!
 //! Invariants: of one workload, at most one node's port forwards; every change is undone by
-//! [`port::Port::open`] at the source, and at the target by dropping the namespace that was made, or
-//! by [`join::JoinedNetwork::detach`].
+//! [`port::Port::open`] at the source, and at the target by dropping the namespace that was made,
+//! or by [`join::JoinedNetwork::detach`].
 //! Absent: parking packets instead of dropping them; links that are not veths into a bridge.
 
 pub mod announce;

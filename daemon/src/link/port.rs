@@ -52,8 +52,8 @@ impl Port {
         })
     }
 
-    /// Finds this node's end of a link `inside` a network that somebody else has made: it is no port
-    /// yet, and is to become one of `bridge`.
+    /// Finds this node's end of a link `inside` a network that somebody else has made: it is no
+    /// port yet, and is to become one of `bridge`.
     pub async fn loose(
         node: &Netlink,
         name: &str,

@@ -259,11 +259,25 @@ fn what_somebody_else_has_made_is_joined_as_it_is_and_left_as_it_was() {
     });
 }
 
+/// Joining `net` with what the first workload has, changed, is refused, and the text says why.
+async fn not_joined(
+    net: &OwnedFd,
+    change: impl Fn(&mut LinkDescription),
+    (routes, bridge): (&[RouteDescription], &str),
+    text: &str,
+) {
+    let mut wanted = workload_links();
+    change(&mut wanted[0]);
+    let compared = JoinedNetwork::compare(net, &wanted, routes, bridge).await;
+    let error = compared.expect_err(text).to_string();
+    assert!(error.contains(text), "{error}");
+}
+
 #[test]
 fn what_a_network_lacks_that_is_to_be_joined_is_named() {
     at_a_node(async || {
         bridge("br0").await;
-        let (net, made) = workload("pfa").await;
+        let (net, _made) = workload("pfa").await;
         let route = RouteDescription {
             destination: LinkAddress {
                 ip: "10.91.0.0".parse().expect("ip"),
@@ -274,57 +288,48 @@ fn what_a_network_lacks_that_is_to_be_joined_is_named() {
             metric: 0,
             source: None,
         };
-        let refused =
-            async |change: &dyn Fn(&mut LinkDescription), routes: &[_], bridge, text: &str| {
-                let mut wanted = workload_links();
-                change(&mut wanted[0]);
-                let compared = JoinedNetwork::compare(&net, &wanted, routes, bridge).await;
-                let error = compared.expect_err(text).to_string();
-                assert!(error.contains(text), "{error}");
-            };
-        let other = |link: &mut LinkDescription| link.name = "eth1".to_owned();
-        refused(&other, &[], "br0", "has no link eth1").await;
-        let other =
-            |link: &mut LinkDescription| link.addresses[0].ip = "10.90.0.7".parse().unwrap();
-        refused(
-            &other,
-            &[],
-            "br0",
-            "has no address 10.90.0.7/24 on link eth0",
-        )
-        .await;
-        let other = |link: &mut LinkDescription| link.mtu = 1500;
-        refused(
-            &other,
-            &[],
-            "br0",
-            "has an MTU of 1400 on link eth0, less than 1500",
-        )
-        .await;
-        let routes = [route];
-        refused(
-            &|_| (),
-            &routes,
-            "br0",
-            "no route to 10.91.0.0/16 by 10.90.0.1 and eth0",
-        )
-        .await;
-        refused(&|_| (), &[], "br7", "br7").await;
+        let usual: (&[_], _) = (&[], "br0");
+        let named = |link: &mut LinkDescription| link.name = "eth1".to_owned();
+        not_joined(&net, named, usual, "has no link eth1").await;
+        let ip = "10.90.0.7".parse().expect("ip");
+        let addressed = |link: &mut LinkDescription| link.addresses[0].ip = ip;
+        let text = "has no address 10.90.0.7/24 on link eth0";
+        not_joined(&net, addressed, usual, text).await;
+        let wider = |link: &mut LinkDescription| link.mtu = 1500;
+        let text = "has an MTU of 1400 on link eth0, less than 1500";
+        not_joined(&net, wider, usual, text).await;
+        let text = "no route to 10.91.0.0/16 by 10.90.0.1 and eth0";
+        not_joined(&net, |_| (), (&[route], "br0"), text).await;
+        not_joined(&net, |_| (), (&[], "br7"), "br7").await;
         let none = JoinedNetwork::compare(&net, &[], &[], "br0").await;
         let none = none.expect_err("a link more").to_string();
         assert!(none.contains("has a link eth0 more"), "{none}");
+    });
+}
+
+#[test]
+fn a_network_in_which_nothing_could_be_restored_or_too_much_be_heard_is_not_joined() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let (net, made) = workload("pfa").await;
+        let usual: (&[_], _) = (&[], "br0");
+        let inside = Netlink::open(Some(net.as_fd())).expect("netlink");
+        let index = index_of(&inside, "eth0").await.expect("the link");
+        // Whether somebody else has it is found out in a second or two.
+        let ip = "fd00::77".parse().expect("ip");
+        let adding = inside.handle().address().add(index, ip, 64).execute();
+        adding.await.expect("an address");
+        let more = |link: &mut LinkDescription| link.addresses.push(LinkAddress { ip, prefix: 64 });
+        let text = "address fd00::77 of the network is being checked";
+        not_joined(&net, more, usual, text).await;
         made.attach(&net).await.expect("attach");
-        refused(&|_| (), &[], "br0", "is attached already").await;
+        not_joined(&net, |_| (), usual, "is attached already").await;
         made.detach().await.expect("detach");
         let node = Netlink::open(None).expect("netlink");
         let index = index_of(&node, "pfa0").await.expect("this node's end");
         let down = LinkUnspec::new_with_index(index).down().build();
-        node.handle()
-            .link()
-            .set(down)
-            .execute()
-            .await
-            .expect("down");
-        refused(&|_| (), &[], "br0", "link eth0 of the network is down").await;
+        let down = node.handle().link().set(down).execute();
+        down.await.expect("down");
+        not_joined(&net, |_| (), usual, "link eth0 of the network is down").await;
     });
 }

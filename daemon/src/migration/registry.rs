@@ -11,6 +11,7 @@
 mod finished;
 mod incoming;
 mod local;
+mod recovery;
 mod repeated;
 
 use std::cmp::Reverse;
@@ -21,23 +22,21 @@ use std::time::{Duration, SystemTime};
 use pageferry_proto::id::{MigrationId, NodeName, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
-use pageferry_proto::migration::record::{Entry as Written, Record};
+use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceMachine, SourceOffer};
 use pageferry_proto::migration::status::Phase;
-use pageferry_proto::migration::target::TargetMachine;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::{mpsc, watch};
 
 use super::clock::Clock;
-use super::journal::remains::Remains;
-use super::journal::{Found, Journal, Journals, Recovered};
+use super::journal::{Journal, Journals, Recovered};
 use super::progress::Progress;
 use super::refusals::{Refusal, Refusals};
 use super::source::site::{Asked, Site as SourceSite, SourceNode};
 use super::source::{Ended, SourceDriver, SourceParts, SourceRequest};
 use super::target::TargetRequest;
-use super::target::site::{Site as TargetSite, TargetNode};
-use super::text::{chain, internal};
+use super::target::site::TargetNode;
+use super::text::chain;
 use crate::net::endpoint::Endpoint;
 use crate::runtime::kind::Kind;
 
@@ -143,79 +142,6 @@ pub struct MigrateRequest {
 }
 
 impl Registry {
-    /// The registry, with every unfinished migration of the journals under way again.
-    pub async fn recover(parts: RegistryParts) -> Result<Self, Failure> {
-        let found = parts.journals.scan().map_err(|error| internal(&error))?;
-        let kept = |what| parts.journals.kept(what).map_err(|error| internal(&error));
-        let (answers, outcomes) = (kept(Remains::Answer)?, kept(Remains::Outcome)?);
-        let inner = Inner {
-            parts,
-            entries: Mutex::default(),
-            beginnings: tokio::sync::Mutex::default(),
-            departures: tokio::sync::Mutex::default(),
-            answers: Mutex::new(answers.into_iter().collect()),
-            outcomes: Mutex::new(outcomes.into()),
-            refusals: Mutex::default(),
-        };
-        let registry = Self {
-            inner: Arc::new(inner),
-        };
-        for Found {
-            migration,
-            contents,
-        } in found
-        {
-            let recovered = contents.map_err(|error| {
-                // Going on without it could run a workload twice.
-                Failure::new(ErrorCode::JournalFailed, chain(&error))
-            })?;
-            registry.resume(migration, recovered).await?;
-        }
-        registry.clean_up().await;
-        Ok(registry)
-    }
-
-    async fn resume(&self, id: MigrationId, recovered: Recovered) -> Result<(), Failure> {
-        let records = parse(id, &recovered)?;
-        let clock = Clock::start();
-        let contradiction = |error: pageferry_proto::migration::handoff::RecoverError| {
-            Failure::new(
-                ErrorCode::JournalFailed,
-                format!("journal of {id}: {error}"),
-            )
-        };
-        let journal = recovered.journal;
-        match records.first().map(|record| &record.entry) {
-            // A crash came before the first record: nothing was begun.
-            None => self
-                .inner
-                .parts
-                .journals
-                .remove(id)
-                .map_err(|error| internal(&error)),
-            Some(Written::Offered(offered)) => {
-                let asked = repeated::asked(id, offered)?;
-                let machine =
-                    SourceMachine::recover(&records, clock.now()).map_err(contradiction)?;
-                let (cancel, cancelled) = watch::channel(false);
-                let node = self.inner.parts.source.clone();
-                let state = (machine.driver_state(), machine.is_finished());
-                let site = SourceSite::recover(node, id, asked.policy, state, cancelled).await?;
-                let site = (site, cancel);
-                self.start_source(machine, clock, site, journal, asked, &Origin::Journal);
-                Ok(())
-            }
-            Some(_) => {
-                let machine =
-                    TargetMachine::recover(&records, clock.now()).map_err(contradiction)?;
-                let node = self.inner.parts.target.clone();
-                let site = TargetSite::recover(node, id, machine.driver_state()).await?;
-                self.start_target((machine, clock, site, journal), None, &Origin::Journal);
-                Ok(())
-            }
-        }
-    }
-
     /// Begins to move a workload away. Returns when the survey found nothing against it. What is
     /// refused is remembered.
     pub async fn migrate(&self, request: MigrateRequest) -> Result<MigrationId, Failure> {
@@ -363,12 +289,14 @@ impl Registry {
     ) {
         let (id, begun) = (machine.id(), journal.begun());
         let (recovered, root) = (origin.is_recovered(), site.root());
+        let successor = origin.successor();
         let (status, watched) = watch::channel(Arc::new(Progress {
+            successor,
             recovered,
             ..Progress::of(machine.status(clock.now()))
         }));
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
-        let repeatable = !recovered && !request.asked.true_smaps;
+        let repeatable = !recovered && request.asked.instead_of.is_none();
         let driver = SourceDriver::new(SourceParts {
             machine,
             clock,
@@ -381,6 +309,7 @@ impl Registry {
             peer: request.target.clone(),
             lanes: self.inner.parts.lanes,
             repeatable,
+            successor,
             recovered,
         });
         let request = Arc::new(request);
@@ -416,7 +345,7 @@ impl Registry {
             id: None,
             ..request.clone()
         };
-        again.asked.true_smaps = true;
+        again.asked.instead_of = Some(id);
         // Boxed: a migration that is repeated ends in this function.
         let successor = Box::pin(self.depart_again(id, again)).await;
         match successor {
@@ -543,8 +472,8 @@ enum Origin {
     Asked,
     /// A source that has connected.
     Offered,
-    /// A whole journal.
-    Journal,
+    /// A whole journal, and the migration that another journal says was begun in place of this one.
+    Journal { successor: Option<MigrationId> },
     /// The answer that is kept of one.
     Answer,
 }
@@ -553,8 +482,15 @@ impl Origin {
     /// Whether what was measured has been lost.
     const fn is_recovered(&self) -> bool {
         match self {
-            Self::Journal | Self::Answer => true,
+            Self::Journal { .. } | Self::Answer => true,
             Self::Asked | Self::Offered => false,
+        }
+    }
+
+    const fn successor(&self) -> Option<MigrationId> {
+        match self {
+            Self::Journal { successor } => *successor,
+            Self::Answer | Self::Asked | Self::Offered => None,
         }
     }
 }

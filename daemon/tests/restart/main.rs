@@ -11,6 +11,7 @@ mod built;
 mod fuse;
 mod lost;
 mod node;
+mod repeated;
 
 use std::fs;
 use std::path::Path;
@@ -216,7 +217,7 @@ fn offered_with(root: i32, started: u64, freezer: &Path, marker: Option<&Path>) 
     let state = format!(
         r#"{{"kind":{{"process":{{"root":{root},"origin":null}}}},"started":{started},"boot":"{}",
             "freezer":"{}","ports":[],"markers":[{}],
-            "asked":{{"shared":[],"force_cpu":false,"true_smaps":false,"network":null}}}}"#,
+            "asked":{{"shared":[],"force_cpu":false,"network":null,"instead_of":null}}}}"#,
         boot.trim_end(),
         freezer.display(),
         marker.map(written).unwrap_or_default()

@@ -404,7 +404,7 @@ pub fn offer() -> Offer {
     }
 }
 
-fn source_offer() -> SourceOffer {
+pub fn source_offer() -> SourceOffer {
     SourceOffer {
         id: ID,
         workload: WorkloadName::Process(7),

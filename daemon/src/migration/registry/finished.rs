@@ -1,8 +1,9 @@
 //! What becomes of migrations that have ended: the last ones are kept whole, and of older ones what
 //! somebody may still ask.
 //!
-//! Invariant: what a target decided is forgotten only when its source has settled it, or an
-//! operator says so; what became of a migration away from here, when there are many younger ones. A migration whose driver is at work is not touched.
+//! Invariants: what a target decided is forgotten only when its source has settled it, or an
+//! operator says so; what became of a migration away from here, when there are many younger ones.
+//! A migration whose driver is at work is not touched.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, MutexGuard, PoisonError};

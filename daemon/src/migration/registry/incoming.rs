@@ -85,7 +85,10 @@ impl Registry {
                 let kept = parts.journals.read_kept(Remains::Answer, id);
                 Some((kept, Origin::Answer))
             }
-            (false, true) => Some((parts.journals.read(id), Origin::Journal)),
+            (false, true) => {
+                let successor = None;
+                Some((parts.journals.read(id), Origin::Journal { successor }))
+            }
             (false, false) => None,
         };
         if let Some((recovered, origin)) = found {

@@ -71,7 +71,7 @@ fn difference(first: &MigrateRequest, now: &MigrateRequest) -> Option<String> {
     }
     let (policy, other) = (&first.policy, &now.policy);
     let (asked, wanted) = (&first.asked, &now.asked);
-    // How CRIU reads smaps nobody asks for.
+    // In whose place it is nobody asks for.
     let same = [
         ("--downtime-max", policy.downtime_max == other.downtime_max),
         ("--force-cpu", asked.force_cpu == wanted.force_cpu),

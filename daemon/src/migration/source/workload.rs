@@ -1,8 +1,8 @@
 //! The workload itself, at its source: its processes, and the cgroup that holds them.
 //!
 //! Invariants: what is read by the number of the root counts only if [`Workload::check_root`] holds
-//! afterwards; from [`Workload::enter_cgroup`] on, the tree is in a cgroup that nobody else is in; SIGKILL
-//! is pending on every task before a copy that is given away is thawed.
+//! afterwards; from [`Workload::enter_cgroup`] on, the tree is in a cgroup that nobody else is in;
+//! SIGKILL is pending on every task before a copy that is given away is thawed.
 
 mod locked;
 

@@ -231,7 +231,9 @@ mod tests {
 
     #[tokio::test]
     async fn the_state_of_a_network_keeps_its_form_and_says_who_made_it() {
-        let links = r#""links":[{"name":"eth0","mac":[2,0,0,0,0,1],"mtu":1500,"addresses":[["10.0.0.1",24]]}]"#;
+        let link =
+            r#"{"name":"eth0","mac":[2,0,0,0,0,1],"mtu":1500,"addresses":[["10.0.0.1",24]]}"#;
+        let links = format!(r#""links":[{link}]"#);
         let made = format!(r#"{{"made":{{"bridge":"br0",{links}}}}}"#);
         // Nobody has a link of such a number.
         let port = r#"{"ends":[2147483647,2],"name":"v0","bridge":"br0"}"#;

@@ -57,7 +57,8 @@ impl Arriving {
         kinds
     }
 
-    /// Checks once more, when its tasks are known for good: it may have forked since it was offered.
+    /// Checks once more, when its tasks are known for good: it may have forked since it was
+    /// offered.
     pub fn check_tasks(self, tasks: &[i32]) -> Result<(), Failure> {
         if self.shares_pids {
             check_pids(tasks)?;

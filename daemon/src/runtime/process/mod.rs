@@ -39,8 +39,8 @@ impl Process {
         self.root
     }
 
-    /// Where the tree of `pids` is to be held by migration `id`: where it is, if that is a cgroup of
-    /// ours that nobody else is in, or in one of its own. Nothing is made yet.
+    /// Where the tree of `pids` is to be held by migration `id`: where it is, if that is a cgroup
+    /// of ours that nobody else is in, or in one of its own. Nothing is made yet.
     pub fn place(
         &mut self,
         freezers: &FreezerRoot,

@@ -75,11 +75,13 @@ pub struct Asked {
     pub shared: Vec<PathBuf>,
     /// The target is not to compare its processor with this node's.
     pub force_cpu: bool,
-    /// CRIU is to read the true smaps in the freeze, not what was recorded before it.
-    pub true_smaps: bool,
     /// The network namespace at the target that it is to join; none: one is made for it.
     #[serde(with = "as_text")]
     pub network: Option<NetworkName>,
+    /// The migration of which CRIU was shown outdated smaps, if this is begun in its place: so CRIU
+    /// is to read the true one in the freeze, not what was recorded before it.
+    #[serde(with = "as_text")]
+    pub instead_of: Option<MigrationId>,
 }
 
 impl Asked {
@@ -91,20 +93,22 @@ impl Asked {
 
 /// A name in the journal.
 mod as_text {
-    use pageferry_proto::id::NetworkName;
+    use std::fmt::Display;
+    use std::str::FromStr;
+
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    pub fn serialize<S: Serializer>(
-        name: &Option<NetworkName>,
+    pub fn serialize<T: Display, S: Serializer>(
+        name: &Option<T>,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
-        name.as_ref().map(NetworkName::as_str).serialize(serializer)
+        name.as_ref().map(T::to_string).serialize(serializer)
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(
+    pub fn deserialize<'de, T: FromStr<Err: Display>, D: Deserializer<'de>>(
         deserializer: D,
-    ) -> Result<Option<NetworkName>, D::Error> {
+    ) -> Result<Option<T>, D::Error> {
         let text = Option::<String>::deserialize(deserializer)?;
         let name = text.map(|text| text.parse()).transpose();
         name.map_err(D::Error::custom)
@@ -205,7 +209,7 @@ impl Site {
             workload,
             network: Network::new(ports),
             memory_bytes,
-            true_smaps: asked.true_smaps,
+            true_smaps: asked.instead_of.is_some(),
             kept,
         };
         Ok(Survey {
