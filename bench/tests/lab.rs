@@ -3,8 +3,9 @@
 //! They need root, and one lab at a time: the tests take turns, and the lab's own lock makes sure.
 //! Durations are never asserted.
 
+use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -163,31 +164,72 @@ fn a_lab_stays_up_until_it_is_taken_down_and_is_the_only_one() {
     assert_clean();
 }
 
+/// Has the lab do what must succeed; what it printed.
+fn done(arguments: &[&str]) -> String {
+    let output = lab(arguments).output().expect("lab");
+    assert!(output.status.success(), "{arguments:?}: {}", text(&output));
+    text(&output)
+}
+
+/// A client at node a of a Redis, whose connection is asked for its id at the beginning and the end.
+struct Client(Child);
+
+impl Client {
+    fn connect(address: &str) -> Self {
+        let client = lab(&["exec", "a", "--", "redis-cli", "-h", address])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn();
+        let mut client = Self(client.expect("a client"));
+        client.ask();
+        let list = ["redis-cli", "-h", address, "CLIENT", "LIST"];
+        let list = [&["exec", "a", "--"], &list[..]].concat();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !done(&list).contains("cmd=client|id") {
+            assert!(Instant::now() < deadline, "no client connects");
+        }
+        client
+    }
+
+    fn ask(&mut self) {
+        let input = self.0.stdin.as_mut().expect("its input");
+        input.write_all(b"CLIENT ID\n").expect("asking");
+    }
+
+    /// One that had to connect again has another id.
+    fn assert_connected(mut self) {
+        self.ask();
+        let told = self.0.wait_with_output().expect("a client");
+        let told = String::from_utf8_lossy(&told.stdout).into_owned();
+        let ids: Vec<&str> = told.split_whitespace().collect();
+        assert!(
+            matches!(ids[..], [one, other] if one == other),
+            "ids {told}"
+        );
+    }
+}
+
 /// And whoever asks twice under one id moves it once.
 #[test]
 fn a_workload_joins_a_network_that_is_there_already() {
     let _turn = turn();
-    let done = |arguments: &[&str]| {
-        let output = lab(arguments).output().expect("lab");
-        assert!(output.status.success(), "{arguments:?}: {}", text(&output));
-        text(&output)
-    };
     done(&["up"]);
     let started = done(&["start", "a", "redis"]);
-    assert!(started.contains("process/10000"), "{started}");
-    let address = "10.90.0.101";
-    assert!(started.contains(address), "{started}");
+    let (workload, address) = ("process/10000", "10.90.0.101");
+    assert!(
+        started.contains(workload) && started.contains(address),
+        "{started}"
+    );
     done(&["exec", "b", "--", "sh", "-ec", NETWORK]);
+    let client = Client::connect(address);
     let id = "00000000000000000000000000000007";
-    let move_it = "pageferry migrate process/10000 --to b --join-network web --id";
-    let words: Vec<&str> = move_it.split(' ').chain([id]).collect();
-    let there = [&["exec", "a", "--"], &words[..]].concat();
+    let there = [
+        &["exec", "a", "--", "pageferry", "migrate", workload, "--to"],
+        &["b", "--join-network", "web", "--id", id][..],
+    ]
+    .concat();
     let first = done(&there);
-    let answers = |node| {
-        let asked = done(&["exec", node, "--", "redis-cli", "-h", address, "ping"]);
-        assert!(asked.contains("PONG"), "{asked}");
-    };
-    answers("a");
+    client.assert_connected();
     let inside = done(&["exec", "b", "--", "sh", "-c", INODES]);
     let inodes: Vec<&str> = inside.split_whitespace().collect();
     assert!(
@@ -197,22 +239,22 @@ fn a_workload_joins_a_network_that_is_there_already() {
     // Its process is not here any more, and that is nothing to a call that was made before.
     let again = done(&there);
     assert!(first.contains(id) && again.contains(id), "{first}{again}");
-    let refused = lab(&[&there[..], &["--verify"]].concat()).output();
-    let refused = refused.expect("lab");
+    let other = [&there[..], &["--verify"]].concat();
+    let refused = lab(&other).output().expect("lab");
     assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
     assert!(text(&refused).contains("id-taken"), "{}", text(&refused));
-    // Back into one that is made, and the other one is left without links.
+    // Back into one that is made; the other one stays, without links.
     done(&[
         "exec",
         "b",
         "--",
         "pageferry",
         "migrate",
-        "process/10000",
+        workload,
         "--to",
         "a",
     ]);
-    answers("b");
+    Client::connect(address).assert_connected();
     let links = done(&["exec", "b", "--", "ip", "-n", "web", "-o", "link"]);
     assert!(!links.contains("eth0"), "{links}");
     done(&["down"]);

@@ -335,3 +335,46 @@ fn parse_migrate(
         },
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(change: impl FnOnce(&mut schema::MigrateRequest)) -> Result<MigrateRequest, Status> {
+        let mut request = schema::MigrateRequest {
+            workload: "process/7".to_owned(),
+            to: "b".to_owned(),
+            ..schema::MigrateRequest::default()
+        };
+        change(&mut request);
+        parse_migrate(request, Policy::DEFAULT)
+    }
+
+    #[test]
+    fn a_request_says_what_the_migration_is_called_and_what_it_joins() {
+        let plain = parse(|_| ()).unwrap();
+        assert_eq!((plain.id, plain.asked), (None, Asked::default()));
+        let id = "0123456789abcdef0123456789abcdef";
+        let named = parse(|request| {
+            request.id = Some(id.to_owned());
+            request.join_network = Some("web".to_owned());
+        });
+        let named = named.unwrap();
+        assert_eq!(named.id, Some(id.parse().unwrap()));
+        assert_eq!(named.asked.network, Some("web".parse().unwrap()));
+        let refused = |change: fn(&mut schema::MigrateRequest), word: &str| {
+            let status = parse(change).unwrap_err();
+            assert_eq!(status.code(), tonic::Code::InvalidArgument);
+            assert!(status.message().contains(word), "{status}");
+        };
+        refused(|request| request.id = Some("7".to_owned()), "\"7\"");
+        refused(
+            |request| request.join_network = Some("../a".to_owned()),
+            "\"../a\"",
+        );
+        refused(
+            |request| request.workload = "vm/a".to_owned(),
+            "\"vm\" is not one of",
+        );
+    }
+}

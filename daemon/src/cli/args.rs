@@ -196,11 +196,32 @@ mod tests {
         <Cli as clap::CommandFactory>::command().debug_assert();
     }
 
+    fn migrate(words: &[&str]) -> Result<MigrateArgs, clap::Error> {
+        let begin = ["pageferry", "migrate"];
+        let Cli { command, .. } = Cli::try_parse_from(begin.iter().chain(words))?;
+        match command {
+            Command::Migrate(arguments) => Ok(arguments),
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
-    fn a_workload_or_node_that_is_none_is_wrong_usage() {
-        for wrong in [["process/x", "b"], ["web", "b"], ["process/1", "B_2"]] {
-            let words = ["pageferry", "migrate", wrong[0], "--to", wrong[1]];
-            let error = Cli::try_parse_from(words).unwrap_err();
+    fn a_workload_node_id_or_network_that_is_none_is_wrong_usage() {
+        let whole = ["process/1", "--to", "b", "--join-network", "web", "--id"];
+        let id = "0123456789abcdef0123456789abcdef";
+        let arguments = migrate(&[&whole[..], &[id]].concat()).unwrap();
+        assert_eq!(arguments.id.unwrap().to_string(), id);
+        assert_eq!(arguments.join_network.unwrap().as_str(), "web");
+        // Whether it can move the daemon says.
+        assert!(migrate(&["runc/web", "--to", "b"]).is_ok());
+        for wrong in [
+            &["process/x", "--to", "b"][..],
+            &["web", "--to", "b"],
+            &["process/1", "--to", "B_2"],
+            &["process/1", "--to", "b", "--id", "7"],
+            &["process/1", "--to", "b", "--join-network", "/run/netns/web"],
+        ] {
+            let error = migrate(wrong).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{error}");
         }
     }

@@ -6,13 +6,14 @@ use std::process::{Command, Stdio};
 use pageferry::migration::journal::FINISHED_MAX;
 use pageferry::migration::registry::{MigrateRequest, Registry};
 use pageferry::migration::source::site::Asked;
+use pageferry::net::lanes::{self, Listener};
 use pageferry_proto::id::{MigrationId, WorkloadName};
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::{DriverState, Entry};
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
-use crate::node::{ANY_PORT, Node, Sleeper, name, status, until};
+use crate::node::{ANY_PORT, DEADLINE, Node, Sleeper, name, status, until};
 use crate::{GENERATION, id, offered, ran};
 
 /// No process has such a pid.
@@ -26,6 +27,16 @@ fn moved() -> Vec<Entry> {
     entries.push(Entry::Started { generation });
     entries.push(Entry::Done);
     entries
+}
+
+/// Serves what comes to a node.
+fn serve(registry: &Registry, mut listener: Listener) {
+    let registry = registry.clone();
+    tokio::spawn(async move {
+        while let Some(session) = listener.next().await {
+            registry.accept(session).await;
+        }
+    });
 }
 
 /// The call that has begun [`moved`].
@@ -192,4 +203,19 @@ async fn what_was_begun_in_place_of_a_migration_is_known_after_a_restart() {
     assert_eq!(known.successor, Some(id(9)));
     let known = status(&registry, id(9), |_| true).await;
     assert_eq!((known.status.phase, known.successor), (Phase::Done, None));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_whose_id_left_this_node_does_not_come_to_it() {
+    let node = Node::new();
+    node.write(id(5), &moved(), 0);
+    let here = node.endpoint("b", &[("a", ANY_PORT.parse().unwrap())]);
+    let there = node.endpoint("a", &[("b", here.listen())]);
+    let registry = node.start(here.clone()).await;
+    serve(&registry, Listener::start(here));
+    let peer = name("b");
+    let mut session = lanes::dial(&there, &peer, id(5), 1).await.unwrap();
+    let heard = tokio::time::timeout(DEADLINE, session.receiver.next()).await;
+    let closed = heard.unwrap().unwrap_err();
+    assert_eq!(closed.closed_by_peer(), Some(ErrorCode::IdTaken));
 }
