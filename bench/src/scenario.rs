@@ -8,6 +8,7 @@ pub mod apps;
 pub mod baseline;
 pub mod capture;
 pub mod cases;
+pub mod direct;
 pub mod faults;
 pub mod memory;
 pub mod nginx;

@@ -311,6 +311,11 @@ impl Freezer {
         fs::create_dir_all(&self.path).map_err(|source| self.io("creating", source))
     }
 
+    /// The interface in use.
+    pub fn version(&self) -> FreezerVersion {
+        self.version
+    }
+
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.path
@@ -393,21 +398,24 @@ impl Freezer {
     /// Freezes and waits until the kernel says that every task is frozen. Blocks, at most
     /// [`FREEZE_TIMEOUT`]; on a time-out the cgroup is thawed again.
     pub fn freeze(&self) -> Result<(), CgroupError> {
-        self.freeze_unless(|| false)
+        let frozen = self.freeze_unless(|| false);
+        if matches!(frozen, Err(CgroupError::FreezeTimeout { .. })) {
+            self.thaw()?;
+        }
+        frozen.map(drop)
     }
 
-    /// As [`Freezer::freeze`], but ends early, with the cgroup thawed, once `cut` says so: ask
-    /// whether it did.
-    pub fn freeze_unless(&self, cut: impl Fn() -> bool) -> Result<(), CgroupError> {
+    /// As [`Freezer::freeze`], but ends early once `cut` says so. Returns whether it is frozen. If
+    /// not, and on a time-out, it is still about to be: the caller thaws it.
+    pub fn freeze_unless(&self, cut: impl Fn() -> bool) -> Result<bool, CgroupError> {
         let deadline = Instant::now() + FREEZE_TIMEOUT;
         self.begin_freeze()?;
         let mut asked = Instant::now();
         while !self.is_frozen()? {
             if cut() {
-                return self.write_state(false);
+                return Ok(false);
             }
             if Instant::now() > deadline {
-                self.write_state(false)?;
                 return Err(CgroupError::FreezeTimeout {
                     path: self.path.clone(),
                 });
@@ -418,7 +426,7 @@ impl Freezer {
                 asked = Instant::now();
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Thaws. A task with a pending SIGKILL dies now.

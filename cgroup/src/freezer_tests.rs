@@ -76,7 +76,7 @@ const CHILDREN: usize = 8;
 const STOPS: usize = 500;
 
 #[test]
-fn a_freeze_that_is_cut_is_given_up_at_once() {
+fn a_freeze_that_is_cut_ends_at_once() {
     let root = FreezerRoot::detect().expect("a freezer");
     let freezer = made(&root, "test-cut");
     let mut trial = Trial::start("freezer::tests::workload");
@@ -100,9 +100,11 @@ fn a_freeze_that_is_cut_is_given_up_at_once() {
     freezer.adopt(|| Ok(vec![trial.pid()])).expect("adopt");
     let polls = std::cell::Cell::new(0);
     let cut = || polls.replace(polls.get() + 1) == 3;
-    freezer.freeze_unless(cut).expect("cut before its time-out");
+    let frozen = freezer.freeze_unless(cut);
+    assert!(!frozen.expect("cut before its time-out"));
     assert!(!freezer.is_frozen().expect("state"));
-    // It was asked no more, and what can run runs.
+    freezer.thaw().expect("thaw");
+    // It was asked no more, and what can run runs once it is thawed.
     assert_eq!(polls.get(), 4);
     assert_eq!(trial.tell("signals"), "0");
     let timed_out = freezer.freeze();

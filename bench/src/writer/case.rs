@@ -1,5 +1,6 @@
 //! Cases: odd things programs do with memory and processes, each checking itself.
 
+pub mod direct;
 pub mod flags;
 pub mod mappings;
 pub mod refused;
@@ -31,8 +32,6 @@ pub enum Demand {
     MustMove,
     /// It moves, or is refused by one of these codes before any freeze.
     MayBeRefused(&'static [&'static str]),
-    /// It is refused by this code when the move is under way, and runs on.
-    MustBeRefused(&'static str),
 }
 
 /// A case by name.
@@ -44,7 +43,7 @@ pub struct Kind {
 }
 
 /// Every case.
-pub const ALL: [Kind; 24] = [
+pub const ALL: [Kind; 25] = [
     must("none", || Ok(Box::new(Nothing))),
     must("remap", mappings::Remap::start),
     must("brk", mappings::Heap::start_churning),
@@ -63,13 +62,10 @@ pub const ALL: [Kind; 24] = [
     must("swapped", flags::SwappedOut::start),
     must("threads", tree::Threads::start),
     must("processes", tree::Processes::start),
+    must("direct-io", direct::always),
+    must("direct-io-late", direct::late),
+    must("direct-io-threads", direct::among_threads),
     may_refuse("hugetlb", &["hugetlb"], refused::hugetlb),
-    may_refuse("direct-io", &["direct-io"], refused::direct_io),
-    Kind {
-        name: "direct-io-late",
-        demand: Demand::MustBeRefused("direct-io"),
-        start: refused::direct_io_late,
-    },
     may_refuse("aio", &["direct-io"], refused::aio),
     may_refuse("io-uring", &["io-uring", "direct-io"], refused::io_uring),
     may_refuse("secretmem", &["secretmem"], refused::secretmem),

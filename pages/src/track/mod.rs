@@ -31,6 +31,7 @@
 
 mod eager;
 mod error;
+pub mod frozen;
 mod inject;
 pub mod maps;
 mod probe;
@@ -55,8 +56,10 @@ pub use error::TrackError;
 pub use inject::InjectError;
 use maps::{Flags, Mapping};
 use probe::areas::Areas;
+use probe::calls::Calls;
 use probe::files::Files;
 use probe::threads::Threads;
+pub use scan::Scanning;
 
 use crate::read::Reader;
 
@@ -71,6 +74,8 @@ pub struct Support {
     files: Option<Arc<Files>>,
     /// Tells which threads are traced, likewise.
     threads: Option<Arc<Threads>>,
+    /// Tells which calls they are in, likewise.
+    calls: Option<Arc<Calls>>,
 }
 
 /// How a space is attached.
@@ -217,11 +222,16 @@ impl Support {
             let cost = "the status of every thread is read, for 10 us,";
             Threads::load(types).inspect_err(without(cost))
         });
+        let calls = types.map(|types| {
+            let cost = "the call of every thread is read, for 5 us,";
+            Calls::load(types).inspect_err(without(cost))
+        });
         Ok(Self {
             guard: scan.guard,
             flags: flags.and_then(Result::ok).map(Arc::new),
             files: files.and_then(Result::ok).map(Arc::new),
             threads: threads.and_then(Result::ok).map(Arc::new),
+            calls: calls.and_then(Result::ok).map(Arc::new),
         })
     }
 }

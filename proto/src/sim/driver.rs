@@ -230,6 +230,7 @@ impl World {
                 wire_bytes: raw_bytes / 2,
                 duration: PAGE_DURATION * pages.max(1),
                 eager_bytes: 0,
+                anew: false,
             }));
         };
         if let Some(stream) = last.unsent.pop_front() {

@@ -357,6 +357,7 @@ pub fn round_report(round: u32, sent: u64, dirtied: u64) -> RoundReport {
         wire_bytes: PageCount(sent).bytes() / 2,
         duration: Duration::from_secs(1),
         eager_bytes: 0,
+        anew: false,
     }
 }
 

@@ -138,6 +138,10 @@ fn act(words: &[&str]) -> io::Result<String> {
         "fork" => fork(),
         "clone-vm" => clone_with_memory(),
         "block" => block::block(words[1]),
+        "read-direct" => {
+            let length = usize::try_from(parse(words[3])).unwrap();
+            block::read_direct(words[1], parse(words[2]), length)
+        }
         "open" => files::open(words[1]),
         "sockets" => files::open_sockets(),
         "signals" => Ok(SIGNALS.load(Ordering::SeqCst).to_string()),

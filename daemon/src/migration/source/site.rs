@@ -44,7 +44,7 @@ use super::network::Network;
 use super::sending::{Sending, Sums};
 use super::sent::Sent;
 use super::storage::Kept;
-use super::tracking::Tracking;
+use super::tracking::{Paused, Tracking};
 use super::waits::Waits;
 use super::workload::Workload;
 use crate::migration::text::internal;
@@ -118,6 +118,11 @@ impl Site {
         (self.dumping.held(), self.kept.synced())
     }
 
+    /// Tells how often it stood still for scans, and how long.
+    pub fn paused(&self) -> Paused {
+        self.tracking.paused()
+    }
+
     /// Sends over this connection from now on.
     pub fn connect(&mut self, data: Option<DataSender>) {
         self.sending.connect(data);
@@ -129,7 +134,8 @@ impl Site {
             self.kept.offer_is_answered();
             self.workload.adopt()?;
             self.network.sockets.observe(&self.workload)?;
-            self.scan()
+            // Nothing was sent that could be void.
+            self.scan().map(drop)
         })?;
         self.dumping.begin(&self.workload)
     }
@@ -138,6 +144,7 @@ impl Site {
     pub async fn round(&mut self, round: Round) -> Result<RoundReport, Failure> {
         let began = Instant::now();
         if !self.tracking.is_pending() {
+            // Whatever it is, this round sends it.
             block_in_place(|| self.scan())?;
         }
         let last_scan = self.tracking.scanned();
@@ -152,7 +159,7 @@ impl Site {
         let sent = began.elapsed();
         syncing.ended(&self.waits).await?;
         let waited = began.elapsed().saturating_sub(sent);
-        block_in_place(|| self.scan())?;
+        let anew = block_in_place(|| self.scan())?;
         self.dumping.tend(&self.workload, &self.waits).await?;
         self.glance = Glance::now(&self.workload, &mut self.network.sockets);
         let dirtied = self.tracking.pages_pending();
@@ -168,11 +175,14 @@ impl Site {
             // Without the wait for storage, which says nothing of the link.
             duration: began.elapsed().saturating_sub(waited),
             eager_bytes: self.tracking.eager_bytes(),
+            anew,
         })
     }
 
-    fn scan(&mut self) -> Result<(), Failure> {
-        self.tracking.scan(&self.workload, &self.network.sockets)
+    /// Whether what was found is everything once more.
+    fn scan(&mut self) -> Result<bool, Failure> {
+        let (workload, sockets) = (&self.workload, &self.network.sockets);
+        self.tracking.scan(workload, sockets, &self.waits)
     }
 
     /// Closes the ports and freezes the tree, or gives that up. CRIU stands ready before either.

@@ -158,6 +158,8 @@ mod tests {
     use tokio::sync::watch;
 
     use super::*;
+    use tokio::sync::watch;
+
     use crate::runtime::shared::tests::fuse::{Fuse, Silent};
 
     /// A process that has files open, killed on drop.

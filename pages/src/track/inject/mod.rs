@@ -31,7 +31,7 @@
 
 mod call;
 mod gadget;
-mod restart;
+pub(super) mod restart;
 mod stop;
 
 use std::io;

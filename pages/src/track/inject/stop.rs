@@ -147,7 +147,7 @@ impl Drop for Stopped {
 }
 
 /// Seizes and interrupts one thread; false when it has ended.
-fn seize(tid: i32) -> Result<bool, InjectError> {
+pub(super) fn seize(tid: i32) -> Result<bool, InjectError> {
     match ptrace::seize(tid) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(false),
@@ -217,7 +217,7 @@ const PASSES_MAX: usize = 8;
 const THREADS_MAX: usize = 16384;
 
 /// After how long a thread in state D counts as standing still. A short one will come by itself.
-const UNINTERRUPTIBLE_AFTER: Duration = Duration::from_millis(2);
+pub(super) const UNINTERRUPTIBLE_AFTER: Duration = Duration::from_millis(2);
 
 /// How often the processor is given away before the first pause.
 const YIELDS: u32 = 64;

@@ -98,15 +98,22 @@ impl Site {
             Ok(scans) => scans,
             Err(unfit) => return Ok(Err(unfit)),
         };
-        waits.on(Wait::Scan, looking.end()).await??;
-        Ok(Ok(scans))
+        let busy = block_in_place(|| workload.busy())?;
+        let seen = waits.on(Wait::Scan, looking.end()).await??;
+        if let Some(busy) = busy {
+            return Ok(Err(Unfit::Passing(busy)));
+        }
+        Ok(match self.tracking.begins_anew(seen) {
+            Some(direct) => Err(Unfit::Unseen(format!("{direct}, since the last round"))),
+            None => Ok(scans),
+        })
     }
 
     /// What a frozen tree needs that is not dumped.
     fn unfit(&mut self, unfit: Unfit) -> Result<SourceEvent, Failure> {
         match unfit {
             Unfit::Passing(passing) => self.tries.give_up(&passing.to_string(), &Sums::default()),
-            Unfit::LateBirth(reason) => {
+            Unfit::Unseen(reason) => {
                 let reason = Failure::new(ErrorCode::RetryRound, reason);
                 Sums::default().given_up(reason, Duration::ZERO)
             }

@@ -174,6 +174,7 @@ impl Site {
             freezer,
             origin,
             locks,
+            support: node.support.clone(),
         };
         let found = Found {
             workload,
@@ -232,6 +233,7 @@ impl Site {
             freezer: Freezer::at(state.freezer),
             origin: state.origin,
             locks: Locks::default(),
+            support: node.support.clone(),
         };
         let found = Found {
             workload,
