@@ -38,8 +38,8 @@ async fn parties(request: &[u8]) -> Parties {
     }
 }
 
-async fn next(parties: &mut Parties) -> Result<Event, TalkError> {
-    let next = timeout(ENOUGH, parties.conversation.next()).await;
+async fn next(conversation: &mut Conversation) -> Result<Event, TalkError> {
+    let next = timeout(ENOUGH, conversation.next()).await;
     next.expect("something happens")
 }
 
@@ -81,7 +81,7 @@ async fn descriptors_ride_with_their_packets() {
         descriptors: vec![file.into()],
     };
     parties.criu.send(&packet).await.expect("room");
-    let event = next(&mut parties).await.expect("criu talks");
+    let event = next(&mut parties.conversation).await.expect("criu talks");
     assert!(matches!(
         event,
         Event::Notify {
@@ -115,7 +115,7 @@ async fn a_client_that_thinks_for_too_long_is_answered_for() {
         .send(&notification("post-dump").into())
         .await
         .expect("room");
-    next(&mut parties).await.expect("criu talks");
+    next(&mut parties.conversation).await.expect("criu talks");
     parties.conversation.client_answer_max = Duration::from_millis(10);
     let silent = parties.conversation.relay().await;
     assert!(
@@ -130,7 +130,7 @@ async fn a_client_that_thinks_for_too_long_is_answered_for() {
 async fn a_client_hears_that_criu_has_ended_without_a_word() {
     let mut parties = parties(&DUMP).await;
     drop(parties.criu);
-    let ended = next(&mut parties).await;
+    let ended = next(&mut parties.conversation).await;
     assert!(matches!(ended, Err(TalkError::Closed)), "{ended:?}");
     parties.conversation.reply().await.expect("it listens");
     let response = heard(&parties.client).await.bytes;
@@ -148,7 +148,7 @@ async fn whoever_waits_for_one_side_hears_of_the_others_end() {
     let mut parties = parties(&DUMP).await;
     heard(&parties.criu).await;
     drop(parties.client);
-    let gone = next(&mut parties).await;
+    let gone = next(&mut parties.conversation).await;
     assert!(matches!(gone, Err(TalkError::ClientClosed)), "{gone:?}");
     assert!(parties.conversation.client().is_none());
     // What CRIU says from now on is for us alone.
@@ -157,7 +157,7 @@ async fn whoever_waits_for_one_side_hears_of_the_others_end() {
         .send(&notification("post-dump").into())
         .await
         .expect("room");
-    next(&mut parties).await.expect("criu talks");
+    next(&mut parties.conversation).await.expect("criu talks");
     assert!(
         parties
             .conversation
@@ -173,7 +173,7 @@ async fn whoever_waits_for_one_side_hears_of_the_others_end() {
         .send(&notification("post-dump").into())
         .await
         .expect("room");
-    next(&mut parties).await.expect("criu talks");
+    next(&mut parties.conversation).await.expect("criu talks");
     drop(parties.criu);
     let gone = parties.conversation.relay().await;
     assert!(matches!(gone, Err(TalkError::Closed)), "{gone:?}");

@@ -29,7 +29,7 @@ pub async fn a_killed_criu_leaves_the_workload_as_it_was() {
     let mut killed = 0;
     for calls in (1..).step_by(STEP) {
         match kill_after(&workload, calls).await {
-            Hit::Hit => killed += 1,
+            Hit::InTime => killed += 1,
             Hit::Late => {}
             Hit::Never => break,
         }
@@ -57,7 +57,7 @@ pub async fn a_dump_given_up_in_its_middle_leaves_the_workload_as_it_was() {
             assert_eq!(ended.expect("it ends"), Ending::ByItself);
         });
         match hit.await {
-            Hit::Hit => given_up += 1,
+            Hit::InTime => given_up += 1,
             Hit::Late => {}
             Hit::Never => break,
         }
@@ -215,7 +215,7 @@ async fn begin(run: &Run, workload: &Workload, feed: &mut Feed) -> Conversation 
 }
 
 enum Hit {
-    Hit,
+    InTime,
     /// The dump was over before we looked again.
     Late,
     /// A whole dump makes fewer calls.
@@ -252,7 +252,7 @@ async fn end_after(workload: &Workload, calls: u64, end: impl AsyncFn(&mut Conve
     let said = fs::read_to_string(run.work.join("criu.out")).expect("our own");
     assert!(!said.contains("left"), "{calls}: {said}");
     fs::remove_dir_all(run.images).expect("our own");
-    Hit::Hit
+    Hit::InTime
 }
 
 /// Whether CRIU's handler for a parasite that dies can run.

@@ -256,7 +256,8 @@ impl Dump {
 
     /// Answers the held notification with failure, or lets CRIU find nobody at the next one: it
     /// lets go of the tasks, which then are held by the cgroup alone. One that has not done so
-    /// within `patience` is killed, and its tracer puts the tasks back. Waits until both have ended.
+    /// within `patience` is killed, and its tracer puts the tasks back. Waits until both have
+    /// ended.
     pub async fn rollback(mut self, patience: Duration) -> Result<(), DumpError> {
         match self.criu.give_up(patience, END_TIMEOUT).await {
             Ok(Ending::ByItself) => Ok(()),

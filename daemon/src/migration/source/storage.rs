@@ -158,7 +158,6 @@ mod tests {
     use tokio::sync::watch;
 
     use super::*;
-    use tokio::sync::watch;
 
     use crate::runtime::shared::tests::fuse::{Fuse, Silent};
 
