@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use super::attempt::images;
 use super::course::Taken;
+use super::lock::lock_taken;
 use super::memory::Memory;
 use super::node::{Attempt, Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload};
 use super::oracle::Violation;
 use super::world::{PAGE_DURATION, World, workload_gone};
 use crate::id::{Generation, Round, SpaceId};
+use crate::migration::handoff::Side;
 use crate::migration::ledger::{Arrival, Ledger, LedgerError};
 use crate::migration::policy::RoundReport;
 use crate::migration::record::DriverState;
@@ -97,15 +99,23 @@ impl World {
             SourceAction::Thaw { untrack } => {
                 self.undo_at_source();
                 self.check_thaw()?;
-                if self.source.workload == SourceWorkload::Frozen {
-                    self.source.workload = SourceWorkload::Running;
-                    self.source.frozen_at = None;
+                if self.take_lock_back() {
+                    if self.source.workload == SourceWorkload::Frozen {
+                        self.source.workload = SourceWorkload::Running;
+                        self.source.frozen_at = None;
+                    }
+                    SourceJob::Thaw { untrack }
+                } else {
+                    SourceJob::Late(SourceEvent::Failure(lock_taken()))
                 }
-                SourceJob::Thaw { untrack }
             }
             SourceAction::Track => {
                 self.source.memory.restart();
                 SourceJob::Track
+            }
+            SourceAction::Unlock => {
+                self.unlock_at_source()?;
+                SourceJob::Unlock
             }
         };
         let undone = matches!(
@@ -133,7 +143,8 @@ impl World {
                 | SourceJob::Journal { .. }
                 | SourceJob::Late(_)
                 | SourceJob::Release
-                | SourceJob::Thaw { .. } => {}
+                | SourceJob::Thaw { .. }
+                | SourceJob::Unlock => {}
             }
         }
     }
@@ -192,6 +203,7 @@ impl World {
             SourceJob::Track => outcome(SourceEvent::TrackingReady {
                 memory: self.source.memory.memory.pages(),
             }),
+            SourceJob::Unlock => outcome(SourceEvent::Unlocked),
         };
         self.at_source(event);
     }
@@ -243,6 +255,7 @@ impl World {
             live_sets: last.live_sets,
             images: last.images,
             digests: last.digests,
+            locks: u32::from(self.lock.is_some()),
             raw_bytes,
             wire_bytes: raw_bytes / 2,
         };
@@ -312,6 +325,9 @@ impl World {
                 self.let_go()?;
                 TargetJob::LetGo
             }
+            TargetAction::Lock => TargetJob::Lock {
+                has_lock: self.lock_at_target(),
+            },
             TargetAction::Prepare(_) => {
                 self.target.ledger = Some(Ledger::new());
                 self.target.taken = Taken::default();
@@ -355,6 +371,7 @@ impl World {
         match self.target.workload {
             TargetWorkload::Held | TargetWorkload::Dropped => {
                 self.target.workload = TargetWorkload::Nothing;
+                self.release_lock(Side::Target);
             }
             TargetWorkload::Nothing | TargetWorkload::Running | TargetWorkload::Lost => {}
         }
@@ -370,7 +387,8 @@ impl World {
                 | TargetJob::Fill
                 | TargetJob::Journal { .. }
                 | TargetJob::Late(_)
-                | TargetJob::LetGo => {}
+                | TargetJob::LetGo
+                | TargetJob::Lock { .. } => {}
             }
         }
     }
@@ -420,6 +438,14 @@ impl World {
                     TargetEvent::Resumed
                 }
             }
+            TargetJob::Lock { has_lock } => match self.target.workload {
+                TargetWorkload::Held if has_lock => outcome(TargetEvent::Locked),
+                TargetWorkload::Held => TargetEvent::NotLocked(lock_taken()),
+                TargetWorkload::Nothing
+                | TargetWorkload::Dropped
+                | TargetWorkload::Running
+                | TargetWorkload::Lost => TargetEvent::Failure(workload_gone()),
+            },
             TargetJob::Prepare => outcome(TargetEvent::Prepared { state: state() }),
             TargetJob::Restore if failed => TargetEvent::Failure(injected()),
             TargetJob::Restore => {

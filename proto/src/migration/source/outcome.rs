@@ -98,6 +98,14 @@ impl SourceMachine {
         if durable {
             self.edges.committed = Some(now);
         }
+        match question {
+            Question::Go if self.locks => self.unlock(1),
+            Question::Go | Question::Query => self.await_answer(now, question),
+        }
+    }
+
+    /// From here on the target says what becomes of the workload.
+    pub(super) fn await_answer(&mut self, now: Time, question: Question) {
         self.state = State::Decided(Decided::Committed { question });
         self.timers
             .set(Timer::Silence, now.after(super::SILENCE_MAX));
@@ -248,7 +256,7 @@ impl SourceMachine {
                         *step = Reclaim::Concluding;
                         self.journal(Entry::Aborted(self.failure_or_unknown()));
                     }
-                    Evidence::Refused(_) => self.conclude(now),
+                    Evidence::Refused(..) => self.conclude(now),
                 }
             }
             // A thaw that was asked for twice.
@@ -302,6 +310,10 @@ impl SourceMachine {
                 },
             )
             | State::Over(Over::Aborting(Undo::Thawing(_))) => self.retry_later(now, failure),
+            State::Decided(Decided::Unlocking { tries }) => {
+                let tries = *tries;
+                self.unlock_failed(now, tries, failure);
+            }
             State::Decided(_) => self.note(failure),
             State::Over(_) => {}
         }
@@ -317,6 +329,7 @@ impl SourceMachine {
                 *question = Question::Query;
                 self.speak(now);
             }
+            State::Decided(Decided::Unlocking { .. }) => self.await_answer(now, Question::Query),
             State::Decided(_) | State::Over(_) => {}
         }
     }
@@ -332,7 +345,9 @@ impl SourceMachine {
             State::Decided(Decided::Prepared { evidence, .. }) => {
                 evidence.get_or_insert(fenced);
             }
-            State::Decided(Decided::Committed { .. }) => self.reclaim(fenced),
+            State::Decided(Decided::Unlocking { .. } | Decided::Committed { .. }) => {
+                self.reclaim(fenced);
+            }
             State::Decided(_) | State::Over(_) => {}
         }
     }
@@ -389,11 +404,15 @@ impl SourceMachine {
                 ..
             })
             | State::Over(Over::Aborting(Undo::Thawing(permit))) => self.thaw(*permit, true),
+            State::Decided(Decided::Unlocking { tries }) => {
+                let tries = *tries;
+                self.unlock(tries + 1);
+            }
             State::Undecided(..) | State::Decided(_) | State::Over(_) => {}
         }
     }
 
-    fn retry_later(&mut self, now: Time, failure: Failure) {
+    pub(super) fn retry_later(&mut self, now: Time, failure: Failure) {
         self.note(failure);
         self.timers.set(Timer::Retry, now.after(RETRY));
     }
