@@ -139,6 +139,7 @@ fn act(words: &[&str]) -> io::Result<String> {
         "clone-vm" => clone_with_memory(),
         "block" => block::block(words[1]),
         "open" => files::open(words[1]),
+        "lock-file" => files::lock(&words[1..]),
         "sockets" => files::open_sockets(),
         "signals" => Ok(SIGNALS.load(Ordering::SeqCst).to_string()),
         _ => act_silently(words).map(|()| String::from("done")),

@@ -1,0 +1,105 @@
+//! A place beside a frozen cgroup, where a thread of it stands thawed.
+//!
+//! A thread must not be frozen to make a call for somebody who traces it, and all others must stay
+//! so. In the v1 hierarchy the thread alone is moved; in cgroup v2 its process is, and whoever moves
+//! it has seized all of its threads before.
+//!
+//! Invariants: a thread is moved only while it is held by a trace that does not let it run, and is
+//! put back before that ends. Absent: tracing.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use crate::freezer::{CgroupError, Freezer, FreezerVersion};
+
+/// How the name of the place ends, behind that of the frozen cgroup.
+const ASIDE: &str = "-aside";
+
+/// How often the kernel is asked whether all are frozen again.
+const POLL: Duration = Duration::from_micros(100);
+
+/// How often it is asked to freeze, meanwhile: a task on its way into a stop of job control does
+/// not notice the v1 freezer, and once it is stopped it is frozen only when it is asked for anew.
+const AGAIN: Duration = Duration::from_millis(3);
+
+/// The place. It is removed on drop, unless somebody is in it.
+#[derive(Debug)]
+pub struct Aside<'a> {
+    frozen: &'a Freezer,
+    place: Freezer,
+}
+
+impl Freezer {
+    /// Makes a place beside this one. One that was left there is used again.
+    pub fn aside(&self) -> Result<Aside<'_>, CgroupError> {
+        let place = self.beside();
+        place.make()?;
+        Ok(Aside {
+            frozen: self,
+            place,
+        })
+    }
+
+    /// Waits until the kernel says that every task is frozen. Unlike [`Freezer::freeze`] it never
+    /// thaws: false if they are not all frozen within `limit`.
+    pub fn wait_frozen(&self, limit: Duration) -> Result<bool, CgroupError> {
+        let deadline = Instant::now() + limit;
+        let mut asked = Instant::now();
+        while !self.is_frozen()? {
+            if deadline < Instant::now() {
+                return Ok(false);
+            }
+            std::thread::sleep(POLL);
+            if AGAIN < asked.elapsed() {
+                self.begin_freeze()?;
+                asked = Instant::now();
+            }
+        }
+        Ok(true)
+    }
+
+    fn beside(&self) -> Self {
+        let mut name = self.path().file_name().unwrap_or_default().to_owned();
+        name.push(ASIDE);
+        self.sibling(&name)
+    }
+
+    /// Removes a place beside this one that a dead daemon has left; not one that somebody is in.
+    pub(crate) fn remove_aside(&self) {
+        // Usually there is none.
+        let _ = fs::remove_dir(self.beside().path());
+    }
+}
+
+impl Aside<'_> {
+    /// The threads of process `pid` that must be seized for thread `tid` to be taken out.
+    pub fn moved_with(&self, tid: i32, threads: Vec<i32>) -> Vec<i32> {
+        match self.frozen.version() {
+            FreezerVersion::V1 => vec![tid],
+            FreezerVersion::V2 => threads,
+        }
+    }
+
+    /// Takes a thread out of the frozen cgroup. It is thawed now.
+    pub fn take_out(&self, tid: i32) -> Result<(), CgroupError> {
+        self.place.take_in(tid)
+    }
+
+    /// Puts it back. It is frozen before it does anything of its own.
+    pub fn put_back(&self, tid: i32) -> Result<(), CgroupError> {
+        self.frozen.take_in(tid)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> PathBuf {
+        self.place.path().to_owned()
+    }
+}
+
+impl Drop for Aside<'_> {
+    fn drop(&mut self) {
+        // Found again by its name.
+        let _ = self.place.remove();
+    }
+}
