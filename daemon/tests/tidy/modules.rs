@@ -134,7 +134,7 @@ const PAGES: Modules = &[
     ("recv", &["decode", "store"]),
     ("send", &["encode", "pace", "pool", "read"]),
     ("store", &["decode", "digest"]),
-    ("track", &["pageferry_sys", "read"]),
+    ("track", &["pageferry_inject", "pageferry_sys", "read"]),
 ];
 
 /// What tests may use besides.

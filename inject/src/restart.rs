@@ -14,7 +14,7 @@
 use pageferry_sys::ptrace::{self, Registers};
 
 /// Repairs the result of the call a stopped thread is in, if it needs that.
-pub(super) fn mend(tid: i32) {
+pub(crate) fn mend(tid: i32) {
     if let Ok(mut registers) = ptrace::registers(tid)
         && mend_registers(&mut registers)
     {
@@ -24,7 +24,7 @@ pub(super) fn mend(tid: i32) {
 }
 
 /// The same for registers that are going to be put back; true when they were changed.
-pub(super) fn mend_registers(registers: &mut Registers) -> bool {
+pub(crate) fn mend_registers(registers: &mut Registers) -> bool {
     let call = registers.orig_rax.cast_signed();
     let interrupted = registers.rax.cast_signed() == -i64::from(libc::EINTR);
     let mends = interrupted && RESTARTED.contains(&call);
