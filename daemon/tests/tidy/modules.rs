@@ -30,6 +30,7 @@ const DAEMON: Modules = &[
             "link",
             "net",
             "pageferry_cgroup",
+            "pageferry_inject",
             "pageferry_pager",
             "pageferry_pages",
             "pageferry_sys",
@@ -50,7 +51,10 @@ const DAEMON: Modules = &[
             "runtime",
         ],
     ),
-    ("runtime", &["pageferry_cgroup", "pageferry_sys"]),
+    (
+        "runtime",
+        &["pageferry_cgroup", "pageferry_inject", "pageferry_sys"],
+    ),
     ("telemetry", &[]),
 ];
 

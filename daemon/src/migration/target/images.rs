@@ -82,7 +82,7 @@ fn adopts(images: &Path, tree: &[Process]) -> Result<bool, Failure> {
     ))
 }
 
-fn criu_failed(error: &ImageError) -> Failure {
+pub(super) fn criu_failed(error: &ImageError) -> Failure {
     Failure::new(ErrorCode::CriuFailed, chain(error))
 }
 

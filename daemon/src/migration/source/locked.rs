@@ -1,0 +1,260 @@
+//! The workload's file locks on storage that both nodes have: found in the freeze, let go between the
+//! commit and `Go`, and taken back before a thaw if that comes of it.
+//!
+//! ```text
+//! freeze ─ found; one that cannot be given away gives the freeze up, and is tried again: most
+//!          programs have such locks for some milliseconds
+//! tell ─── beside the images: `pageferry-locks`; and in the migration's folder: `locks`
+//! let go ─ `locks` becomes `locks.let-go`, then each of them is let go
+//! thaw ─── what is in `locks.let-go` is taken back first
+//! ```
+//!
+//! Invariants: a lock is let go only when it is written down that it was, in a folder that lives as
+//! long as the workload does; nothing is thawed as long as one of those is missing.
+
+use std::fs;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use pageferry_cgroup::freezer::Freezer;
+use pageferry_inject::InjectError;
+use pageferry_inject::locks::{self, FileLock, LockKind};
+use pageferry_proto::migration::source::{SourceEvent, Wait};
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::shared::LOCKS_FILE;
+use pageferry_sys::task::Status;
+
+use super::sending::Sums;
+use super::waits::Waits;
+use crate::migration::text::{chain, internal};
+use crate::runtime::detached;
+use crate::runtime::locks::{Found, Locks};
+
+/// The shortest pause after a freeze that met a lock that cannot move, and how much longer it may
+/// be.
+const PAUSE_MIN: Duration = Duration::from_millis(20);
+const PAUSE_SPREAD_MS: u64 = 180;
+
+/// Locks that are to be let go, and that were.
+const HELD: &str = "locks";
+const LET_GO: &str = "locks.let-go";
+
+/// The file locks of one workload.
+#[derive(Debug)]
+pub(super) struct FileLocks {
+    locks: Locks,
+    /// The migration's folder.
+    directory: PathBuf,
+    /// Those of the present freeze.
+    held: Vec<FileLock>,
+}
+
+impl FileLocks {
+    /// Those that are found by `locks`.
+    pub(super) fn new(locks: Locks, directory: PathBuf) -> Self {
+        Self {
+            locks,
+            directory,
+            held: Vec::new(),
+        }
+    }
+
+    /// Finds those of the frozen tree. What comes of a freeze that meets one that cannot be given
+    /// away; nothing if it meets none.
+    pub(super) async fn freeze(
+        &mut self,
+        pids: &[i32],
+        waits: &Waits,
+    ) -> Result<Option<SourceEvent>, Failure> {
+        let found = found(&self.locks, pids, waits).await?;
+        self.held = found.held;
+        let Some(unfit) = found.unfit.first() else {
+            return Ok(None);
+        };
+        let pause = pause(RandomState::new().build_hasher().finish());
+        tracing::info!(?pause, ?unfit, "the freeze is given up");
+        Sums::default().given_up(unfit.refused(), pause).map(Some)
+    }
+
+    /// Writes down what is to be let go, for the target beside the `images` and for this node.
+    /// Answers with how many there are.
+    pub(super) fn tell(&self, images: &Path) -> Result<u32, Failure> {
+        let held = self.directory.join(HELD);
+        if self.held.is_empty() {
+            // That of a freeze before this one.
+            return remove(&held).map(|()| 0);
+        }
+        let named = |lock: &FileLock| {
+            let ids = Status::read(lock.pid).map_err(|error| internal(&error))?.ids;
+            let pid = ids.last().copied().unwrap_or(lock.pid);
+            Ok(FileLock { pid, ..lock.clone() })
+        };
+        let named: Vec<FileLock> = self.held.iter().map(named).collect::<Result<_, Failure>>()?;
+        let limit = |error: io::Error| {
+            let text = format!("the file locks of the workload cannot be told: {error}");
+            Failure::new(ErrorCode::Limit, text)
+        };
+        locks::write(&held, &self.held).map_err(limit)?;
+        locks::write(&images.join(LOCKS_FILE), &named).map_err(limit)?;
+        u32::try_from(named.len()).map_err(|error| internal(&error))
+    }
+
+    /// What is to be let go when the commit is durable.
+    pub(super) fn to_let_go(&self) -> Result<ToLetGo, Failure> {
+        let (held, let_go) = (self.directory.join(HELD), self.directory.join(LET_GO));
+        if read(&let_go)?.is_none() && read(&held)?.is_some() {
+            fs::rename(&held, &let_go).map_err(|error| internal(&error))?;
+        }
+        Ok(ToLetGo(read(&let_go)?.unwrap_or_default()))
+    }
+
+    /// Takes back what was let go, for the frozen tree in `freezer`. While another has one of them
+    /// this fails, and the tree must stay frozen.
+    pub(super) async fn take_back(&self, freezer: &Freezer) -> Result<(), Failure> {
+        let let_go = self.directory.join(LET_GO);
+        let Some(missing) = read(&let_go)? else {
+            return Ok(());
+        };
+        if freezer.exists() && !freezer.is_empty() {
+            let began = Instant::now();
+            let frozen = freezer.clone();
+            let taking = detached::done("locks", move || locks::take_frozen(&missing, &frozen));
+            if let Some(missing) = taking.await?.map_err(|error| cannot("taken back", &error))? {
+                return Err(taken(&missing));
+            }
+            tracing::info!(took = ?began.elapsed(), "file locks are taken back");
+        }
+        remove(&let_go)
+    }
+}
+
+/// Locks of a committed workload that its target is to take.
+#[derive(Debug)]
+pub(super) struct ToLetGo(Vec<FileLock>);
+
+impl ToLetGo {
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether a process must let go of one itself, so that nobody may trace it.
+    pub(super) fn needs_calls(&self) -> bool {
+        self.0.iter().any(|lock| lock.kind == LockKind::Posix)
+    }
+
+    /// Lets go of all of them. The tree in `freezer` is frozen, stays so, and is read back so.
+    pub(super) async fn let_go(self, freezer: &Freezer) -> Result<(), Failure> {
+        let (began, count) = (Instant::now(), self.0.len());
+        let frozen = freezer.clone();
+        let letting = detached::done("locks", move || {
+            locks::let_go_frozen(&self.0, &frozen)?;
+            Ok::<_, InjectError>(frozen.is_frozen())
+        });
+        let is_frozen = letting.await?.map_err(|error| cannot("let go", &error))?;
+        if !is_frozen.map_err(|error| internal(&error))? {
+            let text = "the workload is not frozen any more after its file locks were let go";
+            return Err(Failure::new(ErrorCode::FreezeFailed, text));
+        }
+        tracing::debug!(count, took = ?began.elapsed(), "file locks are let go");
+        Ok(())
+    }
+}
+
+/// Deleted files are asked about at their storage, which may not answer.
+async fn found(locks: &Locks, pids: &[i32], waits: &Waits) -> Result<Found, Failure> {
+    if locks.is_empty() {
+        return Ok(Found::default());
+    }
+    let (locks, pids) = (locks.clone(), pids.to_vec());
+    let looking = detached::done("locks", move || locks.find(&pids, true));
+    waits.on(Wait::Storage, looking).await?
+}
+
+/// A list in the migration's folder, if it is there.
+fn read(path: &Path) -> Result<Option<Vec<FileLock>>, Failure> {
+    match locks::read(path) {
+        Ok(list) => Ok(Some(list)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Failure::new(
+            ErrorCode::Internal,
+            format!("{}: {error}", path.display()),
+        )),
+    }
+}
+
+fn remove(path: &Path) -> Result<(), Failure> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(internal(&error)),
+        _ => Ok(()),
+    }
+}
+
+fn taken(lock: &FileLock) -> Failure {
+    let holder = lock.holder().map(|pid| format!("process {pid}"));
+    let holder = holder.unwrap_or_else(|| "another".to_owned());
+    Failure::new(
+        ErrorCode::LockTaken,
+        format!(
+            "{holder} has what process {} of the workload had, a {lock}: the workload stays frozen \
+             until it is given back, and then goes on by itself",
+            lock.pid
+        ),
+    )
+}
+
+fn cannot(what: &str, error: &InjectError) -> Failure {
+    let text = format!("the file locks of the workload cannot be {what}: {}", chain(error));
+    Failure::new(ErrorCode::FreezeFailed, text)
+}
+
+/// How long the workload runs before the next try: random, so as not to meet it in step.
+fn pause(random: u64) -> Duration {
+    PAUSE_MIN + Duration::from_millis(random % PAUSE_SPREAD_MS)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::time::Duration;
+
+    use pageferry_proto::wire::code::ErrorCode;
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::runtime::shared::Storage;
+    use crate::runtime::shared::tests::fuse::{Fuse, Silent};
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_server_that_does_not_answer_about_a_deleted_file_holds_no_freeze_that_is_cut() {
+        let folder = tempfile::tempdir().unwrap();
+        let fuse = Fuse::mount(folder.path());
+        fuse.state().uncached = true;
+        let storage = Storage::find(std::slice::from_ref(&fuse.path)).unwrap();
+        let locks = Locks::on(&storage, None);
+        let path = fuse.path.join("data");
+        let _open = File::create(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let (cut, cancelled) = watch::channel(false);
+        let waits = Waits::new(cancelled);
+        let silent = Silent::begin(&fuse);
+        let looking = tokio::spawn({
+            let waits = waits.clone();
+            let own = [std::process::id().cast_signed()];
+            async move { found(&locks, &own, &waits).await }
+        });
+        let asked = async {
+            while waits.list().is_empty() {
+                tokio::task::yield_now().await;
+            }
+            cut.send_replace(true);
+            looking.await.unwrap()
+        };
+        let looked = tokio::time::timeout(Duration::from_secs(20), asked).await;
+        drop(silent);
+        let failure = looked.expect("it is cut").unwrap_err();
+        assert_eq!(failure.code(), ErrorCode::Aborted);
+    }
+}
