@@ -9,6 +9,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use crate::freezer::{CgroupError, Freezer, FreezerVersion};
@@ -69,6 +70,39 @@ impl Freezer {
     pub(crate) fn remove_aside(&self) {
         // Usually there is none.
         let _ = fs::remove_dir(self.beside().path());
+    }
+}
+
+/// Keeps the kernel ready to move threads between cgroups, until it is dropped or for
+/// [`READY_MAX`]. The first move in a while waits until all processors have come to rest once (a
+/// grace period of RCU, 10 to 20 ms), and one that follows within that time does not.
+#[derive(Debug)]
+pub struct Ready {
+    _until_dropped: mpsc::Sender<()>,
+}
+
+/// How long it is kept ready at most.
+pub const READY_MAX: Duration = Duration::from_secs(10);
+
+/// How often a move is asked for that moves nothing.
+const READY_EVERY: Duration = Duration::from_millis(3);
+
+impl Freezer {
+    /// Begins to keep ready for moves; `pid` is a process that is in this cgroup, and stays as it is.
+    pub fn keep_ready(&self, pid: i32) -> Ready {
+        let (until_dropped, over) = mpsc::channel::<()>();
+        let (file, began) = (self.procs_file(), Instant::now());
+        let keep = move || {
+            // What goes wrong costs some milliseconds, and nothing else.
+            while began.elapsed() < READY_MAX
+                && fs::write(&file, pid.to_string()).is_ok()
+                && over.recv_timeout(READY_EVERY) == Err(RecvTimeoutError::Timeout)
+            {}
+        };
+        let _ = std::thread::Builder::new().name("ready".to_owned()).spawn(keep);
+        Ready {
+            _until_dropped: until_dropped,
+        }
     }
 }
 

@@ -34,7 +34,8 @@ const FREEZE_MAX: Duration = Duration::from_secs(2);
 const SEIZE_LOOK: Duration = Duration::from_millis(2);
 
 /// Makes `calls` with a thread of process `pid`, which is in the frozen cgroup `freezer`, and reads
-/// back that all of the cgroup is frozen.
+/// back that all of the cgroup is frozen. Takes a millisecond, and in cgroup v1 ten to twenty more
+/// if the kernel is not ready ([`Freezer::keep_ready`]).
 pub fn with_thread<T: Send>(
     pid: i32,
     freezer: &Freezer,

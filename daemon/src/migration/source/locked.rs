@@ -18,6 +18,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use pageferry_cgroup::aside::Ready;
 use pageferry_cgroup::freezer::Freezer;
 use pageferry_inject::InjectError;
 use pageferry_inject::locks::{self, FileLock, LockKind};
@@ -49,6 +50,8 @@ pub(super) struct FileLocks {
     directory: PathBuf,
     /// Those of the present freeze.
     held: Vec<FileLock>,
+    /// Until they are let go, or the freeze is over.
+    ready: Option<Ready>,
 }
 
 impl FileLocks {
@@ -58,6 +61,7 @@ impl FileLocks {
             locks,
             directory,
             held: Vec::new(),
+            ready: None,
         }
     }
 
@@ -80,7 +84,7 @@ impl FileLocks {
 
     /// Writes down what is to be let go, for the target beside the `images` and for this node.
     /// Answers with how many there are.
-    pub(super) fn tell(&self, images: &Path) -> Result<u32, Failure> {
+    pub(super) fn tell(&mut self, images: &Path, freezer: &Freezer) -> Result<u32, Failure> {
         let held = self.directory.join(HELD);
         if self.held.is_empty() {
             // That of a freeze before this one.
@@ -98,21 +102,26 @@ impl FileLocks {
         };
         locks::write(&held, &self.held).map_err(limit)?;
         locks::write(&images.join(LOCKS_FILE), &named).map_err(limit)?;
+        let calling = self.held.iter().find(|lock| needs_call(lock));
+        self.ready = calling.map(|lock| freezer.keep_ready(lock.pid));
         u32::try_from(named.len()).map_err(|error| internal(&error))
     }
 
     /// What is to be let go when the commit is durable.
-    pub(super) fn to_let_go(&self) -> Result<ToLetGo, Failure> {
+    pub(super) fn to_let_go(&mut self) -> Result<ToLetGo, Failure> {
         let (held, let_go) = (self.directory.join(HELD), self.directory.join(LET_GO));
         if read(&let_go)?.is_none() && read(&held)?.is_some() {
             fs::rename(&held, &let_go).map_err(|error| internal(&error))?;
         }
-        Ok(ToLetGo(read(&let_go)?.unwrap_or_default()))
+        let locks = read(&let_go)?.unwrap_or_default();
+        let _ready = self.ready.take();
+        Ok(ToLetGo { locks, _ready })
     }
 
     /// Takes back what was let go, for the frozen tree in `freezer`. While another has one of them
     /// this fails, and the tree must stay frozen.
-    pub(super) async fn take_back(&self, freezer: &Freezer) -> Result<(), Failure> {
+    pub(super) async fn take_back(&mut self, freezer: &Freezer) -> Result<(), Failure> {
+        self.ready = None;
         let let_go = self.directory.join(LET_GO);
         let Some(missing) = read(&let_go)? else {
             return Ok(());
@@ -132,25 +141,28 @@ impl FileLocks {
 
 /// Locks of a committed workload that its target is to take.
 #[derive(Debug)]
-pub(super) struct ToLetGo(Vec<FileLock>);
+pub(super) struct ToLetGo {
+    locks: Vec<FileLock>,
+    _ready: Option<Ready>,
+}
 
 impl ToLetGo {
     /// Whether there are none.
     pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.locks.is_empty()
     }
 
     /// Whether a process must let go of one itself, so that nobody may trace it.
     pub(super) fn needs_calls(&self) -> bool {
-        self.0.iter().any(|lock| lock.kind == LockKind::Posix)
+        self.locks.iter().any(needs_call)
     }
 
     /// Lets go of all of them. The tree in `freezer` is frozen, stays so, and is read back so.
     pub(super) async fn let_go(self, freezer: &Freezer) -> Result<(), Failure> {
-        let (began, count) = (Instant::now(), self.0.len());
+        let (began, count) = (Instant::now(), self.locks.len());
         let frozen = freezer.clone();
         let letting = detached::done("locks", move || {
-            locks::let_go_frozen(&self.0, &frozen)?;
+            locks::let_go_frozen(&self.locks, &frozen)?;
             Ok::<_, InjectError>(frozen.is_frozen())
         });
         let is_frozen = letting.await?.map_err(|error| cannot("let go", &error))?;
@@ -161,6 +173,11 @@ impl ToLetGo {
         tracing::debug!(count, took = ?began.elapsed(), "file locks are let go");
         Ok(())
     }
+}
+
+/// Whether only its process can let go of it.
+fn needs_call(lock: &FileLock) -> bool {
+    lock.kind == LockKind::Posix
 }
 
 /// Deleted files are asked about at their storage, which may not answer.

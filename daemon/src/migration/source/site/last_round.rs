@@ -161,7 +161,7 @@ impl Site {
         let (data, folder) = (self.sending.data()?, self.dumping.images()?);
         let (pids, mounts) = (workload.pids()?, workload.mounts.as_ref());
         self.kept.tell_lengths(pids, mounts, folder, waits).await?;
-        let locks = self.locks.tell(folder)?;
+        let locks = self.locks.tell(folder, &workload.freezer)?;
         let synced = self.kept.settle(waits);
         let digests = async {
             let digests = verify::send(hashing, &data, generation);
