@@ -10,6 +10,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::freezer::{CgroupError, Freezer, FreezerVersion};
@@ -76,9 +77,12 @@ impl Freezer {
 /// Keeps the kernel ready to move threads between cgroups, until it is dropped or for
 /// [`READY_MAX`]. The first move in a while waits until all processors have come to rest once (a
 /// grace period of RCU, 10 to 20 ms), and one that follows within that time does not.
+///
+/// It must be dropped before a thread of its process is taken out: it would put it back.
 #[derive(Debug)]
 pub struct Ready {
-    _until_dropped: mpsc::Sender<()>,
+    until_dropped: Option<mpsc::Sender<()>>,
+    keeping: Option<JoinHandle<()>>,
 }
 
 /// How long it is kept ready at most.
@@ -99,9 +103,20 @@ impl Freezer {
                 && over.recv_timeout(READY_EVERY) == Err(RecvTimeoutError::Timeout)
             {}
         };
-        let _ = std::thread::Builder::new().name("ready".to_owned()).spawn(keep);
+        let thread = std::thread::Builder::new().name("ready".to_owned());
         Ready {
-            _until_dropped: until_dropped,
+            until_dropped: Some(until_dropped),
+            keeping: thread.spawn(keep).ok(),
+        }
+    }
+}
+
+impl Drop for Ready {
+    fn drop(&mut self) {
+        drop(self.until_dropped.take());
+        if let Some(keeping) = self.keeping.take() {
+            // It does not panic. A move that it has asked for is over then.
+            let _ = keeping.join();
         }
     }
 }

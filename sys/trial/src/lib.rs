@@ -70,6 +70,16 @@ impl Trial {
         answer
     }
 
+    /// The same of what may fail; an error is what it says.
+    pub fn try_tell(&mut self, order: &str) -> Result<String, String> {
+        writeln!(self.input, "{order}").unwrap();
+        let answer = self.answer();
+        match answer.strip_prefix("error ") {
+            Some(error) => Err(error.to_owned()),
+            None => Ok(answer),
+        }
+    }
+
     /// Makes it do something, and ignores that it says `done`, whenever it does.
     pub fn tell_silently(&mut self, order: &str) {
         writeln!(self.input, "{order}").unwrap();

@@ -26,6 +26,7 @@ use pageferry_proto::migration::source::{SourceEvent, Wait};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::shared::LOCKS_FILE;
 use pageferry_sys::task::Status;
+use tokio::task::block_in_place;
 
 use super::sending::Sums;
 use super::waits::Waits;
@@ -114,14 +115,14 @@ impl FileLocks {
             fs::rename(&held, &let_go).map_err(|error| internal(&error))?;
         }
         let locks = read(&let_go)?.unwrap_or_default();
-        let _ready = self.ready.take();
-        Ok(ToLetGo { locks, _ready })
+        let ready = self.ready.take();
+        Ok(ToLetGo { locks, ready })
     }
 
     /// Takes back what was let go, for the frozen tree in `freezer`. While another has one of them
     /// this fails, and the tree must stay frozen.
     pub(super) async fn take_back(&mut self, freezer: &Freezer) -> Result<(), Failure> {
-        self.ready = None;
+        block_in_place(|| self.ready = None);
         let let_go = self.directory.join(LET_GO);
         let Some(missing) = read(&let_go)? else {
             return Ok(());
@@ -143,7 +144,7 @@ impl FileLocks {
 #[derive(Debug)]
 pub(super) struct ToLetGo {
     locks: Vec<FileLock>,
-    _ready: Option<Ready>,
+    ready: Option<Ready>,
 }
 
 impl ToLetGo {
@@ -162,6 +163,8 @@ impl ToLetGo {
         let (began, count) = (Instant::now(), self.locks.len());
         let frozen = freezer.clone();
         let letting = detached::done("locks", move || {
+            // From here on threads stand aside.
+            drop(self.ready);
             locks::let_go_frozen(&self.locks, &frozen)?;
             Ok::<_, InjectError>(frozen.is_frozen())
         });
@@ -237,12 +240,171 @@ mod tests {
     use std::fs::File;
     use std::time::Duration;
 
+    use pageferry_cgroup::freezer::FreezerRoot;
     use pageferry_proto::wire::code::ErrorCode;
+    use pageferry_trial::Trial;
     use tokio::sync::watch;
 
     use super::*;
     use crate::runtime::shared::Storage;
     use crate::runtime::shared::tests::fuse::{Fuse, Silent};
+
+    /// The other process of these tests.
+    #[test]
+    fn workload() {
+        pageferry_trial::obey();
+    }
+
+    /// A frozen process with a lock of each kind. Thawed and killed on drop.
+    struct Frozen {
+        trial: Trial,
+        freezer: Freezer,
+        database: PathBuf,
+        folder: tempfile::TempDir,
+        locks: FileLocks,
+        waits: Waits,
+        _cut: watch::Sender<bool>,
+    }
+
+    impl Frozen {
+        fn start() -> Self {
+            let mut trial = Trial::start("migration::source::locked::tests::workload");
+            let folder = tempfile::tempdir().unwrap();
+            let database = folder.path().join("shared/database");
+            fs::create_dir_all(database.parent().unwrap()).unwrap();
+            fs::create_dir_all(folder.path().join("images")).unwrap();
+            trial.tell("threads 5");
+            for lock in ["posix write 0 100", "ofd read 200 0", "flock write 0 0"] {
+                trial.tell(&format!("lock-file {} {lock}", database.display()));
+            }
+            let pid = trial.pid();
+            let root = FreezerRoot::detect().unwrap();
+            let freezer = root.plan(&format!("locked-{pid}"));
+            freezer.make().unwrap();
+            freezer.adopt(|| Ok(vec![pid])).unwrap();
+            freezer.freeze().unwrap();
+            let shared = database.parent().unwrap().to_owned();
+            let storage = Storage::find(&[shared]).unwrap();
+            let found = Locks::on(&storage, None);
+            let (cut, cancelled) = watch::channel(false);
+            Self {
+                locks: FileLocks::new(found, folder.path().to_owned()),
+                trial,
+                freezer,
+                database,
+                folder,
+                waits: Waits::new(cancelled),
+                _cut: cut,
+            }
+        }
+
+        /// What another process could take: as words for the trial process.
+        fn free(&self) -> Vec<&'static str> {
+            let mut other = Trial::start("migration::source::locked::tests::workload");
+            let mut free = Vec::new();
+            for lock in ["posix read 0 100", "posix write 200 0", "flock read 0 0"] {
+                let order = format!("lock-file {} {lock}", self.database.display());
+                if other.try_tell(&order).is_ok() {
+                    free.push(lock);
+                }
+            }
+            free
+        }
+
+        async fn find(&mut self) {
+            let pids = [self.trial.pid()];
+            let unfit = self.locks.freeze(&pids, &self.waits).await.unwrap();
+            assert!(unfit.is_none(), "{unfit:?}");
+        }
+
+        fn tell(&mut self) -> u32 {
+            let images = self.folder.path().join("images");
+            self.locks.tell(&images, &self.freezer).unwrap()
+        }
+
+        fn has(&self, file: &str) -> bool {
+            self.folder.path().join(file).exists()
+        }
+    }
+
+    impl Drop for Frozen {
+        fn drop(&mut self) {
+            let _ = self.freezer.kill(Duration::from_secs(10));
+            let _ = self.freezer.remove();
+        }
+    }
+
+    const ALL: [&str; 3] = ["posix read 0 100", "posix write 200 0", "flock read 0 0"];
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn locks_are_let_go_when_that_is_asked_for_and_taken_back_before_a_thaw() {
+        let mut frozen = Frozen::start();
+        frozen.find().await;
+        for _ in 0..20 {
+            assert_eq!(frozen.tell(), 3);
+            assert_eq!(frozen.free(), [""; 0]);
+            // Nothing was let go.
+            frozen.locks.take_back(&frozen.freezer).await.unwrap();
+            assert_eq!(frozen.tell(), 3);
+            let to_let_go = frozen.locks.to_let_go().unwrap();
+            assert!(to_let_go.needs_calls() && !to_let_go.is_empty());
+            assert!(!frozen.has(HELD) && frozen.has(LET_GO));
+            to_let_go.let_go(&frozen.freezer).await.unwrap();
+            assert_eq!(frozen.free(), ALL);
+            // Asked for again, as after a restart.
+            let again = FileLocks::new(Locks::default(), frozen.folder.path().to_owned());
+            let mut again = std::mem::replace(&mut frozen.locks, again);
+            let to_let_go = frozen.locks.to_let_go().unwrap();
+            to_let_go.let_go(&frozen.freezer).await.unwrap();
+            frozen.locks.take_back(&frozen.freezer).await.unwrap();
+            assert_eq!(frozen.free(), [""; 0]);
+            assert!(!frozen.has(LET_GO) && frozen.freezer.is_frozen().unwrap());
+            std::mem::swap(&mut frozen.locks, &mut again);
+        }
+        frozen.freezer.thaw().unwrap();
+        assert_eq!(frozen.trial.tell("signals"), "0");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn while_another_has_a_lock_nothing_is_thawed() {
+        let mut frozen = Frozen::start();
+        frozen.find().await;
+        frozen.tell();
+        let to_let_go = frozen.locks.to_let_go().unwrap();
+        to_let_go.let_go(&frozen.freezer).await.unwrap();
+        let mut other = Trial::start("migration::source::locked::tests::workload");
+        let order = format!("lock-file {} posix read 50 1", frozen.database.display());
+        let fd = other.tell(&order);
+        for _ in 0..3 {
+            let failure = frozen.locks.take_back(&frozen.freezer).await.unwrap_err();
+            assert_eq!(failure.code(), ErrorCode::LockTaken);
+            let who = format!("process {} has", other.pid());
+            assert!(failure.text().starts_with(&who), "{failure}");
+            assert!(frozen.has(LET_GO));
+        }
+        other.tell(&format!("close {fd}"));
+        frozen.locks.take_back(&frozen.freezer).await.unwrap();
+        assert_eq!(frozen.free(), [""; 0]);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_list_of_an_earlier_freeze_is_not_let_go() {
+        let mut frozen = Frozen::start();
+        frozen.find().await;
+        assert_eq!(frozen.tell(), 3);
+        frozen.freezer.thaw().unwrap();
+        for fd in 0..64 {
+            let target = fs::read_link(format!("/proc/{}/fd/{fd}", frozen.trial.pid()));
+            if target.is_ok_and(|target| target == frozen.database) {
+                frozen.trial.tell(&format!("close {fd}"));
+            }
+        }
+        frozen.freezer.freeze().unwrap();
+        frozen.find().await;
+        assert_eq!(frozen.tell(), 0);
+        assert!(frozen.locks.to_let_go().unwrap().is_empty());
+        assert!(!frozen.has(HELD) && !frozen.has(LET_GO));
+    }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_server_that_does_not_answer_about_a_deleted_file_holds_no_freeze_that_is_cut() {
