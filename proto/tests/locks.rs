@@ -166,10 +166,13 @@ fn a_copy_whose_lock_another_has_stays_frozen_until_it_is_given_back() {
     for _ in 0..100 {
         assert_eq!(source.feed(SourceEvent::Failure(taken())), []);
         assert_eq!(source.status().phase, Phase::Reclaiming);
+        assert_eq!(source.status().failure, Some(taken()));
         assert_eq!(source.wait(RETRY), [THAW]);
     }
     let thawed = SourceEvent::Thawed { untrack: true };
     assert_eq!(source.feed(thawed), [say_settled()]);
+    // That is over, and why it came back is not.
+    assert_eq!(source.status().failure.unwrap().text(), text);
 }
 
 #[test]

@@ -243,6 +243,8 @@ pub struct SourceMachine {
     /// The workload has file locks that must be let go before the target may go, or may have.
     locks: bool,
     failure: Option<Failure>,
+    /// What has failed, and must be done before anything else is: it is tried again.
+    held_up: Option<Failure>,
     fence_wanted: bool,
     convergence: Convergence,
     round: Option<Round>,
@@ -286,6 +288,7 @@ impl SourceMachine {
             incarnation: None,
             locks: true,
             failure: None,
+            held_up: None,
             fence_wanted: false,
             convergence: Convergence::default(),
             round: None,
@@ -384,7 +387,7 @@ impl SourceMachine {
             frozen_max: self.frozen_max.or(self.policy.frozen_max),
             parts: self.edges.parts(),
             elapsed: now.since(self.started_at),
-            failure: self.failure.clone(),
+            failure: self.held_up.clone().or_else(|| self.failure.clone()),
             fence_wanted: self.fence_wanted,
             unsettled: false,
         }

@@ -106,6 +106,7 @@ impl SourceMachine {
 
     /// From here on the target says what becomes of the workload.
     pub(super) fn await_answer(&mut self, now: Time, question: Question) {
+        self.held_up = None;
         self.state = State::Decided(Decided::Committed { question });
         self.timers
             .set(Timer::Silence, now.after(super::SILENCE_MAX));
@@ -117,6 +118,7 @@ impl SourceMachine {
         self.edges.started = Some(now);
         self.answered = true;
         self.failure = None;
+        self.held_up = None;
         self.fence_wanted = false;
         self.timers.stop_all();
         self.state = State::Decided(Decided::Releasing(Release::Recording));
@@ -140,6 +142,7 @@ impl SourceMachine {
         let State::Decided(Decided::Releasing(Release::Killing { recorded })) = self.state else {
             return self.out_of_place("a release");
         };
+        self.held_up = None;
         // A restart that finds nothing but the commit asks the target again.
         if recorded {
             self.settle_or_close(now, Outcome::Moved);
@@ -150,6 +153,7 @@ impl SourceMachine {
 
     /// The target will never run the workload. That goes to disk before the workload runs here.
     pub(super) fn reclaim(&mut self, evidence: Evidence) {
+        self.held_up = None;
         self.failure = Some(evidence.failure());
         self.fence_wanted = false;
         self.timers.stop_all();
@@ -172,6 +176,7 @@ impl SourceMachine {
             return self.out_of_place(entry.name());
         };
         *step = Reclaim::Thawing(permit);
+        self.held_up = None;
         self.thaw(permit, true);
     }
 
@@ -232,6 +237,7 @@ impl SourceMachine {
         if !untrack && !matches!(self.state, State::Undecided(_, Step::Retrying(_))) {
             return;
         }
+        self.held_up = None;
         match &mut self.state {
             State::Undecided(_, Step::Retrying(retrying)) => {
                 retrying.thawed = true;
@@ -413,7 +419,7 @@ impl SourceMachine {
     }
 
     pub(super) fn retry_later(&mut self, now: Time, failure: Failure) {
-        self.note(failure);
+        self.held_up = Some(failure);
         self.timers.set(Timer::Retry, now.after(RETRY));
     }
 }

@@ -46,6 +46,7 @@ impl SourceMachine {
             // Whether there are any the workload itself tells.
             locks: true,
             failure: facts.aborted.clone(),
+            held_up: None,
             fence_wanted: false,
             convergence: Convergence::default(),
             round: None,
