@@ -151,10 +151,8 @@ impl Case {
         (path, keeps): (&Path, Duration),
     ) -> Result<String> {
         let name = session.workload.name();
-        let mut taking = Taking::begin(path.to_owned());
         let begun = Instant::now();
-        let migration = Migration::start(lab.node("a")?, &name, "b", &flags())?;
-        taking.wait_until_taken()?;
+        let (mut taking, migration) = begin_beside(lab, session, path)?;
         let taken = Instant::now();
         let id = self.act(lab, &name)?;
         std::thread::sleep(keeps);
@@ -216,6 +214,33 @@ impl Case {
             (_, error) => bail!("it ended with {error:?}"),
         }
     }
+}
+
+/// Begins to move until the rival has the lock, which he may miss: it is free for a millisecond.
+fn begin_beside(
+    lab: &Lab,
+    session: &mut WriterSession,
+    path: &Path,
+) -> Result<(Taking, Migration)> {
+    for _ in 0..ATTEMPTS_MAX {
+        let taking = Taking::begin(path.to_owned());
+        let begun = Instant::now();
+        let name = session.workload.name();
+        let mut migration = Migration::start(lab.node("a")?, &name, "b", &flags())?;
+        if taking.is_taken(&mut migration)? {
+            return Ok((taking, migration));
+        }
+        drop(taking);
+        if let Err((code, text)) = session.note(migration.finish()?, begun, "b")? {
+            bail!("{code}: {text}");
+        }
+        wait_settled(lab, SETTLE_TIME_MAX)?;
+        if let Err((code, text)) = session.move_to(lab, "a", &flags())? {
+            bail!("{code}: {text}");
+        }
+        wait_settled(lab, SETTLE_TIME_MAX)?;
+    }
+    bail!("the rival has missed the lock in {ATTEMPTS_MAX} moves")
 }
 
 fn flags() -> MoveOptions {
@@ -290,13 +315,17 @@ impl Taking {
         }
     }
 
-    fn wait_until_taken(&self) -> Result<()> {
-        let deadline = Instant::now() + PHASE_TIME_MAX;
-        while !self.has_it.load(Ordering::Acquire) {
-            ensure!(Instant::now() < deadline, "the lock is never free");
-            std::thread::yield_now();
+    /// Waits until he has it; false if the migration was over before.
+    fn is_taken(&self, migration: &mut Migration) -> Result<bool> {
+        loop {
+            if self.has_it.load(Ordering::Acquire) {
+                return Ok(true);
+            }
+            if migration.has_ended()? {
+                return Ok(self.has_it.load(Ordering::Acquire));
+            }
+            std::thread::sleep(POLL);
         }
-        Ok(())
     }
 
     /// Gives it back.
@@ -320,11 +349,10 @@ struct Waiting(std::process::Child, PathBuf);
 impl Waiting {
     fn begin(path: &Path) -> Result<Self> {
         let marker = path.with_extension("taken");
-        let script = format!(
-            "use Fcntl; open my $f, '+<', $ARGV[0] or die; \
-             fcntl($f, F_SETLKW, pack('s s x4 q q l x4', F_WRLCK, 0, 0, 1, 0)) or die; \
-             open my $m, '>', $ARGV[1]; sleep 1000"
-        );
+        let script = "use Fcntl; open my $f, '+<', $ARGV[0] or die; \
+            my $lock = pack('s s x4 q q l x4', F_WRLCK, 0, 0, 1, 0); \
+            fcntl($f, F_SETLKW, $lock) or die; \
+            open my $taken, '>', $ARGV[1]; sleep 1000";
         let mut command = std::process::Command::new("perl");
         command.arg("-e").arg(script).arg(path).arg(&marker);
         let child = command.spawn().context("starting perl")?;
@@ -397,6 +425,7 @@ const LONG: Duration = Duration::from_secs(8);
 const SETTLES: Duration = Duration::from_millis(300);
 const PROBE: Duration = Duration::from_millis(200);
 const PHASE_TIME_MAX: Duration = Duration::from_secs(20);
+const ATTEMPTS_MAX: u32 = 20;
 /// A client asks again after twice the time it has waited already (TCP's backoff).
 const ANSWER_WITHIN: Duration = Duration::from_secs(40);
 const POLL: Duration = Duration::from_millis(2);
