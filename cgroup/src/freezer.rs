@@ -11,6 +11,7 @@
 //! Absent: resource limits.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -475,8 +476,27 @@ impl Freezer {
         }
     }
 
+    /// Moves a thread into it, where threads have cgroups of their own (v1), and its process where
+    /// they do not.
+    pub(crate) fn take_in(&self, tid: i32) -> Result<(), CgroupError> {
+        let file = match self.version {
+            FreezerVersion::V1 => "tasks",
+            FreezerVersion::V2 => "cgroup.procs",
+        };
+        fs::write(self.path.join(file), tid.to_string())
+            .map_err(|source| self.io("moving a task into", source))
+    }
+
+    /// One of another name in the same place.
+    pub(crate) fn sibling(&self, name: &OsStr) -> Self {
+        Self {
+            path: self.path.with_file_name(name),
+            version: self.version,
+        }
+    }
     /// Removes the empty cgroup; one that still has tasks stays.
     pub fn remove(&self) -> Result<(), CgroupError> {
+        self.remove_aside();
         match fs::remove_dir(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(self.io("removing", error))

@@ -290,3 +290,29 @@ fn the_v1_hierarchy_is_preferred_and_v2_is_the_fallback() {
     assert_eq!(root.directory, Path::new("/cg/freezer/pageferry"));
     assert!(FreezerRoot::among(&Hierarchies::from_mountinfo("")).is_none());
 }
+
+#[test]
+fn a_frozen_cgroup_that_is_kept_ready_stays_as_it_is() {
+    let check = |freezer: &Freezer| {
+        let child = sleeper();
+        let pid = i32::try_from(child.0.id()).expect("pid");
+        freezer.make().expect("make");
+        freezer.adopt(|| Ok(vec![pid])).expect("adopt");
+        freezer.freeze().expect("freeze");
+        let ready = freezer.keep_ready(pid);
+        for _ in 0..100 {
+            assert!(freezer.is_frozen().expect("state"));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(ready);
+        assert_eq!(freezer.processes().expect("list"), vec![pid]);
+        freezer.kill(Duration::from_secs(10)).expect("kill");
+        drop(child);
+        freezer.remove().expect("remove");
+    };
+    let name = format!("test-ready-{}", std::process::id());
+    check(&FreezerRoot::detect().expect("a freezer").plan(&name));
+    if let Some(root) = unified() {
+        check(&root.plan(&name));
+    }
+}

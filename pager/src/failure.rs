@@ -71,6 +71,15 @@ pub enum RestoreError {
         #[source]
         source: io::Error,
     },
+    /// The list of file locks cannot be used.
+    #[error("cannot use {path}")]
+    Locks {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// Nobody would keep the descriptors if the pager died.
     #[error("the tree cannot be watched")]
     Watcher(#[source] WatcherError),
@@ -96,6 +105,7 @@ impl RestoreError {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Plan(_) | Self::Unplanned(_) | Self::Dead(_) => ErrorCode::LedgerIncomplete,
+            Self::Locks { .. } => ErrorCode::Malformed,
             Self::Cgroup(_) | Self::Directory { .. } | Self::Watcher(_) => ErrorCode::Internal,
             Self::Start(_)
             | Self::Talk(_)

@@ -3,7 +3,8 @@
 //! ```text
 //! prepare: lazy-pages socket ─► criu swrk ─► userfaultfds arrive, faults are served
 //!          └► post-restore is notified: nobody has run ─► every space is there ─► held
-//! held:    go ──► the watcher knows ─► the notification is answered ─► CRIU finishes ─► resumed
+//! held:    lock ──► every process has its file locks again ──► held
+//!          go ──► the watcher knows ─► the notification is answered ─► CRIU finishes ─► resumed
 //!                 └► "finished" on the socket: the fill begins ─► every page is in ─► filled
 //!          discard, or CRIU fails ─► answer false, kill what is left, see that it is gone
 //! ```
@@ -14,29 +15,29 @@
 //! space is complete or the cgroup is empty, never else.
 //! Nobody needs to listen: without a daemon the tree is held, or filled to the end.
 
-use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use criu_glue::lazy::{LazyMessage, LazySocket, Session};
-use criu_glue::options::{
-    Directories, InheritFd, JoinNamespace, Log, LogLevel, Request, RestoreOptions,
-};
-use criu_glue::rpc::{Conversation, Ending, Event, NotifyScript, StartError, SwrkConfig};
+use criu_glue::options::{Directories, Request, RestoreOptions};
+use criu_glue::rpc::{Conversation, Ending, Event, NotifyScript};
 use pageferry_cgroup::freezer::{CgroupError, Freezer};
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
 use pageferry_sys::uffd::Uffd;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use crate::failure::RestoreError;
+use crate::locks::Locks;
 use crate::message::{Fault, FillReport, RestoreRequest, Restored};
 use crate::plan::Plan;
 use crate::serve::{Counters, Server, Space};
+use crate::start::{LOG, open, options, start_criu};
 use crate::watcher::Watcher;
 
 /// How long a CRIU that was told to give up may take before it is killed.
@@ -48,12 +49,6 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long after CRIU has said that every task is ready their userfaultfds may take to arrive.
 /// They were sent before, so they wait in the socket.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// CRIU's log in the work directory.
-pub const LOG: &str = "restore.log";
-
-/// What CRIU says before its log is open, in the work directory.
-pub const OUTPUT: &str = "criu.out";
 
 /// What is to be restored.
 #[derive(Debug)]
@@ -81,6 +76,8 @@ pub enum Decision {
     Go,
     /// It is undone.
     Discard,
+    /// It gets its file locks, and is held on.
+    Lock,
 }
 
 /// What has happened to a tree.
@@ -88,6 +85,8 @@ pub enum Decision {
 pub enum Progress {
     /// It is there and held.
     Held(Restored),
+    /// It is held, and has its file locks, or not all of them.
+    Locked(Result<(), Fault>),
     /// It runs.
     Resumed,
     /// Its memory is complete, or it has ended.
@@ -122,6 +121,7 @@ struct Restore {
     server: Server,
     filled: mpsc::UnboundedReceiver<()>,
     plan: Plan,
+    locks: Arc<Locks>,
     watcher: Arc<Watcher>,
     cgroup: Freezer,
     work_dir: PathBuf,
@@ -169,8 +169,8 @@ pub async fn run(
         root_pid,
         restore_ms,
     }));
-    match restore.held(&mut decisions).await {
-        Held::Decided(Decision::Go) => {}
+    match restore.held(&mut decisions, root_pid, &tell).await {
+        Held::Decided(Decision::Go | Decision::Lock) => {}
         Held::Decided(Decision::Discard) => return tell(restore.discard().await),
         Held::Failed(error) => {
             tell(Progress::Failing);
@@ -191,12 +191,20 @@ pub async fn run(
     tell(Progress::Filled(report));
 }
 
+/// What came of taking locks, if they are being taken.
+async fn locked(locking: &mut Option<JoinHandle<Result<(), Fault>>>) -> Result<(), Fault> {
+    match locking {
+        Some(taking) => taking.await.expect("taking locks does not panic"),
+        None => std::future::pending().await,
+    }
+}
+
 /// Waits for the decision to undo. Nothing else can be decided while CRIU is at work.
 async fn discarded(decisions: &mut mpsc::UnboundedReceiver<Decision>) {
     loop {
         match decisions.recv().await {
             Some(Decision::Discard) => return,
-            Some(Decision::Go) => {}
+            Some(Decision::Go | Decision::Lock) => {}
             None => std::future::pending().await,
         }
     }
@@ -226,6 +234,7 @@ impl Restore {
             server,
             filled,
             plan: job.plan,
+            locks: Arc::new(Locks::of(&job.request)?),
             watcher: job.watcher,
             cgroup,
             work_dir,
@@ -342,22 +351,39 @@ impl Restore {
         }
     }
 
-    /// Holds the tree until it is decided about, with or without a daemon.
-    async fn held(&mut self, decisions: &mut mpsc::UnboundedReceiver<Decision>) -> Held {
-        tokio::select! {
-            decision = decisions.recv() => match decision {
-                Some(decision) => Held::Decided(decision),
-                // The sender lives as long as the pager.
-                None => std::future::pending().await,
-            },
-            event = self.criu.next() => Held::Failed(match event {
-                Ok(Event::Response(response)) => match response.into_result() {
-                    Err(failed) => RestoreError::Criu(failed),
-                    Ok(_) => RestoreError::Early,
+    /// Holds the tree until it is decided about, with or without a daemon. Its locks may be taken
+    /// meanwhile, which storage that hangs can hold up for ever.
+    async fn held(
+        &mut self,
+        decisions: &mut mpsc::UnboundedReceiver<Decision>,
+        root: i32,
+        tell: &impl Fn(Progress),
+    ) -> Held {
+        let mut locking = None;
+        loop {
+            tokio::select! {
+                decision = decisions.recv() => match decision {
+                    Some(Decision::Lock) if locking.is_some() => {}
+                    Some(Decision::Lock) => {
+                        locking = Some(self.locks.clone().take(self.cgroup.clone(), root));
+                    }
+                    Some(decision) => return Held::Decided(decision),
+                    // The sender lives as long as the pager.
+                    None => std::future::pending().await,
                 },
-                Ok(Event::Notify { .. }) => RestoreError::Early,
-                Err(error) => RestoreError::Talk(error),
-            }),
+                taken = locked(&mut locking) => {
+                    locking = None;
+                    tell(Progress::Locked(taken));
+                }
+                event = self.criu.next() => return Held::Failed(match event {
+                    Ok(Event::Response(response)) => match response.into_result() {
+                        Err(failed) => RestoreError::Criu(failed),
+                        Ok(_) => RestoreError::Early,
+                    },
+                    Ok(Event::Notify { .. }) => RestoreError::Early,
+                    Err(error) => RestoreError::Talk(error),
+                }),
+            }
         }
     }
 
@@ -485,83 +511,5 @@ impl Restore {
 
     fn fault(&self, error: &RestoreError) -> Fault {
         error.fault(Some(&self.work_dir.join(LOG)))
-    }
-}
-
-/// Starts the CRIU of a restore. It waits to be asked for one.
-pub fn start_criu(
-    request: &RestoreRequest,
-    namespaces: Vec<OwnedFd>,
-    inherited: Vec<OwnedFd>,
-) -> Result<Conversation, StartError> {
-    let criu = Conversation::start(SwrkConfig {
-        criu: request.criu.clone(),
-        namespaces,
-        cgroup_procs: request.cgroup_procs.clone(),
-        // A huge page would be put where pages are missing.
-        huge_pages: false,
-        breakpoints: false,
-        urgent: true,
-        view: None,
-        reaper: request.reaper.clone(),
-        output: request.work_dir.join(OUTPUT),
-        env: Vec::new(),
-        inherited,
-    })?;
-    // The workload would be spared like the pager, at the cost of everybody else.
-    if let Err(error) = criu.set_oom_score_adj(0) {
-        warn!(%error, "the workload inherits the pager's oom_score_adj");
-    }
-    Ok(criu)
-}
-
-fn open(path: &PathBuf) -> Result<OwnedFd, RestoreError> {
-    match File::open(path) {
-        Ok(file) => Ok(file.into()),
-        Err(source) => Err(RestoreError::Directory {
-            path: path.clone(),
-            source,
-        }),
-    }
-}
-
-fn options(
-    request: &RestoreRequest,
-    directories: Directories,
-    inherited: &[OwnedFd],
-) -> RestoreOptions {
-    let level = match request.log_level {
-        0 | 1 => LogLevel::Error,
-        2 => LogLevel::Warning,
-        3 => LogLevel::Info,
-        4.. => LogLevel::Debug,
-    };
-    let keys = request.inherit.iter().cloned();
-    let inherit_fd = keys
-        .zip(inherited)
-        .map(|(key, fd)| InheritFd {
-            key,
-            fd: fd.as_raw_fd(),
-        })
-        .collect();
-    let join = request.join.iter().cloned();
-    RestoreOptions {
-        log: Log {
-            file: LOG.to_owned(),
-            level,
-        },
-        lazy_pages: true,
-        tcp_established: request.tcp_established,
-        file_locks: request.file_locks,
-        ext_unix_sk: request.ext_unix_sk,
-        shell_job: request.shell_job,
-        link_remap: request.link_remap,
-        external: request.external.clone(),
-        inherit_fd,
-        join_namespaces: join
-            .map(|(kind, file)| JoinNamespace { kind, file })
-            .collect(),
-        root: request.root.clone(),
-        ..RestoreOptions::new(directories)
     }
 }

@@ -273,6 +273,7 @@ fn messages_of_the_source_keep_their_bytes() {
         images: 12,
         digests: 4,
         verify: true,
+        locks: 0,
     };
     check(
         SourceMessage::Final(end),
@@ -360,7 +361,10 @@ fn messages_of_the_target_keep_their_bytes() {
     "#]],
     );
     check(
-        TargetMessage::Refused { generation },
+        TargetMessage::Refused {
+            generation,
+            failure: None,
+        },
         &expect![[r#"
         05000000b203020803
     "#]],

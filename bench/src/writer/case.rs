@@ -2,6 +2,7 @@
 
 pub mod direct;
 pub mod flags;
+pub mod locks;
 pub mod mappings;
 pub mod refused;
 pub mod tree;
@@ -74,6 +75,9 @@ pub const ALL: [Kind; 25] = [
 /// Also a case, but not in [`ALL`]'s order: its processes trace each other.
 pub const TRACED: Kind = may_refuse("traced", &["traced"], tree::Traced::start);
 
+/// Needs storage that the nodes share.
+pub const LOCKS: Kind = must("locks", locks::Locks::start);
+
 /// Only in the freeze it turns out that this one cannot move.
 pub const LOST_PAGES: Kind = may_refuse("lost-pages", &["pages-unread"], refused::lost_pages);
 
@@ -99,7 +103,7 @@ const fn may_refuse(
 
 /// Starts a case by its name.
 pub fn start(name: &str) -> Result<Box<dyn Case>> {
-    let mut all = ALL.iter().chain([&TRACED, &LOST_PAGES]);
+    let mut all = ALL.iter().chain([&TRACED, &LOCKS, &LOST_PAGES]);
     let kind = all.find(|kind| kind.name == name);
     let kind = kind.with_context(|| format!("no case is called {name:?}"))?;
     (kind.start)().with_context(|| format!("starting the case {name}"))

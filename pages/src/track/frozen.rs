@@ -15,9 +15,9 @@
 use std::fs;
 use std::io;
 
+use pageferry_inject::restart;
 use pageferry_sys::task;
 
-use super::inject::restart;
 use super::probe::calls::Place;
 use super::refuse;
 use super::{Support, TrackError};

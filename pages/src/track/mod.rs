@@ -7,7 +7,7 @@
 //! ```text
 //!   attach ──► scan ──► scan ──► … ──► (frozen) final_scan ──► shown_smaps
 //!     │         dirty    dirty          dirty, live, hidden, smaps
-//!     └ borrow a userfaultfd (`inject`), register every private mapping of no file
+//!     └ borrow a userfaultfd (`pageferry_inject`), register every private mapping of no file
 //! ```
 //!
 //! Invariants:
@@ -32,7 +32,6 @@
 mod eager;
 mod error;
 pub mod frozen;
-mod inject;
 pub mod maps;
 mod probe;
 pub mod refuse;
@@ -47,13 +46,14 @@ use std::time::Duration;
 
 use criu_glue::view::flags::{Area, FlagNames};
 use criu_glue::view::smaps::{self, Recorded};
+pub use pageferry_inject::InjectError;
+use pageferry_inject::userfaultfd::{self, Injected};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_sys::{pagemap, ptrace, task, track};
 
 pub use eager::{Eager, SharedMemory, shared_bytes};
 pub use error::TrackError;
-pub use inject::InjectError;
 use maps::{Flags, Mapping};
 use probe::areas::Areas;
 use probe::calls::Calls;
@@ -444,10 +444,10 @@ fn record(
     })
 }
 
-fn inject(pid: i32, options: &TrackOptions) -> Result<inject::Injected, TrackError> {
+fn inject(pid: i32, options: &TrackOptions) -> Result<Injected, TrackError> {
     let mut attempt = 1;
     loop {
-        match inject::borrow_userfaultfd(pid, &options.tree, options.stop_max) {
+        match userfaultfd::borrow(pid, &options.tree, options.stop_max) {
             Ok(injected) => return Ok(injected),
             Err(error) if error.is_transient() && attempt < options.attempts => {
                 tracing::debug!(pid, attempt, error = %error, "cannot attach yet");

@@ -376,6 +376,7 @@ pub fn final_report() -> FinalReport {
         live_sets: 1,
         images: 9,
         digests: 0,
+        locks: 0,
         raw_bytes: 20480,
         wire_bytes: 1000,
     }
@@ -391,6 +392,7 @@ pub fn last(round: u32) -> Final {
         images: 9,
         digests: 0,
         verify: false,
+        locks: 0,
     }
 }
 

@@ -14,6 +14,7 @@ pub mod dump;
 mod dumping;
 mod failure;
 mod images;
+mod locked;
 mod network;
 mod sending;
 pub mod sent;
@@ -364,7 +365,8 @@ impl SourceDriver {
             | SourceAction::Release
             | SourceAction::SendRound { .. }
             | SourceAction::Thaw { .. }
-            | SourceAction::Track => self.operate(action),
+            | SourceAction::Track
+            | SourceAction::Unlock => self.operate(action),
         }
     }
 
@@ -480,6 +482,7 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
             .await
             .map(|()| SourceEvent::Thawed { untrack }),
         SourceAction::Release => site.release().await.map(|()| SourceEvent::Released),
+        SourceAction::Unlock => site.unlock().await.map(|()| SourceEvent::Unlocked),
         SourceAction::Connect
         | SourceAction::Journal(_)
         | SourceAction::Report(_)

@@ -14,6 +14,7 @@
 //! | [`Tracking`] | its memory: spaces, what of them is dirty, and what the target has |
 //! | [`Dumping`] | the CRIU that stands ready, dumps, and holds |
 //! | [`Kept`] | storage that both nodes share |
+//! | [`FileLocks`] | its locks on that storage, of which only one node can have one |
 //! | [`Sending`] | the connection of the present session, and what goes over it |
 //!
 //! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the
@@ -40,6 +41,7 @@ use tokio::task::block_in_place;
 
 use super::calm::{self, Glance, Tries};
 use super::dumping::Dumping;
+use super::locked::FileLocks;
 use super::network::Network;
 use super::sending::{Sending, Sums};
 use super::sent::Sent;
@@ -89,6 +91,7 @@ pub struct Site {
     pub(super) tracking: Tracking,
     dumping: Dumping,
     kept: Kept,
+    locks: FileLocks,
     sending: Sending,
     /// What is waited for, and whether that should end early.
     waits: Waits,
@@ -198,7 +201,7 @@ impl Site {
         workload.check_root()?;
         workload.check_mounts()?;
         let pids = workload.pids()?;
-        if let Some(locked) = workload.held_lock(&pids, waits).await? {
+        if let Some(locked) = self.locks.freeze(&pids, waits).await? {
             return Ok(locked);
         }
         block_in_place(|| self.kept.freeze(&pids, workload.mounts.as_ref()))?;
@@ -210,10 +213,24 @@ impl Site {
         self.dumping.compared(&self.waits).await
     }
 
+    /// Lets go of file locks that the target must have, when the commit is durable. The tree stays
+    /// frozen, by its cgroup alone if CRIU has to step back for that.
+    pub async fn unlock(&mut self) -> Result<(), Failure> {
+        let locks = self.locks.begin_letting_go()?;
+        if locks.is_empty() {
+            return Ok(());
+        }
+        if locks.needs_calls() {
+            self.dumping.step_back(&self.workload).await?;
+        }
+        locks.let_go(&self.workload.freezer).await
+    }
+
     /// Undoes everything down to a running workload; with `untrack`, tracking too.
     pub async fn thaw(&mut self, untrack: bool) -> Result<(), Failure> {
         self.kept.thawed();
         self.dumping.let_go(&self.workload, !untrack).await;
+        self.locks.take_back(&self.workload.freezer).await?;
         self.workload.thaw()?;
         if let Some(gate) = self.network.ports.gate()? {
             gate.open_all().await?;

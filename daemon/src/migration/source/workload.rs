@@ -4,8 +4,6 @@
 //! afterwards; from [`Workload::adopt`] on, the tree is in a cgroup that nobody else is in; SIGKILL
 //! is pending on every task before a copy that is given away is thawed.
 
-mod locked;
-
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -17,7 +15,7 @@ use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_pages::track::Support;
 use pageferry_pages::track::frozen::{Frozen, Stops};
 use pageferry_pages::track::tree::{Tree, TreeError};
-use pageferry_proto::migration::source::{SourceEvent, Wait};
+use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::MountDescription;
 use pageferry_sys::namespace::{self, NamespaceKind};
@@ -28,7 +26,6 @@ use super::failure::{failed_to_track, freeze_failed};
 use super::waits::Waits;
 use crate::migration::text::chain;
 use crate::runtime::identity::Anchor;
-use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::passing::{Passing, State};
 
@@ -51,8 +48,6 @@ pub(super) struct Workload {
     pub(super) freezer: Freezer,
     /// The freezer cgroup the tree came from, if it was moved.
     pub(super) origin: Option<PathBuf>,
-    /// Tells which locks it holds that cannot move.
-    pub(super) locks: Locks,
     /// What the kernel tells of its threads.
     pub(super) support: Support,
 }
@@ -105,6 +100,12 @@ impl Workload {
 
     fn is_root(&self) -> bool {
         self.anchor.as_ref().is_some_and(Anchor::is_alive)
+    }
+
+    /// A process of it that somebody traces, and who that is.
+    pub(super) fn traced(&self) -> Option<(i32, i32)> {
+        let pids = self.freezer.processes().unwrap_or_default();
+        pids.into_iter().find_map(|pid| Some((pid, tracer(pid)?)))
     }
 
     /// Who traces its root. Who traces another process of that number is nothing to us.
@@ -191,15 +192,6 @@ impl Workload {
             ErrorCode::UnsupportedWorkload,
             "the workload's mounts have changed since the move began: move it again",
         ))
-    }
-
-    /// What comes of a freeze that meets a lock; nothing if it meets none. The tree is frozen.
-    pub(super) async fn held_lock(
-        &self,
-        pids: &[i32],
-        waits: &Waits,
-    ) -> Result<Option<SourceEvent>, Failure> {
-        locked::look(&self.locks, pids, waits).await
     }
 
     /// Lets the tree run, of which CRIU has let go.

@@ -19,7 +19,7 @@ use pageferry_cgroup::hierarchies::{Group, Groups, Hierarchies};
 use pageferry_pager::client::{ClientError, Notice, PagerClient, Spawn};
 use pageferry_pager::message::{Namespace, RestoreRequest};
 use pageferry_pages::store::{Growth, Store, StoreLimits};
-use pageferry_proto::id::MigrationId;
+use pageferry_proto::id::{MigrationId, SpaceId};
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -37,6 +37,7 @@ use super::admission::{Ledger, Promise};
 use super::cut_off;
 use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
+use super::locked;
 use crate::link::prepare::PreparedNetwork;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::detached;
@@ -396,6 +397,8 @@ impl Site {
             process::check_pids(&tasks)?;
             self.begin_pids_above(&tasks);
         }
+        let locks =
+            block_in_place(|| locked::take_out(&images, |pid| spaces.contains(&SpaceId(pid))))?;
         // Late births are only known from the images; they have no pages to be filled.
         let mut plan = Vec::with_capacity(spaces.len());
         let pager = &self.pager.as_ref().ok_or_else(no_pager)?.client;
@@ -416,6 +419,7 @@ impl Site {
         let request = RestoreRequest {
             spaces: u32::try_from(plan.len()).map_err(|error| internal(&error))?,
             reaper: adopts.then(|| self.node.view_library.clone()),
+            locks,
             ..self.restore_request()
         };
         let restored = pager

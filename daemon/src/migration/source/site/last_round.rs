@@ -31,6 +31,7 @@ struct Rest {
     digests: u32,
     images: u32,
     image_bytes: u64,
+    locks: u32,
 }
 
 impl Site {
@@ -83,6 +84,7 @@ impl Site {
             live_sets: u32::try_from(scans.len()).map_err(|error| internal(&error))?,
             images: rest.images,
             digests: rest.digests,
+            locks: rest.locks,
             raw_bytes: sums.raw_bytes,
             wire_bytes: sums.wire_bytes,
         }))
@@ -166,6 +168,7 @@ impl Site {
         let (data, folder) = (self.sending.data()?, self.dumping.images()?);
         let (pids, mounts) = (workload.pids()?, workload.mounts.as_ref());
         self.kept.tell_lengths(pids, mounts, folder, waits).await?;
+        let locks = self.locks.tell(folder, &workload.freezer)?;
         let synced = self.kept.settle(waits);
         let digests = async {
             let digests = verify::send(hashing, &data, generation);
@@ -191,6 +194,7 @@ impl Site {
             digests,
             images,
             image_bytes,
+            locks,
         };
         Ok((sums, rest))
     }

@@ -21,6 +21,7 @@ use crate::link::netlink::Netlink;
 use crate::link::port::Port;
 use crate::migration::source::calm::{Glance, Tries};
 use crate::migration::source::dumping::Dumping;
+use crate::migration::source::locked::FileLocks;
 use crate::migration::source::network::Network;
 use crate::migration::source::sending::Sending;
 use crate::migration::source::state::{PortState, SiteState, encode_state};
@@ -64,6 +65,7 @@ struct Found {
     memory_bytes: u64,
     true_smaps: bool,
     kept: Kept,
+    locks: Locks,
 }
 
 /// What was asked for, besides the policy.
@@ -173,7 +175,6 @@ impl Site {
             described_mounts: description.mounts.clone(),
             freezer,
             origin,
-            locks,
             support: node.support.clone(),
         };
         let found = Found {
@@ -182,6 +183,7 @@ impl Site {
             memory_bytes,
             true_smaps: asked.true_smaps,
             kept,
+            locks,
         };
         Ok(Survey {
             description,
@@ -232,7 +234,6 @@ impl Site {
             described_mounts: Vec::new(),
             freezer: Freezer::at(state.freezer),
             origin: state.origin,
-            locks: Locks::default(),
             support: node.support.clone(),
         };
         let found = Found {
@@ -242,6 +243,8 @@ impl Site {
             true_smaps: false,
             // Of one that is over nothing is left to do.
             kept: Kept::recovered(if is_over { Vec::new() } else { state.markers }),
+            // No freeze will look for any; what was found is in the folder.
+            locks: Locks::default(),
         };
         Ok(Self::untouched(node, id, policy, found, cancelled))
     }
@@ -261,6 +264,7 @@ impl Site {
             tracking: Tracking::new(node.support.clone(), budget, found.true_smaps),
             dumping: Dumping::new(&node, directory.clone()),
             kept: found.kept,
+            locks: FileLocks::new(found.locks, directory.clone()),
             sending: Sending::new(node.workers),
             waits: Waits::new(cancelled),
             tries: Tries::default(),
@@ -297,20 +301,21 @@ async fn describe(root: i32, pids: &[i32], storage: &Storage) -> Result<Describe
     looking(root, move || process::describe(root, &pids, &paths)).await
 }
 
-/// Refuses a lock that is held whenever it is looked for.
+/// Refuses a lock that cannot move and is there whenever it is looked for.
 async fn check_locks(locks: &Locks, pids: &[i32]) -> Result<(), Failure> {
     let look = async || {
         let (root, locks, pids) = (pids.first().copied(), locks.clone(), pids.to_vec());
-        looking(root.unwrap_or_default(), move || Ok(locks.held(&pids))).await
+        let look = move || Ok(locks.find(&pids, false).unfit);
+        looking(root.unwrap_or_default(), look).await
     };
-    let mut held = look().await?;
+    let mut unfit = look().await?;
     for _ in 1..LOOKS {
-        if held.is_empty() {
+        if unfit.is_empty() {
             return Ok(());
         }
         tokio::time::sleep(LOOK_PAUSE).await;
         let now = look().await?;
-        held.retain(|lock| now.contains(lock));
+        unfit.retain(|lock| now.contains(lock));
     }
-    held.first().map_or(Ok(()), |lock| Err(lock.refused()))
+    unfit.first().map_or(Ok(()), |lock| Err(lock.refused()))
 }

@@ -16,13 +16,13 @@
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use pageferry_sys::ptrace::{self, Registers};
+use pageferry_sys::ptrace::{self, Registers, TracersEnd};
 use pageferry_sys::task;
 
 use super::stop::{Advance, UNINTERRUPTIBLE_AFTER, advance, pause, seize};
 
 /// Whether a call with this number fails where others are restarted.
-pub(in crate::track) fn is_restarted(call: i64) -> bool {
+pub fn is_restarted(call: i64) -> bool {
     RESTARTED.contains(&call)
 }
 
@@ -31,7 +31,7 @@ pub(in crate::track) fn is_restarted(call: i64) -> bool {
 /// The registers of a thread that is frozen cannot be reached. So each is seized and asked to stop
 /// while it is frozen: it comes to that stop, on its way to user mode, before it does anything of
 /// its own. What takes too long is let go as it is.
-pub(in crate::track) fn thaw<T>(threads: &[i32], thaw: impl FnOnce() -> T) -> T {
+pub fn thaw<T>(threads: &[i32], thaw: impl FnOnce() -> T) -> T {
     if threads.is_empty() {
         return thaw();
     }
@@ -64,7 +64,7 @@ fn ask(threads: &[i32], deadline: Instant) -> Vec<i32> {
     // One that is traced, or that has ended, is left.
     in_time
         .copied()
-        .filter(|tid| seize(*tid).is_ok_and(|seized| seized))
+        .filter(|tid| seize(*tid, TracersEnd::LetsGo).is_ok_and(|seized| seized))
         .collect()
 }
 
@@ -99,7 +99,7 @@ fn mend_all(mut threads: Vec<i32>, deadline: Instant) {
 }
 
 /// Repairs the result of the call a stopped thread is in, if it needs that.
-pub(super) fn mend(tid: i32) {
+pub(crate) fn mend(tid: i32) {
     if let Ok(mut registers) = ptrace::registers(tid)
         && mend_registers(&mut registers)
     {
@@ -109,7 +109,7 @@ pub(super) fn mend(tid: i32) {
 }
 
 /// The same for registers that are going to be put back; true when they were changed.
-pub(super) fn mend_registers(registers: &mut Registers) -> bool {
+pub(crate) fn mend_registers(registers: &mut Registers) -> bool {
     let call = registers.orig_rax.cast_signed();
     let interrupted = registers.rax.cast_signed() == -i64::from(libc::EINTR);
     let mends = interrupted && is_restarted(call);
