@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use criu_glue::lazy::LazyError;
 use criu_glue::report;
-use criu_glue::rpc::{RequestFailed, SwrkError};
+use criu_glue::rpc::{RequestFailed, StartError, TalkError};
 use pageferry_cgroup::freezer::CgroupError;
 use pageferry_proto::wire::code::ErrorCode;
 
@@ -32,9 +32,12 @@ pub enum RestoreError {
         #[source]
         source: io::Error,
     },
-    /// CRIU could not be started, or the talk with it broke off.
+    /// CRIU could not be started.
+    #[error("cannot start criu")]
+    Start(#[source] StartError),
+    /// The talk with CRIU broke off.
     #[error("cannot talk to criu")]
-    Swrk(#[source] SwrkError),
+    Talk(#[source] TalkError),
     /// CRIU said no.
     #[error("restore failed")]
     Criu(#[source] RequestFailed),
@@ -94,7 +97,8 @@ impl RestoreError {
         match self {
             Self::Plan(_) | Self::Unplanned(_) | Self::Dead(_) => ErrorCode::LedgerIncomplete,
             Self::Cgroup(_) | Self::Directory { .. } | Self::Watcher(_) => ErrorCode::Internal,
-            Self::Swrk(_)
+            Self::Start(_)
+            | Self::Talk(_)
             | Self::Criu(_)
             | Self::Early
             | Self::Lazy(_)

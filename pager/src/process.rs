@@ -358,7 +358,7 @@ impl Desk {
                 self.criu = Some(Ahead::new(request, criu));
                 Reply::Ok
             }
-            Err(error) => Reply::Failed(RestoreError::Swrk(error).fault(None)),
+            Err(error) => Reply::Failed(RestoreError::Start(error).fault(None)),
         }
     }
 

@@ -25,7 +25,7 @@ use criu_glue::lazy::{LazyMessage, LazySocket, Session};
 use criu_glue::options::{
     Directories, InheritFd, JoinNamespace, Log, LogLevel, Request, RestoreOptions,
 };
-use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError};
+use criu_glue::rpc::{Conversation, Ending, Event, NotifyScript, StartError, SwrkConfig};
 use pageferry_cgroup::freezer::{CgroupError, Freezer};
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
@@ -69,7 +69,7 @@ pub struct Job {
     /// Holds the descriptors, too.
     pub watcher: Arc<Watcher>,
     /// A CRIU that was started before, by [`start_criu`] with the same request.
-    pub criu: Option<Swrk>,
+    pub criu: Option<Conversation>,
     /// What [`pageferry_sys::priority`] was before this process was urgent.
     pub nice: i32,
 }
@@ -127,7 +127,7 @@ struct Restore {
     work_dir: PathBuf,
     socket: LazySocket,
     session: Option<Session>,
-    swrk: Swrk,
+    criu: Conversation,
     /// What CRIU is asked for, until it is.
     options: Option<RestoreOptions>,
     /// CRIU has said "finished" on the lazy-pages socket.
@@ -217,10 +217,10 @@ impl Restore {
         let server = Server::start(&filled_tell, job.nice).map_err(RestoreError::Serve)?;
         let socket = LazySocket::bind(&work_dir).map_err(RestoreError::Lazy)?;
         let options = options(&job.request, directories, &job.inherited);
-        let swrk = match job.criu {
-            Some(swrk) => swrk,
+        let criu = match job.criu {
+            Some(criu) => criu,
             None => start_criu(&job.request, job.namespaces, job.inherited)
-                .map_err(RestoreError::Swrk)?,
+                .map_err(RestoreError::Start)?,
         };
         Ok(Self {
             server,
@@ -231,7 +231,7 @@ impl Restore {
             work_dir,
             socket,
             session: None,
-            swrk,
+            criu,
             options: Some(options),
             finished: false,
         })
@@ -243,11 +243,8 @@ impl Restore {
             .hold(self.cgroup.path())
             .map_err(RestoreError::Watcher)?;
         if let Some(options) = self.options.take() {
-            let request = Request::restore(options);
-            self.swrk
-                .request(request)
-                .await
-                .map_err(RestoreError::Swrk)?;
+            let requested = self.criu.request(Request::restore(options)).await;
+            requested.map_err(RestoreError::Talk)?;
         }
         let root_pid = loop {
             match self.next().await? {
@@ -259,9 +256,7 @@ impl Restore {
                 }) => {
                     break pid.unwrap_or_default();
                 }
-                Heard::Event(Event::Notify { .. }) => {
-                    self.swrk.answer(true).await.map_err(RestoreError::Swrk)?;
-                }
+                Heard::Event(Event::Notify { .. }) => {}
                 Heard::Event(Event::Response(response)) => {
                     let failed = response.into_result().map_err(RestoreError::Criu);
                     return Err(failed.err().unwrap_or(RestoreError::Early));
@@ -291,7 +286,7 @@ impl Restore {
         let Self {
             session,
             socket,
-            swrk,
+            criu,
             ..
         } = self;
         let lazy = async {
@@ -307,14 +302,14 @@ impl Restore {
             // What is on the socket was sent before what is notified.
             biased;
             heard = lazy => heard.map_err(RestoreError::Lazy)?,
-            event = swrk.next() => {
-                return Ok(Heard::Event(event.map_err(RestoreError::Swrk)?));
+            event = criu.advance() => {
+                return Ok(Heard::Event(event.map_err(RestoreError::Talk)?));
             }
         };
         match heard {
             Some(heard) => Ok(heard),
             // CRIU closes this socket when it fails; why, it tells on the other.
-            None => match tokio::time::timeout(GIVE_UP_TIMEOUT, swrk.next()).await {
+            None => match tokio::time::timeout(GIVE_UP_TIMEOUT, criu.next()).await {
                 Ok(Ok(event @ Event::Response(_))) => Ok(Heard::Event(event)),
                 Ok(Ok(Event::Notify { .. }) | Err(_)) | Err(_) => Err(RestoreError::LazyClosed),
             },
@@ -355,13 +350,13 @@ impl Restore {
                 // The sender lives as long as the pager.
                 None => std::future::pending().await,
             },
-            event = self.swrk.next() => Held::Failed(match event {
+            event = self.criu.next() => Held::Failed(match event {
                 Ok(Event::Response(response)) => match response.into_result() {
                     Err(failed) => RestoreError::Criu(failed),
                     Ok(_) => RestoreError::Early,
                 },
                 Ok(Event::Notify { .. }) => RestoreError::Early,
-                Err(error) => RestoreError::Swrk(error),
+                Err(error) => RestoreError::Talk(error),
             }),
         }
     }
@@ -371,17 +366,15 @@ impl Restore {
         let before = |error| (error, false);
         let watcher = |error| before(RestoreError::Watcher(error));
         self.watcher.run(self.cgroup.path()).map_err(watcher)?;
-        self.swrk
-            .answer(true)
-            .await
-            .map_err(|error| before(RestoreError::Swrk(error)))?;
+        let answered = self.criu.answer(true).await;
+        answered.map_err(|error| before(RestoreError::Talk(error)))?;
         self.resume().await.map_err(|error| (error, true))
     }
 
     async fn resume(&mut self) -> Result<(), RestoreError> {
         loop {
             let event = match self.session.as_mut() {
-                None => self.swrk.next().await,
+                None => self.criu.advance().await,
                 Some(session) => tokio::select! {
                     message = session.next() => {
                         match message.map_err(RestoreError::Lazy)? {
@@ -394,16 +387,11 @@ impl Restore {
                         }
                         continue;
                     }
-                    event = self.swrk.next() => event,
+                    event = self.criu.advance() => event,
                 },
             };
-            match event.map_err(RestoreError::Swrk)? {
-                Event::Notify { .. } => {
-                    self.swrk.answer(true).await.map_err(RestoreError::Swrk)?;
-                }
-                Event::Response(response) => {
-                    return response.into_result().map(drop).map_err(RestoreError::Criu);
-                }
+            if let Event::Response(response) = event.map_err(RestoreError::Talk)? {
+                return response.into_result().map(drop).map_err(RestoreError::Criu);
             }
         }
     }
@@ -426,7 +414,7 @@ impl Restore {
             warn!(%error, "the watcher cannot be told that all is filled");
         }
         // CRIU has exited by itself; this only collects its status.
-        let _ = tokio::time::timeout(GIVE_UP_TIMEOUT, self.swrk.wait()).await;
+        drop(self.criu.end(GIVE_UP_TIMEOUT).await);
         let counters = self.server.counters();
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         FillReport {
@@ -455,26 +443,13 @@ impl Restore {
 
     /// Kills the tree and sees that it is gone.
     async fn undo(&mut self) -> Result<(), CgroupError> {
-        // Between two notifications there is none to be answered with no.
-        if self.swrk.answer(false).await.is_err() {
-            self.swrk.close();
+        // It is in the cgroup, too, so that it is seen there if it does not die. A killed one
+        // leaves tasks behind.
+        match self.criu.give_up(GIVE_UP_TIMEOUT, GIVE_UP_TIMEOUT).await {
+            Ok(Ending::ByItself) => {}
+            Ok(Ending::Killed) => warn!("criu did not give up, and was killed"),
+            Err(error) => warn!(%error, "criu does not end"),
         }
-        let given_up = async {
-            while let Ok(Event::Notify { .. }) = self.swrk.next().await {
-                let _ = self.swrk.answer(false).await;
-            }
-            let _ = self.swrk.wait().await;
-        };
-        if tokio::time::timeout(GIVE_UP_TIMEOUT, given_up)
-            .await
-            .is_err()
-        {
-            warn!("criu does not give up, killing it");
-        }
-        // Also after a normal end: a killed CRIU leaves tasks behind. It is in the cgroup, too, so
-        // that it is seen there if it does not die.
-        let _ = self.swrk.kill();
-        let _ = tokio::time::timeout(GIVE_UP_TIMEOUT, self.swrk.wait()).await;
         self.kill().await?;
         self.watcher
             .done()
@@ -518,8 +493,8 @@ pub fn start_criu(
     request: &RestoreRequest,
     namespaces: Vec<OwnedFd>,
     inherited: Vec<OwnedFd>,
-) -> Result<Swrk, SwrkError> {
-    let swrk = Swrk::spawn(SwrkConfig {
+) -> Result<Conversation, StartError> {
+    let criu = Conversation::start(SwrkConfig {
         criu: request.criu.clone(),
         namespaces,
         cgroup_procs: request.cgroup_procs.clone(),
@@ -534,10 +509,10 @@ pub fn start_criu(
         inherited,
     })?;
     // The workload would be spared like the pager, at the cost of everybody else.
-    if let Err(error) = swrk.set_oom_score_adj(0) {
+    if let Err(error) = criu.set_oom_score_adj(0) {
         warn!(%error, "the workload inherits the pager's oom_score_adj");
     }
-    Ok(swrk)
+    Ok(criu)
 }
 
 fn open(path: &PathBuf) -> Result<OwnedFd, RestoreError> {
