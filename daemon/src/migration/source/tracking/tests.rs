@@ -20,7 +20,6 @@ use super::*;
 use crate::migration::source::site::{Site, SourceNode};
 use crate::migration::source::state::{SiteState, encode_state};
 use crate::runtime::identity::{Anchor, Identity};
-use crate::runtime::locks::Locks;
 use crate::runtime::shared::tests::fuse::Fuse;
 
 /// The other process of these tests.
@@ -68,7 +67,6 @@ impl Tracked {
                 described_mounts: Vec::new(),
                 freezer,
                 origin: None,
-                locks: Locks::default(),
                 support: support.clone(),
             },
             tracking: Some(Tracking::new(support, Budget::new(&policy, 0), false)),
