@@ -1,8 +1,8 @@
 //! A place beside a frozen cgroup, where a thread of it stands thawed.
 //!
 //! A thread must not be frozen to make a call for somebody who traces it, and all others must stay
-//! so. In the v1 hierarchy the thread alone is moved; in cgroup v2 its process is, and whoever moves
-//! it has seized all of its threads before.
+//! so. In the v1 hierarchy the thread alone is moved; in cgroup v2 its process is, and whoever
+//! moves it has seized all of its threads before.
 //!
 //! Invariants: a thread is moved only while it is held by a trace that does not let it run, and is
 //! put back before that ends. Absent: tracing.
@@ -92,7 +92,8 @@ pub const READY_MAX: Duration = Duration::from_secs(10);
 const READY_EVERY: Duration = Duration::from_millis(3);
 
 impl Freezer {
-    /// Begins to keep ready for moves; `pid` is a process that is in this cgroup, and stays as it is.
+    /// Begins to keep ready for moves; `pid` is a process that is in this cgroup, and stays as it
+    /// is.
     pub fn keep_ready(&self, pid: i32) -> Ready {
         let (until_dropped, over) = mpsc::channel::<()>();
         let (file, began) = (self.procs_file(), Instant::now());

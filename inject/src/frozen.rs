@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Invariants: no thread runs an instruction of its own. One that is taken out has a stop pending,
-//! which it comes to on its way to user mode, and one that is put back is frozen on the same way. If
-//! this program ends in between, the kernel kills the thread's process: a copy of it may run
+//! which it comes to on its way to user mode, and one that is put back is frozen on the same way.
+//! If this program ends in between, the kernel kills the thread's process: a copy of it may run
 //! elsewhere from then on. All the others are never thawed.
 
 use std::sync::mpsc::{self, RecvTimeoutError};

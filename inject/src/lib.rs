@@ -1,8 +1,8 @@
 //! Making a thread of another process call the kernel, and giving it back as it was.
 //!
 //! Some things only a task itself can have the kernel do: make a write tracker for its memory
-//! ([`userfaultfd`]), take a file lock or let go of one ([`locks`]). So one of its threads is stopped,
-//! lent other registers for a few calls, and put back:
+//! ([`userfaultfd`]), take a file lock or let go of one ([`locks`]). So one of its threads is
+//! stopped, lent other registers for a few calls, and put back:
 //!
 //! - a running process stops as far as the call would be seen by its other threads;
 //! - one whose cgroup is frozen stays frozen: the thread alone is taken out for the calls, held by
@@ -46,7 +46,8 @@ use thiserror::Error;
 pub use call::Borrowed;
 use stop::Stopped;
 
-/// Why a call could not be made. The thread goes on as before, except after [`InjectError::Leaked`].
+/// Why a call could not be made. The thread goes on as before, except after
+/// [`InjectError::Leaked`].
 #[derive(Debug, Error)]
 pub enum InjectError {
     /// Built for another architecture.

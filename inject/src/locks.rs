@@ -1,9 +1,9 @@
 //! File locks of another process: taken by itself, and let go.
 //!
-//! A record lock (`F_SETLK`) belongs to the process, so only one of its threads can take it or let go
-//! of it. The other two kinds belong to the open file, of which anybody may have a descriptor: they
-//! are let go of from outside. They are taken by the process all the same, as the kernel shows who
-//! has taken a lock, and forgets who has ended.
+//! A record lock (`F_SETLK`) belongs to the process, so only one of its threads can take it or let
+//! go of it. The other two kinds belong to the open file, of which anybody may have a descriptor:
+//! they are let go of from outside. They are taken by the process all the same, as the kernel shows
+//! who has taken a lock, and forgets who has ended.
 //!
 //! Absent: which locks a process has; leases.
 

@@ -199,7 +199,10 @@ fn a_frozen_process_does_nothing_while_its_locks_are_let_go() {
         locked.trial.tell_silently("count-signals");
         for _ in 0..20 {
             locks::let_go_frozen(std::slice::from_ref(&lock), &freezer).unwrap();
-            assert_eq!(locks::take_frozen(std::slice::from_ref(&lock), &freezer).unwrap(), None);
+            assert_eq!(
+                locks::take_frozen(std::slice::from_ref(&lock), &freezer).unwrap(),
+                None
+            );
         }
         locked.trial.signal(trial::counted_signal());
         locked.thaw();

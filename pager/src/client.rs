@@ -270,8 +270,8 @@ impl PagerClient {
         }
     }
 
-    /// Has the held tree take its file locks; answers when it has all of them. It may have some when
-    /// this fails.
+    /// Has the held tree take its file locks; answers when it has all of them. It may have some
+    /// when this fails.
     pub async fn lock(&self) -> Result<(), ClientError> {
         self.ask_ok(Request::Lock, &[]).await
     }

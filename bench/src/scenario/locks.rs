@@ -1,7 +1,7 @@
-//! `locks`: a workload with file locks on storage that the nodes share. It moves with them; somebody
-//! else wants one of them, gets it between the nodes, and keeps it for a while; daemons are killed
-//! and aborts asked for while he has it. The workload must run on at exactly one node, never without
-//! its locks, and not before he gives it back.
+//! `locks`: a workload with file locks on storage that the nodes share. It moves with them;
+//! somebody else wants one of them, gets it between the nodes, and keeps it for a while; daemons
+//! are killed and aborts asked for while he has it. The workload must run on at exactly one node,
+//! never without its locks, and not before he gives it back.
 //!
 //! The rival is a process of the machine that asks for the lock again and again, as one at a third
 //! node would. One that waits for it in the kernel is seen, and the move is refused.

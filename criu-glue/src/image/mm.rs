@@ -1,10 +1,11 @@
 //! `mm-VPID.img`: the mappings of one process.
 //!
 //! # Reserved addresses
-//! Databases reserve terabytes of addresses (`PROT_NONE`) that they may come to use. The kernel does
-//! not count such a mapping as memory, but CRIU makes every private mapping writable first, and
-//! protects it later; and one that is writable and larger than the node's memory the kernel refuses.
-//! [`reserve`] marks those as `MAP_NORESERVE`, which it does not count. They stay so marked.
+//! Databases reserve terabytes of addresses (`PROT_NONE`) that they may come to use. The kernel
+//! does not count such a mapping as memory, but CRIU makes every private mapping writable first,
+//! and protects it later; and one that is writable and larger than the node's memory the kernel
+//! refuses. [`reserve`] marks those as `MAP_NORESERVE`, which it does not count. They stay so
+//! marked.
 
 use std::fs::File;
 use std::io::Write;

@@ -1,9 +1,9 @@
 //! Locks that a workload holds on files which both nodes have.
 //!
-//! Only one node can have such a lock, so it does not go along with the workload: the source lets go
-//! of it, and the target takes it. What the kernel shows with a descriptor are locks that are held:
-//! record locks of the process, those of the open file (`flock`, OFD locks) and leases. Who only
-//! waits for one holds nothing.
+//! Only one node can have such a lock, so it does not go along with the workload: the source lets
+//! go of it, and the target takes it. What the kernel shows with a descriptor are locks that are
+//! held: record locks of the process, those of the open file (`flock`, OFD locks) and leases. Who
+//! only waits for one holds nothing.
 //!
 //! Two kinds of locks keep a workload from moving: a lease, which a node cannot take without asking
 //! all that have the file open; and one that somebody else waits for, who would have it before the

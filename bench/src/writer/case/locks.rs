@@ -9,7 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
 
 use super::Case;
 use crate::sys::Cloned;
@@ -165,7 +168,8 @@ impl Locked {
     /// Whether another process, which opens the file anew, cannot have what excludes this lock.
     fn is_refused(&self) -> Result<bool> {
         let words = shared_words(1).context("shared memory")?;
-        if let Cloned::Child = fork().context("forking")? {
+        let asker = fork().context("forking")?;
+        if let Cloned::Child = asker {
             let free = opened(&self.path).is_ok_and(|file| {
                 if self.shown[0].starts_with("FLOCK") {
                     Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok()
@@ -176,8 +180,8 @@ impl Locked {
             words[0].store(1 + u64::from(free), Ordering::Release);
             exit_now(0);
         }
-        while words[0].load(Ordering::Acquire) == 0 {
-            std::thread::sleep(Duration::from_millis(1));
+        if let Cloned::Parent(pid) = asker {
+            while waitpid(Pid::from_raw(pid), None) == Err(Errno::EINTR) {}
         }
         Ok(words[0].load(Ordering::Acquire) == 1)
     }

@@ -196,8 +196,8 @@ impl Dumping {
         hold::end(workload, &self.criu, within).await;
     }
 
-    /// Has CRIU let go of a tree that is given away and frozen: its cgroup alone holds it then. Never
-    /// thaws.
+    /// Has CRIU let go of a tree that is given away and frozen: its cgroup alone holds it then.
+    /// Never thaws.
     pub(super) async fn step_back(&mut self, workload: &Workload) -> Result<(), Failure> {
         if let Stage::Prepared(dump) = std::mem::take(&mut self.stage) {
             let threads = u32::try_from(workload.threads()).unwrap_or(u32::MAX);

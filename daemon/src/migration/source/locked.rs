@@ -1,5 +1,5 @@
-//! The workload's file locks on storage that both nodes have: found in the freeze, let go between the
-//! commit and `Go`, and taken back before a thaw if that comes of it.
+//! The workload's file locks on storage that both nodes have: found in the freeze, let go between
+//! the commit and `Go`, and taken back before a thaw if that comes of it.
 //!
 //! ```text
 //! freeze ─ found; one that cannot be given away gives the freeze up, and is tried again: most

@@ -155,8 +155,8 @@ impl Workload {
         looked.map_err(|error| failed_to_track(&error))
     }
 
-    /// A thread that is not at rest though the cgroup is frozen: a scan made meanwhile may have missed
-    /// what it writes. Under version 2 there is none.
+    /// A thread that is not at rest though the cgroup is frozen: a scan made meanwhile may have
+    /// missed what it writes. Under version 2 there is none.
     pub(super) fn busy(&self) -> Result<Option<Passing>, Failure> {
         if self.freezer.version() == FreezerVersion::V2 {
             return Ok(None);

@@ -1,8 +1,8 @@
 //! How the source lets go of file locks that the target must have before the workload runs there.
 //!
 //! Between the commit and `Go` nobody has them: the copy here is frozen for good unless the target
-//! refuses, and the target has not been told to go. If they cannot be let go, the target is asked to
-//! refuse, and the workload comes back.
+//! refuses, and the target has not been told to go. If they cannot be let go, the target is asked
+//! to refuse, and the workload comes back.
 
 use super::state::{Decided, State};
 use super::{SourceAction, SourceMachine};

@@ -33,8 +33,8 @@ pub enum LetGoError {
 }
 
 impl Site {
-    /// Has the held workload take its file locks on shared storage, all of them or not. Storage that
-    /// hangs may hold that up: a discard cuts it off.
+    /// Has the held workload take its file locks on shared storage, all of them or not. Storage
+    /// that hangs may hold that up: a discard cuts it off.
     pub async fn lock(&mut self) -> Result<(), Failure> {
         let Some(Pager { client, .. }) = &self.pager else {
             return Err(no_pager());
