@@ -351,7 +351,7 @@ impl Space {
 
     /// Whether the memory our descriptor belongs to is still there. A scan cannot tell: without it
     /// it finds nothing, and succeeds.
-    fn check_alive(&self) -> Result<(), TrackError> {
+    pub(super) fn check_alive(&self) -> Result<(), TrackError> {
         // Any call that looks at the memory will do. This one takes protection off a page that is
         // never mapped, or if so, is part of the stack; there it makes one page dirty.
         let probe = self
