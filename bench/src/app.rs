@@ -113,7 +113,7 @@ pub const ALL: [Kind; 7] = [
     // Its interlock is a System V segment.
     refused("postgresql", "unsupported-workload", postgresql::start),
     // It locks each of its files.
-    refused("mariadb", "shared-lock", mariadb::start),
+    moves("mariadb", mariadb::start),
 ];
 
 /// Enough to see a pattern.

@@ -8,7 +8,9 @@ pub mod apps;
 pub mod baseline;
 pub mod capture;
 pub mod cases;
+pub mod direct;
 pub mod faults;
+pub mod locks;
 pub mod memory;
 pub mod nginx;
 pub mod redis;
@@ -37,7 +39,7 @@ pub struct Scenario {
 }
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 13] = [
+pub const ALL: [Scenario; 14] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -109,6 +111,12 @@ pub const ALL: [Scenario; 13] = [
         summary: "aborts and kills in every state of the hand-off",
         cases: true,
         run: faults::run,
+    },
+    Scenario {
+        name: "locks",
+        summary: "file locks on shared storage: moved, wanted by others, with kills in between",
+        cases: true,
+        run: locks::run,
     },
     Scenario {
         name: "capture",

@@ -11,6 +11,7 @@
 //! Absent: resource limits.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -311,6 +312,11 @@ impl Freezer {
         fs::create_dir_all(&self.path).map_err(|source| self.io("creating", source))
     }
 
+    /// The interface in use.
+    pub fn version(&self) -> FreezerVersion {
+        self.version
+    }
+
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.path
@@ -393,21 +399,24 @@ impl Freezer {
     /// Freezes and waits until the kernel says that every task is frozen. Blocks, at most
     /// [`FREEZE_TIMEOUT`]; on a time-out the cgroup is thawed again.
     pub fn freeze(&self) -> Result<(), CgroupError> {
-        self.freeze_unless(|| false)
+        let frozen = self.freeze_unless(|| false);
+        if matches!(frozen, Err(CgroupError::FreezeTimeout { .. })) {
+            self.thaw()?;
+        }
+        frozen.map(drop)
     }
 
-    /// As [`Freezer::freeze`], but ends early, with the cgroup thawed, once `cut` says so: ask
-    /// whether it did.
-    pub fn freeze_unless(&self, cut: impl Fn() -> bool) -> Result<(), CgroupError> {
+    /// As [`Freezer::freeze`], but ends early once `cut` says so. Returns whether it is frozen. If
+    /// not, and on a time-out, it is still about to be: the caller thaws it.
+    pub fn freeze_unless(&self, cut: impl Fn() -> bool) -> Result<bool, CgroupError> {
         let deadline = Instant::now() + FREEZE_TIMEOUT;
         self.begin_freeze()?;
         let mut asked = Instant::now();
         while !self.is_frozen()? {
             if cut() {
-                return self.write_state(false);
+                return Ok(false);
             }
             if Instant::now() > deadline {
-                self.write_state(false)?;
                 return Err(CgroupError::FreezeTimeout {
                     path: self.path.clone(),
                 });
@@ -418,7 +427,7 @@ impl Freezer {
                 asked = Instant::now();
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Thaws. A task with a pending SIGKILL dies now.
@@ -467,8 +476,27 @@ impl Freezer {
         }
     }
 
+    /// Moves a thread into it, where threads have cgroups of their own (v1), and its process where
+    /// they do not.
+    pub(crate) fn take_in(&self, tid: i32) -> Result<(), CgroupError> {
+        let file = match self.version {
+            FreezerVersion::V1 => "tasks",
+            FreezerVersion::V2 => "cgroup.procs",
+        };
+        fs::write(self.path.join(file), tid.to_string())
+            .map_err(|source| self.io("moving a task into", source))
+    }
+
+    /// One of another name in the same place.
+    pub(crate) fn sibling(&self, name: &OsStr) -> Self {
+        Self {
+            path: self.path.with_file_name(name),
+            version: self.version,
+        }
+    }
     /// Removes the empty cgroup; one that still has tasks stays.
     pub fn remove(&self) -> Result<(), CgroupError> {
+        self.remove_aside();
         match fs::remove_dir(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(self.io("removing", error))

@@ -270,6 +270,12 @@ impl PagerClient {
         }
     }
 
+    /// Has the held tree take its file locks; answers when it has all of them. It may have some
+    /// when this fails.
+    pub async fn lock(&self) -> Result<(), ClientError> {
+        self.ask_ok(Request::Lock, &[]).await
+    }
+
     /// Lets the tree run; answers when it does.
     pub async fn go(&self) -> Result<(), ClientError> {
         match self.ask(Request::Go, &[]).await? {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use criu_glue::lazy::LazyError;
 use criu_glue::report;
-use criu_glue::rpc::{RequestFailed, SwrkError};
+use criu_glue::rpc::{RequestFailed, StartError, TalkError};
 use pageferry_cgroup::freezer::CgroupError;
 use pageferry_proto::wire::code::ErrorCode;
 
@@ -32,9 +32,12 @@ pub enum RestoreError {
         #[source]
         source: io::Error,
     },
-    /// CRIU could not be started, or the talk with it broke off.
+    /// CRIU could not be started.
+    #[error("cannot start criu")]
+    Start(#[source] StartError),
+    /// The talk with CRIU broke off.
     #[error("cannot talk to criu")]
-    Swrk(#[source] SwrkError),
+    Talk(#[source] TalkError),
     /// CRIU said no.
     #[error("restore failed")]
     Criu(#[source] RequestFailed),
@@ -68,6 +71,15 @@ pub enum RestoreError {
         #[source]
         source: io::Error,
     },
+    /// The list of file locks cannot be used.
+    #[error("cannot use {path}")]
+    Locks {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// Nobody would keep the descriptors if the pager died.
     #[error("the tree cannot be watched")]
     Watcher(#[source] WatcherError),
@@ -93,8 +105,10 @@ impl RestoreError {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Plan(_) | Self::Unplanned(_) | Self::Dead(_) => ErrorCode::LedgerIncomplete,
+            Self::Locks { .. } => ErrorCode::Malformed,
             Self::Cgroup(_) | Self::Directory { .. } | Self::Watcher(_) => ErrorCode::Internal,
-            Self::Swrk(_)
+            Self::Start(_)
+            | Self::Talk(_)
             | Self::Criu(_)
             | Self::Early
             | Self::Lazy(_)

@@ -14,6 +14,7 @@
 //! | `plan` | per space, in order, a memfd of pending runs ([`crate::plan`]) | `ok` |
 //! | `prepare` | as for `restore` | `ok` |
 //! | `restore` | the namespaces, then the inherited ones | `restored`, `failed` |
+//! | `lock` | – | `ok`, `failed` |
 //! | `go` | – | `resumed`, `failed` |
 //! | `discard` | – | `ok` when nothing of the tree is left, `failed` after `go` |
 //! | `status` | – | `status` |
@@ -59,6 +60,9 @@ pub enum Request {
     Prepare(Box<RestoreRequest>),
     /// Restore the tree and hold it.
     Restore(Box<RestoreRequest>),
+    /// Have the held tree take its file locks. Comes before `Go` if the restore has any; may be
+    /// asked again if another has one.
+    Lock,
     /// Let it run, and fill its memory.
     Go,
     /// Undo all that was done. Only before `Go`.
@@ -108,6 +112,8 @@ pub struct RestoreRequest {
     pub shell_job: bool,
     /// `--link-remap`.
     pub link_remap: bool,
+    /// There is a list of file locks among the images, which are taken by [`Request::Lock`].
+    pub locks: bool,
 }
 
 impl RestoreRequest {

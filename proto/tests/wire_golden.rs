@@ -274,6 +274,7 @@ fn messages_of_the_source_keep_their_bytes() {
         images: 12,
         digests: 4,
         verify: true,
+        locks: 0,
     };
     check(
         SourceMessage::Final(end),
@@ -361,7 +362,10 @@ fn messages_of_the_target_keep_their_bytes() {
     "#]],
     );
     check(
-        TargetMessage::Refused { generation },
+        TargetMessage::Refused {
+            generation,
+            failure: None,
+        },
         &expect![[r#"
         05000000b203020803
     "#]],

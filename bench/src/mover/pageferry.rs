@@ -72,6 +72,12 @@ impl Migration {
         })
     }
 
+    /// Whether it is over.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        let ended = self.child.try_wait();
+        Ok(ended.context("asking for pageferry migrate")?.is_some())
+    }
+
     /// Waits for its end.
     pub fn finish(self) -> Result<Outcome> {
         let output = self

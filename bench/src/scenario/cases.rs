@@ -46,9 +46,9 @@ const fn refused(name: &'static str, code: &'static str) -> Case {
 const ALL: [Case; 15] = [
     moves("stopped-children"),
     moves("orphan-session"),
-    refused("posix-lock", "shared-lock"),
-    refused("flock-lock", "shared-lock"),
-    refused("ofd-lock", "shared-lock"),
+    moves("posix-lock"),
+    moves("flock-lock"),
+    moves("ofd-lock"),
     refused("lease-lock", "shared-lock"),
     moves("momentary-lock"),
     moves("tcp-backlog"),

@@ -108,7 +108,7 @@ enum Stall {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Survivor {
+pub(super) enum Survivor {
     Source,
     Target,
     /// It is frozen at the target because part of its memory is lost for good.
@@ -334,7 +334,7 @@ impl Drop for Stopped {
 }
 
 /// What came of a fault.
-enum Struck {
+pub(super) enum Struck {
     Done,
     /// There was nothing to kill: not yet, or no more.
     Missed,
@@ -342,7 +342,7 @@ enum Struck {
     Asked(Child),
 }
 
-fn signal_first(lab: &Lab, node: &str, command: &str, signal: Signal) -> Result<Struck> {
+pub(super) fn signal_first(lab: &Lab, node: &str, command: &str, signal: Signal) -> Result<Struck> {
     let pids = lab.node(node)?.host_processes_named(command);
     let Some(pid) = pids.first() else {
         return Ok(Struck::Missed);
@@ -420,7 +420,7 @@ fn wait_for_fill(lab: &Lab, workload: &str) -> Result<()> {
 }
 
 /// Who runs the workload now? Exactly one node may, and its memory must be right.
-fn judge(lab: &Lab, session: &mut WriterSession) -> Result<Survivor> {
+pub(super) fn judge(lab: &Lab, session: &mut WriterSession) -> Result<Survivor> {
     let (source, target) = (lab.node("a")?, lab.node("b")?);
     let (workload, client) = (&session.workload, &mut session.client);
     let at = || (workload.is_at(source), workload.is_at(target));

@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use criu_glue::rpc::{Swrk, SwrkConfig, SwrkError};
+use criu_glue::rpc::{Conversation, StartError, SwrkConfig};
 use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerRoot};
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_proto::id::{MigrationId, WorkloadName};
@@ -95,7 +95,7 @@ impl Kind {
     }
 
     /// Begins to speak with the CRIU that dumps it.
-    pub fn converse(&self, criu: SwrkConfig) -> Result<Swrk, SwrkError> {
+    pub fn converse(&self, criu: SwrkConfig) -> Result<Conversation, StartError> {
         let Self::Process(process) = self;
         process.converse(criu)
     }

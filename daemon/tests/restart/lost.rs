@@ -110,8 +110,16 @@ async fn a_source_that_says_go_gets_back_what_the_target_held_when_it_went_down(
     let gone = node.freezer("gone");
     node.write(id(1), &held(gone.path(), ANOTHER_BOOT, false), 0);
     let (_registry, heard) = ask(&node, id(1), &go()).await;
-    let generation = GENERATION;
-    assert_eq!(heard, TargetMessage::Refused { generation });
+    let TargetMessage::Refused {
+        generation,
+        failure,
+    } = heard
+    else {
+        panic!("{heard:?}");
+    };
+    assert_eq!(generation, GENERATION);
+    let code = failure.map(|failure| failure.code());
+    assert_eq!(code, Some(ErrorCode::FillLost));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -348,6 +348,7 @@ fn named(pids: &[i32], name: &str) -> bool {
 /// The end of a final round without pages.
 fn last(images: u32) -> Final {
     Final {
+        locks: 0,
         generation: Generation::FIRST,
         round: Round::FIRST,
         parcels: 0,

@@ -65,9 +65,20 @@ pub const CRATES: &[Crate] = &[
         tests_use: &["pageferry-trial"],
     },
     Crate {
+        folder: "inject",
+        package: "pageferry-inject",
+        uses: &["pageferry-cgroup", "pageferry-sys"],
+        tests_use: &["pageferry-trial"],
+    },
+    Crate {
         folder: "pages",
         package: "pageferry-pages",
-        uses: &["criu-glue", "pageferry-proto", "pageferry-sys"],
+        uses: &[
+            "criu-glue",
+            "pageferry-inject",
+            "pageferry-proto",
+            "pageferry-sys",
+        ],
         tests_use: &["pageferry-trial"],
     },
     Crate {
@@ -76,6 +87,7 @@ pub const CRATES: &[Crate] = &[
         uses: &[
             "criu-glue",
             "pageferry-cgroup",
+            "pageferry-inject",
             "pageferry-pages",
             "pageferry-proto",
             "pageferry-sys",
@@ -95,6 +107,7 @@ pub const CRATES: &[Crate] = &[
             "criu-glue",
             "pageferry-api",
             "pageferry-cgroup",
+            "pageferry-inject",
             "pageferry-pager",
             "pageferry-pages",
             "pageferry-proto",

@@ -30,6 +30,7 @@ const DAEMON: Modules = &[
             "link",
             "net",
             "pageferry_cgroup",
+            "pageferry_inject",
             "pageferry_pager",
             "pageferry_pages",
             "pageferry_sys",
@@ -50,7 +51,10 @@ const DAEMON: Modules = &[
             "runtime",
         ],
     ),
-    ("runtime", &["pageferry_cgroup", "pageferry_sys"]),
+    (
+        "runtime",
+        &["pageferry_cgroup", "pageferry_inject", "pageferry_sys"],
+    ),
     ("telemetry", &[]),
 ];
 
@@ -72,6 +76,16 @@ const PAGER: Modules = &[
         &["fault", "pageferry_pages", "pageferry_sys", "space"],
     ),
     ("lib", &[]),
+    (
+        "locks",
+        &[
+            "failure",
+            "message",
+            "pageferry_cgroup",
+            "pageferry_inject",
+            "pageferry_sys",
+        ],
+    ),
     ("main", &["pageferry_pager"]),
     ("marks", &[]),
     ("message", &[]),
@@ -90,7 +104,9 @@ const PAGER: Modules = &[
             "plan",
             "restore",
             "serve",
+            "shield",
             "signals",
+            "start",
             "watcher",
         ],
     ),
@@ -98,17 +114,21 @@ const PAGER: Modules = &[
         "restore",
         &[
             "failure",
+            "locks",
             "message",
             "pageferry_cgroup",
             "pageferry_sys",
             "plan",
             "serve",
+            "start",
             "watcher",
         ],
     ),
     ("serve", &["pageferry_pages", "pageferry_sys", "worker"]),
+    ("shield", &["error"]),
     ("signals", &[]),
     ("space", &[]),
+    ("start", &["failure", "message"]),
     ("watcher", &["marks", "pageferry_cgroup", "pageferry_sys"]),
     (
         "worker",
@@ -134,7 +154,7 @@ const PAGES: Modules = &[
     ("recv", &["decode", "store"]),
     ("send", &["encode", "pace", "pool", "read"]),
     ("store", &["decode", "digest"]),
-    ("track", &["pageferry_sys", "read"]),
+    ("track", &["pageferry_inject", "pageferry_sys", "read"]),
 ];
 
 /// What tests may use besides.

@@ -124,7 +124,7 @@ codes! {
     PagesUnread = 48, "pages-unread";
     /// Each freeze met the workload in a state that passes, but cannot be dumped.
     PassingState = 49, "passing-state";
-    /// The workload holds a lock on a file that both nodes share.
+    /// The workload has a lock or a lease on a file that both nodes share, and it cannot move.
     SharedLock = 50, "shared-lock";
     /// The workload maps a file, shared and writable, whose caches are not coherent.
     SharedIncoherent = 51, "shared-incoherent";
@@ -157,6 +157,8 @@ codes! {
     MemoryShort = 75, "memory-short";
     /// The target's processor lacks something that the source's has.
     CpuDiffers = 76, "cpu-differs";
+    /// Between the two nodes another process has taken a file lock that is the workload's.
+    LockTaken = 77, "lock-taken";
 }
 
 /// What went wrong: a code to act upon and a text to read.

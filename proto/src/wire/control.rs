@@ -32,6 +32,9 @@ pub const ROUND_PARCELS_MAX: u32 = 1 << 22;
 /// Most live sets, digest streams or image files of one final round.
 pub const FINAL_STREAMS_MAX: u32 = 1 << 20;
 
+/// Most file locks on shared storage of one workload; a database has one on each of its files.
+pub const FINAL_LOCKS_MAX: u32 = 1 << 16;
+
 /// Any message of a control stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
@@ -133,6 +136,8 @@ pub enum TargetMessage {
     Refused {
         /// The refused generation.
         generation: Generation,
+        /// Why, if that is still known.
+        failure: Option<Failure>,
     },
     /// All parcels of the round are held.
     RoundHeld {
@@ -202,6 +207,8 @@ pub struct Final {
     pub digests: u32,
     /// Whether the target must compare every live page with a digest before it restores.
     pub verify: bool,
+    /// File locks that the source lets go of before it says `Go`, and the target takes then.
+    pub locks: u32,
 }
 
 impl Message {
@@ -268,6 +275,7 @@ impl SourceMessage {
                 images: end.images,
                 digests: end.digests,
                 verify: end.verify,
+                locks: end.locks,
             }),
             Self::Go { generation } => Wire::Go(schema::Go {
                 generation: generation.number(),
@@ -313,8 +321,12 @@ impl TargetMessage {
                 generation: generation.number(),
                 incarnation: incarnation.0,
             }),
-            Self::Refused { generation } => Wire::Refused(schema::Refused {
+            Self::Refused {
+                generation,
+                failure,
+            } => Wire::Refused(schema::Refused {
                 generation: generation.number(),
+                failure: failure.as_ref().map(Into::into),
             }),
             Self::RoundHeld { round } => Wire::RoundHeld(schema::RoundHeld {
                 round: round.number(),
@@ -396,8 +408,12 @@ impl TryFrom<Wire> for Message {
                 .into()
             }
             Wire::Refused(refused) => {
-                let generation = generation("refused.generation", refused.generation)?;
-                Target::Refused { generation }.into()
+                let why = |wire| failure("refused.failure", Some(wire));
+                Target::Refused {
+                    generation: generation("refused.generation", refused.generation)?,
+                    failure: refused.failure.map(why).transpose()?,
+                }
+                .into()
             }
             Wire::RoundHeld(held) => Target::RoundHeld {
                 round: round("round_held.round", held.round)?,
@@ -477,6 +493,7 @@ impl TryFrom<schema::Final> for Final {
             images: at_most("final.images", end.images, FINAL_STREAMS_MAX)?,
             digests: at_most("final.digests", end.digests, FINAL_STREAMS_MAX)?,
             verify: end.verify,
+            locks: at_most("final.locks", end.locks, FINAL_LOCKS_MAX)?,
         })
     }
 }

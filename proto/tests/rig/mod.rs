@@ -357,6 +357,7 @@ pub fn round_report(round: u32, sent: u64, dirtied: u64) -> RoundReport {
         wire_bytes: PageCount(sent).bytes() / 2,
         duration: Duration::from_secs(1),
         eager_bytes: 0,
+        anew: false,
     }
 }
 
@@ -375,6 +376,7 @@ pub fn final_report() -> FinalReport {
         live_sets: 1,
         images: 9,
         digests: 0,
+        locks: 0,
         raw_bytes: 20480,
         wire_bytes: 1000,
     }
@@ -390,6 +392,7 @@ pub fn last(round: u32) -> Final {
         images: 9,
         digests: 0,
         verify: false,
+        locks: 0,
     }
 }
 

@@ -70,6 +70,16 @@ impl Trial {
         answer
     }
 
+    /// The same of what may fail; an error is what it says.
+    pub fn try_tell(&mut self, order: &str) -> Result<String, String> {
+        writeln!(self.input, "{order}").unwrap();
+        let answer = self.answer();
+        match answer.strip_prefix("error ") {
+            Some(error) => Err(error.to_owned()),
+            None => Ok(answer),
+        }
+    }
+
     /// Makes it do something, and ignores that it says `done`, whenever it does.
     pub fn tell_silently(&mut self, order: &str) {
         writeln!(self.input, "{order}").unwrap();
@@ -138,7 +148,12 @@ fn act(words: &[&str]) -> io::Result<String> {
         "fork" => fork(),
         "clone-vm" => clone_with_memory(),
         "block" => block::block(words[1]),
+        "read-direct" => {
+            let length = usize::try_from(parse(words[3])).unwrap();
+            block::read_direct(words[1], parse(words[2]), length)
+        }
         "open" => files::open(words[1]),
+        "lock-file" => files::lock(&words[1..]),
         "sockets" => files::open_sockets(),
         "signals" => Ok(SIGNALS.load(Ordering::SeqCst).to_string()),
         _ => act_silently(words).map(|()| String::from("done")),

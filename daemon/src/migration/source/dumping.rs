@@ -196,6 +196,31 @@ impl Dumping {
         hold::end(workload, &self.criu, within).await;
     }
 
+    /// Has CRIU let go of a tree that is given away and frozen: its cgroup alone holds it then.
+    /// Never thaws.
+    pub(super) async fn step_back(&mut self, workload: &Workload) -> Result<(), Failure> {
+        if let Stage::Prepared(dump) = std::mem::take(&mut self.stage) {
+            let threads = u32::try_from(workload.threads()).unwrap_or(u32::MAX);
+            // One that fails here has let go of the tasks all the same, by its end.
+            if let Err(error) = dump
+                .rollback(PATIENCE + PATIENCE_PER_THREAD * threads)
+                .await
+            {
+                tracing::warn!("criu did not end well: {}", chain(&error));
+            }
+        }
+        // Also that of a daemon before this one, which its end tells to let go.
+        let deadline = Instant::now() + LET_GO_TIMEOUT;
+        while let Some((pid, tracer)) = workload.traced() {
+            if deadline < Instant::now() {
+                let text = format!("process {tracer} still traces process {pid} of the workload");
+                return Err(Failure::new(ErrorCode::Traced, text));
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Ok(())
+    }
+
     /// Begins to prepare the next dump, unless a CRIU waits for it already, or will.
     pub(super) fn begin(&mut self, workload: &Workload) -> Result<(), Failure> {
         match self.stage {

@@ -4,30 +4,30 @@
 //! afterwards; from [`Workload::enter_cgroup`] on, the tree is in a cgroup that nobody else is in;
 //! SIGKILL is pending on every task before a copy that is given away is thawed.
 
-mod locked;
-
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use criu_glue::repair;
-use pageferry_cgroup::freezer::Freezer;
+use pageferry_cgroup::freezer::{Freezer, FreezerVersion};
 use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_pages::track::Support;
+use pageferry_pages::track::frozen::{Frozen, Stops};
 use pageferry_pages::track::tree::{Tree, TreeError};
-use pageferry_proto::migration::source::{SourceEvent, Wait};
+use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::MountDescription;
 use pageferry_sys::namespace::NamespaceKind;
 use pageferry_sys::task::{threads, tracer};
 use tokio::task::block_in_place;
 
-use super::failure::freeze_failed;
+use super::failure::{failed_to_track, freeze_failed};
 use super::waits::Waits;
 use crate::migration::text::chain;
 use crate::runtime::identity::Anchor;
 use crate::runtime::kind::Kind;
-use crate::runtime::locks::Locks;
 use crate::runtime::mounts::Mounts;
+use crate::runtime::passing::{Passing, State};
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -46,8 +46,8 @@ pub(super) struct Workload {
     pub(super) described_mounts: Vec<MountDescription>,
     /// Holds the tree.
     pub(super) freezer: Freezer,
-    /// Tells which locks it holds that cannot move.
-    pub(super) locks: Locks,
+    /// What the kernel tells of its threads.
+    pub(super) support: Support,
 }
 
 impl Workload {
@@ -104,6 +104,12 @@ impl Workload {
         self.anchor.as_ref().is_some_and(Anchor::is_alive)
     }
 
+    /// A process of it that somebody traces, and who that is.
+    pub(super) fn traced(&self) -> Option<(i32, i32)> {
+        let pids = self.freezer.processes().unwrap_or_default();
+        pids.into_iter().find_map(|pid| Some((pid, tracer(pid)?)))
+    }
+
     /// Who traces its root. Who traces another process of that number is nothing to us.
     pub(super) fn tracer(&self) -> Option<i32> {
         tracer(self.root()).filter(|_| self.is_root())
@@ -124,6 +130,43 @@ impl Workload {
         freezing.check()
     }
 
+    /// Looks at all its threads, which the cgroup has frozen.
+    pub(super) fn look(&self) -> Result<Frozen, Failure> {
+        let stops = match self.freezer.version() {
+            FreezerVersion::V1 => Stops::InPlace,
+            FreezerVersion::V2 => Stops::AtReturn,
+        };
+        let mut pids = self.pids()?;
+        // One of another pid namespace reads as 0.
+        pids.retain(|pid| 0 < *pid);
+        let looked = Frozen::look(&pids, &self.support, stops);
+        looked.map_err(|error| failed_to_track(&error))
+    }
+
+    /// A thread that is not at rest though the cgroup is frozen: a scan made meanwhile may have
+    /// missed what it writes. Under version 2 there is none.
+    pub(super) fn busy(&self) -> Result<Option<Passing>, Failure> {
+        if self.freezer.version() == FreezerVersion::V2 {
+            return Ok(None);
+        }
+        let busy = self.look()?.busy();
+        Ok(busy.map(|thread| Passing {
+            state: State::Uninterruptible,
+            holder: format!("thread {thread}"),
+        }))
+    }
+
+    /// Thaws its cgroup, which may be frozen, and has system calls restarted that a freeze has
+    /// interrupted.
+    pub(super) fn let_run(&self) -> Result<(), Failure> {
+        let frozen = self.look().unwrap_or_else(|failure| {
+            tracing::warn!(root = self.root(), %failure, "interrupted calls are not restarted");
+            Frozen::default()
+        });
+        let thawed = block_in_place(|| frozen.thaw(|| self.freezer.thaw()));
+        thawed.map_err(|error| freeze_failed(&error))
+    }
+
     /// CRIU and the target were told of the mounts before the rounds.
     pub(super) fn check_mounts(&self) -> Result<(), Failure> {
         let Some(surveyed) = &self.mounts else {
@@ -139,22 +182,13 @@ impl Workload {
         ))
     }
 
-    /// What comes of a freeze that meets a lock; nothing if it meets none. The tree is frozen.
-    pub(super) async fn held_lock(
-        &self,
-        pids: &[i32],
-        waits: &Waits,
-    ) -> Result<Option<SourceEvent>, Failure> {
-        locked::look(&self.locks, pids, waits).await
-    }
-
     /// Lets the tree run, of which CRIU has let go.
     pub(super) fn thaw(&self) -> Result<(), Failure> {
         if !self.freezer.exists() {
             return Ok(());
         }
         block_in_place(|| self.end_repair());
-        self.freezer.thaw().map_err(|error| freeze_failed(&error))
+        self.let_run()
     }
 
     /// Takes sockets out of repair mode that a killed CRIU and a killed tracer have left in it. The

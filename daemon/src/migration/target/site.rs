@@ -19,7 +19,7 @@ use pageferry_cgroup::hierarchies::{Group, Groups, Hierarchies};
 use pageferry_pager::client::{ClientError, Notice, PagerClient, Spawn};
 use pageferry_pager::message::{Namespace, RestoreRequest};
 use pageferry_pages::store::{Growth, Store, StoreLimits};
-use pageferry_proto::id::MigrationId;
+use pageferry_proto::id::{MigrationId, SpaceId};
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -35,6 +35,7 @@ use super::admission::{Ledger, Promise};
 use super::cut_off;
 use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
+use super::locked;
 use super::network::{Network, NetworkState};
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::detached;
@@ -389,6 +390,8 @@ impl Site {
         if let Some(arriving) = &self.arriving {
             arriving.check_tasks(&tasks)?;
         }
+        let locks =
+            block_in_place(|| locked::take_out(&images, |pid| spaces.contains(&SpaceId(pid))))?;
         // Late births are only known from the images; they have no pages to be filled.
         let mut plan = Vec::with_capacity(spaces.len());
         let pager = &self.pager.as_ref().ok_or_else(no_pager)?.client;
@@ -409,6 +412,7 @@ impl Site {
         let request = RestoreRequest {
             spaces: u32::try_from(plan.len()).map_err(|error| internal(&error))?,
             reaper: adopts.then(|| self.node.view_library.clone()),
+            locks,
             ..self.restore_request()
         };
         let restored = pager

@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use criu_glue::rpc::{Swrk, SwrkConfig, SwrkError};
+use criu_glue::rpc::{Conversation, StartError, SwrkConfig};
 use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerRoot};
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -83,8 +83,8 @@ impl Process {
     }
 
     /// Begins to speak with a CRIU that dumps it: one that is started for that, by us.
-    pub fn converse(&self, criu: SwrkConfig) -> Result<Swrk, SwrkError> {
-        Swrk::spawn(criu)
+    pub fn converse(&self, criu: SwrkConfig) -> Result<Conversation, StartError> {
+        Conversation::start(criu)
     }
 
     /// The tree stays here, and runs: it goes back to the cgroup it came from, as far as that still

@@ -22,6 +22,7 @@ use crate::link::port::Port;
 use crate::migration::ports::PortState;
 use crate::migration::source::calm::{Glance, Tries};
 use crate::migration::source::dumping::Dumping;
+use crate::migration::source::locked::FileLocks;
 use crate::migration::source::network::Network;
 use crate::migration::source::sending::Sending;
 use crate::migration::source::state::{SiteState, encode_state};
@@ -66,6 +67,7 @@ struct Found {
     memory_bytes: u64,
     true_smaps: bool,
     kept: Kept,
+    locks: Locks,
 }
 
 /// What was asked for, besides the policy.
@@ -203,7 +205,7 @@ impl Site {
             mounts: described.mounts,
             described_mounts: description.mounts.clone(),
             freezer,
-            locks,
+            support: node.support.clone(),
         };
         let found = Found {
             workload,
@@ -211,6 +213,7 @@ impl Site {
             memory_bytes,
             true_smaps: asked.instead_of.is_some(),
             kept,
+            locks,
         };
         Ok(Survey {
             description,
@@ -253,7 +256,7 @@ impl Site {
             mounts: None,
             described_mounts: Vec::new(),
             freezer: Freezer::at(state.freezer),
-            locks: Locks::default(),
+            support: node.support.clone(),
         };
         let found = Found {
             workload,
@@ -262,6 +265,8 @@ impl Site {
             true_smaps: false,
             // Of one that is over nothing is left to do.
             kept: Kept::recovered(if is_over { Vec::new() } else { state.markers }),
+            // No freeze will look for any; what was found is in the folder.
+            locks: Locks::default(),
         };
         Ok(Self::untouched(node, id, policy, found, cancelled))
     }
@@ -281,6 +286,7 @@ impl Site {
             tracking: Tracking::new(node.support.clone(), budget, found.true_smaps),
             dumping: Dumping::new(&node, directory.clone()),
             kept: found.kept,
+            locks: FileLocks::new(found.locks, directory.clone()),
             sending: Sending::new(node.workers),
             waits: Waits::new(cancelled),
             tries: Tries::default(),
@@ -318,20 +324,21 @@ async fn describe(kind: &Kind, pids: &[i32], storage: &Storage) -> Result<Descri
     looking(kind.root(), move || kind.describe(&pids, &paths)).await
 }
 
-/// Refuses a lock that is held whenever it is looked for.
+/// Refuses a lock that cannot move and is there whenever it is looked for.
 async fn check_locks(locks: &Locks, pids: &[i32]) -> Result<(), Failure> {
     let look = async || {
         let (root, locks, pids) = (pids.first().copied(), locks.clone(), pids.to_vec());
-        looking(root.unwrap_or_default(), move || Ok(locks.held(&pids))).await
+        let look = move || Ok(locks.find(&pids, false).unfit);
+        looking(root.unwrap_or_default(), look).await
     };
-    let mut held = look().await?;
+    let mut unfit = look().await?;
     for _ in 1..LOOKS {
-        if held.is_empty() {
+        if unfit.is_empty() {
             return Ok(());
         }
         tokio::time::sleep(LOOK_PAUSE).await;
         let now = look().await?;
-        held.retain(|lock| now.contains(lock));
+        unfit.retain(|lock| now.contains(lock));
     }
-    held.first().map_or(Ok(()), |lock| Err(lock.refused()))
+    unfit.first().map_or(Ok(()), |lock| Err(lock.refused()))
 }

@@ -33,6 +33,18 @@ pub enum LetGoError {
 }
 
 impl Site {
+    /// Has the held workload take its file locks on shared storage, all of them or not. Storage
+    /// that hangs may hold that up: a discard cuts it off.
+    pub async fn lock(&mut self) -> Result<(), Failure> {
+        let Some(Pager { client, .. }) = &self.pager else {
+            return Err(no_pager());
+        };
+        let began = Instant::now();
+        client.lock().await.map_err(pager_failed)?;
+        tracing::debug!(migration = %self.id, took = ?began.elapsed(), "locked");
+        Ok(())
+    }
+
     /// Attaches the network and lets the workload run. Only when `Running` is durable; doing it
     /// again does no harm.
     pub async fn let_go(&mut self) -> Result<(), LetGoError> {
