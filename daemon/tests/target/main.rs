@@ -8,6 +8,7 @@
 
 #[path = "../common/built.rs"]
 mod built;
+mod locked;
 mod silent;
 
 use std::collections::BTreeMap;
