@@ -15,9 +15,9 @@ async fn failure_of(number: u8, pid: i32, said: u32) -> String {
     let heard = target.hear().await;
     assert!(matches!(heard, TargetMessage::Accepted { .. }), "{heard:?}");
     target.send_tree().await;
-    let list = format!(
-        r#"[{{"pid":{pid},"fd":3,"kind":"posix","exclusive":true,"start":0,"bytes":null,"path":"/f"}}]"#
-    );
+    let range = r#""start":0,"bytes":null"#;
+    let list =
+        format!(r#"[{{"pid":{pid},"fd":3,"kind":"posix","exclusive":true,{range},"path":"/f"}}]"#);
     target.send_image(LOCKS_FILE, list.into_bytes()).await;
     let end = Final {
         locks: said,
