@@ -53,7 +53,8 @@ pub fn thaw<T>(threads: &[i32], thaw: impl FnOnce() -> T) -> T {
             // To seize a thread that job control has stopped may take until it is thawed.
             Ok(_) => {
                 if all_asked.recv_timeout(BEGIN_MAX).is_ok() {
-                    drop(all_asked.recv_timeout(ASK_MAX));
+                    // Ends without a word when all are asked.
+                    let _ = all_asked.recv_timeout(ASK_MAX);
                 }
             }
             Err(error) => tracing::warn!("interrupted calls are not restarted: {error}"),
