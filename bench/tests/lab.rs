@@ -171,7 +171,8 @@ fn done(arguments: &[&str]) -> String {
     text(&output)
 }
 
-/// A client at node a of a Redis, whose connection is asked for its id at the beginning and the end.
+/// A client at node a of a Redis, whose connection is asked for its id at the beginning and at the
+/// end.
 struct Client(Child);
 
 impl Client {
