@@ -11,7 +11,9 @@ use std::process::Command;
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg};
+use nix::sys::socket::{
+    ControlMessageOwned, MsgFlags, SockFlag, UnixCredentials, accept4, recvmsg,
+};
 use tokio::io::unix::AsyncFd;
 use tokio::process::Child;
 
@@ -53,6 +55,20 @@ pub(crate) fn register(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` keeps its number open and unchanged while the `AsyncFd` owns it.
     let registered = unsafe { AsyncFd::register(socket) };
     registered.map_err(io::Error::from)
+}
+
+/// Accepts a connection.
+pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let number = accept4(listener.as_raw_fd(), flags)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Has a process go before others, if that is permitted.
+pub(crate) fn make_urgent(pid: i32) {
+    // SAFETY: numbers only. A kernel that refuses leaves the process as it is, only slower.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, pid.cast_unsigned(), URGENT) };
 }
 
 /// What came with the bytes of a message.

@@ -20,7 +20,7 @@ use super::TalkError;
 use super::message::{CriuOpts, CriuRequest, CriuResponse};
 use super::packet::{Channel, Packet, Peer};
 use super::wire::{Changes, WireError};
-use crate::options::{ManageCgroups, NetworkLock};
+use crate::options::{LogLevel, ManageCgroups, NetworkLock};
 
 /// Who asks.
 #[derive(Debug)]
@@ -50,6 +50,15 @@ pub struct Patch {
     pub manage_cgroups: Option<ManageCgroups>,
     pub freeze_cgroup: Option<String>,
     pub lazy_pages: Option<bool>,
+    pub tcp_established: Option<bool>,
+    pub file_locks: Option<bool>,
+    pub link_remap: Option<bool>,
+    /// Of the log.
+    pub log_level: Option<LogLevel>,
+    /// Largest deleted file that goes along, in bytes.
+    pub ghost_limit: Option<u32>,
+    /// How long freezing may take, in seconds.
+    pub freeze_timeout: Option<u32>,
     /// `--external` strings, besides those of the client.
     pub external: Vec<String>,
 }
@@ -220,7 +229,13 @@ impl Patch {
     fn changes(&self) -> Changes {
         let mut changes = Changes::default();
         let numbers = [
+            (5, self.tcp_established.map(i64::from)),
+            (8, self.file_locks.map(i64::from)),
+            (9, self.log_level.map(|level| level as i64)),
+            (18, self.link_remap.map(i64::from)),
             (34, self.manage_cgroups.map(|mode| mode as i64)),
+            (35, self.ghost_limit.map(i64::from)),
+            (45, self.freeze_timeout.map(i64::from)),
             (48, self.lazy_pages.map(i64::from)),
             (64, self.network_lock.map(|lock| lock as i64)),
         ];

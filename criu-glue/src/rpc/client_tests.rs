@@ -67,6 +67,7 @@ fn a_recorded_request_keeps_all_that_is_not_patched() {
         freeze_cgroup: Some("/cg".to_owned()),
         lazy_pages: Some(true),
         external: vec!["x".to_owned()],
+        ..Patch::default()
     };
     asked.patch(patch, &us()).expect("a request");
     let kept = [
@@ -103,4 +104,42 @@ fn a_request_without_options_is_not_patched() {
     let patched = version.patch(Patch::default(), &us());
     assert!(matches!(patched, Err(PatchError::NoOptions)));
     assert_eq!(version.into_parts().0.bytes, [8, 10]);
+}
+
+#[test]
+fn each_field_of_a_patch_is_the_one_of_its_name() {
+    let asked = CriuRequest {
+        kind: 1,
+        opts: Some(CriuOpts {
+            images_dir_fd: -1,
+            tcp_established: Some(false),
+            log_level: Some(4),
+            ..CriuOpts::default()
+        }),
+        ..CriuRequest::default()
+    };
+    let mut asked = ClientRequest::from_packet(asked.encode_to_vec().into()).expect("a request");
+    let patch = Patch {
+        tcp_established: Some(true),
+        file_locks: Some(true),
+        link_remap: Some(true),
+        log_level: Some(LogLevel::Warning),
+        ghost_limit: Some(7),
+        freeze_timeout: Some(3),
+        ..Patch::default()
+    };
+    asked.patch(patch, &us()).expect("a request");
+    let patched = CriuRequest::decode(&asked.into_parts().0.bytes[..]).expect("a request");
+    let expected = CriuOpts {
+        images_dir_fd: -1,
+        notify_scripts: Some(true),
+        tcp_established: Some(true),
+        file_locks: Some(true),
+        link_remap: Some(true),
+        log_level: Some(2),
+        ghost_limit: Some(7),
+        timeout: Some(3),
+        ..CriuOpts::default()
+    };
+    assert_eq!(patched.opts, Some(expected));
 }

@@ -370,10 +370,12 @@ impl Conversation {
     }
 
     /// Whether the other end is open: CRIU lives, or its tracer does and has let go of nothing yet.
-    /// While a notification waits, nothing else comes from there.
+    /// While a notification waits, nothing else comes from there. A client that has not been heard
+    /// to end must be there, too.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        self.criu.is_open()
+        let is_there = |client: &Client| client.channel.is_open();
+        self.criu.is_open() && self.client.as_ref().is_none_or(is_there)
     }
 
     /// Has CRIU give up: no is said to the notification that waits, or else CRIU finds nobody at

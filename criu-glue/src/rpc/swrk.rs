@@ -1,6 +1,6 @@
 //! How a `criu swrk` process is started, and its end.
 
-use std::ffi::{CString, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -139,6 +139,28 @@ impl SwrkConfig {
             urgent: false,
         }
     }
+
+    /// Environment besides `PATH` and the number of the view's feed.
+    pub(super) fn variables(&self) -> Vec<(OsString, OsString)> {
+        let mut variables = self.env.clone();
+        let mut set = |name: &str, value: &OsStr| variables.push((name.into(), value.into()));
+        if !self.breakpoints {
+            set("CRIU_FAULT", OsStr::new(NO_BREAKPOINTS));
+        }
+        if let Some(view) = &self.view {
+            set("LD_PRELOAD", view.library.as_os_str());
+            if let Some(freezer) = &view.freezer {
+                set(FREEZER_VARIABLE, freezer.as_os_str());
+            }
+            if !view.tracer {
+                set(ALONE_VARIABLE, OsStr::new(""));
+            }
+        } else if let Some(library) = &self.reaper {
+            set("LD_PRELOAD", library.as_os_str());
+            set(REAPER_VARIABLE, OsStr::new(""));
+        }
+        variables
+    }
 }
 
 impl Process {
@@ -197,25 +219,12 @@ fn command(config: &SwrkConfig, socket: i32) -> Result<Command, StartError> {
             "PATH",
             std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into()),
         )
-        .envs(config.env.iter().map(|(name, value)| (name, value)))
+        .envs(config.variables())
         .stdin(Stdio::null())
         .stdout(output.0)
         .stderr(output.1);
-    if !config.breakpoints {
-        command.env("CRIU_FAULT", NO_BREAKPOINTS);
-    }
     if let Some(view) = &config.view {
-        command.env("LD_PRELOAD", &view.library);
         command.env(FEED_VARIABLE, view.feed.as_raw_fd().to_string());
-        if let Some(freezer) = &view.freezer {
-            command.env(FREEZER_VARIABLE, freezer);
-        }
-        if !view.tracer {
-            command.env(ALONE_VARIABLE, "");
-        }
-    } else if let Some(library) = &config.reaper {
-        command.env("LD_PRELOAD", library);
-        command.env(REAPER_VARIABLE, "");
     }
     Ok(command)
 }

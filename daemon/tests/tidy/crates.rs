@@ -31,8 +31,14 @@ pub const CRATES: &[Crate] = &[
     Crate {
         folder: "criu-glue",
         package: "criu-glue",
-        uses: &["criu-tracer"],
+        uses: &["criu-gate", "criu-tracer"],
         tests_use: &["criu-view", "pageferry-bench"],
+    },
+    Crate {
+        folder: "criu-glue/gate",
+        package: "criu-gate",
+        uses: &[],
+        tests_use: &[],
     },
     Crate {
         folder: "criu-glue/tracer",
