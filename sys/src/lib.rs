@@ -8,6 +8,7 @@
 //! Absent: policy, anything that decides, and every other crate of ours. What only tests need is in
 //! `trial/`, a crate that nothing links which is shipped.
 
+pub mod bound;
 pub mod bpf;
 pub mod cpu;
 pub mod fdpass;
