@@ -585,6 +585,7 @@ fn offer(setup: &Setup) -> SourceOffer {
             root: "/".to_owned(),
             mounts: Vec::new(),
             needs: Needs::default(),
+            container: None,
         },
         state: DriverState::new(b"source".to_vec()).expect("six bytes"),
     }

@@ -159,6 +159,10 @@ codes! {
     CpuDiffers = 76, "cpu-differs";
     /// Between the two nodes another process has taken a file lock that is the workload's.
     LockTaken = 77, "lock-taken";
+    /// A container runtime failed.
+    RuntimeFailed = 78, "runtime-failed";
+    /// The target has another workload of this name.
+    NameTaken = 79, "name-taken";
 }
 
 /// What went wrong: a code to act upon and a text to read.

@@ -444,6 +444,7 @@ fn description() -> WorkloadDescription {
         root: "/".to_owned(),
         mounts: Vec::new(),
         needs: Needs::default(),
+        container: None,
     }
 }
 
