@@ -34,6 +34,7 @@ pub mod message;
 pub mod plan;
 pub mod process;
 mod restore;
+mod runtime;
 mod serve;
 mod shield;
 mod signals;

@@ -12,7 +12,7 @@
 //! |---|---|---|
 //! | `space` | the store | `ok` |
 //! | `plan` | per space, in order, a memfd of pending runs ([`crate::plan`]) | `ok` |
-//! | `prepare` | as for `restore` | `ok` |
+//! | `prepare` | as for `restore` | `prepared`, `failed` |
 //! | `restore` | the namespaces, then the inherited ones | `restored`, `failed` |
 //! | `lock` | – | `ok`, `failed` |
 //! | `go` | – | `resumed`, `failed` |
@@ -114,6 +114,9 @@ pub struct RestoreRequest {
     pub link_remap: bool,
     /// There is a list of file locks among the images, which are taken by [`Request::Lock`].
     pub locks: bool,
+    /// The container runtime that restores the tree and asks CRIU for that itself: what is asked
+    /// for here counts where it says something else.
+    pub runtime: Option<RuntimeRequest>,
 }
 
 impl RestoreRequest {
@@ -125,7 +128,27 @@ impl RestoreRequest {
             && self.cgroup_procs == other.cgroup_procs
             && self.namespaces == other.namespaces
             && self.inherit == other.inherit
+            && self.runtime == other.runtime
     }
+}
+
+/// How a container runtime is had to restore.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuntimeRequest {
+    /// What the runtime is to find as `criu`: the program of `criu-gate`.
+    pub stand_in: PathBuf,
+    /// The runtime.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<String>,
+    /// Where they have it write what goes wrong. Its standard streams are those of the container.
+    pub log: PathBuf,
+    /// Where the gate is made. Short, as `work_dir`.
+    pub gate: PathBuf,
+    /// The folder of the container among those of the runtime.
+    pub state: PathBuf,
+    /// The name in there to which the runtime binds the root file system while it restores.
+    pub bound: String,
 }
 
 /// A kind of namespace that CRIU can be started in. A pid namespace cannot be entered by exec.
@@ -166,6 +189,11 @@ pub enum Told {
 pub enum Reply {
     /// Done.
     Ok,
+    /// A CRIU waits, or what is to become it.
+    Prepared {
+        /// In the pager's pid namespace.
+        criu_pid: i32,
+    },
     /// The tree is there and held.
     Restored(Restored),
     /// It runs, or could.

@@ -23,10 +23,10 @@ use pageferry_sys::priority;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
-use crate::ahead::Ahead;
+use crate::ahead::{Ahead, Ready};
 use crate::channel::{Channel, ChannelError, Listener};
 use crate::error::PagerError;
-use crate::failure::{RestoreError, no_network, planned, unexpected};
+use crate::failure::{no_network, planned, unexpected};
 use crate::marks::{FILLED, READY, SOCKET};
 use crate::message::{
     Ask, Fault, FillReport, Namespace, Reply, Request, RestoreRequest, Restored, State, Status,
@@ -37,7 +37,7 @@ use crate::restore::{self, Decision, Job, Progress};
 use crate::serve::Counters;
 use crate::shield::{join, shield};
 use crate::signals::Signals;
-use crate::start::start_criu;
+use crate::start::make_ready;
 use crate::watcher::Watcher;
 
 /// How long a pager that holds nothing waits for its daemon to come back.
@@ -260,11 +260,11 @@ impl Desk {
         let reply = match ask.request {
             Request::Space { space } => Some(self.store(space, fds)),
             Request::Plan { spaces } => Some(self.pending(&spaces, fds)),
-            Request::Prepare(request) => Some(self.prepare(*request, fds)),
-            Request::Restore(request) => self.restore(id, *request, fds),
+            Request::Prepare(request) => Some(self.prepare(*request, fds).await),
+            Request::Restore(request) => self.restore(id, *request, fds).await,
             Request::Lock => self.lock(id),
             Request::Go => self.go(id),
-            Request::Discard => self.discard(id),
+            Request::Discard => self.discard(id).await,
             Request::Status => Some(Reply::Status(self.status())),
         };
         if let Some(reply) = reply {
@@ -291,13 +291,18 @@ impl Desk {
         planned(pairs.try_for_each(|(space, fd)| self.plan.pending(SpaceId(*space), fd)))
     }
 
-    fn restore(&mut self, id: u64, request: RestoreRequest, fds: Vec<OwnedFd>) -> Option<Reply> {
+    async fn restore(
+        &mut self,
+        id: u64,
+        request: RestoreRequest,
+        fds: Vec<OwnedFd>,
+    ) -> Option<Reply> {
         match (self.state, self.restored, &self.fault) {
             (State::Idle, _, _) => {
                 if fds.len() != request.namespaces.len() + request.inherit.len() {
                     return Some(unexpected("a restore needs each descriptor it names"));
                 }
-                if let Err(error) = self.start(request, fds) {
+                if let Err(error) = self.start(request, fds).await {
                     return Some(no_network(&error));
                 }
                 self.state = State::Restoring;
@@ -314,7 +319,7 @@ impl Desk {
         }
     }
 
-    fn prepare(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> Reply {
+    async fn prepare(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> Reply {
         if self.state != State::Idle {
             return self.out_of_order("a preparation");
         }
@@ -325,12 +330,13 @@ impl Desk {
             Ok(divided) => divided,
             Err(error) => return no_network(&error),
         };
-        match start_criu(&request, namespaces, inherited) {
-            Ok(criu) => {
-                self.criu = Some(Ahead::new(request, criu));
-                Reply::Ok
+        match make_ready(&request, namespaces, inherited).await {
+            Ok(ready) => {
+                let criu_pid = ready.criu_pid();
+                self.criu = Some(Ahead::new(request, ready));
+                Reply::Prepared { criu_pid }
             }
-            Err(error) => Reply::Failed(RestoreError::Start(error).fault(None)),
+            Err(error) => Reply::Failed(error.fault(None)),
         }
     }
 
@@ -348,12 +354,14 @@ impl Desk {
         Ok((fds, inherited))
     }
 
-    fn start(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> io::Result<()> {
+    async fn start(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> io::Result<()> {
         let (namespaces, inherited) = self.divide(&request, fds)?;
-        let ahead = self.criu.take();
-        let criu = ahead.and_then(|ahead| ahead.take_for(&request));
+        let criu: Option<Ready> = match self.criu.take() {
+            Some(ahead) => ahead.take_for(&request).await,
+            None => None,
+        };
         // The restore itself says so if it is not one.
-        self.cgroup = Freezer::open(&request.freezer).ok();
+        self.cgroup = Some(Freezer::at(request.freezer.clone()));
         let job = Job {
             request,
             namespaces,
@@ -410,7 +418,12 @@ impl Desk {
         }
     }
 
-    fn discard(&mut self, id: u64) -> Option<Reply> {
+    async fn discard(&mut self, id: u64) -> Option<Reply> {
+        if self.state == State::Idle
+            && let Some(ahead) = self.criu.take()
+        {
+            ahead.call_off().await;
+        }
         match (self.state, &self.fault) {
             (State::Idle, _) => {
                 self.over = true;

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use criu_glue::lazy::{LazyMessage, LazySocket, Session};
 use criu_glue::options::{Directories, Request, RestoreOptions};
-use criu_glue::rpc::{Conversation, Ending, Event, NotifyScript};
+use criu_glue::rpc::{Conversation, Ending, Event, NotifyScript, TalkError};
 use pageferry_cgroup::freezer::{CgroupError, Freezer};
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
@@ -32,16 +32,22 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
+use crate::ahead::Ready;
 use crate::failure::RestoreError;
 use crate::locks::Locks;
 use crate::message::{Fault, FillReport, RestoreRequest, Restored};
 use crate::plan::Plan;
+use crate::runtime::Runtime;
 use crate::serve::{Counters, Server, Space};
-use crate::start::{LOG, open, options, start_criu};
+use crate::start::{LOG, make_ready, open, options};
 use crate::watcher::Watcher;
 
 /// How long a CRIU that was told to give up may take before it is killed.
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a container runtime may take to undo a restore that failed, before what is left of the
+/// tree is killed.
+const UNDO_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long killed tasks may take to be gone before it is said that they are not, and again.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -63,8 +69,8 @@ pub struct Job {
     pub plan: Plan,
     /// Holds the descriptors, too.
     pub watcher: Arc<Watcher>,
-    /// A CRIU that was started before, by [`start_criu`] with the same request.
-    pub criu: Option<Conversation>,
+    /// What was started before, by [`make_ready`] with the same request.
+    pub criu: Option<Ready>,
     /// What [`pageferry_sys::priority`] was before this process was urgent.
     pub nice: i32,
 }
@@ -128,7 +134,9 @@ struct Restore {
     socket: LazySocket,
     session: Option<Session>,
     criu: Conversation,
-    /// What CRIU is asked for, until it is.
+    /// Who asks CRIU, if it is not us.
+    runtime: Option<Runtime>,
+    /// What CRIU is asked for by us, until it is.
     options: Option<RestoreOptions>,
     /// CRIU has said "finished" on the lazy-pages socket.
     finished: bool,
@@ -215,7 +223,6 @@ impl Restore {
         job.plan
             .complete(job.request.spaces)
             .map_err(RestoreError::Plan)?;
-        let cgroup = Freezer::open(&job.request.freezer).map_err(RestoreError::Cgroup)?;
         let work_dir = job.request.work_dir.clone();
         let directories = Directories {
             images: open(&job.request.images_dir)?,
@@ -225,32 +232,41 @@ impl Restore {
         let server = Server::start(&filled_tell, job.nice).map_err(RestoreError::Serve)?;
         let socket = LazySocket::bind(&work_dir).map_err(RestoreError::Lazy)?;
         let options = options(&job.request, directories, &job.inherited);
-        let criu = match job.criu {
-            Some(criu) => criu,
-            None => start_criu(&job.request, job.namespaces, job.inherited)
-                .map_err(RestoreError::Start)?,
+        let locks = Arc::new(Locks::of(&job.request)?);
+        let ready = match job.criu {
+            Some(ready) => ready,
+            None => make_ready(&job.request, job.namespaces, job.inherited).await?,
+        };
+        // One that a runtime makes is there when that waits.
+        let cgroup = Freezer::open(&job.request.freezer).map_err(RestoreError::Cgroup)?;
+        let held = job.watcher.hold(cgroup.path());
+        held.map_err(RestoreError::Watcher)?;
+        let (criu, runtime, options) = match ready {
+            Ready::Criu(criu) => (*criu, None, Some(options)),
+            Ready::Runtime(waiting) => {
+                let (criu, runtime) = waiting.pass(&job.request).await?;
+                (criu, Some(runtime), None)
+            }
         };
         Ok(Self {
             server,
             filled,
             plan: job.plan,
-            locks: Arc::new(Locks::of(&job.request)?),
+            locks,
             watcher: job.watcher,
             cgroup,
             work_dir,
             socket,
             session: None,
             criu,
-            options: Some(options),
+            runtime,
+            options,
             finished: false,
         })
     }
 
     /// Up to the point where every task is there, none has run, and every space is served.
     async fn prepare(&mut self) -> Result<i32, RestoreError> {
-        self.watcher
-            .hold(self.cgroup.path())
-            .map_err(RestoreError::Watcher)?;
         if let Some(options) = self.options.take() {
             let requested = self.criu.request(Request::restore(options)).await;
             requested.map_err(RestoreError::Talk)?;
@@ -390,6 +406,11 @@ impl Restore {
     /// Lets the tree run. An error comes with whether it may have run.
     async fn go(&mut self) -> Result<(), (RestoreError, bool)> {
         let before = |error| (error, false);
+        // A runtime writes down now that its container runs.
+        let agreed = self.criu.relay().await;
+        if !agreed.map_err(|error| before(RestoreError::Talk(error)))? {
+            return Err(before(RestoreError::RuntimeRefused));
+        }
         let watcher = |error| before(RestoreError::Watcher(error));
         self.watcher.run(self.cgroup.path()).map_err(watcher)?;
         let answered = self.criu.answer(true).await;
@@ -416,7 +437,18 @@ impl Restore {
                     event = self.criu.advance() => event,
                 },
             };
-            if let Event::Response(response) = event.map_err(RestoreError::Talk)? {
+            let event = match event {
+                // The tree is let go, with or without it.
+                Err(error @ TalkError::ClientClosed) => {
+                    warn!(%error, "the container runtime has ended before its restore");
+                    continue;
+                }
+                event => event.map_err(RestoreError::Talk)?,
+            };
+            if let Event::Response(response) = event {
+                if let Err(error) = self.criu.reply().await {
+                    warn!(%error, "the container runtime does not hear of its restore");
+                }
                 return response.into_result().map(drop).map_err(RestoreError::Criu);
             }
         }
@@ -430,6 +462,9 @@ impl Restore {
             && let Err(error) = self.server.fill()
         {
             warn!(%error, "cannot start the fill");
+        }
+        if let Some(runtime) = &mut self.runtime {
+            runtime.ended().await;
         }
         while !self.server.is_filled() {
             if self.filled.recv().await.is_none() {
@@ -476,6 +511,13 @@ impl Restore {
             Ok(Ending::Killed) => warn!("criu did not give up, and was killed"),
             Err(error) => warn!(%error, "criu does not end"),
         }
+        if let Some(mut runtime) = self.runtime.take() {
+            // It waits for tasks that a killed CRIU has left.
+            if !runtime.ends_within(UNDO_TIMEOUT).await {
+                self.kill().await?;
+            }
+            runtime.ended().await;
+        }
         self.kill().await?;
         self.watcher
             .done()
@@ -484,6 +526,10 @@ impl Restore {
     }
 
     async fn kill(&self) -> Result<(), CgroupError> {
+        // A runtime has removed its own.
+        if !self.cgroup.exists() {
+            return Ok(());
+        }
         let cgroup = self.cgroup.clone();
         let killed = tokio::task::spawn_blocking(move || cgroup.kill(KILL_TIMEOUT)).await;
         killed.expect("killing does not panic and is not cancelled")

@@ -8,8 +8,10 @@ use criu_glue::options::{Directories, InheritFd, JoinNamespace, Log, LogLevel, R
 use criu_glue::rpc::{Conversation, StartError, SwrkConfig};
 use tracing::warn;
 
+use crate::ahead::Ready;
 use crate::failure::RestoreError;
 use crate::message::RestoreRequest;
+use crate::runtime::Waiting;
 
 /// CRIU's log in the work directory.
 pub const LOG: &str = "restore.log";
@@ -17,8 +19,25 @@ pub const LOG: &str = "restore.log";
 /// What CRIU says before its log is open, in the work directory.
 pub const OUTPUT: &str = "criu.out";
 
+/// Starts what a restore begins with, which then waits.
+pub async fn make_ready(
+    request: &RestoreRequest,
+    namespaces: Vec<OwnedFd>,
+    inherited: Vec<OwnedFd>,
+) -> Result<Ready, RestoreError> {
+    match &request.runtime {
+        Some(runtime) => {
+            let waiting = Waiting::start(request, runtime, namespaces).await;
+            waiting.map(|waiting| Ready::Runtime(Box::new(waiting)))
+        }
+        None => start_criu(request, namespaces, inherited)
+            .map(|criu| Ready::Criu(Box::new(criu)))
+            .map_err(RestoreError::Start),
+    }
+}
+
 /// Starts the CRIU of a restore. It waits to be asked for one.
-pub fn start_criu(
+fn start_criu(
     request: &RestoreRequest,
     namespaces: Vec<OwnedFd>,
     inherited: Vec<OwnedFd>,

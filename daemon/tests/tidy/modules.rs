@@ -59,7 +59,7 @@ const DAEMON: Modules = &[
 ];
 
 const PAGER: Modules = &[
-    ("ahead", &["message"]),
+    ("ahead", &["message", "runtime"]),
     ("channel", &["message", "pageferry_sys"]),
     (
         "client",
@@ -113,22 +113,25 @@ const PAGER: Modules = &[
     (
         "restore",
         &[
+            "ahead",
             "failure",
             "locks",
             "message",
             "pageferry_cgroup",
             "pageferry_sys",
             "plan",
+            "runtime",
             "serve",
             "start",
             "watcher",
         ],
     ),
+    ("runtime", &["failure", "message", "pageferry_sys", "start"]),
     ("serve", &["pageferry_pages", "pageferry_sys", "worker"]),
     ("shield", &["error"]),
     ("signals", &[]),
     ("space", &[]),
-    ("start", &["failure", "message"]),
+    ("start", &["ahead", "failure", "message", "runtime"]),
     ("watcher", &["marks", "pageferry_cgroup", "pageferry_sys"]),
     (
         "worker",
