@@ -106,6 +106,7 @@ mod tests {
             root: "/".to_owned(),
             mounts: Vec::new(),
             needs: pageferry_proto::wire::needs::Needs::default(),
+            container: None,
         }
     }
 

@@ -92,6 +92,7 @@ impl Target {
         let node = TargetNode {
             criu: script(folder.path(), "criu", parts.criu),
             view_library: "libcriu_view.so".into(),
+            stand_in: "pageferry-criu".into(),
             criu_version: 40201,
             pager: script(folder.path(), "pager", parts.pager),
             migrations: folder.path().join("m"),
@@ -334,6 +335,7 @@ fn description(needs: Needs) -> WorkloadDescription {
         root: "/".to_owned(),
         mounts: Vec::new(),
         needs,
+        container: None,
     }
 }
 
@@ -433,12 +435,12 @@ async fn a_workload_that_needs_more_than_is_left_is_declined_with_both_numbers()
 async fn a_workload_of_a_kind_that_cannot_come_is_declined_by_its_name() {
     let mut target = Target::start(9, &USUAL).await;
     let container = Offer {
-        workload: "runc/web".parse().unwrap(),
+        workload: "crun/web".parse().unwrap(),
         ..offer(description(Needs::default()))
     };
     let failure = target.declines(container).await;
     assert_eq!(failure.code(), ErrorCode::UnsupportedWorkload);
-    assert!(failure.text().starts_with("runc/web cannot"), "{failure}");
+    assert!(failure.text().starts_with("crun/web cannot"), "{failure}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

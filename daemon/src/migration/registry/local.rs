@@ -37,9 +37,11 @@ impl Registry {
         });
         let Some(moved) = moved else { return failure };
         let (peer, id) = (&moved.status.peer, moved.status.id);
-        let name = match moved.pid_at_target {
-            Some(pid) => format!("process/{pid}"),
-            None => format!("listed by `pageferry list` (migration {id})"),
+        let name = match (workload, moved.pid_at_target) {
+            (WorkloadName::Process(_), Some(pid)) => format!("process/{pid}"),
+            // A container keeps its name.
+            (_, Some(_)) => workload.to_string(),
+            (_, None) => format!("listed by `pageferry list` (migration {id})"),
         };
         Failure::new(
             failure.code(),

@@ -19,19 +19,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use criu_glue::options::{
-    AfterDump, Directories, DumpOptions, Log, LogLevel, ManageCgroups, NetworkLock, Request,
+    AfterDump, Directories, DumpOptions, Log, LogLevel, ManageCgroups, NetworkLock,
 };
 use criu_glue::report;
-use criu_glue::rpc::{
-    Conversation, Ending, NotifyScript, StartError, SwrkConfig, TalkError, ViewFds,
-};
+use criu_glue::rpc::{Conversation, Ending, NotifyScript, SwrkConfig, TalkError, ViewFds};
 use criu_glue::view::{Blind, Feed, FeedError};
 use pageferry_cgroup::freezer::Freezer;
 use pageferry_proto::wire::description::MountDescription;
 use thiserror::Error;
 
 use crate::runtime::files::DELETED_FILE_MAX;
-use crate::runtime::kind::Kind;
+use crate::runtime::kind::{AskError, Asker, Kind};
 use crate::runtime::mounts::external_at_dump;
 
 /// CRIU's start-up, with its kernel probing cached, takes tens of milliseconds.
@@ -68,9 +66,9 @@ pub enum DumpError {
         #[source]
         source: io::Error,
     },
-    /// CRIU could not be started.
-    #[error("starting criu")]
-    Start(#[from] StartError),
+    /// CRIU could not be started, or nobody asks it.
+    #[error(transparent)]
+    Ask(#[from] AskError),
     /// CRIU could not be spoken to.
     #[error("talking to criu")]
     Talk(#[source] TalkError),
@@ -114,7 +112,7 @@ impl DumpError {
             Self::Failed { cause, .. } if report::passes(cause) => Some(cause),
             Self::Failed { .. }
             | Self::Io { .. }
-            | Self::Start(_)
+            | Self::Ask(_)
             | Self::Talk(_)
             | Self::View(_)
             | Self::Unseeing { .. }
@@ -130,6 +128,8 @@ pub struct DumpPlan {
     pub criu: PathBuf,
     /// The preload library through which CRIU sees memory.
     pub view_library: PathBuf,
+    /// What a container runtime is to find as CRIU.
+    pub stand_in: PathBuf,
     /// Whether a process that outlives CRIU traces for it.
     pub tracer: bool,
     /// What is dumped, and who starts CRIU for that.
@@ -148,6 +148,7 @@ pub struct DumpPlan {
 #[derive(Debug)]
 pub struct Dump {
     criu: Conversation,
+    asker: Asker,
     feed: Feed,
     images: PathBuf,
     log: PathBuf,
@@ -176,7 +177,7 @@ impl Dump {
         fs::create_dir_all(&images).map_err(io("creating", &images))?;
         let feed = Feed::create()?;
         let library = plan.view_library;
-        let criu = plan.kind.converse(SwrkConfig {
+        let config = SwrkConfig {
             namespaces: plan.namespaces,
             view: Some(ViewFds {
                 freezer: Some(plan.freezer.path().to_owned()),
@@ -185,12 +186,7 @@ impl Dump {
             }),
             urgent: true,
             ..SwrkConfig::new(plan.criu, plan.directory.join("dump.out"))
-        })?;
-        // Killed in the middle of the dump it fails the migration; its tracer, which takes this
-        // over from it, would take the workload with it.
-        if let Err(error) = criu.set_oom_score_adj(OOM_SCORE_ADJ) {
-            tracing::debug!(%error, "criu is killed for memory like any other");
-        }
+        };
         let open = |path: &Path| -> Result<OwnedFd, DumpError> {
             Ok(fs::File::open(path).map_err(io("opening", path))?.into())
         };
@@ -204,14 +200,22 @@ impl Dump {
             external: external_at_dump(&plan.mounts),
             ..options(directories)
         };
+        let asked = plan
+            .kind
+            .ask(config, options, &plan.stand_in, &plan.directory);
+        let (criu, asker) = asked.await?;
+        // Killed in the middle of the dump it fails the migration; its tracer, which takes this
+        // over from it, would take the workload with it.
+        if let Err(error) = criu.set_oom_score_adj(OOM_SCORE_ADJ) {
+            tracing::debug!(%error, "criu is killed for memory like any other");
+        }
         let mut dump = Self {
             criu,
+            asker,
             feed,
             images,
             log,
         };
-        let requested = dump.criu.request(Request::dump(options)).await;
-        requested.map_err(|error| dump.failed(error))?;
         dump.advance(&NotifyScript::PreDump, PREPARE_TIMEOUT)
             .await?;
         if let Err(source) = dump.feed.check_seen_by(&dump.criu) {
@@ -260,7 +264,11 @@ impl Dump {
     /// within `patience` is killed, and its tracer puts the tasks back. Waits until both have
     /// ended.
     pub async fn rollback(mut self, patience: Duration) -> Result<(), DumpError> {
-        match self.criu.give_up(patience, END_TIMEOUT).await {
+        let ended = self.criu.give_up(patience, END_TIMEOUT).await;
+        // The workload, which is to run on, does not wait for it.
+        let mut asker = std::mem::replace(&mut self.asker, Asker::Us);
+        tokio::spawn(async move { asker.ended().await });
+        match ended {
             Ok(Ending::ByItself) => Ok(()),
             Ok(Ending::Killed) => {
                 tracing::warn!("criu did not let go within {patience:?}, and was killed");
@@ -273,6 +281,7 @@ impl Dump {
     /// Waits until CRIU has ended, by force after a while.
     pub async fn end(mut self) -> Result<(), DumpError> {
         let ended = self.criu.end(END_TIMEOUT).await;
+        self.asker.ended().await;
         if ended.is_err() {
             // What it says then does not matter any more: the first error does.
             drop(self.criu.kill());

@@ -41,6 +41,8 @@ pub(super) struct Dumping {
     criu: PathBuf,
     /// The preload library through which CRIU sees memory.
     view_library: PathBuf,
+    /// What a container runtime is to find as CRIU.
+    stand_in: PathBuf,
     /// Whether a process that outlives CRIU traces for it.
     tracer: bool,
     /// The migration's folder.
@@ -71,6 +73,7 @@ impl Dumping {
         Self {
             criu: node.criu.clone(),
             view_library: node.view_library.clone(),
+            stand_in: node.stand_in.clone(),
             tracer: node.tracer,
             directory,
             stage: Stage::No,
@@ -86,6 +89,7 @@ impl Dumping {
         let plan = DumpPlan {
             criu: self.criu.clone(),
             view_library: self.view_library.clone(),
+            stand_in: self.stand_in.clone(),
             tracer: self.tracer,
             kind: workload.kind.clone(),
             namespaces: workload.open_namespaces()?,

@@ -60,6 +60,8 @@ pub struct SourceNode {
     pub criu: PathBuf,
     /// The preload library for dumps.
     pub view_library: PathBuf,
+    /// What container runtimes are to find as CRIU.
+    pub stand_in: PathBuf,
     /// Whether a process that outlives CRIU traces for it.
     pub tracer: bool,
     /// CRIU's version as the wire carries it.

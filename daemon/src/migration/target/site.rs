@@ -17,7 +17,7 @@ use std::time::Duration;
 use pageferry_cgroup::freezer::{Freezer, FreezerRoot};
 use pageferry_cgroup::hierarchies::{Group, Groups, Hierarchies};
 use pageferry_pager::client::{ClientError, Notice, PagerClient, Spawn};
-use pageferry_pager::message::{Namespace, RestoreRequest};
+use pageferry_pager::message::{Namespace, RestoreRequest, RuntimeRequest};
 use pageferry_pages::store::{Growth, Store, StoreLimits};
 use pageferry_proto::id::{MigrationId, SpaceId};
 use pageferry_proto::migration::record::DriverState;
@@ -43,6 +43,8 @@ use crate::runtime::identity;
 use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
 use crate::runtime::mounts::external_at_restore;
+use crate::runtime::runc::BOUND;
+use crate::runtime::runc::arrive::{Restore, made_for};
 use crate::runtime::shared::lengths;
 pub use run::LetGoError;
 
@@ -62,6 +64,8 @@ pub struct TargetNode {
     pub criu: PathBuf,
     /// CRIU's view library.
     pub view_library: PathBuf,
+    /// What container runtimes are to find as CRIU.
+    pub stand_in: PathBuf,
     /// CRIU's version as the wire carries it.
     pub criu_version: u32,
     /// The pager program.
@@ -120,7 +124,9 @@ pub struct Site {
     mounts: Vec<MountDescription>,
     /// What is offered, once it is.
     arriving: Option<Arriving>,
-    /// What its cgroups allowed it at the source.
+    /// Who makes it and its cgroups, if that is not us.
+    made_by: Option<Restore>,
+    /// What its cgroups allowed it at the source, if they are ours.
     limits: ResourceLimits,
     /// The workload's root at this node, once it is restored.
     root_pid: Option<i32>,
@@ -151,6 +157,7 @@ impl Site {
             network: None,
             mounts: Vec::new(),
             arriving: None,
+            made_by: None,
             limits: ResourceLimits::default(),
             root_pid: None,
             pager: None,
@@ -179,6 +186,7 @@ impl Site {
             network: None,
             mounts: Vec::new(),
             arriving: None,
+            made_by: None,
             limits: ResourceLimits::default(),
             root_pid: None,
             pager: None,
@@ -250,10 +258,9 @@ impl Site {
         }
         // Before threads begin.
         let arriving = Arriving::begin(&offer.workload, description)?;
-        self.arriving = Some(arriving);
-        let described = description.clone();
+        let (kind, described) = (arriving.clone(), description.clone());
         // Files may be on storage that does not answer.
-        detached::done("check", move || arriving.check(&described)).await??;
+        detached::done("check", move || kind.check(&described)).await??;
         self.admit(offer)?;
         if offer.policy.verify {
             // No page comes before the offer is accepted.
@@ -280,7 +287,14 @@ impl Site {
             })?;
         }
         self.prepare_network(offer).await?;
-        self.limits = description.needs.limits;
+        let made_by = arriving.made_by(&self.directory);
+        self.made_by = made_by.map_err(|error| internal(&error))?;
+        self.arriving = Some(arriving);
+        if self.made_by.is_none() {
+            self.limits = description.needs.limits;
+        } else {
+            self.groups.tree = Group::default();
+        }
         self.make_groups()?;
         self.start_pager().await?;
         self.state()
@@ -358,7 +372,12 @@ impl Site {
         let client = &self.pager.as_ref().ok_or_else(no_pager)?.client;
         let namespaces = self.pager_namespaces()?;
         let prepared = client.prepare(self.restore_request(), &namespaces);
-        prepared.await.map_err(pager_failed)
+        let criu = prepared.await.map_err(pager_failed)?;
+        if self.made_by.is_some() {
+            let roots = (&self.node.freezers, &self.node.hierarchies);
+            self.freezer = block_in_place(|| made_for(criu, roots, &self.directory))?;
+        }
+        Ok(())
     }
 
     /// Has the memory promised that the workload may need.
@@ -440,6 +459,15 @@ impl Site {
             link_remap: true,
             external: external_at_restore(&self.mounts),
             root: self.mounts.first().map(|mount| mount.node_path.clone()),
+            runtime: self.made_by.as_ref().map(|restore| RuntimeRequest {
+                stand_in: self.node.stand_in.clone(),
+                program: restore.program.clone(),
+                arguments: restore.arguments.clone(),
+                log: restore.log.clone(),
+                gate: self.directory.join("gate"),
+                state: restore.state.clone(),
+                bound: BOUND.to_owned(),
+            }),
             ..RestoreRequest::default()
         }
     }

@@ -96,6 +96,7 @@ pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Describe
             private_bytes: private_bytes(pids),
             ..Needs::default()
         },
+        container: None,
     };
     Ok(Described {
         description,

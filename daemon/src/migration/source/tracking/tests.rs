@@ -138,6 +138,7 @@ impl Tracked {
         let node = SourceNode {
             criu: PathBuf::new(),
             view_library: PathBuf::new(),
+            stand_in: PathBuf::new(),
             tracer: true,
             criu_version: 0,
             migrations: PathBuf::new(),
