@@ -8,6 +8,8 @@ pub mod apps;
 pub mod baseline;
 pub mod capture;
 pub mod cases;
+pub mod container_faults;
+pub mod containers;
 pub mod direct;
 pub mod faults;
 pub mod locks;
@@ -39,7 +41,7 @@ pub struct Scenario {
 }
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 14] = [
+pub const ALL: [Scenario; 15] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -117,6 +119,12 @@ pub const ALL: [Scenario; 14] = [
         summary: "file locks on shared storage: moved, wanted by others, with kills in between",
         cases: true,
         run: locks::run,
+    },
+    Scenario {
+        name: "containers",
+        summary: "10 moves of Redis in a container of runc, beside those of a bare tree",
+        cases: true,
+        run: containers::run,
     },
     Scenario {
         name: "capture",

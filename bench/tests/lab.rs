@@ -106,6 +106,12 @@ fn a_web_server_moves_while_clients_connect_and_no_request_fails() {
     check(&["nginx", "--only", "few"], 4);
 }
 
+/// Redis as a bare tree and in a container, there and back each.
+#[test]
+fn a_container_of_runc_moves_there_and_back_as_its_runtimes_own() {
+    check(&["containers", "--only", "few"], 4);
+}
+
 /// nginx, memcached, Valkey, a JVM and numpy, there and back, each with a proof of its own.
 #[test]
 fn applications_move_under_load_and_lose_nothing() {

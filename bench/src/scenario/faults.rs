@@ -299,10 +299,10 @@ impl Act {
 
 /// Processes that are stopped, to go on when this is dropped.
 #[derive(Debug, Default)]
-struct Stopped(Vec<Pid>);
+pub(super) struct Stopped(Vec<Pid>);
 
 impl Stopped {
-    fn stop(&mut self, lab: &mut Lab, node: &str) -> Result<()> {
+    pub(super) fn stop(&mut self, lab: &mut Lab, node: &str) -> Result<()> {
         let pid = lab.daemon(node)?.host_pid();
         let pid = Pid::from_raw(i32::try_from(pid).context("the kernel's pids are ints")?);
         self.stop_process(pid)
@@ -389,7 +389,11 @@ fn is_frozen_too_long(error: Option<&(String, String)>, who: &str) -> Result<()>
 
 /// Polls until a node says that its migration of the workload is in a phase; its id. None when the
 /// phase passed unseen or does not come.
-fn wait_for_phase(lab: &Lab, workload: &str, at: (&str, &str)) -> Result<Option<String>> {
+pub(super) fn wait_for_phase(
+    lab: &Lab,
+    workload: &str,
+    at: (&str, &str),
+) -> Result<Option<String>> {
     let (node, phase) = (lab.node(at.0)?, at.1);
     let deadline = Instant::now() + PHASE_TIME_MAX;
     let mut seen_any = false;
