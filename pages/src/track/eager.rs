@@ -46,6 +46,16 @@ impl Eager {
         }
     }
 
+    /// Adds a segment of System V that no process maps, by its id: CRIU copies all of a namespace
+    /// of the workload's own.
+    pub fn add_segment(&mut self, id: i32, bytes: u64) {
+        self.shared.push(SharedMemory {
+            identity: (NO_DEVICE, u64::from(id.cast_unsigned())),
+            name: format!("segment {id}"),
+            bytes,
+        });
+    }
+
     fn share(&mut self, object: SharedMemory) {
         if self
             .shared
@@ -111,6 +121,9 @@ fn shared_memory(pid: i32, mapping: &Mapping) -> SharedMemory {
         },
     }
 }
+
+/// The device of what nobody maps.
+const NO_DEVICE: u64 = u64::MAX;
 
 /// Unit of `st_blocks`, in bytes.
 const BLOCK_BYTES: u64 = 512;
