@@ -324,6 +324,7 @@ fn parse_migrate(
         policy,
         shared,
         force_cpu: request.force_cpu,
+        force_ipc: request.force_ipc,
         true_smaps: false,
     })
 }

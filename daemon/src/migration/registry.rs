@@ -125,6 +125,8 @@ pub struct MigrateRequest {
     pub shared: Vec<PathBuf>,
     /// The target is not to compare its processor with this node's.
     pub force_cpu: bool,
+    /// What CRIU does not carry of System V objects may be lost.
+    pub force_ipc: bool,
     /// CRIU is to read the true smaps in the freeze, not what was recorded before it.
     pub true_smaps: bool,
 }
@@ -255,6 +257,7 @@ impl Registry {
                 shared: &request.shared,
                 true_smaps: request.true_smaps,
                 force_cpu: request.force_cpu,
+                force_ipc: request.force_ipc,
             },
             cancelled,
         )

@@ -446,6 +446,7 @@ async fn a_refused_attempt_is_remembered_and_a_workload_that_moved_is_found() {
         shared: Vec::new(),
         true_smaps: false,
         force_cpu: false,
+        force_ipc: false,
     };
     let failure: Failure = registry.migrate(request(gone)).await.unwrap_err();
     assert_eq!(failure.code(), ErrorCode::WorkloadGone);

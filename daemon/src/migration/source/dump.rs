@@ -131,7 +131,7 @@ pub struct DumpPlan {
     pub view_library: PathBuf,
     /// Whether a process that outlives CRIU traces for it.
     pub tracer: bool,
-    /// Namespaces CRIU is started in: the workload's own network, UTS and IPC namespaces.
+    /// Namespaces CRIU is started in: the workload's own network and UTS namespaces.
     pub namespaces: Vec<OwnedFd>,
     /// Root of the tree.
     pub root_pid: i32,

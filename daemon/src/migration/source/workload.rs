@@ -26,6 +26,7 @@ use super::failure::{failed_to_track, freeze_failed};
 use super::waits::Waits;
 use crate::migration::text::chain;
 use crate::runtime::identity::Anchor;
+use crate::runtime::ipc::Ipc;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::passing::{Passing, State};
 
@@ -40,6 +41,8 @@ pub(super) struct Workload {
     pub(super) anchor: Option<Anchor>,
     /// Kinds of namespaces that are its own.
     pub(super) own: Vec<NamespaceKind>,
+    /// What its processes share by way of the kernel.
+    pub(super) ipc: Ipc,
     /// As surveyed, if it has a mount namespace of its own.
     pub(super) mounts: Option<Mounts>,
     /// Those that are the node's, as the target was told.
@@ -113,10 +116,11 @@ impl Workload {
         tracer(self.root).filter(|_| self.is_root())
     }
 
-    /// Namespaces of its own that CRIU is to be in.
+    /// Namespaces of its own that CRIU is to be in. Of others it makes images with all that is in
+    /// them.
     pub(super) fn open_namespaces(&self) -> Result<Vec<OwnedFd>, Failure> {
         let mut namespaces = Vec::new();
-        for kind in [NamespaceKind::Ipc, NamespaceKind::Uts, NamespaceKind::Net] {
+        for kind in [NamespaceKind::Uts, NamespaceKind::Net] {
             if self.own.contains(&kind) {
                 namespaces.push(namespace::open(self.root, kind).map_err(|error| {
                     Failure::new(

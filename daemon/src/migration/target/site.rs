@@ -282,8 +282,15 @@ impl Site {
                 "the offer does not say which mounts the workload has",
             ));
         }
-        // CRIU makes these two with the tree: a pid namespace lives by its process 1.
-        kinds.retain(|kind| !matches!(kind, NamespaceKind::Pid | NamespaceKind::Mount));
+        // CRIU makes these with the tree: a pid namespace lives by its process 1, and the objects
+        // of an IPC namespace are in the images.
+        let made_by_criu = |kind| {
+            matches!(
+                kind,
+                NamespaceKind::Pid | NamespaceKind::Mount | NamespaceKind::Ipc
+            )
+        };
+        kinds.retain(|kind| !made_by_criu(*kind));
         self.mounts.clone_from(&description.mounts);
         let made = block_in_place(|| namespace::create(&kinds)).map_err(|error| {
             Failure::new(

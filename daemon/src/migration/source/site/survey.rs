@@ -1,5 +1,6 @@
 //! How a site begins: a workload surveyed, or found again from the journal.
 
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -33,6 +34,7 @@ use crate::migration::text::{internal, network_unfit};
 use crate::runtime::cpu;
 use crate::runtime::detached;
 use crate::runtime::identity::{Anchor, Identity};
+use crate::runtime::ipc::Ipc;
 use crate::runtime::limits;
 use crate::runtime::locks::Locks;
 use crate::runtime::process::{self, Described};
@@ -77,6 +79,8 @@ pub struct Asked<'a> {
     pub true_smaps: bool,
     /// The target is not to compare its processor.
     pub force_cpu: bool,
+    /// What CRIU does not carry of System V objects may be lost.
+    pub force_ipc: bool,
 }
 
 /// What the workload needs of a node, and the limits it has here.
@@ -84,15 +88,16 @@ fn add_needs(
     description: &mut WorkloadDescription,
     node: &SourceNode,
     id: MigrationId,
-    pids: &[i32],
-) {
+    (pids, ipc): (&[i32], &Ipc),
+) -> Result<(), Failure> {
     let limited = limits::read(description.root_pid, &node.hierarchies);
-    description.needs.shared_bytes = shared_bytes(pids);
+    description.needs.shared_bytes = shared_bytes(pids) + ipc.unmapped_bytes()?;
     description.needs.limits = limited.limits;
     for path in limited.left_behind {
         tracing::warn!(migration = %id, path = %path.display(),
             "what its cgroup says here is not carried to the target");
     }
+    Ok(())
 }
 
 /// The network of a namespace of its own; this node's ends of it.
@@ -110,6 +115,14 @@ async fn add_network(
     Ok(network.ports)
 }
 
+/// What its processes share by way of the kernel, if all of that can move.
+fn look_at_ipc(root: i32, node: &SourceNode, force: bool) -> Result<Ipc, Failure> {
+    let ipc = Ipc::of(root, force)?;
+    let members = || Ok(Tree::read(root).map_err(io::Error::other)?.pids());
+    ipc.look(members, |pid| node.support.undoes(pid))?;
+    Ok(ipc)
+}
+
 impl Site {
     /// Looks at the tree below `root` and says what the target must know, or why it cannot move.
     pub async fn survey(
@@ -125,16 +138,16 @@ impl Site {
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| unreadable(&error))?;
         let pids = tree.pids();
         let (storage, locks) = find_storage(root, asked.shared).await?;
-        // Before files are opened: that would break the lease of one that is leased.
+        // Before files are opened: that would break the lease of one that is leased, and a message
+        // queue would be taken for one.
+        let ipc = block_in_place(|| look_at_ipc(root, &node, asked.force_ipc))?;
         check_locks(&locks, &pids).await?;
         let described = describe(root, &pids, &storage).await?;
-        block_in_place(|| {
-            pids.iter()
-                .try_for_each(|pid| check_trackable(*pid, root, &node.support))
-        })?;
+        let trackable = |pid: &i32| check_trackable(*pid, root, &node.support);
+        block_in_place(|| pids.iter().try_for_each(trackable))?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
-        block_in_place(|| add_needs(&mut description, &node, id, &pids));
+        block_in_place(|| add_needs(&mut description, &node, id, (&pids, &ipc)))?;
         description.cpu = (!asked.force_cpu).then(cpu::read);
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
         let (kept, shared) = looking(root, move || Kept::open(storage)).await?;
@@ -171,6 +184,7 @@ impl Site {
             root,
             anchor: Some(anchor),
             own: described.own,
+            ipc,
             mounts: described.mounts,
             described_mounts: description.mounts.clone(),
             freezer,
@@ -230,6 +244,7 @@ impl Site {
             root: state.root,
             anchor: Anchor::again(&identity),
             own: Vec::new(),
+            ipc: Ipc::default(),
             mounts: None,
             described_mounts: Vec::new(),
             freezer: Freezer::at(state.freezer),

@@ -20,6 +20,7 @@ use super::*;
 use crate::migration::source::site::{Site, SourceNode};
 use crate::migration::source::state::{SiteState, encode_state};
 use crate::runtime::identity::{Anchor, Identity};
+use crate::runtime::ipc::Ipc;
 use crate::runtime::shared::tests::fuse::Fuse;
 
 /// The other process of these tests.
@@ -63,6 +64,7 @@ impl Tracked {
                 root: trial.pid(),
                 anchor: Some(Anchor::new(trial.pid()).unwrap()),
                 own: Vec::new(),
+                ipc: Ipc::default(),
                 mounts: None,
                 described_mounts: Vec::new(),
                 freezer,
