@@ -127,3 +127,24 @@ const NO_DEVICE: u64 = u64::MAX;
 
 /// Unit of `st_blocks`, in bytes.
 const BLOCK_BYTES: u64 = 512;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_that_nobody_maps_count_beside_what_has_their_number() {
+        let mut eager = Eager::default();
+        eager.merge(Eager {
+            private_bytes: 1,
+            shared: vec![SharedMemory {
+                identity: (1, 7),
+                name: "/dev/zero (deleted)".to_owned(),
+                bytes: 4096,
+            }],
+        });
+        eager.add_segment(7, 8192);
+        eager.add_segment(8, 4096);
+        assert_eq!(eager.bytes(), 1 + 4096 + 8192 + 4096);
+    }
+}

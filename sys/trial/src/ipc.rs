@@ -14,9 +14,14 @@ pub fn make(what: &str) -> io::Result<String> {
                 0 => libc::gettid(),
                 failed => failed,
             },
-            "segment" => map_segment()?,
+            "segment" => map_segment()?.0,
+            "unmapped" => {
+                let (id, start) = map_segment()?;
+                libc::shmdt(start);
+                id
+            }
             "removed" => {
-                let id = map_segment()?;
+                let (id, _) = map_segment()?;
                 libc::shmctl(id, libc::IPC_RMID, ptr::null_mut());
                 id
             }
@@ -46,7 +51,8 @@ pub fn make(what: &str) -> io::Result<String> {
     }
 }
 
-fn map_segment() -> io::Result<libc::c_int> {
+/// A segment of two pages, of which one is in use, and where it is mapped.
+fn map_segment() -> io::Result<(libc::c_int, *const libc::c_void)> {
     // SAFETY: the kernel chooses the place, of which the first byte is written.
     unsafe {
         let id = libc::shmget(libc::IPC_PRIVATE, 8192, 0o600);
@@ -55,7 +61,7 @@ fn map_segment() -> io::Result<libc::c_int> {
             return Err(io::Error::last_os_error());
         }
         start.cast::<u8>().write(1);
-        Ok(id)
+        Ok((id, start))
     }
 }
 

@@ -55,12 +55,13 @@ fn objects_that_are_carried_are_no_reason_to_refuse() {
     trial.tell("ipc segment");
     make_unused(thread, &["-S", "3"]);
     make_unused(thread, &["-Q"]);
-    make_unused(thread, &["-M", "4096"]);
     assert_eq!(code(&ipc, &pids), None);
-    let [unmapped] = ipc.unmapped().expect("the table")[..] else {
-        panic!("one segment is mapped by nobody");
-    };
-    assert_eq!(unmapped.bytes, 0);
+    assert_eq!(ipc.unmapped().expect("the table"), []);
+    let id = trial.tell("ipc unmapped").parse().expect("an id");
+    let bytes = 4096;
+    assert_eq!(ipc.unmapped().expect("the table"), [Segment { id, bytes }]);
+    assert_eq!(ipc.unmapped_bytes().expect("the table"), bytes);
+    assert_eq!(code(&ipc, &pids), None);
 }
 
 #[test]
