@@ -70,7 +70,7 @@ impl Freezer {
     /// Removes a place beside this one that a dead daemon has left; not one that somebody is in.
     pub(crate) fn remove_aside(&self) {
         // Usually there is none.
-        let _ = fs::remove_dir(self.beside().path());
+        let _ = self.beside().remove_folder();
     }
 }
 
@@ -150,6 +150,6 @@ impl Aside<'_> {
 impl Drop for Aside<'_> {
     fn drop(&mut self) {
         // Found again by its name.
-        let _ = self.place.remove();
+        let _ = self.place.remove_folder();
     }
 }

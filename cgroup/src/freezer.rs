@@ -39,6 +39,10 @@ const FREEZE_AGAIN: Duration = Duration::from_millis(3);
 /// How often it is looked whether tasks have died.
 const KILL_POLL: Duration = Duration::from_millis(1);
 
+/// How long a cgroup that lists nobody may stay busy: whoever has ended leaves it only when it was
+/// switched away from for the last time.
+const GONE_MAX: Duration = Duration::from_secs(1);
+
 /// State of a cgroup of the v1 hierarchy: `THAWED`, `FREEZING` or `FROZEN`.
 const STATE_V1: &str = "freezer.state";
 
@@ -494,14 +498,27 @@ impl Freezer {
             version: self.version,
         }
     }
-    /// Removes the empty cgroup; one that still has tasks stays.
+
+    /// Removes the empty cgroup; one that still has tasks stays. Blocks, for [`GONE_MAX`] at most.
     pub fn remove(&self) -> Result<(), CgroupError> {
         self.remove_aside();
-        match fs::remove_dir(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(self.io("removing", error))
+        self.remove_folder()
+    }
+
+    /// The same without what stands beside it.
+    pub(crate) fn remove_folder(&self) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + GONE_MAX;
+        loop {
+            let error = match fs::remove_dir(&self.path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => error,
+                _ => return Ok(()),
+            };
+            let is_empty = error.raw_os_error() == Some(libc::EBUSY)
+                && self.processes().is_ok_and(|pids| pids.is_empty());
+            if !is_empty || deadline < Instant::now() {
+                return Err(self.io("removing", error));
             }
-            _ => Ok(()),
+            std::thread::sleep(KILL_POLL);
         }
     }
 

@@ -38,6 +38,8 @@ pub fn thaw<T>(threads: &[i32], thaw: impl FnOnce() -> T) -> T {
     let (asked, all_asked) = mpsc::channel::<()>();
     let (thawed, is_thawed) = mpsc::channel::<()>();
     let mend = move || {
+        // Nobody waits for it any more if that fails.
+        let _ = asked.send(());
         let threads = ask(threads, Instant::now() + ASK_MAX);
         drop(asked);
         // Ends when the other end is dropped.
@@ -49,7 +51,12 @@ pub fn thaw<T>(threads: &[i32], thaw: impl FnOnce() -> T) -> T {
         let mending = std::thread::Builder::new().name("mend".to_owned());
         match mending.spawn_scoped(scope, mend) {
             // To seize a thread that job control has stopped may take until it is thawed.
-            Ok(_) => drop(all_asked.recv_timeout(ASK_MAX)),
+            Ok(_) => {
+                if all_asked.recv_timeout(BEGIN_MAX).is_ok() {
+                    // Ends without a word when all are asked.
+                    let _ = all_asked.recv_timeout(ASK_MAX);
+                }
+            }
             Err(error) => tracing::warn!("interrupted calls are not restarted: {error}"),
         }
         let done = thaw();
@@ -143,8 +150,12 @@ const RESTARTED: [i64; 18] = [
 /// From `include/linux/errno.h`: restart if no handler runs.
 const ERESTARTNOHAND: i64 = 514;
 
-/// How long frozen threads are asked to stop; all stand still for it. 2 us for each.
-const ASK_MAX: Duration = Duration::from_millis(5);
+/// How long is waited for a turn on a processor to do so: where three others compete for two of
+/// them, 5 ms are often not enough.
+const BEGIN_MAX: Duration = Duration::from_millis(100);
+
+/// How long frozen threads are asked to stop then; all stand still for it. 2 us for each.
+const ASK_MAX: Duration = Duration::from_millis(20);
 
 /// How long thawed ones may take to stop: as long as they need to get a turn on a processor.
 const MEND_MAX: Duration = Duration::from_secs(1);

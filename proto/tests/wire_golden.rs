@@ -178,6 +178,7 @@ fn offer() -> Offer {
             ..Policy::DEFAULT
         },
         description: description(),
+        network: None,
     }
 }
 

@@ -1,9 +1,9 @@
-//! What kinds of workload there are, and how each is described, frozen, and made again.
+//! What kinds of workload there are, and how each is described, held, dumped, and made again.
 //!
-//! This step knows one kind, the bare process tree ([`process`]); which process a pid means is
-//! [`identity`]. Its cgroups are those of `pageferry-cgroup`, its processor [`cpu`], its limits
-//! [`limits`], and what memory is left for it says [`memory`]. The files it stands on are
-//! [`files`], what it has locked of them [`locks`], those that both nodes share [`shared`], and
+//! Kinds are [`kind`], and so far there is one, the bare process tree ([`process`]); which process
+//! a pid means is [`identity`]. Its cgroups are those of `pageferry-cgroup`, its processor [`cpu`],
+//! its limits [`limits`], and what memory is left for it says [`memory`]. The files it stands on
+//! are [`files`], what it has locked of them [`locks`], those that both nodes share [`shared`], and
 //! [`mounts`] are those of a namespace of its own. States in which it cannot be dumped for a moment
 //! are [`passing`], and connections that would be torn apart [`loopback`]. Objects of the kernel
 //! that its processes share are [`ipc`]. What may hang is done [`detached`]. Nothing here knows the
@@ -15,6 +15,7 @@ pub mod detached;
 pub mod files;
 pub mod identity;
 pub mod ipc;
+pub mod kind;
 pub mod limits;
 pub mod locks;
 pub mod loopback;

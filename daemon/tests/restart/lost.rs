@@ -24,9 +24,8 @@ const FILL_REPORT: &str = r#"{"fill_ms":1,"pages":7,"faults":0,"unmapped":0}"#;
 /// in another one.
 fn held(freezer: &Path, boot: &str, running: bool) -> Vec<Entry> {
     let freezer = freezer.display();
-    let state = format!(
-        r#"{{"freezer":"{freezer}","bridge":"","links":[],"root_pid":4711,"boot":"{boot}"}}"#
-    );
+    let state =
+        format!(r#"{{"freezer":"{freezer}","network":null,"root_pid":4711,"boot":"{boot}"}}"#);
     let state = DriverState::new(state.into_bytes()).unwrap();
     let mut entries = ran();
     entries.truncate(if running { 3 } else { 2 });

@@ -24,7 +24,7 @@ mod wait;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::id::{Generation, Incarnation, MigrationId, NodeName, Round, WorkloadName};
+use crate::id::{Generation, Incarnation, MigrationId, NetworkName, NodeName, Round, WorkloadName};
 use crate::migration::handoff::{Side, Undecided};
 use crate::migration::policy::{Convergence, Decision, Policy, RoundReport};
 use crate::migration::record::{DriverState, Entry, OfferedEntry, Record};
@@ -70,6 +70,8 @@ pub struct SourceOffer {
     pub policy: Policy,
     /// What the target is told.
     pub description: WorkloadDescription,
+    /// The network namespace at the target that it is to join; none: one is made for it.
+    pub network: Option<NetworkName>,
     /// What the driver needs to find the workload again after a restart.
     pub state: DriverState,
 }
@@ -225,6 +227,8 @@ pub struct SourceMachine {
     driver_state: DriverState,
     /// Taken when the offer is sent.
     description: Option<Box<WorkloadDescription>>,
+    /// What it is to join at the target.
+    network: Option<NetworkName>,
     state: State,
     generation: Generation,
     retries: u32,
@@ -276,6 +280,7 @@ impl SourceMachine {
             policy: offer.policy,
             driver_state: offer.state,
             description: Some(Box::new(offer.description)),
+            network: offer.network,
             state: State::Undecided(Undecided::without_commit(), Step::Journalling),
             generation: Generation::FIRST,
             retries: 0,
@@ -400,6 +405,7 @@ impl SourceMachine {
         let Some(description) = self.description.take() else {
             return self.out_of_place("a second offer");
         };
+        let network = self.network.take();
         *step = Step::Offered;
         self.offered = true;
         self.timers.set(Timer::Step, now.after(ACCEPT_MAX));
@@ -409,6 +415,7 @@ impl SourceMachine {
             generation: self.generation,
             policy: self.policy,
             description: *description,
+            network,
         })));
     }
 

@@ -555,6 +555,7 @@ fn offer(setup: &Setup) -> SourceOffer {
         workload: WorkloadName::Process(7),
         peer: "b".parse().expect("a name"),
         policy: setup.policy,
+        network: None,
         description: WorkloadDescription {
             root_pid: 7,
             spaces: (1..=setup.spaces).map(space).collect(),

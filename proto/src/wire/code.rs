@@ -85,6 +85,8 @@ codes! {
     FrozenTooLong = 20, "frozen-too-long";
     /// The peer's certificate, or ours, is not accepted.
     PeerUntrusted = 21, "peer-untrusted";
+    /// The id that a migration was to have is that of another one.
+    IdTaken = 22, "id-taken";
 
     /// This build cannot move this kind of workload, or something it is made of.
     UnsupportedWorkload = 32, "unsupported-workload";

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use prost::Message as _;
 
-use crate::id::{Generation, Incarnation, MigrationId, Round, WorkloadName};
+use crate::id::{Generation, Incarnation, MigrationId, NetworkName, Round, WorkloadName};
 use crate::migration::policy::{Policy, ROUNDS_LIMIT};
 use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
@@ -173,6 +173,8 @@ pub struct Offer {
     pub policy: Policy,
     /// What the target must know to prepare.
     pub description: WorkloadDescription,
+    /// The network namespace at the target that it is to join; none: one is made for it.
+    pub network: Option<NetworkName>,
 }
 
 /// How many parcels and pages a round had.
@@ -511,6 +513,7 @@ impl From<&Offer> for schema::Offer {
                 frozen_max_us: offer.policy.frozen_max.map(micros),
             }),
             description: Some((&offer.description).into()),
+            network: offer.network.as_ref().map(ToString::to_string),
         }
     }
 }
@@ -528,13 +531,11 @@ impl TryFrom<schema::Offer> for Offer {
                 value: 0,
             });
         }
-        let name = |source| ControlError::Name {
-            field: "offer.workload",
-            source,
-        };
+        let name = |field| move |source| ControlError::Name { field, source };
+        let network = offer.network.map(|name| name.parse()).transpose();
         Ok(Self {
             version: Version::chosen(offer.version).map_err(ControlError::Version)?,
-            workload: offer.workload.parse().map_err(name)?,
+            workload: offer.workload.parse().map_err(name("offer.workload"))?,
             generation: generation("offer.generation", offer.generation)?,
             policy: Policy {
                 downtime_max: Duration::from_micros(policy.downtime_max_us),
@@ -545,6 +546,7 @@ impl TryFrom<schema::Offer> for Offer {
                 frozen_max: policy.frozen_max_us.map(Duration::from_micros),
             },
             description: description.try_into()?,
+            network: network.map_err(name("offer.network"))?,
         })
     }
 }

@@ -403,16 +403,18 @@ pub fn offer() -> Offer {
         generation: GENERATION,
         policy: Policy::DEFAULT,
         description: description(),
+        network: None,
     }
 }
 
-fn source_offer() -> SourceOffer {
+pub fn source_offer() -> SourceOffer {
     SourceOffer {
         id: ID,
         workload: WorkloadName::Process(7),
         peer: "b".parse().unwrap(),
         policy: Policy::DEFAULT,
         description: description(),
+        network: None,
         state: state(),
     }
 }

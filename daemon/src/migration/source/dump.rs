@@ -31,6 +31,7 @@ use pageferry_proto::wire::description::MountDescription;
 use thiserror::Error;
 
 use crate::runtime::files::DELETED_FILE_MAX;
+use crate::runtime::kind::Kind;
 use crate::runtime::mounts::external_at_dump;
 
 /// CRIU's start-up, with its kernel probing cached, takes tens of milliseconds.
@@ -131,10 +132,10 @@ pub struct DumpPlan {
     pub view_library: PathBuf,
     /// Whether a process that outlives CRIU traces for it.
     pub tracer: bool,
-    /// Namespaces CRIU is started in: the workload's own network and UTS namespaces.
+    /// What is dumped, and who starts CRIU for that.
+    pub kind: Kind,
+    /// Namespaces CRIU is started in.
     pub namespaces: Vec<OwnedFd>,
-    /// Root of the tree.
-    pub root_pid: i32,
     /// The migration's folder on a tmpfs; images go to `images` in it, the log stays in it.
     pub directory: PathBuf,
     /// The cgroup that holds the tree.
@@ -175,7 +176,7 @@ impl Dump {
         fs::create_dir_all(&images).map_err(io("creating", &images))?;
         let feed = Feed::create()?;
         let library = plan.view_library;
-        let criu = Conversation::start(SwrkConfig {
+        let criu = plan.kind.converse(SwrkConfig {
             namespaces: plan.namespaces,
             view: Some(ViewFds {
                 freezer: Some(plan.freezer.path().to_owned()),
@@ -198,7 +199,7 @@ impl Dump {
             work: Some(open(&plan.directory)?),
         };
         let options = DumpOptions {
-            pid: plan.root_pid,
+            pid: plan.kind.root(),
             freeze_cgroup: Some(plan.freezer.path().to_string_lossy().into_owned()),
             external: external_at_dump(&plan.mounts),
             ..options(directories)

@@ -31,7 +31,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry_proto::id::NodeName;
+use pageferry_proto::id::{MigrationId, NodeName};
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine};
@@ -96,6 +96,8 @@ pub struct SourceDriver {
     waits: Waits,
     /// Whether a difference in smaps is a reason to start again.
     repeatable: bool,
+    /// The migration that was started in place of this one, before a restart.
+    successor: Option<MigrationId>,
     recovered: bool,
     /// The last status, if it is not to be seen before there is a successor.
     held_back: Option<Progress>,
@@ -136,6 +138,8 @@ pub struct SourceParts {
     pub lanes: u8,
     /// Whether [`Ended::Repeat`] is a possible end.
     pub repeatable: bool,
+    /// The migration that was started in place of this one, if it failed before a restart.
+    pub successor: Option<MigrationId>,
     /// Made from a journal.
     pub recovered: bool,
 }
@@ -197,6 +201,7 @@ impl SourceDriver {
             connections: 0,
             measured: (None, None, None),
             repeatable: parts.repeatable,
+            successor: parts.successor,
             recovered: parts.recovered,
             held_back: None,
             pid_at_target: None,
@@ -273,7 +278,7 @@ impl SourceDriver {
             pauses,
             longest_pause,
             final_pages,
-            successor: None,
+            successor: self.successor,
             pid_at_target: self.pid_at_target,
             recovered: self.recovered,
         };

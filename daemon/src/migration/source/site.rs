@@ -111,6 +111,11 @@ impl Site {
         self.sending.sent()
     }
 
+    /// The root of the tree, in this node's pid namespace.
+    pub fn root(&self) -> i32 {
+        self.workload.root()
+    }
+
     /// The memory it had when it was surveyed.
     pub fn memory(&self) -> PageCount {
         PageCount::covering(self.memory_bytes)
@@ -135,7 +140,7 @@ impl Site {
     pub async fn track(&mut self) -> Result<(), Failure> {
         block_in_place(|| {
             self.kept.offer_is_answered();
-            self.workload.adopt()?;
+            self.workload.enter_cgroup()?;
             self.network.sockets.observe(&self.workload)?;
             // Nothing was sent that could be void.
             self.scan().map(drop)
@@ -246,7 +251,7 @@ impl Site {
             self.tracking.end();
             self.kept.offer_is_answered();
         });
-        self.workload.leave_cgroup();
+        self.workload.give_back();
         drop(fs::remove_dir_all(&self.directory));
         Ok(())
     }
@@ -263,7 +268,7 @@ impl Site {
             ending.ended().await;
         }
         self.tracking.end();
-        self.workload.remove_cgroups(&self.node.hierarchies)?;
+        self.workload.release(&self.node.hierarchies)?;
         drop(fs::remove_dir_all(&self.directory));
         Ok(())
     }

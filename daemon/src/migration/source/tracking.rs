@@ -137,7 +137,7 @@ impl Tracking {
 
     /// Attaches to the spaces that are not yet tracked and forgets those that are gone.
     fn attach_new(&mut self, workload: &Workload) -> Result<(), Failure> {
-        let root = workload.root;
+        let root = workload.root();
         let tree = workload.tree()?;
         let pids = tree.pids();
         self.forget_others(&tree);
@@ -211,7 +211,7 @@ impl Tracking {
                 // A program that replaced itself is a new space with the same name.
                 Err(error)
                     if matches!(error, TrackError::Exec { .. })
-                        || pid != workload.root && (error.tells_of_end() || has_ended(pid)) =>
+                        || pid != workload.root() && (error.tells_of_end() || has_ended(pid)) =>
                 {
                     self.spaces.remove(&id);
                     self.pending.remove(&id);

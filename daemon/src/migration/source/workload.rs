@@ -1,12 +1,11 @@
 //! The workload itself, at its source: its processes, and the cgroup that holds them.
 //!
 //! Invariants: what is read by the number of the root counts only if [`Workload::check_root`] holds
-//! afterwards; from [`Workload::adopt`] on, the tree is in a cgroup that nobody else is in; SIGKILL
-//! is pending on every task before a copy that is given away is thawed.
+//! afterwards; from [`Workload::enter_cgroup`] on, the tree is in a cgroup that nobody else is in;
+//! SIGKILL is pending on every task before a copy that is given away is thawed.
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use criu_glue::repair;
@@ -18,7 +17,7 @@ use pageferry_pages::track::tree::{Tree, TreeError};
 use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::MountDescription;
-use pageferry_sys::namespace::{self, NamespaceKind};
+use pageferry_sys::namespace::NamespaceKind;
 use pageferry_sys::task::{threads, tracer};
 use tokio::task::block_in_place;
 
@@ -27,6 +26,7 @@ use super::waits::Waits;
 use crate::migration::text::chain;
 use crate::runtime::identity::Anchor;
 use crate::runtime::ipc::Ipc;
+use crate::runtime::kind::Kind;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::passing::{Passing, State};
 
@@ -36,8 +36,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 /// A tree of processes that moves as one.
 #[derive(Debug)]
 pub(super) struct Workload {
-    pub(super) root: i32,
-    /// The process that `root` means, if it was there when this was made.
+    pub(super) kind: Kind,
+    /// The process that is its root, if it was there when this was made.
     pub(super) anchor: Option<Anchor>,
     /// Kinds of namespaces that are its own.
     pub(super) own: Vec<NamespaceKind>,
@@ -49,22 +49,24 @@ pub(super) struct Workload {
     pub(super) described_mounts: Vec<MountDescription>,
     /// Holds the tree.
     pub(super) freezer: Freezer,
-    /// The freezer cgroup the tree came from, if it was moved.
-    pub(super) origin: Option<PathBuf>,
     /// What the kernel tells of its threads.
     pub(super) support: Support,
 }
 
 impl Workload {
-    /// Puts the tree into its cgroup.
-    pub(super) fn adopt(&self) -> Result<(), Failure> {
-        self.freezer.make().map_err(|error| freeze_failed(&error))?;
-        let adopted = self.freezer.adopt(|| {
-            let tree = Tree::read(self.root).map_err(io::Error::other)?;
+    /// The pid of its root in this node's pid namespace.
+    pub(super) fn root(&self) -> i32 {
+        self.kind.root()
+    }
+
+    /// Sees to it that the tree is in its cgroup.
+    pub(super) fn enter_cgroup(&self) -> Result<(), Failure> {
+        let entered = self.kind.enter(&self.freezer, || {
+            let tree = Tree::read(self.root()).map_err(io::Error::other)?;
             self.check_root().map_err(io::Error::other)?;
             Ok(tree.pids())
         });
-        adopted.map_err(|error| match self.check_root() {
+        entered.map_err(|error| match self.check_root() {
             Ok(()) => freeze_failed(&error),
             Err(gone) => gone,
         })
@@ -72,7 +74,7 @@ impl Workload {
 
     /// Who is in the tree, by its root.
     pub(super) fn tree(&self) -> Result<Tree, Failure> {
-        let tree = Tree::read(self.root).map_err(|error| unreadable(&error))?;
+        let tree = Tree::read(self.root()).map_err(|error| unreadable(&error))?;
         self.check_root()?;
         Ok(tree)
     }
@@ -97,7 +99,7 @@ impl Workload {
         if self.is_root() {
             Ok(())
         } else {
-            Err(ended(self.root))
+            Err(ended(self.root()))
         }
     }
 
@@ -113,27 +115,12 @@ impl Workload {
 
     /// Who traces its root. Who traces another process of that number is nothing to us.
     pub(super) fn tracer(&self) -> Option<i32> {
-        tracer(self.root).filter(|_| self.is_root())
+        tracer(self.root()).filter(|_| self.is_root())
     }
 
-    /// Namespaces of its own that CRIU is to be in. Of others it makes images with all that is in
-    /// them.
+    /// Namespaces that CRIU is to be in.
     pub(super) fn open_namespaces(&self) -> Result<Vec<OwnedFd>, Failure> {
-        let mut namespaces = Vec::new();
-        for kind in [NamespaceKind::Uts, NamespaceKind::Net] {
-            if self.own.contains(&kind) {
-                namespaces.push(namespace::open(self.root, kind).map_err(|error| {
-                    Failure::new(
-                        ErrorCode::WorkloadGone,
-                        format!(
-                            "the {} namespace of process {}: {error}",
-                            kind.file(),
-                            self.root
-                        ),
-                    )
-                })?);
-            }
-        }
+        let namespaces = self.kind.open_namespaces(&self.own)?;
         self.check_root()?;
         Ok(namespaces)
     }
@@ -176,7 +163,7 @@ impl Workload {
     /// interrupted.
     pub(super) fn let_run(&self) -> Result<(), Failure> {
         let frozen = self.look().unwrap_or_else(|failure| {
-            tracing::warn!(root = self.root, %failure, "interrupted calls are not restarted");
+            tracing::warn!(root = self.root(), %failure, "interrupted calls are not restarted");
             Frozen::default()
         });
         let thawed = block_in_place(|| frozen.thaw(|| self.freezer.thaw()));
@@ -188,7 +175,7 @@ impl Workload {
         let Some(surveyed) = &self.mounts else {
             return Ok(());
         };
-        let now = block_in_place(|| Mounts::read(self.root))?;
+        let now = block_in_place(|| Mounts::read(self.root()))?;
         if now == *surveyed {
             return Ok(());
         }
@@ -219,13 +206,9 @@ impl Workload {
         }
     }
 
-    /// Moves the tree back to the cgroup it came from, as far as that still exists.
-    pub(super) fn leave_cgroup(&self) {
-        let Some(origin) = &self.origin else { return };
-        if !self.freezer.exists() {
-            return;
-        }
-        if let Err(error) = self.freezer.empty_into(&Freezer::at(origin.clone())) {
+    /// It stays here, and runs.
+    pub(super) fn give_back(&self) {
+        if let Err(error) = self.kind.give_back(&self.freezer) {
             // It runs, thawed, in a cgroup of ours; the next migration finds it there.
             tracing::warn!("the workload stays in its cgroup: {}", chain(&error));
         }
@@ -240,22 +223,10 @@ impl Workload {
         block_in_place(|| self.freezer.kill(KILL_TIMEOUT)).map_err(|error| freeze_failed(&error))
     }
 
-    /// Removes its cgroups, in which nobody is any more. One that had come here before had some in
-    /// all hierarchies.
-    pub(super) fn remove_cgroups(&self, hierarchies: &Hierarchies) -> Result<(), Failure> {
-        if self.freezer.exists() {
-            self.freezer
-                .remove()
-                .map_err(|error| freeze_failed(&error))?;
-        }
-        let Some(name) = self.freezer.name() else {
-            return Ok(());
-        };
-        let group = hierarchies.everywhere(name);
-        if let Err(error) = block_in_place(|| group.remove(Duration::ZERO)) {
-            tracing::warn!("a cgroup of the workload is left: {}", chain(&error));
-        }
-        Ok(())
+    /// It runs elsewhere, and its tasks here are dead: nothing else of it is to be left.
+    pub(super) fn release(&self, hierarchies: &Hierarchies) -> Result<(), Failure> {
+        let released = block_in_place(|| self.kind.release(&self.freezer, hierarchies));
+        released.map_err(|error| freeze_failed(&error))
     }
 }
 

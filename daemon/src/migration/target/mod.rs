@@ -11,6 +11,7 @@ pub mod admission;
 mod images;
 pub mod intake;
 mod locked;
+mod network;
 pub mod orphans;
 pub mod site;
 

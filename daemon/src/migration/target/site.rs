@@ -24,9 +24,7 @@ use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
-use pageferry_proto::wire::description::{
-    LinkAddress, LinkDescription, MountDescription, Namespaces,
-};
+use pageferry_proto::wire::description::{LinkDescription, MountDescription, Namespaces};
 use pageferry_proto::wire::needs::ResourceLimits;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
@@ -38,13 +36,13 @@ use super::cut_off;
 use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
 use super::locked;
-use crate::link::prepare::PreparedNetwork;
+use super::network::{Network, NetworkState};
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::detached;
 use crate::runtime::identity;
+use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
 use crate::runtime::mounts::external_at_restore;
-use crate::runtime::process;
 use crate::runtime::shared::lengths;
 pub use run::LetGoError;
 
@@ -86,21 +84,11 @@ pub struct TargetNode {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct SiteState {
     freezer: PathBuf,
-    bridge: String,
-    links: Vec<LinkState>,
-    #[serde(default)]
+    /// If it has one of its own.
+    network: Option<NetworkState>,
     root_pid: Option<i32>,
     /// The boot in which it was written: nothing of a workload outlives it.
-    #[serde(default)]
-    boot: Option<String>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct LinkState {
-    name: String,
-    mac: [u8; 6],
-    mtu: u32,
-    addresses: Vec<(std::net::IpAddr, u8)>,
+    boot: String,
 }
 
 /// The process that holds the workload, and what it says unasked.
@@ -126,12 +114,12 @@ pub struct Site {
     /// The tree's is the freezer's cgroup too.
     groups: Groups,
     namespaces: Vec<(NamespaceKind, OwnedFd)>,
-    network: Option<PreparedNetwork>,
-    links: Vec<LinkDescription>,
+    /// If it has one of its own.
+    network: Option<Network>,
     /// What CRIU binds into a mount namespace of the workload's own; the root first.
     mounts: Vec<MountDescription>,
-    /// Its pids are the node's.
-    shares_pids: bool,
+    /// What is offered, once it is.
+    arriving: Option<Arriving>,
     /// What its cgroups allowed it at the source.
     limits: ResourceLimits,
     /// The workload's root at this node, once it is restored.
@@ -161,9 +149,8 @@ impl Site {
             directory,
             namespaces: Vec::new(),
             network: None,
-            links: Vec::new(),
             mounts: Vec::new(),
-            shares_pids: false,
+            arriving: None,
             limits: ResourceLimits::default(),
             root_pid: None,
             pager: None,
@@ -190,9 +177,8 @@ impl Site {
             id,
             namespaces: Vec::new(),
             network: None,
-            links: Vec::new(),
             mounts: Vec::new(),
-            shares_pids: false,
+            arriving: None,
             limits: ResourceLimits::default(),
             root_pid: None,
             pager: None,
@@ -212,14 +198,12 @@ impl Site {
         site.freezer = Freezer::at(state.freezer);
         site.root_pid = state.root_pid;
         let boot = identity::boot().map_err(|error| internal(&error))?;
-        site.is_of_another_boot = state.boot.is_some_and(|then| then != boot);
-        site.links = state.links.into_iter().map(from_state).collect();
-        let prefix = link_prefix(id);
-        site.network = Some(PreparedNetwork::recovered(
-            &site.links,
-            &state.bridge,
-            &prefix,
-        ));
+        site.is_of_another_boot = state.boot != boot;
+        // After another boot nothing is left of it.
+        if let Some(network) = state.network.filter(|_| !site.is_of_another_boot) {
+            let network = Network::recover(id, network).await;
+            site.network = Some(network.map_err(|error| network_unfit(&error))?);
+        }
         // A pager that is gone has taken its workload with it, or has filled it and ended.
         match PagerClient::connect(&site.directory) {
             Ok(pager) => site.pager = Some(Pager::from(pager)),
@@ -264,33 +248,20 @@ impl Site {
                 ),
             ));
         }
-        self.shares_pids = !description.own_namespaces.contains(Namespaces::PID);
-        // Before threads begin: where a workload has left this node, its numbers are the next ones.
-        self.begin_pids_above(&description.pids);
+        // Before threads begin.
+        let arriving = Arriving::begin(&offer.workload, description)?;
+        self.arriving = Some(arriving);
         let described = description.clone();
         // Files may be on storage that does not answer.
-        detached::done("check", move || process::check(&described)).await??;
+        detached::done("check", move || arriving.check(&described)).await??;
         self.admit(offer)?;
         if offer.policy.verify {
             // No page comes before the offer is accepted.
             self.intake.store().keep_digests();
         }
-        let mut kinds = process::kinds(description.own_namespaces);
-        if kinds.contains(&NamespaceKind::Mount) == description.mounts.is_empty() {
-            return Err(Failure::new(
-                ErrorCode::UnsupportedWorkload,
-                "the offer does not say which mounts the workload has",
-            ));
-        }
-        // CRIU makes these with the tree: a pid namespace lives by its process 1, and the objects
-        // of an IPC namespace are in the images.
-        let made_by_criu = |kind| {
-            matches!(
-                kind,
-                NamespaceKind::Pid | NamespaceKind::Mount | NamespaceKind::Ipc
-            )
-        };
-        kinds.retain(|kind| !made_by_criu(*kind));
+        let mut kinds = arriving.namespaces(description);
+        // One that is joined is there already.
+        kinds.retain(|kind| *kind != NamespaceKind::Net || offer.network.is_none());
         self.mounts.clone_from(&description.mounts);
         let made = block_in_place(|| namespace::create(&kinds)).map_err(|error| {
             Failure::new(
@@ -308,23 +279,40 @@ impl Site {
                 )
             })?;
         }
-        let own = self.namespaces.iter();
-        let mut own = own.filter(|(kind, _)| *kind == NamespaceKind::Net);
-        if let Some((_, net)) = own.next() {
-            let prefix = link_prefix(self.id);
-            let bridge = self.bridge(&description.links)?;
-            let (links, routes) = (&description.links, &description.routes);
-            let begun = PreparedNetwork::recovered(links, &bridge, &prefix);
-            let network = PreparedNetwork::build(net, links, routes, &bridge, &prefix);
-            // What is begun is known from here on: it may be cut off.
-            self.network = Some(begun);
-            self.network = Some(network.await.map_err(|error| network_unfit(&error))?);
-            self.links.clone_from(&description.links);
-        }
+        self.prepare_network(offer).await?;
         self.limits = description.needs.limits;
         self.make_groups()?;
         self.start_pager().await?;
         self.state()
+    }
+
+    /// Makes the workload's network, if it has one of its own, or joins what was made for it.
+    async fn prepare_network(&mut self, offer: &Offer) -> Result<(), Failure> {
+        let description = &offer.description;
+        if !description.own_namespaces.contains(Namespaces::NET) {
+            return match &offer.network {
+                None => Ok(()),
+                Some(name) => Err(Failure::new(
+                    ErrorCode::NetworkUnfit,
+                    format!("the workload has no network of its own that could be {name}"),
+                )),
+            };
+        }
+        let bridge = self.bridge(&description.links)?;
+        if let Some(name) = &offer.network {
+            let (network, net) = Network::join(name, description, &bridge).await?;
+            self.network = Some(network);
+            self.namespaces.push((NamespaceKind::Net, net));
+            return Ok(());
+        }
+        // What is begun is known from here on: it may be cut off.
+        self.network = Some(Network::begun(self.id, description, &bridge));
+        let net = self
+            .namespace(NamespaceKind::Net)
+            .ok_or_else(|| Failure::new(ErrorCode::Internal, "no network namespace was made"))?;
+        let made = Network::make(self.id, description, &bridge, net).await?;
+        self.network = Some(made);
+        Ok(())
     }
 
     /// Sets limits of the workload, of which those of processes and processor time hold only when
@@ -399,10 +387,8 @@ impl Site {
             tasks,
             adopts,
         } = block_in_place(|| make_images_lazy(&images))?;
-        if self.shares_pids {
-            // It may have forked since it was offered.
-            process::check_pids(&tasks)?;
-            self.begin_pids_above(&tasks);
+        if let Some(arriving) = &self.arriving {
+            arriving.check_tasks(&tasks)?;
         }
         let locks =
             block_in_place(|| locked::take_out(&images, |pid| spaces.contains(&SpaceId(pid))))?;
@@ -465,12 +451,6 @@ impl Site {
             .collect()
     }
 
-    fn begin_pids_above(&self, pids: &[i32]) {
-        if let Err(error) = process::begin_pids_above(pids) {
-            tracing::warn!(migration = %self.id, %error, "new pids may be below the workload's");
-        }
-    }
-
     fn namespace(&self, kind: NamespaceKind) -> Option<&OwnedFd> {
         self.namespaces
             .iter()
@@ -493,10 +473,9 @@ impl Site {
     fn state(&self) -> Result<DriverState, Failure> {
         let state = SiteState {
             freezer: self.freezer.path().to_owned(),
-            bridge: self.node.bridge.clone().unwrap_or_default(),
-            links: self.links.iter().map(to_state).collect(),
+            network: self.network.as_ref().map(Network::state),
             root_pid: self.root_pid,
-            boot: Some(identity::boot().map_err(|error| internal(&error))?),
+            boot: identity::boot().map_err(|error| internal(&error))?,
         };
         let bytes = serde_json::to_vec(&state).map_err(|error| internal(&error))?;
         DriverState::new(bytes).map_err(|error| internal(&error))
@@ -512,13 +491,6 @@ fn groups(node: &TargetNode, id: MigrationId, freezer: &Freezer) -> Groups {
     }
 }
 
-/// Names of this node's link ends begin with this: `pf`, nine digits of the migration, and a number
-/// of at most two follows, 13 characters of the 15 that a name may have.
-fn link_prefix(id: MigrationId) -> String {
-    let digits: String = id.to_string().chars().take(9).collect();
-    format!("pf{digits}n")
-}
-
 fn version_text(version: u32) -> String {
     format!(
         "{}.{}.{}",
@@ -526,32 +498,6 @@ fn version_text(version: u32) -> String {
         version / 100 % 100,
         version % 100
     )
-}
-
-fn to_state(link: &LinkDescription) -> LinkState {
-    LinkState {
-        name: link.name.clone(),
-        mac: link.mac,
-        mtu: link.mtu,
-        addresses: link
-            .addresses
-            .iter()
-            .map(|address| (address.ip, address.prefix))
-            .collect(),
-    }
-}
-
-fn from_state(link: LinkState) -> LinkDescription {
-    let addresses = link.addresses.into_iter();
-    LinkDescription {
-        name: link.name,
-        mac: link.mac,
-        mtu: link.mtu,
-        addresses: addresses
-            .map(|(ip, prefix)| LinkAddress { ip, prefix })
-            .collect(),
-        bridge: None,
-    }
 }
 
 fn pager_kind(kind: NamespaceKind) -> Result<Namespace, Failure> {

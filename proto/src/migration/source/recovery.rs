@@ -29,6 +29,7 @@ impl SourceMachine {
             policy: offered.policy,
             driver_state: offered.state,
             description: None,
+            network: None,
             state: match facts.commit {
                 None => State::Undecided(Undecided::without_commit(), Step::Journalling),
                 Some(_) => State::Decided(Decided::prepared()),

@@ -54,7 +54,8 @@ impl Site {
             Err(error) => return self.not_dumped(&error, sent),
         };
         let sent = match sent {
-            Some((sums, unsent)) => match self.tracking.unread.judge(&unsent, self.workload.root) {
+            Some((sums, unsent)) => match self.tracking.unread.judge(&unsent, self.workload.root())
+            {
                 None => Some(sums),
                 Some(Verdict::Again(failure)) => return sums.given_up(failure, Duration::ZERO),
                 Some(Verdict::Never(failure)) => return Err(failure),
@@ -179,7 +180,7 @@ impl Site {
             match sent {
                 Some(sums) => Ok(sums),
                 None => {
-                    let all = (scans, workload.root);
+                    let all = (scans, workload.root());
                     sending.last_verified(tracking, all, attempt, waits).await
                 }
             }

@@ -43,7 +43,7 @@ impl Tracking {
         waits: &Waits,
     ) -> Result<Result<Scans, Unfit>, Failure> {
         let scanning = waits.begin(Wait::Scan);
-        let tree = Tree::read(workload.root).map_err(|error| unreadable(&error))?;
+        let tree = Tree::read(workload.root()).map_err(|error| unreadable(&error))?;
         if let Some(passing) = find_vfork(&tree) {
             return Ok(Err(Unfit::Passing(passing)));
         }
@@ -63,7 +63,7 @@ impl Tracking {
                     return Ok(Err(Unfit::Unseen(chain(&error))));
                 }
                 // It is a zombie by now, or about to be one.
-                Err(error) if error.tells_of_end() && space.pid() != workload.root => {
+                Err(error) if error.tells_of_end() && space.pid() != workload.root() => {
                     replaced.push(*id);
                 }
                 Err(error @ TrackError::Exec { .. }) => {

