@@ -112,10 +112,11 @@ fn a_container_of_runc_moves_there_and_back_as_its_runtimes_own() {
     check(&["containers", "--only", "few"], 4);
 }
 
-/// nginx, memcached, Valkey, a JVM and numpy, there and back, each with a proof of its own.
+/// nginx, memcached, Valkey, a JVM, numpy, PostgreSQL and MariaDB, there and back, each with a
+/// proof of its own.
 #[test]
 fn applications_move_under_load_and_lose_nothing() {
-    check(&["apps", "--only", "few"], 10);
+    check(&["apps", "--only", "few"], 14);
 }
 
 #[test]
@@ -124,10 +125,10 @@ fn memory_that_is_remapped_while_it_is_copied_arrives_right() {
 }
 
 /// Stopped children, processes of a dead session, locks on storage that both nodes have, and states
-/// that pass: connections not yet accepted, unread messages, a vfork.
+/// that pass: connections not yet accepted, unread messages, a vfork. And System V objects.
 #[test]
 fn workloads_that_criu_cannot_dump_as_they_are_move_or_are_refused_by_name() {
-    check(&["cases"], 14);
+    check(&["cases"], 24);
 }
 
 #[test]

@@ -13,6 +13,7 @@ pub mod bpf;
 pub mod cpu;
 pub mod fdpass;
 pub mod heap;
+pub mod ipc;
 pub mod namespace;
 pub mod packet;
 pub mod pagemap;

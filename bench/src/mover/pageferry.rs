@@ -51,6 +51,9 @@ impl Migration {
         if flags.force_eager {
             command = command.arg("--force-eager");
         }
+        if flags.force_ipc {
+            command = command.arg("--force-ipc");
+        }
         if let Some(timeout) = &flags.timeout {
             command = command.args(["--timeout", timeout]);
         }

@@ -330,6 +330,7 @@ fn parse_migrate(
         asked: Asked {
             shared,
             force_cpu: request.force_cpu,
+            force_ipc: request.force_ipc,
             network,
             instead_of: None,
         },

@@ -98,6 +98,9 @@ pub struct MigrateArgs {
     /// Move even if the target's processor lacks features that this one has
     #[arg(long)]
     pub force_cpu: bool,
+    /// Move even if something of System V objects is lost: SEM_UNDO, a queue's own limit and such
+    #[arg(long)]
+    pub force_ipc: bool,
     /// Join this network namespace of the target, by its name in /run/netns, instead of having one
     /// made: it must have the same links, addresses and routes, attached to nothing
     #[arg(long, value_name = "NAME")]

@@ -217,7 +217,8 @@ fn offered_with(root: i32, started: u64, freezer: &Path, marker: Option<&Path>) 
     let state = format!(
         r#"{{"kind":{{"process":{{"root":{root},"origin":null}}}},"started":{started},"boot":"{}",
             "freezer":"{}","ports":[],"markers":[{}],
-            "asked":{{"shared":[],"force_cpu":false,"network":null,"instead_of":null}}}}"#,
+            "asked":{{"shared":[],"force_cpu":false,"force_ipc":false,"network":null,
+            "instead_of":null}}}}"#,
         boot.trim_end(),
         freezer.display(),
         marker.map(written).unwrap_or_default()

@@ -234,6 +234,12 @@ impl Support {
             calls: calls.and_then(Result::ok).map(Arc::new),
         })
     }
+
+    /// Whether the kernel changes semaphores when process `pid` ends (`SEM_UNDO`). None: it does
+    /// not tell. Some microseconds.
+    pub fn undoes(&self, pid: i32) -> Option<bool> {
+        self.threads.as_ref()?.of(pid).ok()?.undo
+    }
 }
 
 impl Space {

@@ -130,6 +130,10 @@ codes! {
     SharedIncoherent = 51, "shared-incoherent";
     /// A connection over loopback to a process that does not move.
     LoopbackPeer = 52, "loopback-peer";
+    /// The workload uses objects of System V or POSIX message queues that cannot move.
+    IpcUnfit = 53, "ipc-unfit";
+    /// Something of the workload's System V objects would not be carried.
+    IpcLost = 54, "ipc-lost";
 
     /// The target has as many migrations as it takes.
     TargetBusy = 64, "target-busy";

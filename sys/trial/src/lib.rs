@@ -11,6 +11,7 @@
 
 mod block;
 mod files;
+mod ipc;
 mod lost;
 pub mod shared_mapping;
 
@@ -153,6 +154,7 @@ fn act(words: &[&str]) -> io::Result<String> {
             block::read_direct(words[1], parse(words[2]), length)
         }
         "open" => files::open(words[1]),
+        "ipc" => ipc::make(words[1]),
         "lock-file" => files::lock(&words[1..]),
         "sockets" => files::open_sockets(),
         "signals" => Ok(SIGNALS.load(Ordering::SeqCst).to_string()),

@@ -76,6 +76,7 @@ fn difference(first: &MigrateRequest, now: &MigrateRequest) -> Option<String> {
         ("--downtime-max", policy.downtime_max == other.downtime_max),
         ("--force-cpu", asked.force_cpu == wanted.force_cpu),
         ("--force-eager", policy.force_eager == other.force_eager),
+        ("--force-ipc", asked.force_ipc == wanted.force_ipc),
         ("--frozen-max", policy.frozen_max == other.frozen_max),
         ("--join-network", asked.network == wanted.network),
         ("--rounds-max", policy.rounds_max == other.rounds_max),

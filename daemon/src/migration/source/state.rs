@@ -45,7 +45,8 @@ mod tests {
             r#"{"kind":{"process":{"root":7,"origin":"/sys/fs/cgroup/a"}},"started":5,"boot":"b","#,
             r#""freezer":"/f","ports":[{"ends":[3,2],"name":"v0","bridge":"br0"}],"#,
             r#""markers":[{"path":"/data/.pageferry-1","owner":[1,2]}],"#,
-            r#""asked":{"shared":["/data"],"force_cpu":true,"network":"web","#,
+            r#""asked":{"shared":["/data"],"force_cpu":true,"force_ipc":true,"#,
+            r#""network":"web","#,
             r#""instead_of":"00000000000000000000000000000009"}}"#
         );
         let state: SiteState = serde_json::from_str(text).unwrap();

@@ -102,6 +102,9 @@ impl Tracking {
             eager = self.scan_spaces(workload, BTreeMap::new(), waits)?;
             lookout.look()?;
         }
+        for segment in workload.ipc.unmapped()? {
+            eager.add_segment(segment.id, segment.bytes);
+        }
         self.scanned = Instant::now();
         self.eager_bytes = eager.bytes();
         self.budget.check(&eager)?;

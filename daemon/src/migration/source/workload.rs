@@ -25,6 +25,7 @@ use super::failure::{failed_to_track, freeze_failed};
 use super::waits::Waits;
 use crate::migration::text::chain;
 use crate::runtime::identity::Anchor;
+use crate::runtime::ipc::Ipc;
 use crate::runtime::kind::Kind;
 use crate::runtime::mounts::Mounts;
 use crate::runtime::passing::{Passing, State};
@@ -40,6 +41,8 @@ pub(super) struct Workload {
     pub(super) anchor: Option<Anchor>,
     /// Kinds of namespaces that are its own.
     pub(super) own: Vec<NamespaceKind>,
+    /// What its processes share by way of the kernel.
+    pub(super) ipc: Ipc,
     /// As surveyed, if it has a mount namespace of its own.
     pub(super) mounts: Option<Mounts>,
     /// Those that are the node's, as the target was told.

@@ -49,11 +49,12 @@ impl Arriving {
         check_pids(&description.pids)
     }
 
-    /// Namespaces that are made for it before it is restored. CRIU makes the two others with the
-    /// tree: a pid namespace lives by its process 1.
+    /// Namespaces that are made for it before it is restored. CRIU makes the others with the tree:
+    /// a pid namespace lives by its process 1, and the objects of an IPC namespace are in the
+    /// images.
     pub fn namespaces(self, description: &WorkloadDescription) -> Vec<NamespaceKind> {
         let mut kinds = kinds(description.own_namespaces);
-        kinds.retain(|kind| !matches!(kind, NamespaceKind::Pid | NamespaceKind::Mount));
+        kinds.retain(|kind| matches!(kind, NamespaceKind::Uts | NamespaceKind::Net));
         kinds
     }
 

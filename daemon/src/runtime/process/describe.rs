@@ -28,7 +28,7 @@ pub const TASKS_MAX: usize = 16_384;
 pub struct Described {
     /// For the target.
     pub description: WorkloadDescription,
-    /// Namespaces the root has to itself, in the order in which CRIU must be started in them.
+    /// Namespaces the root has to itself, in the order in which they are entered.
     pub own: Vec<NamespaceKind>,
     /// What it sees, if it has a mount namespace of its own.
     pub mounts: Option<Mounts>,
@@ -58,9 +58,6 @@ pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Describe
     check_sockets(root, pids, &own, &descriptors)?;
     check_session(&process, &tasks)?;
     let (hostname, domainname) = names(root, &own)?;
-    if own.contains(&NamespaceKind::Ipc) {
-        refuse_ipc_objects(root)?;
-    }
     let link = |name: &str| {
         fs::read_link(format!("/proc/{root}/{name}"))
             .map(|path| path.to_string_lossy().into_owned())
@@ -358,34 +355,6 @@ fn refuse_inet_sockets(root: i32, descriptors: &Descriptors) -> Result<(), Failu
                     ),
                 ));
             }
-        }
-    }
-    Ok(())
-}
-
-/// The IPC namespace is made anew at the target, so it must be empty here.
-fn refuse_ipc_objects(root: i32) -> Result<(), Failure> {
-    let unreadable = |error: io::Error| {
-        Failure::new(
-            ErrorCode::UnsupportedWorkload,
-            format!("the IPC namespace of process {root} cannot be read: {error}"),
-        )
-    };
-    let ipc = namespace::open(root, NamespaceKind::Ipc).map_err(unreadable)?;
-    use std::os::fd::AsFd;
-    let objects = namespace::run_inside(&[(NamespaceKind::Ipc, ipc.as_fd())], || {
-        ["shm", "sem", "msg"].map(|kind| {
-            let text = fs::read_to_string(format!("/proc/sysvipc/{kind}")).unwrap_or_default();
-            (kind, text.lines().count().saturating_sub(1))
-        })
-    })
-    .map_err(unreadable)?;
-    for (kind, count) in objects {
-        if count > 0 {
-            return Err(Failure::new(
-                ErrorCode::UnsupportedWorkload,
-                format!("the workload's IPC namespace holds {count} System V {kind} objects"),
-            ));
         }
     }
     Ok(())

@@ -70,7 +70,7 @@ impl Process {
     /// Namespaces that CRIU is started in to dump it: of those that are its `own`, and that CRIU
     /// neither dumps nor makes.
     pub fn open_namespaces(&self, own: &[NamespaceKind]) -> Result<Vec<OwnedFd>, Failure> {
-        let entered = [NamespaceKind::Ipc, NamespaceKind::Uts, NamespaceKind::Net];
+        let entered = [NamespaceKind::Uts, NamespaceKind::Net];
         let entered = entered.into_iter().filter(|kind| own.contains(kind));
         let open = |kind: NamespaceKind| {
             namespace::open(self.root, kind).map_err(|error| {

@@ -233,3 +233,23 @@ fn a_tree_knows_children_threads_and_spaces() {
     trial::kill(child);
     trial::kill(sharer);
 }
+
+#[test]
+fn semaphores_that_are_changed_when_a_process_ends_are_told_from_a_list_that_is_empty() {
+    let [support, without] = supports();
+    if support.threads.is_none() {
+        eprintln!("this kernel does not tell of threads");
+        return;
+    }
+    let mut trial = start();
+    // With the second thread a process gets such a list.
+    trial.tell("threads 3");
+    assert_eq!(support.undoes(trial.pid()), Some(false));
+    let set = trial.tell("ipc undo");
+    let told = support.undoes(trial.pid());
+    let mut remove = std::process::Command::new("ipcrm");
+    assert!(remove.args(["-s", &set]).status().unwrap().success());
+    assert_eq!(told, Some(true));
+    assert_eq!(support.undoes(trial.pid()), Some(false));
+    assert_eq!(without.undoes(trial.pid()), None);
+}

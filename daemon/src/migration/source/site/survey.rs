@@ -1,5 +1,6 @@
 //! How a site begins: a workload surveyed, or found again from the journal.
 
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -34,6 +35,7 @@ use crate::migration::text::{internal, network_unfit};
 use crate::runtime::cpu;
 use crate::runtime::detached;
 use crate::runtime::identity::{Anchor, Identity};
+use crate::runtime::ipc::Ipc;
 use crate::runtime::kind::Kind;
 use crate::runtime::limits;
 use crate::runtime::locks::Locks;
@@ -77,6 +79,8 @@ pub struct Asked {
     pub shared: Vec<PathBuf>,
     /// The target is not to compare its processor with this node's.
     pub force_cpu: bool,
+    /// What CRIU does not carry of System V objects may be lost.
+    pub force_ipc: bool,
     /// The network namespace at the target that it is to join; none: one is made for it.
     #[serde(with = "as_text")]
     pub network: Option<NetworkName>,
@@ -122,15 +126,16 @@ fn add_needs(
     description: &mut WorkloadDescription,
     node: &SourceNode,
     id: MigrationId,
-    pids: &[i32],
-) {
+    (pids, ipc): (&[i32], &Ipc),
+) -> Result<(), Failure> {
     let limited = limits::read(description.root_pid, &node.hierarchies);
-    description.needs.shared_bytes = shared_bytes(pids);
+    description.needs.shared_bytes = shared_bytes(pids) + ipc.unmapped_bytes()?;
     description.needs.limits = limited.limits;
     for path in limited.left_behind {
         tracing::warn!(migration = %id, path = %path.display(),
             "what its cgroup says here is not carried to the target");
     }
+    Ok(())
 }
 
 /// The network of a namespace of its own; this node's ends of it.
@@ -146,6 +151,14 @@ async fn add_network(
     description.links = network.links;
     description.routes = network.routes;
     Ok(network.ports)
+}
+
+/// What its processes share by way of the kernel, if all of that can move.
+fn look_at_ipc(root: i32, node: &SourceNode, force: bool) -> Result<Ipc, Failure> {
+    let ipc = Ipc::of(root, force)?;
+    let members = || Ok(Tree::read(root).map_err(io::Error::other)?.pids());
+    ipc.look(members, |pid| node.support.undoes(pid))?;
+    Ok(ipc)
 }
 
 impl Site {
@@ -164,16 +177,16 @@ impl Site {
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| unreadable(&error))?;
         let pids = tree.pids();
         let (storage, locks) = find_storage(root, &asked.shared).await?;
-        // Before files are opened: that would break the lease of one that is leased.
+        // Before files are opened: that would break the lease of one that is leased, and a message
+        // queue would be taken for one.
+        let ipc = block_in_place(|| look_at_ipc(root, &node, asked.force_ipc))?;
         check_locks(&locks, &pids).await?;
         let described = describe(&kind, &pids, &storage).await?;
-        block_in_place(|| {
-            pids.iter()
-                .try_for_each(|pid| check_trackable(*pid, root, &node.support))
-        })?;
+        let trackable = |pid: &i32| check_trackable(*pid, root, &node.support);
+        block_in_place(|| pids.iter().try_for_each(trackable))?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
-        block_in_place(|| add_needs(&mut description, &node, id, &pids));
+        block_in_place(|| add_needs(&mut description, &node, id, (&pids, &ipc)))?;
         description.cpu = (!asked.force_cpu).then(cpu::read);
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
         let (kept, shared) = looking(root, move || Kept::open(storage)).await?;
@@ -202,6 +215,7 @@ impl Site {
             kind,
             anchor: Some(anchor),
             own: described.own,
+            ipc,
             mounts: described.mounts,
             described_mounts: description.mounts.clone(),
             freezer,
@@ -253,6 +267,7 @@ impl Site {
             kind: state.kind,
             anchor: Anchor::again(&identity),
             own: Vec::new(),
+            ipc: Ipc::default(),
             mounts: None,
             described_mounts: Vec::new(),
             freezer: Freezer::at(state.freezer),

@@ -1,12 +1,13 @@
 //! Looks at the whole tree for what can begin at any time and forbids moving it: rings of
-//! asynchronous I/O, a tracer, a connection over loopback to somebody who stays. And for direct
-//! I/O, with which it is scanned otherwise.
+//! asynchronous I/O, a tracer, a connection over loopback to somebody who stays, System V objects
+//! that would be lost. And for direct I/O, with which it is scanned otherwise.
 //!
 //! A survey finds what is there when it is made. From then on the tree is looked at before and
 //! after every scan, and once more when it is frozen. What two looks can miss is said where the
-//! kinds are: [`refuse`] and [`loopback`].
+//! kinds are: [`refuse`], [`loopback`] and [`crate::runtime::ipc`].
 
 use std::collections::BTreeSet;
+use std::io;
 
 use pageferry_cgroup::freezer::Freezer;
 use pageferry_pages::track::{Support, refuse};
@@ -16,6 +17,7 @@ use pageferry_sys::task;
 use crate::migration::source::failure::{failed_to_track, freeze_failed};
 use crate::migration::source::workload::Workload;
 use crate::migration::text::internal;
+use crate::runtime::ipc::Ipc;
 use crate::runtime::loopback::{self, Connections};
 
 /// What a look has seen that forbids nothing.
@@ -34,6 +36,7 @@ pub struct Lookout {
     freezer: Freezer,
     /// Those of its network namespace, if that is its own.
     connections: Option<Connections>,
+    ipc: Ipc,
 }
 
 impl Lookout {
@@ -44,6 +47,7 @@ impl Lookout {
             support,
             freezer: workload.freezer.clone(),
             connections,
+            ipc: workload.ipc.clone(),
         }
     }
 
@@ -73,6 +77,12 @@ impl Lookout {
             let holds = |inode| sockets.contains(&inode);
             loopback::check(connections, self.root, &pids, holds)?;
         }
+        let members = || {
+            let mut pids = self.freezer.processes().map_err(io::Error::other)?;
+            pids.retain(|pid| 0 < *pid);
+            Ok(pids)
+        };
+        self.ipc.look(members, |pid| self.support.undoes(pid))?;
         Ok(seen)
     }
 

@@ -20,6 +20,7 @@ use super::*;
 use crate::migration::source::site::{Asked, Site, SourceNode};
 use crate::migration::source::state::{SiteState, encode_state};
 use crate::runtime::identity::{Anchor, Identity};
+use crate::runtime::ipc::Ipc;
 use crate::runtime::kind::Kind;
 use crate::runtime::shared::tests::fuse::Fuse;
 
@@ -64,6 +65,7 @@ impl Tracked {
                 kind: Kind::of(&WorkloadName::Process(trial.pid())).unwrap(),
                 anchor: Some(Anchor::new(trial.pid()).unwrap()),
                 own: Vec::new(),
+                ipc: Ipc::default(),
                 mounts: None,
                 described_mounts: Vec::new(),
                 freezer,
