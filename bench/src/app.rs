@@ -80,40 +80,25 @@ pub struct Proof {
 #[derive(Clone, Copy, Debug)]
 pub struct Kind {
     pub name: &'static str,
-    /// The code by which its move is refused today: what it needs is known not to be there yet.
-    pub refused: Option<&'static str>,
     /// Starts it at a node, and its load, which flows when this returns.
     pub start: fn(&mut Lab, &str) -> Result<Box<dyn App>>,
 }
 
-const fn moves(name: &'static str, start: Start) -> Kind {
-    Kind {
-        name,
-        refused: None,
-        start,
-    }
-}
-
-const fn refused(name: &'static str, code: &'static str, start: Start) -> Kind {
-    Kind {
-        name,
-        refused: Some(code),
-        start,
-    }
+const fn app(name: &'static str, start: Start) -> Kind {
+    Kind { name, start }
 }
 
 type Start = fn(&mut Lab, &str) -> Result<Box<dyn App>>;
 
 pub const ALL: [Kind; 7] = [
-    moves("nginx", nginx::start),
-    moves("memcached", memcached::start),
-    moves("valkey", valkey::start),
-    moves("jvm", jvm::start),
-    moves("numpy", numpy::start),
-    // Its interlock is a System V segment.
-    refused("postgresql", "unsupported-workload", postgresql::start),
+    app("nginx", nginx::start),
+    app("memcached", memcached::start),
+    app("valkey", valkey::start),
+    app("jvm", jvm::start),
+    app("numpy", numpy::start),
+    app("postgresql", postgresql::start),
     // It locks each of its files.
-    refused("mariadb", "shared-lock", mariadb::start),
+    app("mariadb", mariadb::start),
 ];
 
 /// Enough to see a pattern.

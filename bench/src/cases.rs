@@ -15,6 +15,7 @@
 //! After a check the state is arranged anew.
 
 pub mod backlog;
+pub mod ipc;
 pub mod job_control;
 pub mod lock;
 pub mod netlink;
@@ -91,6 +92,10 @@ fn start(name: &str, folder: &Path) -> Result<Box<dyn Case>> {
         "vfork" => vfork::Waiting::start(phase),
         "stopped-children" => job_control::Stopped::start(false),
         "stopped-children-told-once" => job_control::Stopped::start(true),
+        "ipc" => ipc::Objects::start(),
+        "ipc-undo" => ipc::Undo::start(),
+        "ipc-removed" => Ok(ipc::Removed::start()),
+        "posix-queue" => Ok(Box::new(ipc::PosixQueue::default())),
         "orphan-session" => session::Orphans::start(),
         _ => bail!("no case is called {name:?}"),
     }

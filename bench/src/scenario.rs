@@ -8,7 +8,11 @@ pub mod apps;
 pub mod baseline;
 pub mod capture;
 pub mod cases;
+pub mod container_faults;
+pub mod containers;
+pub mod direct;
 pub mod faults;
+pub mod locks;
 pub mod memory;
 pub mod nginx;
 pub mod redis;
@@ -37,7 +41,7 @@ pub struct Scenario {
 }
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 13] = [
+pub const ALL: [Scenario; 15] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -109,6 +113,18 @@ pub const ALL: [Scenario; 13] = [
         summary: "aborts and kills in every state of the hand-off",
         cases: true,
         run: faults::run,
+    },
+    Scenario {
+        name: "locks",
+        summary: "file locks on shared storage: moved, wanted by others, with kills in between",
+        cases: true,
+        run: locks::run,
+    },
+    Scenario {
+        name: "containers",
+        summary: "10 moves of Redis in a container of runc, beside those of a bare tree",
+        cases: true,
+        run: containers::run,
     },
     Scenario {
         name: "capture",

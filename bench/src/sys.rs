@@ -4,6 +4,7 @@
 //! workloads or scenarios.
 #![allow(unsafe_code)]
 
+pub mod ipc;
 pub mod memory;
 pub mod process;
 

@@ -1,9 +1,10 @@
-//! What the lab moves: process trees started in namespaces of their own.
+//! What the lab moves: process trees started in namespaces of their own, and containers.
 //!
 //! A workload has its number in the lab; pid, address and port follow from it, so that nothing of
 //! one workload is ever taken by another, on whatever node they are.
 
 pub mod case;
+pub mod container;
 pub mod launch;
 pub mod nginx;
 pub mod redis;
@@ -30,6 +31,8 @@ pub struct Workload {
     /// pid namespace of its own.
     pub pid: i32,
     pub link: WorkloadLink,
+    /// The id it has at runc, if that runs it.
+    pub container: Option<String>,
 }
 
 /// How to start one.
@@ -49,6 +52,7 @@ impl Workload {
             number,
             pid: pids::of_workload(number),
             link: WorkloadLink::new(number),
+            container: None,
         };
         let spec = LaunchSpec {
             pid: workload.pid,
@@ -90,7 +94,10 @@ impl Workload {
 
     /// The name by which pageferry knows it.
     pub fn name(&self) -> String {
-        format!("process/{}", self.pid)
+        match &self.container {
+            Some(id) => format!("runc/{id}"),
+            None => format!("process/{}", self.pid),
+        }
     }
 
     /// True when its root process runs (or is frozen) at this node.
@@ -109,7 +116,10 @@ impl Workload {
         loop {
             self.signal(lab)?;
             if !lab.nodes.iter().any(|node| self.is_at(node)) {
-                return Ok(());
+                return match &self.container {
+                    Some(id) => container::delete(lab, id),
+                    None => Ok(()),
+                };
             }
             ensure!(
                 Instant::now() < deadline,

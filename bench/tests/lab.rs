@@ -3,8 +3,9 @@
 //! They need root, and one lab at a time: the tests take turns, and the lab's own lock makes sure.
 //! Durations are never asserted.
 
+use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -105,10 +106,17 @@ fn a_web_server_moves_while_clients_connect_and_no_request_fails() {
     check(&["nginx", "--only", "few"], 4);
 }
 
-/// nginx, memcached, Valkey, a JVM and numpy, there and back, each with a proof of its own.
+/// Redis as a bare tree and in a container, there and back each.
+#[test]
+fn a_container_of_runc_moves_there_and_back_as_its_runtimes_own() {
+    check(&["containers", "--only", "few"], 4);
+}
+
+/// nginx, memcached, Valkey, a JVM, numpy, PostgreSQL and MariaDB, there and back, each with a
+/// proof of its own.
 #[test]
 fn applications_move_under_load_and_lose_nothing() {
-    check(&["apps", "--only", "few"], 10);
+    check(&["apps", "--only", "few"], 14);
 }
 
 #[test]
@@ -117,10 +125,10 @@ fn memory_that_is_remapped_while_it_is_copied_arrives_right() {
 }
 
 /// Stopped children, processes of a dead session, locks on storage that both nodes have, and states
-/// that pass: connections not yet accepted, unread messages, a vfork.
+/// that pass: connections not yet accepted, unread messages, a vfork. And System V objects.
 #[test]
 fn workloads_that_criu_cannot_dump_as_they_are_move_or_are_refused_by_name() {
-    check(&["cases"], 14);
+    check(&["cases"], 24);
 }
 
 #[test]
@@ -162,6 +170,117 @@ fn a_lab_stays_up_until_it_is_taken_down_and_is_the_only_one() {
     assert!(down.status.success(), "{}", text(&down));
     assert_clean();
 }
+
+/// Has the lab do what must succeed; what it printed.
+fn done(arguments: &[&str]) -> String {
+    let output = lab(arguments).output().expect("lab");
+    assert!(output.status.success(), "{arguments:?}: {}", text(&output));
+    text(&output)
+}
+
+/// A client at node a of a Redis, whose connection is asked for its id at the beginning and at the
+/// end.
+struct Client(Child);
+
+impl Client {
+    fn connect(address: &str) -> Self {
+        let client = lab(&["exec", "a", "--", "redis-cli", "-h", address])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn();
+        let mut client = Self(client.expect("a client"));
+        client.ask();
+        let list = ["redis-cli", "-h", address, "CLIENT", "LIST"];
+        let list = [&["exec", "a", "--"], &list[..]].concat();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !done(&list).contains("cmd=client|id") {
+            assert!(Instant::now() < deadline, "no client connects");
+        }
+        client
+    }
+
+    fn ask(&mut self) {
+        let input = self.0.stdin.as_mut().expect("its input");
+        input.write_all(b"CLIENT ID\n").expect("asking");
+    }
+
+    /// One that had to connect again has another id.
+    fn assert_connected(mut self) {
+        self.ask();
+        let told = self.0.wait_with_output().expect("a client");
+        let told = String::from_utf8_lossy(&told.stdout).into_owned();
+        let ids: Vec<&str> = told.split_whitespace().collect();
+        assert!(
+            matches!(ids[..], [one, other] if one == other),
+            "ids {told}"
+        );
+    }
+}
+
+/// And whoever asks twice under one id moves it once.
+#[test]
+fn a_workload_joins_a_network_that_is_there_already() {
+    let _turn = turn();
+    done(&["up"]);
+    let started = done(&["start", "a", "redis"]);
+    let (workload, address) = ("process/10000", "10.90.0.101");
+    assert!(
+        started.contains(workload) && started.contains(address),
+        "{started}"
+    );
+    done(&["exec", "b", "--", "sh", "-ec", NETWORK]);
+    let client = Client::connect(address);
+    let id = "00000000000000000000000000000007";
+    let there = [
+        &["exec", "a", "--", "pageferry", "migrate", workload, "--to"],
+        &["b", "--join-network", "web", "--id", id][..],
+    ]
+    .concat();
+    let first = done(&there);
+    client.assert_connected();
+    let inside = done(&["exec", "b", "--", "sh", "-c", INODES]);
+    let inodes: Vec<&str> = inside.split_whitespace().collect();
+    assert!(
+        matches!(inodes[..], [one, other] if one == other),
+        "{inside}"
+    );
+    // Its process is not here any more, and that is nothing to a call that was made before.
+    let again = done(&there);
+    assert!(first.contains(id) && again.contains(id), "{first}{again}");
+    let other = [&there[..], &["--verify"]].concat();
+    let refused = lab(&other).output().expect("lab");
+    assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
+    assert!(text(&refused).contains("id-taken"), "{}", text(&refused));
+    // Back into one that is made; the other one stays, without links.
+    done(&[
+        "exec",
+        "b",
+        "--",
+        "pageferry",
+        "migrate",
+        workload,
+        "--to",
+        "a",
+    ]);
+    Client::connect(address).assert_connected();
+    let links = done(&["exec", "b", "--", "ip", "-n", "web", "-o", "link"]);
+    assert!(!links.contains("eth0"), "{links}");
+    done(&["down"]);
+    assert_clean();
+}
+
+/// As README has it, for the first workload of a lab.
+const NETWORK: &str = "
+ip netns add web
+ip link add vweb type veth peer name eth0 netns web
+ip -n web addr add 10.90.0.101/24 dev eth0
+ip -n web link set lo up
+ip -n web link set eth0 up
+ip link set vweb up
+ip -n web route add default via 10.90.0.1";
+
+/// The network namespace of the workload, and the one that was made.
+const INODES: &str = "stat -L -c %i /proc/10000/ns/net /run/netns/web";
 
 #[test]
 fn what_a_killed_lab_left_is_cleaned_up() {

@@ -11,6 +11,7 @@
 //! Absent: resource limits.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -37,6 +38,10 @@ const FREEZE_AGAIN: Duration = Duration::from_millis(3);
 
 /// How often it is looked whether tasks have died.
 const KILL_POLL: Duration = Duration::from_millis(1);
+
+/// How long a cgroup that lists nobody may stay busy: whoever has ended leaves it only when it was
+/// switched away from for the last time.
+const GONE_MAX: Duration = Duration::from_secs(1);
 
 /// State of a cgroup of the v1 hierarchy: `THAWED`, `FREEZING` or `FROZEN`.
 const STATE_V1: &str = "freezer.state";
@@ -311,6 +316,11 @@ impl Freezer {
         fs::create_dir_all(&self.path).map_err(|source| self.io("creating", source))
     }
 
+    /// The interface in use.
+    pub fn version(&self) -> FreezerVersion {
+        self.version
+    }
+
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.path
@@ -393,21 +403,24 @@ impl Freezer {
     /// Freezes and waits until the kernel says that every task is frozen. Blocks, at most
     /// [`FREEZE_TIMEOUT`]; on a time-out the cgroup is thawed again.
     pub fn freeze(&self) -> Result<(), CgroupError> {
-        self.freeze_unless(|| false)
+        let frozen = self.freeze_unless(|| false);
+        if matches!(frozen, Err(CgroupError::FreezeTimeout { .. })) {
+            self.thaw()?;
+        }
+        frozen.map(drop)
     }
 
-    /// As [`Freezer::freeze`], but ends early, with the cgroup thawed, once `cut` says so: ask
-    /// whether it did.
-    pub fn freeze_unless(&self, cut: impl Fn() -> bool) -> Result<(), CgroupError> {
+    /// As [`Freezer::freeze`], but ends early once `cut` says so. Returns whether it is frozen. If
+    /// not, and on a time-out, it is still about to be: the caller thaws it.
+    pub fn freeze_unless(&self, cut: impl Fn() -> bool) -> Result<bool, CgroupError> {
         let deadline = Instant::now() + FREEZE_TIMEOUT;
         self.begin_freeze()?;
         let mut asked = Instant::now();
         while !self.is_frozen()? {
             if cut() {
-                return self.write_state(false);
+                return Ok(false);
             }
             if Instant::now() > deadline {
-                self.write_state(false)?;
                 return Err(CgroupError::FreezeTimeout {
                     path: self.path.clone(),
                 });
@@ -418,7 +431,7 @@ impl Freezer {
                 asked = Instant::now();
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Thaws. A task with a pending SIGKILL dies now.
@@ -467,13 +480,45 @@ impl Freezer {
         }
     }
 
-    /// Removes the empty cgroup; one that still has tasks stays.
+    /// Moves a thread into it, where threads have cgroups of their own (v1), and its process where
+    /// they do not.
+    pub(crate) fn take_in(&self, tid: i32) -> Result<(), CgroupError> {
+        let file = match self.version {
+            FreezerVersion::V1 => "tasks",
+            FreezerVersion::V2 => "cgroup.procs",
+        };
+        fs::write(self.path.join(file), tid.to_string())
+            .map_err(|source| self.io("moving a task into", source))
+    }
+
+    /// One of another name in the same place.
+    pub(crate) fn sibling(&self, name: &OsStr) -> Self {
+        Self {
+            path: self.path.with_file_name(name),
+            version: self.version,
+        }
+    }
+
+    /// Removes the empty cgroup; one that still has tasks stays. Blocks, for [`GONE_MAX`] at most.
     pub fn remove(&self) -> Result<(), CgroupError> {
-        match fs::remove_dir(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(self.io("removing", error))
+        self.remove_aside();
+        self.remove_folder()
+    }
+
+    /// The same without what stands beside it.
+    pub(crate) fn remove_folder(&self) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + GONE_MAX;
+        loop {
+            let error = match fs::remove_dir(&self.path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => error,
+                _ => return Ok(()),
+            };
+            let is_empty = error.raw_os_error() == Some(libc::EBUSY)
+                && self.processes().is_ok_and(|pids| pids.is_empty());
+            if !is_empty || deadline < Instant::now() {
+                return Err(self.io("removing", error));
             }
-            _ => Ok(()),
+            std::thread::sleep(KILL_POLL);
         }
     }
 

@@ -76,7 +76,7 @@ const CHILDREN: usize = 8;
 const STOPS: usize = 500;
 
 #[test]
-fn a_freeze_that_is_cut_is_given_up_at_once() {
+fn a_freeze_that_is_cut_ends_at_once() {
     let root = FreezerRoot::detect().expect("a freezer");
     let freezer = made(&root, "test-cut");
     let mut trial = Trial::start("freezer::tests::workload");
@@ -100,9 +100,11 @@ fn a_freeze_that_is_cut_is_given_up_at_once() {
     freezer.adopt(|| Ok(vec![trial.pid()])).expect("adopt");
     let polls = std::cell::Cell::new(0);
     let cut = || polls.replace(polls.get() + 1) == 3;
-    freezer.freeze_unless(cut).expect("cut before its time-out");
+    let frozen = freezer.freeze_unless(cut);
+    assert!(!frozen.expect("cut before its time-out"));
     assert!(!freezer.is_frozen().expect("state"));
-    // It was asked no more, and what can run runs.
+    freezer.thaw().expect("thaw");
+    // It was asked no more, and what can run runs once it is thawed.
     assert_eq!(polls.get(), 4);
     assert_eq!(trial.tell("signals"), "0");
     let timed_out = freezer.freeze();
@@ -287,4 +289,30 @@ fn the_v1_hierarchy_is_preferred_and_v2_is_the_fallback() {
     assert_eq!(root.version(), FreezerVersion::V1);
     assert_eq!(root.directory, Path::new("/cg/freezer/pageferry"));
     assert!(FreezerRoot::among(&Hierarchies::from_mountinfo("")).is_none());
+}
+
+#[test]
+fn a_frozen_cgroup_that_is_kept_ready_stays_as_it_is() {
+    let check = |freezer: &Freezer| {
+        let child = sleeper();
+        let pid = i32::try_from(child.0.id()).expect("pid");
+        freezer.make().expect("make");
+        freezer.adopt(|| Ok(vec![pid])).expect("adopt");
+        freezer.freeze().expect("freeze");
+        let ready = freezer.keep_ready(pid);
+        for _ in 0..100 {
+            assert!(freezer.is_frozen().expect("state"));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(ready);
+        assert_eq!(freezer.processes().expect("list"), vec![pid]);
+        freezer.kill(Duration::from_secs(10)).expect("kill");
+        drop(child);
+        freezer.remove().expect("remove");
+    };
+    let name = format!("test-ready-{}", std::process::id());
+    check(&FreezerRoot::detect().expect("a freezer").plan(&name));
+    if let Some(root) = unified() {
+        check(&root.plan(&name));
+    }
 }

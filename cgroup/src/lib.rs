@@ -1,7 +1,8 @@
 //! Cgroups, as far as a workload's life depends on them: what freezes it, and what it may not share
 //! with its pager.
 //!
-//! [`freezer`] is the cgroup that decides whether a workload runs; [`hierarchies`] finds what is
+//! [`freezer`] is the cgroup that decides whether a workload runs, [`aside`] the place where one of
+//! its threads stands that must be thawed alone; [`hierarchies`] finds what is
 //! mounted, and makes cgroups of one name wherever processes are killed together. The daemon makes
 //! and removes them; the pager and its watcher freeze and kill with them when no daemon is there.
 //!
@@ -11,5 +12,6 @@
 
 #![forbid(unsafe_code)]
 
+pub mod aside;
 pub mod freezer;
 pub mod hierarchies;

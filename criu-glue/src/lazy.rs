@@ -16,6 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use nix::sys::socket::MsgFlags;
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 
@@ -172,9 +173,10 @@ impl Session {
             .stream
             .async_io(Interest::READABLE, || {
                 let mut buffer = vec![0; length];
-                let (length, fd) = sys::receive(self.stream.as_fd(), &mut buffer)?;
-                buffer.truncate(length);
-                Ok((buffer, fd))
+                let received = sys::receive(self.stream.as_fd(), &mut buffer, MsgFlags::empty())?;
+                buffer.truncate(received.length);
+                // More than one is not what was agreed on: the others are closed here.
+                Ok((buffer, received.descriptors.into_iter().next()))
             })
             .await;
         match received {

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::options::Request;
-use crate::rpc::{Event, Features, RequestFailed, Response, Swrk, SwrkConfig, SwrkError, Version};
+use crate::rpc::{
+    Conversation, Features, RequestFailed, Response, StartError, SwrkConfig, TalkError, Version,
+};
 use crate::view::{Blind, Feed, FeedError};
 
 /// The oldest version that works on kernels from 6.16 on: older ones cannot dump a TCP socket
@@ -33,7 +35,9 @@ pub struct Capabilities {
 #[non_exhaustive]
 pub enum ProbeError {
     #[error(transparent)]
-    Worker(#[from] SwrkError),
+    Start(#[from] StartError),
+    #[error(transparent)]
+    Talk(#[from] TalkError),
     #[error(transparent)]
     Feed(#[from] FeedError),
     #[error("{criu} did not answer within {PROBE_MAX:?}")]
@@ -65,7 +69,7 @@ impl Capabilities {
             .map(|path| feed.share(path.to_owned()))
             .transpose()?;
         let config = SwrkConfig::new(criu.to_owned(), output.to_owned());
-        let mut worker = Swrk::spawn(SwrkConfig { view, ..config })?;
+        let mut worker = Conversation::start(SwrkConfig { view, ..config })?;
         let answers = tokio::time::timeout(PROBE_MAX, async {
             let version = ask(criu, &mut worker, Request::version(), "version").await?;
             let seen = library.map(|_| feed.check_seen_by(&worker));
@@ -94,24 +98,30 @@ impl Capabilities {
 
 async fn ask(
     criu: &Path,
-    worker: &mut Swrk,
+    worker: &mut Conversation,
     request: Request,
     what: &'static str,
 ) -> Result<Response, ProbeError> {
     worker.request(request).await?;
-    match worker.next().await? {
-        Event::Response(response) => response
-            .into_result()
-            .map_err(|source| ProbeError::Refused {
-                criu: criu.to_owned(),
-                what,
-                source,
-            }),
-        Event::Notify { .. } => Err(ProbeError::Notified {
+    let mut notified = false;
+    let response = worker.conclude(PROBE_MAX, |_| {
+        notified = true;
+        false
+    });
+    let response = response.await?;
+    if notified {
+        return Err(ProbeError::Notified {
             criu: criu.to_owned(),
             what,
-        }),
+        });
     }
+    response
+        .into_result()
+        .map_err(|source| ProbeError::Refused {
+            criu: criu.to_owned(),
+            what,
+            source,
+        })
 }
 
 /// How long both answers may take: a cold probe of the kernel takes some 50 ms.

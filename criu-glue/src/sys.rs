@@ -9,8 +9,11 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::Command;
 
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::sys::socket::{
+    ControlMessageOwned, MsgFlags, SockFlag, UnixCredentials, accept4, recvmsg,
+};
 use tokio::io::unix::AsyncFd;
 use tokio::process::Child;
 
@@ -47,36 +50,106 @@ const STEP_NAMESPACE: u8 = 2;
 const STEP_INHERIT: u8 = 3;
 const STEP_HUGE_PAGES: u8 = 4;
 
-/// Lets the runtime watch a non-blocking socket.
+/// Lets the runtime watch a descriptor.
 pub(crate) fn register(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` keeps its number open and unchanged while the `AsyncFd` owns it.
     let registered = unsafe { AsyncFd::register(socket) };
     registered.map_err(io::Error::from)
 }
 
-/// Receives at most `buffer.len()` bytes and the descriptor that came with them.
+/// Accepts a connection.
+pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let number = accept4(listener.as_raw_fd(), flags)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Has a process go before others, if that is permitted.
+pub(crate) fn make_urgent(pid: i32) {
+    // SAFETY: numbers only. A kernel that refuses leaves the process as it is, only slower.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, pid.cast_unsigned(), URGENT) };
+}
+
+/// What came with the bytes of a message.
+#[derive(Debug)]
+pub(crate) struct Received {
+    pub length: usize,
+    pub descriptors: Vec<OwnedFd>,
+    /// Who sent it, if the socket has `SO_PASSCRED`.
+    pub sender: Option<i32>,
+}
+
+/// Receives at most `buffer.len()` bytes, and all descriptors that came with them.
 pub(crate) fn receive(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
-) -> io::Result<(usize, Option<OwnedFd>)> {
-    let mut control = nix::cmsg_space!([RawFd; DESCRIPTORS_MAX]);
+    flags: MsgFlags,
+) -> io::Result<Received> {
+    let mut control = nix::cmsg_space!([RawFd; DESCRIPTORS_MAX], UnixCredentials);
     let mut parts = [io::IoSliceMut::new(buffer)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
-    let mut received = Vec::new();
+    let mut received = Received {
+        length: message.bytes,
+        descriptors: Vec::new(),
+        sender: None,
+    };
     for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(numbers) = control {
-            // SAFETY: the kernel has just made these descriptors for us, and nobody else has seen
-            // their numbers.
-            received.extend(
-                numbers
-                    .iter()
-                    .map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }),
-            );
+        match control {
+            ControlMessageOwned::ScmRights(numbers) => {
+                // SAFETY: the kernel has just made these descriptors for us, and nobody else has
+                // seen their numbers.
+                let owned = |fd: RawFd| unsafe { OwnedFd::from_raw_fd(fd) };
+                received.descriptors.extend(numbers.into_iter().map(owned));
+            }
+            ControlMessageOwned::ScmCredentials(sender) => received.sender = Some(sender.pid()),
+            _ => {}
         }
     }
-    // More than one is not what was agreed on: the others are closed here.
-    Ok((message.bytes, received.into_iter().next()))
+    Ok(received)
+}
+
+/// A pidfd of the process that connected `socket`, or made it as one of a pair.
+pub(crate) fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut number: RawFd = -1;
+    let mut length = socklen_of(&number);
+    // SAFETY: the kernel writes at most `length` bytes to `number`, and the length; both are alive.
+    let told = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut number).cast(),
+            &raw mut length,
+        )
+    };
+    check(told.into())?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// A duplicate of descriptor `number` of the process behind `pidfd`, close-on-exec.
+pub(crate) fn pidfd_getfd(pidfd: BorrowedFd<'_>, number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: numbers only.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) };
+    check(fd)?;
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Kills the process behind `pidfd`.
+pub(crate) fn kill(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
+    let info: *const libc::siginfo_t = std::ptr::null();
+    let (pidfd, signal) = (pidfd.as_raw_fd(), libc::SIGKILL);
+    // SAFETY: numbers, and a null pointer for "as kill() would".
+    let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd, signal, info, 0) };
+    Errno::result(sent).map(drop)
+}
+
+fn socklen_of<T>(_: &T) -> libc::socklen_t {
+    libc::socklen_t::try_from(size_of::<T>()).expect("a small type")
 }
 
 /// Starts `command` with `setup` done in the child.
@@ -171,5 +244,8 @@ fn fail(report: RawFd, step: u8, index: usize, error: io::Error) -> io::Result<(
     Err(error)
 }
 
-/// Room for descriptors in one message. One is expected; the kernel closes what does not fit.
-const DESCRIPTORS_MAX: usize = 4;
+/// Descriptors in one message: the kernel's own limit (`SCM_MAX_FD`), so that none is lost.
+const DESCRIPTORS_MAX: usize = 253;
+
+/// Linux 6.5; the same number on all architectures with the generic `asm/socket.h`.
+const SO_PEERPIDFD: libc::c_int = 77;

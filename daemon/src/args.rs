@@ -67,6 +67,9 @@ pub struct DaemonArgs {
     /// Library preloaded into criu [default: /usr/lib/pageferry/libcriu_view.so]
     #[arg(long, value_name = "FILE", help_heading = "Machinery")]
     pub criu_view_library: Option<PathBuf>,
+    /// What container runtimes are to find as criu [default: pageferry-criu beside pageferryd]
+    #[arg(long, value_name = "FILE", help_heading = "Machinery")]
+    pub criu_stand_in: Option<PathBuf>,
     /// Whether a process that outlives criu traces the workload for it; without one a criu that is
     /// killed in a dump may take the workload with it [default: true]
     #[arg(long, value_name = "BOOL", help_heading = "Machinery")]

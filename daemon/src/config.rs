@@ -50,6 +50,8 @@ pub struct Config {
     pub criu: PathBuf,
     /// Library preloaded into criu.
     pub view_library: PathBuf,
+    /// What container runtimes are to find as criu.
+    pub stand_in: PathBuf,
     /// Whether a process that outlives criu traces the workload for it in a dump.
     pub tracer: bool,
     /// The pager to run.
@@ -242,6 +244,11 @@ impl Config {
                 criu.path("view_library")?,
                 VIEW_LIBRARY,
             ),
+            stand_in: args
+                .criu_stand_in
+                .clone()
+                .or(criu.path("stand_in")?)
+                .unwrap_or_else(|| beside.join("pageferry-criu")),
             tracer: args.criu_tracer.or(criu.boolean("tracer")?).unwrap_or(true),
             pager: args
                 .pager

@@ -54,6 +54,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         source: SourceNode {
             criu: config.criu.clone(),
             view_library: config.view_library.clone(),
+            stand_in: config.stand_in.clone(),
             tracer: config.tracer,
             criu_version,
             migrations: migrations.clone(),
@@ -66,6 +67,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         target: TargetNode {
             criu: config.criu.clone(),
             view_library: config.view_library.clone(),
+            stand_in: config.stand_in.clone(),
             criu_version,
             pager: config.pager.clone(),
             migrations,

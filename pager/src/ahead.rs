@@ -1,34 +1,70 @@
-//! A CRIU that was started before the restore it is for, and waits.
+//! A CRIU that was started before the restore it is for, or a container runtime that was: it waits.
 
-use criu_glue::rpc::Swrk;
+use criu_glue::rpc::Conversation;
 use tracing::warn;
 
 use crate::message::RestoreRequest;
+use crate::runtime::Waiting;
 
 /// It, and what it was started for.
 #[derive(Debug)]
 pub struct Ahead {
     request: RestoreRequest,
-    criu: Swrk,
+    ready: Ready,
+}
+
+/// Who waits.
+#[derive(Debug)]
+pub enum Ready {
+    /// A CRIU of ours, to be asked.
+    Criu(Box<Conversation>),
+    /// A runtime that has asked for one.
+    Runtime(Box<Waiting>),
+}
+
+impl Ready {
+    /// The process that is CRIU, or is to become it.
+    pub fn criu_pid(&self) -> i32 {
+        match self {
+            Self::Criu(criu) => criu.pid(),
+            Self::Runtime(waiting) => waiting.criu_pid(),
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        match self {
+            Self::Criu(criu) => criu.is_open(),
+            Self::Runtime(waiting) => waiting.is_open(),
+        }
+    }
 }
 
 impl Ahead {
     /// One that has just been started.
-    pub fn new(request: RestoreRequest, criu: Swrk) -> Self {
-        Self { request, criu }
+    pub fn new(request: RestoreRequest, ready: Ready) -> Self {
+        Self { request, ready }
     }
 
     /// It, if it was started as `request` asks for, and is still there. It may have been killed,
     /// for memory or by somebody; it has restored nothing yet, so that another one can.
-    pub fn take_for(self, request: &RestoreRequest) -> Option<Swrk> {
+    pub async fn take_for(self, request: &RestoreRequest) -> Option<Ready> {
         if !self.request.starts_like(request) {
+            self.call_off().await;
             return None;
         }
-        if !self.criu.is_open() {
-            let pid = self.criu.pid();
+        if !self.ready.is_open() {
+            let pid = self.ready.criu_pid();
             warn!(pid, "the criu that waited is gone: starting another");
+            self.call_off().await;
             return None;
         }
-        Some(self.criu)
+        Some(self.ready)
+    }
+
+    /// It is not needed. A runtime undoes what it has made.
+    pub async fn call_off(self) {
+        if let Ready::Runtime(waiting) = self.ready {
+            waiting.call_off().await;
+        }
     }
 }

@@ -234,19 +234,22 @@ impl PagerClient {
         Ok(())
     }
 
-    /// Starts CRIU for a [`PagerClient::restore`] with the same arguments, which then need not wait
-    /// for that.
+    /// Starts CRIU, or the container runtime that will, for a [`PagerClient::restore`] with the
+    /// same arguments, which then need not wait for that. The pid of what is CRIU or will be.
     pub async fn prepare(
         &self,
         request: RestoreRequest,
         namespaces: &[(Namespace, BorrowedFd<'_>)],
-    ) -> Result<(), ClientError> {
+    ) -> Result<i32, ClientError> {
         let request = RestoreRequest {
             namespaces: namespaces.iter().map(|(kind, _)| *kind).collect(),
             ..request
         };
         let fds: Vec<_> = namespaces.iter().map(|(_, fd)| *fd).collect();
-        self.ask_ok(Request::Prepare(Box::new(request)), &fds).await
+        match self.ask(Request::Prepare(Box::new(request)), &fds).await? {
+            Reply::Prepared { criu_pid } => Ok(criu_pid),
+            other => Err(other.into()),
+        }
     }
 
     /// Restores the tree and holds it; answers when it is held. `namespaces` and `inherited` fill
@@ -268,6 +271,12 @@ impl PagerClient {
             Reply::Restored(restored) => Ok(restored),
             other => Err(other.into()),
         }
+    }
+
+    /// Has the held tree take its file locks; answers when it has all of them. It may have some
+    /// when this fails.
+    pub async fn lock(&self) -> Result<(), ClientError> {
+        self.ask_ok(Request::Lock, &[]).await
     }
 
     /// Lets the tree run; answers when it does.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use criu_glue::lazy::LazyError;
 use criu_glue::report;
-use criu_glue::rpc::{RequestFailed, SwrkError};
+use criu_glue::rpc::{GateError, RequestFailed, StartError, TalkError};
 use pageferry_cgroup::freezer::CgroupError;
 use pageferry_proto::wire::code::ErrorCode;
 
@@ -32,9 +32,35 @@ pub enum RestoreError {
         #[source]
         source: io::Error,
     },
-    /// CRIU could not be started, or the talk with it broke off.
+    /// CRIU could not be started.
+    #[error("cannot start criu")]
+    Start(#[source] StartError),
+    /// The container runtime could not be started.
+    #[error("cannot start {program}")]
+    Runtime {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The container runtime has ended before it asked for a restore.
+    #[error("the container runtime has not come to its restore ({status}): {said}")]
+    RuntimeEnded {
+        /// How it ended.
+        status: String,
+        /// The last line it has printed.
+        said: String,
+    },
+    /// The container runtime said no at the end.
+    #[error("the container runtime does not agree with the restore")]
+    RuntimeRefused,
+    /// What a container runtime asks for cannot be had.
+    #[error("cannot serve the container runtime")]
+    Gate(#[source] GateError),
+    /// The talk with CRIU broke off.
     #[error("cannot talk to criu")]
-    Swrk(#[source] SwrkError),
+    Talk(#[source] TalkError),
     /// CRIU said no.
     #[error("restore failed")]
     Criu(#[source] RequestFailed),
@@ -68,6 +94,15 @@ pub enum RestoreError {
         #[source]
         source: io::Error,
     },
+    /// The list of file locks cannot be used.
+    #[error("cannot use {path}")]
+    Locks {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// Nobody would keep the descriptors if the pager died.
     #[error("the tree cannot be watched")]
     Watcher(#[source] WatcherError),
@@ -93,8 +128,14 @@ impl RestoreError {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Plan(_) | Self::Unplanned(_) | Self::Dead(_) => ErrorCode::LedgerIncomplete,
+            Self::Locks { .. } => ErrorCode::Malformed,
             Self::Cgroup(_) | Self::Directory { .. } | Self::Watcher(_) => ErrorCode::Internal,
-            Self::Swrk(_)
+            Self::Runtime { .. } | Self::RuntimeEnded { .. } | Self::RuntimeRefused => {
+                ErrorCode::RuntimeFailed
+            }
+            Self::Start(_)
+            | Self::Gate(_)
+            | Self::Talk(_)
             | Self::Criu(_)
             | Self::Early
             | Self::Lazy(_)

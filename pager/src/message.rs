@@ -12,8 +12,9 @@
 //! |---|---|---|
 //! | `space` | the store | `ok` |
 //! | `plan` | per space, in order, a memfd of pending runs ([`crate::plan`]) | `ok` |
-//! | `prepare` | as for `restore` | `ok` |
+//! | `prepare` | as for `restore` | `prepared`, `failed` |
 //! | `restore` | the namespaces, then the inherited ones | `restored`, `failed` |
+//! | `lock` | – | `ok`, `failed` |
 //! | `go` | – | `resumed`, `failed` |
 //! | `discard` | – | `ok` when nothing of the tree is left, `failed` after `go` |
 //! | `status` | – | `status` |
@@ -59,6 +60,9 @@ pub enum Request {
     Prepare(Box<RestoreRequest>),
     /// Restore the tree and hold it.
     Restore(Box<RestoreRequest>),
+    /// Have the held tree take its file locks. Comes before `Go` if the restore has any; may be
+    /// asked again if another has one.
+    Lock,
     /// Let it run, and fill its memory.
     Go,
     /// Undo all that was done. Only before `Go`.
@@ -108,6 +112,11 @@ pub struct RestoreRequest {
     pub shell_job: bool,
     /// `--link-remap`.
     pub link_remap: bool,
+    /// There is a list of file locks among the images, which are taken by [`Request::Lock`].
+    pub locks: bool,
+    /// The container runtime that restores the tree and asks CRIU for that itself: what is asked
+    /// for here counts where it says something else.
+    pub runtime: Option<RuntimeRequest>,
 }
 
 impl RestoreRequest {
@@ -119,7 +128,27 @@ impl RestoreRequest {
             && self.cgroup_procs == other.cgroup_procs
             && self.namespaces == other.namespaces
             && self.inherit == other.inherit
+            && self.runtime == other.runtime
     }
+}
+
+/// How a container runtime is had to restore.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuntimeRequest {
+    /// What the runtime is to find as `criu`: the program of `criu-gate`.
+    pub stand_in: PathBuf,
+    /// The runtime.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<String>,
+    /// Where they have it write what goes wrong. Its standard streams are those of the container.
+    pub log: PathBuf,
+    /// Where the gate is made. Short, as `work_dir`.
+    pub gate: PathBuf,
+    /// The folder of the container among those of the runtime.
+    pub state: PathBuf,
+    /// The name in there to which the runtime binds the root file system while it restores.
+    pub bound: String,
 }
 
 /// A kind of namespace that CRIU can be started in. A pid namespace cannot be entered by exec.
@@ -160,6 +189,11 @@ pub enum Told {
 pub enum Reply {
     /// Done.
     Ok,
+    /// A CRIU waits, or what is to become it.
+    Prepared {
+        /// In the pager's pid namespace.
+        criu_pid: i32,
+    },
     /// The tree is there and held.
     Restored(Restored),
     /// It runs, or could.

@@ -7,7 +7,7 @@
 //! Invariants: one daemon is listened to at a time; a tree that is restored is never given up
 //! because of what happens here; the process ends only when nothing is left to hold.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -15,8 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use nix::sched::{CloneFlags, unshare};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pageferry_cgroup::freezer::Freezer;
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
@@ -25,10 +23,10 @@ use pageferry_sys::priority;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
-use crate::ahead::Ahead;
+use crate::ahead::{Ahead, Ready};
 use crate::channel::{Channel, ChannelError, Listener};
 use crate::error::PagerError;
-use crate::failure::{RestoreError, no_network, planned, unexpected};
+use crate::failure::{no_network, planned, unexpected};
 use crate::marks::{FILLED, READY, SOCKET};
 use crate::message::{
     Ask, Fault, FillReport, Namespace, Reply, Request, RestoreRequest, Restored, State, Status,
@@ -37,12 +35,10 @@ use crate::message::{
 use crate::plan::Plan;
 use crate::restore::{self, Decision, Job, Progress};
 use crate::serve::Counters;
+use crate::shield::{join, shield};
 use crate::signals::Signals;
+use crate::start::make_ready;
 use crate::watcher::Watcher;
-
-/// Of all processes the one to be killed for memory last, short of never. Lowering it needs
-/// CAP_SYS_RESOURCE.
-const OOM_SCORE_ADJ: &str = "-900";
 
 /// How long a pager that holds nothing waits for its daemon to come back.
 const IDLE_MAX: Duration = Duration::from_secs(600);
@@ -71,35 +67,6 @@ pub fn run(directory: &Path, cgroups: &CgroupFiles) -> Result<(), PagerError> {
         .build()
         .map_err(PagerError::Runtime)?;
     runtime.block_on(serve(directory, Arc::new(watcher), network, nice))
-}
-
-fn join(cgroups: &[PathBuf]) -> Result<(), PagerError> {
-    let mut files = cgroups.iter();
-    files.try_for_each(|path| {
-        // The kernel reads it as the process that writes.
-        let written = fs::write(path, "0");
-        written.map_err(|source| PagerError::Cgroup {
-            path: path.clone(),
-            source,
-        })
-    })
-}
-
-/// Makes this process one that lives long and can do little. Answers the network namespace it
-/// was started in.
-fn shield() -> Result<OwnedFd, PagerError> {
-    if let Err(error) = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
-        warn!(%error, "cannot lower oom_score_adj: the pager is killed for memory like any other");
-    }
-    // Each restored process, and each child it forks, is a descriptor.
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        warn!(%error, "cannot raise the limit of open files");
-    }
-    let network = File::open("/proc/self/ns/net").map_err(PagerError::Namespace)?;
-    unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| PagerError::Namespace(errno.into()))?;
-    Ok(network.into())
 }
 
 async fn serve(
@@ -170,6 +137,8 @@ struct Desk {
     /// How nice this process was.
     nice: i32,
     restored: Option<Restored>,
+    /// The tree has file locks to take before it may be let go.
+    lacks_locks: bool,
     fault: Option<Fault>,
     report: Option<FillReport>,
     /// The daemon knows how it ended.
@@ -183,6 +152,7 @@ struct Desk {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Awaited {
     Restored,
+    Locked,
     Resumed,
     Discarded,
 }
@@ -211,6 +181,7 @@ impl Desk {
             criu: None,
             nice,
             restored: None,
+            lacks_locks: false,
             fault: None,
             report: None,
             reported: false,
@@ -289,10 +260,11 @@ impl Desk {
         let reply = match ask.request {
             Request::Space { space } => Some(self.store(space, fds)),
             Request::Plan { spaces } => Some(self.pending(&spaces, fds)),
-            Request::Prepare(request) => Some(self.prepare(*request, fds)),
-            Request::Restore(request) => self.restore(id, *request, fds),
+            Request::Prepare(request) => Some(self.prepare(*request, fds).await),
+            Request::Restore(request) => self.restore(id, *request, fds).await,
+            Request::Lock => self.lock(id),
             Request::Go => self.go(id),
-            Request::Discard => self.discard(id),
+            Request::Discard => self.discard(id).await,
             Request::Status => Some(Reply::Status(self.status())),
         };
         if let Some(reply) = reply {
@@ -319,13 +291,18 @@ impl Desk {
         planned(pairs.try_for_each(|(space, fd)| self.plan.pending(SpaceId(*space), fd)))
     }
 
-    fn restore(&mut self, id: u64, request: RestoreRequest, fds: Vec<OwnedFd>) -> Option<Reply> {
+    async fn restore(
+        &mut self,
+        id: u64,
+        request: RestoreRequest,
+        fds: Vec<OwnedFd>,
+    ) -> Option<Reply> {
         match (self.state, self.restored, &self.fault) {
             (State::Idle, _, _) => {
                 if fds.len() != request.namespaces.len() + request.inherit.len() {
                     return Some(unexpected("a restore needs each descriptor it names"));
                 }
-                if let Err(error) = self.start(request, fds) {
+                if let Err(error) = self.start(request, fds).await {
                     return Some(no_network(&error));
                 }
                 self.state = State::Restoring;
@@ -342,7 +319,7 @@ impl Desk {
         }
     }
 
-    fn prepare(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> Reply {
+    async fn prepare(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> Reply {
         if self.state != State::Idle {
             return self.out_of_order("a preparation");
         }
@@ -353,12 +330,13 @@ impl Desk {
             Ok(divided) => divided,
             Err(error) => return no_network(&error),
         };
-        match restore::start_criu(&request, namespaces, inherited) {
-            Ok(criu) => {
-                self.criu = Some(Ahead::new(request, criu));
-                Reply::Ok
+        match make_ready(&request, namespaces, inherited).await {
+            Ok(ready) => {
+                let criu_pid = ready.criu_pid();
+                self.criu = Some(Ahead::new(request, ready));
+                Reply::Prepared { criu_pid }
             }
-            Err(error) => Reply::Failed(RestoreError::Swrk(error).fault(None)),
+            Err(error) => Reply::Failed(error.fault(None)),
         }
     }
 
@@ -376,12 +354,14 @@ impl Desk {
         Ok((fds, inherited))
     }
 
-    fn start(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> io::Result<()> {
+    async fn start(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> io::Result<()> {
         let (namespaces, inherited) = self.divide(&request, fds)?;
-        let ahead = self.criu.take();
-        let criu = ahead.and_then(|ahead| ahead.take_for(&request));
+        let criu: Option<Ready> = match self.criu.take() {
+            Some(ahead) => ahead.take_for(&request).await,
+            None => None,
+        };
         // The restore itself says so if it is not one.
-        self.cgroup = Freezer::open(&request.freezer).ok();
+        self.cgroup = Some(Freezer::at(request.freezer.clone()));
         let job = Job {
             request,
             namespaces,
@@ -391,6 +371,7 @@ impl Desk {
             criu,
             nice: self.nice,
         };
+        self.lacks_locks = job.request.locks;
         let (decisions, decided) = mpsc::unbounded_channel();
         let (count, counters) = oneshot::channel();
         self.decisions = Some(decisions);
@@ -399,8 +380,27 @@ impl Desk {
         Ok(())
     }
 
+    fn lock(&mut self, id: u64) -> Option<Reply> {
+        match (self.state, &self.fault) {
+            (State::Held, _) => {
+                self.decide(Decision::Lock);
+                self.waiting.push((id, Awaited::Locked));
+                None
+            }
+            // It has them since before it was let go.
+            (State::Resuming | State::Running | State::Filled, _) => Some(Reply::Ok),
+            (State::Failed, Some(fault)) => Some(Reply::Failed(fault.clone())),
+            (State::Idle | State::Restoring | State::Discarding | State::Failed, _) => {
+                Some(self.out_of_order("locks"))
+            }
+        }
+    }
+
     fn go(&mut self, id: u64) -> Option<Reply> {
         match (self.state, &self.fault) {
+            (State::Held, _) if self.lacks_locks => {
+                Some(self.out_of_order("go without its file locks"))
+            }
             (State::Held, _) => {
                 self.state = State::Resuming;
                 self.decide(Decision::Go);
@@ -418,7 +418,12 @@ impl Desk {
         }
     }
 
-    fn discard(&mut self, id: u64) -> Option<Reply> {
+    async fn discard(&mut self, id: u64) -> Option<Reply> {
+        if self.state == State::Idle
+            && let Some(ahead) = self.criu.take()
+        {
+            ahead.call_off().await;
+        }
         match (self.state, &self.fault) {
             (State::Idle, _) => {
                 self.over = true;
@@ -471,6 +476,11 @@ impl Desk {
                 self.answer(Awaited::Restored, &Reply::Restored(restored))
                     .await;
             }
+            Progress::Locked(taken) => {
+                self.lacks_locks &= taken.is_err();
+                let reply = taken.map_or_else(Reply::Failed, |()| Reply::Ok);
+                self.answer(Awaited::Locked, &reply).await;
+            }
             Progress::Resumed => {
                 self.state = State::Running;
                 self.answer(Awaited::Resumed, &Reply::Resumed).await;
@@ -484,8 +494,9 @@ impl Desk {
             Progress::Discarded => {
                 let fault = Fault::new(ErrorCode::Aborted, "the restore was discarded");
                 let reply = Reply::Failed(fault);
-                self.answer(Awaited::Restored, &reply).await;
-                self.answer(Awaited::Resumed, &reply).await;
+                for awaited in [Awaited::Restored, Awaited::Locked, Awaited::Resumed] {
+                    self.answer(awaited, &reply).await;
+                }
                 self.answer(Awaited::Discarded, &Reply::Ok).await;
                 self.over = true;
             }
@@ -516,12 +527,10 @@ impl Desk {
         if !fault.after_go {
             self.decisions = None;
         }
-        let mut answered = self
-            .answer(Awaited::Restored, &Reply::Failed(fault.clone()))
-            .await;
-        answered |= self
-            .answer(Awaited::Resumed, &Reply::Failed(fault.clone()))
-            .await;
+        let mut answered = false;
+        for awaited in [Awaited::Restored, Awaited::Locked, Awaited::Resumed] {
+            answered |= self.answer(awaited, &Reply::Failed(fault.clone())).await;
+        }
         // It was to be discarded, and nothing is left of it.
         if self.answer(Awaited::Discarded, &Reply::Ok).await {
             self.over = true;

@@ -3,7 +3,8 @@
 //! ```text
 //! prepare: lazy-pages socket ─► criu swrk ─► userfaultfds arrive, faults are served
 //!          └► post-restore is notified: nobody has run ─► every space is there ─► held
-//! held:    go ──► the watcher knows ─► the notification is answered ─► CRIU finishes ─► resumed
+//! held:    lock ──► every process has its file locks again ──► held
+//!          go ──► the watcher knows ─► the notification is answered ─► CRIU finishes ─► resumed
 //!                 └► "finished" on the socket: the fill begins ─► every page is in ─► filled
 //!          discard, or CRIU fails ─► answer false, kill what is left, see that it is gone
 //! ```
@@ -14,33 +15,39 @@
 //! space is complete or the cgroup is empty, never else.
 //! Nobody needs to listen: without a daemon the tree is held, or filled to the end.
 
-use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use criu_glue::lazy::{LazyMessage, LazySocket, Session};
-use criu_glue::options::{
-    Directories, InheritFd, JoinNamespace, Log, LogLevel, Request, RestoreOptions,
-};
-use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError};
+use criu_glue::options::{Directories, Request, RestoreOptions};
+use criu_glue::rpc::{Conversation, Ending, Event, NotifyScript, TalkError};
 use pageferry_cgroup::freezer::{CgroupError, Freezer};
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
 use pageferry_sys::uffd::Uffd;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
+use crate::ahead::Ready;
 use crate::failure::RestoreError;
+use crate::locks::Locks;
 use crate::message::{Fault, FillReport, RestoreRequest, Restored};
 use crate::plan::Plan;
+use crate::runtime::Runtime;
 use crate::serve::{Counters, Server, Space};
+use crate::start::{LOG, make_ready, open, options};
 use crate::watcher::Watcher;
 
 /// How long a CRIU that was told to give up may take before it is killed.
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a container runtime may take to undo a restore that failed, before what is left of the
+/// tree is killed.
+const UNDO_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long killed tasks may take to be gone before it is said that they are not, and again.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -48,12 +55,6 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long after CRIU has said that every task is ready their userfaultfds may take to arrive.
 /// They were sent before, so they wait in the socket.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// CRIU's log in the work directory.
-pub const LOG: &str = "restore.log";
-
-/// What CRIU says before its log is open, in the work directory.
-pub const OUTPUT: &str = "criu.out";
 
 /// What is to be restored.
 #[derive(Debug)]
@@ -68,8 +69,8 @@ pub struct Job {
     pub plan: Plan,
     /// Holds the descriptors, too.
     pub watcher: Arc<Watcher>,
-    /// A CRIU that was started before, by [`start_criu`] with the same request.
-    pub criu: Option<Swrk>,
+    /// What was started before, by [`make_ready`] with the same request.
+    pub criu: Option<Ready>,
     /// What [`pageferry_sys::priority`] was before this process was urgent.
     pub nice: i32,
 }
@@ -81,6 +82,8 @@ pub enum Decision {
     Go,
     /// It is undone.
     Discard,
+    /// It gets its file locks, and is held on.
+    Lock,
 }
 
 /// What has happened to a tree.
@@ -88,6 +91,8 @@ pub enum Decision {
 pub enum Progress {
     /// It is there and held.
     Held(Restored),
+    /// It is held, and has its file locks, or not all of them.
+    Locked(Result<(), Fault>),
     /// It runs.
     Resumed,
     /// Its memory is complete, or it has ended.
@@ -122,13 +127,16 @@ struct Restore {
     server: Server,
     filled: mpsc::UnboundedReceiver<()>,
     plan: Plan,
+    locks: Arc<Locks>,
     watcher: Arc<Watcher>,
     cgroup: Freezer,
     work_dir: PathBuf,
     socket: LazySocket,
     session: Option<Session>,
-    swrk: Swrk,
-    /// What CRIU is asked for, until it is.
+    criu: Conversation,
+    /// Who asks CRIU, if it is not us.
+    runtime: Option<Runtime>,
+    /// What CRIU is asked for by us, until it is.
     options: Option<RestoreOptions>,
     /// CRIU has said "finished" on the lazy-pages socket.
     finished: bool,
@@ -169,8 +177,8 @@ pub async fn run(
         root_pid,
         restore_ms,
     }));
-    match restore.held(&mut decisions).await {
-        Held::Decided(Decision::Go) => {}
+    match restore.held(&mut decisions, root_pid, &tell).await {
+        Held::Decided(Decision::Go | Decision::Lock) => {}
         Held::Decided(Decision::Discard) => return tell(restore.discard().await),
         Held::Failed(error) => {
             tell(Progress::Failing);
@@ -191,12 +199,20 @@ pub async fn run(
     tell(Progress::Filled(report));
 }
 
+/// What came of taking locks, if they are being taken.
+async fn locked(locking: &mut Option<JoinHandle<Result<(), Fault>>>) -> Result<(), Fault> {
+    match locking {
+        Some(taking) => taking.await.expect("taking locks does not panic"),
+        None => std::future::pending().await,
+    }
+}
+
 /// Waits for the decision to undo. Nothing else can be decided while CRIU is at work.
 async fn discarded(decisions: &mut mpsc::UnboundedReceiver<Decision>) {
     loop {
         match decisions.recv().await {
             Some(Decision::Discard) => return,
-            Some(Decision::Go) => {}
+            Some(Decision::Go | Decision::Lock) => {}
             None => std::future::pending().await,
         }
     }
@@ -207,7 +223,6 @@ impl Restore {
         job.plan
             .complete(job.request.spaces)
             .map_err(RestoreError::Plan)?;
-        let cgroup = Freezer::open(&job.request.freezer).map_err(RestoreError::Cgroup)?;
         let work_dir = job.request.work_dir.clone();
         let directories = Directories {
             images: open(&job.request.images_dir)?,
@@ -217,37 +232,44 @@ impl Restore {
         let server = Server::start(&filled_tell, job.nice).map_err(RestoreError::Serve)?;
         let socket = LazySocket::bind(&work_dir).map_err(RestoreError::Lazy)?;
         let options = options(&job.request, directories, &job.inherited);
-        let swrk = match job.criu {
-            Some(swrk) => swrk,
-            None => start_criu(&job.request, job.namespaces, job.inherited)
-                .map_err(RestoreError::Swrk)?,
+        let locks = Arc::new(Locks::of(&job.request)?);
+        let ready = match job.criu {
+            Some(ready) => ready,
+            None => make_ready(&job.request, job.namespaces, job.inherited).await?,
+        };
+        // One that a runtime makes is there when that waits.
+        let cgroup = Freezer::open(&job.request.freezer).map_err(RestoreError::Cgroup)?;
+        let held = job.watcher.hold(cgroup.path());
+        held.map_err(RestoreError::Watcher)?;
+        let (criu, runtime, options) = match ready {
+            Ready::Criu(criu) => (*criu, None, Some(options)),
+            Ready::Runtime(waiting) => {
+                let (criu, runtime) = waiting.pass(&job.request).await?;
+                (criu, Some(runtime), None)
+            }
         };
         Ok(Self {
             server,
             filled,
             plan: job.plan,
+            locks,
             watcher: job.watcher,
             cgroup,
             work_dir,
             socket,
             session: None,
-            swrk,
-            options: Some(options),
+            criu,
+            runtime,
+            options,
             finished: false,
         })
     }
 
     /// Up to the point where every task is there, none has run, and every space is served.
     async fn prepare(&mut self) -> Result<i32, RestoreError> {
-        self.watcher
-            .hold(self.cgroup.path())
-            .map_err(RestoreError::Watcher)?;
         if let Some(options) = self.options.take() {
-            let request = Request::restore(options);
-            self.swrk
-                .request(request)
-                .await
-                .map_err(RestoreError::Swrk)?;
+            let requested = self.criu.request(Request::restore(options)).await;
+            requested.map_err(RestoreError::Talk)?;
         }
         let root_pid = loop {
             match self.next().await? {
@@ -259,9 +281,7 @@ impl Restore {
                 }) => {
                     break pid.unwrap_or_default();
                 }
-                Heard::Event(Event::Notify { .. }) => {
-                    self.swrk.answer(true).await.map_err(RestoreError::Swrk)?;
-                }
+                Heard::Event(Event::Notify { .. }) => {}
                 Heard::Event(Event::Response(response)) => {
                     let failed = response.into_result().map_err(RestoreError::Criu);
                     return Err(failed.err().unwrap_or(RestoreError::Early));
@@ -291,7 +311,7 @@ impl Restore {
         let Self {
             session,
             socket,
-            swrk,
+            criu,
             ..
         } = self;
         let lazy = async {
@@ -307,14 +327,14 @@ impl Restore {
             // What is on the socket was sent before what is notified.
             biased;
             heard = lazy => heard.map_err(RestoreError::Lazy)?,
-            event = swrk.next() => {
-                return Ok(Heard::Event(event.map_err(RestoreError::Swrk)?));
+            event = criu.advance() => {
+                return Ok(Heard::Event(event.map_err(RestoreError::Talk)?));
             }
         };
         match heard {
             Some(heard) => Ok(heard),
             // CRIU closes this socket when it fails; why, it tells on the other.
-            None => match tokio::time::timeout(GIVE_UP_TIMEOUT, swrk.next()).await {
+            None => match tokio::time::timeout(GIVE_UP_TIMEOUT, criu.next()).await {
                 Ok(Ok(event @ Event::Response(_))) => Ok(Heard::Event(event)),
                 Ok(Ok(Event::Notify { .. }) | Err(_)) | Err(_) => Err(RestoreError::LazyClosed),
             },
@@ -347,41 +367,61 @@ impl Restore {
         }
     }
 
-    /// Holds the tree until it is decided about, with or without a daemon.
-    async fn held(&mut self, decisions: &mut mpsc::UnboundedReceiver<Decision>) -> Held {
-        tokio::select! {
-            decision = decisions.recv() => match decision {
-                Some(decision) => Held::Decided(decision),
-                // The sender lives as long as the pager.
-                None => std::future::pending().await,
-            },
-            event = self.swrk.next() => Held::Failed(match event {
-                Ok(Event::Response(response)) => match response.into_result() {
-                    Err(failed) => RestoreError::Criu(failed),
-                    Ok(_) => RestoreError::Early,
+    /// Holds the tree until it is decided about, with or without a daemon. Its locks may be taken
+    /// meanwhile, which storage that hangs can hold up for ever.
+    async fn held(
+        &mut self,
+        decisions: &mut mpsc::UnboundedReceiver<Decision>,
+        root: i32,
+        tell: &impl Fn(Progress),
+    ) -> Held {
+        let mut locking = None;
+        loop {
+            tokio::select! {
+                decision = decisions.recv() => match decision {
+                    Some(Decision::Lock) if locking.is_some() => {}
+                    Some(Decision::Lock) => {
+                        locking = Some(self.locks.clone().take(self.cgroup.clone(), root));
+                    }
+                    Some(decision) => return Held::Decided(decision),
+                    // The sender lives as long as the pager.
+                    None => std::future::pending().await,
                 },
-                Ok(Event::Notify { .. }) => RestoreError::Early,
-                Err(error) => RestoreError::Swrk(error),
-            }),
+                taken = locked(&mut locking) => {
+                    locking = None;
+                    tell(Progress::Locked(taken));
+                }
+                event = self.criu.next() => return Held::Failed(match event {
+                    Ok(Event::Response(response)) => match response.into_result() {
+                        Err(failed) => RestoreError::Criu(failed),
+                        Ok(_) => RestoreError::Early,
+                    },
+                    Ok(Event::Notify { .. }) => RestoreError::Early,
+                    Err(error) => RestoreError::Talk(error),
+                }),
+            }
         }
     }
 
     /// Lets the tree run. An error comes with whether it may have run.
     async fn go(&mut self) -> Result<(), (RestoreError, bool)> {
         let before = |error| (error, false);
+        // A runtime writes down now that its container runs.
+        let agreed = self.criu.relay().await;
+        if !agreed.map_err(|error| before(RestoreError::Talk(error)))? {
+            return Err(before(RestoreError::RuntimeRefused));
+        }
         let watcher = |error| before(RestoreError::Watcher(error));
         self.watcher.run(self.cgroup.path()).map_err(watcher)?;
-        self.swrk
-            .answer(true)
-            .await
-            .map_err(|error| before(RestoreError::Swrk(error)))?;
+        let answered = self.criu.answer(true).await;
+        answered.map_err(|error| before(RestoreError::Talk(error)))?;
         self.resume().await.map_err(|error| (error, true))
     }
 
     async fn resume(&mut self) -> Result<(), RestoreError> {
         loop {
             let event = match self.session.as_mut() {
-                None => self.swrk.next().await,
+                None => self.criu.advance().await,
                 Some(session) => tokio::select! {
                     message = session.next() => {
                         match message.map_err(RestoreError::Lazy)? {
@@ -394,16 +434,22 @@ impl Restore {
                         }
                         continue;
                     }
-                    event = self.swrk.next() => event,
+                    event = self.criu.advance() => event,
                 },
             };
-            match event.map_err(RestoreError::Swrk)? {
-                Event::Notify { .. } => {
-                    self.swrk.answer(true).await.map_err(RestoreError::Swrk)?;
+            let event = match event {
+                // The tree is let go, with or without it.
+                Err(error @ TalkError::ClientClosed) => {
+                    warn!(%error, "the container runtime has ended before its restore");
+                    continue;
                 }
-                Event::Response(response) => {
-                    return response.into_result().map(drop).map_err(RestoreError::Criu);
+                event => event.map_err(RestoreError::Talk)?,
+            };
+            if let Event::Response(response) = event {
+                if let Err(error) = self.criu.reply().await {
+                    warn!(%error, "the container runtime does not hear of its restore");
                 }
+                return response.into_result().map(drop).map_err(RestoreError::Criu);
             }
         }
     }
@@ -417,6 +463,9 @@ impl Restore {
         {
             warn!(%error, "cannot start the fill");
         }
+        if let Some(runtime) = &mut self.runtime {
+            runtime.ended().await;
+        }
         while !self.server.is_filled() {
             if self.filled.recv().await.is_none() {
                 break;
@@ -426,7 +475,7 @@ impl Restore {
             warn!(%error, "the watcher cannot be told that all is filled");
         }
         // CRIU has exited by itself; this only collects its status.
-        let _ = tokio::time::timeout(GIVE_UP_TIMEOUT, self.swrk.wait()).await;
+        drop(self.criu.end(GIVE_UP_TIMEOUT).await);
         let counters = self.server.counters();
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         FillReport {
@@ -455,26 +504,20 @@ impl Restore {
 
     /// Kills the tree and sees that it is gone.
     async fn undo(&mut self) -> Result<(), CgroupError> {
-        // Between two notifications there is none to be answered with no.
-        if self.swrk.answer(false).await.is_err() {
-            self.swrk.close();
+        // It is in the cgroup, too, so that it is seen there if it does not die. A killed one
+        // leaves tasks behind.
+        match self.criu.give_up(GIVE_UP_TIMEOUT, GIVE_UP_TIMEOUT).await {
+            Ok(Ending::ByItself) => {}
+            Ok(Ending::Killed) => warn!("criu did not give up, and was killed"),
+            Err(error) => warn!(%error, "criu does not end"),
         }
-        let given_up = async {
-            while let Ok(Event::Notify { .. }) = self.swrk.next().await {
-                let _ = self.swrk.answer(false).await;
+        if let Some(mut runtime) = self.runtime.take() {
+            // It waits for tasks that a killed CRIU has left.
+            if !runtime.ends_within(UNDO_TIMEOUT).await {
+                self.kill().await?;
             }
-            let _ = self.swrk.wait().await;
-        };
-        if tokio::time::timeout(GIVE_UP_TIMEOUT, given_up)
-            .await
-            .is_err()
-        {
-            warn!("criu does not give up, killing it");
+            runtime.ended().await;
         }
-        // Also after a normal end: a killed CRIU leaves tasks behind. It is in the cgroup, too, so
-        // that it is seen there if it does not die.
-        let _ = self.swrk.kill();
-        let _ = tokio::time::timeout(GIVE_UP_TIMEOUT, self.swrk.wait()).await;
         self.kill().await?;
         self.watcher
             .done()
@@ -483,6 +526,10 @@ impl Restore {
     }
 
     async fn kill(&self) -> Result<(), CgroupError> {
+        // A runtime has removed its own.
+        if !self.cgroup.exists() {
+            return Ok(());
+        }
         let cgroup = self.cgroup.clone();
         let killed = tokio::task::spawn_blocking(move || cgroup.kill(KILL_TIMEOUT)).await;
         killed.expect("killing does not panic and is not cancelled")
@@ -510,83 +557,5 @@ impl Restore {
 
     fn fault(&self, error: &RestoreError) -> Fault {
         error.fault(Some(&self.work_dir.join(LOG)))
-    }
-}
-
-/// Starts the CRIU of a restore. It waits to be asked for one.
-pub fn start_criu(
-    request: &RestoreRequest,
-    namespaces: Vec<OwnedFd>,
-    inherited: Vec<OwnedFd>,
-) -> Result<Swrk, SwrkError> {
-    let swrk = Swrk::spawn(SwrkConfig {
-        criu: request.criu.clone(),
-        namespaces,
-        cgroup_procs: request.cgroup_procs.clone(),
-        // A huge page would be put where pages are missing.
-        huge_pages: false,
-        breakpoints: false,
-        urgent: true,
-        view: None,
-        reaper: request.reaper.clone(),
-        output: request.work_dir.join(OUTPUT),
-        env: Vec::new(),
-        inherited,
-    })?;
-    // The workload would be spared like the pager, at the cost of everybody else.
-    if let Err(error) = swrk.set_oom_score_adj(0) {
-        warn!(%error, "the workload inherits the pager's oom_score_adj");
-    }
-    Ok(swrk)
-}
-
-fn open(path: &PathBuf) -> Result<OwnedFd, RestoreError> {
-    match File::open(path) {
-        Ok(file) => Ok(file.into()),
-        Err(source) => Err(RestoreError::Directory {
-            path: path.clone(),
-            source,
-        }),
-    }
-}
-
-fn options(
-    request: &RestoreRequest,
-    directories: Directories,
-    inherited: &[OwnedFd],
-) -> RestoreOptions {
-    let level = match request.log_level {
-        0 | 1 => LogLevel::Error,
-        2 => LogLevel::Warning,
-        3 => LogLevel::Info,
-        4.. => LogLevel::Debug,
-    };
-    let keys = request.inherit.iter().cloned();
-    let inherit_fd = keys
-        .zip(inherited)
-        .map(|(key, fd)| InheritFd {
-            key,
-            fd: fd.as_raw_fd(),
-        })
-        .collect();
-    let join = request.join.iter().cloned();
-    RestoreOptions {
-        log: Log {
-            file: LOG.to_owned(),
-            level,
-        },
-        lazy_pages: true,
-        tcp_established: request.tcp_established,
-        file_locks: request.file_locks,
-        ext_unix_sk: request.ext_unix_sk,
-        shell_job: request.shell_job,
-        link_remap: request.link_remap,
-        external: request.external.clone(),
-        inherit_fd,
-        join_namespaces: join
-            .map(|(kind, file)| JoinNamespace { kind, file })
-            .collect(),
-        root: request.root.clone(),
-        ..RestoreOptions::new(directories)
     }
 }

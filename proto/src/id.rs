@@ -36,12 +36,52 @@ pub struct Round(NonZeroU32);
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeName(String);
 
-/// What moves.
+/// What moves, as its node knows it: `KIND/NAME`. Both nodes read every kind, whether or not they
+/// can move it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WorkloadName {
-    /// A process tree, named by the pid of its root in the node's pid namespace. At least 1.
+    /// A container of containerd: `containerd/NAMESPACE/ID`.
+    Containerd {
+        /// The namespace of containerd that it is in.
+        namespace: ContainerId,
+        /// Its id there.
+        id: ContainerId,
+    },
+    /// A container that crun runs for nobody else: `crun/ID`.
+    Crun(ContainerId),
+    /// A container of podman: `podman/NAME`.
+    Podman(ContainerId),
+    /// A process tree, named by the pid of its root in the node's pid namespace, which is at least
+    /// 1: `process/PID`.
     Process(i32),
+    /// A container that runc runs for nobody else: `runc/ID`.
+    Runc(ContainerId),
 }
+
+/// What a workload is to its node: the first part of its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum WorkloadKind {
+    /// A container of containerd.
+    Containerd,
+    /// A container of crun alone.
+    Crun,
+    /// A container of podman.
+    Podman,
+    /// A bare process tree.
+    Process,
+    /// A container of runc alone.
+    Runc,
+}
+
+/// What a runtime or an engine calls a container: 1 to 128 characters of `A-Z`, `a-z`, `0-9`, `_`,
+/// `.`, `+` and `-`, the first a letter or a digit.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ContainerId(String);
+
+/// What a node calls a network namespace, as `ip netns` and container engines do: a name as a
+/// [`ContainerId`] is one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NetworkName(String);
 
 /// Why a text or a number is not a name of one of the kinds in this module.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -55,12 +95,37 @@ pub enum IdError {
     /// `process/` followed by something that is not a pid.
     #[error("workload {0:?} does not name a process by a pid of at least 1")]
     Pid(String),
-    /// Neither a kind this build can move nor one it knows of.
-    #[error("workload {0:?} is not of the form process/PID")]
-    WorkloadForm(String),
-    /// A kind of workload that has a name, but cannot be moved by this build.
-    #[error("workload kind {0} is not supported yet by this build")]
-    WorkloadKind(&'static str),
+    /// Not 1 to 128 of the characters that a container's name has.
+    #[error(
+        "container {0:?} is not 1 to 128 characters of A-Z, a-z, 0-9, _, ., + and -, the first a \
+         letter or a digit"
+    )]
+    Container(String),
+    /// The same of a network's name.
+    #[error(
+        "network {0:?} is not 1 to 128 characters of A-Z, a-z, 0-9, _, ., + and -, the first a \
+         letter or a digit"
+    )]
+    Network(String),
+    /// Not of the form that its kind has.
+    #[error("workload {text:?} is not of the form {form}")]
+    WorkloadForm {
+        /// What was read.
+        text: String,
+        /// What its kind has.
+        form: &'static str,
+    },
+    /// No kind of workload.
+    #[error(
+        "workload {text:?} is of no known kind: {kind:?} is not one of {}",
+        kinds()
+    )]
+    WorkloadKind {
+        /// What was read.
+        text: String,
+        /// What stands for a kind in it.
+        kind: String,
+    },
     /// Generation 0.
     #[error("generation 0 is never valid")]
     GenerationZero,
@@ -207,10 +272,106 @@ impl FromStr for NodeName {
     }
 }
 
+impl fmt::Display for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for ContainerId {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        match is_file_name(text) {
+            true => Ok(Self(text.to_owned())),
+            false => Err(IdError::Container(text.to_owned())),
+        }
+    }
+}
+
+impl NetworkName {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for NetworkName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for NetworkName {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        match is_file_name(text) {
+            true => Ok(Self(text.to_owned())),
+            false => Err(IdError::Network(text.to_owned())),
+        }
+    }
+}
+
+/// Whether a text can name a file, and nothing but a file of the folder it is looked for in.
+fn is_file_name(text: &str) -> bool {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"_.+-".contains(&byte);
+    let begins = text.starts_with(|first: char| first.is_ascii_alphanumeric());
+    begins && text.len() <= NAME_BYTES_MAX && text.bytes().all(legal)
+}
+
+/// Longest name of a container or a network, in bytes: containerd takes 76, podman makes 64, and
+/// with something around it it is to be the name of a file.
+const NAME_BYTES_MAX: usize = 128;
+
+impl WorkloadKind {
+    /// Every kind, in the order of their names.
+    pub const ALL: [Self; 5] = [
+        Self::Containerd,
+        Self::Crun,
+        Self::Podman,
+        Self::Process,
+        Self::Runc,
+    ];
+
+    /// The first part of the names of this kind.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Containerd => "containerd",
+            Self::Crun => "crun",
+            Self::Podman => "podman",
+            Self::Process => "process",
+            Self::Runc => "runc",
+        }
+    }
+}
+
+impl fmt::Display for WorkloadKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl WorkloadName {
+    /// What it is.
+    pub const fn kind(&self) -> WorkloadKind {
+        match self {
+            Self::Containerd { .. } => WorkloadKind::Containerd,
+            Self::Crun(_) => WorkloadKind::Crun,
+            Self::Podman(_) => WorkloadKind::Podman,
+            Self::Process(_) => WorkloadKind::Process,
+            Self::Runc(_) => WorkloadKind::Runc,
+        }
+    }
+}
+
 impl fmt::Display for WorkloadName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = self.kind();
         match self {
-            Self::Process(pid) => write!(f, "process/{pid}"),
+            Self::Containerd { namespace, id } => write!(f, "{kind}/{namespace}/{id}"),
+            Self::Crun(name) | Self::Podman(name) | Self::Runc(name) => write!(f, "{kind}/{name}"),
+            Self::Process(pid) => write!(f, "{kind}/{pid}"),
         }
     }
 }
@@ -219,19 +380,36 @@ impl FromStr for WorkloadName {
     type Err = IdError;
 
     fn from_str(text: &str) -> Result<Self, IdError> {
-        let Some((kind, name)) = text.split_once('/') else {
-            return Err(IdError::WorkloadForm(text.to_owned()));
+        let (kind, name) = text.split_once('/').unwrap_or((text, ""));
+        let Some(known) = WorkloadKind::ALL.iter().find(|known| known.name() == kind) else {
+            let (text, kind) = (text.to_owned(), kind.to_owned());
+            return Err(IdError::WorkloadKind { text, kind });
         };
-        if kind == "process" {
-            return parse_pid(name)
-                .map(Self::Process)
-                .ok_or_else(|| IdError::Pid(text.to_owned()));
-        }
-        match UNSUPPORTED_KINDS.iter().find(|&&known| known == kind) {
-            Some(known) => Err(IdError::WorkloadKind(known)),
-            None => Err(IdError::WorkloadForm(text.to_owned())),
+        match known {
+            WorkloadKind::Containerd => match name.split_once('/') {
+                Some((namespace, id)) => Ok(Self::Containerd {
+                    namespace: namespace.parse()?,
+                    id: id.parse()?,
+                }),
+                None => Err(IdError::WorkloadForm {
+                    text: text.to_owned(),
+                    form: "containerd/NAMESPACE/ID",
+                }),
+            },
+            WorkloadKind::Crun => name.parse().map(Self::Crun),
+            WorkloadKind::Podman => name.parse().map(Self::Podman),
+            WorkloadKind::Process => match parse_pid(name) {
+                Some(pid) => Ok(Self::Process(pid)),
+                None => Err(IdError::Pid(text.to_owned())),
+            },
+            WorkloadKind::Runc => name.parse().map(Self::Runc),
         }
     }
+}
+
+/// The names of all kinds.
+fn kinds() -> String {
+    WorkloadKind::ALL.map(WorkloadKind::name).join(", ")
 }
 
 /// A pid in its only spelling: no sign, no leading zero, so that a name has one text.
@@ -241,9 +419,6 @@ fn parse_pid(text: &str) -> Option<i32> {
     }
     text.parse().ok()
 }
-
-/// Kinds of workload that have a name in the design and no runtime in this build.
-const UNSUPPORTED_KINDS: [&str; 4] = ["runc", "crun", "podman", "containerd"];
 
 #[cfg(test)]
 mod tests {
@@ -292,9 +467,18 @@ mod tests {
 
     #[test]
     fn a_workload_name_reads_what_it_prints() {
-        let name = WorkloadName::Process(4711);
-        assert_eq!(name.to_string(), "process/4711");
-        assert_eq!(name.to_string().parse(), Ok(name));
+        let texts = [
+            "containerd/k8s.io/6f1e",
+            "crun/web_1",
+            "podman/web",
+            "process/4711",
+            "runc/a.b+c-d",
+        ];
+        for (text, kind) in texts.into_iter().zip(WorkloadKind::ALL) {
+            let name: WorkloadName = text.parse().unwrap();
+            assert_eq!((name.kind(), name.to_string().as_str()), (kind, text));
+        }
+        assert_eq!("process/4711".parse(), Ok(WorkloadName::Process(4711)));
     }
 
     #[test]
@@ -315,12 +499,48 @@ mod tests {
     }
 
     #[test]
-    fn a_kind_without_a_runtime_is_refused_by_its_name() {
+    fn a_container_is_named_by_what_can_be_the_name_of_a_file() {
+        let long = "a".repeat(NAME_BYTES_MAX);
+        assert!(format!("podman/{long}").parse::<WorkloadName>().is_ok());
+        for name in [
+            "",
+            ".",
+            "..",
+            "-a",
+            "a/b",
+            "a b",
+            "\u{e4}",
+            &format!("{long}a"),
+        ] {
+            let refused = IdError::Container(name.to_owned());
+            assert_eq!(format!("runc/{name}").parse::<WorkloadName>(), Err(refused));
+        }
+        let refused = "containerd/web".parse::<WorkloadName>().unwrap_err();
+        let text = "workload \"containerd/web\" is not of the form containerd/NAMESPACE/ID";
+        assert_eq!(refused.to_string(), text);
+    }
+
+    #[test]
+    fn a_network_is_named_by_what_can_be_the_name_of_a_file() {
         assert_eq!(
-            "podman/web".parse::<WorkloadName>(),
-            Err(IdError::WorkloadKind("podman"))
+            "cni-1.a".parse::<NetworkName>().unwrap().as_str(),
+            "cni-1.a"
         );
-        let refused = "vm/web".parse::<WorkloadName>();
-        assert_eq!(refused, Err(IdError::WorkloadForm("vm/web".to_owned())));
+        for name in ["", "..", "a/b", "-a"] {
+            let refused = IdError::Network(name.to_owned());
+            assert_eq!(name.parse::<NetworkName>(), Err(refused));
+        }
+    }
+
+    #[test]
+    fn a_kind_that_is_none_is_refused_by_its_name() {
+        for (text, kind) in [("vm/web", "vm"), ("web", "web"), ("", "")] {
+            let refused = text.parse::<WorkloadName>().unwrap_err();
+            let expected = format!(
+                "workload {text:?} is of no known kind: {kind:?} is not one of containerd, crun, \
+                 podman, process, runc"
+            );
+            assert_eq!(refused.to_string(), expected);
+        }
     }
 }

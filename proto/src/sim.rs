@@ -18,6 +18,8 @@
 //!   the commit is;
 //! - the target collects the attempt of `Final`, and holds none to which a stray stream came;
 //! - the generation of the status only grows, and no machine piles up actions;
+//! - nobody runs without the workload's file lock, which the source lets go when the commit is
+//!   durable and before `Go`, and which others may take then;
 //! - a workload that has stood still for as long as the policy allows, and is not committed, is
 //!   asked back: whatever hangs then is cut.
 //!
@@ -39,6 +41,7 @@ mod driver;
 mod expire;
 mod jobs;
 mod journal;
+mod lock;
 mod memory;
 mod node;
 mod oracle;

@@ -10,6 +10,7 @@
 //! compresses: a parcel's blocks are opaque bytes.
 
 pub mod code;
+pub mod container;
 pub mod control;
 pub mod cpu;
 pub mod description;

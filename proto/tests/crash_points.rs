@@ -10,6 +10,7 @@ use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::sim::{Op, Setup, Step, Survivor, World};
+use pageferry_proto::wire::code::ErrorCode;
 
 const SETUP: Setup = Setup {
     spaces: 2,
@@ -20,7 +21,11 @@ const SETUP: Setup = Setup {
         verify: true,
         ..Policy::DEFAULT
     },
+    locks: 0,
 };
+
+/// The same for a workload without locks, and for one with.
+const SETUPS: [Setup; 2] = [SETUP, Setup { locks: 1, ..SETUP }];
 
 /// Far more steps than any of these runs has.
 const STEPS_MAX: usize = 1000;
@@ -47,9 +52,9 @@ struct Run {
 
 impl Run {
     /// The first `steps` steps of a plan. None if it ends before.
-    fn new(plan: Plan, steps: usize) -> Option<Self> {
+    fn new(setup: Setup, plan: Plan, steps: usize) -> Option<Self> {
         let mut run = Self {
-            world: World::new(SETUP),
+            world: World::new(setup),
             interfered: false,
         };
         for _ in 0..steps {
@@ -105,11 +110,16 @@ impl Run {
     }
 }
 
-/// Crashes `crashed` after every step of the plan; says how many steps it has.
+/// Crashes `crashed` after every step of the plan; says how many steps it has at least.
 fn check_every_crash(plan: Plan, crashed: Side) -> usize {
+    let steps = SETUPS.map(|setup| check_every_crash_of(setup, plan, crashed));
+    steps[0].min(steps[1])
+}
+
+fn check_every_crash_of(setup: Setup, plan: Plan, crashed: Side) -> usize {
     for steps in 0..STEPS_MAX {
         for found in FOUND {
-            let Some(mut run) = Run::new(plan, steps) else {
+            let Some(mut run) = Run::new(setup, plan, steps) else {
                 return steps;
             };
             let named = match crashed {
@@ -183,10 +193,11 @@ fn an_abort_at_the_target_survives_every_crash() {
 // clause: H-18
 #[test]
 fn what_the_target_lost_before_it_ran_is_survived_by_the_source() {
-    for crashed in [None, Some(Side::Source), Some(Side::Target)] {
+    let sides = [None, Some(Side::Source), Some(Side::Target)];
+    for (setup, crashed) in SETUPS.into_iter().flat_map(|s| sides.map(|side| (s, side))) {
         let (mut dropped, mut decided) = (0, 0);
         for steps in 0..STEPS_MAX {
-            let Some(mut run) = Run::new(Plan::Success, steps) else {
+            let Some(mut run) = Run::new(setup, Plan::Success, steps) else {
                 break;
             };
             decided += u32::from(run.phase(Side::Target) == Some(Phase::Running));
@@ -209,10 +220,14 @@ fn what_the_target_lost_before_it_ran_is_survived_by_the_source() {
 // clause: H-20
 #[test]
 fn a_target_that_lost_its_power_comes_to_its_end_wherever_that_was() {
+    SETUPS.into_iter().for_each(a_target_loses_its_power);
+}
+
+fn a_target_loses_its_power(setup: Setup) {
     let (mut kept, mut lost) = (0, 0);
     for steps in 0..STEPS_MAX {
         for found in FOUND {
-            let Some(mut run) = Run::new(Plan::Success, steps) else {
+            let Some(mut run) = Run::new(setup, Plan::Success, steps) else {
                 assert!(60 < kept && 2 < lost, "{kept} {lost}");
                 return;
             };
@@ -253,7 +268,7 @@ fn an_answer_that_was_lost_is_given_again_after_the_journal_is_removed() {
     for (plan, named) in plans {
         let mut lost = 0;
         for steps in 0..STEPS_MAX {
-            let Some(mut run) = Run::new(plan, steps) else {
+            let Some(mut run) = Run::new(SETUPS[1], plan, steps) else {
                 break;
             };
             run.world.apply(Op::Break).unwrap();
@@ -271,25 +286,89 @@ fn an_answer_that_was_lost_is_given_again_after_the_journal_is_removed() {
 
 #[test]
 fn a_break_is_survived_by_whom_a_crash_of_the_target_is() {
-    for steps in 0..STEPS_MAX {
-        let Some(mut run) = Run::new(Plan::Success, steps) else {
-            return;
-        };
-        let named = run.survivor_of_a_break();
-        run.world.apply(Op::Break).unwrap();
-        assert_eq!(run.world.settle(), Ok(named), "step {steps}");
+    for setup in SETUPS {
+        for steps in 0..STEPS_MAX {
+            let Some(mut run) = Run::new(setup, Plan::Success, steps) else {
+                break;
+            };
+            let named = run.survivor_of_a_break();
+            run.world.apply(Op::Break).unwrap();
+            assert_eq!(run.world.settle(), Ok(named), "step {steps}");
+        }
     }
+}
+
+/// Lets another take the lock after every step, where nobody has it, and says in how many runs the
+/// workload came back to the source, and in how many it moved.
+fn check_every_taking(crashed: Option<Side>, given_back: bool) -> [u32; 2] {
+    let mut survived = [0, 0];
+    for steps in 0..STEPS_MAX {
+        let Some(mut run) = Run::new(SETUPS[1], Plan::Success, steps) else {
+            return survived;
+        };
+        run.world.apply(Op::TakeLock).unwrap();
+        if !run.world.lock_is_taken() {
+            continue;
+        }
+        if let Some(side) = crashed {
+            run.world.apply(Op::Crash(side, 0)).unwrap();
+            run.world.apply(Op::Restart(side)).unwrap();
+        }
+        if given_back {
+            run.world.apply(Op::GiveLock).unwrap();
+        }
+        // As long as the target tries.
+        let mut turns = 0;
+        let is_open = |phase| matches!(phase, Phase::Prepared | Phase::Committed);
+        while run.phase(Side::Source).is_some_and(is_open) && turns < STEPS_MAX {
+            turns += 1;
+            if run.step(Plan::Success).is_none() {
+                run.world.apply(Op::Tick).unwrap();
+            }
+        }
+        if run.world.lock_is_taken() {
+            // The source waits for it, and nothing runs without.
+            run.world.apply(Op::Tick).unwrap();
+            assert_eq!(run.world.survivor(), Survivor::Nobody, "step {steps}");
+            let failure = run.world.status(Side::Source).unwrap().failure.unwrap();
+            assert_eq!(failure.code(), ErrorCode::LockTaken, "step {steps}");
+        }
+        match run.world.settle().unwrap() {
+            Survivor::Source => survived[0] += 1,
+            Survivor::Target => survived[1] += 1,
+            Survivor::Nobody => panic!("it runs nowhere, step {steps}"),
+        }
+    }
+    panic!("the run does not end");
+}
+
+// clause: H-23
+// clause: H-24
+#[test]
+fn a_workload_whose_lock_another_took_comes_back_when_it_is_given_back() {
+    for crashed in [None, Some(Side::Source), Some(Side::Target)] {
+        let [came_back, moved] = check_every_taking(crashed, false);
+        assert!(
+            1 < came_back && moved == 0,
+            "{crashed:?}: {came_back} {moved}"
+        );
+    }
+    // Who only looks whether it can have it disturbs nobody.
+    let [came_back, moved] = check_every_taking(None, true);
+    assert!(came_back == 0 && 1 < moved, "{came_back} {moved}");
 }
 
 #[test]
 fn without_faults_the_workload_moves_and_its_memory_is_the_same() {
-    let mut world = World::new(SETUP);
-    assert_eq!(world.settle(), Ok(Survivor::Target));
-    let source = world.status(Side::Source).unwrap();
-    assert_eq!((source.phase, source.failure), (Phase::Done, None));
-    assert!(source.parts.downtime().is_some());
-    let target = world.status(Side::Target).unwrap();
-    assert_eq!((target.phase, target.failure), (Phase::Done, None));
-    // Nothing of it need be kept.
-    assert!(!target.unsettled);
+    for setup in SETUPS {
+        let mut world = World::new(setup);
+        assert_eq!(world.settle(), Ok(Survivor::Target));
+        let source = world.status(Side::Source).unwrap();
+        assert_eq!((source.phase, source.failure), (Phase::Done, None));
+        assert!(source.parts.downtime().is_some());
+        let target = world.status(Side::Target).unwrap();
+        assert_eq!((target.phase, target.failure), (Phase::Done, None));
+        // Nothing of it need be kept.
+        assert!(!target.unsettled);
+    }
 }

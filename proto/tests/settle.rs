@@ -31,6 +31,7 @@ const STARTED: TargetMessage = TargetMessage::Started {
 };
 const REFUSED: TargetMessage = TargetMessage::Refused {
     generation: GENERATION,
+    failure: None,
 };
 
 fn started_entry() -> Entry {
@@ -188,8 +189,12 @@ fn what_is_kept_of_a_finished_target_gives_the_same_answers() {
     let ended = Entry::Aborted(failure());
     let ran = [accepted(), ready_entry(), running(), Entry::Done];
     assert_eq!(answered(&ran), [TargetAction::Send(STARTED)]);
-    let refused = [accepted(), ready_entry(), refused(), ended.clone()];
-    assert_eq!(answered(&refused), [TargetAction::Send(REFUSED)]);
+    let entries = [accepted(), ready_entry(), refused(), ended.clone()];
+    let refused = TargetMessage::Refused {
+        generation: GENERATION,
+        failure: Some(failure()),
+    };
+    assert_eq!(answered(&entries), [TargetAction::Send(refused)]);
     let kept = |entries: &[Entry]| answer(&records(entries)).unwrap();
     assert_eq!(kept(&[accepted(), ended]), None);
     assert_eq!(kept(&[&ran[..], &[settled()]].concat()), None);

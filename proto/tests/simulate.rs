@@ -27,6 +27,7 @@ const SETUP: Setup = Setup {
         verify: true,
         ..Policy::DEFAULT
     },
+    locks: 0,
 };
 
 /// As few steps to the hand-off as there can be.
@@ -35,6 +36,9 @@ const SMALL: Setup = Setup {
     pages: 1,
     ..SETUP
 };
+
+/// The same for a workload with a file lock that others want, too.
+const LOCKED: Setup = Setup { locks: 1, ..SMALL };
 
 fn side() -> impl Strategy<Value = Side> {
     prop_oneof![Just(Side::Source), Just(Side::Target)]
@@ -117,11 +121,40 @@ fn storm() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// Somebody else who wants the workload's lock.
+fn rival() -> impl Strategy<Value = Op> {
+    prop_oneof![3 => Just(Op::TakeLock), 1 => Just(Op::GiveLock)]
+}
+
 /// No fault for long enough to come to the hand-off, then a storm.
 fn late_storm() -> impl Strategy<Value = Vec<Op>> {
+    after_calm(storm())
+}
+
+/// The same, with a rival in the storm.
+fn late_storm_of_rivals() -> impl Strategy<Value = Vec<Op>> {
+    after_calm(prop_oneof![8 => storm(), 1 => rival()])
+}
+
+/// No fault at all but a rival, who takes the lock whenever nobody has it, and time that passes.
+fn rivals() -> impl Strategy<Value = Vec<Op>> {
+    let calm = prop::collection::vec(any::<u8>().prop_map(Op::Step), 60..90);
+    let later = prop::collection::vec(
+        prop_oneof![
+            40 => any::<u8>().prop_map(Op::Step),
+            10 => Just(Op::TakeLock),
+            2 => Just(Op::Tick),
+            1 => Just(Op::GiveLock),
+        ],
+        0..400,
+    );
+    (calm, later).prop_map(|(calm, later)| [calm, later].concat())
+}
+
+fn after_calm(op: impl Strategy<Value = Op>) -> impl Strategy<Value = Vec<Op>> {
     let calm = prop::collection::vec(any::<u8>().prop_map(Op::Step), 30..90);
-    let storm = prop::collection::vec(storm(), 0..80);
-    (calm, storm).prop_map(|(calm, storm)| [calm, storm].concat())
+    let later = prop::collection::vec(op, 0..80);
+    (calm, later).prop_map(|(calm, later)| [calm, later].concat())
 }
 
 /// How a schedule ended.
@@ -220,6 +253,35 @@ fn no_storm_in_the_hand_off_breaks_an_oracle() {
     assert_reached(&counts, Side::Source, &phases);
     let phases = [Phase::Ready, Phase::Running, Phase::Refusing, Phase::Done];
     assert_reached(&counts, Side::Target, &phases);
+}
+
+#[test]
+fn no_storm_in_the_hand_off_of_a_locked_workload_breaks_an_oracle() {
+    let counts = simulate(LOCKED, late_storm_of_rivals(), |_| Ok(()));
+    let phases = [
+        Phase::Prepared,
+        Phase::Committed,
+        Phase::Reclaiming,
+        Phase::Done,
+    ];
+    assert_reached(&counts, Side::Source, &phases);
+    let phases = [Phase::Ready, Phase::Running, Phase::Refusing, Phase::Done];
+    assert_reached(&counts, Side::Target, &phases);
+}
+
+// clause: H-23
+#[test]
+fn a_rival_alone_never_keeps_a_workload_from_running_in_the_end() {
+    let counts = simulate(LOCKED, rivals(), |ran| match ran.survivor {
+        Survivor::Source | Survivor::Target => Ok(()),
+        Survivor::Nobody => Err("without a fault it runs nowhere"),
+    });
+    assert_reached(
+        &counts,
+        Side::Source,
+        &[Phase::Committed, Phase::Reclaiming],
+    );
+    assert_reached(&counts, Side::Target, &[Phase::Running, Phase::Refusing]);
 }
 
 // clause: F-6

@@ -261,6 +261,7 @@ fn an_aborted_target_is_told_until_it_answers() {
     assert!(is_abort(&actions[0]) && actions.len() == 1, "{actions:?}");
     let answer = TargetMessage::Refused {
         generation: GENERATION,
+        failure: None,
     };
     assert_eq!(source.hear(answer), [journal(Entry::Done)]);
 }
@@ -289,6 +290,7 @@ fn a_commit_in_doubt_is_asked_back_and_never_thawed_unasked() {
     assert_eq!(source.hear(TargetMessage::Failed(failure())), []);
     let refused = TargetMessage::Refused {
         generation: GENERATION,
+        failure: None,
     };
     assert_eq!(source.hear(refused), [journal(refusal())]);
 }
@@ -310,6 +312,7 @@ fn a_refused_workload_is_thawed_when_that_is_on_disk() {
     let mut source = Source::committed();
     let refused = TargetMessage::Refused {
         generation: GENERATION,
+        failure: None,
     };
     assert_eq!(source.hear(refused), [journal(refusal())]);
     assert_eq!(source.status().phase, Phase::Reclaiming);
@@ -331,7 +334,8 @@ fn a_refusal_that_comes_before_the_commit_is_on_disk_is_kept() {
     let mut source = Source::prepared();
     assert_eq!(
         source.hear(TargetMessage::Refused {
-            generation: GENERATION
+            generation: GENERATION,
+            failure: None,
         }),
         []
     );
@@ -392,6 +396,7 @@ fn only_what_was_committed_can_be_started() {
     assert_eq!(source.status().phase, Phase::Committed);
     let older = TargetMessage::Refused {
         generation: GENERATION,
+        failure: None,
     };
     let mut source = Source::recovered(&[offered(), Entry::Commit { generation }]);
     source.journalled(Entry::Commit { generation });
@@ -444,7 +449,8 @@ fn a_restarted_source_without_a_commit_thaws_and_ends_every_generation() {
 fn a_restarted_source_with_a_commit_writes_it_again_before_go() {
     let mut source = Source::recovered(&[offered(), commit()]);
     assert_eq!(source.actions(), [journal(commit())]);
-    assert_eq!(source.journalled(commit()), [SourceAction::Connect]);
+    assert_eq!(source.journalled(commit()), [SourceAction::Unlock]);
+    assert_eq!(source.feed(SourceEvent::Unlocked), [SourceAction::Connect]);
     assert_eq!(source.feed(SourceEvent::PeerConnected), [GO]);
     let mut source = Source::recovered(&[offered(), commit()]);
     source.actions();

@@ -35,8 +35,16 @@ fn started() -> TargetAction {
 }
 
 fn say_refused() -> TargetAction {
+    say_refused_for(Failure::new(
+        ErrorCode::Refused,
+        "the source asked for the workload back",
+    ))
+}
+
+fn say_refused_for(failure: Failure) -> TargetAction {
     send(TargetMessage::Refused {
         generation: GENERATION,
+        failure: Some(failure),
     })
 }
 
@@ -310,7 +318,11 @@ fn a_restarted_target_that_had_said_ready_is_held_without_a_connection() {
     assert_eq!(target.journalled(ready_entry()), []);
     assert_eq!(target.status().phase, Phase::Ready);
     target.feed(TargetEvent::PeerConnected);
-    assert_eq!(target.hear(GO), [target_journal(running())]);
+    assert_eq!(target.hear(GO), [TargetAction::Lock]);
+    assert_eq!(
+        target.feed(TargetEvent::Locked),
+        [target_journal(running())]
+    );
 }
 
 // clause: H-9
@@ -335,8 +347,9 @@ fn a_fence_of_the_source_lets_a_ready_workload_run() {
     let mut target = Target::recovered(&[accepted(), ready_entry()]);
     target.actions();
     assert_eq!(target.feed(fence.clone()), []);
+    assert_eq!(target.journalled(ready_entry()), [TargetAction::Lock]);
     assert_eq!(
-        target.journalled(ready_entry()),
+        target.feed(TargetEvent::Locked),
         [target_journal(running())]
     );
     // A source that aborted has run on before it died.
@@ -458,8 +471,8 @@ fn what_was_to_run_and_provably_never_did_is_refused() {
     // Proven twice, but not yet discarded.
     assert_eq!(target.feed(TargetEvent::NeverRan(failure())), []);
     let actions = target.feed(TargetEvent::Discarded);
-    assert_eq!(actions[0], say_refused());
-    assert_eq!(target.hear(GO), [say_refused()]);
+    assert_eq!(actions[0], say_refused_for(failure()));
+    assert_eq!(target.hear(GO), [say_refused_for(failure())]);
 }
 
 #[test]
@@ -539,7 +552,7 @@ fn a_restarted_target_that_is_done_still_answers() {
     );
     check(
         &[accepted.clone(), ready, refused(), ended.clone()],
-        say_refused(),
+        say_refused_for(failure()),
     );
     check(&[accepted, ended], say_unknown());
 }

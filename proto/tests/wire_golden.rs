@@ -13,6 +13,7 @@ use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::page::{PageCount, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::container::ContainerDescription;
 use pageferry_proto::wire::control::{
     ControlError, Final, Hello, Message, Offer, RoundEnd, SourceMessage, TargetMessage, Welcome,
 };
@@ -134,6 +135,14 @@ fn description() -> WorkloadDescription {
         root: "/".to_owned(),
         mounts: Vec::new(),
         needs: needs(),
+        container: Some(container()),
+    }
+}
+
+fn container() -> ContainerDescription {
+    ContainerDescription {
+        bundle: "/b".to_owned(),
+        config: b"{}".to_vec(),
     }
 }
 
@@ -178,6 +187,7 @@ fn offer() -> Offer {
             ..Policy::DEFAULT
         },
         description: description(),
+        network: None,
     }
 }
 
@@ -219,9 +229,9 @@ fn the_offer_keeps_its_bytes() {
     check(
         SourceMessage::Offer(Box::new(offer())),
         &expect![[r#"
-            830100008201ff020801120c70726f63
+            8e01000082018a030801120c70726f63
             6573732f343731311801220f08e80710
-            1e1880c8ceb40d3080897a2ad90208e7
+            1e1880c8ceb40d3080897a2ae40208e7
             24121a0801120c72656469732d736572
             7665721a0201072080808080041a04e7
             24ed2420092a037765623206286e6f6e
@@ -243,7 +253,8 @@ fn the_offer_keeps_its_bytes() {
             80010020180120072a0a080210800218
             c0042001c20120088080808004108080
             40188080808008280030f0930938a08d
-            0640c801488004
+            0640c801488004ca01080a022f621202
+            7b7d
         "#]],
     );
 }
@@ -273,6 +284,7 @@ fn messages_of_the_source_keep_their_bytes() {
         images: 12,
         digests: 4,
         verify: true,
+        locks: 0,
     };
     check(
         SourceMessage::Final(end),
@@ -360,7 +372,10 @@ fn messages_of_the_target_keep_their_bytes() {
     "#]],
     );
     check(
-        TargetMessage::Refused { generation },
+        TargetMessage::Refused {
+            generation,
+            failure: None,
+        },
         &expect![[r#"
         05000000b203020803
     "#]],

@@ -8,10 +8,12 @@
 //! Absent: policy, anything that decides, and every other crate of ours. What only tests need is in
 //! `trial/`, a crate that nothing links which is shipped.
 
+pub mod bound;
 pub mod bpf;
 pub mod cpu;
 pub mod fdpass;
 pub mod heap;
+pub mod ipc;
 pub mod namespace;
 pub mod packet;
 pub mod pagemap;

@@ -9,6 +9,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -56,6 +58,23 @@ impl NamespaceKind {
 /// Opens the namespace `kind` of process `pid`.
 pub fn open(pid: i32, kind: NamespaceKind) -> io::Result<OwnedFd> {
     Ok(File::open(format!("/proc/{pid}/ns/{}", kind.file()))?.into())
+}
+
+/// Opens the namespace `kind` that is bound at `path`. Another file is an error, and so is the
+/// namespace that the calling process is in.
+pub fn open_bound(path: &Path, kind: NamespaceKind) -> io::Result<OwnedFd> {
+    let file = File::open(path)?;
+    // The kernel alone knows what it is: a bound one goes by the path it is bound at.
+    run_inside(&[(kind, file.as_fd())], || ()).map_err(|error| {
+        let kind = kind.file();
+        io::Error::new(error.kind(), format!("it is no {kind} namespace: {error}"))
+    })?;
+    let ours = std::fs::metadata(format!("/proc/self/ns/{}", kind.file()))?;
+    let theirs = file.metadata()?;
+    if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
+        return Err(io::Error::other("it is this node's own"));
+    }
+    Ok(file.into())
 }
 
 /// True when `pid` lives in another namespace of this kind than the calling process.
@@ -142,6 +161,8 @@ pub fn names(uts: &impl AsFd) -> io::Result<(String, String)> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     #[test]
@@ -169,6 +190,27 @@ mod tests {
             std::fs::read_link("/proc/thread-self/ns/net").expect("proc"),
             before
         );
+    }
+
+    #[test]
+    fn what_is_bound_is_opened_unless_it_is_something_else_or_the_callers_own() {
+        let fds = create(&[NamespaceKind::Net]).expect("root may unshare");
+        let path = format!("/proc/self/fd/{}", fds[0].as_raw_fd());
+        let opened = open_bound(Path::new(&path), NamespaceKind::Net).expect("it is one");
+        assert_eq!(
+            nix::sys::stat::fstat(&opened).expect("stat").st_ino,
+            nix::sys::stat::fstat(&fds[0]).expect("stat").st_ino
+        );
+        let refused = |path: &str, kind| {
+            let refused = open_bound(Path::new(path), kind).expect_err(path);
+            refused.to_string()
+        };
+        let text = refused(&path, NamespaceKind::Uts);
+        assert!(text.starts_with("it is no uts namespace"), "{text}");
+        let text = refused("/proc/self/exe", NamespaceKind::Net);
+        assert!(text.starts_with("it is no net namespace"), "{text}");
+        let text = refused("/proc/self/ns/net", NamespaceKind::Net);
+        assert_eq!(text, "it is this node's own");
     }
 
     #[test]

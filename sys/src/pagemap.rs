@@ -94,6 +94,9 @@ pub struct ScanRequest {
     pub any_of: Categories,
     /// What to report of each page; runs are cut where it changes.
     pub report: Categories,
+    /// End after so many pages that were returned; 0 for all. A huge page that does not fit is
+    /// split.
+    pub pages_max: u64,
 }
 
 /// What one call returned.
@@ -101,7 +104,8 @@ pub struct ScanRequest {
 pub struct Scanned {
     /// How many elements of the buffer were filled.
     pub regions: usize,
-    /// Where the walk ended: the end of the request, or where the buffer was full.
+    /// Where the walk ended: the end of the request, or where the buffer was full or there were
+    /// enough pages.
     pub walk_end: u64,
 }
 
@@ -142,7 +146,7 @@ fn scan(
         walk_end: 0,
         vec: regions.as_mut_ptr() as u64,
         vec_len: regions.len() as u64,
-        max_pages: 0,
+        max_pages: request.pages_max,
         category_inverted: request.none_of.0,
         category_mask: request.all_of.0 | request.none_of.0,
         category_anyof_mask: request.any_of.0,
@@ -181,6 +185,7 @@ pub fn probe() -> io::Result<ScanSupport> {
             none_of,
             any_of: Categories::PRESENT,
             report: Categories::NONE,
+            pages_max: 0,
         };
         scan(pagemap.as_fd(), &request, &mut []).is_ok()
     };
@@ -256,6 +261,7 @@ mod tests {
             none_of: Categories::PFNZERO,
             any_of: Categories::PRESENT.with(Categories::SWAPPED),
             report: Categories::PRESENT,
+            pages_max: 0,
         };
         let mut regions = [PageRegion::default(); 4];
         let pagemap = Pagemap::open(std::process::id().cast_signed()).unwrap();
@@ -264,5 +270,11 @@ mod tests {
         assert_eq!(regions[0].start, start + 2 * 4096);
         assert_eq!(regions[0].end, start + 4 * 4096);
         assert!(regions[0].categories().has(Categories::PRESENT));
+        let one = ScanRequest {
+            pages_max: 1,
+            ..request
+        };
+        let scanned = pagemap.scan(&one, &mut regions).unwrap();
+        assert_eq!((scanned.regions, scanned.walk_end), (1, start + 3 * 4096));
     }
 }

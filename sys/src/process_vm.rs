@@ -1,12 +1,12 @@
 //! Reading the memory of another process: `process_vm_readv`, and `/proc/PID/mem` for ranges that
-//! the process itself may not read.
+//! the process itself may not read. Writing a few bytes of it: `process_vm_writev`.
 //!
 //! Nothing here is unsafe; it lives in `sys` because addresses of another process are as easy to
 //! misuse as pointers. Both ways read what is there: a page that was never touched is made by the
 //! read (the zero page), so callers ask only for pages that exist.
 
 use std::fs::File;
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
 
 use nix::sys::uio::{self, RemoteIoVec};
@@ -36,6 +36,20 @@ pub fn read(pid: i32, runs: &[RemoteRun], buffer: &mut [u8]) -> io::Result<usize
     let remote: Vec<_> = remote.collect();
     let read = uio::process_vm_readv(Pid::from_raw(pid), &mut [IoSliceMut::new(buffer)], &remote)?;
     Ok(read)
+}
+
+/// Writes `bytes` at an address of process `pid` that it may write itself. `EFAULT`: there is no
+/// such memory for all of them.
+pub fn write(pid: i32, address: u64, bytes: &[u8]) -> io::Result<()> {
+    let remote = RemoteIoVec {
+        base: usize::try_from(address).expect("addresses fit a pointer on 64-bit targets"),
+        len: bytes.len(),
+    };
+    let local = [IoSlice::new(bytes)];
+    if uio::process_vm_writev(Pid::from_raw(pid), &local, &[remote])? < bytes.len() {
+        return Err(io::Error::from_raw_os_error(libc::EFAULT));
+    }
+    Ok(())
 }
 
 /// `/proc/PID/mem`, bound to the memory the process had when it was opened; after an exec or an
@@ -70,6 +84,17 @@ mod tests {
         let mut buffer = [0; 5];
         let read = read(pid, &[run(200, 2), run(7, 3)], &mut buffer).unwrap();
         assert_eq!((read, buffer), (5, [200, 201, 7, 8, 9]));
+    }
+
+    #[test]
+    fn bytes_are_written_where_there_is_memory() {
+        let pid = std::process::id().cast_signed();
+        let memory = Box::new(std::cell::Cell::new([0u8; 4]));
+        let address = memory.as_ptr() as u64;
+        write(pid, address + 1, &[7, 8]).unwrap();
+        assert_eq!(std::hint::black_box(&memory).get(), [0, 7, 8, 0]);
+        let error = write(pid, 0, &[7]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
     }
 
     #[test]

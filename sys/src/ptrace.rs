@@ -37,17 +37,40 @@ pub enum Resume {
     ToSyscall,
 }
 
+/// What becomes of a traced thread when the one that traces it ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TracersEnd {
+    /// It goes on with the registers it has.
+    LetsGo,
+    /// Its process is killed.
+    Kills,
+}
+
+impl TracersEnd {
+    const fn options(self) -> libc::c_int {
+        match self {
+            Self::LetsGo => libc::PTRACE_O_TRACESYSGOOD,
+            Self::Kills => libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL,
+        }
+    }
+}
+
 /// Begins to trace thread `tid`; it goes on running. `EPERM`: traced already, ending, or not
 /// allowed.
 pub fn seize(tid: i32) -> io::Result<()> {
-    let options = as_data(libc::PTRACE_O_TRACESYSGOOD);
+    seize_until(tid, TracersEnd::LetsGo)
+}
+
+/// The same; what becomes of it at the end of this thread is said.
+pub fn seize_until(tid: i32, end: TracersEnd) -> io::Result<()> {
+    let options = as_data(end.options());
     request(libc::PTRACE_SEIZE, tid, ptr::null_mut(), options)
 }
 
 /// Turns the seccomp filters of a stopped thread off until it is let go. Needs `CAP_SYS_ADMIN` and
-/// a tracer without filters of its own (`EPERM`).
-pub fn suspend_seccomp(tid: i32) -> io::Result<()> {
-    let options = as_data(libc::PTRACE_O_TRACESYSGOOD | PTRACE_O_SUSPEND_SECCOMP);
+/// a tracer without filters of its own (`EPERM`). `end` is what it was seized with.
+pub fn suspend_seccomp(tid: i32, end: TracersEnd) -> io::Result<()> {
+    let options = as_data(end.options() | PTRACE_O_SUSPEND_SECCOMP);
     request(libc::PTRACE_SETOPTIONS, tid, ptr::null_mut(), options)
 }
 

@@ -191,7 +191,8 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
 }
 
 const SUBTREE: &str = "pageferry-lab";
-const WANTED: [&str; 3] = ["freezer", "memory", "cpu"];
+/// Without the last one runc starts nothing.
+const WANTED: [&str; 4] = ["freezer", "memory", "cpu", "devices"];
 const V1_CONTROLLERS: [&str; 13] = [
     "blkio",
     "cpu",

@@ -92,8 +92,8 @@ impl RunFolder {
             let owner = fs::read_to_string(&path).unwrap_or_default();
             if Path::new("/proc").join(&owner).exists() || deadline < Instant::now() {
                 bail!(
-                    "another lab is at work on this machine (process {owner}), and there can be one \
-                     at a time: wait for its end, or end that process"
+                    "another lab is at work on this machine (process {owner}), and there can be \
+                     one at a time: wait for its end, or end that process"
                 )
             }
             std::thread::sleep(HEIR_POLL);

@@ -56,6 +56,8 @@ pub struct MoveOptions {
     pub verify: bool,
     /// Move although more memory than the budget is copied in the freeze.
     pub force_eager: bool,
+    /// Move although something of System V objects is lost.
+    pub force_ipc: bool,
     /// A time as the command line takes it ("60s").
     pub timeout: Option<String>,
     pub downtime_max: Option<String>,

@@ -33,6 +33,11 @@ pub struct Move {
     pub frozen_ms: Option<f64>,
     pub restore_ms: Option<f64>,
     pub blackout_ms: Option<f64>,
+    /// How often it stood still for a scan before it was frozen, and for how long at most.
+    #[serde(default)]
+    pub pauses: Option<u32>,
+    #[serde(default)]
+    pub longest_pause_ms: Option<f64>,
     pub total_ms: f64,
 }
 

@@ -51,6 +51,9 @@ impl Migration {
         if flags.force_eager {
             command = command.arg("--force-eager");
         }
+        if flags.force_ipc {
+            command = command.arg("--force-ipc");
+        }
         if let Some(timeout) = &flags.timeout {
             command = command.args(["--timeout", timeout]);
         }
@@ -70,6 +73,12 @@ impl Migration {
         Ok(Self {
             child: command.spawn()?,
         })
+    }
+
+    /// Whether it is over.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        let ended = self.child.try_wait();
+        Ok(ended.context("asking for pageferry migrate")?.is_some())
     }
 
     /// Waits for its end.

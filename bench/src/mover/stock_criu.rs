@@ -76,6 +76,8 @@ impl Mover for StockCriu {
             frozen_ms: None,
             restore_ms: None,
             blackout_ms: None,
+            pauses: None,
+            longest_pause_ms: None,
             total_ms: millis(opened - begun),
         }))
     }

@@ -4,6 +4,7 @@
 
 use anyhow::{Context, Result};
 
+use super::direct;
 use super::report::Report;
 use super::settings::Settings;
 use crate::client::writer;
@@ -36,6 +37,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
 }
 
 fn run_case(lab: &mut Lab, options: &Options, report: &mut Report) -> Result<String> {
+    let _storage = direct::Storage::of_case(&options.case, lab)?;
     let (workload, mut client) = writer::start(lab, "a", options, |_| {})?;
     client.verify().context("before the move")?;
     let order = Order {

@@ -18,6 +18,8 @@ use crate::workload::case::CaseWorkload;
 enum Demand {
     /// It moves, whatever has to be waited for.
     Moves,
+    /// It moves if what is lost of System V objects may be.
+    MovesByForce,
     /// It stays, with this code.
     Refused(&'static str),
 }
@@ -36,6 +38,13 @@ const fn moves(name: &'static str) -> Case {
     }
 }
 
+const fn moves_by_force(name: &'static str) -> Case {
+    Case {
+        name,
+        demand: Demand::MovesByForce,
+    }
+}
+
 const fn refused(name: &'static str, code: &'static str) -> Case {
     Case {
         name,
@@ -43,12 +52,12 @@ const fn refused(name: &'static str, code: &'static str) -> Case {
     }
 }
 
-const ALL: [Case; 15] = [
+const ALL: [Case; 20] = [
     moves("stopped-children"),
     moves("orphan-session"),
-    refused("posix-lock", "shared-lock"),
-    refused("flock-lock", "shared-lock"),
-    refused("ofd-lock", "shared-lock"),
+    moves("posix-lock"),
+    moves("flock-lock"),
+    moves("ofd-lock"),
     refused("lease-lock", "shared-lock"),
     moves("momentary-lock"),
     moves("tcp-backlog"),
@@ -59,6 +68,11 @@ const ALL: [Case; 15] = [
     refused("netlink-queue-stays", "passing-state"),
     moves("vfork"),
     refused("vfork-stays", "passing-state"),
+    moves("ipc"),
+    refused("ipc-undo", "ipc-lost"),
+    moves_by_force("ipc-undo"),
+    refused("ipc-removed", "ipc-lost"),
+    refused("posix-queue", "ipc-unfit"),
 ];
 
 /// The scenario.
@@ -101,6 +115,7 @@ impl Case {
             let to = other(&at).to_owned();
             let flags = MoveOptions {
                 shared: vec![SHARED.to_owned()],
+                force_ipc: self.demand == Demand::MovesByForce,
                 ..MoveOptions::default()
             };
             let name = running.workload.name();
@@ -128,7 +143,7 @@ impl Case {
             }
             let code = outcome.error.as_ref().map(|(code, _)| code.as_str());
             match (self.demand, code) {
-                (Demand::Moves, None) => {}
+                (Demand::Moves | Demand::MovesByForce, None) => {}
                 (Demand::Refused(demanded), Some(code)) if demanded == code => return Ok(()),
                 _ => {
                     report.fail(format!(

@@ -108,7 +108,7 @@ enum Stall {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Survivor {
+pub(super) enum Survivor {
     Source,
     Target,
     /// It is frozen at the target because part of its memory is lost for good.
@@ -299,10 +299,10 @@ impl Act {
 
 /// Processes that are stopped, to go on when this is dropped.
 #[derive(Debug, Default)]
-struct Stopped(Vec<Pid>);
+pub(super) struct Stopped(Vec<Pid>);
 
 impl Stopped {
-    fn stop(&mut self, lab: &mut Lab, node: &str) -> Result<()> {
+    pub(super) fn stop(&mut self, lab: &mut Lab, node: &str) -> Result<()> {
         let pid = lab.daemon(node)?.host_pid();
         let pid = Pid::from_raw(i32::try_from(pid).context("the kernel's pids are ints")?);
         self.stop_process(pid)
@@ -334,7 +334,7 @@ impl Drop for Stopped {
 }
 
 /// What came of a fault.
-enum Struck {
+pub(super) enum Struck {
     Done,
     /// There was nothing to kill: not yet, or no more.
     Missed,
@@ -342,7 +342,7 @@ enum Struck {
     Asked(Child),
 }
 
-fn signal_first(lab: &Lab, node: &str, command: &str, signal: Signal) -> Result<Struck> {
+pub(super) fn signal_first(lab: &Lab, node: &str, command: &str, signal: Signal) -> Result<Struck> {
     let pids = lab.node(node)?.host_processes_named(command);
     let Some(pid) = pids.first() else {
         return Ok(Struck::Missed);
@@ -389,7 +389,11 @@ fn is_frozen_too_long(error: Option<&(String, String)>, who: &str) -> Result<()>
 
 /// Polls until a node says that its migration of the workload is in a phase; its id. None when the
 /// phase passed unseen or does not come.
-fn wait_for_phase(lab: &Lab, workload: &str, at: (&str, &str)) -> Result<Option<String>> {
+pub(super) fn wait_for_phase(
+    lab: &Lab,
+    workload: &str,
+    at: (&str, &str),
+) -> Result<Option<String>> {
     let (node, phase) = (lab.node(at.0)?, at.1);
     let deadline = Instant::now() + PHASE_TIME_MAX;
     let mut seen_any = false;
@@ -420,7 +424,7 @@ fn wait_for_fill(lab: &Lab, workload: &str) -> Result<()> {
 }
 
 /// Who runs the workload now? Exactly one node may, and its memory must be right.
-fn judge(lab: &Lab, session: &mut WriterSession) -> Result<Survivor> {
+pub(super) fn judge(lab: &Lab, session: &mut WriterSession) -> Result<Survivor> {
     let (source, target) = (lab.node("a")?, lab.node("b")?);
     let (workload, client) = (&session.workload, &mut session.client);
     let at = || (workload.is_at(source), workload.is_at(target));

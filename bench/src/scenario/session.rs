@@ -49,6 +49,18 @@ impl Session {
         plan: LoadPlan,
     ) -> Result<Self> {
         let workload = redis::start(lab, at, redis)?;
+        Self::watch(lab, mover, at, workload, dataset, plan)
+    }
+
+    /// Fills a Redis that has just been started, and starts its clients.
+    pub fn watch(
+        lab: &Lab,
+        mover: &'static dyn Mover,
+        at: &str,
+        workload: Workload,
+        dataset: Dataset,
+        plan: LoadPlan,
+    ) -> Result<Self> {
         let net = &lab.client.net;
         let address = workload.link.address;
         let mut connection = Connection::open(net, address)?;

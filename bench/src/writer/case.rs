@@ -1,6 +1,8 @@
 //! Cases: odd things programs do with memory and processes, each checking itself.
 
+pub mod direct;
 pub mod flags;
+pub mod locks;
 pub mod mappings;
 pub mod refused;
 pub mod tree;
@@ -31,8 +33,6 @@ pub enum Demand {
     MustMove,
     /// It moves, or is refused by one of these codes before any freeze.
     MayBeRefused(&'static [&'static str]),
-    /// It is refused by this code when the move is under way, and runs on.
-    MustBeRefused(&'static str),
 }
 
 /// A case by name.
@@ -44,7 +44,7 @@ pub struct Kind {
 }
 
 /// Every case.
-pub const ALL: [Kind; 24] = [
+pub const ALL: [Kind; 25] = [
     must("none", || Ok(Box::new(Nothing))),
     must("remap", mappings::Remap::start),
     must("brk", mappings::Heap::start_churning),
@@ -63,13 +63,10 @@ pub const ALL: [Kind; 24] = [
     must("swapped", flags::SwappedOut::start),
     must("threads", tree::Threads::start),
     must("processes", tree::Processes::start),
+    must("direct-io", direct::always),
+    must("direct-io-late", direct::late),
+    must("direct-io-threads", direct::among_threads),
     may_refuse("hugetlb", &["hugetlb"], refused::hugetlb),
-    may_refuse("direct-io", &["direct-io"], refused::direct_io),
-    Kind {
-        name: "direct-io-late",
-        demand: Demand::MustBeRefused("direct-io"),
-        start: refused::direct_io_late,
-    },
     may_refuse("aio", &["direct-io"], refused::aio),
     may_refuse("io-uring", &["io-uring", "direct-io"], refused::io_uring),
     may_refuse("secretmem", &["secretmem"], refused::secretmem),
@@ -77,6 +74,9 @@ pub const ALL: [Kind; 24] = [
 
 /// Also a case, but not in [`ALL`]'s order: its processes trace each other.
 pub const TRACED: Kind = may_refuse("traced", &["traced"], tree::Traced::start);
+
+/// Needs storage that the nodes share.
+pub const LOCKS: Kind = must("locks", locks::Locks::start);
 
 /// Only in the freeze it turns out that this one cannot move.
 pub const LOST_PAGES: Kind = may_refuse("lost-pages", &["pages-unread"], refused::lost_pages);
@@ -103,7 +103,7 @@ const fn may_refuse(
 
 /// Starts a case by its name.
 pub fn start(name: &str) -> Result<Box<dyn Case>> {
-    let mut all = ALL.iter().chain([&TRACED, &LOST_PAGES]);
+    let mut all = ALL.iter().chain([&TRACED, &LOCKS, &LOST_PAGES]);
     let kind = all.find(|kind| kind.name == name);
     let kind = kind.with_context(|| format!("no case is called {name:?}"))?;
     (kind.start)().with_context(|| format!("starting the case {name}"))

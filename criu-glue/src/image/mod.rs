@@ -3,10 +3,11 @@
 //! An image is one or two magic numbers and then records, each a little-endian `u32` length and a
 //! protobuf message. `pages-N.img` has no framing: it is page contents one after the other.
 //!
-//! Only what is needed is decoded. What is rewritten ([`pagemap`]) is rewritten byte for byte, so
-//! that fields this crate has never heard of stay.
+//! Only what is needed is decoded. What is rewritten ([`pagemap`], [`mm`], [`file_locks`]) is
+//! rewritten byte for byte, so that fields this crate has never heard of stay.
 
 pub mod core;
+pub mod file_locks;
 pub mod inventory;
 pub mod mm;
 pub mod pagemap;

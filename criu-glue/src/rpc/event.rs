@@ -8,7 +8,7 @@ use crate::report;
 /// What a worker says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// CRIU has reached this point and waits for [`super::Swrk::answer`]. `pid` is the root
+    /// CRIU has reached this point and waits for [`super::Conversation::answer`]. `pid` is the root
     /// task's, at `setup-namespaces` and `post-restore` only.
     Notify {
         script: NotifyScript,
@@ -84,22 +84,42 @@ pub struct RequestFailed {
 
 impl From<String> for NotifyScript {
     fn from(name: String) -> Self {
-        match name.as_str() {
-            "pre-stream" => Self::PreStream,
-            "pre-dump" => Self::PreDump,
-            "post-dump" => Self::PostDump,
-            "pre-restore" => Self::PreRestore,
-            "post-restore" => Self::PostRestore,
-            "network-lock" => Self::NetworkLock,
-            "network-unlock" => Self::NetworkUnlock,
-            "setup-namespaces" => Self::SetupNamespaces,
-            "post-setup-namespaces" => Self::PostSetupNamespaces,
-            "pre-resume" => Self::PreResume,
-            "post-resume" => Self::PostResume,
-            "orphan-pts-master" => Self::OrphanPtsMaster,
-            "status-ready" => Self::StatusReady,
-            "query-ext-files" => Self::QueryExtFiles,
-            _ => Self::Other(name),
+        let known = SCRIPTS.iter().find(|(_, known)| *known == name);
+        known.map_or_else(|| Self::Other(name), |(script, _)| script.clone())
+    }
+}
+
+impl std::fmt::Display for NotifyScript {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let known = SCRIPTS.iter().find(|(script, _)| script == self);
+        match (known, self) {
+            (Some((_, name)), _) => f.write_str(name),
+            (None, Self::Other(name)) => f.write_str(name),
+            (None, _) => unreachable!("every script that CRIU has is in the table"),
+        }
+    }
+}
+
+impl NotifyScript {
+    /// Whether CRIU gives up, with nothing left, when this is answered with no.
+    #[must_use]
+    pub fn asks(&self) -> bool {
+        match self {
+            Self::PreStream
+            | Self::PreDump
+            | Self::PostDump
+            | Self::PreRestore
+            | Self::PostRestore
+            | Self::NetworkLock
+            | Self::SetupNamespaces
+            | Self::PostSetupNamespaces
+            | Self::OrphanPtsMaster
+            | Self::QueryExtFiles => true,
+            Self::NetworkUnlock
+            | Self::PreResume
+            | Self::PostResume
+            | Self::StatusReady
+            | Self::Other(_) => false,
         }
     }
 }
@@ -154,6 +174,24 @@ impl std::fmt::Display for Version {
         }
     }
 }
+
+/// What CRIU calls its notifications.
+const SCRIPTS: [(NotifyScript, &str); 14] = [
+    (NotifyScript::PreStream, "pre-stream"),
+    (NotifyScript::PreDump, "pre-dump"),
+    (NotifyScript::PostDump, "post-dump"),
+    (NotifyScript::PreRestore, "pre-restore"),
+    (NotifyScript::PostRestore, "post-restore"),
+    (NotifyScript::NetworkLock, "network-lock"),
+    (NotifyScript::NetworkUnlock, "network-unlock"),
+    (NotifyScript::SetupNamespaces, "setup-namespaces"),
+    (NotifyScript::PostSetupNamespaces, "post-setup-namespaces"),
+    (NotifyScript::PreResume, "pre-resume"),
+    (NotifyScript::PostResume, "post-resume"),
+    (NotifyScript::OrphanPtsMaster, "orphan-pts-master"),
+    (NotifyScript::StatusReady, "status-ready"),
+    (NotifyScript::QueryExtFiles, "query-ext-files"),
+];
 
 fn errno_text(errno: Option<i32>) -> String {
     errno

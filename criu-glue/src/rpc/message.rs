@@ -1,7 +1,8 @@
 //! The messages of CRIU's RPC, with the field numbers of its `images/rpc.proto` (MIT licence).
 //!
 //! They are the same in CRIU 4.1 and 4.2; new ones are only ever added. Only fields this crate can
-//! have a use for are listed; prost skips the others when it reads an answer. Enumerations are
+//! have a use for are listed; prost skips the others when it reads, so a message that somebody else
+//! made is never written from these types. Enumerations are
 //! plain `i32` here: a newer CRIU may know more values than we do.
 
 use prost::Message;
@@ -151,8 +152,9 @@ pub struct CriuCgroupRoot {
     pub path: String,
 }
 
-/// `criu_opts`. Descriptors in `images_dir_fd` and `work_dir_fd` are numbers in *our* process
-/// (CRIU opens `/proc/OUR-PID/fd/N`); those in `ps` and `inherit_fd` are numbers in the worker.
+/// `criu_opts`. Descriptors in `images_dir_fd`, `work_dir_fd`, `status_fd` and `pidfd_store_sk` are
+/// numbers in the process that made CRIU's socket (CRIU opens `/proc/PID/fd/N`); those in `ps` and
+/// `inherit_fd` are numbers in the worker.
 #[derive(Clone, PartialEq, Message)]
 pub struct CriuOpts {
     #[prost(int32, required, tag = "1")]
@@ -231,6 +233,8 @@ pub struct CriuOpts {
     pub weak_sysctls: Option<bool>,
     #[prost(bool, optional, tag = "48")]
     pub lazy_pages: Option<bool>,
+    #[prost(int32, optional, tag = "49")]
+    pub status_fd: Option<i32>,
     #[prost(bool, optional, tag = "50")]
     pub orphan_pts_master: Option<bool>,
     #[prost(string, optional, tag = "51")]
@@ -243,6 +247,8 @@ pub struct CriuOpts {
     pub cgroup_yard: Option<String>,
     #[prost(int32, optional, tag = "61")]
     pub pre_dump_mode: Option<i32>,
+    #[prost(int32, optional, tag = "62")]
+    pub pidfd_store_sk: Option<i32>,
     #[prost(string, optional, tag = "63")]
     pub lsm_mount_context: Option<String>,
     #[prost(int32, optional, tag = "64")]

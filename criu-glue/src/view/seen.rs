@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use super::Feed;
-use crate::rpc::Swrk;
+use crate::rpc::Conversation;
 
 /// Why a worker does not see through the feed.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +44,7 @@ impl Feed {
     ///
     /// # Errors
     /// [`Blind`] with what is wrong.
-    pub fn check_seen_by(&self, worker: &Swrk) -> Result<(), Blind> {
+    pub fn check_seen_by(&self, worker: &Conversation) -> Result<(), Blind> {
         let started = worker.pid();
         let speaks = worker.speaker().ok_or(Blind::Silent)?;
         if speaks != started {

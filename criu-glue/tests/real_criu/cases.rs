@@ -13,14 +13,19 @@ use criu_glue::image::{inventory, mm, pagemap, pstree};
 use criu_glue::options::{Directories, DumpOptions, Log, LogLevel, Request, RestoreOptions};
 use criu_glue::probe::{Capabilities, VERSION_MIN};
 use criu_glue::report;
-use criu_glue::rpc::{Event, NotifyScript, Response, Swrk, SwrkConfig, SwrkError};
+use criu_glue::rpc::{Conversation, NotifyScript, Response, StartError, SwrkConfig, TalkError};
 use criu_glue::view::smaps::{self, Recorded};
 use criu_glue::view::{Counters, Feed};
 use tokio::sync::oneshot;
 
+use crate::gated::{
+    a_gate_hears_that_criu_has_died, a_gate_hears_that_its_runtime_has_died,
+    a_runtime_that_wants_no_notifications_hears_of_none, a_runtimes_dump_goes_through_a_gate,
+    a_runtimes_dump_is_taken_back_at_its_gate,
+};
 use crate::killed::{
-    a_dump_without_its_tracer_fails, a_killed_criu_leaves_the_workload_as_it_was,
-    a_late_tracer_finds_the_parasite_still_at_work,
+    a_dump_given_up_in_its_middle_leaves_the_workload_as_it_was, a_dump_without_its_tracer_fails,
+    a_killed_criu_leaves_the_workload_as_it_was, a_late_tracer_finds_the_parasite_still_at_work,
     a_thread_in_a_restartable_sequence_begins_it_anew,
 };
 use crate::lazy::{Server, Store, take_over};
@@ -63,6 +68,7 @@ cases! {
     a_dropped_worker_leaves_the_workload_running,
     a_killed_criu_leaves_the_workload_as_it_was,
     a_late_tracer_finds_the_parasite_still_at_work,
+    a_dump_given_up_in_its_middle_leaves_the_workload_as_it_was,
     a_thread_in_a_restartable_sequence_begins_it_anew,
     a_dump_without_its_tracer_fails,
     a_tracer_is_asked_little_about_each_thread,
@@ -71,6 +77,11 @@ cases! {
     stopped_children_in_a_frozen_cgroup_of_v2_are_dumped_and_given_back,
     stopped_children_in_a_frozen_cgroup_come_back_by_a_restore,
     a_killed_criu_leaves_stopped_children_in_their_cgroup,
+    a_runtimes_dump_goes_through_a_gate,
+    a_runtimes_dump_is_taken_back_at_its_gate,
+    a_runtime_that_wants_no_notifications_hears_of_none,
+    a_gate_hears_that_its_runtime_has_died,
+    a_gate_hears_that_criu_has_died,
     a_failed_request_names_its_cause,
     a_worker_that_cannot_be_prepared_names_the_step,
 }
@@ -147,17 +158,9 @@ impl Run {
     }
 }
 
-/// Answers every notification with what `at` says, and gives the response.
-pub async fn drive(worker: &mut Swrk, mut at: impl FnMut(&NotifyScript) -> bool) -> Response {
-    loop {
-        match worker.next().await.expect("criu talks") {
-            Event::Notify { script, .. } => {
-                let success = at(&script);
-                worker.answer(success).await.expect("criu listens");
-            }
-            Event::Response(response) => return response,
-        }
-    }
+/// Lets a worker respond; at each notification `at` says whether it shall go on.
+pub async fn drive(worker: &mut Conversation, at: impl FnMut(&NotifyScript) -> bool) -> Response {
+    worker.conclude(PATIENCE, at).await.expect("criu talks")
 }
 
 fn memory_of(workload: &Workload, (start, end): (u64, u64)) -> Vec<u8> {
@@ -216,7 +219,7 @@ async fn without_a_published_feed_a_dump_is_complete() {
     feed.set_ranges(workload.pid, &[workload.region])
         .expect("pages");
     let view = feed.share(LIBRARY.into()).expect("a descriptor");
-    let mut worker = Swrk::spawn(SwrkConfig {
+    let mut worker = Conversation::start(SwrkConfig {
         view: Some(view),
         ..run.config()
     })
@@ -253,7 +256,7 @@ async fn without_a_published_feed_a_dump_is_complete() {
     let pagemap = pagemap::read(&run.images, vpid(&workload)).expect("an image");
     assert!(pagemap.entry_at(workload.region.0).is_some());
 
-    let mut worker = Swrk::spawn(run.config()).expect("criu");
+    let mut worker = Conversation::start(run.config()).expect("criu");
     worker
         .request(Request::restore(run.restore_options()))
         .await
@@ -263,7 +266,8 @@ async fn without_a_published_feed_a_dump_is_complete() {
         .into_result()
         .expect("restored");
     assert_eq!(response.pid, Some(workload.pid));
-    assert!(worker.wait().await.expect("our child").success());
+    let status = worker.wait().await.expect("our child");
+    assert!(status.expect("our child").success());
     workload.check();
 }
 
@@ -271,7 +275,7 @@ async fn without_a_published_feed_a_dump_is_complete() {
 async fn dump_hidden(workload: &mut Workload, run: &Run, feed: &mut Feed) -> Vec<u8> {
     let recorded = Recorded::parse(&workload.proc("smaps")).expect("the kernel's text");
     let view = feed.share(LIBRARY.into()).expect("a descriptor");
-    let mut worker = Swrk::spawn(SwrkConfig {
+    let mut worker = Conversation::start(SwrkConfig {
         view: Some(view),
         ..run.config()
     })
@@ -383,7 +387,7 @@ async fn restore_lazily(run: &Run, workload: &Workload, contents: Vec<u8>) -> Se
     let faults =
         tokio::spawn(async move { take_over(&work, bound, Store { start, contents }).await });
     ready.await.expect("bound");
-    let mut worker = Swrk::spawn(SwrkConfig {
+    let mut worker = Conversation::start(SwrkConfig {
         huge_pages: false,
         ..run.config()
     })
@@ -419,7 +423,7 @@ async fn a_half_hidden_mapping_is_dumped_in_part() {
         .expect("pages");
     feed.publish().expect("room");
     let view = feed.share(LIBRARY.into()).expect("a descriptor");
-    let mut worker = Swrk::spawn(SwrkConfig {
+    let mut worker = Conversation::start(SwrkConfig {
         view: Some(view),
         ..run.config()
     })
@@ -467,7 +471,7 @@ async fn a_worker_inside_the_namespaces_of_a_workload_leaves_them_alone() {
         namespaces: for_dump,
         ..run.config()
     };
-    let mut worker = Swrk::spawn(config).expect("criu");
+    let mut worker = Conversation::start(config).expect("criu");
     worker
         .request(Request::dump(run.dump_options(&workload)))
         .await
@@ -491,7 +495,7 @@ async fn a_worker_inside_the_namespaces_of_a_workload_leaves_them_alone() {
         namespaces: for_restore,
         ..run.config()
     };
-    let mut worker = Swrk::spawn(config).expect("criu");
+    let mut worker = Conversation::start(config).expect("criu");
     worker
         .request(Request::restore(run.restore_options()))
         .await
@@ -508,7 +512,7 @@ async fn a_dump_refused_at_its_gate_leaves_the_workload_running() {
     let workload = Workload::start(8);
     for gate in [NotifyScript::PreDump, NotifyScript::PostDump] {
         let run = Run::new();
-        let mut worker = Swrk::spawn(run.config()).expect("criu");
+        let mut worker = Conversation::start(run.config()).expect("criu");
         worker
             .request(Request::dump(run.dump_options(&workload)))
             .await
@@ -516,7 +520,8 @@ async fn a_dump_refused_at_its_gate_leaves_the_workload_running() {
         let response = drive(&mut worker, |script| *script != gate).await;
         let refused = response.into_result().expect_err("refused");
         assert!(refused.to_string().starts_with("criu failed"), "{refused}");
-        assert!(!worker.wait().await.expect("our child").success());
+        let status = worker.wait().await.expect("our child");
+        assert!(!status.expect("our child").success());
         workload.check();
     }
 }
@@ -524,24 +529,15 @@ async fn a_dump_refused_at_its_gate_leaves_the_workload_running() {
 async fn a_dropped_worker_leaves_the_workload_running() {
     let workload = Workload::start(8);
     let run = Run::new();
-    let mut worker = Swrk::spawn(run.config()).expect("criu");
+    let mut worker = Conversation::start(run.config()).expect("criu");
     worker
         .request(Request::dump(run.dump_options(&workload)))
         .await
         .expect("criu listens");
-    loop {
-        let event = worker.next().await.expect("criu talks");
-        if matches!(
-            event,
-            Event::Notify {
-                script: NotifyScript::PostDump,
-                ..
-            }
-        ) {
-            break;
-        }
-        worker.answer(true).await.expect("criu listens");
-    }
+    worker
+        .until(&NotifyScript::PostDump, PATIENCE)
+        .await
+        .expect("criu talks");
     drop(worker);
     workload.check();
 }
@@ -550,18 +546,18 @@ async fn a_failed_request_names_its_cause() {
     let run = Run::new();
     // Above the kernel's limit of process ids.
     let options = DumpOptions::new(0x7fff_0000, run.directories());
-    let mut worker = Swrk::spawn(run.config()).expect("criu");
+    let mut worker = Conversation::start(run.config()).expect("criu");
     worker
         .request(Request::dump(options))
         .await
         .expect("criu listens");
     assert!(matches!(
         worker.answer(true).await,
-        Err(SwrkError::NothingToAnswer)
+        Err(TalkError::NothingToAnswer)
     ));
     let response = drive(&mut worker, |_| true).await;
     response.into_result().expect_err("no such process");
-    assert!(matches!(worker.next().await, Err(SwrkError::Closed)));
+    assert!(matches!(worker.next().await, Err(TalkError::Closed)));
     let cause = report::first_error(&run.work.join("dump.log")).expect("a log");
     let cause = cause.expect("an error").text;
     assert!(cause.contains("No such process"), "{cause}");
@@ -574,21 +570,21 @@ async fn a_worker_that_cannot_be_prepared_names_the_step() {
         cgroup_procs: vec![missing.clone()],
         ..run.config()
     };
-    let error = Swrk::spawn(config).expect_err("no such file");
+    let error = Conversation::start(config).expect_err("no such file");
     assert!(
-        matches!(&error, SwrkError::Cgroup { path, .. } if *path == missing),
+        matches!(&error, StartError::Cgroup { path, .. } if *path == missing),
         "{error:?}"
     );
     let file = OwnedFd::from(File::open("/tmp").expect("a directory"));
-    let error = Swrk::spawn(SwrkConfig {
+    let error = Conversation::start(SwrkConfig {
         namespaces: vec![file],
         ..run.config()
     });
     assert!(
-        matches!(error, Err(SwrkError::Namespace { index: 0, .. })),
+        matches!(error, Err(StartError::Namespace { index: 0, .. })),
         "{error:?}"
     );
     let nowhere = SwrkConfig::new("/no/such/criu".into(), run.work.join("criu.out"));
-    let error = Swrk::spawn(nowhere).expect_err("no such file");
-    assert!(matches!(error, SwrkError::Exec { .. }), "{error:?}");
+    let error = Conversation::start(nowhere).expect_err("no such file");
+    assert!(matches!(error, StartError::Exec { .. }), "{error:?}");
 }

@@ -1,19 +1,21 @@
 //! A criu that is killed wherever it may be in a dump.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use criu_glue::options::{DumpOptions, NetworkLock, Request};
-use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig};
+use criu_glue::rpc::{Conversation, Ending, NotifyScript, SwrkConfig};
 use criu_glue::view::Feed;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::cases::Run;
+use crate::cases::{Run, drive};
 use crate::node::LIBRARY;
-use crate::workload::{Workload, wait_until};
+use crate::workload::{PATIENCE, Workload, once, wait_until};
 
 /// Whatever it was doing when it was killed, after so many calls of its tracer: the workload runs
 /// on with its own registers, code, memory, descriptors and blocked signals.
@@ -29,7 +31,7 @@ pub async fn a_killed_criu_leaves_the_workload_as_it_was() {
     let mut killed = 0;
     for calls in (1..).step_by(STEP) {
         match kill_after(&workload, calls).await {
-            Hit::Killed => killed += 1,
+            Hit::InTime => killed += 1,
             Hit::Late => {}
             Hit::Never => break,
         }
@@ -42,6 +44,41 @@ pub async fn a_killed_criu_leaves_the_workload_as_it_was() {
         assert_eq!(links(), 1, "files after {calls} calls");
     }
     assert!(killed > 20, "only {killed} dumps were hit");
+}
+
+/// Wherever it is when it is told so, CRIU takes the dump back by itself; or, when nobody has the
+/// patience, its tracer does.
+pub async fn a_dump_given_up_in_its_middle_leaves_the_workload_as_it_was() {
+    let workload = Workload::start_with(&[], 1, THREADS);
+    let mut connections = workload.dial();
+    connections.iter_mut().for_each(answers);
+    let before = traces(&workload);
+    let mut given_up = 0;
+    let killed = Cell::new(0);
+    let patiences = [PATIENCE, Duration::ZERO].into_iter().cycle();
+    for (calls, patience) in (1..).step_by(3).zip(patiences) {
+        let hit = end_after(&workload, calls, async |worker| {
+            match worker.give_up(patience, PATIENCE).await.expect("it ends") {
+                Ending::ByItself => {}
+                Ending::Killed => killed.set(killed.get() + 1),
+            }
+            assert!(!worker.is_open(), "its tracer is still at work");
+        });
+        match hit.await {
+            Hit::InTime => given_up += 1,
+            Hit::Late => {}
+            Hit::Never => break,
+        }
+        workload.check();
+        connections.iter_mut().for_each(answers);
+        assert!(traces(&workload) == before, "after {calls} calls");
+    }
+    let killed = killed.get();
+    // The last ones may be quicker than no patience at all.
+    assert!(
+        2 < killed && killed <= given_up / 2 + 1,
+        "{killed} of {given_up}"
+    );
 }
 
 fn answers(connection: &mut TcpStream) {
@@ -74,24 +111,16 @@ async fn late_tracer() -> Result<(), String> {
     let mut feed = Feed::create().expect("memfd");
     let mut worker = begin(&run, &workload, &mut feed).await;
     let (criu, late) = (Pid::from_raw(worker.pid()), tracer(&worker));
-    worker.answer(true).await.expect("criu listens");
     let log = run.work.join("dump.log");
     let said = || fs::read_to_string(&log).unwrap_or_default();
-    while !said().contains("Turning repair on") {
-        tokio::select! {
-            event = worker.next() => match event.expect("criu talks") {
-                // We were slow; and told to go on it would kill the workload.
-                Event::Notify { script: NotifyScript::PostDump, .. } => {
-                    worker.answer(false).await.expect("criu listens");
-                    while worker.next().await.is_ok() {}
-                    worker.wait().await.expect("our child");
-                    return Err("the dump was over".to_owned());
-                }
-                Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
-                Event::Response(response) => panic!("{response:?}"),
-            },
-            () = tokio::task::yield_now() => {}
+    tokio::select! {
+        dumped = worker.until(&NotifyScript::PostDump, PATIENCE) => {
+            // We were slow; and told to go on it would kill the workload.
+            dumped.expect("criu talks");
+            worker.give_up(PATIENCE, PATIENCE).await.expect("it lets go");
+            return Err("the dump was over".to_owned());
         }
+        () = once(|| said().contains("Turning repair on")) => {}
     }
     kill(criu, Signal::SIGSTOP).expect("our child");
     let cured = said().contains("Curing");
@@ -101,7 +130,7 @@ async fn late_tracer() -> Result<(), String> {
     let at = wait_until("a system call", || program_counter(&workload));
     let shared = traces(&workload).0;
     kill(late, Signal::SIGCONT).expect("root");
-    while worker.next().await.is_ok() {}
+    worker.end(PATIENCE).await.expect("the tracer ends");
     workload.check();
     connections.iter_mut().for_each(answers);
     assert!(traces(&workload) == before);
@@ -148,7 +177,7 @@ fn has(mapping: &str, address: u64) -> bool {
 }
 
 /// The process that traces for `worker`.
-fn tracer(worker: &Swrk) -> Pid {
+fn tracer(worker: &Conversation) -> Pid {
     let own = format!("/proc/{0}/task/{0}/children", worker.pid());
     let is_tracer = |child: &&str| {
         let name = fs::read_to_string(format!("/proc/{child}/comm"));
@@ -170,21 +199,15 @@ pub async fn a_dump_without_its_tracer_fails() {
     let mut feed = Feed::create().expect("memfd");
     let mut worker = begin(&run, &workload, &mut feed).await;
     kill(tracer(&worker), Signal::SIGKILL).expect("root");
-    worker.answer(true).await.expect("criu listens");
-    let response = loop {
-        match worker.next().await.expect("criu talks") {
-            Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
-            Event::Response(response) => break response,
-        }
-    };
+    let response = drive(&mut worker, |_| true).await;
     response.into_result().expect_err("nobody traces");
     workload.check();
     assert!(traces(&workload) == before);
 }
 
 /// Brings a worker to the gate before the dump, with its view published.
-async fn begin(run: &Run, workload: &Workload, feed: &mut Feed) -> Swrk {
-    let mut worker = Swrk::spawn(SwrkConfig {
+async fn begin(run: &Run, workload: &Workload, feed: &mut Feed) -> Conversation {
+    let mut worker = Conversation::start(SwrkConfig {
         view: Some(feed.share(LIBRARY.into()).expect("a descriptor")),
         ..run.config()
     })
@@ -196,7 +219,8 @@ async fn begin(run: &Run, workload: &Workload, feed: &mut Feed) -> Swrk {
         ..run.dump_options(workload)
     });
     worker.request(request).await.expect("criu listens");
-    until(&mut worker, &NotifyScript::PreDump).await;
+    let ready = worker.until(&NotifyScript::PreDump, PATIENCE);
+    ready.await.expect("criu talks");
     feed.set_ranges(workload.pid, &[workload.region])
         .expect("pages");
     feed.publish().expect("room");
@@ -204,7 +228,7 @@ async fn begin(run: &Run, workload: &Workload, feed: &mut Feed) -> Swrk {
 }
 
 enum Hit {
-    Killed,
+    InTime,
     /// The dump was over before we looked again.
     Late,
     /// A whole dump makes fewer calls.
@@ -212,38 +236,36 @@ enum Hit {
 }
 
 async fn kill_after(workload: &Workload, calls: u64) -> Hit {
+    end_after(workload, calls, async |worker| {
+        kill(Pid::from_raw(worker.pid()), Signal::SIGKILL).expect("our child");
+        // The tracer keeps the conversation open until all is put back.
+        worker.end(PATIENCE).await.expect("the tracer ends");
+    })
+    .await
+}
+
+/// Has a dump end after so many calls of its tracer.
+async fn end_after(workload: &Workload, calls: u64, end: impl AsyncFn(&mut Conversation)) -> Hit {
     let run = Run::new();
     let mut feed = Feed::create().expect("memfd");
     let mut worker = begin(&run, workload, &mut feed).await;
-    worker.answer(true).await.expect("criu listens");
     let asked = || feed.counters().expect("readable").tracer_asked;
-    while asked() < calls {
-        tokio::select! {
-            biased;
-            event = worker.next() => match event.expect("criu talks") {
-                Event::Notify { script: NotifyScript::PostDump, .. } => {
-                    assert!(asked() > 0, "criu left nothing to its tracer");
-                    assert!(hears_of_children(worker.pid()), "SIGCHLD is blocked in criu");
-                    worker.answer(false).await.expect("criu listens");
-                    while worker.next().await.is_ok() {}
-                    return if asked() < calls { Hit::Never } else { Hit::Late };
-                }
-                Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
-                Event::Response(response) => panic!("{response:?}"),
-            },
-            () = tokio::task::yield_now() => {}
+    tokio::select! {
+        biased;
+        dumped = worker.until(&NotifyScript::PostDump, PATIENCE) => {
+            dumped.expect("criu talks");
+            assert!(asked() > 0, "criu left nothing to its tracer");
+            assert!(hears_of_children(worker.pid()), "SIGCHLD is blocked in criu");
+            worker.give_up(PATIENCE, PATIENCE).await.expect("it lets go");
+            return if asked() < calls { Hit::Never } else { Hit::Late };
         }
+        () = once(|| asked() >= calls) => {}
     }
-    kill(Pid::from_raw(worker.pid()), Signal::SIGKILL).expect("our child");
-    // The tracer keeps the conversation open until all is put back.
-    while let Ok(event) = worker.next().await {
-        assert!(matches!(event, Event::Notify { .. }), "{event:?}");
-    }
-    worker.wait().await.expect("our child");
+    end(&mut worker).await;
     let said = fs::read_to_string(run.work.join("criu.out")).expect("our own");
     assert!(!said.contains("left"), "{calls}: {said}");
     fs::remove_dir_all(run.images).expect("our own");
-    Hit::Killed
+    Hit::InTime
 }
 
 /// Whether CRIU's handler for a parasite that dies can run.
@@ -252,16 +274,6 @@ fn hears_of_children(pid: i32) -> bool {
     let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
     let blocked = u64::from_str_radix(blocked.expect("a mask").trim(), 16);
     blocked.expect("a number") & 1 << (Signal::SIGCHLD as i32 - 1) == 0
-}
-
-async fn until(worker: &mut Swrk, point: &NotifyScript) {
-    loop {
-        match worker.next().await.expect("criu talks") {
-            Event::Notify { script, .. } if script == *point => return,
-            Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
-            Event::Response(response) => panic!("{response:?}"),
-        }
-    }
 }
 
 /// What a dump could have left behind: shared mappings, descriptors, tracers and blocked signals.

@@ -6,6 +6,7 @@
 //! image is changed, and the kernel takes all of it down when the test ends, however it ends.
 
 mod cases;
+mod gated;
 mod killed;
 mod lazy;
 mod node;
@@ -29,6 +30,13 @@ fn main() -> ExitCode {
         ["--case", name, folder] => {
             nix::unistd::setsid().expect("a child is no group leader");
             pageferry_bench::cases::be(name, Path::new(folder))
+        }
+        ["--runtime", gate, pid, folder, told, no_to] => {
+            let pid = pid.parse().expect("a number");
+            gated::be_runtime(Path::new(gate), pid, Path::new(folder), told, no_to)
+        }
+        ["--stand-in", gate, "swrk", fd] => {
+            gated::be_stand_in(Path::new(gate), fd.parse().expect("a number"))
         }
         ["--inside", image, base, library, filter @ ..] => {
             node::enter(Path::new(image), Path::new(base), Path::new(library));

@@ -5,16 +5,16 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use criu_glue::options::{DumpOptions, Request};
-use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, ViewFds};
+use criu_glue::rpc::{Conversation, NotifyScript, SwrkConfig, ViewFds};
 use criu_glue::view::Feed;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pageferry_bench::cases::{Verdict, Watched};
 
-use crate::cases::Run;
+use crate::cases::{Run, drive};
 use crate::node::{LIBRARY, PROGRAM};
-use crate::workload::wait_until;
+use crate::workload::{PATIENCE, once, wait_until};
 
 /// A process with children in every state of job control, in a cgroup of its own.
 struct Tree {
@@ -97,12 +97,12 @@ impl Tree {
     }
 
     /// A worker at the gate before the dump, and its view.
-    async fn begin(&self, run: &Run, feed: &mut Feed) -> Swrk {
+    async fn begin(&self, run: &Run, feed: &mut Feed) -> Conversation {
         let view = ViewFds {
             freezer: Some(self.cgroup.clone()),
             ..feed.share(LIBRARY.into()).expect("a descriptor")
         };
-        let mut worker = Swrk::spawn(SwrkConfig {
+        let mut worker = Conversation::start(SwrkConfig {
             view: Some(view),
             ..run.config()
         })
@@ -112,18 +112,19 @@ impl Tree {
             ..run.dump_options_of(self.root())
         });
         worker.request(request).await.expect("criu listens");
-        until(&mut worker, &NotifyScript::PreDump).await;
+        let ready = worker.until(&NotifyScript::PreDump, PATIENCE);
+        ready.await.expect("criu talks");
         feed.publish().expect("room");
         worker
     }
 
     /// A worker that has dumped the frozen tree, which is frozen again.
-    async fn dumped(&self, run: &Run, feed: &mut Feed) -> Swrk {
+    async fn dumped(&self, run: &Run, feed: &mut Feed) -> Conversation {
         let mut worker = self.begin(run, feed).await;
         let threads = self.threads();
         self.set_frozen(true);
-        worker.answer(true).await.expect("criu listens");
-        until(&mut worker, &NotifyScript::PostDump).await;
+        let dumped = worker.until(&NotifyScript::PostDump, PATIENCE);
+        dumped.await.expect("criu talks");
         self.set_frozen(true);
         assert_eq!(self.threads(), threads, "threads of the cgroup");
         worker
@@ -155,16 +156,6 @@ fn reap() {
     });
 }
 
-async fn until(worker: &mut Swrk, point: &NotifyScript) {
-    loop {
-        match worker.next().await.expect("criu talks") {
-            Event::Notify { script, .. } if script == *point => return,
-            Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
-            Event::Response(response) => panic!("{response:?}"),
-        }
-    }
-}
-
 /// They are as before when the dump is taken back: stopped, their parent told as often as it was,
 /// and they go on when they are continued.
 pub async fn stopped_children_in_a_frozen_cgroup_are_dumped_and_given_back() {
@@ -185,8 +176,10 @@ async fn given_back(freezer: Freezer) {
         let run = Run::new();
         let mut feed = Feed::create().expect("memfd");
         let mut worker = tree.dumped(&run, &mut feed).await;
-        worker.answer(false).await.expect("criu listens");
-        while worker.next().await.is_ok() {}
+        worker
+            .give_up(PATIENCE, PATIENCE)
+            .await
+            .expect("it lets go");
         tree.set_frozen(false);
     }
     assert_eq!(tree.verdict().wrong, Vec::<String>::new());
@@ -200,18 +193,13 @@ pub async fn stopped_children_in_a_frozen_cgroup_come_back_by_a_restore() {
     let mut worker = tree.dumped(&run, &mut feed).await;
     worker.answer(true).await.expect("criu listens");
     tree.set_frozen(false);
-    while worker.next().await.is_ok() {}
-    worker.wait().await.expect("our child");
+    worker.end(PATIENCE).await.expect("our child");
     reap();
-    let mut worker = Swrk::spawn(run.config()).expect("criu");
+    let mut worker = Conversation::start(run.config()).expect("criu");
     let request = Request::restore(run.restore_options());
     worker.request(request).await.expect("criu listens");
-    loop {
-        match worker.next().await.expect("criu talks") {
-            Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
-            Event::Response(response) => break drop(response.into_result().expect("restored")),
-        }
-    }
+    let response = drive(&mut worker, |_| true).await;
+    response.into_result().expect("restored");
     worker.wait().await.expect("our child");
     assert_eq!(tree.verdict().wrong, Vec::<String>::new());
 }
@@ -225,25 +213,20 @@ pub async fn a_killed_criu_leaves_stopped_children_in_their_cgroup() {
         let mut worker = tree.begin(&run, &mut feed).await;
         let threads = tree.threads();
         tree.set_frozen(true);
-        worker.answer(true).await.expect("criu listens");
-        let asked = |feed: &Feed| feed.counters().expect("readable").tracer_asked;
-        let mut is_over = false;
-        while asked(&feed) < calls && !is_over {
-            tokio::select! {
-                biased;
-                event = worker.next() => match event.expect("criu talks") {
-                    Event::Notify { script: NotifyScript::PostDump, .. } => is_over = true,
-                    Event::Notify { .. } => worker.answer(true).await.expect("criu listens"),
-                    Event::Response(response) => panic!("{response:?}"),
-                },
-                () = tokio::task::yield_now() => {}
+        let asked = || feed.counters().expect("readable").tracer_asked;
+        let is_over = tokio::select! {
+            biased;
+            dumped = worker.until(&NotifyScript::PostDump, PATIENCE) => {
+                dumped.expect("criu talks");
+                true
             }
-        }
+            () = once(|| asked() >= calls) => false,
+        };
         kill(Pid::from_raw(worker.pid()), Signal::SIGKILL).expect("our child");
         worker.wait().await.expect("our child");
         // Its tracer may wait for a thread that only goes on when it is thawed.
         tree.set_frozen(false);
-        while worker.next().await.is_ok() {}
+        worker.end(PATIENCE).await.expect("the tracer ends");
         assert_eq!(
             tree.threads(),
             threads,

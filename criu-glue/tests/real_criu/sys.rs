@@ -1,11 +1,12 @@
-//! The two userfaultfd calls a page-fault side cannot do without, a restartable sequence, and a
-//! signal for one thread.
+//! The two userfaultfd calls a page-fault side cannot do without, a restartable sequence, a signal
+//! for one thread, and descriptors that come and go by number.
 
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::Signal;
 
 /// `struct uffdio_copy` of `linux/userfaultfd.h`.
@@ -98,4 +99,22 @@ pub fn signal(pid: i32, tid: i32, signal: Signal) -> Result<(), Errno> {
     // SAFETY: numbers only.
     let sent = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal as i32) };
     Errno::result(sent).map(drop)
+}
+
+/// A descriptor that this process has just been given by number.
+pub fn own(number: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just made it, or `exec` has handed it on, and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+/// Lets a descriptor stay open in what this process starts.
+pub fn keep_on_exec(fd: &OwnedFd) {
+    fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).expect("an open descriptor");
+}
+
+/// Puts `fd` where `number` is, for what this process becomes.
+pub fn put_at(fd: &OwnedFd, number: RawFd) {
+    // SAFETY: numbers only; what was there is closed, and nobody here uses it any more.
+    let put = unsafe { libc::dup2(fd.as_raw_fd(), number) };
+    assert_eq!(put, number, "both are open");
 }

@@ -5,14 +5,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use criu_glue::options::{DumpOptions, NetworkLock, Request};
-use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, ViewFds};
+use criu_glue::rpc::{Conversation, NotifyScript, SwrkConfig, ViewFds};
 use criu_glue::view::Feed;
 use nix::sys::signal::Signal;
 
 use crate::cases::Run;
 use crate::node::LIBRARY;
 use crate::sys;
-use crate::workload::{Workload, wait_until};
+use crate::workload::{PATIENCE, Workload, wait_until};
 
 /// A process of many threads in a cgroup of its own, which CRIU freezes.
 struct Tree {
@@ -58,7 +58,7 @@ impl Tree {
             tracer,
             ..feed.share(LIBRARY.into()).expect("a descriptor")
         };
-        let mut worker = Swrk::spawn(SwrkConfig {
+        let mut worker = Conversation::start(SwrkConfig {
             view: Some(view),
             ..run.config()
         })
@@ -70,20 +70,18 @@ impl Tree {
             ..run.dump_options_of(self.pid)
         });
         worker.request(request).await.expect("criu listens");
-        loop {
-            let Event::Notify { script, .. } = worker.next().await.expect("criu talks") else {
-                panic!("criu has dumped nothing, see {}", run.work.display());
-            };
-            match script {
-                NotifyScript::PreDump => feed.publish().expect("room"),
-                NotifyScript::PostDump => break,
-                _ => {}
-            }
-            worker.answer(true).await.expect("criu listens");
-        }
+        let mut come_to = async |point| {
+            let came = worker.until(&point, PATIENCE).await;
+            came.unwrap_or_else(|error| panic!("{error}, see {}", run.work.display()));
+        };
+        come_to(NotifyScript::PreDump).await;
+        feed.publish().expect("room");
+        come_to(NotifyScript::PostDump).await;
         let asked = feed.counters().expect("readable").tracer_asked;
-        worker.answer(false).await.expect("criu listens");
-        while worker.next().await.is_ok() {}
+        worker
+            .give_up(PATIENCE, PATIENCE)
+            .await
+            .expect("it lets go");
         let image = |tid: &i32| fs::read(run.images.join(format!("core-{tid}.img")));
         let threads = self.threads().into_iter();
         let images = threads.map(|tid| (tid, image(&tid).expect("an image of a thread")));

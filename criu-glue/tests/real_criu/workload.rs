@@ -266,6 +266,13 @@ pub fn wait_until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Comes back when `happened` says so; other things go on meanwhile.
+pub async fn once(happened: impl Fn() -> bool) {
+    while !happened() {
+        tokio::task::yield_now().await;
+    }
+}
+
 /// For everything that has to happen sooner or later.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use criu_glue::options::Request;
 use criu_glue::probe::Capabilities;
-use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig};
+use criu_glue::rpc::{Conversation, NotifyScript, SwrkConfig};
 use criu_glue::view::{Blind, Feed};
 
 use crate::cases::{Run, drive};
 use crate::node::LIBRARY;
-use crate::workload::Workload;
+use crate::workload::{PATIENCE, Workload};
 
 fn script(run: &Run, body: &str) -> PathBuf {
     let path = run.work.join("criu.sh");
@@ -21,9 +21,9 @@ fn script(run: &Run, body: &str) -> PathBuf {
 }
 
 /// A worker that waits at `pre-dump`, and whether it sees.
-async fn waiting(run: &Run, feed: &Feed, criu: PathBuf, workload: &Workload) -> Swrk {
+async fn waiting(run: &Run, feed: &Feed, criu: PathBuf, workload: &Workload) -> Conversation {
     let view = feed.share(LIBRARY.into()).expect("a descriptor");
-    let mut worker = Swrk::spawn(SwrkConfig {
+    let mut worker = Conversation::start(SwrkConfig {
         view: Some(view),
         criu,
         ..run.config()
@@ -31,13 +31,9 @@ async fn waiting(run: &Run, feed: &Feed, criu: PathBuf, workload: &Workload) -> 
     .expect("a program");
     let request = Request::dump(run.dump_options(workload));
     worker.request(request).await.expect("criu listens");
-    match worker.next().await.expect("criu talks") {
-        Event::Notify {
-            script: NotifyScript::PreDump,
-            ..
-        } => worker,
-        other => panic!("{other:?}"),
-    }
+    let ready = worker.until(&NotifyScript::PreDump, PATIENCE);
+    ready.await.expect("criu talks");
+    worker
 }
 
 /// Also one that runs other programs before.
@@ -55,7 +51,6 @@ pub async fn a_script_that_execs_criu_sees_through_the_view() {
     feed.publish().expect("room");
     let mut worker = waiting(&run, &feed, criu, &workload).await;
     feed.check_seen_by(&worker).expect("it sees");
-    worker.answer(true).await.expect("criu listens");
     let response = drive(&mut worker, |_| true).await;
     response.into_result().expect("dumped");
     workload.wait_until_killed();
@@ -73,8 +68,7 @@ pub async fn a_script_that_starts_criu_or_hides_the_view_is_found_out() {
     let blind = feed.check_seen_by(&worker);
     assert!(matches!(blind, Err(Blind::Another { started, speaks })
         if started == worker.pid() && Some(speaks) == worker.speaker()));
-    worker.answer(false).await.expect("criu listens");
-    drive(&mut worker, |_| false).await;
+    worker.give_up(PATIENCE, PATIENCE).await.expect("it ends");
     let run = Run::new();
     let hides = script(&run, "unset LD_PRELOAD\nexec criu \"$@\"");
     let mut worker = waiting(&run, &feed, hides, &workload).await;
@@ -84,7 +78,6 @@ pub async fn a_script_that_starts_criu_or_hides_the_view_is_found_out() {
         if program.ends_with("criu")),
         "{blind:?}"
     );
-    worker.answer(false).await.expect("criu listens");
-    drive(&mut worker, |_| false).await;
+    worker.give_up(PATIENCE, PATIENCE).await.expect("it ends");
     workload.check();
 }

@@ -39,6 +39,8 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
         parts: Some(parts(&status.parts)),
         frozen_us: progress.frozen.map(micros),
         synced_us: progress.synced.map(micros),
+        pauses: sent(progress.pauses.into()).map(|_| progress.pauses),
+        longest_pause_us: progress.longest_pause.map(micros),
         elapsed_us: counted(micros(status.elapsed)),
         failure: status.failure.as_ref().map(failure),
         fence_wanted: status.fence_wanted,

@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures_util::Stream;
 use pageferry_api as schema;
 use pageferry_api::control_server::{Control, ControlServer};
-use pageferry_proto::id::{MigrationId, NodeName};
+use pageferry_proto::id::{IdError, MigrationId, NodeName};
 use pageferry_proto::migration::policy::{Policy, ROUNDS_LIMIT};
 use thiserror::Error;
 use tokio::net::UnixListener;
@@ -27,6 +27,7 @@ use tonic::{Request, Response, Status};
 use super::convert::{named_side, refusal, refused, status};
 use crate::migration::progress::Progress;
 use crate::migration::registry::{MigrateRequest, Registry};
+use crate::migration::source::site::Asked;
 
 /// How long calls under way may take when the daemon stops; watches are cut.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -318,12 +319,63 @@ fn parse_migrate(
             relative.display()
         )));
     }
+    let id = request.id.as_deref().map(parse_id).transpose()?;
+    let network = request.join_network.map(|name| name.parse()).transpose();
+    let network = network.map_err(|error: IdError| Status::invalid_argument(error.to_string()))?;
     Ok(MigrateRequest {
+        id,
         workload,
         target,
         policy,
-        shared,
-        force_cpu: request.force_cpu,
-        true_smaps: false,
+        asked: Asked {
+            shared,
+            force_cpu: request.force_cpu,
+            force_ipc: request.force_ipc,
+            network,
+            instead_of: None,
+        },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(change: impl FnOnce(&mut schema::MigrateRequest)) -> Result<MigrateRequest, Status> {
+        let mut request = schema::MigrateRequest {
+            workload: "process/7".to_owned(),
+            to: "b".to_owned(),
+            ..schema::MigrateRequest::default()
+        };
+        change(&mut request);
+        parse_migrate(request, Policy::DEFAULT)
+    }
+
+    #[test]
+    fn a_request_says_what_the_migration_is_called_and_what_it_joins() {
+        let plain = parse(|_| ()).unwrap();
+        assert_eq!((plain.id, plain.asked), (None, Asked::default()));
+        let id = "0123456789abcdef0123456789abcdef";
+        let named = parse(|request| {
+            request.id = Some(id.to_owned());
+            request.join_network = Some("web".to_owned());
+        });
+        let named = named.unwrap();
+        assert_eq!(named.id, Some(id.parse().unwrap()));
+        assert_eq!(named.asked.network, Some("web".parse().unwrap()));
+        let refused = |change: fn(&mut schema::MigrateRequest), word: &str| {
+            let status = parse(change).unwrap_err();
+            assert_eq!(status.code(), tonic::Code::InvalidArgument);
+            assert!(status.message().contains(word), "{status}");
+        };
+        refused(|request| request.id = Some("7".to_owned()), "\"7\"");
+        refused(
+            |request| request.join_network = Some("../a".to_owned()),
+            "\"../a\"",
+        );
+        refused(
+            |request| request.workload = "vm/a".to_owned(),
+            "\"vm\" is not one of",
+        );
+    }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry_proto::id::{MigrationId, NodeName, WorkloadName};
+use pageferry_proto::id::{MigrationId, NetworkName, NodeName, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
 
 use crate::config::units::Span;
@@ -68,7 +68,7 @@ pub enum Command {
 /// The flags of `migrate`.
 #[derive(Debug, Args)]
 pub struct MigrateArgs {
-    /// What moves: process/PID is the tree below that process
+    /// What moves: process/PID is the tree below that process; other kinds are refused so far
     pub workload: WorkloadName,
     /// Name of the node it moves to
     #[arg(long, value_name = "NODE")]
@@ -98,6 +98,17 @@ pub struct MigrateArgs {
     /// Move even if the target's processor lacks features that this one has
     #[arg(long)]
     pub force_cpu: bool,
+    /// Move even if something of System V objects is lost: SEM_UNDO, a queue's own limit and such
+    #[arg(long)]
+    pub force_ipc: bool,
+    /// Join this network namespace of the target, by its name in /run/netns, instead of having one
+    /// made: it must have the same links, addresses and routes, attached to nothing
+    #[arg(long, value_name = "NAME")]
+    pub join_network: Option<NetworkName>,
+    /// What to call the migration, in 32 hexadecimal digits: the same command with the same id
+    /// begins nothing, and tells of the same migration [default: a random id]
+    #[arg(long)]
+    pub id: Option<MigrationId>,
     /// Print the id and return; the daemon goes on
     #[arg(long)]
     pub detach: bool,
@@ -188,11 +199,32 @@ mod tests {
         <Cli as clap::CommandFactory>::command().debug_assert();
     }
 
+    fn migrate(words: &[&str]) -> Result<MigrateArgs, clap::Error> {
+        let begin = ["pageferry", "migrate"];
+        let Cli { command, .. } = Cli::try_parse_from(begin.iter().chain(words))?;
+        match command {
+            Command::Migrate(arguments) => Ok(arguments),
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
-    fn a_workload_or_node_that_is_none_is_wrong_usage() {
-        for wrong in [["process/x", "b"], ["web", "b"], ["process/1", "B_2"]] {
-            let words = ["pageferry", "migrate", wrong[0], "--to", wrong[1]];
-            let error = Cli::try_parse_from(words).unwrap_err();
+    fn a_workload_node_id_or_network_that_is_none_is_wrong_usage() {
+        let whole = ["process/1", "--to", "b", "--join-network", "web", "--id"];
+        let id = "0123456789abcdef0123456789abcdef";
+        let arguments = migrate(&[&whole[..], &[id]].concat()).unwrap();
+        assert_eq!(arguments.id.unwrap().to_string(), id);
+        assert_eq!(arguments.join_network.unwrap().as_str(), "web");
+        // Whether it can move the daemon says.
+        assert!(migrate(&["runc/web", "--to", "b"]).is_ok());
+        for wrong in [
+            &["process/x", "--to", "b"][..],
+            &["web", "--to", "b"],
+            &["process/1", "--to", "B_2"],
+            &["process/1", "--to", "b", "--id", "7"],
+            &["process/1", "--to", "b", "--join-network", "/run/netns/web"],
+        ] {
+            let error = migrate(wrong).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{error}");
         }
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use pageferry_api::Status;
 
-use super::output::{line, millis};
+use super::output::{line, millis, paused};
 use crate::config::units::{Bytes, Span};
 
 /// Shows the statuses of one migration on stderr.
@@ -75,6 +75,7 @@ impl Shown {
         if let Some(predicted) = status.predicted_downtime_us {
             message += &format!(", predicted downtime {:.0} ms", millis(predicted));
         }
+        message += &paused(status, ", ");
         match self
             .copying_since
             .and_then(|since| left(status, since.elapsed()))

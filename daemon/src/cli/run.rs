@@ -152,7 +152,10 @@ fn request(arguments: MigrateArgs) -> MigrateRequest {
         verify: arguments.verify,
         force_eager: arguments.force_eager,
         force_cpu: arguments.force_cpu,
+        force_ipc: arguments.force_ipc,
         frozen_max_us: arguments.frozen_max.map(micros),
+        id: arguments.id.map(|id| id.to_string()),
+        join_network: arguments.join_network.map(|name| name.to_string()),
     }
 }
 

@@ -35,6 +35,7 @@ fn everything_but_the_name_and_the_address_has_a_default() {
             bridge: None,
             criu: "criu",
             view_library: "/usr/lib/pageferry/libcriu_view.so",
+            stand_in: "/opt/bin/pageferry-criu",
             tracer: true,
             pager: "/opt/bin/pageferry-pager",
             limits: Limits {
@@ -74,6 +75,7 @@ const FULL: &str = r#"
     [criu]
     path = "/c"
     view_library = "/v"
+    stand_in = "/i"
     tracer = true
     [pager]
     path = ""
@@ -115,6 +117,7 @@ fn a_flag_wins_over_the_file() {
         "--bridge=fb",
         "--criu=/fcriu",
         "--criu-view-library=/fv",
+        "--criu-stand-in=/fi",
         "--criu-tracer=false",
         "--pager=/fp",
         "--incoming-max=11",

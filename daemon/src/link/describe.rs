@@ -30,10 +30,16 @@ pub struct Network {
 
 /// Reads the network namespace `net`, whose links must be veths into a bridge of this node.
 pub async fn describe(net: &impl AsFd) -> Result<Network, LinkError> {
-    read(net.as_fd()).await
+    read(net.as_fd(), None).await
 }
 
-async fn read(net: BorrowedFd<'_>) -> Result<Network, LinkError> {
+/// The same of one whose links must be veths of which this node's ends are attached to nothing, and
+/// are to become ports of `bridge`.
+pub(super) async fn describe_loose(net: &impl AsFd, bridge: &str) -> Result<Network, LinkError> {
+    read(net.as_fd(), Some(bridge)).await
+}
+
+async fn read(net: BorrowedFd<'_>, loose: Option<&str>) -> Result<Network, LinkError> {
     let inside = Netlink::open(Some(net))?;
     let node = Netlink::open(None)?;
     let found: Vec<LinkMessage> = inside
@@ -55,7 +61,10 @@ async fn read(net: BorrowedFd<'_>) -> Result<Network, LinkError> {
             continue;
         }
         let mut link = link(&message)?;
-        let port = Port::behind(&node, &link.name, &message).await?;
+        let port = match loose {
+            Some(bridge) => Port::loose(&node, &link.name, &message, bridge).await?,
+            None => Port::behind(&node, &link.name, &message).await?,
+        };
         link.bridge = Some(port.bridge().to_owned());
         names.push((message.header.index, link.name.clone()));
         network.links.push(link);

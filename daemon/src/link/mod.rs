@@ -6,12 +6,17 @@
 //! the address. At the source the bridge port is closed *before* the freeze: a kernel that has lost
 //! the socket would otherwise answer the peer's segments with a reset.
 //!
+//! Instead, one that somebody else has made at the target, and attached to nothing, can be joined:
+//! then only its links' way onto the bridge is ours.
+//!
 //! Invariants: of one workload, at most one node's port forwards; every change is undone by
-//! [`port::Port::open`] at the source or by dropping the namespace at the target.
+//! [`port::Port::open`] at the source, and at the target by dropping the namespace that was made,
+//! or by [`join::JoinedNetwork::detach`].
 //! Absent: parking packets instead of dropping them; links that are not veths into a bridge.
 
 pub mod announce;
 pub mod describe;
+pub mod join;
 pub mod netlink;
 pub mod port;
 pub mod prepare;

@@ -9,6 +9,9 @@ use rtnetlink::{LinkBridgePort, LinkUnspec};
 use super::LinkError;
 use super::netlink::{Netlink, failed};
 
+/// As a link's controller: none.
+pub(super) const NO_BRIDGE: u32 = 0;
+
 /// One bridge port.
 ///
 /// It is known by its index; the kernel never reuses an index while the link lives.
@@ -34,44 +37,46 @@ impl Port {
                  end is a port of this node's bridge can be moved"
             ))
         };
-        if !is_veth(inside) {
-            return Err(unfit("is not a veth"));
-        }
-        let peer = inside
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                LinkAttribute::Link(index) => Some(*index),
-                _ => None,
-            })
-            .ok_or_else(|| unfit("has no other end"))?;
-        let Some(message) = find(node, peer).await? else {
-            return Err(unfit("has its other end in another namespace"));
-        };
-        // The same index may belong to an unrelated link if the true peer is elsewhere.
-        let back = LinkAttribute::Link(inside.header.index);
-        let points_back = message.attributes.contains(&back);
-        if !is_veth(&message) || !points_back {
-            return Err(unfit("has its other end in another namespace"));
-        }
-        let controller = message
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                LinkAttribute::Controller(index) if *index != 0 => Some(*index),
-                _ => None,
-            })
-            .ok_or_else(|| unfit("is not attached to a bridge"))?;
+        let message = other_end(node, inside).await?.map_err(unfit)?;
+        let controller =
+            controller_of(&message).ok_or_else(|| unfit("is not attached to a bridge"))?;
         let bridge = find(node, controller)
             .await?
             .and_then(|message| name_of(&message))
             .ok_or_else(|| unfit("is attached to something unknown"))?;
-        let name = name_of(&message).ok_or_else(|| unfit("has a nameless other end"))?;
         Ok(Self {
-            index: peer,
+            index: message.header.index,
             peer: inside.header.index,
-            name,
+            name: name_of(&message).ok_or_else(|| unfit("has a nameless other end"))?,
             bridge,
+        })
+    }
+
+    /// Finds this node's end of a link `inside` a network that somebody else has made: it is no
+    /// port yet, and is to become one of `bridge`.
+    pub async fn loose(
+        node: &Netlink,
+        name: &str,
+        inside: &LinkMessage,
+        bridge: &str,
+    ) -> Result<Self, LinkError> {
+        let unfit = |why: &str| {
+            LinkError::Unfit(format!(
+                "link {name} of the network {why}: only one of veths whose other ends are at the \
+                 target, and attached to nothing, can be joined"
+            ))
+        };
+        let message = other_end(node, inside).await?.map_err(unfit)?;
+        if controller_of(&message).is_some() {
+            return Err(unfit(
+                "is attached already, and would answer for the workload",
+            ));
+        }
+        Ok(Self {
+            index: message.header.index,
+            peer: inside.header.index,
+            name: name_of(&message).ok_or_else(|| unfit("has a nameless other end"))?,
+            bridge: bridge.to_owned(),
         })
     }
 
@@ -131,6 +136,19 @@ impl Port {
             .map_err(failed("opening port", &self.name))
     }
 
+    /// Makes the link a port of its bridge, which has the index `bridge`; it forwards at once.
+    pub async fn attach(&self, node: &Netlink, bridge: u32) -> Result<(), LinkError> {
+        enslave(node, self.index, bridge, &self.name).await
+    }
+
+    /// Takes it off its bridge; from the kernel's answer on, no frame passes. A link that is gone
+    /// lets none pass either.
+    pub async fn detach(&self, node: &Netlink) -> Result<(), LinkError> {
+        let link = LinkUnspec::new_with_index(self.index).controller(NO_BRIDGE);
+        let detached = node.handle().link().set(link.build()).execute().await;
+        unless(&[libc::ENODEV], detached).map_err(failed("detaching link", &self.name))
+    }
+
     /// Opens all of `ports`, also behind one that fails, whose error it returns then.
     pub async fn open_all(ports: &[Self], node: &Netlink) -> Result<(), LinkError> {
         let mut all = Ok(());
@@ -158,6 +176,41 @@ impl Port {
             .execute()
             .await
     }
+}
+
+/// This node's end of the veth `inside`, or why there is none.
+async fn other_end(
+    node: &Netlink,
+    inside: &LinkMessage,
+) -> Result<Result<LinkMessage, &'static str>, LinkError> {
+    if !is_veth(inside) {
+        return Ok(Err("is not a veth"));
+    }
+    let peer = inside
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Link(index) => Some(*index),
+            _ => None,
+        });
+    let Some(peer) = peer else {
+        return Ok(Err("has no other end"));
+    };
+    // The same index may belong to an unrelated link if the true peer is elsewhere.
+    let back = LinkAttribute::Link(inside.header.index);
+    let found = find(node, peer).await?;
+    let found = found.filter(|message| is_veth(message) && message.attributes.contains(&back));
+    Ok(found.ok_or("has its other end in another namespace"))
+}
+
+fn controller_of(message: &LinkMessage) -> Option<u32> {
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) if *index != NO_BRIDGE => Some(*index),
+            _ => None,
+        })
 }
 
 /// Takes the kernel's answers `numbers` for success.

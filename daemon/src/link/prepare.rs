@@ -8,14 +8,11 @@ use rtnetlink::packet_route::link::{InfoData, InfoVeth};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::netlink::{Netlink, failed};
-use super::port::{enslave, index_of};
+use super::port::{NO_BRIDGE, enslave, index_of};
 use super::{LinkError, announce};
 
 /// How many links a workload may have.
 pub const LINKS_MAX: usize = 16;
-
-/// As a link's controller: none.
-const NO_BRIDGE: u32 = 0;
 
 /// A network that waits for its workload: complete inside, attached to nothing outside.
 ///
@@ -90,6 +87,16 @@ impl PreparedNetwork {
             bridge: bridge.to_owned(),
             links: links.to_vec(),
         }
+    }
+
+    /// The bridge that its links will be ports of.
+    pub fn bridge(&self) -> &str {
+        &self.bridge
+    }
+
+    /// Its links.
+    pub fn links(&self) -> &[LinkDescription] {
+        &self.links
     }
 
     /// Attaches the links to the bridge and announces their addresses from inside `net`.

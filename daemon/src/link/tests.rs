@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use futures_util::TryStreamExt;
-use pageferry_proto::wire::description::{LinkAddress, LinkDescription};
+use pageferry_proto::wire::description::{LinkAddress, LinkDescription, RouteDescription};
 use pageferry_sys::namespace::{NamespaceKind, create, run_inside};
 use rtnetlink::packet_route::link::{
     BridgePortState, InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo,
@@ -12,6 +12,7 @@ use rtnetlink::{LinkBridge, LinkUnspec};
 
 use super::LinkError;
 use super::describe::describe;
+use super::join::JoinedNetwork;
 use super::netlink::Netlink;
 use super::port::{Port, index_of};
 use super::prepare::PreparedNetwork;
@@ -216,5 +217,119 @@ fn a_port_that_was_taken_out_of_its_bridge_is_no_reason_to_try_for_ever() {
         port.open(&node).await.expect("there is nothing to open");
         // Elsewhere it may forward to others.
         port.close(&node).await.expect_err("it is not closed");
+    });
+}
+
+/// What this node's end of the first workload's link is attached to.
+async fn controller(node: &Netlink) -> Option<u32> {
+    let mut query = node.handle().link().get().match_name("pfa0").execute();
+    let message = query.try_next().await.expect("a link").expect("a link");
+    message
+        .attributes
+        .into_iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) => Some(index),
+            _ => None,
+        })
+}
+
+#[test]
+fn what_somebody_else_has_made_is_joined_as_it_is_and_left_as_it_was() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let node = Netlink::open(None).expect("netlink");
+        let (net, _made) = workload("pfa").await;
+        let mut wanted = workload_links();
+        // Neighbours are told of another one.
+        wanted[0].mac = [0x02, 0, 0, 0, 0, 0x66];
+        let joined = JoinedNetwork::compare(&net, &wanted, &[], "br0").await;
+        let joined = joined.expect("it has all that is wanted");
+        assert_eq!(controller(&node).await, None);
+        assert_eq!(joined.links()[0].mac, workload_links()[0].mac);
+        joined.attach(&net).await.expect("attach");
+        assert_eq!(state(&node).await, BridgePortState::Forwarding);
+        joined.attach(&net).await.expect("attach again");
+        // As a restarted daemon finds it.
+        let port = &joined.ports()[0];
+        let again = Port::again(&node, port.ends(), port.bridge()).await;
+        let again = again.expect("it can be looked for").expect("it is there");
+        let again = JoinedNetwork::recovered(vec![again], joined.links().to_vec());
+        again.detach().await.expect("detach");
+        assert_eq!(controller(&node).await, None);
+    });
+}
+
+/// Joining `net` with what the first workload has, changed, is refused, and the text says why.
+async fn not_joined(
+    net: &OwnedFd,
+    change: impl Fn(&mut LinkDescription),
+    (routes, bridge): (&[RouteDescription], &str),
+    text: &str,
+) {
+    let mut wanted = workload_links();
+    change(&mut wanted[0]);
+    let compared = JoinedNetwork::compare(net, &wanted, routes, bridge).await;
+    let error = compared.expect_err(text).to_string();
+    assert!(error.contains(text), "{error}");
+}
+
+#[test]
+fn what_a_network_lacks_that_is_to_be_joined_is_named() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let (net, _made) = workload("pfa").await;
+        let route = RouteDescription {
+            destination: LinkAddress {
+                ip: "10.91.0.0".parse().expect("ip"),
+                prefix: 16,
+            },
+            gateway: Some("10.90.0.1".parse().expect("ip")),
+            device: "eth0".to_owned(),
+            metric: 0,
+            source: None,
+        };
+        let usual: (&[_], _) = (&[], "br0");
+        let named = |link: &mut LinkDescription| link.name = "eth1".to_owned();
+        not_joined(&net, named, usual, "has no link eth1").await;
+        let ip = "10.90.0.7".parse().expect("ip");
+        let addressed = |link: &mut LinkDescription| link.addresses[0].ip = ip;
+        let text = "has no address 10.90.0.7/24 on link eth0";
+        not_joined(&net, addressed, usual, text).await;
+        let wider = |link: &mut LinkDescription| link.mtu = 1500;
+        let text = "has an MTU of 1400 on link eth0, less than 1500";
+        not_joined(&net, wider, usual, text).await;
+        let text = "no route to 10.91.0.0/16 by 10.90.0.1 and eth0";
+        not_joined(&net, |_| (), (&[route], "br0"), text).await;
+        not_joined(&net, |_| (), (&[], "br7"), "br7").await;
+        let none = JoinedNetwork::compare(&net, &[], &[], "br0").await;
+        let none = none.expect_err("a link more").to_string();
+        assert!(none.contains("has a link eth0 more"), "{none}");
+    });
+}
+
+#[test]
+fn a_network_in_which_nothing_could_be_restored_or_too_much_be_heard_is_not_joined() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let (net, made) = workload("pfa").await;
+        let usual: (&[_], _) = (&[], "br0");
+        let inside = Netlink::open(Some(net.as_fd())).expect("netlink");
+        let index = index_of(&inside, "eth0").await.expect("the link");
+        // Whether somebody else has it is found out in a second or two.
+        let ip = "fd00::77".parse().expect("ip");
+        let adding = inside.handle().address().add(index, ip, 64).execute();
+        adding.await.expect("an address");
+        let more = |link: &mut LinkDescription| link.addresses.push(LinkAddress { ip, prefix: 64 });
+        let text = "address fd00::77 of the network is being checked";
+        not_joined(&net, more, usual, text).await;
+        made.attach(&net).await.expect("attach");
+        not_joined(&net, |_| (), usual, "is attached already").await;
+        made.detach().await.expect("detach");
+        let node = Netlink::open(None).expect("netlink");
+        let index = index_of(&node, "pfa0").await.expect("this node's end");
+        let down = LinkUnspec::new_with_index(index).down().build();
+        let down = node.handle().link().set(down).execute();
+        down.await.expect("down");
+        not_joined(&net, |_| (), usual, "link eth0 of the network is down").await;
     });
 }

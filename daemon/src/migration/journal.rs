@@ -25,7 +25,7 @@
 //! Absent: what records mean. They are bytes here; `pageferry-proto` encodes and recovers them.
 //! Every call blocks for as long as the disk takes and belongs on a blocking thread.
 
-pub mod answers;
+pub mod remains;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;

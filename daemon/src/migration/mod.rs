@@ -3,6 +3,7 @@
 pub mod clock;
 pub mod journal;
 pub mod log;
+pub mod ports;
 pub mod progress;
 pub mod refusals;
 pub mod registry;

@@ -14,6 +14,10 @@ pub struct Progress {
     pub frozen: Option<Duration>,
     /// How long syncing shared storage took in the freeze, if anything is shared; at the source.
     pub synced: Option<Duration>,
+    /// How often the workload stood still for a scan, and for how long at most; at the source.
+    pub pauses: u32,
+    /// The longest of those.
+    pub longest_pause: Option<Duration>,
     /// Pages sent in the final round; at the source.
     pub final_pages: Option<u64>,
     /// The migration that was started in place of this one, which failed; at the source.
@@ -31,6 +35,8 @@ impl Progress {
             status,
             frozen: None,
             synced: None,
+            pauses: 0,
+            longest_pause: None,
             final_pages: None,
             successor: None,
             pid_at_target: None,

@@ -11,33 +11,34 @@
 mod finished;
 mod incoming;
 mod local;
+mod recovery;
+mod repeated;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use pageferry_proto::id::{MigrationId, NodeName, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
-use pageferry_proto::migration::record::{Entry as Written, Record};
+use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceMachine, SourceOffer};
 use pageferry_proto::migration::status::Phase;
-use pageferry_proto::migration::target::TargetMachine;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::{mpsc, watch};
 
 use super::clock::Clock;
-use super::journal::{Found, Journal, Journals, Recovered};
+use super::journal::{Journal, Journals, Recovered};
 use super::progress::Progress;
 use super::refusals::{Refusal, Refusals};
 use super::source::site::{Asked, Site as SourceSite, SourceNode};
 use super::source::{Ended, SourceDriver, SourceParts, SourceRequest};
 use super::target::TargetRequest;
-use super::target::site::{Site as TargetSite, TargetNode};
-use super::text::{chain, internal};
+use super::target::site::TargetNode;
+use super::text::chain;
 use crate::net::endpoint::Endpoint;
+use crate::runtime::kind::Kind;
 
 /// Requests that may wait for a driver.
 const REQUESTS_MAX: usize = 8;
@@ -83,6 +84,8 @@ struct Inner {
     departures: tokio::sync::Mutex<()>,
     /// Migrations of which only the answer is kept.
     answers: Mutex<BTreeSet<MigrationId>>,
+    /// Migrations away from here of which only the outcome is kept, the oldest first.
+    outcomes: Mutex<VecDeque<MigrationId>>,
     refusals: Mutex<Refusals>,
 }
 
@@ -90,10 +93,21 @@ struct Inner {
 struct Entry {
     /// When its journal was made.
     begun: SystemTime,
+    /// If it leaves this node.
+    departing: Option<Departing>,
     status: watch::Receiver<Arc<Progress>>,
     requests: Requests,
     /// It was over long ago, and its source asks once more: not listed.
     is_answer: bool,
+}
+
+/// Of a migration that leaves this node.
+#[derive(Debug, Clone)]
+struct Departing {
+    /// The root of the workload's tree, in this node's pid namespace.
+    root: i32,
+    /// What was asked for.
+    request: Arc<MigrateRequest>,
 }
 
 #[derive(Debug, Clone)]
@@ -115,98 +129,19 @@ impl Requests {
 /// What an operator asks for.
 #[derive(Debug, Clone)]
 pub struct MigrateRequest {
+    /// What the migration is to be called; one that is called so already is not begun again.
+    pub id: Option<MigrationId>,
     /// What moves.
     pub workload: WorkloadName,
     /// Where to.
     pub target: NodeName,
     /// How.
     pub policy: Policy,
-    /// Paths that both nodes share.
-    pub shared: Vec<PathBuf>,
-    /// The target is not to compare its processor with this node's.
-    pub force_cpu: bool,
-    /// CRIU is to read the true smaps in the freeze, not what was recorded before it.
-    pub true_smaps: bool,
+    /// Beside that.
+    pub asked: Asked,
 }
 
 impl Registry {
-    /// The registry, with every unfinished migration of the journals under way again.
-    pub async fn recover(parts: RegistryParts) -> Result<Self, Failure> {
-        let found = parts.journals.scan().map_err(|error| internal(&error))?;
-        let answers = parts.journals.answers().map_err(|error| internal(&error))?;
-        let inner = Inner {
-            parts,
-            entries: Mutex::default(),
-            beginnings: tokio::sync::Mutex::default(),
-            departures: tokio::sync::Mutex::default(),
-            answers: Mutex::new(answers.into_iter().collect()),
-            refusals: Mutex::default(),
-        };
-        let registry = Self {
-            inner: Arc::new(inner),
-        };
-        for Found {
-            migration,
-            contents,
-        } in found
-        {
-            let recovered = contents.map_err(|error| {
-                // Going on without it could run a workload twice.
-                Failure::new(ErrorCode::JournalFailed, chain(&error))
-            })?;
-            registry.resume(migration, recovered).await?;
-        }
-        registry.clean_up().await;
-        Ok(registry)
-    }
-
-    async fn resume(&self, id: MigrationId, recovered: Recovered) -> Result<(), Failure> {
-        let records = parse(id, &recovered)?;
-        let clock = Clock::start();
-        let contradiction = |error: pageferry_proto::migration::handoff::RecoverError| {
-            Failure::new(
-                ErrorCode::JournalFailed,
-                format!("journal of {id}: {error}"),
-            )
-        };
-        let journal = recovered.journal;
-        match records.first().map(|record| &record.entry) {
-            // A crash came before the first record: nothing was begun.
-            None => self
-                .inner
-                .parts
-                .journals
-                .remove(id)
-                .map_err(|error| internal(&error)),
-            Some(Written::Offered(offered)) => {
-                let (peer, policy) = (offered.peer.clone(), offered.policy);
-                let machine =
-                    SourceMachine::recover(&records, clock.now()).map_err(contradiction)?;
-                let (cancel, cancelled) = watch::channel(false);
-                let node = self.inner.parts.source.clone();
-                let state = (machine.driver_state(), machine.is_finished());
-                let site = SourceSite::recover(node, id, policy, state, cancelled).await?;
-                self.start_source(
-                    machine,
-                    clock,
-                    (site, cancel),
-                    journal,
-                    peer,
-                    Origin::Journal,
-                );
-                Ok(())
-            }
-            Some(_) => {
-                let machine =
-                    TargetMachine::recover(&records, clock.now()).map_err(contradiction)?;
-                let node = self.inner.parts.target.clone();
-                let site = TargetSite::recover(node, id, machine.driver_state()).await?;
-                self.start_target((machine, clock, site, journal), None, &Origin::Journal);
-                Ok(())
-            }
-        }
-    }
-
     /// Begins to move a workload away. Returns when the survey found nothing against it. What is
     /// refused is remembered.
     pub async fn migrate(&self, request: MigrateRequest) -> Result<MigrationId, Failure> {
@@ -225,6 +160,9 @@ impl Registry {
     }
 
     async fn depart(&self, request: MigrateRequest) -> Result<MigrationId, Failure> {
+        if let Some(known) = self.repeated(&request)? {
+            return Ok(known);
+        }
         let parts = &self.inner.parts;
         if !parts.endpoint.peers().any(|peer| *peer == request.target) {
             return Err(Failure::new(
@@ -235,30 +173,27 @@ impl Registry {
                 ),
             ));
         }
-        self.wait_filled(&request.workload).await?;
+        let kind = Kind::of(&request.workload)?;
+        self.wait_filled(&request.workload, kind.root()).await?;
         let _departing = self.inner.departures.lock().await;
-        self.refuse_busy(&request.workload, None)?;
-        self.begin_outgoing(request).await
+        // Another call with the same id may have been faster.
+        if let Some(known) = self.repeated(&request)? {
+            return Ok(known);
+        }
+        self.refuse_busy(&request.workload, kind.root(), None)?;
+        self.begin_outgoing(kind, request).await
     }
 
-    async fn begin_outgoing(&self, request: MigrateRequest) -> Result<MigrationId, Failure> {
+    async fn begin_outgoing(
+        &self,
+        kind: Kind,
+        request: MigrateRequest,
+    ) -> Result<MigrationId, Failure> {
         let parts = &self.inner.parts;
-        let WorkloadName::Process(root) = request.workload;
-        let id = MigrationId::new(random());
+        let id = request.id.unwrap_or_else(|| MigrationId::new(random()));
         let (cancel, cancelled) = watch::channel(false);
-        let survey = SourceSite::survey(
-            parts.source.clone(),
-            id,
-            root,
-            request.policy,
-            Asked {
-                shared: &request.shared,
-                true_smaps: request.true_smaps,
-                force_cpu: request.force_cpu,
-            },
-            cancelled,
-        )
-        .await?;
+        let (node, asked) = (parts.source.clone(), &request.asked);
+        let survey = SourceSite::survey(node, id, kind, request.policy, asked, cancelled).await?;
         let journal = parts
             .journals
             .create(id)
@@ -270,24 +205,23 @@ impl Registry {
             peer: request.target.clone(),
             policy: request.policy,
             description: survey.description,
+            network: request.asked.network.clone(),
             state: survey.state,
         };
         let machine = SourceMachine::new(offer, clock.now());
-        let peer = request.target.clone();
-        let again = (!request.true_smaps).then(|| Box::new(request));
-        let origin = Origin::Asked { again };
-        self.start_source(machine, clock, (survey.site, cancel), journal, peer, origin);
+        let site = (survey.site, cancel);
+        self.start_source(machine, clock, site, journal, request, &Origin::Asked);
         Ok(id)
     }
 
     /// A workload that came here a moment ago can be tracked only when its memory is in place.
-    async fn wait_filled(&self, workload: &WorkloadName) -> Result<(), Failure> {
-        let WorkloadName::Process(root) = *workload;
+    async fn wait_filled(&self, workload: &WorkloadName, root: i32) -> Result<(), Failure> {
         let filling = self.lock().values().find_map(|entry| {
             let progress = entry.status.borrow();
             let status = &progress.status;
             let arriving = status.role == Side::Target && status.phase == Phase::Running;
-            (arriving && local::root(&progress) == Some(root)).then(|| entry.status.clone())
+            (arriving && local::root(entry.departing.as_ref(), &progress) == Some(root))
+                .then(|| entry.status.clone())
         });
         let Some(mut status) = filling else {
             return Ok(());
@@ -308,9 +242,9 @@ impl Registry {
     fn refuse_busy(
         &self,
         workload: &WorkloadName,
+        root: i32,
         except: Option<MigrationId>,
     ) -> Result<(), Failure> {
-        let WorkloadName::Process(root) = *workload;
         let (mut outgoing, mut busy) = (0, None);
         for (id, entry) in self.lock().iter() {
             let progress = entry.status.borrow();
@@ -319,7 +253,9 @@ impl Registry {
                 continue;
             }
             outgoing += usize::from(status.role == Side::Source);
-            if local::root(&progress).is_some_and(|theirs| local::overlap(theirs, root)) {
+            if local::root(entry.departing.as_ref(), &progress)
+                .is_some_and(|theirs| local::overlap(theirs, root))
+            {
                 busy = Some(*id);
             }
         }
@@ -348,20 +284,19 @@ impl Registry {
         clock: Clock,
         (site, cancel): (SourceSite, watch::Sender<bool>),
         journal: Journal,
-        peer: NodeName,
-        origin: Origin,
+        request: MigrateRequest,
+        origin: &Origin,
     ) {
         let (id, begun) = (machine.id(), journal.begun());
-        let recovered = origin.is_recovered();
+        let (recovered, root) = (origin.is_recovered(), site.root());
+        let successor = origin.successor();
         let (status, watched) = watch::channel(Arc::new(Progress {
+            successor,
             recovered,
             ..Progress::of(machine.status(clock.now()))
         }));
-        let again = match origin {
-            Origin::Asked { again } => again,
-            Origin::Answer | Origin::Journal | Origin::Offered => None,
-        };
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
+        let repeatable = !recovered && request.asked.instead_of.is_none();
         let driver = SourceDriver::new(SourceParts {
             machine,
             clock,
@@ -371,13 +306,19 @@ impl Registry {
             status,
             journal,
             endpoint: Arc::clone(&self.inner.parts.endpoint),
-            peer,
+            peer: request.target.clone(),
             lanes: self.inner.parts.lanes,
-            repeatable: again.is_some(),
+            repeatable,
+            successor,
             recovered,
         });
+        let request = Arc::new(request);
         let entry = Entry {
             begun,
+            departing: Some(Departing {
+                root,
+                request: Arc::clone(&request),
+            }),
             status: watched,
             requests: Requests::Source(requests),
             is_answer: false,
@@ -385,8 +326,8 @@ impl Registry {
         self.lock().insert(id, entry);
         let registry = self.clone();
         self.run(async move {
-            if let (Ended::Repeat(last, status), Some(again)) = (driver.run().await, again) {
-                registry.repeat(id, *last, &status, *again).await;
+            if let Ended::Repeat(last, status) = driver.run().await {
+                registry.repeat(id, *last, &status, &request).await;
             }
         });
     }
@@ -398,20 +339,15 @@ impl Registry {
         id: MigrationId,
         mut last: Progress,
         status: &watch::Sender<Arc<Progress>>,
-        request: MigrateRequest,
+        request: &MigrateRequest,
     ) {
-        let again = MigrateRequest {
-            true_smaps: true,
-            ..request
+        let mut again = MigrateRequest {
+            id: None,
+            ..request.clone()
         };
-        let successor = {
-            let _departing = self.inner.departures.lock().await;
-            match self.refuse_busy(&again.workload, Some(id)) {
-                // Boxed: a migration that is repeated ends in this function.
-                Ok(()) => Box::pin(self.begin_outgoing(again)).await,
-                Err(failure) => Err(failure),
-            }
-        };
+        again.asked.instead_of = Some(id);
+        // Boxed: a migration that is repeated ends in this function.
+        let successor = Box::pin(self.depart_again(id, again)).await;
         match successor {
             Ok(successor) => {
                 tracing::info!(migration = %id, %successor, "started again with the true smaps");
@@ -420,6 +356,18 @@ impl Registry {
             Err(failure) => tracing::warn!(migration = %id, %failure, "not started again"),
         }
         status.send_replace(Arc::new(last));
+    }
+
+    /// Begins `again` in place of migration `id`, which has ended.
+    async fn depart_again(
+        &self,
+        id: MigrationId,
+        again: MigrateRequest,
+    ) -> Result<MigrationId, Failure> {
+        let kind = Kind::of(&again.workload)?;
+        let _departing = self.inner.departures.lock().await;
+        self.refuse_busy(&again.workload, kind.root(), Some(id))?;
+        self.begin_outgoing(kind, again).await
     }
 
     fn run(&self, driver: impl Future<Output = ()> + Send + 'static) {
@@ -454,7 +402,7 @@ impl Registry {
     /// One migration's status and its changes.
     pub fn watch(&self, id: MigrationId) -> Result<watch::Receiver<Arc<Progress>>, Failure> {
         let entry = self.entry(id).map(|entry| entry.status);
-        entry.or_else(|failure| self.watch_answer(id).ok_or(failure))
+        entry.or_else(|failure| self.watch_kept(id).ok_or(failure))
     }
 
     /// Asks a migration to give up.
@@ -520,13 +468,12 @@ impl Registry {
 /// What a driver is made of.
 #[derive(Debug)]
 enum Origin {
-    /// An operator's request, and what to ask again if it fails for a reason that another migration
-    /// would not meet.
-    Asked { again: Option<Box<MigrateRequest>> },
+    /// An operator's request.
+    Asked,
     /// A source that has connected.
     Offered,
-    /// A whole journal.
-    Journal,
+    /// A whole journal, and the migration that another journal says was begun in place of this one.
+    Journal { successor: Option<MigrationId> },
     /// The answer that is kept of one.
     Answer,
 }
@@ -535,8 +482,15 @@ impl Origin {
     /// Whether what was measured has been lost.
     const fn is_recovered(&self) -> bool {
         match self {
-            Self::Journal | Self::Answer => true,
-            Self::Asked { .. } | Self::Offered => false,
+            Self::Journal { .. } | Self::Answer => true,
+            Self::Asked | Self::Offered => false,
+        }
+    }
+
+    const fn successor(&self) -> Option<MigrationId> {
+        match self {
+            Self::Journal { successor } => *successor,
+            Self::Answer | Self::Asked | Self::Offered => None,
         }
     }
 }

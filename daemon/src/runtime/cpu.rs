@@ -64,7 +64,9 @@ mod tests {
     use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
 
     use super::*;
-    use crate::runtime::process;
+    use crate::runtime::kind::Arriving;
+    use pageferry_proto::id::WorkloadName;
+    use pageferry_proto::wire::code::Failure;
 
     #[test]
     fn a_processor_is_good_enough_for_itself() {
@@ -104,18 +106,24 @@ mod tests {
             root: "/".to_owned(),
             mounts: Vec::new(),
             needs: pageferry_proto::wire::needs::Needs::default(),
+            container: None,
         }
+    }
+
+    fn check(description: &WorkloadDescription) -> Result<(), Failure> {
+        let name = WorkloadName::Process(description.root_pid);
+        Arriving::begin(&name, description)?.check(description)
     }
 
     #[test]
     fn a_workload_of_another_processor_is_refused_unless_nobody_is_to_compare() {
         let here = read();
-        assert_eq!(process::check(&workload_on(Some(here.clone()))), Ok(()));
-        assert_eq!(process::check(&workload_on(None)), Ok(()));
+        assert_eq!(check(&workload_on(Some(here.clone()))), Ok(()));
+        assert_eq!(check(&workload_on(None)), Ok(()));
         let refused = |change: &dyn Fn(&mut CpuDescription), words: &[&str]| {
             let mut source = here.clone();
             change(&mut source);
-            let failure = process::check(&workload_on(Some(source))).expect_err("a refusal");
+            let failure = check(&workload_on(Some(source))).expect_err("a refusal");
             assert_eq!(failure.code(), ErrorCode::CpuDiffers, "{failure}");
             for word in words {
                 assert!(failure.text().contains(word), "{word}: {failure}");

@@ -24,9 +24,8 @@ const FILL_REPORT: &str = r#"{"fill_ms":1,"pages":7,"faults":0,"unmapped":0}"#;
 /// in another one.
 fn held(freezer: &Path, boot: &str, running: bool) -> Vec<Entry> {
     let freezer = freezer.display();
-    let state = format!(
-        r#"{{"freezer":"{freezer}","bridge":"","links":[],"root_pid":4711,"boot":"{boot}"}}"#
-    );
+    let state =
+        format!(r#"{{"freezer":"{freezer}","network":null,"root_pid":4711,"boot":"{boot}"}}"#);
     let state = DriverState::new(state.into_bytes()).unwrap();
     let mut entries = ran();
     entries.truncate(if running { 3 } else { 2 });
@@ -111,8 +110,16 @@ async fn a_source_that_says_go_gets_back_what_the_target_held_when_it_went_down(
     let gone = node.freezer("gone");
     node.write(id(1), &held(gone.path(), ANOTHER_BOOT, false), 0);
     let (_registry, heard) = ask(&node, id(1), &go()).await;
-    let generation = GENERATION;
-    assert_eq!(heard, TargetMessage::Refused { generation });
+    let TargetMessage::Refused {
+        generation,
+        failure,
+    } = heard
+    else {
+        panic!("{heard:?}");
+    };
+    assert_eq!(generation, GENERATION);
+    let code = failure.map(|failure| failure.code());
+    assert_eq!(code, Some(ErrorCode::FillLost));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,6 +11,7 @@ mod built;
 mod fuse;
 mod lost;
 mod node;
+mod repeated;
 
 use std::fs;
 use std::path::Path;
@@ -21,6 +22,8 @@ use built::pager;
 use fuse::{Fuse, Silent};
 use node::{ANY_PORT, DEADLINE, Node, Sleeper, has_pager, name, status, until};
 use pageferry::migration::journal::FINISHED_MAX;
+use pageferry::migration::registry::MigrateRequest;
+use pageferry::migration::source::site::Asked;
 use pageferry::net::lanes::{self, Listener};
 use pageferry_pager::client::{PagerClient, Spawn};
 use pageferry_proto::id::{Generation, Incarnation, MigrationId, WorkloadName};
@@ -41,7 +44,7 @@ fn id(number: u8) -> MigrationId {
 
 /// A workload that came from node `a`, and runs.
 fn ran() -> Vec<Entry> {
-    let state = br#"{"freezer":"/gone","bridge":"","links":[],"root_pid":4711}"#;
+    let state = br#"{"freezer":"/gone","network":null,"root_pid":4711,"boot":"another"}"#;
     let state = DriverState::new(state.to_vec()).unwrap();
     let incarnation = Incarnation(1);
     vec![
@@ -212,8 +215,10 @@ fn offered_with(root: i32, started: u64, freezer: &Path, marker: Option<&Path>) 
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     let written = |path: &Path| format!(r#"{{"path":"{}","owner":null}}"#, path.display());
     let state = format!(
-        r#"{{"root":{root},"started":{started},"boot":"{}","freezer":"{}",
-            "origin":null,"ports":[],"markers":[{}]}}"#,
+        r#"{{"kind":{{"process":{{"root":{root},"origin":null}}}},"started":{started},"boot":"{}",
+            "freezer":"{}","ports":[],"markers":[{}],
+            "asked":{{"shared":[],"force_cpu":false,"force_ipc":false,"network":null,
+            "instead_of":null}}}}"#,
         boot.trim_end(),
         freezer.display(),
         marker.map(written).unwrap_or_default()
@@ -439,13 +444,12 @@ async fn a_refused_attempt_is_remembered_and_a_workload_that_moved_is_found() {
     node.write(id(5), &moved, 0);
     let nowhere = ANY_PORT.parse().unwrap();
     let registry = node.start(node.endpoint("b", &[("a", nowhere)])).await;
-    let request = |pid| pageferry::migration::registry::MigrateRequest {
+    let request = |pid| MigrateRequest {
+        id: None,
         workload: WorkloadName::Process(pid),
         target: name("a"),
         policy: Policy::DEFAULT,
-        shared: Vec::new(),
-        true_smaps: false,
-        force_cpu: false,
+        asked: Asked::default(),
     };
     let failure: Failure = registry.migrate(request(gone)).await.unwrap_err();
     assert_eq!(failure.code(), ErrorCode::WorkloadGone);

@@ -120,6 +120,7 @@ impl Node {
         TargetNode {
             criu: "criu".into(),
             view_library: "libcriu_view.so".into(),
+            stand_in: "pageferry-criu".into(),
             criu_version: 40201,
             pager: pager(),
             migrations: self.folder.path().join("migrations"),
@@ -139,6 +140,7 @@ impl Node {
             source: SourceNode {
                 criu: "criu".into(),
                 view_library: "libcriu_view.so".into(),
+                stand_in: "pageferry-criu".into(),
                 tracer: true,
                 criu_version: 40201,
                 migrations,

@@ -8,6 +8,7 @@
 
 #[path = "../common/built.rs"]
 mod built;
+mod locked;
 mod silent;
 
 use std::collections::BTreeMap;
@@ -91,6 +92,7 @@ impl Target {
         let node = TargetNode {
             criu: script(folder.path(), "criu", parts.criu),
             view_library: "libcriu_view.so".into(),
+            stand_in: "pageferry-criu".into(),
             criu_version: 40201,
             pager: script(folder.path(), "pager", parts.pager),
             migrations: folder.path().join("m"),
@@ -154,14 +156,19 @@ impl Target {
     }
 
     async fn offer_of(&mut self, description: WorkloadDescription) {
-        let offer = Offer {
-            version: Version::CURRENT,
-            workload: WorkloadName::Process(1),
-            generation: Generation::FIRST,
-            policy: Policy::DEFAULT,
-            description,
-        };
+        self.say(SourceMessage::Offer(Box::new(offer(description))))
+            .await;
+    }
+
+    /// Makes an offer that is declined, and says why. Nothing is left of it.
+    async fn declines(&mut self, offer: Offer) -> Failure {
         self.say(SourceMessage::Offer(Box::new(offer))).await;
+        let heard = self.hear().await;
+        let TargetMessage::Declined(failure) = heard else {
+            panic!("{heard:?}");
+        };
+        self.until(|target| target.left().is_empty()).await;
+        failure
     }
 
     /// Sends the image of a tree of one process.
@@ -296,6 +303,17 @@ async fn connect(
     (dialled.unwrap(), accepted.unwrap(), (source, listener))
 }
 
+fn offer(description: WorkloadDescription) -> Offer {
+    Offer {
+        version: Version::CURRENT,
+        workload: WorkloadName::Process(1),
+        generation: Generation::FIRST,
+        policy: Policy::DEFAULT,
+        description,
+        network: None,
+    }
+}
+
 fn description(needs: Needs) -> WorkloadDescription {
     WorkloadDescription {
         root_pid: 1,
@@ -317,6 +335,7 @@ fn description(needs: Needs) -> WorkloadDescription {
         root: "/".to_owned(),
         mounts: Vec::new(),
         needs,
+        container: None,
     }
 }
 
@@ -332,6 +351,7 @@ fn named(pids: &[i32], name: &str) -> bool {
 /// The end of a final round without pages.
 fn last(images: u32) -> Final {
     Final {
+        locks: 0,
         generation: Generation::FIRST,
         round: Round::FIRST,
         parcels: 0,
@@ -402,17 +422,50 @@ async fn a_workload_that_needs_more_than_is_left_is_declined_with_both_numbers()
         private_bytes: 100 << 20,
         ..Needs::default()
     };
-    target.offer(needs).await;
-    let TargetMessage::Declined(failure) = target.hear().await else {
-        panic!("not declined");
-    };
+    let failure = target.declines(offer(description(needs))).await;
     assert_eq!(failure.code(), ErrorCode::MemoryShort);
     let says = |text| failure.text().contains(text);
     assert!(
         says("171.2 MiB") && says("100.0 MiB of this test"),
         "{failure}"
     );
-    target.until(|target| target.left().is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workload_of_a_kind_that_cannot_come_is_declined_by_its_name() {
+    let mut target = Target::start(9, &USUAL).await;
+    let container = Offer {
+        workload: "crun/web".parse().unwrap(),
+        ..offer(description(Needs::default()))
+    };
+    let failure = target.declines(container).await;
+    assert_eq!(failure.code(), ErrorCode::UnsupportedWorkload);
+    assert!(failure.text().starts_with("crun/web cannot"), "{failure}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_that_is_not_there_or_not_wanted_is_declined_by_its_name() {
+    let joining = |own_namespaces| Offer {
+        network: Some("pft-no-such".parse().unwrap()),
+        ..offer(WorkloadDescription {
+            own_namespaces,
+            ..description(Needs::default())
+        })
+    };
+    let mut target = Target::start(7, &USUAL).await;
+    let failure = target.declines(joining(Namespaces::NET)).await;
+    assert_eq!(failure.code(), ErrorCode::NetworkUnfit);
+    assert!(
+        failure.text().contains("/run/netns/pft-no-such"),
+        "{failure}"
+    );
+    let mut target = Target::start(8, &USUAL).await;
+    let failure = target.declines(joining(Namespaces::NONE)).await;
+    assert_eq!(failure.code(), ErrorCode::NetworkUnfit);
+    assert!(
+        failure.text().contains("no network of its own"),
+        "{failure}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

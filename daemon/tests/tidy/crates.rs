@@ -31,8 +31,14 @@ pub const CRATES: &[Crate] = &[
     Crate {
         folder: "criu-glue",
         package: "criu-glue",
-        uses: &["criu-tracer"],
+        uses: &["criu-gate", "criu-tracer"],
         tests_use: &["criu-view", "pageferry-bench"],
+    },
+    Crate {
+        folder: "criu-glue/gate",
+        package: "criu-gate",
+        uses: &[],
+        tests_use: &[],
     },
     Crate {
         folder: "criu-glue/tracer",
@@ -65,9 +71,20 @@ pub const CRATES: &[Crate] = &[
         tests_use: &["pageferry-trial"],
     },
     Crate {
+        folder: "inject",
+        package: "pageferry-inject",
+        uses: &["pageferry-cgroup", "pageferry-sys"],
+        tests_use: &["pageferry-trial"],
+    },
+    Crate {
         folder: "pages",
         package: "pageferry-pages",
-        uses: &["criu-glue", "pageferry-proto", "pageferry-sys"],
+        uses: &[
+            "criu-glue",
+            "pageferry-inject",
+            "pageferry-proto",
+            "pageferry-sys",
+        ],
         tests_use: &["pageferry-trial"],
     },
     Crate {
@@ -76,6 +93,7 @@ pub const CRATES: &[Crate] = &[
         uses: &[
             "criu-glue",
             "pageferry-cgroup",
+            "pageferry-inject",
             "pageferry-pages",
             "pageferry-proto",
             "pageferry-sys",
@@ -95,6 +113,7 @@ pub const CRATES: &[Crate] = &[
             "criu-glue",
             "pageferry-api",
             "pageferry-cgroup",
+            "pageferry-inject",
             "pageferry-pager",
             "pageferry-pages",
             "pageferry-proto",

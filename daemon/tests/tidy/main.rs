@@ -21,6 +21,7 @@ const LINE_COLUMNS_MAX: usize = 100;
 const HAVE_UNSAFE: &[&str] = &[
     "bench",
     "criu-glue",
+    "criu-glue/gate",
     "criu-glue/tracer",
     "criu-glue/view",
     "sys",

@@ -30,6 +30,7 @@ const DAEMON: Modules = &[
             "link",
             "net",
             "pageferry_cgroup",
+            "pageferry_inject",
             "pageferry_pager",
             "pageferry_pages",
             "pageferry_sys",
@@ -50,12 +51,15 @@ const DAEMON: Modules = &[
             "runtime",
         ],
     ),
-    ("runtime", &["pageferry_cgroup", "pageferry_sys"]),
+    (
+        "runtime",
+        &["pageferry_cgroup", "pageferry_inject", "pageferry_sys"],
+    ),
     ("telemetry", &[]),
 ];
 
 const PAGER: Modules = &[
-    ("ahead", &["message"]),
+    ("ahead", &["message", "runtime"]),
     ("channel", &["message", "pageferry_sys"]),
     (
         "client",
@@ -72,6 +76,16 @@ const PAGER: Modules = &[
         &["fault", "pageferry_pages", "pageferry_sys", "space"],
     ),
     ("lib", &[]),
+    (
+        "locks",
+        &[
+            "failure",
+            "message",
+            "pageferry_cgroup",
+            "pageferry_inject",
+            "pageferry_sys",
+        ],
+    ),
     ("main", &["pageferry_pager"]),
     ("marks", &[]),
     ("message", &[]),
@@ -90,25 +104,34 @@ const PAGER: Modules = &[
             "plan",
             "restore",
             "serve",
+            "shield",
             "signals",
+            "start",
             "watcher",
         ],
     ),
     (
         "restore",
         &[
+            "ahead",
             "failure",
+            "locks",
             "message",
             "pageferry_cgroup",
             "pageferry_sys",
             "plan",
+            "runtime",
             "serve",
+            "start",
             "watcher",
         ],
     ),
+    ("runtime", &["failure", "message", "pageferry_sys", "start"]),
     ("serve", &["pageferry_pages", "pageferry_sys", "worker"]),
+    ("shield", &["error"]),
     ("signals", &[]),
     ("space", &[]),
+    ("start", &["ahead", "failure", "message", "runtime"]),
     ("watcher", &["marks", "pageferry_cgroup", "pageferry_sys"]),
     (
         "worker",
@@ -134,7 +157,7 @@ const PAGES: Modules = &[
     ("recv", &["decode", "store"]),
     ("send", &["encode", "pace", "pool", "read"]),
     ("store", &["decode", "digest"]),
-    ("track", &["pageferry_sys", "read"]),
+    ("track", &["pageferry_inject", "pageferry_sys", "read"]),
 ];
 
 /// What tests may use besides.

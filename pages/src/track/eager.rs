@@ -46,6 +46,16 @@ impl Eager {
         }
     }
 
+    /// Adds a segment of System V that no process maps, by its id: CRIU copies all of a namespace
+    /// of the workload's own.
+    pub fn add_segment(&mut self, id: i32, bytes: u64) {
+        self.shared.push(SharedMemory {
+            identity: (NO_DEVICE, u64::from(id.cast_unsigned())),
+            name: format!("segment {id}"),
+            bytes,
+        });
+    }
+
     fn share(&mut self, object: SharedMemory) {
         if self
             .shared
@@ -112,5 +122,29 @@ fn shared_memory(pid: i32, mapping: &Mapping) -> SharedMemory {
     }
 }
 
+/// The device of what nobody maps.
+const NO_DEVICE: u64 = u64::MAX;
+
 /// Unit of `st_blocks`, in bytes.
 const BLOCK_BYTES: u64 = 512;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_that_nobody_maps_count_beside_what_has_their_number() {
+        let mut eager = Eager::default();
+        eager.merge(Eager {
+            private_bytes: 1,
+            shared: vec![SharedMemory {
+                identity: (1, 7),
+                name: "/dev/zero (deleted)".to_owned(),
+                bytes: 4096,
+            }],
+        });
+        eager.add_segment(7, 8192);
+        eager.add_segment(8, 4096);
+        assert_eq!(eager.bytes(), 1 + 4096 + 8192 + 4096);
+    }
+}

@@ -3,10 +3,10 @@
 use std::io;
 use std::time::Duration;
 
+use pageferry_inject::InjectError;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use thiserror::Error;
 
-use super::inject::InjectError;
 use super::task;
 
 /// Why tracking failed. The workload runs on as before.
@@ -161,32 +161,6 @@ impl From<Failure> for TrackError {
         Self::Forbidden {
             code: failure.code(),
             text: failure.text().to_owned(),
-        }
-    }
-}
-
-impl InjectError {
-    /// Whether another attempt a moment later may succeed.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Self::NotStopped { .. }
-            | Self::Stuck { .. }
-            | Self::TooManyThreads { .. }
-            | Self::Ended { .. }
-            | Self::Trace { .. }
-            | Self::Interfered { .. }
-            // It is replacing its program, or ending: there is nothing executable for a moment.
-            | Self::NoInstruction { .. }
-            | Self::NoThread { .. } => true,
-            Self::Architecture
-            | Self::Thread(_)
-            | Self::Inspect { .. }
-            | Self::Traced { .. }
-            | Self::Seize { .. }
-            | Self::Unfit { .. }
-            | Self::Call { .. }
-            | Self::Take { .. }
-            | Self::Leaked { .. } => false,
         }
     }
 }

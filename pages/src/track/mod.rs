@@ -7,7 +7,7 @@
 //! ```text
 //!   attach ──► scan ──► scan ──► … ──► (frozen) final_scan ──► shown_smaps
 //!     │         dirty    dirty          dirty, live, hidden, smaps
-//!     └ borrow a userfaultfd (`inject`), register every private mapping of no file
+//!     └ borrow a userfaultfd (`pageferry_inject`), register every private mapping of no file
 //! ```
 //!
 //! Invariants:
@@ -31,7 +31,7 @@
 
 mod eager;
 mod error;
-mod inject;
+pub mod frozen;
 pub mod maps;
 mod probe;
 pub mod refuse;
@@ -46,17 +46,20 @@ use std::time::Duration;
 
 use criu_glue::view::flags::{Area, FlagNames};
 use criu_glue::view::smaps::{self, Recorded};
+pub use pageferry_inject::InjectError;
+use pageferry_inject::userfaultfd::{self, Injected};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_sys::{pagemap, ptrace, task, track};
 
 pub use eager::{Eager, SharedMemory, shared_bytes};
 pub use error::TrackError;
-pub use inject::InjectError;
 use maps::{Flags, Mapping};
 use probe::areas::Areas;
+use probe::calls::Calls;
 use probe::files::Files;
 use probe::threads::Threads;
+pub use scan::Scanning;
 
 use crate::read::Reader;
 
@@ -71,6 +74,8 @@ pub struct Support {
     files: Option<Arc<Files>>,
     /// Tells which threads are traced, likewise.
     threads: Option<Arc<Threads>>,
+    /// Tells which calls they are in, likewise.
+    calls: Option<Arc<Calls>>,
 }
 
 /// How a space is attached.
@@ -217,12 +222,23 @@ impl Support {
             let cost = "the status of every thread is read, for 10 us,";
             Threads::load(types).inspect_err(without(cost))
         });
+        let calls = types.map(|types| {
+            let cost = "the call of every thread is read, for 5 us,";
+            Calls::load(types).inspect_err(without(cost))
+        });
         Ok(Self {
             guard: scan.guard,
             flags: flags.and_then(Result::ok).map(Arc::new),
             files: files.and_then(Result::ok).map(Arc::new),
             threads: threads.and_then(Result::ok).map(Arc::new),
+            calls: calls.and_then(Result::ok).map(Arc::new),
         })
+    }
+
+    /// Whether the kernel changes semaphores when process `pid` ends (`SEM_UNDO`). None: it does
+    /// not tell. Some microseconds.
+    pub fn undoes(&self, pid: i32) -> Option<bool> {
+        self.threads.as_ref()?.of(pid).ok()?.undo
     }
 }
 
@@ -434,10 +450,10 @@ fn record(
     })
 }
 
-fn inject(pid: i32, options: &TrackOptions) -> Result<inject::Injected, TrackError> {
+fn inject(pid: i32, options: &TrackOptions) -> Result<Injected, TrackError> {
     let mut attempt = 1;
     loop {
-        match inject::borrow_userfaultfd(pid, &options.tree, options.stop_max) {
+        match userfaultfd::borrow(pid, &options.tree, options.stop_max) {
             Ok(injected) => return Ok(injected),
             Err(error) if error.is_transient() && attempt < options.attempts => {
                 tracing::debug!(pid, attempt, error = %error, "cannot attach yet");

@@ -10,61 +10,53 @@ use pageferry_sys::pagemap::Pagemap;
 
 use super::eager::Eager;
 use super::maps::{self, Flags, Mapping};
-use super::walk::{Broken, Found, Look, Walker, walk_all};
+use super::walk::{Broken, Found, Look, Walker, walk_all, walk_until};
 use super::{FinalScan, LATE_BIRTH_BYTES_MAX, Scan, Space, TrackError, refuse, task};
+
+/// A scan under way. What it has found so far is dirty, also if it is given up.
+#[derive(Debug)]
+pub struct Scanning<'a> {
+    space: &'a mut Space,
+    began: Instant,
+    /// As they were last looked at.
+    maps: Vec<Mapping>,
+    /// What is to be walked still, sorted.
+    todo: Vec<Range<u64>>,
+    /// What was found to be another mapping than the one that was registered.
+    replaced: PageSet,
+    /// How often such were registered and walked again.
+    again: u32,
+    found: Found,
+}
 
 impl Space {
     /// Returns what is dirty and protects it, so that only what is written from now on is dirty in
     /// the next scan. Finds and registers new mappings. The process runs meanwhile.
     pub fn scan(&mut self) -> Result<Scan, TrackError> {
-        let began = Instant::now();
-        let mut found = Found::default();
-        let scanned = self.scan_tracked(&mut found);
-        let (live, written) = found.into_sets();
-        // Owed before anything can fail: these pages are protected and would not be found again.
-        self.owed.union_with(&written);
-        let maps = scanned?;
-        self.check_mappings(&self.read_maps()?)?;
-        let eager = self.forecast_eager(&maps)?;
-        self.check_alive()?;
-        let dirty = self.owed.intersection(&live);
-        // What is owed in a mapping that is executable now stays owed until it is scanned again.
-        let unscanned = pages(maps.iter().filter(|mapping| !is_scanned(mapping)));
-        self.owed = self.owed.intersection(&unscanned);
-        Ok(Scan {
-            dirty,
-            live_pages: live.len(),
-            eager,
-            duration: began.elapsed(),
-        })
+        let mut scanning = self.begin_scan()?;
+        while !scanning.is_walked() {
+            scanning.walk(None)?;
+            scanning.register_replaced()?;
+        }
+        scanning.end()
     }
 
-    /// Walks all mappings that are scanned, until each was found tracked.
-    fn scan_tracked(&mut self, found: &mut Found) -> Result<Vec<Mapping>, TrackError> {
-        let mut maps = self.read_maps()?;
+    /// Begins the same for a caller who decides when the memory is walked. The process runs.
+    pub fn begin_scan(&mut self) -> Result<Scanning<'_>, TrackError> {
+        let began = Instant::now();
+        let maps = self.read_maps()?;
         self.check_mappings(&maps)?;
         self.adopt(&maps)?;
-        let mut todo: Vec<Range<u64>> = self.scannable(&maps);
-        for _ in 0..REPLACED_MAX {
-            let pagemap = self.open_pagemap()?;
-            let walked = walk_all(&pagemap, self.support.guard, &todo, Look::Protect);
-            found.append(walked.found);
-            let replaced = self.disown(walked.broken)?;
-            if self.registered.is_empty() {
-                // Nothing at all is tracked: the process has other memory now than our descriptor,
-                // which somebody else keeps alive.
-                return Err(TrackError::Exec { pid: self.pid });
-            }
-            if replaced.is_empty() {
-                return Ok(maps);
-            }
-            maps = self.read_maps()?;
-            self.adopt(&maps)?;
-            todo = self.scannable(&maps);
-            todo.retain(|range| overlaps(&replaced, range));
-        }
-        // It maps faster than we look: the rest is not registered, and is found in the next round.
-        Ok(maps)
+        self.check_registered()?;
+        Ok(Scanning {
+            todo: self.scannable(&maps),
+            space: self,
+            began,
+            maps,
+            replaced: PageSet::new(),
+            again: 0,
+            found: Found::default(),
+        })
     }
 
     /// After walks that broke: what they may have protected without telling is not registered any
@@ -143,6 +135,11 @@ impl Space {
             eager,
             duration: began.elapsed(),
         })
+    }
+
+    /// Nothing that was returned so far counts: everything is dirty.
+    pub fn begin_anew(&mut self) {
+        self.owed.union_with(&self.registered);
     }
 
     /// What is found in the tracked ranges, and what in those no round has seen.
@@ -343,9 +340,18 @@ impl Space {
         Err(TrackError::Gone { pid: self.pid })
     }
 
+    /// If nothing at all is tracked, the process has other memory now than our descriptor, which
+    /// somebody else keeps alive.
+    fn check_registered(&self) -> Result<(), TrackError> {
+        if self.registered.is_empty() {
+            return Err(TrackError::Exec { pid: self.pid });
+        }
+        Ok(())
+    }
+
     /// Whether the memory our descriptor belongs to is still there. A scan cannot tell: without it
     /// it finds nothing, and succeeds.
-    fn check_alive(&self) -> Result<(), TrackError> {
+    pub(super) fn check_alive(&self) -> Result<(), TrackError> {
         // Any call that looks at the memory will do. This one takes protection off a page that is
         // never mapped, or if so, is part of the stack; there it makes one page dirty.
         let probe = self
@@ -391,6 +397,91 @@ impl Space {
     }
 }
 
+impl Scanning<'_> {
+    /// Whether there is nothing left to walk, nor to register.
+    pub fn is_walked(&self) -> bool {
+        self.todo.is_empty() && self.replaced.is_empty()
+    }
+
+    /// Walks and protects what is left, until then; without a time, all of it. However late it is,
+    /// some of it is walked.
+    pub fn walk(&mut self, until: Option<Instant>) -> Result<(), TrackError> {
+        let pagemap = self.space.open_pagemap()?;
+        let guard = self.space.support.guard;
+        let walked = walk_until(&pagemap, guard, &self.todo, Look::Protect, until);
+        self.found.append(walked.found);
+        self.todo = walked.left;
+        let replaced = self.space.disown(walked.broken)?;
+        self.replaced.union_with(&replaced);
+        self.space.check_registered()
+    }
+
+    /// What is left to be walked: for [`Scanning::walk_again`].
+    pub fn todo(&self) -> Vec<Range<u64>> {
+        self.todo.clone()
+    }
+
+    /// What was walked since `todo` was asked for is to be walked once more.
+    pub fn walk_again(&mut self, todo: Vec<Range<u64>>) {
+        self.todo = todo;
+    }
+
+    /// Registers the mappings that walks found in the place of others, to be walked too. The
+    /// process may run.
+    pub fn register_replaced(&mut self) -> Result<(), TrackError> {
+        let replaced = std::mem::take(&mut self.replaced);
+        if replaced.is_empty() {
+            return Ok(());
+        }
+        self.again += 1;
+        if REPLACED_MAX <= self.again {
+            // It maps faster than we look: the rest is not registered, and is found in the next
+            // round.
+            return Ok(());
+        }
+        self.maps = self.space.read_maps()?;
+        self.space.adopt(&self.maps)?;
+        let mut more = self.space.scannable(&self.maps);
+        more.retain(|range| overlaps(&replaced, range));
+        self.todo.append(&mut more);
+        self.todo.sort_unstable_by_key(|range| range.start);
+        Ok(())
+    }
+
+    /// What it has found. The process runs.
+    pub fn end(mut self) -> Result<Scan, TrackError> {
+        let live = self.keep_found();
+        let space = &mut *self.space;
+        space.check_mappings(&space.read_maps()?)?;
+        let eager = space.forecast_eager(&self.maps)?;
+        space.check_alive()?;
+        let dirty = space.owed.intersection(&live);
+        // What is owed in a mapping that is executable now stays owed until it is scanned again.
+        let unscanned = pages(self.maps.iter().filter(|mapping| !is_scanned(mapping)));
+        space.owed = space.owed.intersection(&unscanned);
+        Ok(Scan {
+            dirty,
+            live_pages: live.len(),
+            eager,
+            duration: self.began.elapsed(),
+        })
+    }
+
+    /// Has what was found written owed, before anything can fail: these pages are protected and
+    /// would not be found again. Returns the live ones.
+    fn keep_found(&mut self) -> PageSet {
+        let (live, written) = std::mem::take(&mut self.found).into_sets();
+        self.space.owed.union_with(&written);
+        live
+    }
+}
+
+impl Drop for Scanning<'_> {
+    fn drop(&mut self) {
+        self.keep_found();
+    }
+}
+
 /// Whether a walk met a mapping that is not tracked.
 fn is_untracked(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(libc::EPERM)
@@ -425,7 +516,7 @@ fn extend(ranges: &mut Vec<(u64, u64)>, range: &Range<u64>) {
 }
 
 /// How often one scan looks again at mappings that were replaced while it ran.
-const REPLACED_MAX: usize = 8;
+const REPLACED_MAX: u32 = 8;
 
 /// The last page of user memory on x86-64 with four-level page tables.
 const LAST_USER_PAGE: u64 = 0x7fff_ffff_e000;

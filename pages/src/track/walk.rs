@@ -9,6 +9,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use pageferry_proto::page::{PageCount, PageRun};
 use pageferry_proto::set::PageSet;
@@ -53,6 +54,15 @@ pub(super) struct Broken {
     pub(super) source: io::Error,
 }
 
+/// What became of one walk.
+#[derive(Debug, Default)]
+struct Walk {
+    found: Found,
+    broken: Option<Broken>,
+    /// What there was no time for.
+    left: Option<Range<u64>>,
+}
+
 /// What became of several walks.
 #[derive(Debug, Default)]
 pub(super) struct Walked {
@@ -60,6 +70,18 @@ pub(super) struct Walked {
     pub(super) found: Found,
     /// The walks that ended early.
     pub(super) broken: Vec<Broken>,
+    /// What there was no time for, sorted.
+    pub(super) left: Vec<Range<u64>>,
+}
+
+impl Walk {
+    /// One that was not begun.
+    fn left(range: Range<u64>) -> Self {
+        Self {
+            left: Some(range),
+            ..Self::default()
+        }
+    }
 }
 
 impl Found {
@@ -97,6 +119,17 @@ pub(super) fn walk_all(
     ranges: &[Range<u64>],
     look: Look,
 ) -> Walked {
+    walk_until(pagemap, guard, ranges, look, None)
+}
+
+/// As [`walk_all`], but ends then; each thread walks a little, however late it is.
+pub(super) fn walk_until(
+    pagemap: &Pagemap,
+    guard: bool,
+    ranges: &[Range<u64>],
+    look: Look,
+    until: Option<Instant>,
+) -> Walked {
     let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
     let size = (bytes / PIECES).next_power_of_two().max(PIECE_BYTES_MIN);
     let pieces: Vec<Range<u64>> = ranges.iter().flat_map(|range| cut(range, size)).collect();
@@ -104,17 +137,21 @@ pub(super) fn walk_all(
     let threads = usize::try_from(bytes / THREAD_BYTES_MIN).unwrap_or(usize::MAX);
     let threads = threads.clamp(1, cores.min(THREADS_MAX));
     let next = AtomicUsize::new(0);
+    let is_over = || until.is_some_and(|until| until <= Instant::now());
     let walk = || {
         let mut walker = Walker::new(guard);
-        let mut done = Vec::new();
+        let mut done: Vec<(usize, Walk)> = Vec::new();
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(piece) = pieces.get(index) else {
                 return done;
             };
-            let mut found = Found::default();
-            let result = walker.walk(pagemap, piece.clone(), look, &mut found);
-            done.push((index, found, result.err()));
+            let walk = if is_over() && !done.is_empty() {
+                Walk::left(piece.clone())
+            } else {
+                walker.walk_until(pagemap, piece.clone(), look, until)
+            };
+            done.push((index, walk));
         }
     };
     let mut done = std::thread::scope(|scope| {
@@ -125,11 +162,12 @@ pub(super) fn walk_all(
         }
         done
     });
-    done.sort_unstable_by_key(|(index, _, _)| *index);
+    done.sort_unstable_by_key(|(index, _)| *index);
     let mut walked = Walked::default();
-    for (_, found, broken) in done {
-        walked.found.append(found);
-        walked.broken.extend(broken);
+    for (_, walk) in done {
+        walked.found.append(walk.found);
+        walked.broken.extend(walk.broken);
+        walked.left.extend(walk.left);
     }
     walked
 }
@@ -166,25 +204,65 @@ impl Walker {
         look: Look,
         found: &mut Found,
     ) -> Result<(), Broken> {
-        let request = self.request(&range, look);
+        let walk = self.walk_until(pagemap, range, look, None);
+        found.append(walk.found);
+        match walk.broken {
+            Some(broken) => Err(broken),
+            None => Ok(()),
+        }
+    }
+
+    /// Walks `range` until then, but never nothing of it.
+    fn walk_until(
+        &mut self,
+        pagemap: &Pagemap,
+        range: Range<u64>,
+        look: Look,
+        until: Option<Instant>,
+    ) -> Walk {
+        let mut walk = Walk::default();
+        let mut step = match until {
+            Some(_) => STEP_BYTES,
+            None => u64::MAX,
+        };
         let mut at = range.start;
         while at < range.end {
-            let broken = |source| Broken {
-                rest: at..range.end,
-                source,
-            };
+            let end = range.end.min(at.saturating_add(step - at % step));
             let request = ScanRequest {
-                start: at,
-                ..request
+                pages_max: if STEP_BYTES < step && until.is_some() {
+                    STEP_BYTES / PAGE_BYTES
+                } else {
+                    0
+                },
+                ..self.request(&(at..end), look)
             };
-            let scanned = pagemap.scan(&request, &mut self.regions).map_err(broken)?;
-            if scanned.walk_end <= at {
-                return Err(broken(io::Error::other("the scan makes no progress")));
-            }
+            let scanned = pagemap.scan(&request, &mut self.regions);
+            let scanned = scanned.and_then(|scanned| match scanned.walk_end {
+                walked if at < walked => Ok(scanned),
+                _ => Err(io::Error::other("the scan makes no progress")),
+            });
+            let scanned = match scanned {
+                Ok(scanned) => scanned,
+                Err(source) => {
+                    let rest = at..range.end;
+                    walk.broken = Some(Broken { rest, source });
+                    return walk;
+                }
+            };
             at = scanned.walk_end;
-            found.add(&self.regions[..scanned.regions], look);
+            walk.found.add(&self.regions[..scanned.regions], look);
+            let Some(until) = until else { continue };
+            step = if scanned.regions == 0 {
+                (step * 2).min(STEP_BYTES_MAX)
+            } else {
+                STEP_BYTES
+            };
+            if at < range.end && until <= Instant::now() {
+                walk.left = Some(at..range.end);
+                return walk;
+            }
         }
-        Ok(())
+        walk
     }
 
     fn request(&self, range: &Range<u64>, look: Look) -> ScanRequest {
@@ -210,6 +288,7 @@ impl Walker {
             none_of,
             any_of: Categories::PRESENT.with(Categories::SWAPPED),
             report,
+            pages_max: 0,
         }
     }
 }
@@ -248,6 +327,17 @@ const PIECE_BYTES_MIN: u64 = 16 << 20;
 
 /// How much each thread must have to do, in bytes: starting one costs as much as walking 16 MiB.
 const THREAD_BYTES_MIN: u64 = 256 << 20;
+
+/// How much is walked between two looks at the clock, in bytes: 0.2 ms at most. No huge page lies
+/// across its ends.
+const STEP_BYTES: u64 = 8 << 20;
+
+/// How much at most where nothing is found, in bytes: a reservation of a terabyte is walked in a
+/// thousand steps. Should there be pages after all, such a step ends when it has found as many as
+/// another may have.
+const STEP_BYTES_MAX: u64 = 1 << 30;
+
+const PAGE_BYTES: u64 = 4096;
 
 /// Most threads of one walk: beyond it they get in each other's way at the memory lock.
 const THREADS_MAX: usize = 4;

@@ -67,8 +67,8 @@ pub(crate) struct Undecided(());
 pub(crate) enum Evidence {
     /// The operator declared the target dead.
     Fenced(Generation),
-    /// The target refused durably.
-    Refused(Generation),
+    /// The target refused durably, for this reason.
+    Refused(Generation, Failure),
 }
 
 /// Permission to let the workload run at the source.
@@ -172,13 +172,23 @@ impl Undecided {
 }
 
 impl Evidence {
+    /// A refusal, with what the target says of its reason.
+    pub(crate) fn refused(generation: Generation, reason: Option<Failure>) -> Self {
+        let text = "the target refused to run the workload";
+        let failure = match reason {
+            Some(reason) => Failure::new(reason.code(), format!("{text}: {}", reason.text())),
+            None => Failure::new(ErrorCode::Refused, text),
+        };
+        Self::Refused(generation, failure)
+    }
+
     /// The record that must be durable before the evidence counts.
     pub(crate) fn entry(&self) -> Entry {
         match self {
             Self::Fenced(generation) => Entry::Fenced {
                 generation: *generation,
             },
-            Self::Refused(_) => Entry::Aborted(self.failure()),
+            Self::Refused(..) => Entry::Aborted(self.failure()),
         }
     }
 
@@ -188,9 +198,7 @@ impl Evidence {
             Self::Fenced(_) => {
                 Failure::new(ErrorCode::Fenced, "the operator declared the target dead")
             }
-            Self::Refused(_) => {
-                Failure::new(ErrorCode::Refused, "the target refused to run the workload")
-            }
+            Self::Refused(_, failure) => failure.clone(),
         }
     }
 

@@ -29,6 +29,7 @@ fn last(round: Round, parcels: u32, pages: u64) -> Final {
         images: 1,
         digests: 0,
         verify: false,
+        locks: 0,
     }
 }
 

@@ -82,6 +82,8 @@ pub struct RoundReport {
     pub duration: Duration,
     /// Bytes that only CRIU can copy, and only in the freeze.
     pub eager_bytes: u64,
+    /// Nothing that was sent up to the end of this round counts: the next one sends every page.
+    pub anew: bool,
 }
 
 /// What follows a round.
@@ -114,6 +116,8 @@ pub struct Convergence {
     estimated_freeze: Option<Duration>,
     /// A round was long enough to tell how fast the link is.
     measured: bool,
+    /// The rounds before the first that counts.
+    before: u32,
 }
 
 impl Policy {
@@ -153,6 +157,10 @@ impl Convergence {
         let hashing = time_for(hashed_bytes, Some(HASHED_BYTES_PER_SECOND));
         self.estimated_freeze = (predicted < Duration::MAX)
             .then(|| predicted.saturating_add(copying).saturating_add(hashing));
+        if report.anew {
+            self.before = report.round.number();
+            return Decision::Round;
+        }
         let left = dirtied.0.saturating_mul(100);
         let sent = report.pages_sent.0;
         let shrinking = left < sent.saturating_mul(SHRINKING_PERCENT)
@@ -160,7 +168,7 @@ impl Convergence {
         if predicted <= policy.downtime_max && !shrinking {
             return Decision::Freeze(FreezeReason::Converged);
         }
-        if policy.rounds_max <= report.round.number() {
+        if policy.rounds_max <= report.round.number().saturating_sub(self.before) {
             return Decision::Freeze(FreezeReason::RoundsMax);
         }
         if sent.saturating_mul(STALLED_PERCENT) <= left {
@@ -238,6 +246,7 @@ mod tests {
             wire_bytes: PageCount(sent).bytes(),
             duration,
             eager_bytes: 0,
+            anew: false,
         }
     }
 
@@ -295,6 +304,30 @@ mod tests {
             &[round(29), round(30)],
             &[Decision::Round, Decision::Freeze(FreezeReason::RoundsMax)],
         );
+    }
+
+    // clause: R-8
+    #[test]
+    fn a_round_after_which_all_begins_anew_is_followed_by_another_and_counts_no_more() {
+        let policy = Policy {
+            rounds_max: 2,
+            ..Policy::DEFAULT
+        };
+        let mut convergence = Convergence::default();
+        let mut after = |number, sent, anew| {
+            let left = if anew { 100_000 } else { sent * 4 / 5 };
+            let round = RoundReport {
+                anew,
+                ..report(number, sent, left, SECOND)
+            };
+            convergence.after(&policy, &round, MEMORY)
+        };
+        // It would have stalled, and be the last one allowed.
+        assert_eq!(after(1, 100_000, false), Decision::Round);
+        assert_eq!(after(2, 80_000, true), Decision::Round);
+        assert_eq!(after(3, 100_000, false), Decision::Round);
+        let last = Decision::Freeze(FreezeReason::RoundsMax);
+        assert_eq!(after(4, 80_000, false), last);
     }
 
     #[test]

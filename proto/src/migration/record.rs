@@ -437,6 +437,45 @@ mod tests {
         assert_eq!(bounded, format!("{begin}820121{offered}{frozen_max}"));
     }
 
+    #[test]
+    fn a_record_says_of_which_kind_its_workload_is() {
+        let texts = [
+            "process/7",
+            "runc/a",
+            "crun/a",
+            "podman/a",
+            "containerd/k8s.io/a",
+        ];
+        for text in texts {
+            let record = Record {
+                migration: MigrationId::new([3; 16]),
+                entry: Entry::Accepted(AcceptedEntry {
+                    workload: text.parse().unwrap(),
+                    peer: "b".parse().unwrap(),
+                    incarnation: Incarnation(1),
+                    state: DriverState::default(),
+                }),
+            };
+            let bytes = record.to_bytes();
+            let found = bytes.windows(text.len());
+            assert!(found.into_iter().any(|part| part == text.as_bytes()));
+            assert_eq!(Record::from_bytes(&bytes), Ok(record));
+            let kind = text.as_bytes()[0];
+            let spoilt = bytes
+                .iter()
+                .map(|byte| if *byte == kind { b'x' } else { *byte });
+            let error = Record::from_bytes(&spoilt.collect::<Vec<_>>()).unwrap_err();
+            let unnamed = matches!(
+                error,
+                RecordError::Name {
+                    field: "workload",
+                    ..
+                }
+            );
+            assert!(unnamed, "{error}");
+        }
+    }
+
     // clause: J-1
     #[test]
     fn a_record_says_its_format_first() {

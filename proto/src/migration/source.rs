@@ -18,12 +18,13 @@ mod recovery;
 mod retry;
 mod settle;
 mod state;
+mod unlock;
 mod wait;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::id::{Generation, Incarnation, MigrationId, NodeName, Round, WorkloadName};
+use crate::id::{Generation, Incarnation, MigrationId, NetworkName, NodeName, Round, WorkloadName};
 use crate::migration::handoff::{Side, Undecided};
 use crate::migration::policy::{Convergence, Decision, Policy, RoundReport};
 use crate::migration::record::{DriverState, Entry, OfferedEntry, Record};
@@ -35,6 +36,7 @@ use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage}
 use crate::wire::description::WorkloadDescription;
 use crate::wire::version::Version;
 use state::{Copying, Finishing, Link, State, Step, Timer};
+pub use unlock::UNLOCK_TRIES_MAX;
 pub use wait::{Wait, Waiting};
 
 /// How long the first connection may take. Longer than QUIC's own handshake timeout, whose
@@ -68,6 +70,8 @@ pub struct SourceOffer {
     pub policy: Policy,
     /// What the target is told.
     pub description: WorkloadDescription,
+    /// The network namespace at the target that it is to join; none: one is made for it.
+    pub network: Option<NetworkName>,
     /// What the driver needs to find the workload again after a restart.
     pub state: DriverState,
 }
@@ -120,6 +124,8 @@ pub enum SourceEvent {
         /// The workload's memory, in pages.
         memory: PageCount,
     },
+    /// [`SourceAction::Unlock`] is done, and the copy is frozen still.
+    Unlocked,
     /// What an action of the freeze waits for at the moment. Changes nothing; to be said before
     /// [`SourceMachine::handle_timeout`], which may be the end of the freeze.
     Waiting(Vec<Waiting>),
@@ -158,14 +164,18 @@ pub enum SourceAction {
         /// The number that the parcels carry.
         round: Round,
     },
-    /// End what is under way at once, whatever it waits for; let CRIU end with failure, thaw the
-    /// cgroup, open the network. Succeeds on a workload that runs.
+    /// End what is under way at once, whatever it waits for; let CRIU end with failure, take back
+    /// what [`SourceAction::Unlock`] let go, thaw the cgroup, open the network. Succeeds on a
+    /// workload that runs. While another has one of its locks it fails, and nothing is thawed.
     Thaw {
         /// Whether tracking ends too.
         untrack: bool,
     },
     /// Attach the tracker to every space.
     Track,
+    /// Let go of the workload's file locks on shared storage. It stays frozen. May be asked for
+    /// again, and after a restart; succeeds when there are none.
+    Unlock,
 }
 
 /// What the final round was.
@@ -181,6 +191,8 @@ pub struct FinalReport {
     pub images: u32,
     /// Digest streams sent: 0 unless the policy says verify.
     pub digests: u32,
+    /// File locks that it has on shared storage.
+    pub locks: u32,
     /// Bytes of the pages sent, before compression.
     pub raw_bytes: u64,
     /// Bytes on the wire, images too.
@@ -215,6 +227,8 @@ pub struct SourceMachine {
     driver_state: DriverState,
     /// Taken when the offer is sent.
     description: Option<Box<WorkloadDescription>>,
+    /// What it is to join at the target.
+    network: Option<NetworkName>,
     state: State,
     generation: Generation,
     retries: u32,
@@ -230,7 +244,11 @@ pub struct SourceMachine {
     /// The target has said how it ended, and keeps that until it hears that nobody asks again.
     answered: bool,
     incarnation: Option<Incarnation>,
+    /// The workload has file locks that must be let go before the target may go, or may have.
+    locks: bool,
     failure: Option<Failure>,
+    /// What has failed, and must be done before anything else is: it is tried again.
+    held_up: Option<Failure>,
     fence_wanted: bool,
     convergence: Convergence,
     round: Option<Round>,
@@ -262,6 +280,7 @@ impl SourceMachine {
             policy: offer.policy,
             driver_state: offer.state,
             description: Some(Box::new(offer.description)),
+            network: offer.network,
             state: State::Undecided(Undecided::without_commit(), Step::Journalling),
             generation: Generation::FIRST,
             retries: 0,
@@ -272,7 +291,9 @@ impl SourceMachine {
             told: false,
             answered: false,
             incarnation: None,
+            locks: true,
             failure: None,
+            held_up: None,
             fence_wanted: false,
             convergence: Convergence::default(),
             round: None,
@@ -313,6 +334,7 @@ impl SourceMachine {
             SourceEvent::SmapsEqual => self.smaps_equal(),
             SourceEvent::Thawed { untrack } => self.thawed(now, untrack),
             SourceEvent::TrackingReady { memory } => self.tracking_ready(memory),
+            SourceEvent::Unlocked => self.unlocked(now),
             SourceEvent::Waiting(waiting) => self.waiting = waiting,
         }
         self.report(now);
@@ -370,7 +392,7 @@ impl SourceMachine {
             frozen_max: self.frozen_max.or(self.policy.frozen_max),
             parts: self.edges.parts(),
             elapsed: now.since(self.started_at),
-            failure: self.failure.clone(),
+            failure: self.held_up.clone().or_else(|| self.failure.clone()),
             fence_wanted: self.fence_wanted,
             unsettled: false,
         }
@@ -383,6 +405,7 @@ impl SourceMachine {
         let Some(description) = self.description.take() else {
             return self.out_of_place("a second offer");
         };
+        let network = self.network.take();
         *step = Step::Offered;
         self.offered = true;
         self.timers.set(Timer::Step, now.after(ACCEPT_MAX));
@@ -392,6 +415,7 @@ impl SourceMachine {
             generation: self.generation,
             policy: self.policy,
             description: *description,
+            network,
         })));
     }
 
@@ -469,6 +493,7 @@ impl SourceMachine {
         }
         let round = finishing.round;
         self.edges.sent = Some(now);
+        self.locks = report.locks != 0;
         self.counters.sent_bytes += report.raw_bytes;
         self.counters.wire_bytes += report.wire_bytes;
         self.send(SourceMessage::Final(Final {
@@ -480,6 +505,7 @@ impl SourceMachine {
             images: report.images,
             digests: report.digests,
             verify: self.policy.verify,
+            locks: report.locks,
         }));
         self.actions.push_back(SourceAction::CompareSmaps);
     }

@@ -9,6 +9,7 @@
 //! A target never dials. Whoever broke a connection off, it is the source that comes back.
 
 mod handoff;
+mod lock;
 mod message;
 mod output;
 mod recovery;
@@ -25,6 +26,7 @@ use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 pub use handoff::LET_GO_TRIES_MAX;
+pub use lock::LOCK_TRIES_MAX;
 pub use recovery::{ANSWER_STATE_BYTES_MAX, answer};
 use state::{Absent, Held, State, Step, Timer, Verdict};
 
@@ -69,6 +71,8 @@ pub enum TargetEvent {
     JournalFailed(Record),
     /// The record is durable.
     Journalled(Record),
+    /// [`TargetAction::Lock`] is done: the held workload has all its locks.
+    Locked,
     /// The source said something on the present connection.
     Message(SourceMessage),
     /// The source has a connection. `PeerLost` comes before the next one.
@@ -76,6 +80,8 @@ pub enum TargetEvent {
     /// [`TargetAction::LetGo`] can never be done any more: nothing of the workload has run here,
     /// and nothing of it is left that could. A driver that is not certain says `Failure`.
     NeverRan(Failure),
+    /// [`TargetAction::Lock`] has not got all locks, and may if it is tried again: another has one.
+    NotLocked(Failure),
     /// The connection is gone.
     PeerLost,
     /// [`TargetAction::Prepare`] is done.
@@ -116,6 +122,9 @@ pub enum TargetAction {
         /// The generation that runs.
         generation: Generation,
     },
+    /// Take the held workload's file locks on shared storage, which the source has let go, for it.
+    /// Succeeds when it has them. May be asked for again, and after a restart.
+    Lock,
     /// Compare what the offer describes with this node, and make what it needs.
     Prepare(Box<Offer>),
     /// Publish the status.
@@ -141,6 +150,8 @@ pub struct TargetMachine {
     connected: bool,
     /// A record says that the offer is accepted, so one must say how that ended.
     recorded: bool,
+    /// The workload has file locks to take before it runs, or may have.
+    locks: bool,
     /// The source has said that it never asks about a generation up to this one.
     over_at_source: Option<Generation>,
     /// That is in the journal, or on its way there.
@@ -166,6 +177,7 @@ impl TargetMachine {
             state: State::Absent(Absent::Idle),
             connected: false,
             recorded: false,
+            locks: true,
             over_at_source: None,
             settled: false,
             failure: None,
@@ -192,8 +204,10 @@ impl TargetMachine {
             TargetEvent::FinalStored => self.final_stored(),
             TargetEvent::JournalFailed(record) => self.journal_failed(now, &record),
             TargetEvent::Journalled(record) => self.journalled(&record),
+            TargetEvent::Locked => self.locked(),
             TargetEvent::Message(message) => self.message(message),
             TargetEvent::NeverRan(failure) => self.never_ran(now, failure),
+            TargetEvent::NotLocked(failure) => self.not_locked(now, failure),
             TargetEvent::PeerConnected => self.connected = true,
             TargetEvent::PeerLost => self.peer_lost(),
             TargetEvent::Prepared { state } => self.prepared(state),

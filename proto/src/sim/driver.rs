@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use super::attempt::images;
 use super::course::Taken;
+use super::lock::lock_taken;
 use super::memory::Memory;
 use super::node::{Attempt, Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload};
 use super::oracle::Violation;
 use super::world::{PAGE_DURATION, World, workload_gone};
 use crate::id::{Generation, Round, SpaceId};
+use crate::migration::handoff::Side;
 use crate::migration::ledger::{Arrival, Ledger, LedgerError};
 use crate::migration::policy::RoundReport;
 use crate::migration::record::DriverState;
@@ -94,18 +96,14 @@ impl World {
                 return Ok(());
             }
             SourceAction::SendRound { round } => SourceJob::Send(self.sending(round, None)),
-            SourceAction::Thaw { untrack } => {
-                self.undo_at_source();
-                self.check_thaw()?;
-                if self.source.workload == SourceWorkload::Frozen {
-                    self.source.workload = SourceWorkload::Running;
-                    self.source.frozen_at = None;
-                }
-                SourceJob::Thaw { untrack }
-            }
+            SourceAction::Thaw { untrack } => self.thaw_at_source(untrack)?,
             SourceAction::Track => {
                 self.source.memory.restart();
                 SourceJob::Track
+            }
+            SourceAction::Unlock => {
+                self.unlock_at_source()?;
+                SourceJob::Unlock
             }
         };
         let undone = matches!(
@@ -116,6 +114,20 @@ impl World {
         let job = if hangs { SourceJob::Hung } else { job };
         self.source.jobs.push(job);
         Ok(())
+    }
+
+    /// A thaw takes the lock back first; where another has it the workload stays frozen.
+    fn thaw_at_source(&mut self, untrack: bool) -> Result<SourceJob, Violation> {
+        self.undo_at_source();
+        self.check_thaw()?;
+        if !self.take_lock_back() {
+            return Ok(SourceJob::Late(SourceEvent::Failure(lock_taken())));
+        }
+        if self.source.workload == SourceWorkload::Frozen {
+            self.source.workload = SourceWorkload::Running;
+            self.source.frozen_at = None;
+        }
+        Ok(SourceJob::Thaw { untrack })
     }
 
     /// What a thaw ends may still report that it failed.
@@ -133,7 +145,8 @@ impl World {
                 | SourceJob::Journal { .. }
                 | SourceJob::Late(_)
                 | SourceJob::Release
-                | SourceJob::Thaw { .. } => {}
+                | SourceJob::Thaw { .. }
+                | SourceJob::Unlock => {}
             }
         }
     }
@@ -192,6 +205,7 @@ impl World {
             SourceJob::Track => outcome(SourceEvent::TrackingReady {
                 memory: self.source.memory.memory.pages(),
             }),
+            SourceJob::Unlock => outcome(SourceEvent::Unlocked),
         };
         self.at_source(event);
     }
@@ -230,6 +244,7 @@ impl World {
                 wire_bytes: raw_bytes / 2,
                 duration: PAGE_DURATION * pages.max(1),
                 eager_bytes: 0,
+                anew: false,
             }));
         };
         if let Some(stream) = last.unsent.pop_front() {
@@ -243,6 +258,7 @@ impl World {
             live_sets: last.live_sets,
             images: last.images,
             digests: last.digests,
+            locks: u32::from(self.lock.is_some()),
             raw_bytes,
             wire_bytes: raw_bytes / 2,
         };
@@ -312,6 +328,9 @@ impl World {
                 self.let_go()?;
                 TargetJob::LetGo
             }
+            TargetAction::Lock => TargetJob::Lock {
+                has_lock: self.lock_at_target(),
+            },
             TargetAction::Prepare(_) => {
                 self.target.ledger = Some(Ledger::new());
                 self.target.taken = Taken::default();
@@ -355,6 +374,7 @@ impl World {
         match self.target.workload {
             TargetWorkload::Held | TargetWorkload::Dropped => {
                 self.target.workload = TargetWorkload::Nothing;
+                self.release_lock(Side::Target);
             }
             TargetWorkload::Nothing | TargetWorkload::Running | TargetWorkload::Lost => {}
         }
@@ -370,7 +390,8 @@ impl World {
                 | TargetJob::Fill
                 | TargetJob::Journal { .. }
                 | TargetJob::Late(_)
-                | TargetJob::LetGo => {}
+                | TargetJob::LetGo
+                | TargetJob::Lock { .. } => {}
             }
         }
     }
@@ -420,6 +441,14 @@ impl World {
                     TargetEvent::Resumed
                 }
             }
+            TargetJob::Lock { has_lock } => match self.target.workload {
+                TargetWorkload::Held if has_lock => outcome(TargetEvent::Locked),
+                TargetWorkload::Held => TargetEvent::NotLocked(lock_taken()),
+                TargetWorkload::Nothing
+                | TargetWorkload::Dropped
+                | TargetWorkload::Running
+                | TargetWorkload::Lost => TargetEvent::Failure(workload_gone()),
+            },
             TargetJob::Prepare => outcome(TargetEvent::Prepared { state: state() }),
             TargetJob::Restore if failed => TargetEvent::Failure(injected()),
             TargetJob::Restore => {

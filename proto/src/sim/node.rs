@@ -29,6 +29,8 @@ pub(super) struct SourceNode {
     pub(super) frozen_at: Option<Time>,
     /// The freeze is given up after so many of its steps.
     pub(super) retry_after: Option<u8>,
+    /// It let go of its lock, and has not taken it back.
+    pub(super) let_go: bool,
     /// Without power for good.
     pub(super) dead: bool,
 }
@@ -106,6 +108,7 @@ pub(super) enum SourceJob {
         untrack: bool,
     },
     Track,
+    Unlock,
 }
 
 /// A round, final or not, of which some parcels are still to be read and sent.
@@ -141,6 +144,9 @@ pub(super) enum TargetJob {
     },
     Late(TargetEvent),
     LetGo,
+    Lock {
+        has_lock: bool,
+    },
     Prepare,
     Restore,
     Stored(TargetEvent),

@@ -1,7 +1,9 @@
 //! What must never be, asked at the moments when it could come to be.
 
+use super::lock::Holder;
 use super::node::{SourceJob, SourceWorkload, TargetJob, TargetWorkload};
 use super::world::World;
+use crate::migration::handoff::Side;
 use crate::migration::record::{Entry, Record};
 use crate::migration::source::SourceAction;
 use crate::wire::control::{SourceMessage, TargetMessage};
@@ -84,6 +86,10 @@ impl World {
             .iter()
             .any(|record| matches!(record.entry, Entry::Running { .. }));
         self.demand(!refused, "the target starts after refusing")?;
+        self.demand(
+            self.has_lock(Side::Target),
+            "the target starts without the workload's lock",
+        )?;
         self.demand(running, "the target starts before that is on disk")?;
         let theirs = self.source.journal.durable();
         let committed = theirs
@@ -141,6 +147,10 @@ impl World {
                 self.demand(
                     durable.iter().any(|record| record.entry == commit),
                     "the source says go before the commit is on disk",
+                )?;
+                self.demand(
+                    self.lock != Some(Holder::Side(Side::Source)),
+                    "the source says go while it has the workload's lock",
                 )
             }
             SourceMessage::Settled { .. } => self.demand(
@@ -182,8 +192,12 @@ impl World {
                 }),
                 "the target says ready before that is on disk",
             ),
-            TargetMessage::Refused { generation } => {
+            TargetMessage::Refused { generation, .. } => {
                 self.demand(self.starts == 0, "the target refuses what it has run")?;
+                self.demand(
+                    self.lock != Some(Holder::Side(Side::Target)),
+                    "the target refuses and keeps the workload's lock",
+                )?;
                 self.demand(
                     is_known(&|entry| *entry == Entry::Refused { generation: *generation }),
                     "the target says refused before that is on disk",
@@ -226,6 +240,10 @@ impl World {
         let source = self.source.workload == SourceWorkload::Running;
         let target = self.target.workload == TargetWorkload::Running;
         self.demand(!(source && target), "the workload runs twice")?;
+        self.demand(
+            (!source || self.has_lock(Side::Source)) && (!target || self.has_lock(Side::Target)),
+            "the workload runs without its lock",
+        )?;
         self.check_stillness()?;
         self.check_collected()?;
         let longest = self.source.actions.len().max(self.target.actions.len());

@@ -41,6 +41,8 @@ pub enum Op {
     Fail(Side),
     /// What the target holds dies, and its pager knows that it never ran.
     DropHeld,
+    /// Another gives back the lock of the workload that it took.
+    GiveLock,
     /// A side loses its power for good, and the operator tells the other side.
     Fence(Side),
     /// Time passes: so many eighths of a second, but not beyond the next timer.
@@ -58,6 +60,8 @@ pub enum Op {
     /// A stream is put in flight that no source sends: bits 0 and 1 say whether digests, an image,
     /// a live set or a parcel. With bit 2 it comes when the target hears `Final`, else at once.
     Stray(u8),
+    /// Another takes the lock of the workload if nobody has it.
+    TakeLock,
     /// Time passes until the next timer.
     Tick,
 }

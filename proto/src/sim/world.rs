@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::course::{Sent, Taken};
 use super::journal::Journal;
+use super::lock::Holder;
 use super::memory::{Memory, TrackedMemory};
 use super::node::{
     Attempt, Images, SourceNode, SourceWorkload, Stream, TargetNode, TargetWorkload,
@@ -37,6 +38,8 @@ pub struct Setup {
     pub pages: u64,
     /// How the workload is to move; with `verify`.
     pub policy: Policy,
+    /// File locks that the workload has on shared storage: 0 or 1.
+    pub locks: u32,
 }
 
 /// Where the workload runs.
@@ -71,6 +74,8 @@ pub struct World {
     pub(super) reported: [u64; 2],
     /// How long the workload may stand still.
     pub(super) frozen_max: Duration,
+    /// Who has the lock that the workload cannot run without, if it has one.
+    pub(super) lock: Option<Holder>,
     pub(super) trace: Vec<String>,
 }
 
@@ -111,6 +116,7 @@ impl World {
                 untracked: false,
                 frozen_at: None,
                 retry_after: None,
+                let_go: false,
                 dead: false,
             },
             target: TargetNode {
@@ -140,6 +146,7 @@ impl World {
             frozen: None,
             reported: [0; 2],
             frozen_max: setup.policy.frozen_max.unwrap_or(FROZEN_MAX_LEAST),
+            lock: (0 < setup.locks).then_some(Holder::Side(Side::Source)),
             trace: Vec::new(),
         };
         world.restart_target();
@@ -192,6 +199,7 @@ impl World {
             Op::Fail(Side::Source) => self.source.fail_next = self.source.machine.is_some(),
             Op::Fail(Side::Target) => self.target.fail_next = self.target.machine.is_some(),
             Op::Fence(side) => self.fence(side),
+            Op::GiveLock => self.give_lock(),
             Op::Hang(Side::Source) => self.source.hang_next = self.source.machine.is_some(),
             Op::Hang(Side::Target) => self.target.hang_next = self.target.machine.is_some(),
             Op::Pass(eighths) => self.pass(eighths),
@@ -204,6 +212,7 @@ impl World {
             }
             Op::RetryLate => self.retry_late(),
             Op::Stray(kind) => self.stray(kind),
+            Op::TakeLock => self.take_lock(),
             Op::Tick => self.tick(),
         }
         self.check()
@@ -264,6 +273,7 @@ impl World {
         self.target.hang_next = false;
         self.source.retry_after = None;
         self.stray_next = None;
+        self.give_lock();
         self.restart(Side::Source);
         self.restart(Side::Target);
         for turn in 0..SETTLE_STEPS_MAX {
@@ -397,6 +407,7 @@ impl World {
 
     fn lose_power(&mut self, side: Side, found: u8) {
         self.crash(side, found);
+        self.release_lock(side);
         match side {
             Side::Source => self.source.workload = SourceWorkload::Gone,
             Side::Target => {
@@ -416,6 +427,7 @@ impl World {
     fn drop_held(&mut self) {
         if self.target.workload == TargetWorkload::Held {
             self.target.workload = TargetWorkload::Dropped;
+            self.release_lock(Side::Target);
             self.at_target(TargetEvent::Failure(workload_gone()));
         }
     }
@@ -425,7 +437,12 @@ impl World {
         if self.source.dead || self.target.dead {
             return;
         }
+        let has_lock = self.lock == Some(Holder::Side(dead));
         self.lose_power(dead, 0);
+        if has_lock {
+            // The storage keeps it for a while for who does not come back.
+            self.lock = Some(Holder::Other);
+        }
         match dead {
             Side::Source => {
                 self.source.dead = true;
@@ -538,6 +555,7 @@ fn offer(setup: &Setup) -> SourceOffer {
         workload: WorkloadName::Process(7),
         peer: "b".parse().expect("a name"),
         policy: setup.policy,
+        network: None,
         description: WorkloadDescription {
             root_pid: 7,
             spaces: (1..=setup.spaces).map(space).collect(),
@@ -567,6 +585,7 @@ fn offer(setup: &Setup) -> SourceOffer {
             root: "/".to_owned(),
             mounts: Vec::new(),
             needs: Needs::default(),
+            container: None,
         },
         state: DriverState::new(b"source".to_vec()).expect("six bytes"),
     }

@@ -85,6 +85,8 @@ codes! {
     FrozenTooLong = 20, "frozen-too-long";
     /// The peer's certificate, or ours, is not accepted.
     PeerUntrusted = 21, "peer-untrusted";
+    /// The id that a migration was to have is that of another one.
+    IdTaken = 22, "id-taken";
 
     /// This build cannot move this kind of workload, or something it is made of.
     UnsupportedWorkload = 32, "unsupported-workload";
@@ -122,12 +124,16 @@ codes! {
     PagesUnread = 48, "pages-unread";
     /// Each freeze met the workload in a state that passes, but cannot be dumped.
     PassingState = 49, "passing-state";
-    /// The workload holds a lock on a file that both nodes share.
+    /// The workload has a lock or a lease on a file that both nodes share, and it cannot move.
     SharedLock = 50, "shared-lock";
     /// The workload maps a file, shared and writable, whose caches are not coherent.
     SharedIncoherent = 51, "shared-incoherent";
     /// A connection over loopback to a process that does not move.
     LoopbackPeer = 52, "loopback-peer";
+    /// The workload uses objects of System V or POSIX message queues that cannot move.
+    IpcUnfit = 53, "ipc-unfit";
+    /// Something of the workload's System V objects would not be carried.
+    IpcLost = 54, "ipc-lost";
 
     /// The target has as many migrations as it takes.
     TargetBusy = 64, "target-busy";
@@ -155,6 +161,12 @@ codes! {
     MemoryShort = 75, "memory-short";
     /// The target's processor lacks something that the source's has.
     CpuDiffers = 76, "cpu-differs";
+    /// Between the two nodes another process has taken a file lock that is the workload's.
+    LockTaken = 77, "lock-taken";
+    /// A container runtime failed.
+    RuntimeFailed = 78, "runtime-failed";
+    /// The target has another workload of this name.
+    NameTaken = 79, "name-taken";
 }
 
 /// What went wrong: a code to act upon and a text to read.

@@ -6,13 +6,14 @@
 //! error.
 
 mod error;
+mod offer;
 
 use std::time::Duration;
 
 use prost::Message as _;
 
-use crate::id::{Generation, Incarnation, MigrationId, Round, WorkloadName};
-use crate::migration::policy::{Policy, ROUNDS_LIMIT};
+use crate::id::{Generation, Incarnation, MigrationId, NetworkName, Round, WorkloadName};
+use crate::migration::policy::Policy;
 use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::description::WorkloadDescription;
@@ -31,6 +32,9 @@ pub const ROUND_PARCELS_MAX: u32 = 1 << 22;
 
 /// Most live sets, digest streams or image files of one final round.
 pub const FINAL_STREAMS_MAX: u32 = 1 << 20;
+
+/// Most file locks on shared storage of one workload; a database has one on each of its files.
+pub const FINAL_LOCKS_MAX: u32 = 1 << 16;
 
 /// Any message of a control stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -133,6 +137,8 @@ pub enum TargetMessage {
     Refused {
         /// The refused generation.
         generation: Generation,
+        /// Why, if that is still known.
+        failure: Option<Failure>,
     },
     /// All parcels of the round are held.
     RoundHeld {
@@ -168,6 +174,8 @@ pub struct Offer {
     pub policy: Policy,
     /// What the target must know to prepare.
     pub description: WorkloadDescription,
+    /// The network namespace at the target that it is to join; none: one is made for it.
+    pub network: Option<NetworkName>,
 }
 
 /// How many parcels and pages a round had.
@@ -200,6 +208,8 @@ pub struct Final {
     pub digests: u32,
     /// Whether the target must compare every live page with a digest before it restores.
     pub verify: bool,
+    /// File locks that the source lets go of before it says `Go`, and the target takes then.
+    pub locks: u32,
 }
 
 impl Message {
@@ -266,6 +276,7 @@ impl SourceMessage {
                 images: end.images,
                 digests: end.digests,
                 verify: end.verify,
+                locks: end.locks,
             }),
             Self::Go { generation } => Wire::Go(schema::Go {
                 generation: generation.number(),
@@ -311,8 +322,12 @@ impl TargetMessage {
                 generation: generation.number(),
                 incarnation: incarnation.0,
             }),
-            Self::Refused { generation } => Wire::Refused(schema::Refused {
+            Self::Refused {
+                generation,
+                failure,
+            } => Wire::Refused(schema::Refused {
                 generation: generation.number(),
+                failure: failure.as_ref().map(Into::into),
             }),
             Self::RoundHeld { round } => Wire::RoundHeld(schema::RoundHeld {
                 round: round.number(),
@@ -394,8 +409,12 @@ impl TryFrom<Wire> for Message {
                 .into()
             }
             Wire::Refused(refused) => {
-                let generation = generation("refused.generation", refused.generation)?;
-                Target::Refused { generation }.into()
+                let why = |wire| failure("refused.failure", Some(wire));
+                Target::Refused {
+                    generation: generation("refused.generation", refused.generation)?,
+                    failure: refused.failure.map(why).transpose()?,
+                }
+                .into()
             }
             Wire::RoundHeld(held) => Target::RoundHeld {
                 round: round("round_held.round", held.round)?,
@@ -475,59 +494,7 @@ impl TryFrom<schema::Final> for Final {
             images: at_most("final.images", end.images, FINAL_STREAMS_MAX)?,
             digests: at_most("final.digests", end.digests, FINAL_STREAMS_MAX)?,
             verify: end.verify,
-        })
-    }
-}
-
-impl From<&Offer> for schema::Offer {
-    fn from(offer: &Offer) -> Self {
-        Self {
-            version: offer.version.number(),
-            workload: offer.workload.to_string(),
-            generation: offer.generation.number(),
-            policy: Some(schema::Policy {
-                downtime_max_us: micros(offer.policy.downtime_max),
-                rounds_max: offer.policy.rounds_max,
-                timeout_us: micros(offer.policy.timeout),
-                verify: offer.policy.verify,
-                force_eager: offer.policy.force_eager,
-                frozen_max_us: offer.policy.frozen_max.map(micros),
-            }),
-            description: Some((&offer.description).into()),
-        }
-    }
-}
-
-impl TryFrom<schema::Offer> for Offer {
-    type Error = ControlError;
-
-    fn try_from(offer: schema::Offer) -> Result<Self, ControlError> {
-        let policy = offer.policy.ok_or(missing("offer.policy"))?;
-        let description = offer.description.ok_or(missing("offer.description"))?;
-        let rounds_max = at_most("offer.policy.rounds_max", policy.rounds_max, ROUNDS_LIMIT)?;
-        if rounds_max == 0 {
-            return Err(ControlError::Invalid {
-                field: "offer.policy.rounds_max",
-                value: 0,
-            });
-        }
-        let name = |source| ControlError::Name {
-            field: "offer.workload",
-            source,
-        };
-        Ok(Self {
-            version: Version::chosen(offer.version).map_err(ControlError::Version)?,
-            workload: offer.workload.parse().map_err(name)?,
-            generation: generation("offer.generation", offer.generation)?,
-            policy: Policy {
-                downtime_max: Duration::from_micros(policy.downtime_max_us),
-                rounds_max,
-                timeout: Duration::from_micros(policy.timeout_us),
-                verify: policy.verify,
-                force_eager: policy.force_eager,
-                frozen_max: policy.frozen_max_us.map(Duration::from_micros),
-            },
-            description: description.try_into()?,
+            locks: at_most("final.locks", end.locks, FINAL_LOCKS_MAX)?,
         })
     }
 }

@@ -6,6 +6,7 @@
 use std::net::IpAddr;
 
 use crate::id::SpaceId;
+use crate::wire::container::ContainerDescription;
 use crate::wire::control::{ControlError, missing, short};
 use crate::wire::cpu::CpuDescription;
 use crate::wire::needs::Needs;
@@ -80,6 +81,8 @@ pub struct WorkloadDescription {
     pub mounts: Vec<MountDescription>,
     /// The memory it needs, and the limits it keeps.
     pub needs: Needs,
+    /// What it is to the container runtime that runs it, if one does.
+    pub container: Option<ContainerDescription>,
 }
 
 /// A mount in a mount namespace of the workload's own that shows files of the node.
@@ -241,6 +244,7 @@ impl From<&WorkloadDescription> for schema::WorkloadDescription {
             root: description.root.clone(),
             mounts: description.mounts.iter().map(Into::into).collect(),
             needs: Some((&description.needs).into()),
+            container: description.container.as_ref().map(Into::into),
         }
     }
 }
@@ -289,6 +293,7 @@ impl TryFrom<schema::WorkloadDescription> for WorkloadDescription {
             root: wire.root,
             mounts: collect(wire.mounts)?,
             needs: wire.needs.try_into()?,
+            container: wire.container.map(TryInto::try_into).transpose()?,
         })
     }
 }

@@ -20,6 +20,10 @@ pub const MARKER_PREFIX: &str = ".pageferry-";
 /// The name of the image file that says how long files on shared storage are.
 pub const LENGTHS_FILE: &str = "pageferry-files";
 
+/// The name of the image file with the file locks that the target takes when the source has let go
+/// of them.
+pub const LOCKS_FILE: &str = "pageferry-locks";
+
 /// A path that is one storage at both nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedPath {
@@ -135,9 +139,11 @@ mod tests {
     use crate::wire::stream::ImageName;
 
     // clause: F-9
+    // clause: F-10
     #[test]
-    fn lengths_travel_as_an_image_file() {
+    fn lengths_and_locks_travel_as_image_files() {
         assert!(ImageName::new(LENGTHS_FILE).is_ok());
+        assert!(ImageName::new(LOCKS_FILE).is_ok());
     }
 
     #[test]

@@ -357,6 +357,7 @@ pub fn round_report(round: u32, sent: u64, dirtied: u64) -> RoundReport {
         wire_bytes: PageCount(sent).bytes() / 2,
         duration: Duration::from_secs(1),
         eager_bytes: 0,
+        anew: false,
     }
 }
 
@@ -375,6 +376,7 @@ pub fn final_report() -> FinalReport {
         live_sets: 1,
         images: 9,
         digests: 0,
+        locks: 0,
         raw_bytes: 20480,
         wire_bytes: 1000,
     }
@@ -390,6 +392,7 @@ pub fn last(round: u32) -> Final {
         images: 9,
         digests: 0,
         verify: false,
+        locks: 0,
     }
 }
 
@@ -400,16 +403,18 @@ pub fn offer() -> Offer {
         generation: GENERATION,
         policy: Policy::DEFAULT,
         description: description(),
+        network: None,
     }
 }
 
-fn source_offer() -> SourceOffer {
+pub fn source_offer() -> SourceOffer {
     SourceOffer {
         id: ID,
         workload: WorkloadName::Process(7),
         peer: "b".parse().unwrap(),
         policy: Policy::DEFAULT,
         description: description(),
+        network: None,
         state: state(),
     }
 }
@@ -439,6 +444,7 @@ fn description() -> WorkloadDescription {
         root: "/".to_owned(),
         mounts: Vec::new(),
         needs: Needs::default(),
+        container: None,
     }
 }
 

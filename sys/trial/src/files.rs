@@ -14,6 +14,40 @@ pub fn open(path: &str) -> io::Result<String> {
     Ok(std::fs::File::open(path)?.into_raw_fd().to_string())
 }
 
+/// Opens a file, for ever, and takes a lock of it: `posix` or `ofd`, or `flock` for all of it;
+/// `read` or `write`; from a byte on, so many, 0 for all. With `wait` until it has it. Returns the
+/// descriptor's number.
+pub fn lock(words: &[&str]) -> io::Result<String> {
+    let mut options = std::fs::OpenOptions::new();
+    let file = options.read(true).write(true).create(true).open(words[0])?;
+    let number = file.into_raw_fd();
+    let (writes, waits) = (words[2] == "write", words.get(5) == Some(&"wait"));
+    if words[1] == "flock" {
+        let how = if writes { libc::LOCK_EX } else { libc::LOCK_SH };
+        let how = if waits { how } else { how | libc::LOCK_NB };
+        // SAFETY: two numbers.
+        check(unsafe { libc::flock(number, how) })?;
+        return Ok(number.to_string());
+    }
+    let how = match (words[1], waits) {
+        ("posix", false) => libc::F_SETLK,
+        ("posix", true) => libc::F_SETLKW,
+        (_, false) => libc::F_OFD_SETLK,
+        (_, true) => libc::F_OFD_SETLKW,
+    };
+    let kind = if writes { libc::F_WRLCK } else { libc::F_RDLCK };
+    let lock = libc::flock {
+        l_type: i16::try_from(kind).unwrap(),
+        l_whence: 0,
+        l_start: words[3].parse().unwrap(),
+        l_len: words[4].parse().unwrap(),
+        l_pid: 0,
+    };
+    // SAFETY: a descriptor of ours, and a lock that lives across the call.
+    check(unsafe { libc::fcntl(number, how, &raw const lock) })?;
+    Ok(number.to_string())
+}
+
 /// Opens a pair of sockets, for ever; returns their inodes.
 pub fn open_sockets() -> io::Result<String> {
     let (one, other) = std::os::unix::net::UnixStream::pair()?;

@@ -11,6 +11,7 @@
 
 mod block;
 mod files;
+mod ipc;
 mod lost;
 pub mod shared_mapping;
 
@@ -68,6 +69,16 @@ impl Trial {
         let answer = self.answer();
         assert!(!answer.starts_with("error"), "{order}: {answer}");
         answer
+    }
+
+    /// The same of what may fail; an error is what it says.
+    pub fn try_tell(&mut self, order: &str) -> Result<String, String> {
+        writeln!(self.input, "{order}").unwrap();
+        let answer = self.answer();
+        match answer.strip_prefix("error ") {
+            Some(error) => Err(error.to_owned()),
+            None => Ok(answer),
+        }
     }
 
     /// Makes it do something, and ignores that it says `done`, whenever it does.
@@ -138,7 +149,13 @@ fn act(words: &[&str]) -> io::Result<String> {
         "fork" => fork(),
         "clone-vm" => clone_with_memory(),
         "block" => block::block(words[1]),
+        "read-direct" => {
+            let length = usize::try_from(parse(words[3])).unwrap();
+            block::read_direct(words[1], parse(words[2]), length)
+        }
         "open" => files::open(words[1]),
+        "ipc" => ipc::make(words[1]),
+        "lock-file" => files::lock(&words[1..]),
         "sockets" => files::open_sockets(),
         "signals" => Ok(SIGNALS.load(Ordering::SeqCst).to_string()),
         _ => act_silently(words).map(|()| String::from("done")),

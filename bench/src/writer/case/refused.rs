@@ -3,9 +3,7 @@
 //! Each holds its thing and does nothing with it: to refuse, its presence must be enough.
 
 use std::any::Any;
-use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 
 use anyhow::{Context, Result};
 
@@ -39,54 +37,6 @@ pub fn hugetlb() -> Result<Box<dyn Case>> {
     // Never touched: the machine may have no huge pages to give.
     let mapping = Mapping::new(Backing::HugeTlb, 2 << 20).context("mapping huge pages")?;
     hold("hugetlb", mapping)
-}
-
-pub fn direct_io() -> Result<Box<dyn Case>> {
-    hold("direct-io", open_direct()?)
-}
-
-/// A file that is the same at every node.
-fn open_direct() -> Result<std::fs::File> {
-    let mut options = OpenOptions::new();
-    let file = options
-        .read(true)
-        .custom_flags(libc::O_DIRECT)
-        .open("/usr/local/bin/lab-writer");
-    file.context("opening a file for direct I/O")
-}
-
-/// Opens its file when it is in the cgroup of a move, and not before.
-struct Late {
-    file: Option<std::fs::File>,
-}
-
-impl Case for Late {
-    fn step(&mut self, tick: u64) -> Result<()> {
-        if self.file.is_none() && tick.is_multiple_of(LOOK_EVERY) && is_being_moved()? {
-            self.file = Some(open_direct()?);
-        }
-        Ok(())
-    }
-
-    fn verify(&mut self) -> Result<usize> {
-        Ok(0)
-    }
-
-    fn progress(&self) -> String {
-        format!("direct-io-late: open: {}", self.file.is_some())
-    }
-}
-
-/// In steps of a case, each of a millisecond.
-const LOOK_EVERY: u64 = 5;
-
-fn is_being_moved() -> Result<bool> {
-    let cgroups = std::fs::read_to_string("/proc/self/cgroup").context("reading own cgroups")?;
-    Ok(cgroups.lines().any(|line| line.contains("pageferry/")))
-}
-
-pub fn direct_io_late() -> Result<Box<dyn Case>> {
-    Ok(Box::new(Late { file: None }))
 }
 
 pub fn aio() -> Result<Box<dyn Case>> {

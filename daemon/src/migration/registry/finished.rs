@@ -1,21 +1,24 @@
 //! What becomes of migrations that have ended: the last ones are kept whole, and of older ones what
 //! somebody may still ask.
 //!
-//! Invariant: what a target decided is forgotten only when its source has settled it, or an
-//! operator says so. A migration whose driver is at work is not touched.
+//! Invariants: what a target decided is forgotten only when its source has settled it, or an
+//! operator says so; what became of a migration away from here, when there are many younger ones.
+//! A migration whose driver is at work is not touched.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::record::Record;
+use pageferry_proto::migration::source::SourceMachine;
 use pageferry_proto::migration::target::{TargetMachine, answer};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::watch;
 
 use super::{Entry, Registry, parse};
 use crate::migration::clock::Clock;
-use crate::migration::journal::answers::ANSWERS_MAX;
+use crate::migration::journal::remains::{ANSWERS_MAX, OUTCOMES_MAX, Remains};
 use crate::migration::journal::{FINISHED_MAX, JournalError};
 use crate::migration::progress::Progress;
 use crate::migration::target::orphans;
@@ -39,7 +42,7 @@ impl Registry {
         let over = self.over(|entry| entry.is_answer);
         for (id, entry) in over {
             if !entry.status.borrow().status.unsettled {
-                self.inner.parts.journals.remove_answer(id)?;
+                self.inner.parts.journals.remove_kept(Remains::Answer, id)?;
                 self.answers().remove(&id);
             }
             self.lock().remove(&id);
@@ -58,28 +61,44 @@ impl Registry {
         }
         let journals = &self.inner.parts.journals;
         for id in journals.surplus(&finished)? {
-            match self.kept_of(id)? {
-                Some(records) => {
-                    journals.bury(id, &records)?;
-                    self.answers().insert(id);
+            let role = self
+                .lock()
+                .get(&id)
+                .map(|entry| entry.status.borrow().status.role);
+            match role {
+                Some(Side::Source) => {
+                    let outcome = journals.read(id)?.records;
+                    journals.bury(Remains::Outcome, id, &outcome)?;
+                    self.outcomes().push_back(id);
                 }
-                None => journals.remove(id)?,
+                Some(Side::Target) => match self.answer_of(id)? {
+                    Some(answer) => {
+                        journals.bury(Remains::Answer, id, &answer)?;
+                        self.answers().insert(id);
+                    }
+                    None => journals.remove(id)?,
+                },
+                None => {}
             }
             self.lock().remove(&id);
+        }
+        self.forget_outcomes()
+    }
+
+    /// Nobody repeats a call that is as old as these.
+    fn forget_outcomes(&self) -> Result<(), JournalError> {
+        while self.outcomes().len() > OUTCOMES_MAX {
+            let Some(oldest) = self.outcomes().pop_front() else {
+                break;
+            };
+            let journals = &self.inner.parts.journals;
+            journals.remove_kept(Remains::Outcome, oldest)?;
         }
         Ok(())
     }
 
-    /// The records of a finished migration that must be kept.
-    fn kept_of(&self, id: MigrationId) -> Result<Option<Vec<Vec<u8>>>, JournalError> {
-        let role = self
-            .lock()
-            .get(&id)
-            .map(|entry| entry.status.borrow().status.role);
-        // Nobody asks a source.
-        if role != Some(Side::Target) {
-            return Ok(None);
-        }
+    /// The records of a finished migration that came here, as far as they must be kept.
+    fn answer_of(&self, id: MigrationId) -> Result<Option<Vec<Vec<u8>>>, JournalError> {
         let whole = self.inner.parts.journals.read(id)?;
         let kept = parse(id, &whole).map(|records| answer(&records));
         Ok(match kept {
@@ -152,11 +171,13 @@ impl Registry {
         let removed = if known.is_some_and(|entry| !entry.is_answer) {
             journals.remove(id)
         } else {
-            journals.remove_answer(id)
+            let answer = journals.remove_kept(Remains::Answer, id);
+            answer.and_then(|()| journals.remove_kept(Remains::Outcome, id))
         };
         removed.map_err(|error| internal(&error))?;
         self.lock().remove(&id);
         self.answers().remove(&id);
+        self.outcomes().retain(|kept| *kept != id);
         tracing::info!(migration = %id, "forgotten by the operator");
         Ok(())
     }
@@ -184,20 +205,22 @@ impl Registry {
         self.answers().len()
     }
 
-    /// The status of a migration of which only the answer is kept.
-    pub(super) fn watch_answer(&self, id: MigrationId) -> Option<watch::Receiver<Arc<Progress>>> {
-        if !self.answers().contains(&id) {
+    /// The status of a migration of which only the answer or the outcome is kept.
+    pub(super) fn watch_kept(&self, id: MigrationId) -> Option<watch::Receiver<Arc<Progress>>> {
+        let progress = if self.answers().contains(&id) {
+            self.read_answer(id).ok()?
+        } else if self.outcomes().contains(&id) {
+            self.read_outcome(id).ok()?
+        } else {
             return None;
-        }
-        let progress = self.read_answer(id).ok()?;
+        };
         Some(watch::channel(Arc::new(progress)).1)
     }
 
     fn read_answer(&self, id: MigrationId) -> Result<Progress, Failure> {
-        let kept = self.inner.parts.journals.read_answer(id);
-        let kept = kept.map_err(|error| internal(&error))?;
+        let records = self.read_kept(Remains::Answer, id)?;
         let now = Clock::start().now();
-        let machine = TargetMachine::recover(&parse(id, &kept)?, now);
+        let machine = TargetMachine::recover(&records, now);
         let machine = machine.map_err(|error| internal(&error))?;
         Ok(Progress {
             recovered: true,
@@ -205,8 +228,29 @@ impl Registry {
         })
     }
 
-    pub(super) fn answers(&self) -> std::sync::MutexGuard<'_, BTreeSet<MigrationId>> {
+    fn read_outcome(&self, id: MigrationId) -> Result<Progress, Failure> {
+        let records = self.read_kept(Remains::Outcome, id)?;
+        let now = Clock::start().now();
+        let machine = SourceMachine::recover(&records, now);
+        let machine = machine.map_err(|error| internal(&error))?;
+        Ok(Progress {
+            recovered: true,
+            ..Progress::of(machine.status(now))
+        })
+    }
+
+    pub(super) fn read_kept(&self, what: Remains, id: MigrationId) -> Result<Vec<Record>, Failure> {
+        let kept = self.inner.parts.journals.read_kept(what, id);
+        parse(id, &kept.map_err(|error| internal(&error))?)
+    }
+
+    pub(super) fn outcomes(&self) -> MutexGuard<'_, VecDeque<MigrationId>> {
+        let outcomes = self.inner.outcomes.lock();
+        outcomes.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn answers(&self) -> MutexGuard<'_, BTreeSet<MigrationId>> {
         let answers = self.inner.answers.lock();
-        answers.unwrap_or_else(std::sync::PoisonError::into_inner)
+        answers.unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use super::{Entry, Origin, REQUESTS_MAX, Registry, Requests, parse, random};
 use crate::migration::clock::Clock;
 use crate::migration::journal::Journal;
+use crate::migration::journal::remains::Remains;
 use crate::migration::progress::Progress;
 use crate::migration::target::site::Site as TargetSite;
 use crate::migration::target::{Over, TargetDriver, TargetParts, TargetRequest};
@@ -36,9 +37,14 @@ impl Registry {
         {
             let ours = match requests {
                 Requests::Target(requests) if status.borrow().status.peer == peer => requests,
-                Requests::Target(_) | Requests::Source(_) => {
+                Requests::Target(_) => {
                     tracing::warn!(migration = %id, %peer, "named a migration of another node");
                     return session.lanes.close(ErrorCode::MigrationUnknown);
+                }
+                // Its id was chosen, and not well.
+                Requests::Source(_) => {
+                    tracing::warn!(migration = %id, %peer, "named one that leaves this node");
+                    return session.lanes.close(ErrorCode::IdTaken);
                 }
             };
             match ours.send(TargetRequest::Connected(session)).await {
@@ -75,8 +81,14 @@ impl Registry {
         let clock = Clock::start();
         let is_answer = self.answers().contains(&id);
         let found = match (is_answer, self.lock().contains_key(&id)) {
-            (true, _) => Some((parts.journals.read_answer(id), Origin::Answer)),
-            (false, true) => Some((parts.journals.read(id), Origin::Journal)),
+            (true, _) => {
+                let kept = parts.journals.read_kept(Remains::Answer, id);
+                Some((kept, Origin::Answer))
+            }
+            (false, true) => {
+                let successor = None;
+                Some((parts.journals.read(id), Origin::Journal { successor }))
+            }
             (false, false) => None,
         };
         if let Some((recovered, origin)) = found {
@@ -155,6 +167,7 @@ impl Registry {
         });
         let entry = Entry {
             begun,
+            departing: None,
             status: watched,
             requests: Requests::Target(requests.clone()),
             is_answer: matches!(origin, Origin::Answer),

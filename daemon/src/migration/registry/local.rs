@@ -6,20 +6,15 @@ use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
-use super::Registry;
+use super::{Departing, Registry};
 use crate::migration::progress::Progress;
 use crate::runtime::identity;
 
-/// The root of the workload in this node's pid namespace, if it is or was one of its processes.
-pub(super) fn root(progress: &Progress) -> Option<i32> {
-    match progress.status.role {
-        Side::Source => {
-            let WorkloadName::Process(root) = progress.status.workload.as_ref()?;
-            Some(*root)
-        }
-        // Nothing of it is here before it is restored.
-        Side::Target => progress.pid_at_target,
-    }
+/// The root of the workload in this node's pid namespace, if it is or was one of its processes:
+/// that of one that leaves is known from the beginning.
+pub(super) fn root(departing: Option<&Departing>, progress: &Progress) -> Option<i32> {
+    // Nothing of one that comes is here before it is restored.
+    departing.map_or(progress.pid_at_target, |departing| Some(departing.root))
 }
 
 /// Whether the trees below two processes have something in common.
@@ -42,9 +37,11 @@ impl Registry {
         });
         let Some(moved) = moved else { return failure };
         let (peer, id) = (&moved.status.peer, moved.status.id);
-        let name = match moved.pid_at_target {
-            Some(pid) => format!("process/{pid}"),
-            None => format!("listed by `pageferry list` (migration {id})"),
+        let name = match (workload, moved.pid_at_target) {
+            (WorkloadName::Process(_), Some(pid)) => format!("process/{pid}"),
+            // A container keeps its name.
+            (_, Some(_)) => workload.to_string(),
+            (_, None) => format!("listed by `pageferry list` (migration {id})"),
         };
         Failure::new(
             failure.code(),
@@ -70,9 +67,9 @@ mod tests {
         };
         let mut progress = Progress::of(TargetMachine::new(origin, now).status(now));
         progress.status.workload = Some(WorkloadName::Process(4711));
-        assert_eq!(root(&progress), None);
+        assert_eq!(root(None, &progress), None);
         progress.pid_at_target = Some(12);
-        assert_eq!(root(&progress), Some(12));
+        assert_eq!(root(None, &progress), Some(12));
     }
 
     #[test]

@@ -45,13 +45,13 @@ pub(super) async fn freeze(
     let freezing = Instant::now();
     let cut = waits.begin(Wait::Cgroup);
     let end = || cut.is_cut() || FREEZE_MAX < freezing.elapsed();
-    block_in_place(|| workload.freezer.freeze_unless(end))
-        .map_err(|error| freeze_failed(&error))?;
+    let is_frozen = block_in_place(|| workload.freezer.freeze_unless(end));
+    let is_frozen = is_frozen.map_err(|error| freeze_failed(&error))?;
     cut.check()?;
     drop(cut);
-    let is_frozen = workload.freezer.is_frozen();
-    if !is_frozen.map_err(|error| freeze_failed(&error))? {
-        // It is thawed: a task that still cannot be interrupted was not so because of that.
+    if !is_frozen {
+        // A task that cannot be interrupted when it is thawed was not so because of the freeze.
+        workload.let_run()?;
         let pids = workload.pids()?;
         let sleeper = block_in_place(|| passing::uninterruptible(&pids));
         return Ok(Some(sleeper.unwrap_or_else(|| Passing {

@@ -19,20 +19,24 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use criu_glue::options::{
-    AfterDump, Directories, DumpOptions, Log, LogLevel, ManageCgroups, NetworkLock, Request,
+    AfterDump, Directories, DumpOptions, Log, LogLevel, ManageCgroups, NetworkLock,
 };
 use criu_glue::report;
-use criu_glue::rpc::{Event, NotifyScript, Swrk, SwrkConfig, SwrkError, ViewFds};
+use criu_glue::rpc::{Conversation, Ending, NotifyScript, SwrkConfig, TalkError, ViewFds};
 use criu_glue::view::{Blind, Feed, FeedError};
 use pageferry_cgroup::freezer::Freezer;
 use pageferry_proto::wire::description::MountDescription;
 use thiserror::Error;
 
 use crate::runtime::files::DELETED_FILE_MAX;
+use crate::runtime::kind::{AskError, Asker, Kind};
 use crate::runtime::mounts::external_at_dump;
 
 /// CRIU's start-up, with its kernel probing cached, takes tens of milliseconds.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A dump that nobody else limits: memory that only CRIU copies takes 4 s per GiB.
+const RUN_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// How long CRIU waits for a task that does not stop for it, in seconds. The tree is frozen before
 /// CRIU is let in, so that a task stops within a millisecond; one that sleeps uninterruptibly in a
@@ -62,9 +66,12 @@ pub enum DumpError {
         #[source]
         source: io::Error,
     },
-    /// The worker could not be started or spoken to.
+    /// CRIU could not be started, or nobody asks it.
+    #[error(transparent)]
+    Ask(#[from] AskError),
+    /// CRIU could not be spoken to.
     #[error("talking to criu")]
-    Swrk(#[from] SwrkError),
+    Talk(#[source] TalkError),
     /// The view of memory could not be made or published.
     #[error("making criu's view of memory")]
     View(#[from] FeedError),
@@ -89,7 +96,7 @@ pub enum DumpError {
     #[error("criu did not reach {point} within {limit:?} (log: {log})")]
     Timeout {
         /// What was waited for.
-        point: &'static str,
+        point: String,
         /// For how long.
         limit: Duration,
         /// Its log.
@@ -105,7 +112,8 @@ impl DumpError {
             Self::Failed { cause, .. } if report::passes(cause) => Some(cause),
             Self::Failed { .. }
             | Self::Io { .. }
-            | Self::Swrk(_)
+            | Self::Ask(_)
+            | Self::Talk(_)
             | Self::View(_)
             | Self::Unseeing { .. }
             | Self::Timeout { .. } => None,
@@ -120,12 +128,14 @@ pub struct DumpPlan {
     pub criu: PathBuf,
     /// The preload library through which CRIU sees memory.
     pub view_library: PathBuf,
+    /// What a container runtime is to find as CRIU.
+    pub stand_in: PathBuf,
     /// Whether a process that outlives CRIU traces for it.
     pub tracer: bool,
-    /// Namespaces CRIU is started in: the workload's own network, UTS and IPC namespaces.
+    /// What is dumped, and who starts CRIU for that.
+    pub kind: Kind,
+    /// Namespaces CRIU is started in.
     pub namespaces: Vec<OwnedFd>,
-    /// Root of the tree.
-    pub root_pid: i32,
     /// The migration's folder on a tmpfs; images go to `images` in it, the log stays in it.
     pub directory: PathBuf,
     /// The cgroup that holds the tree.
@@ -137,7 +147,8 @@ pub struct DumpPlan {
 /// A dump under way.
 #[derive(Debug)]
 pub struct Dump {
-    swrk: Swrk,
+    criu: Conversation,
+    asker: Asker,
     feed: Feed,
     images: PathBuf,
     log: PathBuf,
@@ -166,7 +177,7 @@ impl Dump {
         fs::create_dir_all(&images).map_err(io("creating", &images))?;
         let feed = Feed::create()?;
         let library = plan.view_library;
-        let mut swrk = Swrk::spawn(SwrkConfig {
+        let config = SwrkConfig {
             namespaces: plan.namespaces,
             view: Some(ViewFds {
                 freezer: Some(plan.freezer.path().to_owned()),
@@ -175,12 +186,7 @@ impl Dump {
             }),
             urgent: true,
             ..SwrkConfig::new(plan.criu, plan.directory.join("dump.out"))
-        })?;
-        // Killed in the middle of the dump it fails the migration; its tracer, which takes this
-        // over from it, would take the workload with it.
-        if let Err(error) = swrk.set_oom_score_adj(OOM_SCORE_ADJ) {
-            tracing::debug!(%error, "criu is killed for memory like any other");
-        }
+        };
         let open = |path: &Path| -> Result<OwnedFd, DumpError> {
             Ok(fs::File::open(path).map_err(io("opening", path))?.into())
         };
@@ -189,24 +195,30 @@ impl Dump {
             work: Some(open(&plan.directory)?),
         };
         let options = DumpOptions {
-            pid: plan.root_pid,
+            pid: plan.kind.root(),
             freeze_cgroup: Some(plan.freezer.path().to_string_lossy().into_owned()),
             external: external_at_dump(&plan.mounts),
             ..options(directories)
         };
-        swrk.request(Request::dump(options)).await?;
+        let asked = plan
+            .kind
+            .ask(config, options, &plan.stand_in, &plan.directory);
+        let (criu, asker) = asked.await?;
+        // Killed in the middle of the dump it fails the migration; its tracer, which takes this
+        // over from it, would take the workload with it.
+        if let Err(error) = criu.set_oom_score_adj(OOM_SCORE_ADJ) {
+            tracing::debug!(%error, "criu is killed for memory like any other");
+        }
         let mut dump = Self {
-            swrk,
+            criu,
+            asker,
             feed,
             images,
             log,
         };
-        let ready = dump.advance(&NotifyScript::PreDump);
-        match tokio::time::timeout(PREPARE_TIMEOUT, ready).await {
-            Ok(ready) => ready?,
-            Err(_) => return dump.timed_out("pre-dump", PREPARE_TIMEOUT),
-        }
-        if let Err(source) = dump.feed.check_seen_by(&dump.swrk) {
+        dump.advance(&NotifyScript::PreDump, PREPARE_TIMEOUT)
+            .await?;
+        if let Err(source) = dump.feed.check_seen_by(&dump.criu) {
             dump.rollback(END_TIMEOUT).await?;
             return Err(DumpError::Unseeing { library, source });
         }
@@ -222,17 +234,16 @@ impl Dump {
     /// takes milliseconds, with shared memory forced in, seconds; how long it may take the caller
     /// says, by dropping the future and calling [`Dump::rollback`].
     pub async fn run(&mut self) -> Result<(), DumpError> {
-        self.swrk.answer(true).await?;
-        self.advance(&NotifyScript::PostDump).await
+        self.advance(&NotifyScript::PostDump, RUN_TIMEOUT).await
     }
 
     /// Whether CRIU is still there, and waits where it was brought to: at `pre-dump`, or since
     /// [`Dump::run`] returned with the tasks held, to be asked when something else holds them, too.
     pub fn holds(&self) -> Result<(), DumpError> {
-        if self.swrk.is_open() {
+        if self.criu.is_open() {
             Ok(())
         } else {
-            Err(self.failed(None))
+            Err(self.failed(TalkError::Closed))
         }
     }
 
@@ -244,65 +255,56 @@ impl Dump {
     /// Answers `post-dump` with success: SIGKILL is now pending on every task. Thaw the cgroup,
     /// then call [`Dump::end`].
     pub async fn commit(&mut self) -> Result<(), DumpError> {
-        Ok(self.swrk.answer(true).await?)
+        let answered = self.criu.answer(true).await;
+        answered.map_err(|error| self.failed(error))
     }
 
-    /// Answers the held notification with failure, or else the one that is held next: CRIU lets go
-    /// of the tasks, which then are held by the cgroup alone. One that has not done so within
-    /// `patience` is killed, and its tracer puts the tasks back. Waits until both have ended.
+    /// Answers the held notification with failure, or lets CRIU find nobody at the next one: it
+    /// lets go of the tasks, which then are held by the cgroup alone. One that has not done so
+    /// within `patience` is killed, and its tracer puts the tasks back. Waits until both have
+    /// ended.
     pub async fn rollback(mut self, patience: Duration) -> Result<(), DumpError> {
-        // CRIU may be in the middle of the dump, or have ended by itself, having failed; then there
-        // is nothing to answer.
-        let _ = self.swrk.answer(false).await;
-        if let Ok(ended) = tokio::time::timeout(patience, self.drain(false)).await {
-            return ended;
-        }
-        tracing::warn!("criu does not let go within {patience:?}, and is killed");
-        self.swrk.kill()?;
-        match tokio::time::timeout(END_TIMEOUT, self.drain(false)).await {
-            Ok(ended) => ended,
-            Err(_) => self.timed_out("its end", END_TIMEOUT),
+        let ended = self.criu.give_up(patience, END_TIMEOUT).await;
+        // The workload, which is to run on, does not wait for it.
+        let mut asker = std::mem::replace(&mut self.asker, Asker::Us);
+        tokio::spawn(async move { asker.ended().await });
+        match ended {
+            Ok(Ending::ByItself) => Ok(()),
+            Ok(Ending::Killed) => {
+                tracing::warn!("criu did not let go within {patience:?}, and was killed");
+                Ok(())
+            }
+            Err(error) => Err(self.failed(error)),
         }
     }
 
     /// Waits until CRIU has ended, by force after a while.
     pub async fn end(mut self) -> Result<(), DumpError> {
-        match tokio::time::timeout(END_TIMEOUT, self.drain(true)).await {
-            Ok(ended) => ended,
-            Err(_) => {
-                self.swrk.kill()?;
-                self.timed_out("its end", END_TIMEOUT)
-            }
+        let ended = self.criu.end(END_TIMEOUT).await;
+        self.asker.ended().await;
+        if ended.is_err() {
+            // What it says then does not matter any more: the first error does.
+            drop(self.criu.kill());
         }
+        ended.map_err(|error| self.failed(error))
     }
 
-    /// Answers what CRIU still says, until it and its tracer have ended. Unless it is `committed`,
-    /// the points at which CRIU asks whether to go on are answered with failure.
-    async fn drain(&mut self, committed: bool) -> Result<(), DumpError> {
-        while let Ok(event) = self.swrk.next().await {
-            if let Event::Notify { script, .. } = event {
-                let asks = matches!(script, NotifyScript::PreDump | NotifyScript::PostDump);
-                self.swrk.answer(committed || !asks).await?;
-            }
-        }
-        self.swrk.wait().await?;
-        Ok(())
+    async fn advance(&mut self, point: &NotifyScript, limit: Duration) -> Result<(), DumpError> {
+        let advanced = self.criu.until(point, limit).await;
+        advanced.map(drop).map_err(|error| self.failed(error))
     }
 
-    /// Answers notifications until `point`, which is left unanswered.
-    async fn advance(&mut self, point: &NotifyScript) -> Result<(), DumpError> {
-        loop {
-            match self.swrk.next().await {
-                Ok(Event::Notify { script, .. }) if script == *point => return Ok(()),
-                Ok(Event::Notify { .. }) => self.swrk.answer(true).await?,
-                Ok(Event::Response(response)) => return Err(self.failed(response.message)),
-                Err(SwrkError::Closed) => return Err(self.failed(None)),
-                Err(error) => return Err(DumpError::Swrk(error)),
+    /// What an error of the conversation means, and what CRIU's log has to say about it.
+    fn failed(&self, error: TalkError) -> DumpError {
+        let message = match error {
+            TalkError::Early { failed, .. } => failed.and_then(|failed| failed.message),
+            TalkError::Closed => None,
+            TalkError::Late { point, limit } => {
+                let log = self.log.clone();
+                return DumpError::Timeout { point, limit, log };
             }
-        }
-    }
-
-    fn failed(&self, message: Option<String>) -> DumpError {
+            error => return DumpError::Talk(error),
+        };
         let logged = report::first_error(&self.log)
             .ok()
             .flatten()
@@ -313,14 +315,6 @@ impl Dump {
             cause,
             log: self.log.clone(),
         }
-    }
-
-    fn timed_out<T>(&self, point: &'static str, limit: Duration) -> Result<T, DumpError> {
-        Err(DumpError::Timeout {
-            point,
-            limit,
-            log: self.log.clone(),
-        })
     }
 }
 

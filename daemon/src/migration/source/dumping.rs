@@ -41,6 +41,8 @@ pub(super) struct Dumping {
     criu: PathBuf,
     /// The preload library through which CRIU sees memory.
     view_library: PathBuf,
+    /// What a container runtime is to find as CRIU.
+    stand_in: PathBuf,
     /// Whether a process that outlives CRIU traces for it.
     tracer: bool,
     /// The migration's folder.
@@ -71,6 +73,7 @@ impl Dumping {
         Self {
             criu: node.criu.clone(),
             view_library: node.view_library.clone(),
+            stand_in: node.stand_in.clone(),
             tracer: node.tracer,
             directory,
             stage: Stage::No,
@@ -86,9 +89,10 @@ impl Dumping {
         let plan = DumpPlan {
             criu: self.criu.clone(),
             view_library: self.view_library.clone(),
+            stand_in: self.stand_in.clone(),
             tracer: self.tracer,
+            kind: workload.kind.clone(),
             namespaces: workload.open_namespaces()?,
-            root_pid: workload.root,
             directory: self.directory.clone(),
             freezer: workload.freezer.clone(),
             mounts: workload.described_mounts.clone(),
@@ -194,6 +198,31 @@ impl Dumping {
             }
         }
         hold::end(workload, &self.criu, within).await;
+    }
+
+    /// Has CRIU let go of a tree that is given away and frozen: its cgroup alone holds it then.
+    /// Never thaws.
+    pub(super) async fn step_back(&mut self, workload: &Workload) -> Result<(), Failure> {
+        if let Stage::Prepared(dump) = std::mem::take(&mut self.stage) {
+            let threads = u32::try_from(workload.threads()).unwrap_or(u32::MAX);
+            // One that fails here has let go of the tasks all the same, by its end.
+            if let Err(error) = dump
+                .rollback(PATIENCE + PATIENCE_PER_THREAD * threads)
+                .await
+            {
+                tracing::warn!("criu did not end well: {}", chain(&error));
+            }
+        }
+        // Also that of a daemon before this one, which its end tells to let go.
+        let deadline = Instant::now() + LET_GO_TIMEOUT;
+        while let Some((pid, tracer)) = workload.traced() {
+            if deadline < Instant::now() {
+                let text = format!("process {tracer} still traces process {pid} of the workload");
+                return Err(Failure::new(ErrorCode::Traced, text));
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Ok(())
     }
 
     /// Begins to prepare the next dump, unless a CRIU waits for it already, or will.

@@ -62,6 +62,7 @@ pub(super) fn refused(peer: &NodeName, code: ErrorCode) -> Option<Failure> {
         ErrorCode::TargetBusy => "it takes in no more migrations at the moment",
         ErrorCode::Limit => "it is at a limit: its log, and `pageferry list --all` there, say more",
         ErrorCode::PeerUnknown => "this node is not among the peers in its configuration",
+        ErrorCode::IdTaken => "a migration of this id leaves that node, or has left it",
         ErrorCode::Version => "it speaks another version",
         _ => "its log says more",
     };

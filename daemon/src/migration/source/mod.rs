@@ -14,6 +14,7 @@ pub mod dump;
 mod dumping;
 mod failure;
 mod images;
+mod locked;
 mod network;
 mod sending;
 pub mod sent;
@@ -30,7 +31,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry_proto::id::NodeName;
+use pageferry_proto::id::{MigrationId, NodeName};
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine};
@@ -52,6 +53,7 @@ use crate::net::lanes::{self, SourceSession};
 use crate::net::stream::DataSender;
 use sent::Sent;
 use site::Site;
+use tracking::Paused;
 use waits::Waits;
 
 /// Events that may wait to be handled; each producer has at most a few under way.
@@ -88,10 +90,14 @@ pub struct SourceDriver {
     measured: (Option<Duration>, Option<Duration>, Option<u64>),
     /// What the round under way has sent.
     sent: Arc<Sent>,
+    /// How often the workload stood still for scans.
+    paused: Paused,
     /// What the operation under way waits for.
     waits: Waits,
     /// Whether a difference in smaps is a reason to start again.
     repeatable: bool,
+    /// The migration that was started in place of this one, before a restart.
+    successor: Option<MigrationId>,
     recovered: bool,
     /// The last status, if it is not to be seen before there is a successor.
     held_back: Option<Progress>,
@@ -132,6 +138,8 @@ pub struct SourceParts {
     pub lanes: u8,
     /// Whether [`Ended::Repeat`] is a possible end.
     pub repeatable: bool,
+    /// The migration that was started in place of this one, if it failed before a restart.
+    pub successor: Option<MigrationId>,
     /// Made from a journal.
     pub recovered: bool,
 }
@@ -183,6 +191,7 @@ impl SourceDriver {
             machine: parts.machine,
             clock: parts.clock,
             sent: parts.site.sent(),
+            paused: parts.site.paused(),
             waits: parts.site.waits(),
             site: Some(Box::new(parts.site)),
             operation: None,
@@ -192,6 +201,7 @@ impl SourceDriver {
             connections: 0,
             measured: (None, None, None),
             repeatable: parts.repeatable,
+            successor: parts.successor,
             recovered: parts.recovered,
             held_back: None,
             pid_at_target: None,
@@ -234,16 +244,21 @@ impl SourceDriver {
         }
     }
 
-    /// Between the reports of the machine: what a long round has sent so far.
+    /// Between the reports of the machine: what a long round has sent so far, and how often the
+    /// workload was paused for its scan.
     fn tell_progress(&mut self) {
         let (raw_bytes, wire_bytes) = self.sent.take();
-        if raw_bytes == 0 {
-            return;
-        }
-        self.status.send_modify(|progress| {
+        let (pauses, longest_pause) = self.paused.told();
+        self.status.send_if_modified(|progress| {
+            if raw_bytes == 0 && progress.pauses == pauses {
+                return false;
+            }
             let progress = Arc::make_mut(progress);
             progress.status.sent_bytes += raw_bytes;
             progress.status.wire_bytes += wire_bytes;
+            progress.pauses = pauses;
+            progress.longest_pause = longest_pause;
+            true
         });
     }
 
@@ -251,6 +266,7 @@ impl SourceDriver {
         // The machine counts whole rounds: its sums replace those of the pieces.
         self.sent.take();
         let (frozen, synced, final_pages) = self.measured;
+        let (pauses, longest_pause) = self.paused.told();
         let outdated = |failure: &Failure| failure.code() == ErrorCode::SmapsDiffer;
         let repeat = self.repeatable
             && status.phase == Phase::Aborted
@@ -259,8 +275,10 @@ impl SourceDriver {
             status,
             frozen,
             synced,
+            pauses,
+            longest_pause,
             final_pages,
-            successor: None,
+            successor: self.successor,
             pid_at_target: self.pid_at_target,
             recovered: self.recovered,
         };
@@ -352,7 +370,8 @@ impl SourceDriver {
             | SourceAction::Release
             | SourceAction::SendRound { .. }
             | SourceAction::Thaw { .. }
-            | SourceAction::Track => self.operate(action),
+            | SourceAction::Track
+            | SourceAction::Unlock => self.operate(action),
         }
     }
 
@@ -468,6 +487,7 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
             .await
             .map(|()| SourceEvent::Thawed { untrack }),
         SourceAction::Release => site.release().await.map(|()| SourceEvent::Released),
+        SourceAction::Unlock => site.unlock().await.map(|()| SourceEvent::Unlocked),
         SourceAction::Connect
         | SourceAction::Journal(_)
         | SourceAction::Report(_)

@@ -55,7 +55,7 @@ impl Network {
 impl Sockets {
     /// Opens what looks at them, before the first freeze has to wait for it.
     pub(super) fn observe(&mut self, workload: &Workload) -> Result<(), Failure> {
-        let root = workload.root;
+        let root = workload.root();
         let net = workload.own.contains(&NamespaceKind::Net);
         if net {
             self.connections = Some(Connections::of(root)?);
@@ -84,7 +84,7 @@ impl Sockets {
         };
         // For less time than it takes to make room for another task.
         let found = observer.look(&pids);
-        let found = found.map_err(|error| unlisted(workload.root, &error))?;
+        let found = found.map_err(|error| unlisted(workload.root(), &error))?;
         Ok(found.into_iter().min_by_key(|p| p.state.passes_alone()))
     }
 }
@@ -106,7 +106,7 @@ impl Ports {
         if self.0.is_empty() {
             return Ok(());
         }
-        let net = namespace::open(workload.root, NamespaceKind::Net);
+        let net = namespace::open(workload.root(), NamespaceKind::Net);
         let net = net.map_err(|error| internal(&error))?;
         workload.check_root()?;
         let network = describe(&net)

@@ -14,6 +14,7 @@
 //! | [`Tracking`] | its memory: spaces, what of them is dirty, and what the target has |
 //! | [`Dumping`] | the CRIU that stands ready, dumps, and holds |
 //! | [`Kept`] | storage that both nodes share |
+//! | [`FileLocks`] | its locks on that storage, of which only one node can have one |
 //! | [`Sending`] | the connection of the present session, and what goes over it |
 //!
 //! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the
@@ -40,11 +41,12 @@ use tokio::task::block_in_place;
 
 use super::calm::{self, Glance, Tries};
 use super::dumping::Dumping;
+use super::locked::FileLocks;
 use super::network::Network;
 use super::sending::{Sending, Sums};
 use super::sent::Sent;
 use super::storage::Kept;
-use super::tracking::Tracking;
+use super::tracking::{Paused, Tracking};
 use super::waits::Waits;
 use super::workload::Workload;
 use crate::migration::text::internal;
@@ -58,6 +60,8 @@ pub struct SourceNode {
     pub criu: PathBuf,
     /// The preload library for dumps.
     pub view_library: PathBuf,
+    /// What container runtimes are to find as CRIU.
+    pub stand_in: PathBuf,
     /// Whether a process that outlives CRIU traces for it.
     pub tracer: bool,
     /// CRIU's version as the wire carries it.
@@ -89,6 +93,7 @@ pub struct Site {
     pub(super) tracking: Tracking,
     dumping: Dumping,
     kept: Kept,
+    locks: FileLocks,
     sending: Sending,
     /// What is waited for, and whether that should end early.
     waits: Waits,
@@ -108,6 +113,11 @@ impl Site {
         self.sending.sent()
     }
 
+    /// The root of the tree, in this node's pid namespace.
+    pub fn root(&self) -> i32 {
+        self.workload.root()
+    }
+
     /// The memory it had when it was surveyed.
     pub fn memory(&self) -> PageCount {
         PageCount::covering(self.memory_bytes)
@@ -116,6 +126,11 @@ impl Site {
     /// How long CRIU held the tasks in the last dump, and how long shared storage was synced.
     pub fn measured(&self) -> (Option<Duration>, Option<Duration>) {
         (self.dumping.held(), self.kept.synced())
+    }
+
+    /// Tells how often it stood still for scans, and how long.
+    pub fn paused(&self) -> Paused {
+        self.tracking.paused()
     }
 
     /// Sends over this connection from now on.
@@ -127,9 +142,10 @@ impl Site {
     pub async fn track(&mut self) -> Result<(), Failure> {
         block_in_place(|| {
             self.kept.offer_is_answered();
-            self.workload.adopt()?;
+            self.workload.enter_cgroup()?;
             self.network.sockets.observe(&self.workload)?;
-            self.scan()
+            // Nothing was sent that could be void.
+            self.scan().map(drop)
         })?;
         self.dumping.begin(&self.workload)
     }
@@ -138,6 +154,7 @@ impl Site {
     pub async fn round(&mut self, round: Round) -> Result<RoundReport, Failure> {
         let began = Instant::now();
         if !self.tracking.is_pending() {
+            // Whatever it is, this round sends it.
             block_in_place(|| self.scan())?;
         }
         let last_scan = self.tracking.scanned();
@@ -152,7 +169,7 @@ impl Site {
         let sent = began.elapsed();
         syncing.ended(&self.waits).await?;
         let waited = began.elapsed().saturating_sub(sent);
-        block_in_place(|| self.scan())?;
+        let anew = block_in_place(|| self.scan())?;
         self.dumping.tend(&self.workload, &self.waits).await?;
         self.glance = Glance::now(&self.workload, &mut self.network.sockets);
         let dirtied = self.tracking.pages_pending();
@@ -168,11 +185,14 @@ impl Site {
             // Without the wait for storage, which says nothing of the link.
             duration: began.elapsed().saturating_sub(waited),
             eager_bytes: self.tracking.eager_bytes(),
+            anew,
         })
     }
 
-    fn scan(&mut self) -> Result<(), Failure> {
-        self.tracking.scan(&self.workload, &self.network.sockets)
+    /// Whether what was found is everything once more.
+    fn scan(&mut self) -> Result<bool, Failure> {
+        let (workload, sockets) = (&self.workload, &self.network.sockets);
+        self.tracking.scan(workload, sockets, &self.waits)
     }
 
     /// Closes the ports and freezes the tree, or gives that up. CRIU stands ready before either.
@@ -188,7 +208,7 @@ impl Site {
         workload.check_root()?;
         workload.check_mounts()?;
         let pids = workload.pids()?;
-        if let Some(locked) = workload.held_lock(&pids, waits).await? {
+        if let Some(locked) = self.locks.freeze(&pids, waits).await? {
             return Ok(locked);
         }
         block_in_place(|| self.kept.freeze(&pids, workload.mounts.as_ref()))?;
@@ -200,10 +220,24 @@ impl Site {
         self.dumping.compared(&self.waits).await
     }
 
+    /// Lets go of file locks that the target must have, when the commit is durable. The tree stays
+    /// frozen, by its cgroup alone if CRIU has to step back for that.
+    pub async fn unlock(&mut self) -> Result<(), Failure> {
+        let locks = self.locks.begin_letting_go()?;
+        if locks.is_empty() {
+            return Ok(());
+        }
+        if locks.needs_calls() {
+            self.dumping.step_back(&self.workload).await?;
+        }
+        locks.let_go(&self.workload.freezer).await
+    }
+
     /// Undoes everything down to a running workload; with `untrack`, tracking too.
     pub async fn thaw(&mut self, untrack: bool) -> Result<(), Failure> {
         self.kept.thawed();
         self.dumping.let_go(&self.workload, !untrack).await;
+        self.locks.take_back(&self.workload.freezer).await?;
         self.workload.thaw()?;
         if let Some(gate) = self.network.ports.gate()? {
             gate.open_all().await?;
@@ -219,7 +253,7 @@ impl Site {
             self.tracking.end();
             self.kept.offer_is_answered();
         });
-        self.workload.leave_cgroup();
+        self.workload.give_back();
         drop(fs::remove_dir_all(&self.directory));
         Ok(())
     }
@@ -236,7 +270,7 @@ impl Site {
             ending.ended().await;
         }
         self.tracking.end();
-        self.workload.remove_cgroups(&self.node.hierarchies)?;
+        self.workload.release(&self.node.hierarchies)?;
         drop(fs::remove_dir_all(&self.directory));
         Ok(())
     }

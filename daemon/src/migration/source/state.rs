@@ -6,50 +6,57 @@ use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::Failure;
 use serde::{Deserialize, Serialize};
 
-use crate::link::port::Port;
+use super::site::Asked;
+use crate::migration::ports::PortState;
 use crate::migration::text::internal;
+use crate::runtime::kind::Kind;
 use crate::runtime::shared::marker::Written;
 
 /// What a restarted daemon needs to know of a workload: kept in the journal.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct SiteState {
-    /// The pid of the root.
-    pub(super) root: i32,
-    /// When the root started, in clock ticks since the boot.
+    /// What it is to this node.
+    pub(super) kind: Kind,
+    /// When its root started, in clock ticks since the boot.
     pub(super) started: u64,
     /// Which boot that was.
     pub(super) boot: String,
     pub(super) freezer: PathBuf,
-    /// The freezer cgroup the tree came from, if it was moved.
-    pub(super) origin: Option<PathBuf>,
     pub(super) ports: Vec<PortState>,
     /// Files by which the target was to know shared storage.
-    #[serde(default)]
     pub(super) markers: Vec<Written>,
-}
-
-/// This node's end of a link.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct PortState {
-    /// Its index, and that of the workload's end.
-    pub(super) ends: (u32, u32),
-    /// For whoever reads the journal.
-    pub(super) name: String,
-    pub(super) bridge: String,
-}
-
-impl PortState {
-    pub(super) fn of(port: &Port) -> Self {
-        Self {
-            ends: port.ends(),
-            name: port.name().to_owned(),
-            bridge: port.bridge().to_owned(),
-        }
-    }
+    /// For whoever asks for the same again.
+    pub(super) asked: Asked,
 }
 
 /// As the journal keeps it.
 pub(super) fn encode_state(state: &SiteState) -> Result<DriverState, Failure> {
     let bytes = serde_json::to_vec(state).map_err(|error| internal(&error))?;
     DriverState::new(bytes).map_err(|error| internal(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_of_a_site_keeps_its_form_and_names_the_kind() {
+        let text = concat!(
+            r#"{"kind":{"process":{"root":7,"origin":"/sys/fs/cgroup/a"}},"started":5,"boot":"b","#,
+            r#""freezer":"/f","ports":[{"ends":[3,2],"name":"v0","bridge":"br0"}],"#,
+            r#""markers":[{"path":"/data/.pageferry-1","owner":[1,2]}],"#,
+            r#""asked":{"shared":["/data"],"force_cpu":true,"force_ipc":true,"#,
+            r#""network":"web","#,
+            r#""instead_of":"00000000000000000000000000000009"}}"#
+        );
+        let state: SiteState = serde_json::from_str(text).unwrap();
+        assert_eq!(state.kind.root(), 7);
+        assert_eq!(state.asked.network, Some("web".parse().unwrap()));
+        assert_eq!(encode_state(&state).unwrap().as_bytes(), text.as_bytes());
+        let other = text.replacen("process", "lxc", 1);
+        let error = serde_json::from_str::<SiteState>(&other)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("unknown variant `lxc`"), "{error}");
+    }
 }

@@ -158,6 +158,7 @@ mod tests {
     use tokio::sync::watch;
 
     use super::*;
+
     use crate::runtime::shared::tests::fuse::{Fuse, Silent};
 
     /// A process that has files open, killed on drop.

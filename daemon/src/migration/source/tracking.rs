@@ -2,12 +2,14 @@
 //! target lacks, and which it has.
 //!
 //! Invariants: a page that was found dirty is pending, sent, or dirty still: none is forgotten but
-//! with its space; every scan has a [`Lookout`] around it; what CRIU copies by itself is within the
-//! budget.
+//! with its space; every scan has a [`Lookout`] around it; once direct I/O was seen the workload
+//! stands still for each, and nothing counts that was found before; what CRIU copies by itself is
+//! within the budget.
 
 mod budget;
 mod last;
 mod lookout;
+mod pauses;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,10 +28,13 @@ use super::delivered::Delivered;
 use super::failure::failed_to_track;
 use super::network::Sockets;
 use super::unread::Unreadable;
+use super::waits::Waits;
 use super::workload::Workload;
 pub(super) use budget::Budget;
 pub(super) use last::{Scans, Unfit};
-pub(super) use lookout::{Lookout, check_trackable};
+pub(super) use lookout::{Lookout, Seen, check_trackable};
+pub(super) use pauses::Paused;
+use pauses::{Pauses, Scanned};
 
 /// The spaces of a workload.
 #[derive(Debug)]
@@ -40,6 +45,10 @@ pub(super) struct Tracking {
     /// CRIU reads the true smaps, for 11 ms per GiB of the freeze.
     true_smaps: bool,
     spaces: BTreeMap<SpaceId, Space>,
+    /// Direct I/O was seen.
+    direct: bool,
+    /// Makes the scans from then on.
+    pauses: Pauses,
     /// Pages found dirty that the next round sends.
     pending: BTreeMap<SpaceId, PageSet>,
     /// What the target has of the spaces.
@@ -60,6 +69,8 @@ impl Tracking {
             budget,
             true_smaps,
             spaces: BTreeMap::new(),
+            direct: false,
+            pauses: Pauses::new(),
             pending: BTreeMap::new(),
             delivered: Delivered::default(),
             unread: Unreadable::default(),
@@ -68,8 +79,14 @@ impl Tracking {
         }
     }
 
-    /// Attaches to what is new in the tree, and finds what the next round has to send.
-    pub(super) fn scan(&mut self, workload: &Workload, sockets: &Sockets) -> Result<(), Failure> {
+    /// Attaches to what is new in the tree, and finds what the next round has to send. Returns
+    /// whether that is everything once more, because direct I/O was seen.
+    pub(super) fn scan(
+        &mut self,
+        workload: &Workload,
+        sockets: &Sockets,
+        waits: &Waits,
+    ) -> Result<bool, Failure> {
         self.attach_new(workload)?;
         // Before the first look, so that little time is between that and the scan.
         let mut recorded = BTreeMap::new();
@@ -78,10 +95,39 @@ impl Tracking {
             recorded.extend(self.spaces.iter_mut().map(record));
         }
         let lookout = self.lookout(workload, sockets);
-        let eager = lookout.around(|| self.scan_spaces(workload.root, recorded))?;
+        let mut anew = self.begins_anew(lookout.look()?).is_some();
+        let mut eager = self.scan_spaces(workload, recorded, waits)?;
+        if self.begins_anew(lookout.look()?).is_some() {
+            anew = true;
+            eager = self.scan_spaces(workload, BTreeMap::new(), waits)?;
+            lookout.look()?;
+        }
+        for segment in workload.ipc.unmapped()? {
+            eager.add_segment(segment.id, segment.bytes);
+        }
         self.scanned = Instant::now();
         self.eager_bytes = eager.bytes();
-        self.budget.check(&eager)
+        self.budget.check(&eager)?;
+        Ok(anew)
+    }
+
+    /// Whether direct I/O was seen for the first time, and what. Then nothing counts that scans
+    /// have found so far: one of them may have been in the middle of a read.
+    pub(super) fn begins_anew(&mut self, seen: Seen) -> Option<String> {
+        let direct = seen.direct.filter(|_| !self.direct)?;
+        tracing::info!("scans are made in pauses of the workload from now on: {direct}");
+        self.direct = true;
+        self.pending.clear();
+        for (id, space) in &mut self.spaces {
+            space.begin_anew();
+            self.delivered.begin(*id);
+        }
+        Some(direct)
+    }
+
+    /// Tells how often the workload stood still for scans.
+    pub(super) fn paused(&self) -> Paused {
+        self.pauses.paused()
     }
 
     /// Looks for what forbids tracking.
@@ -91,7 +137,7 @@ impl Tracking {
 
     /// Attaches to the spaces that are not yet tracked and forgets those that are gone.
     fn attach_new(&mut self, workload: &Workload) -> Result<(), Failure> {
-        let root = workload.root;
+        let root = workload.root();
         let tree = workload.tree()?;
         let pids = tree.pids();
         self.forget_others(&tree);
@@ -137,35 +183,41 @@ impl Tracking {
     /// Scans every space whose smaps could be recorded, if that was tried.
     fn scan_spaces(
         &mut self,
-        root: i32,
-        mut recorded: BTreeMap<SpaceId, Result<(), TrackError>>,
+        workload: &Workload,
+        recorded: BTreeMap<SpaceId, Result<(), TrackError>>,
+        waits: &Waits,
     ) -> Result<Eager, Failure> {
+        let failed = |(id, recorded): (_, Result<_, _>)| Some((id, Err(recorded.err()?)));
+        let mut scanned: Scanned = recorded.into_iter().filter_map(failed).collect();
+        let all = self.spaces.iter_mut();
+        let spaces = all.filter(|(id, _)| !scanned.contains_key(*id)).collect();
+        scanned.append(&mut if self.direct {
+            self.pauses.scan(workload, spaces, waits)?
+        } else {
+            let scan = |(id, space): (&SpaceId, &mut Space)| (*id, space.scan());
+            spaces.into_iter().map(scan).collect()
+        });
         let mut eager = Eager::default();
-        let mut gone = Vec::new();
-        for (id, space) in &mut self.spaces {
-            let recorded = recorded.remove(id).unwrap_or(Ok(()));
-            let scan = match recorded.and_then(|()| space.scan()) {
-                Ok(scan) => scan,
-                Err(error)
-                    if space.pid() != root && (error.tells_of_end() || has_ended(space.pid())) =>
-                {
-                    gone.push(*id);
-                    continue;
+        for (id, scan) in scanned {
+            let Some(pid) = self.spaces.get(&id).map(Space::pid) else {
+                continue;
+            };
+            match scan {
+                Ok(scan) => {
+                    self.delivered.written(id, &scan.dirty);
+                    self.pending.entry(id).or_default().union_with(&scan.dirty);
+                    eager.merge(scan.eager);
                 }
                 // A program that replaced itself is a new space with the same name.
-                Err(TrackError::Exec { .. }) => {
-                    gone.push(*id);
-                    continue;
+                Err(error)
+                    if matches!(error, TrackError::Exec { .. })
+                        || pid != workload.root() && (error.tells_of_end() || has_ended(pid)) =>
+                {
+                    self.spaces.remove(&id);
+                    self.pending.remove(&id);
                 }
                 Err(error) => return Err(failed_to_track(&error)),
-            };
-            self.delivered.written(*id, &scan.dirty);
-            self.pending.entry(*id).or_default().union_with(&scan.dirty);
-            eager.merge(scan.eager);
-        }
-        for id in gone {
-            self.spaces.remove(&id);
-            self.pending.remove(&id);
+            }
         }
         Ok(eager)
     }
@@ -225,3 +277,6 @@ impl Tracking {
         self.pending.clear();
     }
 }
+
+#[cfg(test)]
+mod tests;

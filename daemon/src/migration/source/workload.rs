@@ -1,33 +1,34 @@
 //! The workload itself, at its source: its processes, and the cgroup that holds them.
 //!
 //! Invariants: what is read by the number of the root counts only if [`Workload::check_root`] holds
-//! afterwards; from [`Workload::adopt`] on, the tree is in a cgroup that nobody else is in; SIGKILL
-//! is pending on every task before a copy that is given away is thawed.
-
-mod locked;
+//! afterwards; from [`Workload::enter_cgroup`] on, the tree is in a cgroup that nobody else is in;
+//! SIGKILL is pending on every task before a copy that is given away is thawed.
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use criu_glue::repair;
-use pageferry_cgroup::freezer::Freezer;
+use pageferry_cgroup::freezer::{Freezer, FreezerVersion};
 use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_pages::track::Support;
+use pageferry_pages::track::frozen::{Frozen, Stops};
 use pageferry_pages::track::tree::{Tree, TreeError};
-use pageferry_proto::migration::source::{SourceEvent, Wait};
+use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::MountDescription;
-use pageferry_sys::namespace::{self, NamespaceKind};
+use pageferry_sys::namespace::NamespaceKind;
 use pageferry_sys::task::{threads, tracer};
 use tokio::task::block_in_place;
 
-use super::failure::freeze_failed;
+use super::failure::{failed_to_track, freeze_failed};
 use super::waits::Waits;
 use crate::migration::text::chain;
 use crate::runtime::identity::Anchor;
-use crate::runtime::locks::Locks;
+use crate::runtime::ipc::Ipc;
+use crate::runtime::kind::Kind;
 use crate::runtime::mounts::Mounts;
+use crate::runtime::passing::{Passing, State};
 
 /// How long killed tasks may take to end: freeing 4 GiB takes 0.3 s.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -35,33 +36,37 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 /// A tree of processes that moves as one.
 #[derive(Debug)]
 pub(super) struct Workload {
-    pub(super) root: i32,
-    /// The process that `root` means, if it was there when this was made.
+    pub(super) kind: Kind,
+    /// The process that is its root, if it was there when this was made.
     pub(super) anchor: Option<Anchor>,
     /// Kinds of namespaces that are its own.
     pub(super) own: Vec<NamespaceKind>,
+    /// What its processes share by way of the kernel.
+    pub(super) ipc: Ipc,
     /// As surveyed, if it has a mount namespace of its own.
     pub(super) mounts: Option<Mounts>,
     /// Those that are the node's, as the target was told.
     pub(super) described_mounts: Vec<MountDescription>,
     /// Holds the tree.
     pub(super) freezer: Freezer,
-    /// The freezer cgroup the tree came from, if it was moved.
-    pub(super) origin: Option<PathBuf>,
-    /// Tells which locks it holds that cannot move.
-    pub(super) locks: Locks,
+    /// What the kernel tells of its threads.
+    pub(super) support: Support,
 }
 
 impl Workload {
-    /// Puts the tree into its cgroup.
-    pub(super) fn adopt(&self) -> Result<(), Failure> {
-        self.freezer.make().map_err(|error| freeze_failed(&error))?;
-        let adopted = self.freezer.adopt(|| {
-            let tree = Tree::read(self.root).map_err(io::Error::other)?;
+    /// The pid of its root in this node's pid namespace.
+    pub(super) fn root(&self) -> i32 {
+        self.kind.root()
+    }
+
+    /// Sees to it that the tree is in its cgroup.
+    pub(super) fn enter_cgroup(&self) -> Result<(), Failure> {
+        let entered = self.kind.enter(&self.freezer, || {
+            let tree = Tree::read(self.root()).map_err(io::Error::other)?;
             self.check_root().map_err(io::Error::other)?;
             Ok(tree.pids())
         });
-        adopted.map_err(|error| match self.check_root() {
+        entered.map_err(|error| match self.check_root() {
             Ok(()) => freeze_failed(&error),
             Err(gone) => gone,
         })
@@ -69,7 +74,7 @@ impl Workload {
 
     /// Who is in the tree, by its root.
     pub(super) fn tree(&self) -> Result<Tree, Failure> {
-        let tree = Tree::read(self.root).map_err(|error| unreadable(&error))?;
+        let tree = Tree::read(self.root()).map_err(|error| unreadable(&error))?;
         self.check_root()?;
         Ok(tree)
     }
@@ -94,7 +99,7 @@ impl Workload {
         if self.is_root() {
             Ok(())
         } else {
-            Err(ended(self.root))
+            Err(ended(self.root()))
         }
     }
 
@@ -102,28 +107,20 @@ impl Workload {
         self.anchor.as_ref().is_some_and(Anchor::is_alive)
     }
 
-    /// Who traces its root. Who traces another process of that number is nothing to us.
-    pub(super) fn tracer(&self) -> Option<i32> {
-        tracer(self.root).filter(|_| self.is_root())
+    /// A process of it that somebody traces, and who that is.
+    pub(super) fn traced(&self) -> Option<(i32, i32)> {
+        let pids = self.freezer.processes().unwrap_or_default();
+        pids.into_iter().find_map(|pid| Some((pid, tracer(pid)?)))
     }
 
-    /// Namespaces of its own that CRIU is to be in.
+    /// Who traces its root. Who traces another process of that number is nothing to us.
+    pub(super) fn tracer(&self) -> Option<i32> {
+        tracer(self.root()).filter(|_| self.is_root())
+    }
+
+    /// Namespaces that CRIU is to be in.
     pub(super) fn open_namespaces(&self) -> Result<Vec<OwnedFd>, Failure> {
-        let mut namespaces = Vec::new();
-        for kind in [NamespaceKind::Ipc, NamespaceKind::Uts, NamespaceKind::Net] {
-            if self.own.contains(&kind) {
-                namespaces.push(namespace::open(self.root, kind).map_err(|error| {
-                    Failure::new(
-                        ErrorCode::WorkloadGone,
-                        format!(
-                            "the {} namespace of process {}: {error}",
-                            kind.file(),
-                            self.root
-                        ),
-                    )
-                })?);
-            }
-        }
+        let namespaces = self.kind.open_namespaces(&self.own)?;
         self.check_root()?;
         Ok(namespaces)
     }
@@ -136,12 +133,49 @@ impl Workload {
         freezing.check()
     }
 
+    /// Looks at all its threads, which the cgroup has frozen.
+    pub(super) fn look(&self) -> Result<Frozen, Failure> {
+        let stops = match self.freezer.version() {
+            FreezerVersion::V1 => Stops::InPlace,
+            FreezerVersion::V2 => Stops::AtReturn,
+        };
+        let mut pids = self.pids()?;
+        // One of another pid namespace reads as 0.
+        pids.retain(|pid| 0 < *pid);
+        let looked = Frozen::look(&pids, &self.support, stops);
+        looked.map_err(|error| failed_to_track(&error))
+    }
+
+    /// A thread that is not at rest though the cgroup is frozen: a scan made meanwhile may have
+    /// missed what it writes. Under version 2 there is none.
+    pub(super) fn busy(&self) -> Result<Option<Passing>, Failure> {
+        if self.freezer.version() == FreezerVersion::V2 {
+            return Ok(None);
+        }
+        let busy = self.look()?.busy();
+        Ok(busy.map(|thread| Passing {
+            state: State::Uninterruptible,
+            holder: format!("thread {thread}"),
+        }))
+    }
+
+    /// Thaws its cgroup, which may be frozen, and has system calls restarted that a freeze has
+    /// interrupted.
+    pub(super) fn let_run(&self) -> Result<(), Failure> {
+        let frozen = self.look().unwrap_or_else(|failure| {
+            tracing::warn!(root = self.root(), %failure, "interrupted calls are not restarted");
+            Frozen::default()
+        });
+        let thawed = block_in_place(|| frozen.thaw(|| self.freezer.thaw()));
+        thawed.map_err(|error| freeze_failed(&error))
+    }
+
     /// CRIU and the target were told of the mounts before the rounds.
     pub(super) fn check_mounts(&self) -> Result<(), Failure> {
         let Some(surveyed) = &self.mounts else {
             return Ok(());
         };
-        let now = block_in_place(|| Mounts::read(self.root))?;
+        let now = block_in_place(|| Mounts::read(self.root()))?;
         if now == *surveyed {
             return Ok(());
         }
@@ -151,22 +185,13 @@ impl Workload {
         ))
     }
 
-    /// What comes of a freeze that meets a lock; nothing if it meets none. The tree is frozen.
-    pub(super) async fn held_lock(
-        &self,
-        pids: &[i32],
-        waits: &Waits,
-    ) -> Result<Option<SourceEvent>, Failure> {
-        locked::look(&self.locks, pids, waits).await
-    }
-
     /// Lets the tree run, of which CRIU has let go.
     pub(super) fn thaw(&self) -> Result<(), Failure> {
         if !self.freezer.exists() {
             return Ok(());
         }
         block_in_place(|| self.end_repair());
-        self.freezer.thaw().map_err(|error| freeze_failed(&error))
+        self.let_run()
     }
 
     /// Takes sockets out of repair mode that a killed CRIU and a killed tracer have left in it. The
@@ -181,13 +206,9 @@ impl Workload {
         }
     }
 
-    /// Moves the tree back to the cgroup it came from, as far as that still exists.
-    pub(super) fn leave_cgroup(&self) {
-        let Some(origin) = &self.origin else { return };
-        if !self.freezer.exists() {
-            return;
-        }
-        if let Err(error) = self.freezer.empty_into(&Freezer::at(origin.clone())) {
+    /// It stays here, and runs.
+    pub(super) fn give_back(&self) {
+        if let Err(error) = self.kind.give_back(&self.freezer) {
             // It runs, thawed, in a cgroup of ours; the next migration finds it there.
             tracing::warn!("the workload stays in its cgroup: {}", chain(&error));
         }
@@ -202,22 +223,10 @@ impl Workload {
         block_in_place(|| self.freezer.kill(KILL_TIMEOUT)).map_err(|error| freeze_failed(&error))
     }
 
-    /// Removes its cgroups, in which nobody is any more. One that had come here before had some in
-    /// all hierarchies.
-    pub(super) fn remove_cgroups(&self, hierarchies: &Hierarchies) -> Result<(), Failure> {
-        if self.freezer.exists() {
-            self.freezer
-                .remove()
-                .map_err(|error| freeze_failed(&error))?;
-        }
-        let Some(name) = self.freezer.name() else {
-            return Ok(());
-        };
-        let group = hierarchies.everywhere(name);
-        if let Err(error) = block_in_place(|| group.remove(Duration::ZERO)) {
-            tracing::warn!("a cgroup of the workload is left: {}", chain(&error));
-        }
-        Ok(())
+    /// It runs elsewhere, and its tasks here are dead: nothing else of it is to be left.
+    pub(super) fn release(&self, hierarchies: &Hierarchies) -> Result<(), Failure> {
+        let released = block_in_place(|| self.kind.release(&self.freezer, hierarchies));
+        released.map_err(|error| freeze_failed(&error))
     }
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use criu_glue::image::pstree::{self, Process};
-use criu_glue::image::{ImageError, core, pagemap};
+use criu_glue::image::{ImageError, core, mm, pagemap};
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
@@ -36,6 +36,7 @@ pub(super) fn make_images_lazy(images: &Path) -> Result<Images, Failure> {
         // Only a process that has memory has this image: zombies have none.
         if let Some(vpid) = number("mm-") {
             pagemap::rewrite(images, vpid).map_err(|error| criu_failed(&error))?;
+            mm::reserve(images, vpid).map_err(|error| criu_failed(&error))?;
             spaces.insert(SpaceId(vpid));
         }
     }
@@ -82,7 +83,7 @@ fn adopts(images: &Path, tree: &[Process]) -> Result<bool, Failure> {
     ))
 }
 
-fn criu_failed(error: &ImageError) -> Failure {
+pub(super) fn criu_failed(error: &ImageError) -> Failure {
     Failure::new(ErrorCode::CriuFailed, chain(error))
 }
 

@@ -97,6 +97,7 @@ fn last(digests: u32) -> Final {
         images: 0,
         digests,
         verify: 0 < digests,
+        locks: 0,
     }
 }
 

@@ -10,6 +10,8 @@
 pub mod admission;
 mod images;
 pub mod intake;
+mod locked;
+mod network;
 pub mod orphans;
 pub mod site;
 
@@ -215,7 +217,8 @@ impl TargetDriver {
         if let TargetEvent::Failure(failure)
         | TargetEvent::DiscardFailed(failure)
         | TargetEvent::GaveUp(failure)
-        | TargetEvent::Lost(failure) = &event
+        | TargetEvent::Lost(failure)
+        | TargetEvent::NotLocked(failure) = &event
         {
             tracing::warn!(migration = %self.machine.id(), %failure, "failed");
         }
@@ -297,8 +300,9 @@ impl TargetDriver {
             TargetAction::AwaitFinal(last) => {
                 let intake = Arc::clone(&self.intake);
                 self.await_streams(async move {
-                    let stored = intake.complete(last).await;
-                    stored.map(|()| TargetEvent::FinalStored)
+                    intake.complete(last).await?;
+                    locked::check(&intake.images(), last.locks)?;
+                    Ok(TargetEvent::FinalStored)
                 });
             }
             TargetAction::AwaitRound(end) => {
@@ -334,6 +338,7 @@ impl TargetDriver {
             }
             TargetAction::Discard
             | TargetAction::LetGo { .. }
+            | TargetAction::Lock
             | TargetAction::Prepare(_)
             | TargetAction::Restore { .. } => {
                 if matches!(action, TargetAction::Discard)
@@ -413,7 +418,7 @@ impl Operation {
         match self {
             Self::Action(action) => matches!(
                 **action,
-                TargetAction::Prepare(_) | TargetAction::Restore { .. }
+                TargetAction::Lock | TargetAction::Prepare(_) | TargetAction::Restore { .. }
             ),
             // What it waits for is what a discard does.
             Self::Bury(_) => true,
@@ -477,6 +482,10 @@ async fn perform(site: &mut Site, action: TargetAction) -> Result<TargetEvent, F
             .restore()
             .await
             .map(|state| TargetEvent::Restored { state }),
+        TargetAction::Lock => Ok(match site.lock().await {
+            Ok(()) => TargetEvent::Locked,
+            Err(failure) => TargetEvent::NotLocked(failure),
+        }),
         TargetAction::LetGo { .. } => match site.let_go().await {
             Ok(()) => Ok(TargetEvent::Resumed),
             Err(LetGoError::NeverRan(failure)) => Ok(TargetEvent::NeverRan(failure)),

@@ -15,6 +15,7 @@ use tokio::task::block_in_place;
 
 use super::site::TargetNode;
 use crate::migration::text::chain;
+use crate::runtime::runc::arrive::sweep;
 
 /// How long a pager that was told to end may take.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
@@ -30,6 +31,7 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
         match end_pager(&directory).await {
             Ok(()) => {
                 tracing::info!(migration = %id, "removing what was left of its beginning");
+                block_in_place(|| sweep(&directory));
                 drop(fs::remove_dir_all(&directory));
             }
             Err(why) => tracing::warn!(migration = %id, folder = %directory.display(),

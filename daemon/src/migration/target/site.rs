@@ -17,16 +17,14 @@ use std::time::Duration;
 use pageferry_cgroup::freezer::{Freezer, FreezerRoot};
 use pageferry_cgroup::hierarchies::{Group, Groups, Hierarchies};
 use pageferry_pager::client::{ClientError, Notice, PagerClient, Spawn};
-use pageferry_pager::message::{Namespace, RestoreRequest};
+use pageferry_pager::message::{Namespace, RestoreRequest, RuntimeRequest};
 use pageferry_pages::store::{Growth, Store, StoreLimits};
-use pageferry_proto::id::MigrationId;
+use pageferry_proto::id::{MigrationId, SpaceId};
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
-use pageferry_proto::wire::description::{
-    LinkAddress, LinkDescription, MountDescription, Namespaces,
-};
+use pageferry_proto::wire::description::{LinkDescription, MountDescription, Namespaces};
 use pageferry_proto::wire::needs::ResourceLimits;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
@@ -37,13 +35,16 @@ use super::admission::{Ledger, Promise};
 use super::cut_off;
 use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
-use crate::link::prepare::PreparedNetwork;
+use super::locked;
+use super::network::{Network, NetworkState};
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::detached;
 use crate::runtime::identity;
+use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
 use crate::runtime::mounts::external_at_restore;
-use crate::runtime::process;
+use crate::runtime::runc::BOUND;
+use crate::runtime::runc::arrive::{Restore, made_for};
 use crate::runtime::shared::lengths;
 pub use run::LetGoError;
 
@@ -63,6 +64,8 @@ pub struct TargetNode {
     pub criu: PathBuf,
     /// CRIU's view library.
     pub view_library: PathBuf,
+    /// What container runtimes are to find as CRIU.
+    pub stand_in: PathBuf,
     /// CRIU's version as the wire carries it.
     pub criu_version: u32,
     /// The pager program.
@@ -85,21 +88,11 @@ pub struct TargetNode {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct SiteState {
     freezer: PathBuf,
-    bridge: String,
-    links: Vec<LinkState>,
-    #[serde(default)]
+    /// If it has one of its own.
+    network: Option<NetworkState>,
     root_pid: Option<i32>,
     /// The boot in which it was written: nothing of a workload outlives it.
-    #[serde(default)]
-    boot: Option<String>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct LinkState {
-    name: String,
-    mac: [u8; 6],
-    mtu: u32,
-    addresses: Vec<(std::net::IpAddr, u8)>,
+    boot: String,
 }
 
 /// The process that holds the workload, and what it says unasked.
@@ -125,13 +118,15 @@ pub struct Site {
     /// The tree's is the freezer's cgroup too.
     groups: Groups,
     namespaces: Vec<(NamespaceKind, OwnedFd)>,
-    network: Option<PreparedNetwork>,
-    links: Vec<LinkDescription>,
+    /// If it has one of its own.
+    network: Option<Network>,
     /// What CRIU binds into a mount namespace of the workload's own; the root first.
     mounts: Vec<MountDescription>,
-    /// Its pids are the node's.
-    shares_pids: bool,
-    /// What its cgroups allowed it at the source.
+    /// What is offered, once it is.
+    arriving: Option<Arriving>,
+    /// Who makes it and its cgroups, if that is not us.
+    made_by: Option<Restore>,
+    /// What its cgroups allowed it at the source, if they are ours.
     limits: ResourceLimits,
     /// The workload's root at this node, once it is restored.
     root_pid: Option<i32>,
@@ -160,9 +155,9 @@ impl Site {
             directory,
             namespaces: Vec::new(),
             network: None,
-            links: Vec::new(),
             mounts: Vec::new(),
-            shares_pids: false,
+            arriving: None,
+            made_by: None,
             limits: ResourceLimits::default(),
             root_pid: None,
             pager: None,
@@ -189,9 +184,9 @@ impl Site {
             id,
             namespaces: Vec::new(),
             network: None,
-            links: Vec::new(),
             mounts: Vec::new(),
-            shares_pids: false,
+            arriving: None,
+            made_by: None,
             limits: ResourceLimits::default(),
             root_pid: None,
             pager: None,
@@ -211,14 +206,12 @@ impl Site {
         site.freezer = Freezer::at(state.freezer);
         site.root_pid = state.root_pid;
         let boot = identity::boot().map_err(|error| internal(&error))?;
-        site.is_of_another_boot = state.boot.is_some_and(|then| then != boot);
-        site.links = state.links.into_iter().map(from_state).collect();
-        let prefix = link_prefix(id);
-        site.network = Some(PreparedNetwork::recovered(
-            &site.links,
-            &state.bridge,
-            &prefix,
-        ));
+        site.is_of_another_boot = state.boot != boot;
+        // After another boot nothing is left of it.
+        if let Some(network) = state.network.filter(|_| !site.is_of_another_boot) {
+            let network = Network::recover(id, network).await;
+            site.network = Some(network.map_err(|error| network_unfit(&error))?);
+        }
         // A pager that is gone has taken its workload with it, or has filled it and ended.
         match PagerClient::connect(&site.directory) {
             Ok(pager) => site.pager = Some(Pager::from(pager)),
@@ -263,26 +256,19 @@ impl Site {
                 ),
             ));
         }
-        self.shares_pids = !description.own_namespaces.contains(Namespaces::PID);
-        // Before threads begin: where a workload has left this node, its numbers are the next ones.
-        self.begin_pids_above(&description.pids);
-        let described = description.clone();
+        // Before threads begin.
+        let arriving = Arriving::begin(&offer.workload, description)?;
+        let (kind, described) = (arriving.clone(), description.clone());
         // Files may be on storage that does not answer.
-        detached::done("check", move || process::check(&described)).await??;
+        detached::done("check", move || kind.check(&described)).await??;
         self.admit(offer)?;
         if offer.policy.verify {
             // No page comes before the offer is accepted.
             self.intake.store().keep_digests();
         }
-        let mut kinds = process::kinds(description.own_namespaces);
-        if kinds.contains(&NamespaceKind::Mount) == description.mounts.is_empty() {
-            return Err(Failure::new(
-                ErrorCode::UnsupportedWorkload,
-                "the offer does not say which mounts the workload has",
-            ));
-        }
-        // CRIU makes these two with the tree: a pid namespace lives by its process 1.
-        kinds.retain(|kind| !matches!(kind, NamespaceKind::Pid | NamespaceKind::Mount));
+        let mut kinds = arriving.namespaces(description);
+        // One that is joined is there already.
+        kinds.retain(|kind| *kind != NamespaceKind::Net || offer.network.is_none());
         self.mounts.clone_from(&description.mounts);
         let made = block_in_place(|| namespace::create(&kinds)).map_err(|error| {
             Failure::new(
@@ -300,23 +286,47 @@ impl Site {
                 )
             })?;
         }
-        let own = self.namespaces.iter();
-        let mut own = own.filter(|(kind, _)| *kind == NamespaceKind::Net);
-        if let Some((_, net)) = own.next() {
-            let prefix = link_prefix(self.id);
-            let bridge = self.bridge(&description.links)?;
-            let (links, routes) = (&description.links, &description.routes);
-            let begun = PreparedNetwork::recovered(links, &bridge, &prefix);
-            let network = PreparedNetwork::build(net, links, routes, &bridge, &prefix);
-            // What is begun is known from here on: it may be cut off.
-            self.network = Some(begun);
-            self.network = Some(network.await.map_err(|error| network_unfit(&error))?);
-            self.links.clone_from(&description.links);
+        self.prepare_network(offer).await?;
+        let made_by = arriving.made_by(&self.directory);
+        self.made_by = made_by.map_err(|error| internal(&error))?;
+        self.arriving = Some(arriving);
+        if self.made_by.is_none() {
+            self.limits = description.needs.limits;
+        } else {
+            self.groups.tree = Group::default();
         }
-        self.limits = description.needs.limits;
         self.make_groups()?;
         self.start_pager().await?;
         self.state()
+    }
+
+    /// Makes the workload's network, if it has one of its own, or joins what was made for it.
+    async fn prepare_network(&mut self, offer: &Offer) -> Result<(), Failure> {
+        let description = &offer.description;
+        if !description.own_namespaces.contains(Namespaces::NET) {
+            return match &offer.network {
+                None => Ok(()),
+                Some(name) => Err(Failure::new(
+                    ErrorCode::NetworkUnfit,
+                    format!("the workload has no network of its own that could be {name}"),
+                )),
+            };
+        }
+        let bridge = self.bridge(&description.links)?;
+        if let Some(name) = &offer.network {
+            let (network, net) = Network::join(name, description, &bridge).await?;
+            self.network = Some(network);
+            self.namespaces.push((NamespaceKind::Net, net));
+            return Ok(());
+        }
+        // What is begun is known from here on: it may be cut off.
+        self.network = Some(Network::begun(self.id, description, &bridge));
+        let net = self
+            .namespace(NamespaceKind::Net)
+            .ok_or_else(|| Failure::new(ErrorCode::Internal, "no network namespace was made"))?;
+        let made = Network::make(self.id, description, &bridge, net).await?;
+        self.network = Some(made);
+        Ok(())
     }
 
     /// Sets limits of the workload, of which those of processes and processor time hold only when
@@ -362,7 +372,12 @@ impl Site {
         let client = &self.pager.as_ref().ok_or_else(no_pager)?.client;
         let namespaces = self.pager_namespaces()?;
         let prepared = client.prepare(self.restore_request(), &namespaces);
-        prepared.await.map_err(pager_failed)
+        let criu = prepared.await.map_err(pager_failed)?;
+        if self.made_by.is_some() {
+            let roots = (&self.node.freezers, &self.node.hierarchies);
+            self.freezer = block_in_place(|| made_for(criu, roots, &self.directory))?;
+        }
+        Ok(())
     }
 
     /// Has the memory promised that the workload may need.
@@ -391,11 +406,11 @@ impl Site {
             tasks,
             adopts,
         } = block_in_place(|| make_images_lazy(&images))?;
-        if self.shares_pids {
-            // It may have forked since it was offered.
-            process::check_pids(&tasks)?;
-            self.begin_pids_above(&tasks);
+        if let Some(arriving) = &self.arriving {
+            arriving.check_tasks(&tasks)?;
         }
+        let locks =
+            block_in_place(|| locked::take_out(&images, |pid| spaces.contains(&SpaceId(pid))))?;
         // Late births are only known from the images; they have no pages to be filled.
         let mut plan = Vec::with_capacity(spaces.len());
         let pager = &self.pager.as_ref().ok_or_else(no_pager)?.client;
@@ -416,6 +431,7 @@ impl Site {
         let request = RestoreRequest {
             spaces: u32::try_from(plan.len()).map_err(|error| internal(&error))?,
             reaper: adopts.then(|| self.node.view_library.clone()),
+            locks,
             ..self.restore_request()
         };
         let restored = pager
@@ -443,6 +459,15 @@ impl Site {
             link_remap: true,
             external: external_at_restore(&self.mounts),
             root: self.mounts.first().map(|mount| mount.node_path.clone()),
+            runtime: self.made_by.as_ref().map(|restore| RuntimeRequest {
+                stand_in: self.node.stand_in.clone(),
+                program: restore.program.clone(),
+                arguments: restore.arguments.clone(),
+                log: restore.log.clone(),
+                gate: self.directory.join("gate"),
+                state: restore.state.clone(),
+                bound: BOUND.to_owned(),
+            }),
             ..RestoreRequest::default()
         }
     }
@@ -452,12 +477,6 @@ impl Site {
         let own = self.namespaces.iter();
         own.map(|(kind, fd)| Ok((pager_kind(*kind)?, fd.as_fd())))
             .collect()
-    }
-
-    fn begin_pids_above(&self, pids: &[i32]) {
-        if let Err(error) = process::begin_pids_above(pids) {
-            tracing::warn!(migration = %self.id, %error, "new pids may be below the workload's");
-        }
     }
 
     fn namespace(&self, kind: NamespaceKind) -> Option<&OwnedFd> {
@@ -482,10 +501,9 @@ impl Site {
     fn state(&self) -> Result<DriverState, Failure> {
         let state = SiteState {
             freezer: self.freezer.path().to_owned(),
-            bridge: self.node.bridge.clone().unwrap_or_default(),
-            links: self.links.iter().map(to_state).collect(),
+            network: self.network.as_ref().map(Network::state),
             root_pid: self.root_pid,
-            boot: Some(identity::boot().map_err(|error| internal(&error))?),
+            boot: identity::boot().map_err(|error| internal(&error))?,
         };
         let bytes = serde_json::to_vec(&state).map_err(|error| internal(&error))?;
         DriverState::new(bytes).map_err(|error| internal(&error))
@@ -501,13 +519,6 @@ fn groups(node: &TargetNode, id: MigrationId, freezer: &Freezer) -> Groups {
     }
 }
 
-/// Names of this node's link ends begin with this: `pf`, nine digits of the migration, and a number
-/// of at most two follows, 13 characters of the 15 that a name may have.
-fn link_prefix(id: MigrationId) -> String {
-    let digits: String = id.to_string().chars().take(9).collect();
-    format!("pf{digits}n")
-}
-
 fn version_text(version: u32) -> String {
     format!(
         "{}.{}.{}",
@@ -515,32 +526,6 @@ fn version_text(version: u32) -> String {
         version / 100 % 100,
         version % 100
     )
-}
-
-fn to_state(link: &LinkDescription) -> LinkState {
-    LinkState {
-        name: link.name.clone(),
-        mac: link.mac,
-        mtu: link.mtu,
-        addresses: link
-            .addresses
-            .iter()
-            .map(|address| (address.ip, address.prefix))
-            .collect(),
-    }
-}
-
-fn from_state(link: LinkState) -> LinkDescription {
-    let addresses = link.addresses.into_iter();
-    LinkDescription {
-        name: link.name,
-        mac: link.mac,
-        mtu: link.mtu,
-        addresses: addresses
-            .map(|(ip, prefix)| LinkAddress { ip, prefix })
-            .collect(),
-        bridge: None,
-    }
 }
 
 fn pager_kind(kind: NamespaceKind) -> Result<Namespace, Failure> {

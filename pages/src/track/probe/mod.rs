@@ -3,14 +3,15 @@
 //! `/proc` tells one thing for each file that is opened and read, and some things only after a walk
 //! over all memory. An iterator (`iter/task_vma` and its like, Linux 6.1) hands out one element
 //! after the other to a program of ours, which picks fields of it: [`areas`] those of mappings,
-//! [`files`] those of open descriptors, [`threads`] those of threads. Each takes some microseconds
-//! to begin, and a tenth of one for each element.
+//! [`files`] those of open descriptors, [`threads`] and [`calls`] those of threads. Each takes some
+//! microseconds to begin, and a tenth of one for each element.
 //!
 //! The program is the few instructions of [`program`], with the places of the kernel's fields taken
 //! from its own types ([`types`]). Without them, or without the right to load a program, there is
 //! no probe, and `/proc` is read as if there were none.
 
 pub mod areas;
+pub mod calls;
 pub mod files;
 pub mod threads;
 pub mod types;

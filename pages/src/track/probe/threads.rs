@@ -1,5 +1,6 @@
-//! The threads of a process, as the kernel holds them: whether one is traced, and whether one has
-//! an io_uring that no descriptor and no mapping leads to (`IORING_SETUP_REGISTERED_FD_ONLY`).
+//! The threads of a process, as the kernel holds them: whether one is traced, whether one has an
+//! io_uring that no descriptor and no mapping leads to (`IORING_SETUP_REGISTERED_FD_ONLY`), and
+//! whether semaphores are changed when one ends (`SEM_UNDO`).
 //!
 //! Absent: who traces it. That is in `status`, which takes 10 us for each thread.
 
@@ -18,6 +19,8 @@ use super::{
 #[derive(Debug)]
 pub struct Threads {
     program: OwnedFd,
+    /// Where in a list of what is undone its elements begin, if the kernel has such lists.
+    elements: Option<u64>,
 }
 
 /// What some thread of a process has; nothing if it has ended.
@@ -27,6 +30,8 @@ pub struct Found {
     pub tracer: bool,
     /// An io_uring that it has registered with itself.
     pub ring: bool,
+    /// What has been done to semaphores and is to be undone; none if the kernel does not tell.
+    pub undo: Option<bool>,
 }
 
 impl Threads {
@@ -35,6 +40,7 @@ impl Threads {
         let instructions = instructions(types).ok_or_else(unknown)?;
         let probe = Self {
             program: load(types, ITERATOR, &instructions)?,
+            elements: undo(types).map(|(_, elements)| elements.unsigned_abs().into()),
         };
         // A kernel that ignores whom it is asked about would tell of others.
         let own = i32::try_from(std::process::id()).map_err(io::Error::other)?;
@@ -49,10 +55,15 @@ impl Threads {
     /// What any thread of a process has.
     pub fn of(&self, pid: i32) -> io::Result<Found> {
         let mut found = Found::default();
-        for [_, traced, ring] in self.read(pid)? {
+        let mut undo = false;
+        for [_, traced, ring, list, first] in self.read(pid)? {
             found.tracer |= traced != 0;
             found.ring |= ring != 0;
+            // Threads have a list together, whether they need it or not. An empty one leads to
+            // itself.
+            undo |= list != 0 && Some(first) != self.elements.map(|elements| list + elements);
         }
+        found.undo = self.elements.map(|_| undo);
         Ok(found)
     }
 
@@ -61,7 +72,8 @@ impl Threads {
     }
 }
 
-/// For every thread: its process, the flags of ptrace, and whether it has a ring.
+/// For every thread: its process, the flags of ptrace, whether it has a ring, where its list of
+/// what is undone is, and the first element of that.
 fn instructions(types: &Types) -> Option<Vec<u64>> {
     let copy = |index, name| {
         let place = types.member("task_struct", name)?;
@@ -69,7 +81,16 @@ fn instructions(types: &Types) -> Option<Vec<u64>> {
     };
     let none = || vec![instruction(MOVE_NUMBER, R1, 0, 0, 0)];
     let ring = put(WORDS, 2, ring(types).unwrap_or_else(none))?;
-    let copies = [copy(0, "tgid")?, copy(1, "ptrace")?, ring];
+    let (list, first) = match undo(types) {
+        Some((list, elements)) => {
+            let list = load_word(R1, ELEMENT, list);
+            let skip = instruction(JUMP_IF_ZERO, R1, 0, 1, 0);
+            (vec![list], vec![list, skip, load_word(R1, R1, elements)])
+        }
+        None => (none(), none()),
+    };
+    let (list, first) = (put(WORDS, 3, list)?, put(WORDS, 4, first)?);
+    let copies = [copy(0, "tgid")?, copy(1, "ptrace")?, ring, list, first];
     program(types, "bpf_iter__task", "task", &copies)
 }
 
@@ -94,8 +115,17 @@ fn ring(types: &Types) -> Option<Vec<u64>> {
     Some(ring)
 }
 
+/// Where a thread's list of what is undone is, and where in that the elements begin. None where the
+/// kernel has no semaphores of System V.
+fn undo(types: &Types) -> Option<(i16, i16)> {
+    let semaphores = types.member("task_struct", "sysvsem")?;
+    let list = types.member("sysv_sem", "undo_list")?;
+    let elements = types.member("sem_undo_list", "list_proc")?;
+    Some((semaphores.checked_add(list)?, elements))
+}
+
 const ITERATOR: &str = "bpf_iter_task";
-const WORDS: usize = 3;
+const WORDS: usize = 5;
 /// `IO_RINGFD_REG_MAX`: if there were fewer, the kernel would not load the program.
 const RINGS_MAX: i16 = 16;
 /// As many as there can be on one node (`PID_MAX_LIMIT`).

@@ -1,4 +1,4 @@
-//! Descriptors that forbid tracking, and the sockets among the rest.
+//! Descriptors that forbid tracking, those of direct I/O, and the sockets among the rest.
 //!
 //! The flags of a descriptor can change at any time (`fcntl(F_SETFL)`), so every look takes all of
 //! them anew: nothing that was harmless once is believed to be so still.
@@ -13,21 +13,28 @@ use pageferry_sys::task;
 
 use crate::track::probe::files::{Files, OpenFile};
 
-/// The first descriptor of process `pid` that forbids tracking it. Inodes of its sockets are added
-/// to `sockets`.
-pub fn find(
-    pid: i32,
-    probe: Option<&Files>,
-    sockets: &mut BTreeSet<u64>,
-) -> io::Result<Option<Failure>> {
+/// What the descriptors of a process are.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The first that forbids tracking it.
+    pub forbidden: Option<Failure>,
+    /// A file open for direct I/O.
+    pub direct: Option<String>,
+    /// Inodes of its sockets; not all of them if something forbids tracking.
+    pub sockets: BTreeSet<u64>,
+}
+
+/// Looks at every descriptor of process `pid`.
+pub fn find(pid: i32, probe: Option<&Files>) -> io::Result<Found> {
     let told = probe.and_then(|probe| {
         let told = probe.of(pid);
         told.inspect_err(|error| tracing::debug!(pid, %error, "no files of the iterator"))
             .ok()
     });
+    let mut found = Found::default();
     if let Some(told) = &told {
-        let found = find_told(pid, &told.files, sockets);
-        if found.is_some() || !told.own_tables {
+        found.take_told(pid, &told.files);
+        if found.forbidden.is_some() || !told.own_tables {
             return Ok(found);
         }
     }
@@ -42,88 +49,93 @@ pub fn find(
         if !wanted {
             continue;
         }
-        let found = match find_listed(pid, tid, sockets) {
+        match found.take_listed(pid, tid) {
             // A thread that has ended has none any more.
-            Err(error) if tid != pid && task::tells_of_end(&error) => None,
-            found => found?,
-        };
-        if found.is_some() {
-            return Ok(found);
+            Err(error) if tid != pid && task::tells_of_end(&error) => {}
+            listed => listed?,
+        }
+        if found.forbidden.is_some() {
+            break;
         }
     }
-    Ok(None)
+    Ok(found)
 }
 
-/// Of those that the kernel's iterator told of. Names are read once for each kind.
-fn find_told(pid: i32, files: &[OpenFile], sockets: &mut BTreeSet<u64>) -> Option<Failure> {
-    let mut named = BTreeSet::new();
-    for file in files {
-        let kind = file.mode & libc::S_IFMT;
-        let name = || fs::read_link(format!("/proc/{pid}/fd/{}", file.number));
-        let name = || Some(name().ok()?.to_string_lossy().into_owned());
-        if kind == libc::S_IFSOCK {
-            sockets.insert(file.inode);
-            continue;
-        }
-        // On a pipe the flag means packets, not direct I/O.
-        let is_data = kind == libc::S_IFREG || kind == libc::S_IFBLK;
-        if is_data && file.flags & libc::O_DIRECT != 0 {
-            // Also if it was closed since.
-            let name = name().unwrap_or_default();
-            return Some(refused(pid, file.number, DIRECT, &name));
-        }
-        // Device files of one driver may go by several names, of which some are known; what has no
-        // name in a folder is one kind for each driver.
-        let key = match kind {
-            libc::S_IFCHR => file.entry,
-            _ => file.operations,
-        };
-        if named.contains(&(kind, key)) {
-            continue;
-        }
-        // One that was closed meanwhile does not speak for its kind.
-        let Some(name) = name() else { continue };
-        named.insert((kind, key));
-        if let Some(why) = named_kind(&name) {
-            return Some(refused(pid, file.number, why, &name));
+impl Found {
+    /// Those that the kernel's iterator told of. Names are read once for each kind.
+    fn take_told(&mut self, pid: i32, files: &[OpenFile]) {
+        let mut named = BTreeSet::new();
+        for file in files {
+            let kind = file.mode & libc::S_IFMT;
+            let name = || fs::read_link(format!("/proc/{pid}/fd/{}", file.number));
+            let name = || Some(name().ok()?.to_string_lossy().into_owned());
+            if kind == libc::S_IFSOCK {
+                self.sockets.insert(file.inode);
+                continue;
+            }
+            // On a pipe the flag means packets, not direct I/O.
+            let is_data = kind == libc::S_IFREG || kind == libc::S_IFBLK;
+            if is_data && file.flags & libc::O_DIRECT != 0 && self.direct.is_none() {
+                // Also if it was closed since.
+                self.direct = Some(has(
+                    pid,
+                    file.number,
+                    DIRECT_FILE,
+                    &name().unwrap_or_default(),
+                ));
+            }
+            // Device files of one driver may go by several names, of which some are known; what has
+            // no name in a folder is one kind for each driver.
+            let key = match kind {
+                libc::S_IFCHR => file.entry,
+                _ => file.operations,
+            };
+            if named.contains(&(kind, key)) {
+                continue;
+            }
+            // One that was closed meanwhile does not speak for its kind.
+            let Some(name) = name() else { continue };
+            named.insert((kind, key));
+            if let Some(why) = named_kind(&name) {
+                self.forbidden = Some(refused(pid, file.number, why, &name));
+                return;
+            }
         }
     }
-    None
-}
 
-/// Of those in the folder of thread `tid`.
-fn find_listed(pid: i32, tid: i32, sockets: &mut BTreeSet<u64>) -> io::Result<Option<Failure>> {
-    for entry in fs::read_dir(format!("/proc/{tid}/fd"))? {
-        let entry = entry?;
-        // A descriptor that was closed meanwhile is no objection.
-        let Ok(name) = fs::read_link(entry.path()) else {
-            continue;
-        };
-        let (number, name) = (entry.file_name(), name.to_string_lossy().into_owned());
-        let Some(number) = number.to_str().and_then(|number| number.parse().ok()) else {
-            continue;
-        };
-        let socket = name.strip_prefix("socket:[");
-        if let Some(inode) = socket.and_then(|rest| rest.strip_suffix(']')?.parse().ok()) {
-            sockets.insert(inode);
-            continue;
+    /// Those in the folder of thread `tid`.
+    fn take_listed(&mut self, pid: i32, tid: i32) -> io::Result<()> {
+        for entry in fs::read_dir(format!("/proc/{tid}/fd"))? {
+            let entry = entry?;
+            // A descriptor that was closed meanwhile is no objection.
+            let Ok(name) = fs::read_link(entry.path()) else {
+                continue;
+            };
+            let (number, name) = (entry.file_name(), name.to_string_lossy().into_owned());
+            let Some(number) = number.to_str().and_then(|number| number.parse().ok()) else {
+                continue;
+            };
+            let socket = name.strip_prefix("socket:[");
+            if let Some(inode) = socket.and_then(|rest| rest.strip_suffix(']')?.parse().ok()) {
+                self.sockets.insert(inode);
+                continue;
+            }
+            if let Some(why) = named_kind(&name) {
+                self.forbidden = Some(refused(pid, number, why, &name));
+                return Ok(());
+            }
+            // Only files have paths.
+            if self.direct.is_none() && name.starts_with('/') && is_direct(tid, number) {
+                self.direct = Some(has(pid, number, DIRECT_FILE, &name));
+            }
         }
-        let mut why = named_kind(&name);
-        // Only files have paths.
-        if why.is_none() && name.starts_with('/') && is_direct(tid, number) {
-            why = Some(DIRECT);
-        }
-        if let Some(why) = why {
-            return Ok(Some(refused(pid, number, why, &name)));
-        }
+        Ok(())
     }
-    Ok(None)
 }
 
 type Why = (ErrorCode, &'static str);
 
-pub(super) const DIRECT_FILE: &str = "a file open for direct I/O";
-const DIRECT: Why = (ErrorCode::DirectIo, DIRECT_FILE);
+const DIRECT_FILE: &str = "a file open for direct I/O";
 
 fn named_kind(name: &str) -> Option<Why> {
     let device = (ErrorCode::DirectIo, "a device that writes its memory");
@@ -137,14 +149,26 @@ fn named_kind(name: &str) -> Option<Why> {
 }
 
 fn refused(pid: i32, number: i32, (code, what): Why, name: &str) -> Failure {
+    let text = has(pid, number, what, name);
+    Failure::new(code, format!("{text}{}", super::advice(code, what)))
+}
+
+fn has(pid: i32, number: i32, what: &str, name: &str) -> String {
     let text = format!("process {pid} has {what} as descriptor {number}: {name}");
-    let advice = super::advice(code, what);
-    Failure::new(code, format!("{}{advice}", text.trim_end_matches(": ")))
+    text.trim_end_matches(": ").to_owned()
 }
 
 fn is_direct(tid: i32, number: i32) -> bool {
-    let info = fs::read_to_string(format!("/proc/{tid}/fdinfo/{number}")).unwrap_or_default();
-    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
-    let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
-    flags.is_some_and(|flags| flags & libc::O_DIRECT != 0)
+    flags(tid, number).is_some_and(|flags| flags & libc::O_DIRECT != 0)
+}
+
+/// Whether a thread has something open by this number, and that is not for direct I/O.
+pub fn is_other_than_direct(tid: i32, number: i32) -> bool {
+    flags(tid, number).is_some_and(|flags| flags & libc::O_DIRECT == 0)
+}
+
+fn flags(tid: i32, number: i32) -> Option<i32> {
+    let info = fs::read_to_string(format!("/proc/{tid}/fdinfo/{number}")).ok()?;
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    i32::from_str_radix(flags.trim(), 8).ok()
 }

@@ -1,22 +1,39 @@
 //! What a process may have that makes tracking it wrong.
 //!
-//! Write tracking sees what goes through the page tables. Devices and direct I/O write memory
-//! behind them: with those a page counts as clean whose contents have changed (an `O_DIRECT` read
-//! of 128 KiB in flight over a scan left 32 of 32 pages different at the target). There is no
-//! telling whether a process will use such a descriptor, so having one is enough.
+//! Write tracking sees what goes through the page tables. Devices, rings of asynchronous I/O and
+//! direct I/O write memory behind them. Before they do, the kernel takes hold of the pages
+//! (`get_user_pages`) as for a write, and a page under protection counts as written from then on.
+//! But what was taken hold of before a scan is written to after it without another look at the page
+//! tables: then a page counts as clean whose contents have changed (an `O_DIRECT` read of 128 KiB
+//! in flight over a scan left 32 of 32 pages different at the target).
+//!
+//! So what may be under way while no thread of the process is in a system call is *forbidden*.
+//! There is no telling whether a process will use it, so having it is enough.
+//!
+//! Direct I/O by `read` and its like is not: a thread is within the call until the last byte is
+//! written, uninterruptibly. A scan made while every thread is at rest (see [`super::frozen`]) is
+//! in the middle of no such call. What a call wrote that ended before is seen as what it is when
+//! the pages are read, and they are dirty, since it took hold of them after the scan before this
+//! one. What a call writes that begins later it takes hold of anew, and the next scan finds that.
+//! Each page has its own scan in this: that others were scanned at another standstill, and direct
+//! I/O came in between, changes nothing for it. So a large space may be scanned in pieces. What
+//! writes through pinned pages in other ways does so within system calls too (`process_vm_writev`);
+//! pages given to a pipe by `vmsplice` are only read.
 //!
 //! [`find`] asks for all of it before anything is touched. What was not there then can begin at any
 //! moment, so it is asked for again as long as the process is tracked: [`look`] before and after
 //! every scan and in the freeze, [`mapping`] of every mapping that a scan reads.
 //!
 //! What that can miss: something that begins after the look before a scan and is over before the
-//! look after it. What begins and is over between two scans does no harm: whoever writes memory
-//! behind the page tables takes hold of its pages first, as a write to them, and the next scan
-//! returns them. Only what writes before *and* after the scan that protected its page is lost.
+//! look after it; of direct I/O only as long as no look has seen any. What begins and is over
+//! between two scans does no harm. Only what writes before *and* after the scan that protected its
+//! page is lost.
 //!
 //! Absent: everything that only CRIU or the network minds.
 
 mod descriptors;
+
+pub(super) use descriptors::is_other_than_direct;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -45,24 +62,30 @@ pub fn find(pid: i32, support: &Support) -> Result<Option<Failure>, TrackError> 
 pub struct Looked {
     /// The first thing that forbids tracking it.
     pub forbidden: Option<Failure>,
+    /// A file that it has open for direct I/O, in words: it may be scanned at rest only.
+    pub direct: Option<String>,
     /// Inodes of its sockets; not all of them if something forbids tracking.
     pub sockets: BTreeSet<u64>,
 }
 
 /// Whether a thread of process `pid` is traced or has registered an io_uring, or it has a
-/// descriptor that forbids tracking. 0.1 ms for a thousand threads and as much for a thousand
-/// descriptors, where the kernel's iterators can be used.
+/// descriptor that forbids tracking, or one of direct I/O. 0.1 ms for a thousand threads and as
+/// much for a thousand descriptors, where the kernel's iterators can be used.
 pub fn look(pid: i32, support: &Support) -> Result<Looked, TrackError> {
-    let mut looked = Looked {
-        forbidden: find_of_threads(pid, support)?,
-        sockets: BTreeSet::new(),
-    };
-    if looked.forbidden.is_none() {
-        let files = support.files.as_deref();
-        let found = descriptors::find(pid, files, &mut looked.sockets);
-        looked.forbidden = found.map_err(inspecting(pid, "descriptors"))?;
+    let forbidden = find_of_threads(pid, support)?;
+    if forbidden.is_some() {
+        return Ok(Looked {
+            forbidden,
+            ..Looked::default()
+        });
     }
-    Ok(looked)
+    let found = descriptors::find(pid, support.files.as_deref());
+    let found = found.map_err(inspecting(pid, "descriptors"))?;
+    Ok(Looked {
+        forbidden: found.forbidden,
+        direct: found.direct,
+        sockets: found.sockets,
+    })
 }
 
 /// Whether a mapping of process `pid` forbids tracking it.
@@ -92,9 +115,6 @@ fn advice(code: ErrorCode, what: &str) -> &'static str {
     match code {
         ErrorCode::DirectIo if what == AIO_RING => {
             "; start the program without native AIO (MariaDB and MySQL: innodb_use_native_aio=0)"
-        }
-        ErrorCode::DirectIo if what == descriptors::DIRECT_FILE => {
-            "; start the program without O_DIRECT (MariaDB and MySQL: innodb_flush_method=fsync)"
         }
         ErrorCode::IoUring => {
             "; switch it off in the program (MariaDB: innodb_use_native_aio=0; Node.js: \

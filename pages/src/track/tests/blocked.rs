@@ -1,7 +1,15 @@
 //! System calls that are going on while a process is attached.
 
 use super::*;
-use crate::track::inject::tests::borrow_from_thread;
+
+/// Makes one thread call the kernel, whatever it is doing.
+fn borrow_from_thread(pid: i32, tid: i32) {
+    let call = |thread: &mut pageferry_inject::Borrowed<'_>| {
+        thread.call("getpid", libc::SYS_getpid, [0; 3])
+    };
+    let own = pageferry_inject::with_thread(pid, tid, Duration::from_secs(5), call);
+    assert_eq!(own.unwrap(), u64::try_from(pid).unwrap());
+}
 
 /// Blocks a thread of a trial process in `call`, attaches several times, lets the call end as `end`
 /// says, and returns what the call returned.

@@ -420,7 +420,14 @@ fn a_walk_that_meets_the_end_of_the_process_tells_of_it() {
     eventually("the end", || task::has_ended(pid));
     let range = BASE..BASE + 4 * 4096;
     let walked = walk_all(&pagemap, false, &[range], Look::Protect);
-    let broken = walked.broken.into_iter().next().unwrap();
-    let error = space.scanning(broken);
+    // Kernels differ: some refuse, others find nothing, and the scan asks for the end itself.
+    let error = match walked.broken.into_iter().next() {
+        Some(broken) => space.scanning(broken),
+        None => {
+            let (live, written) = walked.found.into_sets();
+            assert!(live.is_empty() && written.is_empty());
+            space.check_alive().unwrap_err()
+        }
+    };
     assert!(error.tells_of_end(), "{error}");
 }

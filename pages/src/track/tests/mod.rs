@@ -1,8 +1,10 @@
 //! Tracking real processes. All tests need root, and a kernel that can track.
 
 mod blocked;
+mod frozen;
 mod injected;
 mod memory;
+mod pieces;
 mod refused;
 mod stopped;
 

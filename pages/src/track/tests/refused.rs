@@ -11,6 +11,7 @@ fn supports() -> [Support; 2] {
     let without = Support {
         files: None,
         threads: None,
+        calls: None,
         ..support.clone()
     };
     [support, without]
@@ -40,6 +41,15 @@ fn looks(trial: &Trial) -> Option<ErrorCode> {
     found[0].as_ref().map(Failure::code)
 }
 
+/// Which descriptor a look sees that is for direct I/O. That forbids nothing.
+fn direct(trial: &Trial) -> Option<String> {
+    let looked = supports().map(|support| refuse::look(trial.pid(), &support).unwrap());
+    assert!(looked.iter().all(|looked| looked.forbidden.is_none()));
+    let [one, other] = looked.map(|looked| looked.direct);
+    assert_eq!(one, other);
+    one
+}
+
 fn executable() -> String {
     std::env::current_exe().unwrap().display().to_string()
 }
@@ -50,9 +60,22 @@ fn an_ordinary_process_is_not_refused() {
 }
 
 #[test]
-fn direct_io_is_refused() {
+fn direct_io_is_seen_and_not_refused() {
     let order = format!("open-direct {}", executable());
-    assert_eq!(refusal(&[&order]), Some(ErrorCode::DirectIo));
+    assert_eq!(refusal(&[&order]), None);
+    let mut trial = start();
+    assert_eq!(direct(&trial), None);
+    trial.tell(&order);
+    let seen = direct(&trial).unwrap();
+    let begin = format!("process {} has a file open for direct I/O", trial.pid());
+    assert!(seen.starts_with(&begin), "{seen}");
+    assert!(seen.ends_with(&executable()), "{seen}");
+}
+
+#[test]
+fn what_is_refused_is_refused_also_beside_direct_io() {
+    let order = format!("open-direct {}", executable());
+    assert_eq!(refusal(&[&order, "io-uring"]), Some(ErrorCode::IoUring));
 }
 
 #[test]
@@ -121,19 +144,20 @@ fn a_traced_process_is_refused() {
 
 #[test]
 fn a_descriptor_that_a_thread_has_for_itself_is_seen() {
-    let order = format!("open-direct-in-thread {}", executable());
-    assert_eq!(refusal(&[&order]), Some(ErrorCode::DirectIo));
+    let mut trial = start();
+    trial.tell(&format!("open-direct-in-thread {}", executable()));
+    assert!(direct(&trial).is_some());
 }
 
 #[test]
 fn a_harmless_descriptor_that_turns_to_direct_io_is_seen_by_the_next_look() {
     let mut trial = start();
     let number = trial.tell(&format!("open {}", executable()));
-    assert_eq!(looks(&trial), None);
+    assert_eq!(direct(&trial), None);
     trial.tell(&format!("make-direct {number}"));
-    assert_eq!(looks(&trial), Some(ErrorCode::DirectIo));
+    assert!(direct(&trial).is_some());
     trial.tell(&format!("close {number}"));
-    assert_eq!(looks(&trial), None);
+    assert_eq!(direct(&trial), None);
 }
 
 #[test]
@@ -208,4 +232,24 @@ fn a_tree_knows_children_threads_and_spaces() {
     assert_eq!(tree.spaces[0].sharers, [sharer]);
     trial::kill(child);
     trial::kill(sharer);
+}
+
+#[test]
+fn semaphores_that_are_changed_when_a_process_ends_are_told_from_a_list_that_is_empty() {
+    let [support, without] = supports();
+    if support.threads.is_none() {
+        eprintln!("this kernel does not tell of threads");
+        return;
+    }
+    let mut trial = start();
+    // With the second thread a process gets such a list.
+    trial.tell("threads 3");
+    assert_eq!(support.undoes(trial.pid()), Some(false));
+    let set = trial.tell("ipc undo");
+    let told = support.undoes(trial.pid());
+    let mut remove = std::process::Command::new("ipcrm");
+    assert!(remove.args(["-s", &set]).status().unwrap().success());
+    assert_eq!(told, Some(true));
+    assert_eq!(support.undoes(trial.pid()), Some(false));
+    assert_eq!(without.undoes(trial.pid()), None);
 }

@@ -42,7 +42,9 @@ impl SourceMachine {
             State::Undecided(_, Step::Journalling) => {}
             State::Undecided(..) => self.abort(failure),
             // It may change its mind, or its certificate.
-            State::Decided(Decided::Committed { .. }) => self.note(failure),
+            State::Decided(Decided::Unlocking { .. } | Decided::Committed { .. }) => {
+                self.note(failure);
+            }
             State::Decided(_) | State::Over(_) => {}
         }
         self.peer_lost(now);

@@ -22,7 +22,10 @@ impl SourceMachine {
             } => {
                 self.ready(now, generation, incarnation);
             }
-            TargetMessage::Refused { generation } => self.refused(generation),
+            TargetMessage::Refused {
+                generation,
+                failure,
+            } => self.refused(generation, failure),
             TargetMessage::RoundHeld { round } => self.round_held(now, round),
             TargetMessage::Started {
                 generation,
@@ -105,7 +108,9 @@ impl SourceMachine {
     /// anywhere but in `Committed` this is a repetition or a lie.
     fn target_started(&mut self, now: Time, generation: Generation) {
         match &self.state {
-            State::Decided(Decided::Committed { .. }) if generation == self.generation => {
+            State::Decided(Decided::Unlocking { .. } | Decided::Committed { .. })
+                if generation == self.generation =>
+            {
                 self.release(now);
             }
             State::Decided(Decided::Releasing(_)) => {}
@@ -125,19 +130,22 @@ impl SourceMachine {
     }
 
     /// The target will never run this generation or an older one.
-    fn refused(&mut self, generation: Generation) {
+    fn refused(&mut self, generation: Generation, reason: Option<Failure>) {
         self.answered = true;
+        let refused = Evidence::refused(generation, reason);
         match &mut self.state {
             State::Undecided(..) => {
                 self.told = true;
-                self.abort(Evidence::Refused(generation).failure());
+                self.abort(refused.failure());
             }
             State::Decided(Decided::Prepared { evidence, .. }) if self.generation <= generation => {
-                evidence.get_or_insert(Evidence::Refused(generation));
+                evidence.get_or_insert(refused);
             }
-            State::Decided(Decided::Committed { .. }) if self.generation <= generation => {
+            State::Decided(Decided::Unlocking { .. } | Decided::Committed { .. })
+                if self.generation <= generation =>
+            {
                 self.told = true;
-                self.reclaim(Evidence::Refused(generation));
+                self.reclaim(refused);
             }
             State::Decided(Decided::Reclaiming { .. }) => self.told = true,
             State::Decided(_) => self.out_of_place("a refusal of another generation"),
@@ -149,7 +157,9 @@ impl SourceMachine {
     /// may be a new one on a node that runs the workload.
     fn unknown(&mut self) {
         match &self.state {
-            State::Decided(Decided::Committed { .. }) => self.fence_wanted = true,
+            State::Decided(Decided::Unlocking { .. } | Decided::Committed { .. }) => {
+                self.fence_wanted = true;
+            }
             State::Undecided(..) | State::Decided(_) => {
                 self.out_of_place("a target that knows of nothing");
             }

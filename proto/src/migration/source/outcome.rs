@@ -98,6 +98,15 @@ impl SourceMachine {
         if durable {
             self.edges.committed = Some(now);
         }
+        match question {
+            Question::Go if self.locks => self.unlock(1),
+            Question::Go | Question::Query => self.await_answer(now, question),
+        }
+    }
+
+    /// From here on the target says what becomes of the workload.
+    pub(super) fn await_answer(&mut self, now: Time, question: Question) {
+        self.held_up = None;
         self.state = State::Decided(Decided::Committed { question });
         self.timers
             .set(Timer::Silence, now.after(super::SILENCE_MAX));
@@ -109,6 +118,7 @@ impl SourceMachine {
         self.edges.started = Some(now);
         self.answered = true;
         self.failure = None;
+        self.held_up = None;
         self.fence_wanted = false;
         self.timers.stop_all();
         self.state = State::Decided(Decided::Releasing(Release::Recording));
@@ -132,6 +142,7 @@ impl SourceMachine {
         let State::Decided(Decided::Releasing(Release::Killing { recorded })) = self.state else {
             return self.out_of_place("a release");
         };
+        self.held_up = None;
         // A restart that finds nothing but the commit asks the target again.
         if recorded {
             self.settle_or_close(now, Outcome::Moved);
@@ -142,6 +153,7 @@ impl SourceMachine {
 
     /// The target will never run the workload. That goes to disk before the workload runs here.
     pub(super) fn reclaim(&mut self, evidence: Evidence) {
+        self.held_up = None;
         self.failure = Some(evidence.failure());
         self.fence_wanted = false;
         self.timers.stop_all();
@@ -164,6 +176,7 @@ impl SourceMachine {
             return self.out_of_place(entry.name());
         };
         *step = Reclaim::Thawing(permit);
+        self.held_up = None;
         self.thaw(permit, true);
     }
 
@@ -224,6 +237,7 @@ impl SourceMachine {
         if !untrack && !matches!(self.state, State::Undecided(_, Step::Retrying(_))) {
             return;
         }
+        self.held_up = None;
         match &mut self.state {
             State::Undecided(_, Step::Retrying(retrying)) => {
                 retrying.thawed = true;
@@ -248,7 +262,7 @@ impl SourceMachine {
                         *step = Reclaim::Concluding;
                         self.journal(Entry::Aborted(self.failure_or_unknown()));
                     }
-                    Evidence::Refused(_) => self.conclude(now),
+                    Evidence::Refused(..) => self.conclude(now),
                 }
             }
             // A thaw that was asked for twice.
@@ -302,6 +316,10 @@ impl SourceMachine {
                 },
             )
             | State::Over(Over::Aborting(Undo::Thawing(_))) => self.retry_later(now, failure),
+            State::Decided(Decided::Unlocking { tries }) => {
+                let tries = *tries;
+                self.unlock_failed(now, tries, failure);
+            }
             State::Decided(_) => self.note(failure),
             State::Over(_) => {}
         }
@@ -317,6 +335,7 @@ impl SourceMachine {
                 *question = Question::Query;
                 self.speak(now);
             }
+            State::Decided(Decided::Unlocking { .. }) => self.await_answer(now, Question::Query),
             State::Decided(_) | State::Over(_) => {}
         }
     }
@@ -332,7 +351,9 @@ impl SourceMachine {
             State::Decided(Decided::Prepared { evidence, .. }) => {
                 evidence.get_or_insert(fenced);
             }
-            State::Decided(Decided::Committed { .. }) => self.reclaim(fenced),
+            State::Decided(Decided::Unlocking { .. } | Decided::Committed { .. }) => {
+                self.reclaim(fenced);
+            }
             State::Decided(_) | State::Over(_) => {}
         }
     }
@@ -389,12 +410,16 @@ impl SourceMachine {
                 ..
             })
             | State::Over(Over::Aborting(Undo::Thawing(permit))) => self.thaw(*permit, true),
+            State::Decided(Decided::Unlocking { tries }) => {
+                let tries = *tries;
+                self.unlock(tries + 1);
+            }
             State::Undecided(..) | State::Decided(_) | State::Over(_) => {}
         }
     }
 
-    fn retry_later(&mut self, now: Time, failure: Failure) {
-        self.note(failure);
+    pub(super) fn retry_later(&mut self, now: Time, failure: Failure) {
+        self.held_up = Some(failure);
         self.timers.set(Timer::Retry, now.after(RETRY));
     }
 }

@@ -97,7 +97,9 @@ impl SourceMachine {
     /// the first once it is not.
     pub(super) fn note(&mut self, failure: Failure) {
         match &self.state {
-            State::Decided(Decided::Prepared { .. } | Decided::Committed { .. }) => {
+            State::Decided(
+                Decided::Prepared { .. } | Decided::Unlocking { .. } | Decided::Committed { .. },
+            ) => {
                 self.failure = Some(failure);
             }
             State::Undecided(..) | State::Decided(_) | State::Over(_) => {

@@ -29,6 +29,7 @@ impl SourceMachine {
             policy: offered.policy,
             driver_state: offered.state,
             description: None,
+            network: None,
             state: match facts.commit {
                 None => State::Undecided(Undecided::without_commit(), Step::Journalling),
                 Some(_) => State::Decided(Decided::prepared()),
@@ -43,7 +44,10 @@ impl SourceMachine {
             told: false,
             answered: false,
             incarnation: None,
+            // Whether there are any the workload itself tells.
+            locks: true,
             failure: facts.aborted.clone(),
+            held_up: None,
             fence_wanted: false,
             convergence: Convergence::default(),
             round: None,
@@ -92,11 +96,11 @@ impl SourceMachine {
     fn resume_decided(&mut self, generation: Generation, facts: &SourceFacts) {
         if facts.fenced {
             self.reclaim(Evidence::Fenced(generation));
-        } else if facts.aborted.is_some() {
+        } else if let Some(failure) = &facts.aborted {
             // After a commit this record stands for the target's refusal.
             self.told = true;
             self.answered = true;
-            self.reclaim(Evidence::Refused(generation));
+            self.reclaim(Evidence::Refused(generation, failure.clone()));
         } else {
             // The machine was made as one whose commit is being written.
             self.journal(Entry::Commit { generation });

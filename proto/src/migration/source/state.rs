@@ -52,6 +52,9 @@ pub(super) enum Decided {
         evidence: Option<Evidence>,
         question: Question,
     },
+    /// The commit is durable: file locks on shared storage are being let go, for the so-manieth
+    /// time, so that the target can take them. It has not been told to go.
+    Unlocking { tries: u32 },
     /// The target may run the workload.
     Committed { question: Question },
     /// The target runs it: the copy here goes.
@@ -227,7 +230,9 @@ impl Decided {
     const fn phase(&self) -> Phase {
         match self {
             Self::Prepared { .. } => Phase::Prepared,
-            Self::Committed { .. } | Self::Releasing(_) => Phase::Committed,
+            Self::Unlocking { .. } | Self::Committed { .. } | Self::Releasing(_) => {
+                Phase::Committed
+            }
             Self::Reclaiming { .. } => Phase::Reclaiming,
         }
     }

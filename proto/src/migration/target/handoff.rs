@@ -1,6 +1,6 @@
 //! How a workload comes to run at the target, or never does.
 
-use super::state::{Absent, Fate, Held, Loss, Refusal, Run, State, Step, Timer, Verdict};
+use super::state::{Absent, Fate, Held, Loss, Refusal, Run, State, Step, Timer, Told, Verdict};
 use super::{TargetAction, TargetMachine};
 use crate::id::Generation;
 use crate::migration::handoff::{RETRY, Side};
@@ -77,7 +77,7 @@ impl TargetMachine {
                 }
             }
             Verdict::Refuse(failure) => self.refuse(generation, failure),
-            Verdict::Run => self.run(generation),
+            Verdict::Run => self.lock_and_run(generation, Told::Fenced),
         }
     }
 
@@ -156,6 +156,7 @@ impl TargetMachine {
 
     /// The decision never to run: excludes `Running` from here on.
     pub(super) fn refuse(&mut self, generation: Generation, failure: Failure) {
+        self.timers.stop_all();
         self.failure = Some(failure);
         self.state = State::Decided(generation, Fate::Refusing(Refusal::Recording));
         self.journal(Entry::Refused { generation });
@@ -169,7 +170,6 @@ impl TargetMachine {
         match &self.state {
             State::Decided(generation, Fate::Running(Run::LettingGo { .. })) => {
                 let generation = *generation;
-                self.timers.stop_all();
                 self.refuse(generation, failure);
             }
             // Asked for twice, and known already.
@@ -250,7 +250,11 @@ impl TargetMachine {
             State::Decided(generation, Fate::Refusing(refusal @ Refusal::Discarding)) => {
                 let generation = *generation;
                 *refusal = Refusal::Closing;
-                self.send(TargetMessage::Refused { generation });
+                let failure = self.failure.clone();
+                self.send(TargetMessage::Refused {
+                    generation,
+                    failure,
+                });
                 self.journal(Entry::Aborted(self.failure_or_unknown()));
             }
             State::Decided(_, Fate::Lost(loss @ Loss::Burying)) => {
@@ -334,7 +338,7 @@ impl TargetMachine {
         match &mut self.state {
             State::Unready(_) => self.give_up(failure),
             State::Held(Held::Readying { verdict, .. }) => *verdict = Verdict::Refuse(failure),
-            State::Held(Held::Ready { generation }) => {
+            State::Held(Held::Ready { generation } | Held::Locking { generation, .. }) => {
                 let generation = *generation;
                 self.refuse(generation, failure);
             }
@@ -354,8 +358,9 @@ impl TargetMachine {
             }
             (State::Held(Held::Ready { generation }), Side::Source) => {
                 let generation = *generation;
-                self.run(generation);
+                self.lock_and_run(generation, Told::Fenced);
             }
+            (State::Held(Held::Locking { why, .. }), Side::Source) => *why = Told::Fenced,
             // Nobody lets it go any more: from here on nobody may run it here either.
             (State::Decided(_, Fate::Lost(loss @ Loss::Stuck)), Side::Target) => {
                 *loss = Loss::Burying;
@@ -372,6 +377,10 @@ impl TargetMachine {
             State::Held(Held::Readying {
                 entry, said: true, ..
             }) => self.journal(Entry::Ready(entry.clone())),
+            State::Held(Held::Locking { tries, .. }) => {
+                let tries = *tries + 1;
+                self.lock_again(tries);
+            }
             &State::Decided(generation, Fate::Running(Run::Recording { .. })) => {
                 self.journal(Entry::Running { generation });
             }
@@ -385,7 +394,7 @@ impl TargetMachine {
         }
     }
 
-    fn retry_later(&mut self, now: Time, failure: Failure) {
+    pub(super) fn retry_later(&mut self, now: Time, failure: Failure) {
         self.note(failure);
         self.timers.set(Timer::Retry, now.after(RETRY));
     }

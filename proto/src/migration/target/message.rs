@@ -1,6 +1,6 @@
 //! What the source says, and what the target makes of it.
 
-use super::state::{Absent, Fate, Held, Receiving, State, Step};
+use super::state::{Absent, Fate, Held, Receiving, State, Step, Told};
 use super::{TargetAction, TargetMachine};
 use crate::id::{Generation, Round};
 use crate::migration::record::Entry;
@@ -62,14 +62,17 @@ impl TargetMachine {
             return self.out_of_place("the end of another final round");
         }
         self.round = Some(last.round);
+        self.locks = last.locks != 0;
         self.actions.push_back(TargetAction::AwaitFinal(last));
         self.state = State::Unready(Step::Storing(last));
     }
 
-    /// The source has committed this generation, durably.
+    /// The source has committed this generation, durably, and has let go of its locks.
     fn go(&mut self, asked: Generation) {
         match &self.state {
-            State::Held(Held::Ready { generation }) if *generation == asked => self.run(asked),
+            State::Held(Held::Ready { generation }) if *generation == asked => {
+                self.lock_and_run(asked, Told::Go);
+            }
             State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
                 self.answer(asked);
             }
@@ -79,7 +82,9 @@ impl TargetMachine {
     /// The source wants to know; if the workload does not run yet, it must never.
     fn queried(&mut self, asked: Generation) {
         match &self.state {
-            State::Held(Held::Ready { generation }) if *generation == asked => {
+            State::Held(Held::Ready { generation } | Held::Locking { generation, .. })
+                if *generation == asked =>
+            {
                 let text = "the source asked for the workload back";
                 self.refuse(asked, Failure::new(ErrorCode::Refused, text));
             }
@@ -94,6 +99,7 @@ impl TargetMachine {
     fn answer(&mut self, asked: Generation) {
         let answer = match self.state {
             State::Held(Held::Readying { .. }) => return,
+            State::Held(Held::Locking { generation, .. }) if generation == asked => return,
             State::Decided(_, fate) if !fate.is_known() => return,
             State::Decided(generation, Fate::Running(_)) if generation == asked => {
                 TargetMessage::Started {
@@ -102,7 +108,10 @@ impl TargetMachine {
                 }
             }
             State::Decided(generation, Fate::Refusing(_)) if asked <= generation => {
-                TargetMessage::Refused { generation }
+                TargetMessage::Refused {
+                    generation,
+                    failure: self.failure.clone(),
+                }
             }
             // A source that has committed was told `Ready`. If this is not what the journal
             // says, the journal is not the one that said it.

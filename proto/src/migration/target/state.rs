@@ -58,6 +58,21 @@ pub(super) enum Held {
     },
     /// The workload is held.
     Ready { generation: Generation },
+    /// It is to run, and its file locks on shared storage are being taken, for the so-manieth time.
+    Locking {
+        generation: Generation,
+        tries: u32,
+        why: Told,
+    },
+}
+
+/// Why a held workload is to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    /// The source has committed, and can have it back.
+    Go,
+    /// The source is dead: there is nobody to have it back.
+    Fenced,
 }
 
 /// What follows when `Ready` is durable.
@@ -143,7 +158,9 @@ impl State {
         match self {
             Self::Unready(step) => step.phase(),
             Self::Held(Held::Readying { said: false, .. }) => Phase::Restoring,
-            Self::Held(Held::Readying { said: true, .. } | Held::Ready { .. }) => Phase::Ready,
+            Self::Held(
+                Held::Readying { said: true, .. } | Held::Ready { .. } | Held::Locking { .. },
+            ) => Phase::Ready,
             Self::Decided(_, fate) => fate.phase(),
             Self::Absent(absent) => absent.phase(),
         }
@@ -193,7 +210,7 @@ impl Held {
     pub(super) const fn generation(&self) -> Generation {
         match self {
             Self::Readying { entry, .. } => entry.generation,
-            Self::Ready { generation } => *generation,
+            Self::Ready { generation } | Self::Locking { generation, .. } => *generation,
         }
     }
 }

@@ -25,7 +25,7 @@ pub async fn end(workload: &Workload, criu: &Path, limit: Duration) {
     };
     if let Some(tracer) = let_go(held_by, seizing, limit).await {
         tracing::warn!(
-            root = workload.root,
+            root = workload.root(),
             tracer,
             "criu was told to end and still holds tasks: it may wait for a file system that \
              does not answer; the workload is thawed, and they go on when criu ends"

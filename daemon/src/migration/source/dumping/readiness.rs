@@ -66,7 +66,7 @@ impl Dumping {
         }
         self.restarts += 1;
         tracing::warn!(
-            root = workload.root,
+            root = workload.root(),
             "starting criu again: {}",
             chain(&ended)
         );

@@ -31,6 +31,7 @@ struct Rest {
     digests: u32,
     images: u32,
     image_bytes: u64,
+    locks: u32,
 }
 
 impl Site {
@@ -53,7 +54,8 @@ impl Site {
             Err(error) => return self.not_dumped(&error, sent),
         };
         let sent = match sent {
-            Some((sums, unsent)) => match self.tracking.unread.judge(&unsent, self.workload.root) {
+            Some((sums, unsent)) => match self.tracking.unread.judge(&unsent, self.workload.root())
+            {
                 None => Some(sums),
                 Some(Verdict::Again(failure)) => return sums.given_up(failure, Duration::ZERO),
                 Some(Verdict::Never(failure)) => return Err(failure),
@@ -83,6 +85,7 @@ impl Site {
             live_sets: u32::try_from(scans.len()).map_err(|error| internal(&error))?,
             images: rest.images,
             digests: rest.digests,
+            locks: rest.locks,
             raw_bytes: sums.raw_bytes,
             wire_bytes: sums.wire_bytes,
         }))
@@ -98,15 +101,22 @@ impl Site {
             Ok(scans) => scans,
             Err(unfit) => return Ok(Err(unfit)),
         };
-        waits.on(Wait::Scan, looking.end()).await??;
-        Ok(Ok(scans))
+        let busy = block_in_place(|| workload.busy())?;
+        let seen = waits.on(Wait::Scan, looking.end()).await??;
+        if let Some(busy) = busy {
+            return Ok(Err(Unfit::Passing(busy)));
+        }
+        Ok(match self.tracking.begins_anew(seen) {
+            Some(direct) => Err(Unfit::Unseen(format!("{direct}, since the last round"))),
+            None => Ok(scans),
+        })
     }
 
     /// What a frozen tree needs that is not dumped.
     fn unfit(&mut self, unfit: Unfit) -> Result<SourceEvent, Failure> {
         match unfit {
             Unfit::Passing(passing) => self.tries.give_up(&passing.to_string(), &Sums::default()),
-            Unfit::LateBirth(reason) => {
+            Unfit::Unseen(reason) => {
                 let reason = Failure::new(ErrorCode::RetryRound, reason);
                 Sums::default().given_up(reason, Duration::ZERO)
             }
@@ -159,6 +169,7 @@ impl Site {
         let (data, folder) = (self.sending.data()?, self.dumping.images()?);
         let (pids, mounts) = (workload.pids()?, workload.mounts.as_ref());
         self.kept.tell_lengths(pids, mounts, folder, waits).await?;
+        let locks = self.locks.tell(folder, &workload.freezer)?;
         let synced = self.kept.settle(waits);
         let digests = async {
             let digests = verify::send(hashing, &data, generation);
@@ -169,7 +180,7 @@ impl Site {
             match sent {
                 Some(sums) => Ok(sums),
                 None => {
-                    let all = (scans, workload.root);
+                    let all = (scans, workload.root());
                     sending.last_verified(tracking, all, attempt, waits).await
                 }
             }
@@ -184,6 +195,7 @@ impl Site {
             digests,
             images,
             image_bytes,
+            locks,
         };
         Ok((sums, rest))
     }

@@ -1,29 +1,32 @@
 //! How a site begins: a workload surveyed, or found again from the journal.
 
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use pageferry_cgroup::freezer::Freezer;
 use pageferry_pages::track::shared_bytes;
 use pageferry_pages::track::tree::Tree;
-use pageferry_proto::id::MigrationId;
+use pageferry_proto::id::{MigrationId, NetworkName};
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::WorkloadDescription;
 use pageferry_sys::namespace::{self, NamespaceKind};
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 
 use super::{Site, SourceNode};
 use crate::link::describe::describe as describe_network;
-use crate::link::netlink::Netlink;
 use crate::link::port::Port;
+use crate::migration::ports::PortState;
 use crate::migration::source::calm::{Glance, Tries};
 use crate::migration::source::dumping::Dumping;
+use crate::migration::source::locked::FileLocks;
 use crate::migration::source::network::Network;
 use crate::migration::source::sending::Sending;
-use crate::migration::source::state::{PortState, SiteState, encode_state};
+use crate::migration::source::state::{SiteState, encode_state};
 use crate::migration::source::storage::Kept;
 use crate::migration::source::tracking::{Budget, Tracking, check_trackable};
 use crate::migration::source::waits::Waits;
@@ -32,9 +35,11 @@ use crate::migration::text::{internal, network_unfit};
 use crate::runtime::cpu;
 use crate::runtime::detached;
 use crate::runtime::identity::{Anchor, Identity};
+use crate::runtime::ipc::Ipc;
+use crate::runtime::kind::Kind;
 use crate::runtime::limits;
 use crate::runtime::locks::Locks;
-use crate::runtime::process::{self, Described};
+use crate::runtime::process::describe::{Described, mounts};
 use crate::runtime::shared::{self, Storage};
 
 /// How often it is looked for locks, and how long between two looks.
@@ -64,17 +69,56 @@ struct Found {
     memory_bytes: u64,
     true_smaps: bool,
     kept: Kept,
+    locks: Locks,
 }
 
 /// What was asked for, besides the policy.
-#[derive(Clone, Copy, Debug)]
-pub struct Asked<'a> {
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
     /// Paths that both nodes share.
-    pub shared: &'a [PathBuf],
-    /// CRIU is to read the true smaps in the freeze.
-    pub true_smaps: bool,
-    /// The target is not to compare its processor.
+    pub shared: Vec<PathBuf>,
+    /// The target is not to compare its processor with this node's.
     pub force_cpu: bool,
+    /// What CRIU does not carry of System V objects may be lost.
+    pub force_ipc: bool,
+    /// The network namespace at the target that it is to join; none: one is made for it.
+    #[serde(with = "as_text")]
+    pub network: Option<NetworkName>,
+    /// The migration of which CRIU was shown outdated smaps, if this is begun in its place: so CRIU
+    /// is to read the true one in the freeze, not what was recorded before it.
+    #[serde(with = "as_text")]
+    pub instead_of: Option<MigrationId>,
+}
+
+impl Asked {
+    /// What a driver's state in a journal says of it.
+    pub fn of(state: &DriverState) -> serde_json::Result<Self> {
+        serde_json::from_slice(state.as_bytes()).map(|state: SiteState| state.asked)
+    }
+}
+
+/// A name in the journal.
+mod as_text {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<T: Display, S: Serializer>(
+        name: &Option<T>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        name.as_ref().map(T::to_string).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, T: FromStr<Err: Display>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<T>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        let name = text.map(|text| text.parse()).transpose();
+        name.map_err(D::Error::custom)
+    }
 }
 
 /// What the workload needs of a node, and the limits it has here.
@@ -82,15 +126,16 @@ fn add_needs(
     description: &mut WorkloadDescription,
     node: &SourceNode,
     id: MigrationId,
-    pids: &[i32],
-) {
+    (pids, ipc): (&[i32], &Ipc),
+) -> Result<(), Failure> {
     let limited = limits::read(description.root_pid, &node.hierarchies);
-    description.needs.shared_bytes = shared_bytes(pids);
+    description.needs.shared_bytes = shared_bytes(pids) + ipc.unmapped_bytes()?;
     description.needs.limits = limited.limits;
     for path in limited.left_behind {
         tracing::warn!(migration = %id, path = %path.display(),
             "what its cgroup says here is not carried to the target");
     }
+    Ok(())
 }
 
 /// The network of a namespace of its own; this node's ends of it.
@@ -108,31 +153,40 @@ async fn add_network(
     Ok(network.ports)
 }
 
+/// What its processes share by way of the kernel, if all of that can move.
+fn look_at_ipc(root: i32, node: &SourceNode, force: bool) -> Result<Ipc, Failure> {
+    let ipc = Ipc::of(root, force)?;
+    let members = || Ok(Tree::read(root).map_err(io::Error::other)?.pids());
+    ipc.look(members, |pid| node.support.undoes(pid))?;
+    Ok(ipc)
+}
+
 impl Site {
-    /// Looks at the tree below `root` and says what the target must know, or why it cannot move.
+    /// Looks at a workload and says what the target must know, or why it cannot move.
     pub async fn survey(
         node: SourceNode,
         id: MigrationId,
-        root: i32,
+        mut kind: Kind,
         policy: Policy,
-        asked: Asked<'_>,
+        asked: &Asked,
         cancelled: watch::Receiver<bool>,
     ) -> Result<Survey, Failure> {
+        let root = kind.root();
         // Everything below is read by its number.
         let anchor = Anchor::new(root).map_err(|_| ended(root))?;
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| unreadable(&error))?;
         let pids = tree.pids();
-        let (storage, locks) = find_storage(root, asked.shared).await?;
-        // Before files are opened: that would break the lease of one that is leased.
+        let (storage, locks) = find_storage(root, &asked.shared).await?;
+        // Before files are opened: that would break the lease of one that is leased, and a message
+        // queue would be taken for one.
+        let ipc = block_in_place(|| look_at_ipc(root, &node, asked.force_ipc))?;
         check_locks(&locks, &pids).await?;
-        let described = describe(root, &pids, &storage).await?;
-        block_in_place(|| {
-            pids.iter()
-                .try_for_each(|pid| check_trackable(*pid, root, &node.support))
-        })?;
+        let described = describe(&kind, &pids, &storage).await?;
+        let trackable = |pid: &i32| check_trackable(*pid, root, &node.support);
+        block_in_place(|| pids.iter().try_for_each(trackable))?;
         let mut description = described.description;
         description.criu_version = node.criu_version;
-        block_in_place(|| add_needs(&mut description, &node, id, &pids));
+        block_in_place(|| add_needs(&mut description, &node, id, (&pids, &ipc)))?;
         description.cpu = (!asked.force_cpu).then(cpu::read);
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
         let (kept, shared) = looking(root, move || Kept::open(storage)).await?;
@@ -145,42 +199,35 @@ impl Site {
         if !anchor.is_alive() {
             return Err(ended(root));
         }
-        let (freezer, origin) = match node.freezers.holding(&pids) {
-            Some(freezer) => (freezer, None),
-            None => {
-                let place = node.freezers.place(root, &pids, &id.to_string());
-                place.map_err(|error| {
-                    Failure::new(ErrorCode::UnsupportedWorkload, error.to_string())
-                })?
-            }
-        };
+        let freezer = kind.place(&node.freezers, &pids, id)?;
         let state = SiteState {
-            root,
+            kind: kind.clone(),
             started: anchor.identity().started,
             boot: anchor.identity().boot.clone(),
             freezer: freezer.path().to_owned(),
-            origin: origin.clone(),
             ports: ports.iter().map(PortState::of).collect(),
             markers: kept.markers(),
+            asked: asked.clone(),
         };
         let spaces = description.spaces.iter();
         let memory_bytes = spaces.map(|space| space.memory_bytes).sum();
         let workload = Workload {
-            root,
+            kind,
             anchor: Some(anchor),
             own: described.own,
+            ipc,
             mounts: described.mounts,
             described_mounts: description.mounts.clone(),
             freezer,
-            origin,
-            locks,
+            support: node.support.clone(),
         };
         let found = Found {
             workload,
             network: Network::new(ports),
             memory_bytes,
-            true_smaps: asked.true_smaps,
+            true_smaps: asked.instead_of.is_some(),
             kept,
+            locks,
         };
         Ok(Survey {
             description,
@@ -205,33 +252,26 @@ impl Site {
             )
         })?;
         let identity = Identity {
-            pid: state.root,
+            pid: state.kind.root(),
             started: state.started,
             boot: state.boot,
         };
-        let mut ports = Vec::new();
         // After another boot the same numbers mean other links.
-        if identity.is_this_boot() && !state.ports.is_empty() {
-            let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
-            for PortState { ends, name, bridge } in &state.ports {
-                let port = Port::again(&netlink, *ends, bridge)
-                    .await
-                    .map_err(|error| network_unfit(&error))?;
-                if port.is_none() {
-                    tracing::debug!(migration = %id, name, "the link is gone");
-                }
-                ports.extend(port);
-            }
-        }
+        let known: &[PortState] = match identity.is_this_boot() {
+            true => &state.ports,
+            false => &[],
+        };
+        let ports = PortState::again(known).await;
+        let ports = ports.map_err(|error| network_unfit(&error))?;
         let workload = Workload {
-            root: state.root,
+            kind: state.kind,
             anchor: Anchor::again(&identity),
             own: Vec::new(),
+            ipc: Ipc::default(),
             mounts: None,
             described_mounts: Vec::new(),
             freezer: Freezer::at(state.freezer),
-            origin: state.origin,
-            locks: Locks::default(),
+            support: node.support.clone(),
         };
         let found = Found {
             workload,
@@ -240,6 +280,8 @@ impl Site {
             true_smaps: false,
             // Of one that is over nothing is left to do.
             kept: Kept::recovered(if is_over { Vec::new() } else { state.markers }),
+            // No freeze will look for any; what was found is in the folder.
+            locks: Locks::default(),
         };
         Ok(Self::untouched(node, id, policy, found, cancelled))
     }
@@ -259,6 +301,7 @@ impl Site {
             tracking: Tracking::new(node.support.clone(), budget, found.true_smaps),
             dumping: Dumping::new(&node, directory.clone()),
             kept: found.kept,
+            locks: FileLocks::new(found.locks, directory.clone()),
             sending: Sending::new(node.workers),
             waits: Waits::new(cancelled),
             tries: Tries::default(),
@@ -284,31 +327,33 @@ async fn find_storage(root: i32, declared: &[PathBuf]) -> Result<(Storage, Locks
     let declared = declared.to_vec();
     looking(root, move || {
         let storage = Storage::find(&declared)?;
-        let locks = Locks::on(&storage, process::mounts(root)?);
+        let locks = Locks::on(&storage, mounts(root)?);
         Ok((storage, locks))
     })
     .await
 }
 
-async fn describe(root: i32, pids: &[i32], storage: &Storage) -> Result<Described, Failure> {
+async fn describe(kind: &Kind, pids: &[i32], storage: &Storage) -> Result<Described, Failure> {
     let (pids, paths) = (pids.to_vec(), storage.paths().to_vec());
-    looking(root, move || process::describe(root, &pids, &paths)).await
+    let kind = kind.clone();
+    looking(kind.root(), move || kind.describe(&pids, &paths)).await
 }
 
-/// Refuses a lock that is held whenever it is looked for.
+/// Refuses a lock that cannot move and is there whenever it is looked for.
 async fn check_locks(locks: &Locks, pids: &[i32]) -> Result<(), Failure> {
     let look = async || {
         let (root, locks, pids) = (pids.first().copied(), locks.clone(), pids.to_vec());
-        looking(root.unwrap_or_default(), move || Ok(locks.held(&pids))).await
+        let look = move || Ok(locks.find(&pids, false).unfit);
+        looking(root.unwrap_or_default(), look).await
     };
-    let mut held = look().await?;
+    let mut unfit = look().await?;
     for _ in 1..LOOKS {
-        if held.is_empty() {
+        if unfit.is_empty() {
             return Ok(());
         }
         tokio::time::sleep(LOOK_PAUSE).await;
         let now = look().await?;
-        held.retain(|lock| now.contains(lock));
+        unfit.retain(|lock| now.contains(lock));
     }
-    held.first().map_or(Ok(()), |lock| Err(lock.refused()))
+    unfit.first().map_or(Ok(()), |lock| Err(lock.refused()))
 }

@@ -29,8 +29,8 @@ pub type Scans = BTreeMap<SpaceId, FinalScan>;
 /// Why a frozen tree is not dumped, but copied for another round.
 #[derive(Debug)]
 pub enum Unfit {
-    /// Memory was born that no round has seen.
-    LateBirth(String),
+    /// Memory was born that no round has seen, or is to be seen anew.
+    Unseen(String),
     /// CRIU would not come to an end.
     Passing(Passing),
 }
@@ -43,12 +43,12 @@ impl Tracking {
         waits: &Waits,
     ) -> Result<Result<Scans, Unfit>, Failure> {
         let scanning = waits.begin(Wait::Scan);
-        let tree = Tree::read(workload.root).map_err(|error| unreadable(&error))?;
+        let tree = Tree::read(workload.root()).map_err(|error| unreadable(&error))?;
         if let Some(passing) = find_vfork(&tree) {
             return Ok(Err(Unfit::Passing(passing)));
         }
         if let Some(late) = self.find_late_birth(&tree) {
-            return Ok(Err(Unfit::LateBirth(late)));
+            return Ok(Err(Unfit::Unseen(late)));
         }
         self.forget_others(&tree);
         let mut scans = BTreeMap::new();
@@ -60,15 +60,15 @@ impl Tracking {
                     scans.insert(*id, scan);
                 }
                 Err(error @ TrackError::LateBirth { .. }) => {
-                    return Ok(Err(Unfit::LateBirth(chain(&error))));
+                    return Ok(Err(Unfit::Unseen(chain(&error))));
                 }
                 // It is a zombie by now, or about to be one.
-                Err(error) if error.tells_of_end() && space.pid() != workload.root => {
+                Err(error) if error.tells_of_end() && space.pid() != workload.root() => {
                     replaced.push(*id);
                 }
                 Err(error @ TrackError::Exec { .. }) => {
                     if resident_bytes(space.pid()) > LATE_BIRTH_BYTES_MAX {
-                        return Ok(Err(Unfit::LateBirth(chain(&error))));
+                        return Ok(Err(Unfit::Unseen(chain(&error))));
                     }
                     replaced.push(*id);
                 }

@@ -10,7 +10,7 @@ use pageferry_pager::message::State as PagerState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_sys::namespace::{self, NamespaceKind};
 
-use super::{Pager, Site, no_pager, pager_failed};
+use super::{Network, Pager, Site, no_pager, pager_failed};
 use crate::migration::text::{chain, internal, network_unfit};
 
 /// How long a pager may take to let a tree go, or to undo it instead: five seconds for CRIU to give
@@ -33,6 +33,18 @@ pub enum LetGoError {
 }
 
 impl Site {
+    /// Has the held workload take its file locks on shared storage, all of them or not. Storage
+    /// that hangs may hold that up: a discard cuts it off.
+    pub async fn lock(&mut self) -> Result<(), Failure> {
+        let Some(Pager { client, .. }) = &self.pager else {
+            return Err(no_pager());
+        };
+        let began = Instant::now();
+        client.lock().await.map_err(pager_failed)?;
+        tracing::debug!(migration = %self.id, took = ?began.elapsed(), "locked");
+        Ok(())
+    }
+
     /// Attaches the network and lets the workload run. Only when `Running` is durable; doing it
     /// again does no harm.
     pub async fn let_go(&mut self) -> Result<(), LetGoError> {
@@ -88,7 +100,8 @@ impl Site {
         let Some(Pager { client, .. }) = &self.pager else {
             return Err(no_pager());
         };
-        if self.namespace(NamespaceKind::Net).is_none() && !self.links.is_empty() {
+        let has_links = self.network.as_ref().is_some_and(Network::has_links);
+        if has_links && self.namespace(NamespaceKind::Net).is_none() {
             let status = client.status().await.map_err(pager_failed)?;
             let root = status.root_pid.ok_or_else(no_pager)?;
             let net = namespace::open(root, NamespaceKind::Net).map_err(|e| internal(&e))?;

@@ -11,6 +11,7 @@ use tokio::task::block_in_place;
 
 use super::{Pager, Site};
 use crate::migration::text::{chain, internal, network_unfit};
+use crate::runtime::runc::arrive::sweep;
 
 /// How long a pager may take to undo a restore: five seconds for CRIU to give up, ten for its tasks
 /// to die. One that takes longer is killed, and its watcher, and this, kill what is left.
@@ -46,9 +47,10 @@ impl Site {
         })
         .map_err(|error| internal(&error))?;
         self.end_groups();
+        block_in_place(|| sweep(&self.directory));
         if let Some(network) = self.network.take() {
             network
-                .delete()
+                .give_up()
                 .await
                 .map_err(|error| network_unfit(&error))?;
         }

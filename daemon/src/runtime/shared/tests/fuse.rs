@@ -31,9 +31,12 @@ pub struct State {
     pub hanging: bool,
     /// Nothing is answered.
     pub silent: bool,
+    /// Reads are answered when [`Fuse::answer_reads`] says so.
+    pub slow: bool,
     /// The kernel is to ask for attributes each time.
     pub uncached: bool,
     held: Vec<u64>,
+    held_reads: Vec<Vec<u8>>,
     /// Root may not make files, as at a server that takes root for nobody.
     pub squashing: bool,
     next: u64,
@@ -103,11 +106,28 @@ impl Fuse {
         self.state().files.get(name).expect("a file").1.clone()
     }
 
+    /// How many reads wait for an answer.
+    pub fn reads_held(&self) -> usize {
+        self.state().held_reads.len()
+    }
+
+    /// Answers them, and is slow no more.
+    pub fn answer_reads(&self) {
+        let mut state = self.state();
+        state.slow = false;
+        for request in std::mem::take(&mut state.held_reads) {
+            let data = read(&state, u64_at(&request, 16), &request[40..]);
+            answer(&mut &self.device, u64_at(&request, 8), 0, &data);
+        }
+    }
+
     /// Answers what was held, with an error, and hangs no more.
     pub fn release(&self) {
         let mut state = self.state();
-        (state.hanging, state.silent) = (false, false);
-        for unique in std::mem::take(&mut state.held) {
+        (state.hanging, state.silent, state.slow) = (false, false, false);
+        let mut held = std::mem::take(&mut state.held);
+        held.extend(state.held_reads.drain(..).map(|read| u64_at(&read, 8)));
+        for unique in held {
             answer(&mut &self.device, unique, libc::EIO, &[]);
         }
     }
@@ -250,6 +270,10 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
         // OPEN, OPENDIR
         14 | 27 => (0, vec![0; 16]),
         // READ
+        15 if state.slow => {
+            state.held_reads.push(request.to_vec());
+            return;
+        }
         15 => (0, read(&state, node, body)),
         // WRITE
         16 if state.hanging => {

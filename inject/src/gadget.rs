@@ -3,43 +3,54 @@
 //! The vdso has some on every kernel that has a vdso; a process without one has them in its C
 //! library. Any two bytes `0f 05` will do, whatever instruction they are part of.
 
+use std::fs;
 use std::io;
+use std::ops::Range;
 
 use pageferry_sys::process_vm::{self, RemoteRun};
 
-use super::InjectError;
-use crate::track::maps::{self, Mapping};
+use crate::InjectError;
 
 /// The address of a `syscall` instruction that process `pid` may execute.
-pub(super) fn find(pid: i32) -> Result<u64, InjectError> {
-    let maps = maps::read(pid).map_err(|source| InjectError::Inspect {
+pub(crate) fn find(pid: i32) -> Result<u64, InjectError> {
+    let maps = fs::read(format!("/proc/{pid}/maps")).map_err(|source| InjectError::Inspect {
         tid: pid,
         what: "the mappings",
         source,
     })?;
-    let executable = maps
-        .iter()
-        .filter(|mapping| mapping.executable && mapping.private);
-    let (vdso, others): (Vec<_>, Vec<_>) = executable.partition(|mapping| mapping.name == "[vdso]");
+    let executable = maps.split(|byte| *byte == b'\n').filter_map(executable);
+    let (vdso, others): (Vec<_>, Vec<_>) = executable.partition(|(_, is_vdso)| *is_vdso);
     vdso.into_iter()
         .chain(others)
         .take(MAPPINGS_MAX)
-        .find_map(|mapping| search(pid, mapping).ok().flatten())
+        .find_map(|(range, _)| search(pid, range).ok().flatten())
         .ok_or(InjectError::NoInstruction { pid })
 }
 
-fn search(pid: i32, mapping: &Mapping) -> io::Result<Option<u64>> {
-    let len = usize::try_from(mapping.range.end - mapping.range.start).unwrap_or(usize::MAX);
+/// The addresses of a line of `maps` that is of private executable memory, and whether it is the
+/// vdso.
+fn executable(line: &[u8]) -> Option<(Range<u64>, bool)> {
+    let line = str::from_utf8(line).ok()?;
+    let (start, rest) = line.split_once('-')?;
+    let (end, rest) = rest.split_once(' ')?;
+    let is_executable = rest.starts_with("r-xp") || rest.starts_with("rwxp");
+    let address = |text| u64::from_str_radix(text, 16).ok();
+    let range = address(start)?..address(end)?;
+    is_executable.then(|| (range, line.ends_with(" [vdso]")))
+}
+
+fn search(pid: i32, range: Range<u64>) -> io::Result<Option<u64>> {
+    let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
     let mut code = vec![0; len.min(SEARCH_BYTES_MAX)];
     let run = RemoteRun {
-        address: mapping.range.start,
+        address: range.start,
         len: code.len(),
     };
     let read = process_vm::read(pid, &[run], &mut code)?;
     let found = code[..read]
         .windows(SYSCALL.len())
         .position(|bytes| bytes == SYSCALL);
-    Ok(found.map(|offset| mapping.range.start + offset as u64))
+    Ok(found.map(|offset| range.start + offset as u64))
 }
 
 const SYSCALL: [u8; 2] = [0x0f, 0x05];

@@ -1,10 +1,6 @@
-//! A bare process tree, named by the pid of its root.
+//! What a running tree is made of: everything the target must know of it, or a named refusal.
 //!
-//! [`describe`] looks at a running tree and answers with everything the target must know, or with a
-//! named refusal; it changes nothing. [`check`] is the target's half: what the tree needs is there,
-//! and nothing of its names is taken.
-//!
-//! Absent: container runtimes; terminals; sockets in the node's own network namespace.
+//! Invariant: nothing is changed. Absent: terminals; sockets in the node's own network namespace.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,11 +15,10 @@ use pageferry_proto::wire::needs::Needs;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use procfs::process::{Process, Status};
 
-use super::files::{self, Descriptors};
-use super::identity;
-use super::loopback;
-use super::mounts::{self, Mounts};
-use super::{cpu, shared};
+use crate::runtime::files::Descriptors;
+use crate::runtime::identity;
+use crate::runtime::loopback;
+use crate::runtime::mounts::Mounts;
 
 /// Threads in one tree; the description of one must fit a control message.
 pub const TASKS_MAX: usize = 16_384;
@@ -33,7 +28,7 @@ pub const TASKS_MAX: usize = 16_384;
 pub struct Described {
     /// For the target.
     pub description: WorkloadDescription,
-    /// Namespaces the root has to itself, in the order in which CRIU must be started in them.
+    /// Namespaces the root has to itself, in the order in which they are entered.
     pub own: Vec<NamespaceKind>,
     /// What it sees, if it has a mount namespace of its own.
     pub mounts: Option<Mounts>,
@@ -60,19 +55,9 @@ pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Describe
     let mut descriptors = Descriptors::of(pids, mounts.clone());
     let (spaces, tasks) = members(pids, storage, &mut descriptors)?;
     descriptors.check_pipes()?;
-    if own.contains(&NamespaceKind::Net) {
-        let seen = loopback::Connections::of(root)?;
-        loopback::check(&seen, root, pids, |inode| {
-            descriptors.sockets.contains_key(&inode)
-        })?;
-    } else {
-        refuse_inet_sockets(root, &descriptors)?;
-    }
+    check_sockets(root, pids, &own, &descriptors)?;
     check_session(&process, &tasks)?;
     let (hostname, domainname) = names(root, &own)?;
-    if own.contains(&NamespaceKind::Ipc) {
-        refuse_ipc_objects(root)?;
-    }
     let link = |name: &str| {
         fs::read_link(format!("/proc/{root}/{name}"))
             .map(|path| path.to_string_lossy().into_owned())
@@ -108,6 +93,7 @@ pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Describe
             private_bytes: private_bytes(pids),
             ..Needs::default()
         },
+        container: None,
     };
     Ok(Described {
         description,
@@ -147,109 +133,6 @@ fn members(
     }
     Ok((spaces, tasks))
 }
-
-/// Checks at the target that the tree can be restored here: pids free, files the same.
-pub fn check(description: &WorkloadDescription) -> Result<(), Failure> {
-    if let Some(source) = &description.cpu {
-        cpu::read().check(source)?;
-    }
-    mounts::check(&description.mounts)?;
-    check_shared(description)?;
-    let shared = description
-        .shared
-        .iter()
-        .map(|shared| PathBuf::from(&shared.path));
-    let shared: Vec<PathBuf> = shared.collect();
-    for file in &description.files {
-        let is_shared = files::is_shared(Path::new(&file.path), &shared);
-        files::check(file, Path::new("/"), is_shared)?;
-    }
-    check_folder(description)?;
-    // Empty with a pid namespace of its own.
-    check_pids(&description.pids)
-}
-
-fn check_shared(description: &WorkloadDescription) -> Result<(), Failure> {
-    let here = shared::boot_id().map_err(|error| {
-        let text = format!("the boot id of the target cannot be read: {error}");
-        Failure::new(ErrorCode::NodeUnfit, text)
-    })?;
-    let boot_ids = [description.boot_id, here];
-    let mut paths = description.shared.iter();
-    paths.try_for_each(|path| shared::check(path, boot_ids))
-}
-
-/// CRIU opens the working directory of the root again, in the freeze.
-fn check_folder(description: &WorkloadDescription) -> Result<(), Failure> {
-    // Among mounts of its own it is where those say.
-    if description.own_namespaces.contains(Namespaces::MNT) || Path::new(&description.cwd).is_dir()
-    {
-        return Ok(());
-    }
-    Err(Failure::new(
-        ErrorCode::FileDiffers,
-        format!(
-            "the working directory {} is missing at the target",
-            description.cwd
-        ),
-    ))
-}
-
-/// Refuses a tree whose pids or thread ids are in use at this node.
-pub fn check_pids(pids: &[i32]) -> Result<(), Failure> {
-    for pid in pids {
-        // Threads have a directory too, though it is not listed.
-        if Path::new(&format!("/proc/{pid}")).exists() {
-            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            return Err(Failure::new(
-                ErrorCode::PidTaken,
-                format!(
-                    "pid {pid} is taken at the target by {}: give the workload its own pid \
-                     namespace, or free the pid",
-                    name.trim_end()
-                ),
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// Lets pids of processes that are born at this node from now on begin well above those of the
-/// tree.
-///
-/// CRIU restores what processes share from the one with the least pid. For an epoll descriptor that
-/// must be the process that made it: a child may have given its numbers to other files since (Redis
-/// does so while it saves), and its restore fails. At a node whose pids are still below those of a
-/// workload that came, all later children would be such.
-///
-/// Well above, because the tree goes on forking at the source: a thread that this node starts
-/// meanwhile must not take the number of a child that is still to come.
-pub fn begin_pids_above(pids: &[i32]) -> io::Result<()> {
-    let Some(highest) = pids.iter().max() else {
-        return Ok(());
-    };
-    let read = |path| -> io::Result<i32> {
-        let text = fs::read_to_string(path)?;
-        text.trim().parse().map_err(io::Error::other)
-    };
-    let (last, pid_max) = (read(LAST_PID)?, read(PID_MAX)?);
-    let room = pid_max / PID_ROOM_SHARE;
-    // Near the end the numbers begin anew, and whatever is chosen is soon below.
-    if last < highest + room / 2 && highest + room < pid_max {
-        fs::write(LAST_PID, (highest + room).to_string())?;
-    }
-    Ok(())
-}
-
-/// Which part of all pids is left free above those of a tree: 65 536 of the 4 194 304 that systemd
-/// allows, 512 of the kernel's 32 768.
-const PID_ROOM_SHARE: i32 = 64;
-
-/// One more than the highest pid of this pid namespace.
-const PID_MAX: &str = "/proc/sys/kernel/pid_max";
-
-/// The pid of the newest process of this pid namespace; the next one gets the next free one.
-const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 
 fn refuse_ourselves(root: i32) -> Result<(), Failure> {
     let own = i32::try_from(std::process::id()).unwrap_or(1);
@@ -435,6 +318,22 @@ fn names(root: i32, own: &[NamespaceKind]) -> Result<(String, String), Failure> 
         })
 }
 
+/// A connection to somebody who stays would be torn apart.
+fn check_sockets(
+    root: i32,
+    pids: &[i32],
+    own: &[NamespaceKind],
+    descriptors: &Descriptors,
+) -> Result<(), Failure> {
+    if !own.contains(&NamespaceKind::Net) {
+        return refuse_inet_sockets(root, descriptors);
+    }
+    let seen = loopback::Connections::of(root)?;
+    loopback::check(&seen, root, pids, |inode| {
+        descriptors.sockets.contains_key(&inode)
+    })
+}
+
 /// Sockets of the node's own network namespace cannot follow the workload.
 fn refuse_inet_sockets(root: i32, descriptors: &Descriptors) -> Result<(), Failure> {
     for table in ["tcp", "tcp6", "udp", "udp6", "raw", "raw6", "packet"] {
@@ -461,34 +360,6 @@ fn refuse_inet_sockets(root: i32, descriptors: &Descriptors) -> Result<(), Failu
     Ok(())
 }
 
-/// The IPC namespace is made anew at the target, so it must be empty here.
-fn refuse_ipc_objects(root: i32) -> Result<(), Failure> {
-    let unreadable = |error: io::Error| {
-        Failure::new(
-            ErrorCode::UnsupportedWorkload,
-            format!("the IPC namespace of process {root} cannot be read: {error}"),
-        )
-    };
-    let ipc = namespace::open(root, NamespaceKind::Ipc).map_err(unreadable)?;
-    use std::os::fd::AsFd;
-    let objects = namespace::run_inside(&[(NamespaceKind::Ipc, ipc.as_fd())], || {
-        ["shm", "sem", "msg"].map(|kind| {
-            let text = fs::read_to_string(format!("/proc/sysvipc/{kind}")).unwrap_or_default();
-            (kind, text.lines().count().saturating_sub(1))
-        })
-    })
-    .map_err(unreadable)?;
-    for (kind, count) in objects {
-        if count > 0 {
-            return Err(Failure::new(
-                ErrorCode::UnsupportedWorkload,
-                format!("the workload's IPC namespace holds {count} System V {kind} objects"),
-            ));
-        }
-    }
-    Ok(())
-}
-
 /// The bit of the wire's set for a kind of namespace.
 pub const fn wire_kind(kind: NamespaceKind) -> Namespaces {
     match kind {
@@ -505,12 +376,4 @@ fn kernel_release() -> String {
         .unwrap_or_default()
         .trim_end()
         .to_owned()
-}
-
-/// The kinds in the wire's set, in the order in which they are entered.
-pub fn kinds(own: Namespaces) -> Vec<NamespaceKind> {
-    NamespaceKind::ALL
-        .into_iter()
-        .filter(|kind| own.contains(wire_kind(*kind)))
-        .collect()
 }

@@ -7,15 +7,15 @@ use pageferry_sys::process_vm::{self, RemoteRun};
 use pageferry_sys::ptrace::{self, Registers, Resume, Stop};
 use pageferry_sys::task;
 
-use super::stop::{Held, pause};
-use super::{InjectError, restart};
+use crate::stop::{Held, pause};
+use crate::{InjectError, restart};
 
 /// A stopped thread whose registers and signal mask are ours for a moment.
 ///
 /// [`give_back`](Self::give_back) must be called; dropping gives back too, without telling whether
 /// it worked.
 #[derive(Debug)]
-pub(super) struct Borrowed<'a> {
+pub struct Borrowed<'a> {
     held: &'a mut Held,
     registers: Registers,
     mask: u64,
@@ -27,7 +27,7 @@ pub(super) struct Borrowed<'a> {
 
 impl<'a> Borrowed<'a> {
     /// Takes a thread that stands still on its way to user mode.
-    pub(super) fn take(held: &'a mut Held, gadget: u64) -> Result<Self, InjectError> {
+    pub(crate) fn take(held: &'a mut Held, gadget: u64) -> Result<Self, InjectError> {
         let tid = held.tid;
         let mut registers = ptrace::registers(tid).map_err(tracing(tid, "read registers of"))?;
         if registers.cs != CODE_SEGMENT_64 {
@@ -48,7 +48,7 @@ impl<'a> Borrowed<'a> {
             source,
         })?;
         if status.seccomp {
-            ptrace::suspend_seccomp(tid).map_err(tracing(tid, "suspend seccomp of"))?;
+            ptrace::suspend_seccomp(tid, held.end).map_err(tracing(tid, "suspend seccomp of"))?;
         }
         restart::mend_registers(&mut registers);
         abort_restartable_sequence(held.process, tid, &mut registers);
@@ -65,20 +65,23 @@ impl<'a> Borrowed<'a> {
         Ok(borrowed)
     }
 
-    /// Makes the thread call the kernel with one argument; returns the result.
-    pub(super) fn call(
+    /// Its id.
+    pub fn tid(&self) -> i32 {
+        self.held.tid
+    }
+
+    /// Makes the thread call the kernel with up to three arguments; returns the result.
+    pub fn call(
         &mut self,
         name: &'static str,
         number: i64,
-        argument: u64,
+        arguments: [u64; 3],
     ) -> Result<u64, InjectError> {
         let tid = self.held.tid;
         let mut registers = self.registers;
         registers.rip = self.gadget;
         registers.rax = number.cast_unsigned();
-        registers.rdi = argument;
-        registers.rsi = 0;
-        registers.rdx = 0;
+        [registers.rdi, registers.rsi, registers.rdx] = arguments;
         // Not in a system call: what is in rax is no result for the kernel to restart by.
         registers.orig_rax = u64::MAX;
         ptrace::set_registers(tid, &registers).map_err(tracing(tid, "set registers of"))?;
@@ -102,6 +105,30 @@ impl<'a> Borrowed<'a> {
             });
         }
         Ok(after.rax)
+    }
+
+    /// The same with `bytes` in its memory, whose address is the third argument. They lie for that
+    /// time where the thread keeps what it needs, at the top of its stack: below it there may be no
+    /// memory, or another's.
+    pub fn call_with(
+        &mut self,
+        name: &'static str,
+        number: i64,
+        [first, second]: [u64; 2],
+        bytes: &[u8],
+    ) -> Result<u64, InjectError> {
+        let (process, tid, address) = (self.held.process, self.held.tid, self.registers.rsp);
+        let memory = |source| InjectError::Memory { tid, source };
+        let mut kept = vec![0; bytes.len()];
+        let len = bytes.len();
+        let read = process_vm::read(process, &[RemoteRun { address, len }], &mut kept);
+        if read.map_err(memory)? < len {
+            return Err(memory(io::Error::from_raw_os_error(libc::EFAULT)));
+        }
+        process_vm::write(process, address, bytes).map_err(memory)?;
+        let result = self.call(name, number, [first, second, address]);
+        process_vm::write(process, address, &kept).map_err(memory)?;
+        result
     }
 
     /// The calls do not block, so all they take is a turn on a processor; a thread that gets none
@@ -147,7 +174,7 @@ impl<'a> Borrowed<'a> {
 
     /// Puts registers and mask back, with the thread on its way to user mode, so that the kernel
     /// restarts the call it was in.
-    pub(super) fn give_back(mut self) -> Result<(), InjectError> {
+    pub(crate) fn give_back(mut self) -> Result<(), InjectError> {
         self.restore()
     }
 

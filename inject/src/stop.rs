@@ -3,33 +3,35 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use pageferry_sys::ptrace::{self, Resume, Stop};
+use pageferry_sys::ptrace::{self, Resume, Stop, TracersEnd};
 use pageferry_sys::task;
 
-use super::{InjectError, restart};
+use crate::{InjectError, restart};
 
 /// One seized thread.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(crate) struct Held {
     /// Its thread id.
-    pub(super) tid: i32,
+    pub(crate) tid: i32,
     /// The process it belongs to.
-    pub(super) process: i32,
+    pub(crate) process: i32,
     /// Stands still on its way to user mode. False for a thread in an uninterruptible call, which
     /// will stop before it runs another instruction of its own.
-    pub(super) usable: bool,
+    pub(crate) usable: bool,
+    /// What it was seized with.
+    pub(crate) end: TracersEnd,
 }
 
 /// Threads that are seized and stand still. All are let go on drop, in a state from which they go
 /// on as if nothing had happened.
 #[derive(Debug)]
-pub(super) struct Stopped {
+pub(crate) struct Stopped {
     threads: Vec<Held>,
 }
 
 impl Stopped {
     /// Stops all threads of `processes`, or none.
-    pub(super) fn stop(
+    pub(crate) fn stop(
         processes: &[i32],
         deadline: Instant,
         limit: Duration,
@@ -53,11 +55,34 @@ impl Stopped {
         Err(InjectError::TooManyThreads { pid: processes[0] })
     }
 
-    pub(super) fn len(&self) -> usize {
+    /// Stops one thread of process `pid`.
+    pub(crate) fn stop_one(
+        pid: i32,
+        tid: i32,
+        deadline: Instant,
+        limit: Duration,
+    ) -> Result<Self, InjectError> {
+        let mut stopped = Self {
+            threads: Vec::new(),
+        };
+        if !seize(tid, TracersEnd::LetsGo)? {
+            return Err(InjectError::Ended { tid });
+        }
+        stopped.threads.push(Held {
+            tid,
+            process: pid,
+            usable: false,
+            end: TracersEnd::LetsGo,
+        });
+        stopped.await_stops(0, deadline, limit)?;
+        Ok(stopped)
+    }
+
+    pub(crate) fn len(&self) -> usize {
         self.threads.len()
     }
 
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Held> {
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Held> {
         self.threads.iter_mut()
     }
 
@@ -74,11 +99,12 @@ impl Stopped {
             if THREADS_MAX < known.len() {
                 return Err(InjectError::TooManyThreads { pid: process });
             }
-            if seize(tid)? {
+            if seize(tid, TracersEnd::LetsGo)? {
                 self.threads.push(Held {
                     tid,
                     process,
                     usable: false,
+                    end: TracersEnd::LetsGo,
                 });
             }
         }
@@ -147,8 +173,8 @@ impl Drop for Stopped {
 }
 
 /// Seizes and interrupts one thread; false when it has ended.
-fn seize(tid: i32) -> Result<bool, InjectError> {
-    match ptrace::seize(tid) {
+pub(crate) fn seize(tid: i32, end: TracersEnd) -> Result<bool, InjectError> {
+    match ptrace::seize_until(tid, end) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(false),
         Err(source) => {
@@ -176,14 +202,14 @@ fn seize(tid: i32) -> Result<bool, InjectError> {
 
 /// Where a thread that was asked to stop is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Advance {
+pub(crate) enum Advance {
     Running,
     Stopped,
     Ended,
 }
 
 /// Sends a thread that stops for another reason on its way, until it stops for ours.
-pub(super) fn advance(tid: i32) -> Advance {
+pub(crate) fn advance(tid: i32) -> Advance {
     loop {
         let resumed = match ptrace::poll(tid) {
             Ok(None) => return Advance::Running,
@@ -200,7 +226,7 @@ pub(super) fn advance(tid: i32) -> Advance {
 }
 
 /// Gives the processor away between two looks, first for nothing, then for a moment.
-pub(super) fn pause(idle: &mut u32) {
+pub(crate) fn pause(idle: &mut u32) {
     *idle += 1;
     if *idle < YIELDS {
         std::thread::yield_now();
@@ -217,7 +243,7 @@ const PASSES_MAX: usize = 8;
 const THREADS_MAX: usize = 16384;
 
 /// After how long a thread in state D counts as standing still. A short one will come by itself.
-const UNINTERRUPTIBLE_AFTER: Duration = Duration::from_millis(2);
+pub(super) const UNINTERRUPTIBLE_AFTER: Duration = Duration::from_millis(2);
 
 /// How often the processor is given away before the first pause.
 const YIELDS: u32 = 64;

@@ -1,0 +1,243 @@
+//! `containers --only faults`: whoever takes part in the move of a container is killed, at each of
+//! the gates at which the runtime waits.
+//!
+//! Afterwards exactly one container runs, at one of the nodes, as its runtime's own; at the other
+//! nothing of it is left, its root file system is whole, and no client has noticed but by waiting.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+
+use super::faults::{Stopped, Struck, signal_first, wait_for_phase};
+use super::report::Report;
+use super::session::Session;
+use super::settings::{Settings, other};
+use crate::client::load::{Dataset, LoadPlan};
+use crate::lab::Lab;
+use crate::mover::MoveOptions;
+use crate::mover::pageferry::{Migration, SETTLE_TIME_MAX, wait_settled};
+use crate::workload::container;
+
+/// Where a runtime waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gate {
+    /// Both do: `runc checkpoint` for the freeze, `runc restore` for the images.
+    Rounds,
+    /// The source's CRIU has dumped, and the target does not answer.
+    PostDump,
+    /// The target's CRIU has restored, and the source does not answer.
+    PostRestore,
+    /// The commit is durable, and the target does not answer.
+    Committed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Source,
+    Target,
+}
+
+/// Whom `kill -9` hits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Who {
+    Daemon,
+    /// By its command.
+    Process(&'static str),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Fault {
+    gate: Gate,
+    side: Side,
+    who: Who,
+}
+
+const fn fault(gate: Gate, side: Side, who: Who) -> Fault {
+    Fault { gate, side, who }
+}
+
+const RUNC: Who = Who::Process("runc");
+/// What is to become CRIU has its name.
+const CRIU: Who = Who::Process("criu");
+const PAGER: Who = Who::Process("pageferry-pager");
+
+const FAULTS: [Fault; 17] = [
+    fault(Gate::Rounds, Side::Source, Who::Daemon),
+    fault(Gate::Rounds, Side::Source, RUNC),
+    fault(Gate::Rounds, Side::Source, CRIU),
+    fault(Gate::Rounds, Side::Target, Who::Daemon),
+    fault(Gate::Rounds, Side::Target, RUNC),
+    fault(Gate::Rounds, Side::Target, CRIU),
+    fault(Gate::PostDump, Side::Source, Who::Daemon),
+    fault(Gate::PostDump, Side::Source, RUNC),
+    fault(Gate::PostDump, Side::Source, CRIU),
+    fault(Gate::PostRestore, Side::Target, Who::Daemon),
+    fault(Gate::PostRestore, Side::Target, RUNC),
+    fault(Gate::PostRestore, Side::Target, CRIU),
+    fault(Gate::PostRestore, Side::Target, PAGER),
+    fault(Gate::Committed, Side::Source, Who::Daemon),
+    fault(Gate::Committed, Side::Source, RUNC),
+    fault(Gate::Committed, Side::Target, Who::Daemon),
+    fault(Gate::Committed, Side::Target, RUNC),
+];
+
+/// All of them, of one container under load.
+pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
+    let mut lab = settings.lab(2)?;
+    let held = container::start(&mut lab, "a")?;
+    let dataset = Dataset::first_row(BYTES);
+    let load = LoadPlan::first_row();
+    let mut session = Session::watch(&lab, settings.mover, "a", held, dataset, load)?;
+    for fault in FAULTS {
+        let came = fault.come(&mut lab, &mut session);
+        match came {
+            Ok(came) => println!("{:?} {:?} {:?}: {came}", fault.gate, fault.side, fault.who),
+            Err(error) => {
+                report.fail(format!("{fault:?}: {error:#}"));
+                break;
+            }
+        }
+    }
+    // And whole afterwards.
+    let to = other(&session.at);
+    session.move_to(&lab, to, &MoveOptions::default(), report)?;
+    session.wait_for_writes(WRITES_AROUND)?;
+    wait_settled(&lab, SETTLE_TIME_MAX)?;
+    session.finish(report)?.kill(&lab)
+}
+
+impl Fault {
+    /// Tries until its gate was met; where the container runs then, and how the move ended.
+    fn come(&self, lab: &mut Lab, session: &mut Session) -> Result<String> {
+        for _ in 0..TRIES {
+            let struck = self.strike(lab, session)?;
+            let where_it_runs = judge(lab, session)?;
+            if let Some(ended) = struck {
+                return Ok(format!("{where_it_runs}; {ended}"));
+            }
+        }
+        bail!("its gate passed unseen {TRIES} times")
+    }
+
+    /// Begins a move and kills; how the move ended, if it came to the gate.
+    fn strike(&self, lab: &mut Lab, session: &mut Session) -> Result<Option<String>> {
+        let (from, to) = (session.at.clone(), other(&session.at));
+        let name = session.workload.name();
+        let flags = MoveOptions {
+            timeout: Some("60s".to_owned()),
+            ..MoveOptions::default()
+        };
+        let migration = Migration::start(lab.node(&from)?, &name, to, &flags)?;
+        let mut stopped = Stopped::default();
+        if !self.come_to_gate(lab, &name, (&from, to), &mut stopped)? {
+            drop(stopped);
+            migration.finish()?;
+            wait_settled(lab, SETTLE_TIME_MAX)?;
+            return Ok(None);
+        }
+        let node = match self.side {
+            Side::Source => from.as_str(),
+            Side::Target => to,
+        };
+        match self.who {
+            Who::Daemon => {
+                lab.daemon(node)?.kill()?;
+                drop(stopped);
+                lab.restart_daemon(node)?;
+            }
+            Who::Process(command) => {
+                let struck = signal_first(lab, node, command, Signal::SIGKILL)?;
+                ensure!(
+                    matches!(struck, Struck::Done),
+                    "no {command} at node {node}"
+                );
+                std::thread::sleep(NOTICE);
+                drop(stopped);
+            }
+        }
+        let outcome = migration.finish()?;
+        wait_settled(lab, SETTLE_TIME_MAX)?;
+        Ok(Some(match outcome.error {
+            Some((code, text)) => format!("{code}: {text}"),
+            None => "moved".to_owned(),
+        }))
+    }
+
+    /// Has it come to the gate, and stay there; false when that passed unseen.
+    fn come_to_gate(
+        &self,
+        lab: &mut Lab,
+        name: &str,
+        (from, to): (&str, &str),
+        stopped: &mut Stopped,
+    ) -> Result<bool> {
+        let reach = |lab: &Lab, at: (&str, &str)| -> Result<bool> {
+            wait_for_phase(lab, name, at).map(|reached| reached.is_some())
+        };
+        let first = match self.gate {
+            Gate::Rounds => (from, "copying"),
+            Gate::PostDump | Gate::PostRestore | Gate::Committed => (to, "restoring"),
+        };
+        if !reach(lab, first)? {
+            return Ok(false);
+        }
+        match self.gate {
+            Gate::Rounds => Ok(true),
+            Gate::PostDump => stopped.stop(lab, to).map(|()| true),
+            Gate::PostRestore => {
+                stopped.stop(lab, from)?;
+                reach(lab, (to, "ready"))
+            }
+            Gate::Committed => {
+                stopped.stop(lab, from)?;
+                if !reach(lab, (to, "ready"))? {
+                    return Ok(false);
+                }
+                let source = std::mem::take(stopped);
+                stopped.stop(lab, to)?;
+                drop(source);
+                reach(lab, (from, "committed"))
+            }
+        }
+    }
+}
+
+/// Where it runs, at one node and no other.
+fn judge(lab: &Lab, session: &mut Session) -> Result<String> {
+    let id = session.workload.container.clone();
+    let id = id.context("it was started as a container")?;
+    session.wait_for_writes(WRITES_AROUND)?;
+    let mut here = Vec::new();
+    for node in &lab.nodes {
+        let servers = node.processes_named("redis-server");
+        ensure!(servers.len() <= 1, "node {} has {servers:?}", node.name());
+        here.extend(servers.first().map(|pid| (node, *pid)));
+    }
+    let [(node, pid)] = here[..] else {
+        bail!("it runs at {} nodes", here.len());
+    };
+    container::check_here(node, &id, pid)?;
+    container::check_whole(node, &id)?;
+    let rest = lab.nodes.iter().filter(|other| other.name() != node.name());
+    for gone in rest {
+        container::check_gone(gone, &id)?;
+        container::check_whole(gone, &id)?;
+        ensure!(
+            !gone.has_frozen_cgroup(),
+            "node {} has a frozen cgroup",
+            gone.name()
+        );
+    }
+    node.name().clone_into(&mut session.at);
+    session.workload.pid = pid;
+    Ok(format!("runs at {}", session.at))
+}
+
+const BYTES: u64 = 64 << 20; // 64 MiB
+/// A quarter of a second of the first row.
+const WRITES_AROUND: u64 = 3_000;
+/// A gate is met by polling, and may last for milliseconds.
+const TRIES: usize = 5;
+/// What was killed is missed, and what was stopped is waited for.
+const NOTICE: Duration = Duration::from_millis(300);

@@ -1,0 +1,249 @@
+//! What a workload is to its node. Each kind is a module of its own, which owns what differs:
+//!
+//! | | |
+//! |---|---|
+//! | describe | what it is made of, and what of that cannot move |
+//! | cgroup | where it is held, how it gets there, and how it comes back |
+//! | ask | who asks CRIU to dump it, and who starts that |
+//! | release | what becomes of what is left of it when it runs elsewhere |
+//! | arrive | what is compared, and made ready for it, where it comes |
+//!
+//! Nothing else asks what a workload is. A kind that has a name and no module is refused by it.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use criu_glue::options::{DumpOptions, Request};
+use criu_glue::rpc::{Conversation, StartError, SwrkConfig, TalkError};
+use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerRoot};
+use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_proto::id::{MigrationId, WorkloadName};
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::description::WorkloadDescription;
+use pageferry_sys::namespace::NamespaceKind;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::process::Process;
+use super::process::arrive::Arriving as ArrivingProcess;
+use super::process::describe::{self, Described};
+use super::runc::arrive::{Arriving as ArrivingRunc, Restore};
+use super::runc::checkpoint::{Checkpoint, CheckpointError};
+use super::runc::{self, Runc};
+
+/// A workload at its source, as the journal keeps it, too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// A bare process tree.
+    Process(Process),
+    /// A container of runc.
+    Runc(Runc),
+}
+
+/// A workload that comes.
+#[derive(Clone, Debug)]
+pub enum Arriving {
+    /// A bare process tree.
+    Process(ArrivingProcess),
+    /// A container of runc.
+    Runc(ArrivingRunc),
+}
+
+/// What asks CRIU for a dump, if that is not us.
+#[derive(Debug)]
+pub enum Asker {
+    /// It is.
+    Us,
+    /// `runc checkpoint`.
+    Runc(Checkpoint),
+}
+
+/// Why CRIU was not asked for a dump.
+#[derive(Debug, Error)]
+pub enum AskError {
+    /// It could not be started.
+    #[error("starting criu")]
+    Start(#[from] StartError),
+    /// It could not be spoken to.
+    #[error("talking to criu")]
+    Talk(#[from] TalkError),
+    /// The container's runtime does not ask for it.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+}
+
+impl Kind {
+    /// The workload of this name, if it is of a kind that can move away from here.
+    pub fn of(name: &WorkloadName) -> Result<Self, Failure> {
+        match name {
+            WorkloadName::Process(root) => match runc::holding(*root) {
+                None => Ok(Self::Process(Process::new(*root))),
+                Some(id) => Err(Failure::new(
+                    ErrorCode::UnsupportedWorkload,
+                    format!("process {root} is in a container: move that, as runc/{id}"),
+                )),
+            },
+            WorkloadName::Runc(id) => Runc::find(id).map(Self::Runc),
+            WorkloadName::Containerd { .. } | WorkloadName::Crun(_) | WorkloadName::Podman(_) => {
+                Err(unsupported(name, "cannot be moved by this build"))
+            }
+        }
+    }
+
+    /// The pid of its root in this node's pid namespace.
+    pub const fn root(&self) -> i32 {
+        match self {
+            Self::Process(process) => process.root(),
+            Self::Runc(container) => container.root(),
+        }
+    }
+
+    /// What it is made of: the tree of `pids`, the root first. Blocks, for a few milliseconds if
+    /// its storage answers.
+    pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
+        match self {
+            Self::Process(process) => describe::describe(process.root(), pids, shared),
+            Self::Runc(container) => container.describe(pids, shared),
+        }
+    }
+
+    /// The cgroup that is to hold the tree of `pids`. Nothing is made yet.
+    pub fn place(
+        &mut self,
+        freezers: &FreezerRoot,
+        pids: &[i32],
+        id: MigrationId,
+    ) -> Result<Freezer, Failure> {
+        match self {
+            Self::Process(process) => process.place(freezers, pids, &id.to_string()),
+            Self::Runc(container) => container.place(freezers, pids),
+        }
+    }
+
+    /// Sees to it that the tree is in that cgroup, and nobody else; `tree` tells who is in it.
+    pub fn enter(
+        &self,
+        freezer: &Freezer,
+        tree: impl FnMut() -> io::Result<Vec<i32>>,
+    ) -> Result<(), CgroupError> {
+        match self {
+            Self::Process(process) => process.enter(freezer, tree),
+            Self::Runc(container) => container.enter(freezer, tree),
+        }
+    }
+
+    /// Namespaces that CRIU is started in to dump it, of those that are its `own`.
+    pub fn open_namespaces(&self, own: &[NamespaceKind]) -> Result<Vec<OwnedFd>, Failure> {
+        match self {
+            Self::Process(process) => process.open_namespaces(own),
+            Self::Runc(container) => container.open_namespaces(),
+        }
+    }
+
+    /// Has CRIU be asked to dump it, by us or by whoever runs it, and CRIU begin. `directory` is
+    /// the migration's; `stand_in` is what a container runtime is to find as CRIU.
+    pub async fn ask(
+        &self,
+        criu: SwrkConfig,
+        options: DumpOptions,
+        stand_in: &Path,
+        directory: &Path,
+    ) -> Result<(Conversation, Asker), AskError> {
+        match self {
+            Self::Process(process) => {
+                let mut criu = process.converse(criu)?;
+                criu.request(Request::dump(options)).await?;
+                Ok((criu, Asker::Us))
+            }
+            Self::Runc(container) => {
+                let started = Checkpoint::start(container, (criu, options), stand_in, directory);
+                let (criu, checkpoint) = started.await?;
+                Ok((criu, Asker::Runc(checkpoint)))
+            }
+        }
+    }
+
+    /// It stays here, and runs.
+    pub fn give_back(&self, freezer: &Freezer) -> Result<(), CgroupError> {
+        match self {
+            Self::Process(process) => process.give_back(freezer),
+            // It is where its runtime has put it.
+            Self::Runc(_) => Ok(()),
+        }
+    }
+
+    /// It runs elsewhere, and its tasks here are dead: nothing else of it is to be left.
+    pub fn release(&self, freezer: &Freezer, hierarchies: &Hierarchies) -> Result<(), CgroupError> {
+        match self {
+            Self::Process(process) => process.release(freezer, hierarchies),
+            Self::Runc(container) => container.release(freezer),
+        }
+    }
+}
+
+impl Arriving {
+    /// Takes in hand what is offered under this name, if it is of a kind that can come here.
+    pub fn begin(name: &WorkloadName, description: &WorkloadDescription) -> Result<Self, Failure> {
+        match name {
+            WorkloadName::Process(_) => Ok(Self::Process(ArrivingProcess::begin(description))),
+            WorkloadName::Runc(id) => ArrivingRunc::begin(id, description).map(Self::Runc),
+            WorkloadName::Containerd { .. } | WorkloadName::Crun(_) | WorkloadName::Podman(_) => {
+                Err(unsupported(name, "cannot be taken in by the target"))
+            }
+        }
+    }
+
+    /// Compares what it needs with this node. Blocks; asks about files, whose storage may not
+    /// answer.
+    pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
+        match self {
+            Self::Process(process) => process.check(description),
+            Self::Runc(container) => container.check(description),
+        }
+    }
+
+    /// Namespaces that are made for it, in the order in which they are entered.
+    pub fn namespaces(&self, description: &WorkloadDescription) -> Vec<NamespaceKind> {
+        match self {
+            Self::Process(process) => process.namespaces(description),
+            Self::Runc(_) => ArrivingRunc::namespaces(),
+        }
+    }
+
+    /// Checks once more, when its tasks are known for good.
+    pub fn check_tasks(&self, tasks: &[i32]) -> Result<(), Failure> {
+        match self {
+            Self::Process(process) => process.check_tasks(tasks),
+            // They are in a pid namespace of their own.
+            Self::Runc(_) => Ok(()),
+        }
+    }
+
+    /// Who makes it and its cgroups with their limits, if that is not us. What that needs is made
+    /// in `directory`, the migration's.
+    pub fn made_by(&self, directory: &Path) -> io::Result<Option<Restore>> {
+        match self {
+            Self::Process(_) => Ok(None),
+            Self::Runc(container) => container.restore(directory).map(Some),
+        }
+    }
+}
+
+impl Asker {
+    /// Waits until it has ended, which has CRIU's response.
+    pub async fn ended(&mut self) {
+        match self {
+            Self::Us => {}
+            Self::Runc(checkpoint) => checkpoint.ended().await,
+        }
+    }
+}
+
+fn unsupported(name: &WorkloadName, what: &str) -> Failure {
+    Failure::new(
+        ErrorCode::UnsupportedWorkload,
+        format!("{name} {what}: kind {} is not supported yet", name.kind()),
+    )
+}

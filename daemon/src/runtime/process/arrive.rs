@@ -1,0 +1,175 @@
+//! A bare tree at its target: what it needs is there, and nothing of its names is taken.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
+use pageferry_sys::namespace::NamespaceKind;
+
+use super::describe::wire_kind;
+use crate::runtime::{cpu, files, mounts, shared};
+
+/// A tree that comes.
+#[derive(Clone, Copy, Debug)]
+pub struct Arriving {
+    /// Its pids are the node's.
+    shares_pids: bool,
+}
+
+impl Arriving {
+    /// Lets this node's pids begin above its own: where a workload has left this node, its numbers
+    /// are the next ones. To be called before threads are started for it.
+    pub fn begin(description: &WorkloadDescription) -> Self {
+        begin_pids_above(&description.pids);
+        Self {
+            shares_pids: !description.own_namespaces.contains(Namespaces::PID),
+        }
+    }
+
+    /// Compares what it needs with this node. Blocks; asks about files, whose storage may not
+    /// answer.
+    pub fn check(self, description: &WorkloadDescription) -> Result<(), Failure> {
+        let own_mounts = description.own_namespaces.contains(Namespaces::MNT);
+        if own_mounts == description.mounts.is_empty() {
+            return Err(Failure::new(
+                ErrorCode::UnsupportedWorkload,
+                "the offer does not say which mounts the workload has",
+            ));
+        }
+        if let Some(source) = &description.cpu {
+            cpu::read().check(source)?;
+        }
+        mounts::check(&description.mounts)?;
+        check_shared(description)?;
+        check_files(description)?;
+        check_folder(description)?;
+        // Empty with a pid namespace of its own.
+        check_pids(&description.pids)
+    }
+
+    /// Namespaces that are made for it before it is restored. CRIU makes the others with the tree:
+    /// a pid namespace lives by its process 1, and the objects of an IPC namespace are in the
+    /// images.
+    pub fn namespaces(self, description: &WorkloadDescription) -> Vec<NamespaceKind> {
+        let mut kinds = kinds(description.own_namespaces);
+        kinds.retain(|kind| matches!(kind, NamespaceKind::Uts | NamespaceKind::Net));
+        kinds
+    }
+
+    /// Checks once more, when its tasks are known for good: it may have forked since it was
+    /// offered.
+    pub fn check_tasks(self, tasks: &[i32]) -> Result<(), Failure> {
+        if self.shares_pids {
+            check_pids(tasks)?;
+            begin_pids_above(tasks);
+        }
+        Ok(())
+    }
+}
+
+fn check_shared(description: &WorkloadDescription) -> Result<(), Failure> {
+    let here = shared::boot_id().map_err(|error| {
+        let text = format!("the boot id of the target cannot be read: {error}");
+        Failure::new(ErrorCode::NodeUnfit, text)
+    })?;
+    let boot_ids = [description.boot_id, here];
+    let mut paths = description.shared.iter();
+    paths.try_for_each(|path| shared::check(path, boot_ids))
+}
+
+fn check_files(description: &WorkloadDescription) -> Result<(), Failure> {
+    let shared = description.shared.iter();
+    let shared: Vec<_> = shared.map(|shared| PathBuf::from(&shared.path)).collect();
+    description.files.iter().try_for_each(|file| {
+        let is_shared = files::is_shared(Path::new(&file.path), &shared);
+        files::check(file, Path::new("/"), is_shared)
+    })
+}
+
+/// CRIU opens the working directory of the root again, in the freeze.
+fn check_folder(description: &WorkloadDescription) -> Result<(), Failure> {
+    // Among mounts of its own it is where those say.
+    if description.own_namespaces.contains(Namespaces::MNT) || Path::new(&description.cwd).is_dir()
+    {
+        return Ok(());
+    }
+    Err(Failure::new(
+        ErrorCode::FileDiffers,
+        format!(
+            "the working directory {} is missing at the target",
+            description.cwd
+        ),
+    ))
+}
+
+/// Refuses a tree whose pids or thread ids are in use at this node.
+fn check_pids(pids: &[i32]) -> Result<(), Failure> {
+    for pid in pids {
+        // Threads have a directory too, though it is not listed.
+        if Path::new(&format!("/proc/{pid}")).exists() {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            return Err(Failure::new(
+                ErrorCode::PidTaken,
+                format!(
+                    "pid {pid} is taken at the target by {}: give the workload its own pid \
+                     namespace, or free the pid",
+                    name.trim_end()
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Lets pids of processes that are born at this node from now on begin well above those of the
+/// tree.
+///
+/// CRIU restores what processes share from the one with the least pid. For an epoll descriptor that
+/// must be the process that made it: a child may have given its numbers to other files since (Redis
+/// does so while it saves), and its restore fails. At a node whose pids are still below those of a
+/// workload that came, all later children would be such.
+///
+/// Well above, because the tree goes on forking at the source: a thread that this node starts
+/// meanwhile must not take the number of a child that is still to come.
+fn begin_pids_above(pids: &[i32]) {
+    if let Err(error) = try_begin_pids_above(pids) {
+        tracing::warn!(%error, "new pids may be below the workload's");
+    }
+}
+
+fn try_begin_pids_above(pids: &[i32]) -> io::Result<()> {
+    let Some(highest) = pids.iter().max() else {
+        return Ok(());
+    };
+    let read = |path| -> io::Result<i32> {
+        let text = fs::read_to_string(path)?;
+        text.trim().parse().map_err(io::Error::other)
+    };
+    let (last, pid_max) = (read(LAST_PID)?, read(PID_MAX)?);
+    let room = pid_max / PID_ROOM_SHARE;
+    // Near the end the numbers begin anew, and whatever is chosen is soon below.
+    if last < highest + room / 2 && highest + room < pid_max {
+        fs::write(LAST_PID, (highest + room).to_string())?;
+    }
+    Ok(())
+}
+
+/// Which part of all pids is left free above those of a tree: 65 536 of the 4 194 304 that systemd
+/// allows, 512 of the kernel's 32 768.
+const PID_ROOM_SHARE: i32 = 64;
+
+/// One more than the highest pid of this pid namespace.
+const PID_MAX: &str = "/proc/sys/kernel/pid_max";
+
+/// The pid of the newest process of this pid namespace; the next one gets the next free one.
+const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
+
+/// The kinds in the wire's set, in the order in which they are entered.
+fn kinds(own: Namespaces) -> Vec<NamespaceKind> {
+    NamespaceKind::ALL
+        .into_iter()
+        .filter(|kind| own.contains(wire_kind(*kind)))
+        .collect()
+}

@@ -1,0 +1,203 @@
+//! A restore that a container runtime asks CRIU for.
+//!
+//! The runtime is started by us, and finds our gate where it looks for CRIU; what it asks is held
+//! until the images are there, and then changed where our restore is another than its own. It
+//! hears of everything from `post-restore` on, which is when it writes down that its container
+//! runs; before, it is told that it failed, and undoes what it has made.
+//!
+//! Invariants: a runtime that is restoring is not killed while it may still end by itself: it has
+//! bound the container's root file system to a place of its own, and whoever deletes that place
+//! afterwards deletes the files. What it leaves there is unmounted, and folders are removed only
+//! if they are empty.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use criu_glue::options::{LogLevel, ManageCgroups, NetworkLock};
+use criu_glue::rpc::{Asked, Conversation, Gate, Patch, SwrkConfig};
+use pageferry_sys::bound;
+use tokio::process::{Child, Command};
+use tracing::warn;
+
+use crate::failure::RestoreError;
+use crate::message::{RestoreRequest, RuntimeRequest};
+use crate::start::open;
+
+/// How long a runtime may take from its start to its request.
+const ASK_MAX: Duration = Duration::from_secs(20);
+
+/// How long a runtime may take to end that has heard how its restore went. It removes cgroups then,
+/// or runs hooks.
+const END_MAX: Duration = Duration::from_secs(10);
+
+/// A runtime that has asked, and waits.
+#[derive(Debug)]
+pub struct Waiting {
+    asked: Asked,
+    runtime: Runtime,
+    /// That CRIU is to be in.
+    namespaces: Vec<OwnedFd>,
+}
+
+/// A runtime that restores.
+#[derive(Debug)]
+pub struct Runtime {
+    child: Child,
+    state: PathBuf,
+    bound: String,
+}
+
+impl Waiting {
+    /// Starts the runtime and waits until it asks for a restore.
+    pub async fn start(
+        request: &RestoreRequest,
+        wanted: &RuntimeRequest,
+        namespaces: Vec<OwnedFd>,
+    ) -> Result<Self, RestoreError> {
+        // One that was started before, and has died, has left its own.
+        drop(fs::remove_dir_all(&wanted.gate));
+        let gate = Gate::bind(&wanted.gate, &wanted.stand_in).map_err(RestoreError::Gate)?;
+        let child = spawn(wanted).map_err(|source| RestoreError::Runtime {
+            program: wanted.program.clone(),
+            source,
+        })?;
+        let mut runtime = Runtime {
+            child,
+            state: wanted.state.clone(),
+            bound: wanted.bound.clone(),
+        };
+        let asked = tokio::select! {
+            asked = gate.asked(&request.criu, ASK_MAX) => asked.map_err(RestoreError::Gate),
+            ended = runtime.child.wait() => {
+                let (status, said) = (outcome(ended), last_line(&wanted.log));
+                Err(RestoreError::RuntimeEnded { status, said })
+            }
+        };
+        match asked {
+            Ok(asked) => Ok(Self {
+                asked,
+                runtime,
+                namespaces,
+            }),
+            Err(error) => {
+                drop(gate);
+                runtime.ended().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether both still wait.
+    pub fn is_open(&self) -> bool {
+        self.asked.is_open()
+    }
+
+    /// The process that is to become CRIU: it is in the cgroups of the container.
+    pub fn criu_pid(&self) -> i32 {
+        self.asked.criu_pid()
+    }
+
+    /// Lets CRIU begin.
+    pub async fn pass(
+        self,
+        request: &RestoreRequest,
+    ) -> Result<(Conversation, Runtime), RestoreError> {
+        let patch = Patch {
+            images: Some(open(&request.images_dir)?),
+            work: Some(open(&request.work_dir)?),
+            network_lock: Some(NetworkLock::Skip),
+            manage_cgroups: Some(ManageCgroups::Ignore),
+            lazy_pages: Some(true),
+            tcp_established: Some(request.tcp_established),
+            file_locks: Some(request.file_locks),
+            link_remap: Some(request.link_remap),
+            log_level: Some(LogLevel::Warning),
+            ..Patch::default()
+        };
+        let config = SwrkConfig {
+            namespaces: self.namespaces,
+            // A huge page would be put where pages are missing.
+            huge_pages: false,
+            urgent: true,
+            ..SwrkConfig::new(request.criu.clone(), PathBuf::new())
+        };
+        let (asked, mut runtime) = (self.asked, self.runtime);
+        match asked.start(patch, config).await {
+            Ok(criu) => {
+                // The workload would be spared like the pager, at the cost of everybody else.
+                if let Err(error) = criu.set_oom_score_adj(0) {
+                    warn!(%error, "the workload inherits the pager's oom_score_adj");
+                }
+                Ok((criu, runtime))
+            }
+            Err(error) => {
+                runtime.ended().await;
+                Err(RestoreError::Gate(error))
+            }
+        }
+    }
+
+    /// Tells the runtime that it failed, and waits until it has undone what it made.
+    pub async fn call_off(mut self) {
+        if let Err(error) = self.asked.call_off("called off before the restore").await {
+            warn!(%error, "the container runtime does not hear that it failed");
+        }
+        self.runtime.ended().await;
+    }
+}
+
+impl Runtime {
+    /// Whether it ends by itself soon.
+    pub async fn ends_within(&mut self, limit: Duration) -> bool {
+        tokio::time::timeout(limit, self.child.wait()).await.is_ok()
+    }
+
+    /// Waits until a runtime that knows how its restore went has ended, and sees that the root file
+    /// system is bound nowhere.
+    pub async fn ended(&mut self) {
+        match tokio::time::timeout(END_MAX, self.child.wait()).await {
+            Ok(Ok(status)) if status.success() => {}
+            Ok(Ok(status)) => warn!(%status, "the container runtime has failed"),
+            Ok(Err(error)) => warn!(%error, "the container runtime cannot be waited for"),
+            Err(_) => {
+                warn!("the container runtime does not end within {END_MAX:?}: it is killed");
+                drop(self.child.kill().await);
+            }
+        }
+        if let Err(error) = bound::release(&self.state, &self.bound) {
+            warn!(%error, state = %self.state.display(),
+                "the root file system of a container stays bound");
+        }
+    }
+}
+
+fn spawn(wanted: &RuntimeRequest) -> io::Result<Child> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let others = std::env::split_paths(&path);
+    let path = std::env::join_paths(std::iter::once(wanted.gate.clone()).chain(others));
+    Command::new(&wanted.program)
+        .args(&wanted.arguments)
+        .env("PATH", path.map_err(io::Error::other)?)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        // It fails, and undoes what it has made, when nobody is at its gate any more.
+        .kill_on_drop(false)
+        .spawn()
+}
+
+/// How it ended, in words.
+fn outcome(ended: io::Result<ExitStatus>) -> String {
+    ended.map_or_else(|error| error.to_string(), |status| status.to_string())
+}
+
+fn last_line(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let last = text.lines().rfind(|line| !line.trim().is_empty());
+    last.unwrap_or_default().trim().to_owned()
+}
