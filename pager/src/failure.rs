@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use criu_glue::lazy::LazyError;
 use criu_glue::report;
-use criu_glue::rpc::{GateError, RequestFailed, StartError, TalkError};
+use criu_glue::rpc::{GateError, RequestFailed, RuntimeError, StartError, TalkError};
 use pageferry_cgroup::freezer::CgroupError;
 use pageferry_proto::wire::code::ErrorCode;
 
@@ -35,23 +35,9 @@ pub enum RestoreError {
     /// CRIU could not be started.
     #[error("cannot start criu")]
     Start(#[source] StartError),
-    /// The container runtime could not be started.
-    #[error("cannot start {program}")]
-    Runtime {
-        /// The program.
-        program: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The container runtime has ended before it asked for a restore.
-    #[error("the container runtime has not come to its restore ({status}): {said}")]
-    RuntimeEnded {
-        /// How it ended.
-        status: String,
-        /// The last line it has printed.
-        said: String,
-    },
+    /// The container runtime has not come to its restore.
+    #[error("cannot have the container runtime restore")]
+    Runtime(#[source] RuntimeError),
     /// The container runtime said no at the end.
     #[error("the container runtime does not agree with the restore")]
     RuntimeRefused,
@@ -130,11 +116,9 @@ impl RestoreError {
             Self::Plan(_) | Self::Unplanned(_) | Self::Dead(_) => ErrorCode::LedgerIncomplete,
             Self::Locks { .. } => ErrorCode::Malformed,
             Self::Cgroup(_) | Self::Directory { .. } | Self::Watcher(_) => ErrorCode::Internal,
-            Self::Runtime { .. } | Self::RuntimeEnded { .. } | Self::RuntimeRefused => {
-                ErrorCode::RuntimeFailed
-            }
+            Self::Runtime(RuntimeError::Gate(_)) | Self::Gate(_) => ErrorCode::CriuFailed,
+            Self::Runtime(_) | Self::RuntimeRefused => ErrorCode::RuntimeFailed,
             Self::Start(_)
-            | Self::Gate(_)
             | Self::Talk(_)
             | Self::Criu(_)
             | Self::Early

@@ -11,16 +11,13 @@
 //! if they are empty.
 
 use std::fs;
-use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use criu_glue::options::{LogLevel, ManageCgroups, NetworkLock};
-use criu_glue::rpc::{Asked, Conversation, Gate, Patch, SwrkConfig};
+use criu_glue::rpc::{self, Asked, Conversation, Gate, Patch, SwrkConfig};
 use pageferry_sys::bound;
-use tokio::process::{Child, Command};
 use tracing::warn;
 
 use crate::failure::RestoreError;
@@ -46,7 +43,7 @@ pub struct Waiting {
 /// A runtime that restores.
 #[derive(Debug)]
 pub struct Runtime {
-    child: Child,
+    process: rpc::Runtime,
     state: PathBuf,
     bound: String,
 }
@@ -61,23 +58,14 @@ impl Waiting {
         // One that was started before, and has died, has left its own.
         drop(fs::remove_dir_all(&wanted.gate));
         let gate = Gate::bind(&wanted.gate, &wanted.stand_in).map_err(RestoreError::Gate)?;
-        let child = spawn(wanted).map_err(|source| RestoreError::Runtime {
-            program: wanted.program.clone(),
-            source,
-        })?;
+        let (arguments, log) = (&wanted.arguments, wanted.log.clone());
+        let process = rpc::Runtime::start(&gate, &wanted.program, arguments, log);
         let mut runtime = Runtime {
-            child,
+            process: process.map_err(RestoreError::Runtime)?,
             state: wanted.state.clone(),
             bound: wanted.bound.clone(),
         };
-        let asked = tokio::select! {
-            asked = gate.asked(&request.criu, ASK_MAX) => asked.map_err(RestoreError::Gate),
-            ended = runtime.child.wait() => {
-                let (status, said) = (outcome(ended), last_line(&wanted.log));
-                Err(RestoreError::RuntimeEnded { status, said })
-            }
-        };
-        match asked {
+        match runtime.process.asks(&gate, &request.criu, ASK_MAX).await {
             Ok(asked) => Ok(Self {
                 asked,
                 runtime,
@@ -86,7 +74,7 @@ impl Waiting {
             Err(error) => {
                 drop(gate);
                 runtime.ended().await;
-                Err(error)
+                Err(RestoreError::Runtime(error))
             }
         }
     }
@@ -153,51 +141,20 @@ impl Waiting {
 impl Runtime {
     /// Whether it ends by itself soon.
     pub async fn ends_within(&mut self, limit: Duration) -> bool {
-        tokio::time::timeout(limit, self.child.wait()).await.is_ok()
+        self.process.ends_within(limit).await
     }
 
     /// Waits until a runtime that knows how its restore went has ended, and sees that the root file
     /// system is bound nowhere.
     pub async fn ended(&mut self) {
-        match tokio::time::timeout(END_MAX, self.child.wait()).await {
-            Ok(Ok(status)) if status.success() => {}
-            Ok(Ok(status)) => warn!(%status, "the container runtime has failed"),
-            Ok(Err(error)) => warn!(%error, "the container runtime cannot be waited for"),
-            Err(_) => {
-                warn!("the container runtime does not end within {END_MAX:?}: it is killed");
-                drop(self.child.kill().await);
-            }
+        match self.process.ended(END_MAX).await {
+            Ok(status) if status.success() => {}
+            Ok(status) => warn!(%status, "the container runtime has failed"),
+            Err(error) => warn!(%error, "the container runtime"),
         }
         if let Err(error) = bound::release(&self.state, &self.bound) {
             warn!(%error, state = %self.state.display(),
                 "the root file system of a container stays bound");
         }
     }
-}
-
-fn spawn(wanted: &RuntimeRequest) -> io::Result<Child> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let others = std::env::split_paths(&path);
-    let path = std::env::join_paths(std::iter::once(wanted.gate.clone()).chain(others));
-    Command::new(&wanted.program)
-        .args(&wanted.arguments)
-        .env("PATH", path.map_err(io::Error::other)?)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .process_group(0)
-        // It fails, and undoes what it has made, when nobody is at its gate any more.
-        .kill_on_drop(false)
-        .spawn()
-}
-
-/// How it ended, in words.
-fn outcome(ended: io::Result<ExitStatus>) -> String {
-    ended.map_or_else(|error| error.to_string(), |status| status.to_string())
-}
-
-fn last_line(log: &Path) -> String {
-    let text = fs::read_to_string(log).unwrap_or_default();
-    let last = text.lines().rfind(|line| !line.trim().is_empty());
-    last.unwrap_or_default().trim().to_owned()
 }

@@ -8,9 +8,11 @@
 //! Invariant: no CRIU is started for a runtime that has not asked yet: until it has, it may still
 //! move what is to become CRIU to another cgroup.
 
+use std::env;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::iter;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -97,10 +99,11 @@ impl Gate {
         })
     }
 
-    /// What the `PATH` of a runtime must begin with.
-    #[must_use]
-    pub fn folder(&self) -> &Path {
-        &self.folder
+    /// The `PATH` of a runtime: ours, behind this.
+    pub(super) fn path(&self) -> io::Result<OsString> {
+        let ours = env::var_os("PATH").unwrap_or_default();
+        let folders = iter::once(self.folder.clone()).chain(env::split_paths(&ours));
+        env::join_paths(folders).map_err(io::Error::other)
     }
 
     /// Waits until a runtime asks for a dump or a restore. Questions for the version are passed to

@@ -13,6 +13,7 @@ pub mod conversation;
 pub mod event;
 pub mod gate;
 pub mod message;
+pub mod runtime;
 pub mod swrk;
 
 mod packet;
@@ -24,5 +25,6 @@ pub use conversation::{Conversation, Ending, TalkError};
 pub use event::{Event, Features, NotifyScript, RequestFailed, Response, Version};
 pub use gate::{Asked, Gate, GateError};
 pub use packet::Peer;
+pub use runtime::{Runtime, RuntimeError};
 pub use swrk::{StartError, SwrkConfig, ViewFds};
 pub use wire::WireError;

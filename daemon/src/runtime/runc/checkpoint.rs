@@ -4,17 +4,16 @@
 //! It is not told of notifications, which could only end in its no; when CRIU responds it deletes
 //! the container, or leaves it as it is.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use criu_glue::options::DumpOptions;
-use criu_glue::rpc::{Asked, Conversation, Gate, GateError, Patch, SwrkConfig};
+use criu_glue::rpc::{
+    Asked, Conversation, Gate, GateError, Patch, Runtime, RuntimeError, SwrkConfig,
+};
 use thiserror::Error;
-use tokio::process::{Child, Command};
 
 use super::{OUTPUT, PROGRAM, ROOT, Runc};
 
@@ -39,17 +38,9 @@ pub enum CheckpointError {
         #[source]
         source: io::Error,
     },
-    /// The runtime could not be started.
-    #[error("starting {PROGRAM}")]
-    Start(#[source] io::Error),
-    /// It has ended before it asked.
-    #[error("{PROGRAM} checkpoint has ended before it asked for a dump ({status}): {said}")]
-    Ended {
-        /// How it ended.
-        status: String,
-        /// The last line it has printed.
-        said: String,
-    },
+    /// It has not come to its request.
+    #[error("{PROGRAM} checkpoint")]
+    Runtime(#[from] RuntimeError),
     /// What it asks for cannot be had.
     #[error("serving {PROGRAM} checkpoint")]
     Gate(#[from] GateError),
@@ -65,9 +56,7 @@ pub enum CheckpointError {
 
 /// One that is under way.
 #[derive(Debug)]
-pub struct Checkpoint {
-    child: Child,
-}
+pub struct Checkpoint(Runtime);
 
 impl Checkpoint {
     /// Has the runtime ask for a dump of `container`, and CRIU work on it as `criu` and `options`
@@ -89,33 +78,32 @@ impl Checkpoint {
             move |source| CheckpointError::Make { path, source }
         };
         fs::create_dir(&images).map_err(made(&images))?;
-        let child = spawn(container, &gate, &images, &log);
-        let mut checkpoint = Self {
-            child: child.map_err(CheckpointError::Start)?,
-        };
-        let asked = tokio::select! {
-            asked = gate.asked(&criu.criu, ASK_MAX) => asked?,
-            ended = checkpoint.child.wait() => {
-                let (status, said) = (outcome(ended), last_line(&log));
-                return Err(CheckpointError::Ended { status, said });
-            }
-        };
+        let arguments = [
+            "--root".as_ref(),
+            ROOT.as_ref(),
+            "--log".as_ref(),
+            log.as_os_str(),
+            "checkpoint".as_ref(),
+            "--image-path".as_ref(),
+            images.as_os_str(),
+            "--work-path".as_ref(),
+            folder.as_os_str(),
+            "--manage-cgroups-mode".as_ref(),
+            "ignore".as_ref(),
+            container.id.as_ref(),
+        ];
+        let mut runtime = Runtime::start(&gate, PROGRAM.as_ref(), arguments, log.clone())?;
+        let asked = runtime.asks(&gate, &criu.criu, ASK_MAX).await?;
         check(&asked, container.root)?;
         let criu = asked.start(patch(options), criu).await?;
-        Ok((criu, checkpoint))
+        Ok((criu, Self(runtime)))
     }
 
     /// Waits until it has ended; it knows how the dump went.
     pub async fn ended(&mut self) {
-        match tokio::time::timeout(END_MAX, self.child.wait()).await {
-            Ok(Ok(status)) => tracing::debug!(%status, "{PROGRAM} checkpoint has ended"),
-            Ok(Err(error)) => tracing::warn!(%error, "{PROGRAM} cannot be waited for"),
-            Err(_) => {
-                tracing::warn!(
-                    "{PROGRAM} checkpoint does not end within {END_MAX:?}: it is killed"
-                );
-                drop(self.child.kill().await);
-            }
+        match self.0.ended(END_MAX).await {
+            Ok(status) => tracing::debug!(%status, "{PROGRAM} checkpoint has ended"),
+            Err(error) => tracing::warn!(%error, "{PROGRAM} checkpoint"),
         }
     }
 }
@@ -144,39 +132,4 @@ fn patch(options: DumpOptions) -> Patch {
         freeze_timeout: options.freeze_timeout,
         ..Patch::default()
     }
-}
-
-fn spawn(container: &Runc, gate: &Gate, images: &Path, log: &Path) -> io::Result<Child> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::iter::once(gate.folder().to_owned()).chain(std::env::split_paths(&path));
-    let path: OsString = std::env::join_paths(folders).map_err(io::Error::other)?;
-    let work = images.parent().unwrap_or(images);
-    Command::new(PROGRAM)
-        .args(["--root", ROOT, "--log"])
-        .arg(log)
-        .args(["checkpoint", "--image-path"])
-        .arg(images)
-        .arg("--work-path")
-        .arg(work)
-        .args(["--manage-cgroups-mode", "ignore"])
-        .arg(&container.id)
-        .env("PATH", path)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .process_group(0)
-        // Without us it fails, and leaves the container as it is.
-        .kill_on_drop(false)
-        .spawn()
-}
-
-/// How it ended, in words.
-fn outcome(ended: io::Result<ExitStatus>) -> String {
-    ended.map_or_else(|error| error.to_string(), |status| status.to_string())
-}
-
-fn last_line(log: &Path) -> String {
-    let text = fs::read_to_string(log).unwrap_or_default();
-    let last = text.lines().rfind(|line| !line.trim().is_empty());
-    last.unwrap_or_default().trim().to_owned()
 }
