@@ -47,7 +47,7 @@ pub struct Instructions {
     pub namespaces: usize,
     /// Whether memory may come in huge pages, also that of everything it starts.
     pub huge_pages: bool,
-    /// All of the environment but `PATH`.
+    /// All of the environment.
     pub environment: Vec<(OsString, Value)>,
 }
 

@@ -53,8 +53,7 @@ fn run() -> io::Result<Infallible> {
     if descriptors.len() != instructions.descriptors() {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    let path = without(&path, &folder);
-    become_criu(&instructions, descriptors, number, &path)
+    become_criu(&instructions, descriptors, number)
 }
 
 /// Where this program was found: there the gate is, too. Of the environment only `PATH` arrives
@@ -65,12 +64,6 @@ fn folder(name: Option<&OsString>, path: &OsString) -> Option<PathBuf> {
         return Some(folder.to_owned());
     }
     env::split_paths(path).find(|folder| folder.join(PROGRAM).exists())
-}
-
-/// The folders of `path` but this one.
-fn without(path: &OsString, folder: &Path) -> OsString {
-    let others = env::split_paths(path).filter(|other| other != folder);
-    env::join_paths(others).unwrap_or_default()
 }
 
 fn dial(path: &Path) -> io::Result<OwnedFd> {
@@ -103,7 +96,6 @@ fn become_criu(
     instructions: &Instructions,
     descriptors: Vec<OwnedFd>,
     number: i32,
-    path: &OsString,
 ) -> io::Result<Infallible> {
     let mut descriptors = descriptors.into_iter();
     let socket = descriptors.next().ok_or(io::ErrorKind::InvalidData)?;
@@ -117,8 +109,7 @@ fn become_criu(
     command
         .arg0(PROGRAM)
         .args(["--no-default-config", "swrk", &number.to_string()])
-        .env_clear()
-        .env("PATH", path);
+        .env_clear();
     let kept: Vec<OwnedFd> = descriptors.collect();
     kept.iter().try_for_each(sys::keep)?;
     let mut numbers = kept.iter().map(|kept| kept.as_raw_fd().to_string());
@@ -147,10 +138,6 @@ mod tests {
         let named = OsString::from("/elsewhere/criu");
         assert_eq!(folder(Some(&named), &by_path), Some("/elsewhere".into()));
         assert_eq!(folder(Some(&"criu".into()), &"/nowhere".into()), None);
-        assert_eq!(
-            without(&by_path, &made),
-            OsString::from("/nowhere:/usr/sbin")
-        );
         std::fs::remove_dir_all(made).expect("ours");
     }
 

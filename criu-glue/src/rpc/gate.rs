@@ -1,18 +1,16 @@
 //! A gate: where a container runtime looks for CRIU, and finds somebody who asks us first.
 //!
 //! In a folder of its own a link `criu` leads to the program of `criu-gate`, and beside it is the
-//! socket on which that reports ([`criu_gate`]). A runtime that has the folder first in its `PATH`
+//! socket on which that reports ([`criu_gate`]). A runtime that has the folder alone in its `PATH`
 //! asks for CRIU's version, and then for what it wants: the first is served at once, the other is
 //! what [`Gate::asked`] returns, held until [`Asked::start`] lets CRIU come.
 //!
 //! Invariant: no CRIU is started for a runtime that has not asked yet: until it has, it may still
 //! move what is to become CRIU to another cgroup.
 
-use std::env;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::iter;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -29,7 +27,7 @@ use tokio::time::timeout;
 use super::client::{Client, ClientRequest, Patch, PatchError};
 use super::message::RequestType;
 use super::packet::{Channel, Packet, Peer};
-use super::{Conversation, SwrkConfig, TalkError};
+use super::{Conversation, SwrkConfig, TalkError, swrk};
 use crate::sys;
 
 /// A folder with a link and a socket.
@@ -99,11 +97,11 @@ impl Gate {
         })
     }
 
-    /// The `PATH` of a runtime: ours, behind this.
-    pub(super) fn path(&self) -> io::Result<OsString> {
-        let ours = env::var_os("PATH").unwrap_or_default();
-        let folders = iter::once(self.folder.clone()).chain(env::split_paths(&ours));
-        env::join_paths(folders).map_err(io::Error::other)
+    /// All of the `PATH` of a runtime: whoever found the real CRIU, because the link is broken or
+    /// gone, would have it dump the workload without us, and end it.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// Waits until a runtime asks for a dump or a restore. Questions for the version are passed to
@@ -218,7 +216,8 @@ fn instructions(config: SwrkConfig, socket: OwnedFd) -> Packet {
         huge_pages: config.huge_pages,
         environment: Vec::new(),
     };
-    let variables = config.variables().into_iter();
+    let path = ("PATH".into(), swrk::search_path());
+    let variables = std::iter::once(path).chain(config.variables());
     let text = |(name, value): (OsString, OsString)| (name, Value::Text(value));
     instructions.environment.extend(variables.map(text));
     let mut descriptors = vec![socket];

@@ -1,8 +1,9 @@
 //! A container runtime that finds CRIU at a [`Gate`]: started, heard until it asks, and waited for.
 //!
-//! Invariant: nothing here ends a runtime that may still end by itself. It fails, and undoes what it
-//! has made, when nobody is at its gate any more; so dropping it leaves it alone.
+//! Invariant: nothing here ends a runtime that may still end by itself. It fails, and undoes what
+//! it has made, when nobody is at its gate any more; so dropping it leaves it alone.
 
+use std::env;
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
@@ -14,6 +15,7 @@ use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use super::gate::{Asked, Gate, GateError};
+use super::swrk;
 
 /// One that was started.
 #[derive(Debug)]
@@ -51,10 +53,10 @@ impl Runtime {
         arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
         log: PathBuf,
     ) -> Result<Self, RuntimeError> {
-        let started = gate.path().and_then(|path| {
-            Command::new(program)
+        let started = find(program).and_then(|found| {
+            Command::new(found)
                 .args(arguments)
-                .env("PATH", path)
+                .env("PATH", gate.folder())
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
@@ -113,5 +115,61 @@ impl Runtime {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
         let last = text.lines().rfind(|line| !line.trim().is_empty());
         last.unwrap_or_default().trim().to_owned()
+    }
+}
+
+/// Where `program` is, which is a path or a name in our `PATH`: with that of the runtime it would
+/// not be found.
+fn find(program: &Path) -> io::Result<PathBuf> {
+    if 1 < program.components().count() {
+        return Ok(program.to_owned());
+    }
+    let path = swrk::search_path();
+    let mut places = env::split_paths(&path).map(|folder| folder.join(program));
+    places
+        .find(|place| place.is_file())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it is not in PATH"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_runtime_finds_nothing_but_what_stands_in_for_criu() {
+        let folder = tempfile::tempdir().unwrap();
+        let said = async |stand_in: &str| {
+            let place = folder.path().join(stand_in.replace('/', "-"));
+            let gate = Gate::bind(&place, stand_in.as_ref()).unwrap();
+            let log = folder.path().join("log");
+            let script = format!(
+                "{{ ls; echo $?; command -v criu || echo none; }} 2>/dev/null >{}",
+                log.display()
+            );
+            let arguments = ["-c", &script];
+            let mut runtime = Runtime::start(&gate, "sh".as_ref(), arguments, log.clone()).unwrap();
+            let nowhere = Path::new("/nowhere");
+            match runtime.asks(&gate, nowhere, Duration::from_secs(20)).await {
+                Err(RuntimeError::Ended { said, .. }) => {
+                    (place, fs::read_to_string(log).unwrap(), said)
+                }
+                other => panic!("{other:?}"),
+            }
+        };
+        let (place, all, last) = said("/bin/true").await;
+        let criu = place.join("criu").display().to_string();
+        assert_eq!((all, last), (format!("127\n{criu}\n"), criu));
+        let (_, all, last) = said("/no/such/program").await;
+        assert_eq!((all.as_str(), last.as_str()), ("127\nnone\n", "none"));
+    }
+
+    #[tokio::test]
+    async fn a_runtime_that_is_not_there_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let gate = Gate::bind(&folder.path().join("gate"), "/bin/true".as_ref()).unwrap();
+        let nothing: [&str; 0] = [];
+        let started = Runtime::start(&gate, "no-such-runtime".as_ref(), nothing, PathBuf::new());
+        let error = started.unwrap_err();
+        assert_eq!(error.to_string(), "cannot start no-such-runtime");
     }
 }

@@ -215,10 +215,7 @@ fn command(config: &SwrkConfig, socket: i32) -> Result<Command, StartError> {
     command
         .args(["--no-default-config", "swrk", &socket.to_string()])
         .env_clear()
-        .env(
-            "PATH",
-            std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into()),
-        )
+        .env("PATH", search_path())
         .envs(config.variables())
         .stdin(Stdio::null())
         .stdout(output.0)
@@ -227,6 +224,11 @@ fn command(config: &SwrkConfig, socket: i32) -> Result<Command, StartError> {
         command.env(FEED_VARIABLE, view.feed.as_raw_fd().to_string());
     }
     Ok(command)
+}
+
+/// Where programs are looked for: our `PATH`.
+pub(super) fn search_path() -> OsString {
+    std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into())
 }
 
 /// Starts the worker of `config`; `socket` is its end of the conversation.
