@@ -1,6 +1,7 @@
 //! A bare tree at its target: what it needs is there, and nothing of its names is taken.
 
 use std::fs;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -148,12 +149,24 @@ fn try_begin_pids_above(pids: &[i32]) -> io::Result<()> {
         text.trim().parse().map_err(io::Error::other)
     };
     let (last, pid_max) = (read(LAST_PID)?, read(PID_MAX)?);
-    let room = pid_max / PID_ROOM_SHARE;
-    // Near the end the numbers begin anew, and whatever is chosen is soon below.
-    if last < highest + room / 2 && highest + room < pid_max {
-        fs::write(LAST_PID, (highest + room).to_string())?;
+    // Seeded anew each time.
+    let chance = RandomState::new().build_hasher().finish();
+    match next_pid(*highest, last, pid_max, chance) {
+        Some(next) => fs::write(LAST_PID, next.to_string()),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Where pids are to go on that have come to `last`, if that is not far enough above `highest`. Not
+/// at the same distance each time: two nodes between which a tree goes there and back would hand
+/// out the same numbers from then on, and whoever is born at one would be in the way at the other.
+fn next_pid(highest: i32, last: i32, pid_max: i32, chance: u64) -> Option<i32> {
+    let room = pid_max / PID_ROOM_SHARE;
+    let half = room / 2;
+    let spread = chance % u64::from(half.max(1).unsigned_abs());
+    let next = highest + room + i32::try_from(spread).unwrap_or_default();
+    // Near the end the numbers begin anew, and whatever is chosen is soon below.
+    (last < highest + half && next < pid_max).then_some(next)
 }
 
 /// Which part of all pids is left free above those of a tree: 65 536 of the 4 194 304 that systemd
@@ -172,4 +185,26 @@ fn kinds(own: Namespaces) -> Vec<NamespaceKind> {
         .into_iter()
         .filter(|kind| own.contains(wire_kind(*kind)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pids_go_on_above_a_tree_and_elsewhere_at_each_node() {
+        let pid_max = 4 << 20;
+        let next = |highest, last, chance| next_pid(highest, last, pid_max, chance);
+        assert_eq!(next(10_000, 200_000, 7), None);
+        // Both nodes of a tree that came back.
+        let (there, back) = (next(100_141, 300, 7), next(100_141, 300, 31_999));
+        assert_eq!((there, back), (Some(165_684), Some(197_676)));
+        // The spread is less than half of the room, whatever the chance.
+        assert_eq!(
+            next(100_141, 300, u64::MAX),
+            Some(100_141 + 65_536 + 32_767)
+        );
+        assert_eq!(next(pid_max - 65_537, 300, 1), None);
+        assert_eq!(next_pid(500, 400, 32_768, u64::MAX), Some(500 + 512 + 255));
+    }
 }
