@@ -361,7 +361,7 @@ impl Desk {
             None => None,
         };
         // The restore itself says so if it is not one.
-        self.cgroup = Some(Freezer::at(request.freezer.clone()));
+        self.cgroup = Some(request.cgroup());
         let job = Job {
             request,
             namespaces,

@@ -238,8 +238,9 @@ impl Restore {
             None => make_ready(&job.request, job.namespaces, job.inherited).await?,
         };
         // One that a runtime makes is there when that waits.
-        let cgroup = Freezer::open(&job.request.freezer).map_err(RestoreError::Cgroup)?;
-        let held = job.watcher.hold(cgroup.path());
+        let cgroup = job.request.cgroup().opened();
+        let cgroup = cgroup.map_err(RestoreError::Cgroup)?;
+        let held = job.watcher.hold(&cgroup);
         held.map_err(RestoreError::Watcher)?;
         let (criu, runtime, options) = match ready {
             Ready::Criu(criu) => (*criu, None, Some(options)),
@@ -412,7 +413,7 @@ impl Restore {
             return Err(before(RestoreError::RuntimeRefused));
         }
         let watcher = |error| before(RestoreError::Watcher(error));
-        self.watcher.run(self.cgroup.path()).map_err(watcher)?;
+        self.watcher.run(&self.cgroup).map_err(watcher)?;
         let answered = self.criu.answer(true).await;
         answered.map_err(|error| before(RestoreError::Talk(error)))?;
         self.resume().await.map_err(|error| (error, true))

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use criu_glue::options::{LogLevel, ManageCgroups, NetworkLock};
 use criu_glue::rpc::{self, Asked, Conversation, Gate, Patch, SwrkConfig};
+use pageferry_cgroup::identity::FolderId;
 use pageferry_sys::bound;
 use tracing::warn;
 
@@ -45,6 +46,8 @@ pub struct Waiting {
 pub struct Runtime {
     process: rpc::Runtime,
     state: PathBuf,
+    /// The folder it has made by that name, once it has asked.
+    made: Option<FolderId>,
     bound: String,
 }
 
@@ -63,14 +66,18 @@ impl Waiting {
         let mut runtime = Runtime {
             process: process.map_err(RestoreError::Runtime)?,
             state: wanted.state.clone(),
+            made: None,
             bound: wanted.bound.clone(),
         };
         match runtime.process.asks(&gate, &request.criu, ASK_MAX).await {
-            Ok(asked) => Ok(Self {
-                asked,
-                runtime,
-                namespaces,
-            }),
+            Ok(asked) => {
+                runtime.made = FolderId::of(&runtime.state).ok();
+                Ok(Self {
+                    asked,
+                    runtime,
+                    namespaces,
+                })
+            }
             Err(error) => {
                 drop(gate);
                 runtime.ended().await;
@@ -151,6 +158,10 @@ impl Runtime {
             Ok(status) if status.success() => {}
             Ok(status) => warn!(%status, "the container runtime has failed"),
             Err(error) => warn!(%error, "the container runtime"),
+        }
+        // Somebody may have begun another container of this name since.
+        if self.made.is_some_and(|made| !made.is_at(&self.state)) {
+            return;
         }
         if let Err(error) = bound::release(&self.state, &self.bound) {
             warn!(%error, state = %self.state.display(),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use pageferry_cgroup::freezer::{Freezer, FreezerRoot};
 use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_cgroup::identity::FolderId;
 use pageferry_proto::id::ContainerId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::ContainerDescription;
@@ -43,7 +44,9 @@ pub struct Restore {
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Note {
     state: PathBuf,
-    cgroups: Vec<PathBuf>,
+    /// What that is known by, once it is made.
+    made: Option<FolderId>,
+    cgroups: Vec<(PathBuf, FolderId)>,
 }
 
 const NOTE: &str = "container.json";
@@ -138,7 +141,7 @@ impl Arriving {
         let state = folder(&self.id);
         let note = Note {
             state: state.clone(),
-            cgroups: Vec::new(),
+            ..Note::default()
         };
         note.write(directory)?;
         let path = |path: &Path| path.to_string_lossy().into_owned();
@@ -182,7 +185,8 @@ pub fn made_for(
             "the cgroup that {PROGRAM} has made for the container cannot be seen"
         ))
     })?;
-    let freezer = Freezer::open(&path).map_err(|error| unfit(error.to_string()))?;
+    let freezer = Freezer::open(&path).and_then(Freezer::known);
+    let freezer = freezer.map_err(|error| unfit(error.to_string()))?;
     let inside = freezer
         .processes()
         .map_err(|error| unfit(error.to_string()))?;
@@ -198,23 +202,37 @@ pub fn made_for(
     // In hierarchies that the runtime does not use it is where its parent was.
     let cgroups = all
         .filter(|folder| folder.file_name() == path.file_name())
+        .filter_map(|folder| FolderId::of(&folder).ok().map(|id| (folder, id)))
         .collect();
-    let noted = Note::read(directory).and_then(|note| Note { cgroups, ..note }.write(directory));
+    let noted = Note::read(directory).and_then(|note| {
+        let made = Some(FolderId::of(&note.state)?);
+        let note = Note {
+            made,
+            cgroups,
+            ..note
+        };
+        note.write(directory)
+    });
     noted.map_err(|error| unfit(format!("what {PROGRAM} makes cannot be noted: {error}")))?;
     Ok(freezer)
 }
 
 /// Removes what a runtime has left that was killed while it restored: nothing, if it undid that by
-/// itself. Nobody of the container may be left.
+/// itself. What somebody has made by the same names since is not touched.
 pub fn sweep(directory: &Path) {
     let Ok(note) = Note::read(directory) else {
         return;
     };
-    if let Err(error) = bound::release(&note.state, BOUND) {
+    let is_ours = match note.made {
+        Some(made) => made.is_at(&note.state),
+        // It has not come to its request. It is no container yet; that of somebody else is.
+        None => !note.state.join("state.json").exists(),
+    };
+    if is_ours && let Err(error) = bound::release(&note.state, BOUND) {
         tracing::error!(%error, "{} has the root file system of a container bound in it, which is \
             deleted with it", note.state.display());
     }
-    for cgroup in note.cgroups {
+    for (cgroup, _) in note.cgroups.iter().filter(|(path, id)| id.is_at(path)) {
         // With anybody in it, it is no leftover.
         drop(fs::remove_dir(cgroup));
     }
@@ -292,11 +310,37 @@ mod tests {
         fs::create_dir(&cgroup).unwrap();
         let note = Note {
             state: state.clone(),
-            cgroups: vec![cgroup.clone()],
+            made: FolderId::of(&state).ok(),
+            cgroups: vec![(cgroup.clone(), FolderId::of(&cgroup).unwrap())],
         };
         assert!(Note::read(folder.path()).unwrap().cgroups.is_empty());
         note.write(folder.path()).unwrap();
+        // Somebody else has both of them now.
+        for path in [&state, &cgroup] {
+            fs::rename(path, path.with_extension("ours")).unwrap();
+            fs::create_dir_all(path.join(BOUND)).unwrap();
+        }
+        fs::remove_dir(cgroup.join(BOUND)).unwrap();
+        sweep(folder.path());
+        assert!(state.join(BOUND).exists() && cgroup.exists());
+        for path in [&state, &cgroup] {
+            fs::remove_dir_all(path).unwrap();
+            fs::rename(path.with_extension("ours"), path).unwrap();
+        }
         sweep(folder.path());
         assert!(!state.exists() && !cgroup.exists());
+        // One that had not asked yet.
+        let note = Note {
+            state: state.clone(),
+            ..Note::default()
+        };
+        note.write(folder.path()).unwrap();
+        fs::create_dir_all(state.join(BOUND)).unwrap();
+        fs::write(state.join("state.json"), "").unwrap();
+        sweep(folder.path());
+        assert!(state.join(BOUND).exists());
+        fs::remove_file(state.join("state.json")).unwrap();
+        sweep(folder.path());
+        assert!(!state.exists());
     }
 }

@@ -31,7 +31,7 @@ use pageferry_sys::bound;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
 
-use super::identity::Identity;
+use super::identity::{self, Identity};
 use super::process::describe::{self, Described};
 use spec::{Spec, State};
 
@@ -62,6 +62,10 @@ const DELETE_POLL: Duration = Duration::from_millis(5);
 pub struct Runc {
     id: String,
     root: i32,
+    /// When that started, in clock ticks since the boot.
+    started: u64,
+    /// Which boot that was.
+    boot: String,
     bundle: PathBuf,
 }
 
@@ -79,16 +83,22 @@ impl Runc {
         let now = Identity::of(root)
             .ok()
             .filter(|now| now.started == state.init_process_start);
-        if now.is_none() {
+        let Some(Identity { started, boot, .. }) = now else {
             let text = format!("the container {id} has ended: runc has its remains");
             return Err(Failure::new(ErrorCode::WorkloadGone, text));
-        }
+        };
         state.check()?;
         let bundle = state.bundle().ok_or_else(|| {
             let text = format!("runc does not say where the bundle of {id} is");
             Failure::new(ErrorCode::UnsupportedWorkload, text)
         })?;
-        Ok(Self { id, root, bundle })
+        Ok(Self {
+            id,
+            root,
+            started,
+            boot,
+            bundle,
+        })
     }
 
     /// The pid of its root in this node's pid namespace.
@@ -133,7 +143,8 @@ impl Runc {
             ))
         })?;
         let unusable = |error: CgroupError| refused(format!("the container {}: {error}", self.id));
-        let freezer = Freezer::open(&path).map_err(unusable)?;
+        let freezer = Freezer::open(&path).and_then(Freezer::known);
+        let freezer = freezer.map_err(unusable)?;
         if freezer.is_frozen().map_err(unusable)? {
             return Err(refused(format!(
                 "the container {} is paused: resume it first",
@@ -174,7 +185,7 @@ impl Runc {
             return Ok(());
         };
         // A child that was born after the tree was read.
-        if super::identity::ancestors(*other).contains(&self.root) {
+        if identity::ancestors(*other).contains(&self.root) {
             return Ok(());
         }
         Err(format!(
@@ -194,10 +205,11 @@ impl Runc {
     }
 
     /// It runs elsewhere, and its tasks here are dead. The runtime deletes what it has of it; one
-    /// that died over it is asked again.
+    /// that died over it is asked again. A container that was begun anew under its name is another,
+    /// and nothing is done to it.
     pub fn release(&self, freezer: &Freezer) -> Result<(), CgroupError> {
         let folder = folder(&self.id);
-        if !gone_within(&folder.join("state.json"), GONE_MAX) {
+        if !gone_within(|| self.is_listed(&folder), GONE_MAX) {
             self.delete(&folder);
         }
         // Nobody is in it, or this says so.
@@ -211,7 +223,9 @@ impl Runc {
                 not deleted", folder.display());
             return;
         }
-        let delete = ["--root", ROOT, "delete", "--force", &self.id];
+        // Not by force: its processes are dead, and those of another container of its name, should
+        // one begin now, are to live.
+        let delete = ["--root", ROOT, "delete", &self.id];
         match Command::new(PROGRAM).args(delete).output() {
             Ok(output) if output.status.success() => {}
             Ok(output) => tracing::warn!(container = self.id, status = %output.status,
@@ -219,12 +233,22 @@ impl Runc {
                 "runc does not delete what has moved away"),
             Err(error) => tracing::warn!(container = self.id, %error, "runc cannot be asked"),
         }
-        if !gone_within(&folder.join("state.json"), DELETE_MAX) {
+        if !gone_within(|| self.is_listed(folder), DELETE_MAX) {
             tracing::warn!(
                 container = self.id,
                 "runc lists a container that has moved away"
             );
         }
+    }
+
+    /// Whether what the runtime has in `folder` is this very container.
+    fn is_listed(&self, folder: &Path) -> bool {
+        let text = fs::read(folder.join("state.json")).ok();
+        let state = text.and_then(|text| State::parse(&text, &self.id).ok());
+        let same = |state: State| {
+            (state.init_process_pid, state.init_process_start) == (self.root, self.started)
+        };
+        state.is_some_and(same) && identity::boot().is_ok_and(|boot| boot == self.boot)
     }
 }
 
@@ -234,7 +258,7 @@ pub fn holding(pid: i32) -> Option<String> {
     let ids = entries
         .flatten()
         .filter_map(|entry| entry.file_name().into_string().ok());
-    let above = super::identity::ancestors(pid);
+    let above = identity::ancestors(pid);
     ids.take(CONTAINERS_MAX).find(|id| {
         let state = fs::read(folder(id).join("state.json")).ok();
         let state = state.and_then(|text| State::parse(&text, id).ok());
@@ -269,10 +293,10 @@ fn has_cgroups(folder: &Path) -> bool {
     entries.into_iter().any(|entry| entry.path().is_dir())
 }
 
-/// Waits until a file is not there any more; whether that is so.
-fn gone_within(path: &Path, limit: Duration) -> bool {
+/// Waits until something is not there any more; whether that is so.
+fn gone_within(is_there: impl Fn() -> bool, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
-    while path.exists() {
+    while is_there() {
         if deadline < Instant::now() {
             return false;
         }
@@ -287,10 +311,43 @@ mod tests {
 
     #[test]
     fn a_journal_keeps_a_container_by_its_name_root_and_bundle() {
-        let text = r#"{"runc":{"id":"web","root":7,"bundle":"/srv/web"}}"#;
+        let text = concat!(
+            r#"{"runc":{"id":"web","root":7,"started":5,"boot":"b","#,
+            r#""bundle":"/srv/web"}}"#
+        );
         let kind: crate::runtime::kind::Kind = serde_json::from_str(text).unwrap();
         assert_eq!(kind.root(), 7);
         assert_eq!(serde_json::to_string(&kind).unwrap(), text);
+    }
+
+    #[test]
+    fn a_container_begun_anew_under_the_same_name_is_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let ours = Runc {
+            id: "web".to_owned(),
+            root: 7,
+            started: 5,
+            boot: identity::boot().unwrap(),
+            bundle: "/srv/web".into(),
+        };
+        assert!(!ours.is_listed(folder.path()));
+        let list = |root: i32, started: u64| {
+            let text = format!(
+                r#"{{"init_process_pid":{root},"init_process_start":{started},"config":{{}}}}"#
+            );
+            fs::write(folder.path().join("state.json"), text).unwrap();
+        };
+        list(7, 5);
+        assert!(ours.is_listed(folder.path()));
+        let before = Runc {
+            boot: "another".to_owned(),
+            ..ours.clone()
+        };
+        assert!(!before.is_listed(folder.path()));
+        for (root, started) in [(7, 6), (8, 5)] {
+            list(root, started);
+            assert!(!ours.is_listed(folder.path()));
+        }
     }
 
     #[test]

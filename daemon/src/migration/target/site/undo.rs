@@ -107,7 +107,10 @@ impl Site {
     fn end_groups(&self) {
         // Also what a daemon before this one has made for a limit.
         let group = self.node.hierarchies.everywhere(&self.id.to_string());
-        let group = group.and(self.freezer.path().to_owned());
+        let group = match self.freezer.exists() {
+            true => group.and(self.freezer.path().to_owned()),
+            false => group,
+        };
         let removed = block_in_place(|| group.remove(END_TIMEOUT));
         if let Err(error) = removed {
             tracing::warn!(migration = %self.id, "a cgroup is left: {}", chain(&error));
