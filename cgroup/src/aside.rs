@@ -63,7 +63,7 @@ impl Freezer {
     fn beside(&self) -> Self {
         let mut name = self.path().file_name().unwrap_or_default().to_owned();
         name.push(ASIDE);
-        self.sibling(&name)
+        self.like(self.path().with_file_name(name))
     }
 
     /// Removes a place beside this one that a dead daemon has left; not one that somebody is in.

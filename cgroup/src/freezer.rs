@@ -11,7 +11,6 @@
 //! Absent: resource limits.
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -334,17 +333,16 @@ impl Freezer {
 
     /// It, if it is there and does not hold this process.
     pub fn opened(self) -> Result<Self, CgroupError> {
-        let freezer = self;
-        let path = freezer.path.clone();
+        let path = self.path.clone();
         let has = |file: &str| path.join(file).exists();
-        if !freezer.exists() || !has(STATE_V1) && !has(FREEZE_V2) {
+        if !self.exists() || !has(STATE_V1) && !has(FREEZE_V2) {
             return Err(CgroupError::NotFreezer { path });
         }
         let own = i32::try_from(std::process::id()).unwrap_or_default();
-        if freezer.processes()?.contains(&own) {
-            return Err(CgroupError::Own { path: freezer.path });
+        match self.processes()?.contains(&own) {
+            true => Err(CgroupError::Own { path }),
+            false => Ok(self),
         }
-        Ok(freezer)
     }
 
     /// Makes it, empty and thawed, if it does not exist.
@@ -414,12 +412,25 @@ impl Freezer {
 
     /// The processes in it, ascending.
     pub fn processes(&self) -> Result<Vec<i32>, CgroupError> {
-        let text = self.read("cgroup.procs");
+        self.listed("cgroup.procs")
+    }
+
+    /// The threads in it, ascending.
+    pub fn threads(&self) -> Result<Vec<i32>, CgroupError> {
+        let file = match self.version {
+            FreezerVersion::V1 => "tasks",
+            FreezerVersion::V2 => "cgroup.threads",
+        };
+        self.listed(file)
+    }
+
+    fn listed(&self, file: &str) -> Result<Vec<i32>, CgroupError> {
+        let text = self.read(file);
         let text = text.map_err(|source| self.io("reading the tasks of", source))?;
-        let mut pids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
-        pids.sort_unstable();
-        pids.dedup();
-        Ok(pids)
+        let mut ids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
     }
 
     /// Whether no process is in it, also because it is not there any more.
@@ -488,10 +499,8 @@ impl Freezer {
 
     /// True when the directory is there, and is not another one.
     pub fn exists(&self) -> bool {
-        match self.known {
-            Some(known) => known.is_at(&self.path),
-            None => self.path.is_dir(),
-        }
+        let is_it = |known: FolderId| known.is_at(&self.path);
+        self.known.map_or_else(|| self.path.is_dir(), is_it)
     }
 
     /// Kills every task, thaws so that they can die, and waits until they have. Blocks, at most
@@ -530,10 +539,10 @@ impl Freezer {
             .map_err(|source| self.io("moving a task into", source))
     }
 
-    /// One of another name in the same place.
-    pub(crate) fn sibling(&self, name: &OsStr) -> Self {
+    /// One of another path in the same hierarchy.
+    pub(crate) fn like(&self, path: PathBuf) -> Self {
         Self {
-            path: self.path.with_file_name(name),
+            path,
             version: self.version,
             known: None,
         }
@@ -577,7 +586,7 @@ impl Freezer {
             .map_err(|source| self.io(action, source))
     }
 
-    fn io(&self, action: &'static str, source: io::Error) -> CgroupError {
+    pub(crate) fn io(&self, action: &'static str, source: io::Error) -> CgroupError {
         CgroupError::Io {
             action,
             path: self.path.clone(),

@@ -2,8 +2,8 @@
 //! with its pager.
 //!
 //! [`freezer`] is the cgroup that decides whether a workload runs, [`aside`] the place where one of
-//! its threads stands that must be thawed alone, and [`identity`] what tells it from a later one of
-//! its name; [`hierarchies`] finds what is mounted, and makes cgroups of one name wherever processes
+//! its threads stands that must be thawed alone, [`within`] one where they stay
+//! frozen whoever thaws theirs, and [`identity`] what tells a cgroup from a later one of its name; [`hierarchies`] finds what is mounted, and makes cgroups of one name wherever processes
 //! are killed together. The daemon makes
 //! and removes them; the pager and its watcher freeze and kill with them when no daemon is there.
 //!
@@ -17,3 +17,4 @@ pub mod aside;
 pub mod freezer;
 pub mod hierarchies;
 pub mod identity;
+pub mod within;

@@ -42,6 +42,10 @@ use crate::serve::{Counters, Server, Space};
 use crate::start::{LOG, make_ready, open, options};
 use crate::watcher::Watcher;
 
+/// How long a runtime may take to write down that its container runs: milliseconds. Whoever said
+/// "go" waits for it, and for 30 s at most.
+const RUNTIME_ANSWER_MAX: Duration = Duration::from_secs(5);
+
 /// How long a CRIU that was told to give up may take before it is killed.
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -191,6 +195,10 @@ pub async fn run(
         Err((error, false)) => return tell(restore.fail(error).await),
         Err((error, true)) => {
             let after_go = true;
+            // Before it hears of it.
+            if let Some(mut runtime) = restore.runtime.take() {
+                runtime.abandon().await;
+            }
             let fault = restore.fault(&error);
             tell(Progress::Failed(Fault { after_go, ..fault }));
         }
@@ -407,7 +415,8 @@ impl Restore {
     /// Lets the tree run. An error comes with whether it may have run.
     async fn go(&mut self) -> Result<(), (RestoreError, bool)> {
         let before = |error| (error, false);
-        // A runtime writes down now that its container runs.
+        // A runtime writes down now that its container runs. The daemon waits for it.
+        self.criu.limit_client(RUNTIME_ANSWER_MAX);
         let agreed = self.criu.relay().await;
         if !agreed.map_err(|error| before(RestoreError::Talk(error)))? {
             return Err(before(RestoreError::RuntimeRefused));
@@ -447,10 +456,11 @@ impl Restore {
                 event => event.map_err(RestoreError::Talk)?,
             };
             if let Event::Response(response) = event {
+                response.into_result().map_err(RestoreError::Criu)?;
                 if let Err(error) = self.criu.reply().await {
                     warn!(%error, "the container runtime does not hear of its restore");
                 }
-                return response.into_result().map(drop).map_err(RestoreError::Criu);
+                return Ok(());
             }
         }
     }

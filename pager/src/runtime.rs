@@ -151,6 +151,15 @@ impl Runtime {
         self.process.ends_within(limit).await
     }
 
+    /// Ends a runtime that waits, and must not hear that its restore went wrong: the tree was let
+    /// go, and may run, and the runtime would kill it.
+    pub async fn abandon(&mut self) {
+        if let Err(error) = self.process.kill().await {
+            warn!(%error, "the container runtime");
+        }
+        self.release();
+    }
+
     /// Waits until a runtime that knows how its restore went has ended, and sees that the root file
     /// system is bound nowhere.
     pub async fn ended(&mut self) {
@@ -159,6 +168,10 @@ impl Runtime {
             Ok(status) => warn!(%status, "the container runtime has failed"),
             Err(error) => warn!(%error, "the container runtime"),
         }
+        self.release();
+    }
+
+    fn release(&self) {
         // Somebody may have begun another container of this name since.
         if self.made.is_some_and(|made| !made.is_at(&self.state)) {
             return;

@@ -25,6 +25,7 @@ use pageferry_sys::namespace::NamespaceKind;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::passing::Passing;
 use super::process::Process;
 use super::process::arrive::Arriving as ArrivingProcess;
 use super::process::describe::{self, Described};
@@ -131,6 +132,24 @@ impl Kind {
         match self {
             Self::Process(process) => process.enter(freezer, tree),
             Self::Runc(container) => container.enter(freezer, tree),
+        }
+    }
+
+    /// Who is in its frozen cgroup, and none of the `threads` of its tree; fails if one of those is
+    /// elsewhere. Cheap.
+    pub fn stranger(&self, freezer: &Freezer, threads: &[i32]) -> Result<Option<Passing>, Failure> {
+        match self {
+            // Nobody has a reason to be in a cgroup of ours.
+            Self::Process(_) => Ok(None),
+            Self::Runc(container) => container.stranger(freezer, threads),
+        }
+    }
+
+    /// Whether others may thaw the cgroup that holds it.
+    pub const fn is_shared(&self) -> bool {
+        match self {
+            Self::Process(_) => false,
+            Self::Runc(_) => true,
         }
     }
 

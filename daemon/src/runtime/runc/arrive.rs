@@ -254,7 +254,7 @@ mod tests {
     use super::*;
 
     const CONFIG: &str = r#"{
-        "root": {"readonly": true},
+        "root": {"path": "rootfs", "readonly": true},
         "linux": {
             "cgroupsPath": "/web",
             "namespaces": [

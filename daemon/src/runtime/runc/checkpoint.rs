@@ -93,10 +93,22 @@ impl Checkpoint {
             container.id.as_ref(),
         ];
         let mut runtime = Runtime::start(&gate, PROGRAM.as_ref(), arguments, log.clone())?;
-        let asked = runtime.asks(&gate, &criu.criu, ASK_MAX).await?;
-        check(&asked, container.root)?;
-        let criu = asked.start(patch(options), criu).await?;
-        Ok((criu, Self(runtime)))
+        let started = async {
+            let asked = runtime.asks(&gate, &criu.criu, ASK_MAX).await?;
+            check(&asked, container.root)?;
+            Ok(asked.start(patch(options), criu).await?)
+        };
+        let started = started.await;
+        // Nobody is at the gate any more.
+        drop(gate);
+        let mut checkpoint = Self(runtime);
+        match started {
+            Ok(criu) => Ok((criu, checkpoint)),
+            Err(error) => {
+                checkpoint.ended().await;
+                Err(error)
+            }
+        }
     }
 
     /// Waits until it has ended; it knows how the dump went.
@@ -130,6 +142,8 @@ fn patch(options: DumpOptions) -> Patch {
         log_level: Some(options.log.level),
         ghost_limit: options.ghost_limit,
         freeze_timeout: options.freeze_timeout,
+        // In the freeze nobody waits for it.
+        untold: true,
         ..Patch::default()
     }
 }

@@ -12,6 +12,7 @@
 //! Absent, and refused by name ([`spec`]): a root file system that is written to, volumes,
 //! terminals, pipes as standard streams, hooks, namespaces that are shared.
 
+mod alone;
 pub mod arrive;
 pub mod checkpoint;
 pub mod spec;
@@ -32,6 +33,7 @@ use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
 
 use super::identity::{self, Identity};
+use super::passing::Passing;
 use super::process::describe::{self, Described};
 use spec::{Spec, State};
 
@@ -92,6 +94,8 @@ impl Runc {
             let text = format!("runc does not say where the bundle of {id} is");
             Failure::new(ErrorCode::UnsupportedWorkload, text)
         })?;
+        let spec = Spec::parse(&read_config(&bundle)?)?;
+        state.check_against(&spec, &bundle)?;
         Ok(Self {
             id,
             root,
@@ -151,14 +155,8 @@ impl Runc {
                 self.id
             )));
         }
-        if has_cgroups(&path) {
-            return Err(refused(format!(
-                "the container {} has cgroups below its own ({}), which are not moved yet",
-                self.id,
-                path.display()
-            )));
-        }
-        self.only(&freezer, pids).map_err(refused)?;
+        let alone = alone::check_running(&freezer, self.root, pids);
+        alone.map_err(refused)?;
         Ok(freezer)
     }
 
@@ -174,25 +172,14 @@ impl Runc {
             source,
         };
         let pids = tree().map_err(failed)?;
-        let only = self.only(freezer, &pids);
-        only.map_err(|text| failed(io::Error::other(text)))
+        let alone = alone::check_running(freezer, self.root, &pids);
+        alone.map_err(|text| failed(io::Error::other(text)))
     }
 
-    /// Whoever else is in its cgroup came by `runc exec`, and is nobody's child there.
-    fn only(&self, freezer: &Freezer, pids: &[i32]) -> Result<(), String> {
-        let held = freezer.processes().map_err(|error| error.to_string())?;
-        let Some(other) = held.iter().find(|pid| !pids.contains(pid)) else {
-            return Ok(());
-        };
-        // A child that was born after the tree was read.
-        if identity::ancestors(*other).contains(&self.root) {
-            return Ok(());
-        }
-        Err(format!(
-            "process {other} was started in the container {} from outside (runc exec), and is \
-             not moved with it: end it first",
-            self.id
-        ))
+    /// Who is in its frozen cgroup, and none of the `threads` of its tree.
+    pub fn stranger(&self, freezer: &Freezer, threads: &[i32]) -> Result<Option<Passing>, Failure> {
+        let found = alone::check_frozen(freezer, threads);
+        found.map_err(|text| Failure::new(ErrorCode::UnsupportedWorkload, text))
     }
 
     /// Namespaces that CRIU is started in to dump it: the network is ours to make again.

@@ -4,6 +4,7 @@
 //! become of it. Both are read as they are, and only what is asked for here.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -34,6 +35,7 @@ struct Process {
 
 #[derive(Debug, Deserialize)]
 struct Root {
+    path: PathBuf,
     #[serde(default)]
     readonly: bool,
 }
@@ -53,6 +55,7 @@ struct Linux {
     namespaces: Vec<Namespace>,
     cgroups_path: String,
     rootfs_propagation: String,
+    resources: Resources,
 }
 
 #[derive(Debug, Deserialize)]
@@ -79,6 +82,10 @@ pub struct State {
 #[derive(Debug, Deserialize)]
 struct StateConfig {
     #[serde(default)]
+    rootfs: PathBuf,
+    #[serde(default)]
+    readonlyfs: bool,
+    #[serde(default)]
     labels: Vec<String>,
     #[serde(default)]
     rootless_euid: bool,
@@ -86,10 +93,53 @@ struct StateConfig {
     cgroups: Option<Cgroups>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 struct Cgroups {
-    #[serde(default, alias = "Systemd")]
+    #[serde(alias = "Systemd")]
     systemd: bool,
+    memory: i64,
+    memory_swap: i64,
+    memory_reservation: i64,
+    cpu_quota: i64,
+    cpu_period: i64,
+    cpu_shares: i64,
+    cpuset_cpus: String,
+    cpuset_mems: String,
+    pids_limit: Option<i64>,
+}
+
+/// Limits in `config.json`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Resources {
+    memory: Memory,
+    cpu: Cpu,
+    pids: Pids,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Memory {
+    limit: i64,
+    swap: i64,
+    reservation: i64,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Cpu {
+    quota: i64,
+    period: i64,
+    shares: i64,
+    cpus: String,
+    mems: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Pids {
+    limit: Option<i64>,
 }
 
 /// What every container has to itself here, as the specification calls it.
@@ -215,6 +265,12 @@ impl State {
     /// Refuses what is not moved yet, by its name.
     pub fn check(&self) -> Result<(), Failure> {
         let refused = |text: &str| Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
+        if !self.config.readonlyfs {
+            return refused(
+                "the container was started with a root file system that it may write to, which is \
+                 not moved yet",
+            );
+        }
         if self.config.rootless_euid {
             return refused("the container is a rootless one, which is not moved");
         }
@@ -237,6 +293,55 @@ impl State {
                     "descriptor {number} of the container was {name} when it was started, which is \
                      not moved yet: start it with its input and output at /dev/null"
                 ),
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+impl State {
+    /// Refuses a container that is another than `spec`, in the folder `bundle`, says: the target
+    /// makes it as that says.
+    pub fn check_against(&self, spec: &Spec, bundle: &Path) -> Result<(), Failure> {
+        let refused = |text: String| Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
+        let root = fs::canonicalize(bundle.join(&spec.root.path));
+        if root.ok() != fs::canonicalize(&self.config.rootfs).ok() {
+            return refused(format!(
+                "the container has the root file system {}, and its config.json names another: \
+                 that was changed since it was started",
+                self.config.rootfs.display()
+            ));
+        }
+        let none = Cgroups::default();
+        let has = self.config.cgroups.as_ref().unwrap_or(&none);
+        let Resources { memory, cpu, pids } = &spec.linux.resources;
+        let limits = [
+            ("memory.limit", has.memory, memory.limit),
+            ("memory.swap", has.memory_swap, memory.swap),
+            (
+                "memory.reservation",
+                has.memory_reservation,
+                memory.reservation,
+            ),
+            ("cpu.quota", has.cpu_quota, cpu.quota),
+            ("cpu.period", has.cpu_period, cpu.period),
+            ("cpu.shares", has.cpu_shares, cpu.shares),
+            (
+                "pids.limit",
+                has.pids_limit.unwrap_or_default(),
+                pids.limit.unwrap_or_default(),
+            ),
+        ];
+        let changed = limits.iter().find(|(_, has, wanted)| has != wanted);
+        let names = [
+            ("cpu.cpus", &has.cpuset_cpus, &cpu.cpus),
+            ("cpu.mems", &has.cpuset_mems, &cpu.mems),
+        ];
+        let named = names.iter().find(|(_, has, wanted)| has != wanted);
+        match changed.map(|one| one.0).or(named.map(|one| one.0)) {
+            Some(limit) => refused(format!(
+                "the container's {limit} is another than its config.json says (runc update): the \
+                 target would set what that says. Write it there, at both nodes, first"
             )),
             None => Ok(()),
         }
@@ -343,7 +448,7 @@ mod tests {
         };
         let plain = state(
             ["/dev/null"; 3],
-            json!({"labels": ["a=b", "bundle=/srv/web"]}),
+            json!({"labels": ["a=b", "bundle=/srv/web"], "readonlyfs": true}),
         );
         assert_eq!(plain.bundle(), Some("/srv/web".into()));
         plain.check().unwrap();
@@ -351,9 +456,51 @@ mod tests {
         let refused = piped.check().unwrap_err();
         assert!(refused.to_string().contains("descriptor 1"), "{refused}");
         assert_eq!(piped.bundle(), None);
-        let rootless = state(["/dev/null"; 3], json!({"rootless_euid": true}));
-        assert!(rootless.check().is_err());
-        let systemd = state(["/dev/null"; 3], json!({"cgroups": {"Systemd": true}}));
-        assert!(systemd.check().is_err());
+        let refused = |config: Value| state(["/dev/null"; 3], config).check().unwrap_err();
+        let rootless = refused(json!({"rootless_euid": true, "readonlyfs": true}));
+        assert!(rootless.text().contains("rootless"), "{rootless}");
+        let systemd = refused(json!({"cgroups": {"Systemd": true}, "readonlyfs": true}));
+        assert!(systemd.text().contains("systemd"), "{systemd}");
+        let writable = refused(json!({"readonlyfs": false}));
+        assert!(writable.text().contains("may write"), "{writable}");
+    }
+
+    #[test]
+    fn what_has_become_of_a_container_is_what_its_configuration_says() {
+        let bundle = tempfile::tempdir().unwrap();
+        for folder in ["rootfs", "other"] {
+            fs::create_dir(bundle.path().join(folder)).unwrap();
+        }
+        let check = |rootfs: &str, cgroups: Value, resources: Value| {
+            let text = json!({
+                "init_process_pid": 7, "init_process_start": 9,
+                "config": {"rootfs": bundle.path().join(rootfs), "cgroups": cgroups},
+            });
+            let state = State::parse(text.to_string().as_bytes(), "web").unwrap();
+            let mut spec = spec();
+            spec["linux"]["resources"] = resources;
+            let spec = Spec::parse(spec.to_string().as_bytes()).unwrap();
+            state.check_against(&spec, bundle.path())
+        };
+        check("rootfs", json!({}), json!({})).unwrap();
+        let limits = json!({"memory": {"limit": 5}, "pids": {"limit": 9}, "cpu": {"cpus": "0"}});
+        let set = json!({"memory": 5, "pids_limit": 9, "cpuset_cpus": "0"});
+        check("rootfs", set.clone(), limits.clone()).unwrap();
+        let other = check("other", json!({}), json!({})).unwrap_err();
+        assert!(
+            other.text().contains("config.json names another"),
+            "{other}"
+        );
+        for (name, value) in [
+            ("memory", json!(6)),
+            ("pids_limit", json!(8)),
+            ("cpuset_cpus", json!("1")),
+            ("cpu_quota", json!(1000)),
+        ] {
+            let mut updated = set.clone();
+            updated[name] = value;
+            let refused = check("rootfs", updated, limits.clone()).unwrap_err();
+            assert!(refused.text().contains("runc update"), "{refused}");
+        }
     }
 }

@@ -219,6 +219,8 @@ impl Site {
             mounts: described.mounts,
             described_mounts: description.mounts.clone(),
             freezer,
+            outer: None,
+            standing: Vec::new(),
             support: node.support.clone(),
         };
         let found = Found {
@@ -258,6 +260,10 @@ impl Site {
         };
         let is_this_boot = identity.is_this_boot();
         let freezer = state.freezer(is_this_boot);
+        let (freezer, outer) = match state.kind.is_shared().then(|| freezer.held_within()) {
+            Some(Some(within)) => (within, Some(freezer)),
+            Some(None) | None => (freezer, None),
+        };
         // After another boot the same numbers mean other links.
         let known: &[PortState] = match is_this_boot {
             true => &state.ports,
@@ -273,6 +279,8 @@ impl Site {
             mounts: None,
             described_mounts: Vec::new(),
             freezer,
+            outer,
+            standing: Vec::new(),
             support: node.support.clone(),
         };
         let found = Found {

@@ -34,7 +34,7 @@ impl Site {
         if let Some(pager) = self.pager.take() {
             self.discard_pager(&pager).await;
         }
-        block_in_place(|| {
+        let killed = block_in_place(|| {
             // Also a CRIU that waits to be asked, and a pager that does not answer.
             self.groups.pager.kill();
             self.groups.tree.kill();
@@ -44,10 +44,11 @@ impl Site {
             self.freezer
                 .kill(KILL_TIMEOUT)
                 .and_then(|()| self.freezer.remove())
-        })
-        .map_err(|error| internal(&error))?;
-        self.end_groups();
+        });
+        // Whoever is left: what is bound is bound in the node's namespace, and dangerous there.
         block_in_place(|| sweep(&self.directory));
+        killed.map_err(|error| internal(&error))?;
+        self.end_groups();
         if let Some(network) = self.network.take() {
             network
                 .give_up()
@@ -83,6 +84,7 @@ impl Site {
         if let Err(error) = self.freezer.remove() {
             tracing::warn!(migration = %self.id, "its cgroup is left: {}", chain(&error));
         }
+        block_in_place(|| sweep(&self.directory));
         self.end_groups();
         self.clear();
     }
