@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use criu_glue::repair;
-use pageferry_cgroup::freezer::{Freezer, FreezerVersion};
+use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerVersion};
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_pages::track::Support;
 use pageferry_pages::track::frozen::{Frozen, Stops};
@@ -160,13 +160,13 @@ impl Workload {
             return Ok(());
         };
         let taken = block_in_place(|| outer.take_back());
-        // Whatever it is, what is to be thawed is where the tree is.
-        if let Some(left) = outer.held_within() {
-            self.freezer = left;
-        } else {
-            self.freezer = outer;
-        }
-        taken.map_err(|error| freeze_failed(&error))
+        let thawed = match &taken {
+            Ok(()) => Ok(()),
+            // Who is left there is to run, too.
+            Err(_) => outer.thaw(),
+        };
+        self.freezer = outer.held_within().unwrap_or(outer);
+        taken.and(thawed).map_err(|error| freeze_failed(&error))
     }
 
     fn half_held(&self) -> Option<Freezer> {
@@ -279,17 +279,10 @@ impl Workload {
     /// with it pending runs no instruction of its own.
     pub(super) fn kill(&mut self) -> Result<(), Failure> {
         let killed = block_in_place(|| {
-            if let Some(outer) = self.outer.take() {
-                // Whoever came there since dies of the end of the root, and that waits for him.
-                drop(self.freezer.kill(Duration::ZERO));
-                if outer.exists() {
-                    outer.kill(KILL_TIMEOUT)?;
-                }
-                if self.freezer.exists() {
-                    self.freezer.kill(KILL_TIMEOUT)?;
-                    self.freezer.remove()?;
-                }
+            if let Some(outer) = self.outer.clone() {
+                self.kill_within(&outer)?;
                 self.freezer = outer;
+                self.outer = None;
             }
             match self.freezer.exists() {
                 true => self.freezer.kill(KILL_TIMEOUT),
@@ -297,6 +290,24 @@ impl Workload {
             }
         });
         killed.map_err(|error| freeze_failed(&error))
+    }
+
+    /// The same within the cgroup of somebody else. Whoever came there since dies of the end of the
+    /// root, which waits for him: so both are thawed.
+    fn kill_within(&self, outer: &Freezer) -> Result<(), CgroupError> {
+        if self.freezer.exists() {
+            // SIGKILL only: under the outer one they are frozen still.
+            drop(self.freezer.kill(Duration::ZERO));
+        }
+        if outer.exists() {
+            outer.kill(KILL_TIMEOUT)?;
+            outer.thaw()?;
+        }
+        if self.freezer.exists() {
+            self.freezer.kill(KILL_TIMEOUT)?;
+            self.freezer.remove()?;
+        }
+        Ok(())
     }
 
     /// It runs elsewhere, and its tasks here are dead: nothing else of it is to be left.

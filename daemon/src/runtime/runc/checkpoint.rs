@@ -96,7 +96,7 @@ impl Checkpoint {
         let started = async {
             let asked = runtime.asks(&gate, &criu.criu, ASK_MAX).await?;
             check(&asked, container.root)?;
-            Ok(asked.start(patch(options), criu).await?)
+            Ok(asked.summon(criu).await?.pass(patch(options)).await?)
         };
         let started = started.await;
         // Nobody is at the gate any more.
