@@ -220,6 +220,8 @@ pub struct Restored {
     pub root_pid: i32,
     /// From the request to this, in milliseconds.
     pub restore_ms: u64,
+    /// What its cgroup is known by: a runtime that was started again has made another one.
+    pub freezer_id: Option<FolderId>,
 }
 
 /// A failure, as it is written in a message.

@@ -180,6 +180,7 @@ pub async fn run(
     tell(Progress::Held(Restored {
         root_pid,
         restore_ms,
+        freezer_id: restore.cgroup.id(),
     }));
     match restore.held(&mut decisions, root_pid, &tell).await {
         Held::Decided(Decision::Go | Decision::Lock) => {}
@@ -226,6 +227,23 @@ async fn discarded(decisions: &mut mpsc::UnboundedReceiver<Decision>) {
     }
 }
 
+/// Has the watcher hold the cgroup of the tree. One that a runtime makes is there when that waits;
+/// a runtime that was started in the place of another has made `another`.
+fn hold(
+    request: &RestoreRequest,
+    another: bool,
+    watcher: &Watcher,
+) -> Result<Freezer, RestoreError> {
+    let cgroup = match another {
+        true => Freezer::at(request.freezer.clone()).known(),
+        false => Ok(request.cgroup()),
+    };
+    let cgroup = cgroup.and_then(Freezer::opened);
+    let cgroup = cgroup.map_err(RestoreError::Cgroup)?;
+    watcher.hold(&cgroup).map_err(RestoreError::Watcher)?;
+    Ok(cgroup)
+}
+
 impl Restore {
     async fn start(job: Job) -> Result<Self, RestoreError> {
         job.plan
@@ -241,15 +259,21 @@ impl Restore {
         let socket = LazySocket::bind(&work_dir).map_err(RestoreError::Lazy)?;
         let options = options(&job.request, directories, &job.inherited);
         let locks = Arc::new(Locks::of(&job.request)?);
-        let ready = match job.criu {
-            Some(ready) => ready,
-            None => make_ready(&job.request, job.namespaces, job.inherited).await?,
+        let (ready, is_anew) = match job.criu {
+            Some(ready) => (ready, false),
+            None => {
+                let made = make_ready(&job.request, job.namespaces, job.inherited).await?;
+                (made, true)
+            }
         };
-        // One that a runtime makes is there when that waits.
-        let cgroup = job.request.cgroup().opened();
-        let cgroup = cgroup.map_err(RestoreError::Cgroup)?;
-        let held = job.watcher.hold(&cgroup);
-        held.map_err(RestoreError::Watcher)?;
+        let held = hold(&job.request, is_anew && ready.is_runtime(), &job.watcher);
+        let cgroup = match held {
+            Ok(cgroup) => cgroup,
+            Err(error) => {
+                ready.call_off().await;
+                return Err(error);
+            }
+        };
         let (criu, runtime, options) = match ready {
             Ready::Criu(criu) => (*criu, None, Some(options)),
             Ready::Runtime(waiting) => {

@@ -178,8 +178,9 @@ impl ClientRequest {
     }
 
     /// Makes it one that CRIU can serve when we are in the client's place: descriptors of `client`
-    /// are taken over, CRIU notifies, whatever the client wanted, and reads no file of options, which
-    /// would count for more than what is asked here. A request without options needs none of this.
+    /// are taken over, CRIU notifies, whatever the client wanted, and reads no file of options,
+    /// which would count for more than what is asked here. A request without options needs none of
+    /// this.
     ///
     /// # Errors
     /// [`PatchError`]; the request is as it was then.

@@ -272,7 +272,8 @@ impl Conversation {
     ///
     /// # Errors
     /// [`TalkError::ClientClosed`] when it has gone instead, [`TalkError::ClientSilent`] after
-    /// [`CLIENT_ANSWER_MAX`] or [`Conversation::limit_client`], [`TalkError::Closed`] when CRIU has.
+    /// [`CLIENT_ANSWER_MAX`] or as [`Conversation::limit_client`] says, [`TalkError::Closed`] when
+    /// CRIU has.
     pub async fn relay(&mut self) -> Result<bool, TalkError> {
         if let (Some(client), Some(packet)) = (&self.client, self.talk.untold()) {
             match client.say(packet).await {

@@ -45,7 +45,7 @@ use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::runc::BOUND;
-use crate::runtime::runc::arrive::{Restore, made_for};
+use crate::runtime::runc::arrive::{Restore, made_for, note_again};
 use crate::runtime::shared::lengths;
 pub use run::LetGoError;
 
@@ -447,6 +447,12 @@ impl Site {
             .await
             .map_err(pager_failed)?;
         self.root_pid = Some(restored.root_pid);
+        if restored.freezer_id != self.freezer.id() {
+            let path = self.freezer.path().to_owned();
+            self.freezer = Freezer::again(path, restored.freezer_id);
+            let noted = block_in_place(|| note_again(&self.directory));
+            noted.map_err(|error| internal(&error))?;
+        }
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));
         self.limit(Stage::Restored)?;
         tracing::info!(migration = %self.id, root = restored.root_pid,

@@ -217,6 +217,19 @@ pub fn made_for(
     Ok(freezer)
 }
 
+/// Notes what a runtime has made anew that was started in the place of another.
+pub fn note_again(directory: &Path) -> io::Result<()> {
+    let note = Note::read(directory)?;
+    let again = note.cgroups.into_iter();
+    let again = again.filter_map(|(path, _)| FolderId::of(&path).ok().map(|id| (path, id)));
+    let note = Note {
+        made: Some(FolderId::of(&note.state)?),
+        cgroups: again.collect(),
+        state: note.state,
+    };
+    note.write(directory)
+}
+
 /// Removes what a runtime has left that was killed while it restored: nothing, if it undid that by
 /// itself. What somebody has made by the same names since is not touched.
 pub fn sweep(directory: &Path) {

@@ -452,7 +452,8 @@ mod tests {
         );
         assert_eq!(plain.bundle(), Some("/srv/web".into()));
         plain.check().unwrap();
-        let piped = state(["/dev/null", "pipe:[3]", "pipe:[4]"], json!({}));
+        let started = json!({"readonlyfs": true});
+        let piped = state(["/dev/null", "pipe:[3]", "pipe:[4]"], started);
         let refused = piped.check().unwrap_err();
         assert!(refused.to_string().contains("descriptor 1"), "{refused}");
         assert_eq!(piped.bundle(), None);
