@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod anew;
 #[path = "../common/built.rs"]
 mod built;
 #[path = "../../src/runtime/shared/tests/fuse.rs"]
