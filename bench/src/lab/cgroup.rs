@@ -15,13 +15,22 @@ use serde::{Deserialize, Serialize};
 /// One cgroup hierarchy of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hierarchy {
-    /// Controllers as mount options have them ("freezer", "cpu,cpuacct"), empty for version 2.
+    /// Controllers as mount options have them ("freezer", "cpu,cpuacct"), or the name if there are
+    /// none ("name=systemd"); empty for version 2.
     pub controllers: String,
     /// Where the host has it mounted.
     pub mount: PathBuf,
 }
 
 impl Hierarchy {
+    /// What its folder is called at a node.
+    pub fn folder_name(&self) -> &str {
+        match self.is_v2() {
+            true => "unified",
+            false => self.controllers.trim_start_matches(NAMED),
+        }
+    }
+
     pub fn is_v2(&self) -> bool {
         self.controllers.is_empty()
     }
@@ -35,8 +44,9 @@ impl Hierarchy {
 /// The hierarchies of this machine that nodes get: version 2, and of version 1 those that the
 /// migration or the lab's measurements use.
 pub fn hierarchies() -> Result<Vec<Hierarchy>> {
-    let mounts = fs::read_to_string("/proc/self/mounts").context("reading /proc/self/mounts")?;
-    let found = parse_hierarchies(&mounts);
+    let read = |path: &str| fs::read_to_string(path).with_context(|| format!("reading {path}"));
+    let (mounts, listed) = (read("/proc/self/mounts")?, read("/proc/self/cgroup")?);
+    let found = parse_hierarchies(&mounts, &listed);
     if !found
         .iter()
         .any(|h| h.is_v2() || h.controllers == "freezer")
@@ -46,7 +56,13 @@ pub fn hierarchies() -> Result<Vec<Hierarchy>> {
     Ok(found)
 }
 
-fn parse_hierarchies(mounts: &str) -> Vec<Hierarchy> {
+fn parse_hierarchies(mounts: &str, listed: &str) -> Vec<Hierarchy> {
+    // There crun looks for the cgroup of a container that it restores, whatever it is; without it
+    // it takes the node's root for that, and kills all that is in there.
+    let first = listed
+        .lines()
+        .next()
+        .and_then(|line| line.split(':').nth(1));
     let mut found: Vec<Hierarchy> = Vec::new();
     for line in mounts.lines() {
         let mut fields = line.split(' ').skip(1);
@@ -58,14 +74,16 @@ fn parse_hierarchies(mounts: &str) -> Vec<Hierarchy> {
         let controllers = match kind {
             "cgroup2" => String::new(),
             "cgroup" => {
-                let known = options
-                    .split(',')
-                    .filter(|option| V1_CONTROLLERS.contains(option));
+                let is_known =
+                    |option: &&str| V1_CONTROLLERS.contains(option) || option.starts_with(NAMED);
+                let known = options.split(',').filter(is_known);
                 known.collect::<Vec<_>>().join(",")
             }
             _ => continue,
         };
-        let wanted = kind == "cgroup2" || WANTED.iter().any(|w| has(&controllers, w));
+        let wanted = kind == "cgroup2"
+            || first == Some(&controllers)
+            || WANTED.iter().any(|w| has(&controllers, w));
         if wanted && !found.iter().any(|h| h.controllers == controllers) {
             found.push(Hierarchy {
                 controllers,
@@ -191,6 +209,8 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
 }
 
 const SUBTREE: &str = "pageferry-lab";
+/// How the name of a hierarchy begins.
+const NAMED: &str = "name=";
 /// Without the last one runc starts nothing.
 const WANTED: [&str; 4] = ["freezer", "memory", "cpu", "devices"];
 const V1_CONTROLLERS: [&str; 13] = [
@@ -224,9 +244,14 @@ mod tests {
             cgroup /sys/fs/cgroup/freezer cgroup rw,relatime,freezer 0 0\n\
             cgroup /sys/fs/cgroup/systemd cgroup rw,relatime,name=systemd 0 0\n\
             cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0\n";
-        let found = parse_hierarchies(mounts);
+        let found = parse_hierarchies(mounts, "");
         let names: Vec<_> = found.iter().map(|h| h.controllers.as_str()).collect();
         assert_eq!(names, ["cpu,cpuacct", "freezer", ""]);
         assert_eq!(found[2].mount, Path::new("/sys/fs/cgroup/unified"));
+        // And the one that is listed first.
+        let found = parse_hierarchies(mounts, "9:name=systemd:/\n8:pids:/\n0::/\n");
+        let names: Vec<_> = found.iter().map(Hierarchy::folder_name).collect();
+        assert_eq!(names, ["cpu,cpuacct", "freezer", "systemd", "unified"]);
+        assert_eq!(found[2].controllers, "name=systemd");
     }
 }
