@@ -44,8 +44,9 @@ pub struct Waiting {
 #[derive(Debug)]
 pub struct Runtime {
     process: rpc::Runtime,
-    state: PathBuf,
-    bound: String,
+    wanted: RuntimeRequest,
+    /// It has begun to make the container.
+    has_begun: bool,
 }
 
 impl Waiting {
@@ -62,15 +63,27 @@ impl Waiting {
         let process = rpc::Runtime::start(&gate, &wanted.program, arguments, log);
         let mut runtime = Runtime {
             process: process.map_err(RestoreError::Runtime)?,
-            state: wanted.state.clone(),
-            bound: wanted.bound.clone(),
+            wanted: wanted.clone(),
+            has_begun: false,
         };
         match runtime.process.asks(&gate, &request.criu, ASK_MAX).await {
-            Ok(asked) => Ok(Self {
-                asked,
-                runtime,
-                namespaces,
-            }),
+            Ok(asked) => {
+                runtime.has_begun = true;
+                let waiting = Self {
+                    asked,
+                    runtime,
+                    namespaces,
+                };
+                let placed = check_cgroup(&waiting.asked, wanted)
+                    .and_then(|()| join(waiting.criu_pid(), &wanted.cgroup_procs));
+                match placed {
+                    Ok(()) => Ok(waiting),
+                    Err(error) => {
+                        waiting.call_off().await;
+                        Err(error)
+                    }
+                }
+            }
             Err(error) => {
                 drop(gate);
                 runtime.ended().await;
@@ -147,14 +160,59 @@ impl Runtime {
     /// Waits until a runtime that knows how its restore went has ended, and sees that the root file
     /// system is bound nowhere.
     pub async fn ended(&mut self) {
-        match self.process.ended(END_MAX).await {
-            Ok(status) if status.success() => {}
-            Ok(status) => warn!(%status, "the container runtime has failed"),
-            Err(error) => warn!(%error, "the container runtime"),
-        }
-        if let Err(error) = bound::release(&self.state, &self.bound) {
-            warn!(%error, state = %self.state.display(),
+        let wanted = &self.wanted;
+        let failed = match self.process.ended(END_MAX).await {
+            Ok(status) if status.success() => false,
+            Ok(status) => {
+                warn!(%status, "the container runtime has failed");
+                true
+            }
+            Err(error) => {
+                warn!(%error, "the container runtime");
+                true
+            }
+        };
+        if let Err(error) = bound::release(&wanted.bound_in, &wanted.bound) {
+            warn!(%error, folder = %wanted.bound_in.display(),
                 "the root file system of a container stays bound");
         }
+        // What it met before it began may be somebody else's.
+        if failed && self.has_begun {
+            bound::remove_unless(&wanted.state, &wanted.leaves);
+        }
     }
+}
+
+/// Whether the runtime has found the cgroup that it has made for the container.
+fn check_cgroup(asked: &Asked, wanted: &RuntimeRequest) -> Result<(), RestoreError> {
+    let Some(wanted) = &wanted.cgroup else {
+        return Ok(());
+    };
+    let options = asked.request().options();
+    let named = options.and_then(|options| options.cg_root.last());
+    let named = named.map(|root| root.path.clone());
+    // It may say where the hierarchy is mounted, too.
+    match named
+        .as_ref()
+        .is_some_and(|named| named.ends_with(&**wanted))
+    {
+        true => Ok(()),
+        false => Err(RestoreError::OtherCgroup {
+            named,
+            wanted: wanted.clone(),
+        }),
+    }
+}
+
+/// Has a process be where its runtime has made a place for the container.
+fn join(pid: i32, cgroup_procs: &[PathBuf]) -> Result<(), RestoreError> {
+    // Not every runtime makes one in every hierarchy.
+    let made = cgroup_procs.iter().filter(|path| path.exists());
+    for path in made {
+        fs::write(path, pid.to_string()).map_err(|source| RestoreError::Join {
+            path: path.clone(),
+            source,
+        })?;
+    }
+    Ok(())
 }

@@ -1,20 +1,25 @@
-//! A container of runc, named by its id: the runtime makes it and ends it, and we are in between.
+//! A container of an OCI runtime, named by its id: the runtime makes it and ends it, and we are in
+//! between. Which runtimes there are and in what they differ is [`habits`].
 //!
-//! At the source `runc checkpoint` writes the request for CRIU, and deletes the container when CRIU
-//! says that it is dumped; at the target `runc restore` makes the container, and CRIU's request for
-//! it. Neither knows that it is two nodes. What stands between them and CRIU is
+//! At the source `checkpoint` writes the request for CRIU, and deletes the container when CRIU says
+//! that it is dumped; at the target `restore` makes the container, and CRIU's request for it. The
+//! runtime does not know that it is two nodes. What stands between it and CRIU is
 //! [`criu_glue::rpc::Gate`].
 //!
 //! Invariants: whatever fails before the commit, the runtime hears that its command has failed, and
 //! its container runs on as it was; no folder of the runtime is deleted while a root file system is
 //! bound in it.
 //!
-//! Absent, and refused by name ([`spec`]): a root file system that is written to, volumes,
+//! Absent, and refused by name ([`spec`], [`state`]): a root file system that is written to, volumes,
 //! terminals, pipes as standard streams, hooks, namespaces that are shared.
 
 pub mod arrive;
 pub mod checkpoint;
+mod crun;
+pub mod habits;
+mod runc;
 pub mod spec;
+pub mod state;
 
 use std::fs;
 use std::io;
@@ -33,21 +38,16 @@ use serde::{Deserialize, Serialize};
 
 use super::identity::Identity;
 use super::process::describe::{self, Described};
-use spec::{Spec, State};
+use habits::{BoundIn, Runtime};
+use spec::Spec;
 
-/// The runtime; looked up in `PATH`.
-const PROGRAM: &str = "runc";
-
-/// Where it keeps its containers, unless its caller has another place.
-const ROOT: &str = "/run/runc";
-
-/// Where it binds the root file system of a container, in its folder, while it restores.
+/// What a runtime calls the place to which it binds the root file system while it restores.
 pub const BOUND: &str = "criu-root";
 
 /// What it says when something goes wrong, in the migration's folder.
 const OUTPUT: &str = "runtime.log";
 
-/// How long `runc checkpoint` may take to delete its container, if it lives: it has ended, unless
+/// How long `checkpoint` may take to delete its container, if it lives: it has ended, unless
 /// the daemon that started it has.
 const GONE_MAX: Duration = Duration::from_millis(500);
 
@@ -59,36 +59,45 @@ const DELETE_POLL: Duration = Duration::from_millis(5);
 
 /// A container at its source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Runc {
+pub struct Container {
+    runtime: Runtime,
     id: String,
     root: i32,
     bundle: PathBuf,
 }
 
-impl Runc {
+impl Container {
     /// The container of this name, if it runs here and can move.
-    pub fn find(id: &ContainerId) -> Result<Self, Failure> {
-        let id = id.to_string();
-        let path = folder(&id).join("state.json");
+    pub fn find(runtime: Runtime, id: &ContainerId) -> Result<Self, Failure> {
+        let (id, program) = (id.to_string(), runtime.program());
+        let path = runtime.state(&id);
         let text = fs::read(&path).map_err(|error| {
-            let text = format!("runc has no container {id}: {}: {error}", path.display());
+            let text = format!(
+                "{program} has no container {id}: {}: {error}",
+                path.display()
+            );
             Failure::new(ErrorCode::WorkloadGone, text)
         })?;
-        let state = State::parse(&text, &id)?;
-        let root = state.init_process_pid;
+        let state = (runtime.habits().read)(&text, &id)?;
+        let root = state.root;
         let now = Identity::of(root)
             .ok()
-            .filter(|now| now.started == state.init_process_start);
+            .filter(|now| now.started == state.started);
         if now.is_none() {
-            let text = format!("the container {id} has ended: runc has its remains");
+            let text = format!("the container {id} has ended: {program} has its remains");
             return Err(Failure::new(ErrorCode::WorkloadGone, text));
         }
         state.check()?;
-        let bundle = state.bundle().ok_or_else(|| {
-            let text = format!("runc does not say where the bundle of {id} is");
+        let bundle = state.bundle.ok_or_else(|| {
+            let text = format!("{program} does not say where the bundle of {id} is");
             Failure::new(ErrorCode::UnsupportedWorkload, text)
         })?;
-        Ok(Self { id, root, bundle })
+        Ok(Self {
+            runtime,
+            id,
+            root,
+            bundle,
+        })
     }
 
     /// The pid of its root in this node's pid namespace.
@@ -167,7 +176,7 @@ impl Runc {
         only.map_err(|text| failed(io::Error::other(text)))
     }
 
-    /// Whoever else is in its cgroup came by `runc exec`, and is nobody's child there.
+    /// Whoever else is in its cgroup came by `exec`, and is nobody's child there.
     fn only(&self, freezer: &Freezer, pids: &[i32]) -> Result<(), String> {
         let held = freezer.processes().map_err(|error| error.to_string())?;
         let Some(other) = held.iter().find(|pid| !pids.contains(pid)) else {
@@ -178,9 +187,10 @@ impl Runc {
             return Ok(());
         }
         Err(format!(
-            "process {other} was started in the container {} from outside (runc exec), and is \
+            "process {other} was started in the container {} from outside ({} exec), and is \
              not moved with it: end it first",
-            self.id
+            self.id,
+            self.runtime.program()
         ))
     }
 
@@ -196,59 +206,68 @@ impl Runc {
     /// It runs elsewhere, and its tasks here are dead. The runtime deletes what it has of it; one
     /// that died over it is asked again.
     pub fn release(&self, freezer: &Freezer) -> Result<(), CgroupError> {
-        let folder = folder(&self.id);
-        if !gone_within(&folder.join("state.json"), GONE_MAX) {
-            self.delete(&folder);
+        if !gone_within(&self.runtime.state(&self.id), GONE_MAX) {
+            self.delete();
         }
         // Nobody is in it, or this says so.
         freezer.remove()
     }
 
-    fn delete(&self, folder: &Path) {
+    fn delete(&self) {
+        let (runtime, program) = (self.runtime, self.runtime.program());
         // Before anybody deletes what is in there.
-        if let Err(error) = bound::release(folder, BOUND) {
+        let bound_in = bound_in((runtime, &self.id), &self.bundle);
+        if let Err(error) = bound::release(&bound_in, BOUND) {
             tracing::error!(container = self.id, %error, "{} has something mounted in it, and is \
-                not deleted", folder.display());
+                not deleted", bound_in.display());
             return;
         }
-        let delete = ["--root", ROOT, "delete", "--force", &self.id];
-        match Command::new(PROGRAM).args(delete).output() {
+        let delete = ["--root", runtime.root(), "delete", "--force", &self.id];
+        match Command::new(program).args(delete).output() {
             Ok(output) if output.status.success() => {}
             Ok(output) => tracing::warn!(container = self.id, status = %output.status,
                 said = %String::from_utf8_lossy(&output.stderr).trim_end(),
-                "runc does not delete what has moved away"),
-            Err(error) => tracing::warn!(container = self.id, %error, "runc cannot be asked"),
+                "{program} does not delete what has moved away"),
+            Err(error) => tracing::warn!(container = self.id, %error, "{program} cannot be asked"),
         }
-        if !gone_within(&folder.join("state.json"), DELETE_MAX) {
+        if !gone_within(&runtime.state(&self.id), DELETE_MAX) {
             tracing::warn!(
                 container = self.id,
-                "runc lists a container that has moved away"
+                "{program} lists a container that has moved away"
             );
         }
     }
 }
 
-/// The container that process `pid` is in, if runc has made it in its usual place.
+/// The container that process `pid` is in, as it is named, if its runtime has made it in its usual
+/// place.
 pub fn holding(pid: i32) -> Option<String> {
-    let entries = fs::read_dir(ROOT).ok()?;
-    let ids = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok());
     let above = super::identity::ancestors(pid);
-    ids.take(CONTAINERS_MAX).find(|id| {
-        let state = fs::read(folder(id).join("state.json")).ok();
-        let state = state.and_then(|text| State::parse(&text, id).ok());
-        let root = state.map(|state| state.init_process_pid);
-        root.is_some_and(|root| root == pid || above.contains(&root))
+    Runtime::ALL.into_iter().find_map(|runtime| {
+        let entries = fs::read_dir(runtime.root()).ok()?;
+        let mut ids = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .take(CONTAINERS_MAX);
+        let id = ids.find(|id| {
+            let state = fs::read(runtime.state(id)).ok();
+            let state = state.and_then(|text| (runtime.habits().read)(&text, id).ok());
+            let root = state.map(|state| state.root);
+            root.is_some_and(|root| root == pid || above.contains(&root))
+        })?;
+        Some(format!("{}/{id}", runtime.program()))
     })
 }
 
-/// Containers that are looked through.
+/// Containers that are looked through, of each runtime.
 const CONTAINERS_MAX: usize = 4096;
 
-/// The folder that runc has for a container.
-fn folder(id: &str) -> PathBuf {
-    Path::new(ROOT).join(id)
+/// Where the root file system of a container is bound while it is restored.
+fn bound_in((runtime, id): (Runtime, &str), bundle: &Path) -> PathBuf {
+    match runtime.habits().bound_in {
+        BoundIn::Folder => runtime.folder(id),
+        BoundIn::Bundle => bundle.to_owned(),
+    }
 }
 
 fn read_config(bundle: &Path) -> Result<Vec<u8>, Failure> {
@@ -286,8 +305,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_journal_keeps_a_container_by_its_name_root_and_bundle() {
-        let text = r#"{"runc":{"id":"web","root":7,"bundle":"/srv/web"}}"#;
+    fn a_journal_keeps_a_container_by_its_runtime_name_root_and_bundle() {
+        let text = r#"{"container":{"runtime":"crun","id":"web","root":7,"bundle":"/srv/web"}}"#;
         let kind: crate::runtime::kind::Kind = serde_json::from_str(text).unwrap();
         assert_eq!(kind.root(), 7);
         assert_eq!(serde_json::to_string(&kind).unwrap(), text);
@@ -295,9 +314,13 @@ mod tests {
 
     #[test]
     fn a_container_that_is_not_there_is_said_to_be_gone() {
-        let gone = Runc::find(&"no-such-container".parse().unwrap()).unwrap_err();
-        assert_eq!(gone.code(), ErrorCode::WorkloadGone);
-        assert!(gone.text().contains("no-such-container"), "{gone}");
+        for runtime in Runtime::ALL {
+            let id = "no-such-container".parse().unwrap();
+            let gone = Container::find(runtime, &id).unwrap_err();
+            assert_eq!(gone.code(), ErrorCode::WorkloadGone);
+            let text = format!("{} has no container no-such-container", runtime.program());
+            assert!(gone.text().contains(&text), "{gone}");
+        }
         assert_eq!(holding(i32::MAX), None);
     }
 }
