@@ -118,8 +118,8 @@ impl Checkpoint {
         let asked = process.asks(&gate, &criu.criu, ASK_MAX).await;
         let asked = asked.map_err(silent)?;
         check(&asked, container.runtime, container.root)?;
-        let criu = asked.start(patch(options), criu).await;
-        let criu = criu.map_err(unserved)?;
+        let summoned = asked.summon(criu).await.map_err(unserved)?;
+        let criu = summoned.pass(patch(options)).await.map_err(unserved)?;
         Ok((criu, Self { process, program }))
     }
 
