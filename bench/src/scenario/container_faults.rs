@@ -1,5 +1,5 @@
-//! `containers --only RUNTIME-faults`: whoever takes part in the move of a container is killed, at each of
-//! the gates at which the runtime waits.
+//! `containers --only RUNTIME-faults`: whoever takes part in the move of a container is killed, at
+//! each of the gates at which the runtime waits.
 //!
 //! Afterwards exactly one container runs, at one of the nodes, as its runtime's own; at the other
 //! nothing of it is left, its root file system is whole, and no client has noticed but by waiting.

@@ -1,4 +1,5 @@
-//! A container at its target: its name is free, its bundle is here, and the runtime's `restore` makes it.
+//! A container at its target: its name is free, its bundle is here, and its runtime's
+//! `restore` makes it.
 
 use std::fs;
 use std::io;

@@ -10,8 +10,8 @@
 //! its container runs on as it was; no folder of the runtime is deleted while a root file system is
 //! bound in it.
 //!
-//! Absent, and refused by name ([`spec`], [`state`]): a root file system that is written to, volumes,
-//! terminals, pipes as standard streams, hooks, namespaces that are shared.
+//! Absent, and refused by name ([`spec`], [`state`]): a root file system that is written to,
+//! volumes, terminals, pipes as standard streams, hooks, namespaces that are shared.
 
 pub mod arrive;
 pub mod checkpoint;
