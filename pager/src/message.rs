@@ -24,6 +24,8 @@
 
 use std::path::PathBuf;
 
+use pageferry_cgroup::freezer::Freezer;
+use pageferry_cgroup::identity::FolderId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use serde::{Deserialize, Serialize};
 
@@ -89,6 +91,8 @@ pub struct RestoreRequest {
     /// Directory of the freezer cgroup that is among them: it must hold the whole tree and
     /// nothing else, for what is in it is killed or frozen.
     pub freezer: PathBuf,
+    /// What that is known by: another one of its path is not there.
+    pub freezer_id: Option<FolderId>,
     /// How many spaces were planned: all that CRIU will restore.
     pub spaces: u32,
     /// Namespaces CRIU is started in, in the order of the descriptors. Without `net` it is the
@@ -120,6 +124,11 @@ pub struct RestoreRequest {
 }
 
 impl RestoreRequest {
+    /// The cgroup that holds the tree.
+    pub fn cgroup(&self) -> Freezer {
+        Freezer::again(self.freezer.clone(), self.freezer_id)
+    }
+
     /// Whether CRIU would be started in the same way for both.
     pub fn starts_like(&self, other: &Self) -> bool {
         self.criu == other.criu
@@ -150,6 +159,8 @@ pub struct RuntimeRequest {
     pub cgroup_procs: Vec<PathBuf>,
     /// The cgroup in which it is to restore, if it says where.
     pub cgroup: Option<String>,
+    /// The folder of the container among those of the runtime.
+    pub folder: PathBuf,
     /// The folder in which the runtime binds the root file system while it restores,
     pub bound_in: PathBuf,
     /// and to what name.
@@ -220,6 +231,8 @@ pub struct Restored {
     pub root_pid: i32,
     /// From the request to this, in milliseconds.
     pub restore_ms: u64,
+    /// What its cgroup is known by: a runtime that was started again has made another one.
+    pub freezer_id: Option<FolderId>,
 }
 
 /// A failure, as it is written in a message.

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use criu_glue::options::{LogLevel, ManageCgroups, NetworkLock};
 use criu_glue::rpc::{self, Asked, Conversation, Gate, Patch, Summoned, SwrkConfig};
+use pageferry_cgroup::identity::FolderId;
 use pageferry_sys::bound;
 use tracing::warn;
 
@@ -43,8 +44,8 @@ pub struct Waiting {
 pub struct Runtime {
     process: rpc::Runtime,
     wanted: RuntimeRequest,
-    /// It has begun to make the container.
-    has_begun: bool,
+    /// The folder it has made for the container, once it has asked.
+    made: Option<FolderId>,
 }
 
 impl Waiting {
@@ -63,7 +64,7 @@ impl Waiting {
         let mut runtime = Runtime {
             process: process.map_err(RestoreError::Runtime)?,
             wanted: wanted.clone(),
-            has_begun: false,
+            made: None,
         };
         let asked = match runtime.process.asks(&gate, &request.criu, ASK_MAX).await {
             Ok(asked) => asked,
@@ -73,7 +74,7 @@ impl Waiting {
                 return Err(RestoreError::Runtime(error));
             }
         };
-        runtime.has_begun = true;
+        runtime.made = FolderId::of(&wanted.folder).ok();
         let placed = check_cgroup(&asked, wanted)
             .and_then(|()| join(asked.criu_pid(), &wanted.cgroup_procs));
         if let Err(error) = placed {
@@ -156,27 +157,39 @@ impl Runtime {
         self.process.ends_within(limit).await
     }
 
+    /// Ends a runtime that waits, and must not hear that its restore went wrong: the tree was let
+    /// go, and may run, and the runtime would kill it.
+    pub async fn abandon(&mut self) {
+        if let Err(error) = self.process.kill().await {
+            warn!(%error, "the container runtime");
+        }
+        self.release();
+    }
+
     /// Waits until a runtime that knows how its restore went has ended, and sees that the root file
-    /// system is bound nowhere.
+    /// system is bound nowhere, and that nothing is left if it has failed.
     pub async fn ended(&mut self) {
+        match self.process.ended(END_MAX).await {
+            Ok(status) if status.success() => {}
+            Ok(status) => warn!(%status, "the container runtime has failed"),
+            Err(error) => warn!(%error, "the container runtime"),
+        }
+        self.release();
+    }
+
+    fn release(&self) {
         let wanted = &self.wanted;
-        let failed = match self.process.ended(END_MAX).await {
-            Ok(status) if status.success() => false,
-            Ok(status) => {
-                warn!(%status, "the container runtime has failed");
-                true
-            }
-            Err(error) => {
-                warn!(%error, "the container runtime");
-                true
-            }
-        };
+        // Somebody may have begun another container of this name since.
+        let is_anothers = |made: FolderId| wanted.folder.exists() && !made.is_at(&wanted.folder);
+        if self.made.is_some_and(is_anothers) {
+            return;
+        }
         if let Err(error) = bound::release(&wanted.bound_in, &wanted.bound) {
             warn!(%error, folder = %wanted.bound_in.display(),
                 "the root file system of a container stays bound");
         }
         // What it met before it began may be somebody else's.
-        if failed && self.has_begun {
+        if self.made.is_some() {
             bound::remove_unless(&wanted.state, &wanted.leaves);
         }
     }

@@ -29,6 +29,7 @@ use super::oci::arrive::{Arriving as ArrivingContainer, Restore};
 use super::oci::checkpoint::{Checkpoint, CheckpointError};
 use super::oci::habits::Runtime;
 use super::oci::{self, Container};
+use super::passing::Passing;
 use super::process::Process;
 use super::process::arrive::Arriving as ArrivingProcess;
 use super::process::describe::{self, Described};
@@ -133,6 +134,24 @@ impl Kind {
         match self {
             Self::Process(process) => process.enter(freezer, tree),
             Self::Container(container) => container.enter(freezer, tree),
+        }
+    }
+
+    /// Who is in its frozen cgroup, and none of the `threads` of its tree; fails if one of those is
+    /// elsewhere. Cheap.
+    pub fn stranger(&self, freezer: &Freezer, threads: &[i32]) -> Result<Option<Passing>, Failure> {
+        match self {
+            // Nobody has a reason to be in a cgroup of ours.
+            Self::Process(_) => Ok(None),
+            Self::Container(container) => container.stranger(freezer, threads),
+        }
+    }
+
+    /// Whether others may thaw the cgroup that holds it.
+    pub const fn is_shared(&self) -> bool {
+        match self {
+            Self::Process(_) => false,
+            Self::Container(_) => true,
         }
     }
 

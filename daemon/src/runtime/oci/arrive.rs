@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use pageferry_cgroup::freezer::{Freezer, FreezerRoot};
 use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_cgroup::identity::FolderId;
 use pageferry_proto::id::ContainerId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::ContainerDescription;
@@ -49,6 +50,8 @@ pub struct Restore {
 /// What a runtime may leave behind of a restore that did not succeed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Leaves {
+    /// The folder that it has for the container.
+    pub folder: PathBuf,
     /// The folder in which it binds the root file system, to [`BOUND`].
     pub bound_in: PathBuf,
     /// There is a container if there is this file; then nothing else was left.
@@ -62,7 +65,9 @@ pub struct Leaves {
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Note {
     leaves: Leaves,
-    cgroups: Vec<PathBuf>,
+    /// What the runtime's folder is known by, once it is made.
+    made: Option<FolderId>,
+    cgroups: Vec<(PathBuf, FolderId)>,
 }
 
 const NOTE: &str = "container.json";
@@ -171,7 +176,7 @@ impl Arriving {
         let leaves = self.leaves(&cgroups);
         let note = Note {
             leaves: leaves.clone(),
-            cgroups: Vec::new(),
+            ..Note::default()
         };
         note.write(directory)?;
         let path = |path: &Path| path.to_string_lossy().into_owned();
@@ -221,6 +226,7 @@ impl Arriving {
             paths.push(cgroup.clone());
         }
         Leaves {
+            folder: runtime.folder(&self.id),
             bound_in: bound_in((runtime, &self.id), Path::new(&self.container.bundle)),
             state: runtime.state(&self.id),
             paths,
@@ -242,7 +248,8 @@ pub fn made_for(
             "the cgroup that {program} has made for the container cannot be seen"
         ))
     })?;
-    let freezer = Freezer::open(&path).map_err(|error| unfit(error.to_string()))?;
+    let freezer = Freezer::open(&path).and_then(Freezer::known);
+    let freezer = freezer.map_err(|error| unfit(error.to_string()))?;
     let inside = freezer
         .processes()
         .map_err(|error| unfit(error.to_string()))?;
@@ -258,25 +265,54 @@ pub fn made_for(
     // In hierarchies that the runtime does not use it is where its parent was.
     let cgroups = all
         .filter(|folder| folder.file_name() == path.file_name())
+        .filter_map(|folder| FolderId::of(&folder).ok().map(|id| (folder, id)))
         .collect();
-    let noted = Note::read(directory).and_then(|note| Note { cgroups, ..note }.write(directory));
+    let noted = Note::read(directory).and_then(|note| {
+        let made = Some(FolderId::of(&note.leaves.folder)?);
+        let note = Note {
+            made,
+            cgroups,
+            ..note
+        };
+        note.write(directory)
+    });
     noted.map_err(|error| unfit(format!("what {program} makes cannot be noted: {error}")))?;
     Ok(freezer)
 }
 
+/// Notes what a runtime has made anew that was started in the place of another.
+pub fn note_again(directory: &Path) -> io::Result<()> {
+    let note = Note::read(directory)?;
+    let again = note.cgroups.into_iter();
+    let again = again.filter_map(|(path, _)| FolderId::of(&path).ok().map(|id| (path, id)));
+    let note = Note {
+        made: Some(FolderId::of(&note.leaves.folder)?),
+        cgroups: again.collect(),
+        leaves: note.leaves,
+    };
+    note.write(directory)
+}
+
 /// Removes what a runtime has left that was killed while it restored: nothing, if it undid that by
-/// itself. Nobody of the container may be left.
+/// itself. What somebody has made by the same names since is not touched.
 pub fn sweep(directory: &Path) {
     let Ok(note) = Note::read(directory) else {
         return;
     };
     let leaves = &note.leaves;
-    if let Err(error) = bound::release(&leaves.bound_in, BOUND) {
+    let is_ours = match note.made {
+        Some(made) => made.is_at(&leaves.folder),
+        // It has not come to its request. It is no container yet; that of somebody else is.
+        None => !leaves.state.exists(),
+    };
+    if is_ours && let Err(error) = bound::release(&leaves.bound_in, BOUND) {
         tracing::error!(%error, "{} has the root file system of a container bound in it, which is \
             deleted with it", leaves.bound_in.display());
     }
-    bound::remove_unless(&leaves.state, &leaves.paths);
-    for cgroup in note.cgroups {
+    if is_ours {
+        bound::remove_unless(&leaves.state, &leaves.paths);
+    }
+    for (cgroup, _) in note.cgroups.iter().filter(|(path, id)| id.is_at(path)) {
         // With anybody in it, it is no leftover.
         drop(fs::remove_dir(cgroup));
     }
@@ -298,7 +334,7 @@ mod tests {
     use super::*;
 
     const CONFIG: &str = r#"{
-        "root": {"readonly": true},
+        "root": {"path": "rootfs", "readonly": true},
         "linux": {
             "cgroupsPath": "/web",
             "namespaces": [
@@ -376,13 +412,41 @@ mod tests {
         let note = Note {
             leaves: Leaves {
                 bound_in: state.clone(),
+                folder: state.clone(),
+                state: state.join("state.json"),
                 ..Leaves::default()
             },
-            cgroups: vec![cgroup.clone()],
+            made: FolderId::of(&state).ok(),
+            cgroups: vec![(cgroup.clone(), FolderId::of(&cgroup).unwrap())],
         };
         assert!(Note::read(folder.path()).unwrap().cgroups.is_empty());
         note.write(folder.path()).unwrap();
+        // Somebody else has both of them now.
+        for path in [&state, &cgroup] {
+            fs::rename(path, path.with_extension("ours")).unwrap();
+            fs::create_dir_all(path.join(BOUND)).unwrap();
+        }
+        fs::remove_dir(cgroup.join(BOUND)).unwrap();
+        sweep(folder.path());
+        assert!(state.join(BOUND).exists() && cgroup.exists());
+        for path in [&state, &cgroup] {
+            fs::remove_dir_all(path).unwrap();
+            fs::rename(path.with_extension("ours"), path).unwrap();
+        }
         sweep(folder.path());
         assert!(!state.exists() && !cgroup.exists());
+        // One that had not asked yet.
+        let note = Note {
+            state: state.clone(),
+            ..Note::default()
+        };
+        note.write(folder.path()).unwrap();
+        fs::create_dir_all(state.join(BOUND)).unwrap();
+        fs::write(state.join("state.json"), "").unwrap();
+        sweep(folder.path());
+        assert!(state.join(BOUND).exists());
+        fs::remove_file(state.join("state.json")).unwrap();
+        sweep(folder.path());
+        assert!(!state.exists());
     }
 }

@@ -115,12 +115,24 @@ impl Checkpoint {
         ];
         let process = Runtime::start(&gate, program.as_ref(), arguments, log.clone());
         let mut process = process.map_err(silent)?;
-        let asked = process.asks(&gate, &criu.criu, ASK_MAX).await;
-        let asked = asked.map_err(silent)?;
-        check(&asked, container.runtime, container.root)?;
-        let summoned = asked.summon(criu).await.map_err(unserved)?;
-        let criu = summoned.pass(patch(options)).await.map_err(unserved)?;
-        Ok((criu, Self { process, program }))
+        let started = async {
+            let asked = process.asks(&gate, &criu.criu, ASK_MAX).await;
+            let asked = asked.map_err(silent)?;
+            check(&asked, container.runtime, container.root)?;
+            let summoned = asked.summon(criu).await.map_err(unserved)?;
+            summoned.pass(patch(options)).await.map_err(unserved)
+        };
+        let started = started.await;
+        // Nobody is at the gate any more.
+        drop(gate);
+        let mut checkpoint = Self { process, program };
+        match started {
+            Ok(criu) => Ok((criu, checkpoint)),
+            Err(error) => {
+                checkpoint.ended().await;
+                Err(error)
+            }
+        }
     }
 
     /// Waits until it has ended; it knows how the dump went.
@@ -159,6 +171,8 @@ fn patch(options: DumpOptions) -> Patch {
         log_level: Some(options.log.level),
         ghost_limit: options.ghost_limit,
         freeze_timeout: options.freeze_timeout,
+        // In the freeze nobody waits for it.
+        untold: true,
         ..Patch::default()
     }
 }

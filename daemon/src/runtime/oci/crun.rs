@@ -20,10 +20,14 @@ pub(super) const HABITS: Habits = Habits {
     bound_in: BoundIn::Bundle,
     // It has CRIU enter the cgroup, which the images do not ask for.
     enters: false,
-    leaves: &["config.json"],
+    copy: Some(CONFIG),
+    leaves: &[CONFIG],
     // Where a process of its own waits for the container, in version 1 and with systemd.
     leaves_below: &[".proxy-crun"],
 };
+
+/// A copy of the one in the bundle, as that was at the start.
+const CONFIG: &str = "config.json";
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -33,6 +37,7 @@ struct Written {
     #[serde(default)]
     systemd_cgroup: bool,
     bundle: PathBuf,
+    rootfs: PathBuf,
     /// Who has started it, if not root.
     #[serde(default)]
     owner: Option<String>,
@@ -54,6 +59,10 @@ fn read(text: &[u8], id: &str) -> Result<State, Failure> {
         streams,
         is_rootless: written.owner.is_some_and(|owner| owner != "root"),
         is_systemds: written.systemd_cgroup,
+        root_files: written.rootfs,
+        // What it says of these is in `config.json`.
+        is_writable: false,
+        limits: None,
     })
 }
 

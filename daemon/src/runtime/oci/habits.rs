@@ -32,6 +32,9 @@ pub struct Habits {
     /// Whether what is to become CRIU is in the cgroups of the container when it asks for a
     /// restore; they are there in any case.
     pub enters: bool,
+    /// The file in the container's folder that is a copy of its `config.json`, as that was when the
+    /// container was started.
+    pub copy: Option<&'static str>,
     /// Files of the container's folder that a restore leaves which failed.
     pub leaves: &'static [&'static str],
     /// Cgroups below that of the container that it leaves then.

@@ -13,6 +13,7 @@
 //! Absent, and refused by name ([`spec`], [`state`]): a root file system that is written to,
 //! volumes, terminals, pipes as standard streams, hooks, namespaces that are shared.
 
+mod alone;
 pub mod arrive;
 pub mod checkpoint;
 mod crun;
@@ -36,10 +37,12 @@ use pageferry_sys::bound;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
 
-use super::identity::Identity;
+use super::identity::{self, Identity};
+use super::passing::Passing;
 use super::process::describe::{self, Described};
 use habits::{BoundIn, Runtime};
 use spec::Spec;
+use state::State;
 
 /// What a runtime calls the place to which it binds the root file system while it restores.
 pub const BOUND: &str = "criu-root";
@@ -63,6 +66,10 @@ pub struct Container {
     runtime: Runtime,
     id: String,
     root: i32,
+    /// When that started, in clock ticks since the boot.
+    started: u64,
+    /// Which boot that was.
+    boot: String,
     bundle: PathBuf,
 }
 
@@ -83,19 +90,29 @@ impl Container {
         let now = Identity::of(root)
             .ok()
             .filter(|now| now.started == state.started);
-        if now.is_none() {
+        let Some(Identity { started, boot, .. }) = now else {
             let text = format!("the container {id} has ended: {program} has its remains");
             return Err(Failure::new(ErrorCode::WorkloadGone, text));
-        }
+        };
         state.check()?;
         let bundle = state.bundle.ok_or_else(|| {
             let text = format!("{program} does not say where the bundle of {id} is");
             Failure::new(ErrorCode::UnsupportedWorkload, text)
         })?;
+        let config = read_config(&bundle)?;
+        state.check_against(&Spec::parse(&config)?, &bundle)?;
+        if let Some(copy) = runtime.habits().copy
+            && fs::read(runtime.folder(&id).join(copy)).ok() != Some(config)
+        {
+            let text = format!("the config.json of {id} was changed since it was started");
+            return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
+        }
         Ok(Self {
             runtime,
             id,
             root,
+            started,
+            boot,
             bundle,
         })
     }
@@ -142,21 +159,16 @@ impl Container {
             ))
         })?;
         let unusable = |error: CgroupError| refused(format!("the container {}: {error}", self.id));
-        let freezer = Freezer::open(&path).map_err(unusable)?;
+        let freezer = Freezer::open(&path).and_then(Freezer::known);
+        let freezer = freezer.map_err(unusable)?;
         if freezer.is_frozen().map_err(unusable)? {
             return Err(refused(format!(
                 "the container {} is paused: resume it first",
                 self.id
             )));
         }
-        if has_cgroups(&path) {
-            return Err(refused(format!(
-                "the container {} has cgroups below its own ({}), which are not moved yet",
-                self.id,
-                path.display()
-            )));
-        }
-        self.only(&freezer, pids).map_err(refused)?;
+        let alone = alone::check_running(&freezer, self.root, pids);
+        alone.map_err(refused)?;
         Ok(freezer)
     }
 
@@ -172,26 +184,14 @@ impl Container {
             source,
         };
         let pids = tree().map_err(failed)?;
-        let only = self.only(freezer, &pids);
-        only.map_err(|text| failed(io::Error::other(text)))
+        let alone = alone::check_running(freezer, self.root, &pids);
+        alone.map_err(|text| failed(io::Error::other(text)))
     }
 
-    /// Whoever else is in its cgroup came by `exec`, and is nobody's child there.
-    fn only(&self, freezer: &Freezer, pids: &[i32]) -> Result<(), String> {
-        let held = freezer.processes().map_err(|error| error.to_string())?;
-        let Some(other) = held.iter().find(|pid| !pids.contains(pid)) else {
-            return Ok(());
-        };
-        // A child that was born after the tree was read.
-        if super::identity::ancestors(*other).contains(&self.root) {
-            return Ok(());
-        }
-        Err(format!(
-            "process {other} was started in the container {} from outside ({} exec), and is \
-             not moved with it: end it first",
-            self.id,
-            self.runtime.program()
-        ))
+    /// Who is in its frozen cgroup, and none of the `threads` of its tree.
+    pub fn stranger(&self, freezer: &Freezer, threads: &[i32]) -> Result<Option<Passing>, Failure> {
+        let found = alone::check_frozen(freezer, threads);
+        found.map_err(|text| Failure::new(ErrorCode::UnsupportedWorkload, text))
     }
 
     /// Namespaces that CRIU is started in to dump it: the network is ours to make again.
@@ -204,9 +204,10 @@ impl Container {
     }
 
     /// It runs elsewhere, and its tasks here are dead. The runtime deletes what it has of it; one
-    /// that died over it is asked again.
+    /// that died over it is asked again. A container that was begun anew under its name is another,
+    /// and nothing is done to it.
     pub fn release(&self, freezer: &Freezer) -> Result<(), CgroupError> {
-        if !gone_within(&self.runtime.state(&self.id), GONE_MAX) {
+        if !gone_within(|| self.is_listed(), GONE_MAX) {
             self.delete();
         }
         // Nobody is in it, or this says so.
@@ -222,7 +223,9 @@ impl Container {
                 not deleted", bound_in.display());
             return;
         }
-        let delete = ["--root", runtime.root(), "delete", "--force", &self.id];
+        // Not by force: its processes are dead, and those of another container of its name, should
+        // one begin now, are to live.
+        let delete = ["--root", runtime.root(), "delete", &self.id];
         match Command::new(program).args(delete).output() {
             Ok(output) if output.status.success() => {}
             Ok(output) => tracing::warn!(container = self.id, status = %output.status,
@@ -230,19 +233,32 @@ impl Container {
                 "{program} does not delete what has moved away"),
             Err(error) => tracing::warn!(container = self.id, %error, "{program} cannot be asked"),
         }
-        if !gone_within(&runtime.state(&self.id), DELETE_MAX) {
+        if !gone_within(|| self.is_listed(), DELETE_MAX) {
             tracing::warn!(
                 container = self.id,
                 "{program} lists a container that has moved away"
             );
         }
     }
+
+    /// Whether what the runtime has by its name is this very container.
+    fn is_listed(&self) -> bool {
+        let text = fs::read(self.runtime.state(&self.id)).ok();
+        text.is_some_and(|text| self.is_in(&text))
+    }
+
+    /// Whether this is what the runtime has written of it.
+    fn is_in(&self, written: &[u8]) -> bool {
+        let state = (self.runtime.habits().read)(written, &self.id);
+        let same = |state: State| (state.root, state.started) == (self.root, self.started);
+        state.is_ok_and(same) && identity::boot().is_ok_and(|boot| boot == self.boot)
+    }
 }
 
 /// The container that process `pid` is in, as it is named, if its runtime has made it in its usual
 /// place.
 pub fn holding(pid: i32) -> Option<String> {
-    let above = super::identity::ancestors(pid);
+    let above = identity::ancestors(pid);
     Runtime::ALL.into_iter().find_map(|runtime| {
         let entries = fs::read_dir(runtime.root()).ok()?;
         let mut ids = entries
@@ -288,10 +304,10 @@ fn has_cgroups(folder: &Path) -> bool {
     entries.into_iter().any(|entry| entry.path().is_dir())
 }
 
-/// Waits until a file is not there any more; whether that is so.
-fn gone_within(path: &Path, limit: Duration) -> bool {
+/// Waits until something is not there any more; whether that is so.
+fn gone_within(is_there: impl Fn() -> bool, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
-    while path.exists() {
+    while is_there() {
         if deadline < Instant::now() {
             return false;
         }
@@ -306,10 +322,38 @@ mod tests {
 
     #[test]
     fn a_journal_keeps_a_container_by_its_runtime_name_root_and_bundle() {
-        let text = r#"{"container":{"runtime":"crun","id":"web","root":7,"bundle":"/srv/web"}}"#;
+        let text = concat!(
+            r#"{"container":{"runtime":"crun","id":"web","root":7,"started":5,"boot":"b","#,
+            r#""bundle":"/srv/web"}}"#
+        );
         let kind: crate::runtime::kind::Kind = serde_json::from_str(text).unwrap();
         assert_eq!(kind.root(), 7);
         assert_eq!(serde_json::to_string(&kind).unwrap(), text);
+    }
+
+    #[test]
+    fn a_container_begun_anew_under_the_same_name_is_another() {
+        let ours = Container {
+            runtime: Runtime::Runc,
+            id: "web".to_owned(),
+            root: 7,
+            started: 5,
+            boot: identity::boot().unwrap(),
+            bundle: "/srv/web".into(),
+        };
+        let is_in = |ours: &Container, root: i32, started: u64| {
+            let text = format!(
+                r#"{{"init_process_pid":{root},"init_process_start":{started},"config":{{}}}}"#
+            );
+            ours.is_in(text.as_bytes())
+        };
+        assert!(is_in(&ours, 7, 5));
+        assert!(!is_in(&ours, 7, 6) && !is_in(&ours, 8, 5));
+        let before = Container {
+            boot: "another".to_owned(),
+            ..ours
+        };
+        assert!(!is_in(&before, 7, 5));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! moved yet. It is read as it is, and only what is asked for here.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use serde::Deserialize;
@@ -33,6 +34,7 @@ struct Process {
 
 #[derive(Debug, Deserialize)]
 struct Root {
+    path: PathBuf,
     #[serde(default)]
     readonly: bool,
 }
@@ -52,6 +54,7 @@ struct Linux {
     namespaces: Vec<Namespace>,
     cgroups_path: String,
     rootfs_propagation: String,
+    resources: Resources,
 }
 
 #[derive(Debug, Deserialize)]
@@ -62,6 +65,53 @@ struct Namespace {
     path: String,
 }
 
+/// Limits in `config.json`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Resources {
+    memory: Memory,
+    cpu: Cpu,
+    pids: Pids,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Memory {
+    limit: i64,
+    swap: i64,
+    reservation: i64,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Cpu {
+    quota: i64,
+    period: i64,
+    shares: i64,
+    cpus: String,
+    mems: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Pids {
+    limit: Option<i64>,
+}
+
+/// Limits of a container, as its configuration or its runtime has them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    pub memory: i64,
+    pub memory_swap: i64,
+    pub memory_reservation: i64,
+    pub cpu_quota: i64,
+    pub cpu_period: i64,
+    pub cpu_shares: i64,
+    pub cpus: String,
+    pub mems: String,
+    pub pids: i64,
+}
+
 /// Under which annotation an engine says that the container is its own.
 const MANAGER: &str = "io.container.manager";
 
@@ -70,6 +120,32 @@ const OWN: [&str; 5] = ["ipc", "mount", "network", "pid", "uts"];
 
 /// File systems that a container mounts, and whose contents go along or are made by the kernel.
 const MOUNTED: [&str; 6] = ["cgroup", "devpts", "mqueue", "proc", "sysfs", "tmpfs"];
+
+impl Limits {
+    /// The first that is another than in `wanted`, as `config.json` calls it.
+    pub fn other_than(&self, wanted: &Self) -> Option<&'static str> {
+        let numbers = [
+            ("memory.limit", self.memory, wanted.memory),
+            ("memory.swap", self.memory_swap, wanted.memory_swap),
+            (
+                "memory.reservation",
+                self.memory_reservation,
+                wanted.memory_reservation,
+            ),
+            ("cpu.quota", self.cpu_quota, wanted.cpu_quota),
+            ("cpu.period", self.cpu_period, wanted.cpu_period),
+            ("cpu.shares", self.cpu_shares, wanted.cpu_shares),
+            ("pids.limit", self.pids, wanted.pids),
+        ];
+        let names = [
+            ("cpu.cpus", &self.cpus, &wanted.cpus),
+            ("cpu.mems", &self.mems, &wanted.mems),
+        ];
+        let number = numbers.iter().find(|(_, has, wanted)| has != wanted);
+        let name = names.iter().find(|(_, has, wanted)| has != wanted);
+        number.map(|one| one.0).or(name.map(|one| one.0))
+    }
+}
 
 impl Spec {
     /// Reads `config.json`.
@@ -83,6 +159,27 @@ impl Spec {
     /// Its cgroup, from the root of each hierarchy.
     pub fn cgroup(&self) -> &str {
         &self.linux.cgroups_path
+    }
+
+    /// Its root file system; `bundle` is the folder of its bundle.
+    pub fn root(&self, bundle: &Path) -> PathBuf {
+        bundle.join(&self.root.path)
+    }
+
+    /// Its limits.
+    pub fn limits(&self) -> Limits {
+        let Resources { memory, cpu, pids } = &self.linux.resources;
+        Limits {
+            memory: memory.limit,
+            memory_swap: memory.swap,
+            memory_reservation: memory.reservation,
+            cpu_quota: cpu.quota,
+            cpu_period: cpu.period,
+            cpu_shares: cpu.shares,
+            cpus: cpu.cpus.clone(),
+            mems: cpu.mems.clone(),
+            pids: pids.limit.unwrap_or_default(),
+        }
     }
 
     /// Refuses what is not moved yet, by its name.
