@@ -41,12 +41,12 @@ impl Hierarchy {
     }
 }
 
-/// The hierarchies of this machine that nodes get: version 2, and of version 1 those that the
-/// migration or the lab's measurements use.
+/// The hierarchies of this machine, which nodes get: engines of containers make cgroups in all that
+/// `/proc/self/cgroup` lists, and crun takes the first of those for that of the container: without
+/// it that would be the node's root.
 pub fn hierarchies() -> Result<Vec<Hierarchy>> {
-    let read = |path: &str| fs::read_to_string(path).with_context(|| format!("reading {path}"));
-    let (mounts, listed) = (read("/proc/self/mounts")?, read("/proc/self/cgroup")?);
-    let found = parse_hierarchies(&mounts, &listed);
+    let mounts = fs::read_to_string("/proc/self/mounts").context("reading /proc/self/mounts")?;
+    let found = parse_hierarchies(&mounts);
     if !found
         .iter()
         .any(|h| h.is_v2() || h.controllers == "freezer")
@@ -56,13 +56,7 @@ pub fn hierarchies() -> Result<Vec<Hierarchy>> {
     Ok(found)
 }
 
-fn parse_hierarchies(mounts: &str, listed: &str) -> Vec<Hierarchy> {
-    // There crun looks for the cgroup of a container that it restores, whatever it is; without it
-    // it takes the node's root for that, and kills all that is in there.
-    let first = listed
-        .lines()
-        .next()
-        .and_then(|line| line.split(':').nth(1));
+fn parse_hierarchies(mounts: &str) -> Vec<Hierarchy> {
     let mut found: Vec<Hierarchy> = Vec::new();
     for line in mounts.lines() {
         let mut fields = line.split(' ').skip(1);
@@ -81,10 +75,8 @@ fn parse_hierarchies(mounts: &str, listed: &str) -> Vec<Hierarchy> {
             }
             _ => continue,
         };
-        let wanted = kind == "cgroup2"
-            || first == Some(&controllers)
-            || WANTED.iter().any(|w| has(&controllers, w));
-        if wanted && !found.iter().any(|h| h.controllers == controllers) {
+        let is_known = kind == "cgroup2" || !controllers.is_empty();
+        if is_known && !found.iter().any(|h| h.controllers == controllers) {
             found.push(Hierarchy {
                 controllers,
                 mount: PathBuf::from(mount),
@@ -92,12 +84,6 @@ fn parse_hierarchies(mounts: &str, listed: &str) -> Vec<Hierarchy> {
         }
     }
     found
-}
-
-fn has(controllers: &str, wanted: &str) -> bool {
-    controllers
-        .split(',')
-        .any(|controller| controller == wanted)
 }
 
 /// Makes `pageferry-lab/NAME` in each hierarchy; returns the folders.
@@ -110,7 +96,28 @@ pub fn create(hierarchies: &[Hierarchy], name: &str) -> Result<Vec<PathBuf>> {
         fs::create_dir_all(folder)
             .with_context(|| format!("creating the cgroup {}", folder.display()))?;
     }
+    for hierarchy in hierarchies {
+        give_processors(&hierarchy.mount, name)
+            .with_context(|| format!("the cgroup {name} in {}", hierarchy.mount.display()))?;
+    }
     Ok(folders)
+}
+
+/// A cgroup of `cpuset` takes nobody until it is told its processors.
+fn give_processors(mount: &Path, name: &str) -> std::io::Result<()> {
+    let mut above = mount.to_owned();
+    for part in [SUBTREE, name] {
+        let folder = above.join(part);
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            // Of version 2 it inherits them.
+            if mount.join("cgroup.controllers").exists() || !folder.join(file).exists() {
+                continue;
+            }
+            fs::write(folder.join(file), fs::read(above.join(file))?)?;
+        }
+        above = folder;
+    }
+    Ok(())
 }
 
 /// Thaws and kills everything in the lab's subtrees and removes them. Safe to call at any time.
@@ -211,8 +218,6 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
 const SUBTREE: &str = "pageferry-lab";
 /// How the name of a hierarchy begins.
 const NAMED: &str = "name=";
-/// Without the last one runc starts nothing.
-const WANTED: [&str; 4] = ["freezer", "memory", "cpu", "devices"];
 const V1_CONTROLLERS: [&str; 13] = [
     "blkio",
     "cpu",
@@ -237,21 +242,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hybrid_mounts_give_the_wanted_v1_hierarchies_and_v2() {
+    fn hybrid_mounts_give_all_hierarchies_of_v1_and_v2() {
         let mounts = "proc /proc proc rw 0 0\n\
             cgroup /sys/fs/cgroup/cpu cgroup rw,relatime,cpu,cpuacct 0 0\n\
             cgroup /sys/fs/cgroup/pids cgroup rw,relatime,pids 0 0\n\
             cgroup /sys/fs/cgroup/freezer cgroup rw,relatime,freezer 0 0\n\
             cgroup /sys/fs/cgroup/systemd cgroup rw,relatime,name=systemd 0 0\n\
             cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0\n";
-        let found = parse_hierarchies(mounts, "");
-        let names: Vec<_> = found.iter().map(|h| h.controllers.as_str()).collect();
-        assert_eq!(names, ["cpu,cpuacct", "freezer", ""]);
-        assert_eq!(found[2].mount, Path::new("/sys/fs/cgroup/unified"));
-        // And the one that is listed first.
-        let found = parse_hierarchies(mounts, "9:name=systemd:/\n8:pids:/\n0::/\n");
+        let found = parse_hierarchies(mounts);
         let names: Vec<_> = found.iter().map(Hierarchy::folder_name).collect();
-        assert_eq!(names, ["cpu,cpuacct", "freezer", "systemd", "unified"]);
-        assert_eq!(found[2].controllers, "name=systemd");
+        assert_eq!(
+            names,
+            ["cpu,cpuacct", "pids", "freezer", "systemd", "unified"]
+        );
+        assert_eq!(found[3].controllers, "name=systemd");
+        assert_eq!(found[4].mount, Path::new("/sys/fs/cgroup/unified"));
     }
 }

@@ -95,7 +95,7 @@ impl Container {
             return Err(Failure::new(ErrorCode::WorkloadGone, text));
         };
         state.check()?;
-        let bundle = state.bundle.ok_or_else(|| {
+        let bundle = state.bundle.clone().ok_or_else(|| {
             let text = format!("{program} does not say where the bundle of {id} is");
             Failure::new(ErrorCode::UnsupportedWorkload, text)
         })?;
