@@ -21,6 +21,7 @@ use crate::lab::inside::in_network;
 use crate::lab::network::WorkloadLink;
 use crate::lab::node::Node;
 use crate::lab::pids;
+use container::Container;
 use launch::{LaunchSpec, launch};
 
 /// A workload, wherever it is at the moment.
@@ -31,8 +32,8 @@ pub struct Workload {
     /// pid namespace of its own.
     pub pid: i32,
     pub link: WorkloadLink,
-    /// The id it has at runc, if that runs it.
-    pub container: Option<String>,
+    /// What it is to a container runtime, if one runs it.
+    pub container: Option<Container>,
 }
 
 /// How to start one.
@@ -95,7 +96,7 @@ impl Workload {
     /// The name by which pageferry knows it.
     pub fn name(&self) -> String {
         match &self.container {
-            Some(id) => format!("runc/{id}"),
+            Some(container) => container.name(),
             None => format!("process/{}", self.pid),
         }
     }
@@ -117,7 +118,7 @@ impl Workload {
             self.signal(lab)?;
             if !lab.nodes.iter().any(|node| self.is_at(node)) {
                 return match &self.container {
-                    Some(id) => container::delete(lab, id),
+                    Some(container) => container::delete(lab, container),
                     None => Ok(()),
                 };
             }

@@ -154,10 +154,21 @@ pub struct RuntimeRequest {
     pub log: PathBuf,
     /// Where the gate is made. Short, as `work_dir`.
     pub gate: PathBuf,
+    /// Files by which what is to become CRIU joins the cgroups of the container, where there are
+    /// such: its runtime does not put it there.
+    pub cgroup_procs: Vec<PathBuf>,
+    /// The cgroup in which it is to restore, if it says where.
+    pub cgroup: Option<String>,
     /// The folder of the container among those of the runtime.
-    pub state: PathBuf,
-    /// The name in there to which the runtime binds the root file system while it restores.
+    pub folder: PathBuf,
+    /// The folder in which the runtime binds the root file system while it restores,
+    pub bound_in: PathBuf,
+    /// and to what name.
     pub bound: String,
+    /// The file that the runtime has of a container.
+    pub state: PathBuf,
+    /// Files and folders that are left, without that, of a restore that failed.
+    pub leaves: Vec<PathBuf>,
 }
 
 /// A kind of namespace that CRIU can be started in. A pid namespace cannot be entered by exec.

@@ -1,5 +1,5 @@
-//! `containers --only faults`: whoever takes part in the move of a container is killed, at each of
-//! the gates at which the runtime waits.
+//! `containers --only RUNTIME-faults`: whoever takes part in the move of a container is killed, at
+//! each of the gates at which the runtime waits.
 //!
 //! Afterwards exactly one container runs, at one of the nodes, as its runtime's own; at the other
 //! nothing of it is left, its root file system is whole, and no client has noticed but by waiting.
@@ -17,12 +17,12 @@ use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::MoveOptions;
 use crate::mover::pageferry::{Migration, SETTLE_TIME_MAX, wait_settled};
-use crate::workload::container;
+use crate::workload::container::{self, Runtime};
 
 /// Where a runtime waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Gate {
-    /// Both do: `runc checkpoint` for the freeze, `runc restore` for the images.
+    /// Both do: `checkpoint` for the freeze, `restore` for the images.
     Rounds,
     /// The source's CRIU has dumped, and the target does not answer.
     PostDump,
@@ -42,6 +42,8 @@ enum Side {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Who {
     Daemon,
+    /// The container's.
+    Runtime,
     /// By its command.
     Process(&'static str),
 }
@@ -57,44 +59,46 @@ const fn fault(gate: Gate, side: Side, who: Who) -> Fault {
     Fault { gate, side, who }
 }
 
-const RUNC: Who = Who::Process("runc");
 /// What is to become CRIU has its name.
 const CRIU: Who = Who::Process("criu");
 const PAGER: Who = Who::Process("pageferry-pager");
 
 const FAULTS: [Fault; 17] = [
     fault(Gate::Rounds, Side::Source, Who::Daemon),
-    fault(Gate::Rounds, Side::Source, RUNC),
+    fault(Gate::Rounds, Side::Source, Who::Runtime),
     fault(Gate::Rounds, Side::Source, CRIU),
     fault(Gate::Rounds, Side::Target, Who::Daemon),
-    fault(Gate::Rounds, Side::Target, RUNC),
+    fault(Gate::Rounds, Side::Target, Who::Runtime),
     fault(Gate::Rounds, Side::Target, CRIU),
     fault(Gate::PostDump, Side::Source, Who::Daemon),
-    fault(Gate::PostDump, Side::Source, RUNC),
+    fault(Gate::PostDump, Side::Source, Who::Runtime),
     fault(Gate::PostDump, Side::Source, CRIU),
     fault(Gate::PostRestore, Side::Target, Who::Daemon),
-    fault(Gate::PostRestore, Side::Target, RUNC),
+    fault(Gate::PostRestore, Side::Target, Who::Runtime),
     fault(Gate::PostRestore, Side::Target, CRIU),
     fault(Gate::PostRestore, Side::Target, PAGER),
     fault(Gate::Committed, Side::Source, Who::Daemon),
-    fault(Gate::Committed, Side::Source, RUNC),
+    fault(Gate::Committed, Side::Source, Who::Runtime),
     fault(Gate::Committed, Side::Target, Who::Daemon),
-    fault(Gate::Committed, Side::Target, RUNC),
+    fault(Gate::Committed, Side::Target, Who::Runtime),
 ];
 
-/// All of them, of one container under load.
-pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    let mut lab = settings.lab(2)?;
-    let held = container::start(&mut lab, "a")?;
+/// All of them, of one container of `runtime` under load.
+pub fn run(settings: &Settings, runtime: Runtime, report: &mut Report) -> Result<()> {
+    let mut lab = settings.lab_with(&container::LAYER, 2)?;
+    let held = container::start(&mut lab, runtime, "a")?;
     let dataset = Dataset::first_row(BYTES);
     let load = LoadPlan::first_row();
     let mut session = Session::watch(&lab, settings.mover, "a", held, dataset, load)?;
     for fault in FAULTS {
         let came = fault.come(&mut lab, &mut session);
         match came {
-            Ok(came) => println!("{:?} {:?} {:?}: {came}", fault.gate, fault.side, fault.who),
+            Ok(came) => {
+                let Fault { gate, side, who } = fault;
+                println!("{} {gate:?} {side:?} {who:?}: {came}", runtime.name());
+            }
             Err(error) => {
-                report.fail(format!("{fault:?}: {error:#}"));
+                report.fail(format!("{} {fault:?}: {error:#}", runtime.name()));
                 break;
             }
         }
@@ -146,7 +150,8 @@ impl Fault {
                 drop(stopped);
                 lab.restart_daemon(node)?;
             }
-            Who::Process(command) => {
+            Who::Runtime | Who::Process(_) => {
+                let command = self.command(session)?;
                 let struck = kill_first(lab, node, command)?;
                 std::thread::sleep(NOTICE);
                 drop(stopped);
@@ -163,6 +168,19 @@ impl Fault {
             Some((code, text)) => format!("{code}: {text}"),
             None => "moved".to_owned(),
         }))
+    }
+
+    /// The command of the process that is killed.
+    fn command(&self, session: &Session) -> Result<&'static str> {
+        match self.who {
+            Who::Runtime => {
+                let container = session.workload.container.as_ref();
+                let container = container.context("it was started as a container")?;
+                Ok(container.runtime.name())
+            }
+            Who::Process(command) => Ok(command),
+            Who::Daemon => bail!("daemons are not killed by their command"),
+        }
     }
 
     /// Has it come to the gate, and stay there; false when that passed unseen.
@@ -218,8 +236,8 @@ fn kill_first(lab: &Lab, node: &str, command: &str) -> Result<Struck> {
 
 /// Where it runs, at one node and no other.
 fn judge(lab: &Lab, session: &mut Session) -> Result<String> {
-    let id = session.workload.container.clone();
-    let id = id.context("it was started as a container")?;
+    let container = session.workload.container.clone();
+    let container = container.context("it was started as a container")?;
     session.wait_for_writes(WRITES_AROUND)?;
     let mut here = Vec::new();
     for node in &lab.nodes {
@@ -230,12 +248,12 @@ fn judge(lab: &Lab, session: &mut Session) -> Result<String> {
     let [(node, pid)] = here[..] else {
         bail!("it runs at {} nodes", here.len());
     };
-    container::check_here(node, &id, pid)?;
-    container::check_whole(node, &id)?;
+    container::check_here(node, &container, pid)?;
+    container::check_whole(node, &container)?;
     let rest = lab.nodes.iter().filter(|other| other.name() != node.name());
     for gone in rest {
-        container::check_gone(gone, &id)?;
-        container::check_whole(gone, &id)?;
+        container::check_gone(gone, &container)?;
+        container::check_whole(gone, &container)?;
         ensure!(
             !gone.has_frozen_cgroup(),
             "node {} has a frozen cgroup",

@@ -25,13 +25,14 @@ use pageferry_sys::namespace::NamespaceKind;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::oci::arrive::{Arriving as ArrivingContainer, Restore};
+use super::oci::checkpoint::{Checkpoint, CheckpointError};
+use super::oci::habits::Runtime;
+use super::oci::{self, Container};
 use super::passing::Passing;
 use super::process::Process;
 use super::process::arrive::Arriving as ArrivingProcess;
 use super::process::describe::{self, Described};
-use super::runc::arrive::{Arriving as ArrivingRunc, Restore};
-use super::runc::checkpoint::{Checkpoint, CheckpointError};
-use super::runc::{self, Runc};
 
 /// A workload at its source, as the journal keeps it, too.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,8 +40,8 @@ use super::runc::{self, Runc};
 pub enum Kind {
     /// A bare process tree.
     Process(Process),
-    /// A container of runc.
-    Runc(Runc),
+    /// A container of an OCI runtime.
+    Container(Container),
 }
 
 /// A workload that comes.
@@ -48,8 +49,8 @@ pub enum Kind {
 pub enum Arriving {
     /// A bare process tree.
     Process(ArrivingProcess),
-    /// A container of runc.
-    Runc(ArrivingRunc),
+    /// A container of an OCI runtime.
+    Container(ArrivingContainer),
 }
 
 /// What asks CRIU for a dump, if that is not us.
@@ -57,8 +58,8 @@ pub enum Arriving {
 pub enum Asker {
     /// It is.
     Us,
-    /// `runc checkpoint`.
-    Runc(Checkpoint),
+    /// The container's runtime.
+    Container(Checkpoint),
 }
 
 /// Why CRIU was not asked for a dump.
@@ -79,15 +80,16 @@ impl Kind {
     /// The workload of this name, if it is of a kind that can move away from here.
     pub fn of(name: &WorkloadName) -> Result<Self, Failure> {
         match name {
-            WorkloadName::Process(root) => match runc::holding(*root) {
+            WorkloadName::Process(root) => match oci::holding(*root) {
                 None => Ok(Self::Process(Process::new(*root))),
-                Some(id) => Err(Failure::new(
+                Some(name) => Err(Failure::new(
                     ErrorCode::UnsupportedWorkload,
-                    format!("process {root} is in a container: move that, as runc/{id}"),
+                    format!("process {root} is in a container: move that, as {name}"),
                 )),
             },
-            WorkloadName::Runc(id) => Runc::find(id).map(Self::Runc),
-            WorkloadName::Containerd { .. } | WorkloadName::Crun(_) | WorkloadName::Podman(_) => {
+            WorkloadName::Crun(id) => Container::find(Runtime::Crun, id).map(Self::Container),
+            WorkloadName::Runc(id) => Container::find(Runtime::Runc, id).map(Self::Container),
+            WorkloadName::Containerd { .. } | WorkloadName::Podman(_) => {
                 Err(unsupported(name, "cannot be moved by this build"))
             }
         }
@@ -97,7 +99,7 @@ impl Kind {
     pub const fn root(&self) -> i32 {
         match self {
             Self::Process(process) => process.root(),
-            Self::Runc(container) => container.root(),
+            Self::Container(container) => container.root(),
         }
     }
 
@@ -106,7 +108,7 @@ impl Kind {
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
         match self {
             Self::Process(process) => describe::describe(process.root(), pids, shared),
-            Self::Runc(container) => container.describe(pids, shared),
+            Self::Container(container) => container.describe(pids, shared),
         }
     }
 
@@ -119,7 +121,7 @@ impl Kind {
     ) -> Result<Freezer, Failure> {
         match self {
             Self::Process(process) => process.place(freezers, pids, &id.to_string()),
-            Self::Runc(container) => container.place(freezers, pids),
+            Self::Container(container) => container.place(freezers, pids),
         }
     }
 
@@ -131,7 +133,7 @@ impl Kind {
     ) -> Result<(), CgroupError> {
         match self {
             Self::Process(process) => process.enter(freezer, tree),
-            Self::Runc(container) => container.enter(freezer, tree),
+            Self::Container(container) => container.enter(freezer, tree),
         }
     }
 
@@ -141,7 +143,7 @@ impl Kind {
         match self {
             // Nobody has a reason to be in a cgroup of ours.
             Self::Process(_) => Ok(None),
-            Self::Runc(container) => container.stranger(freezer, threads),
+            Self::Container(container) => container.stranger(freezer, threads),
         }
     }
 
@@ -149,7 +151,7 @@ impl Kind {
     pub const fn is_shared(&self) -> bool {
         match self {
             Self::Process(_) => false,
-            Self::Runc(_) => true,
+            Self::Container(_) => true,
         }
     }
 
@@ -157,7 +159,7 @@ impl Kind {
     pub fn open_namespaces(&self, own: &[NamespaceKind]) -> Result<Vec<OwnedFd>, Failure> {
         match self {
             Self::Process(process) => process.open_namespaces(own),
-            Self::Runc(container) => container.open_namespaces(),
+            Self::Container(container) => container.open_namespaces(),
         }
     }
 
@@ -176,10 +178,10 @@ impl Kind {
                 criu.request(Request::dump(options)).await?;
                 Ok((criu, Asker::Us))
             }
-            Self::Runc(container) => {
+            Self::Container(container) => {
                 let started = Checkpoint::start(container, (criu, options), stand_in, directory);
                 let (criu, checkpoint) = started.await?;
-                Ok((criu, Asker::Runc(checkpoint)))
+                Ok((criu, Asker::Container(checkpoint)))
             }
         }
     }
@@ -189,7 +191,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.give_back(freezer),
             // It is where its runtime has put it.
-            Self::Runc(_) => Ok(()),
+            Self::Container(_) => Ok(()),
         }
     }
 
@@ -197,7 +199,7 @@ impl Kind {
     pub fn release(&self, freezer: &Freezer, hierarchies: &Hierarchies) -> Result<(), CgroupError> {
         match self {
             Self::Process(process) => process.release(freezer, hierarchies),
-            Self::Runc(container) => container.release(freezer),
+            Self::Container(container) => container.release(freezer),
         }
     }
 }
@@ -207,8 +209,15 @@ impl Arriving {
     pub fn begin(name: &WorkloadName, description: &WorkloadDescription) -> Result<Self, Failure> {
         match name {
             WorkloadName::Process(_) => Ok(Self::Process(ArrivingProcess::begin(description))),
-            WorkloadName::Runc(id) => ArrivingRunc::begin(id, description).map(Self::Runc),
-            WorkloadName::Containerd { .. } | WorkloadName::Crun(_) | WorkloadName::Podman(_) => {
+            WorkloadName::Crun(id) => {
+                let begun = ArrivingContainer::begin(Runtime::Crun, id, description);
+                begun.map(Self::Container)
+            }
+            WorkloadName::Runc(id) => {
+                let begun = ArrivingContainer::begin(Runtime::Runc, id, description);
+                begun.map(Self::Container)
+            }
+            WorkloadName::Containerd { .. } | WorkloadName::Podman(_) => {
                 Err(unsupported(name, "cannot be taken in by the target"))
             }
         }
@@ -219,7 +228,7 @@ impl Arriving {
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         match self {
             Self::Process(process) => process.check(description),
-            Self::Runc(container) => container.check(description),
+            Self::Container(container) => container.check(description),
         }
     }
 
@@ -227,7 +236,7 @@ impl Arriving {
     pub fn namespaces(&self, description: &WorkloadDescription) -> Vec<NamespaceKind> {
         match self {
             Self::Process(process) => process.namespaces(description),
-            Self::Runc(_) => ArrivingRunc::namespaces(),
+            Self::Container(_) => ArrivingContainer::namespaces(),
         }
     }
 
@@ -236,16 +245,20 @@ impl Arriving {
         match self {
             Self::Process(process) => process.check_tasks(tasks),
             // They are in a pid namespace of their own.
-            Self::Runc(_) => Ok(()),
+            Self::Container(_) => Ok(()),
         }
     }
 
     /// Who makes it and its cgroups with their limits, if that is not us. What that needs is made
     /// in `directory`, the migration's.
-    pub fn made_by(&self, directory: &Path) -> io::Result<Option<Restore>> {
+    pub fn made_by(
+        &self,
+        directory: &Path,
+        hierarchies: &Hierarchies,
+    ) -> io::Result<Option<Restore>> {
         match self {
             Self::Process(_) => Ok(None),
-            Self::Runc(container) => container.restore(directory).map(Some),
+            Self::Container(container) => container.restore(directory, hierarchies).map(Some),
         }
     }
 }
@@ -255,7 +268,7 @@ impl Asker {
     pub async fn ended(&mut self) {
         match self {
             Self::Us => {}
-            Self::Runc(checkpoint) => checkpoint.ended().await,
+            Self::Container(checkpoint) => checkpoint.ended().await,
         }
     }
 }

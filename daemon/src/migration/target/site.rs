@@ -44,8 +44,8 @@ use crate::runtime::identity;
 use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
 use crate::runtime::mounts::external_at_restore;
-use crate::runtime::runc::BOUND;
-use crate::runtime::runc::arrive::{Restore, made_for, note_again};
+use crate::runtime::oci::BOUND;
+use crate::runtime::oci::arrive::{Restore, made_for, note_again};
 use crate::runtime::shared::lengths;
 pub use run::LetGoError;
 
@@ -295,7 +295,7 @@ impl Site {
             })?;
         }
         self.prepare_network(offer).await?;
-        let made_by = arriving.made_by(&self.directory);
+        let made_by = arriving.made_by(&self.directory, &self.node.hierarchies);
         self.made_by = made_by.map_err(|error| internal(&error))?;
         self.arriving = Some(arriving);
         if self.made_by.is_none() {
@@ -381,9 +381,10 @@ impl Site {
         let namespaces = self.pager_namespaces()?;
         let prepared = client.prepare(self.restore_request(), &namespaces);
         let criu = prepared.await.map_err(pager_failed)?;
-        if self.made_by.is_some() {
+        if let Some(restore) = &self.made_by {
+            let made_by = (restore.program.as_path(), criu);
             let roots = (&self.node.freezers, &self.node.hierarchies);
-            self.freezer = block_in_place(|| made_for(criu, roots, &self.directory))?;
+            self.freezer = block_in_place(|| made_for(made_by, roots, &self.directory))?;
         }
         Ok(())
     }
@@ -480,8 +481,13 @@ impl Site {
                 arguments: restore.arguments.clone(),
                 log: restore.log.clone(),
                 gate: self.directory.join("gate"),
-                state: restore.state.clone(),
+                cgroup_procs: restore.cgroup_procs.clone(),
+                cgroup: restore.cgroup.clone(),
+                folder: restore.leaves.folder.clone(),
+                bound_in: restore.leaves.bound_in.clone(),
                 bound: BOUND.to_owned(),
+                state: restore.leaves.state.clone(),
+                leaves: restore.leaves.paths.clone(),
             }),
             ..RestoreRequest::default()
         }

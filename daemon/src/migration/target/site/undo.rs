@@ -11,7 +11,7 @@ use tokio::task::block_in_place;
 
 use super::{Pager, Site};
 use crate::migration::text::{chain, internal, network_unfit};
-use crate::runtime::runc::arrive::sweep;
+use crate::runtime::oci::arrive::sweep;
 
 /// How long a pager may take to undo a restore: five seconds for CRIU to give up, ten for its tasks
 /// to die. One that takes longer is killed, and its watcher, and this, kill what is left.
@@ -41,9 +41,13 @@ impl Site {
             if !self.freezer.exists() {
                 return Ok(());
             }
-            self.freezer
-                .kill(KILL_TIMEOUT)
-                .and_then(|()| self.freezer.remove())
+            self.freezer.kill(KILL_TIMEOUT)?;
+            // A runtime may have left cgroups below it.
+            sweep(&self.directory);
+            match self.freezer.exists() {
+                true => self.freezer.remove(),
+                false => Ok(()),
+            }
         });
         // Whoever is left: what is bound is bound in the node's namespace, and dangerous there.
         block_in_place(|| sweep(&self.directory));

@@ -1,21 +1,26 @@
-//! A container of runc, named by its id: the runtime makes it and ends it, and we are in between.
+//! A container of an OCI runtime, named by its id: the runtime makes it and ends it, and we are in
+//! between. Which runtimes there are and in what they differ is [`habits`].
 //!
-//! At the source `runc checkpoint` writes the request for CRIU, and deletes the container when CRIU
-//! says that it is dumped; at the target `runc restore` makes the container, and CRIU's request for
-//! it. Neither knows that it is two nodes. What stands between them and CRIU is
+//! At the source `checkpoint` writes the request for CRIU, and deletes the container when CRIU says
+//! that it is dumped; at the target `restore` makes the container, and CRIU's request for it. The
+//! runtime does not know that it is two nodes. What stands between it and CRIU is
 //! [`criu_glue::rpc::Gate`].
 //!
 //! Invariants: whatever fails before the commit, the runtime hears that its command has failed, and
 //! its container runs on as it was; no folder of the runtime is deleted while a root file system is
 //! bound in it.
 //!
-//! Absent, and refused by name ([`spec`]): a root file system that is written to, volumes,
-//! terminals, pipes as standard streams, hooks, namespaces that are shared.
+//! Absent, and refused by name ([`spec`], [`state`]): a root file system that is written to,
+//! volumes, terminals, pipes as standard streams, hooks, namespaces that are shared.
 
 mod alone;
 pub mod arrive;
 pub mod checkpoint;
+mod crun;
+pub mod habits;
+mod runc;
 pub mod spec;
+pub mod state;
 
 use std::fs;
 use std::io;
@@ -35,21 +40,17 @@ use serde::{Deserialize, Serialize};
 use super::identity::{self, Identity};
 use super::passing::Passing;
 use super::process::describe::{self, Described};
-use spec::{Spec, State};
+use habits::{BoundIn, Runtime};
+use spec::Spec;
+use state::State;
 
-/// The runtime; looked up in `PATH`.
-const PROGRAM: &str = "runc";
-
-/// Where it keeps its containers, unless its caller has another place.
-const ROOT: &str = "/run/runc";
-
-/// Where it binds the root file system of a container, in its folder, while it restores.
+/// What a runtime calls the place to which it binds the root file system while it restores.
 pub const BOUND: &str = "criu-root";
 
 /// What it says when something goes wrong, in the migration's folder.
 const OUTPUT: &str = "runtime.log";
 
-/// How long `runc checkpoint` may take to delete its container, if it lives: it has ended, unless
+/// How long `checkpoint` may take to delete its container, if it lives: it has ended, unless
 /// the daemon that started it has.
 const GONE_MAX: Duration = Duration::from_millis(500);
 
@@ -61,7 +62,8 @@ const DELETE_POLL: Duration = Duration::from_millis(5);
 
 /// A container at its source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Runc {
+pub struct Container {
+    runtime: Runtime,
     id: String,
     root: i32,
     /// When that started, in clock ticks since the boot.
@@ -71,32 +73,42 @@ pub struct Runc {
     bundle: PathBuf,
 }
 
-impl Runc {
+impl Container {
     /// The container of this name, if it runs here and can move.
-    pub fn find(id: &ContainerId) -> Result<Self, Failure> {
-        let id = id.to_string();
-        let path = folder(&id).join("state.json");
+    pub fn find(runtime: Runtime, id: &ContainerId) -> Result<Self, Failure> {
+        let (id, program) = (id.to_string(), runtime.program());
+        let path = runtime.state(&id);
         let text = fs::read(&path).map_err(|error| {
-            let text = format!("runc has no container {id}: {}: {error}", path.display());
+            let text = format!(
+                "{program} has no container {id}: {}: {error}",
+                path.display()
+            );
             Failure::new(ErrorCode::WorkloadGone, text)
         })?;
-        let state = State::parse(&text, &id)?;
-        let root = state.init_process_pid;
+        let state = (runtime.habits().read)(&text, &id)?;
+        let root = state.root;
         let now = Identity::of(root)
             .ok()
-            .filter(|now| now.started == state.init_process_start);
+            .filter(|now| now.started == state.started);
         let Some(Identity { started, boot, .. }) = now else {
-            let text = format!("the container {id} has ended: runc has its remains");
+            let text = format!("the container {id} has ended: {program} has its remains");
             return Err(Failure::new(ErrorCode::WorkloadGone, text));
         };
         state.check()?;
-        let bundle = state.bundle().ok_or_else(|| {
-            let text = format!("runc does not say where the bundle of {id} is");
+        let bundle = state.bundle.clone().ok_or_else(|| {
+            let text = format!("{program} does not say where the bundle of {id} is");
             Failure::new(ErrorCode::UnsupportedWorkload, text)
         })?;
-        let spec = Spec::parse(&read_config(&bundle)?)?;
-        state.check_against(&spec, &bundle)?;
+        let config = read_config(&bundle)?;
+        state.check_against(&Spec::parse(&config)?, &bundle)?;
+        if let Some(copy) = runtime.habits().copy
+            && fs::read(runtime.folder(&id).join(copy)).ok() != Some(config)
+        {
+            let text = format!("the config.json of {id} was changed since it was started");
+            return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
+        }
         Ok(Self {
+            runtime,
             id,
             root,
             started,
@@ -195,71 +207,83 @@ impl Runc {
     /// that died over it is asked again. A container that was begun anew under its name is another,
     /// and nothing is done to it.
     pub fn release(&self, freezer: &Freezer) -> Result<(), CgroupError> {
-        let folder = folder(&self.id);
-        if !gone_within(|| self.is_listed(&folder), GONE_MAX) {
-            self.delete(&folder);
+        if !gone_within(|| self.is_listed(), GONE_MAX) {
+            self.delete();
         }
         // Nobody is in it, or this says so.
         freezer.remove()
     }
 
-    fn delete(&self, folder: &Path) {
+    fn delete(&self) {
+        let (runtime, program) = (self.runtime, self.runtime.program());
         // Before anybody deletes what is in there.
-        if let Err(error) = bound::release(folder, BOUND) {
+        let bound_in = bound_in((runtime, &self.id), &self.bundle);
+        if let Err(error) = bound::release(&bound_in, BOUND) {
             tracing::error!(container = self.id, %error, "{} has something mounted in it, and is \
-                not deleted", folder.display());
+                not deleted", bound_in.display());
             return;
         }
         // Not by force: its processes are dead, and those of another container of its name, should
         // one begin now, are to live.
-        let delete = ["--root", ROOT, "delete", &self.id];
-        match Command::new(PROGRAM).args(delete).output() {
+        let delete = ["--root", runtime.root(), "delete", &self.id];
+        match Command::new(program).args(delete).output() {
             Ok(output) if output.status.success() => {}
             Ok(output) => tracing::warn!(container = self.id, status = %output.status,
                 said = %String::from_utf8_lossy(&output.stderr).trim_end(),
-                "runc does not delete what has moved away"),
-            Err(error) => tracing::warn!(container = self.id, %error, "runc cannot be asked"),
+                "{program} does not delete what has moved away"),
+            Err(error) => tracing::warn!(container = self.id, %error, "{program} cannot be asked"),
         }
-        if !gone_within(|| self.is_listed(folder), DELETE_MAX) {
+        if !gone_within(|| self.is_listed(), DELETE_MAX) {
             tracing::warn!(
                 container = self.id,
-                "runc lists a container that has moved away"
+                "{program} lists a container that has moved away"
             );
         }
     }
 
-    /// Whether what the runtime has in `folder` is this very container.
-    fn is_listed(&self, folder: &Path) -> bool {
-        let text = fs::read(folder.join("state.json")).ok();
-        let state = text.and_then(|text| State::parse(&text, &self.id).ok());
-        let same = |state: State| {
-            (state.init_process_pid, state.init_process_start) == (self.root, self.started)
-        };
-        state.is_some_and(same) && identity::boot().is_ok_and(|boot| boot == self.boot)
+    /// Whether what the runtime has by its name is this very container.
+    fn is_listed(&self) -> bool {
+        let text = fs::read(self.runtime.state(&self.id)).ok();
+        text.is_some_and(|text| self.is_in(&text))
+    }
+
+    /// Whether this is what the runtime has written of it.
+    fn is_in(&self, written: &[u8]) -> bool {
+        let state = (self.runtime.habits().read)(written, &self.id);
+        let same = |state: State| (state.root, state.started) == (self.root, self.started);
+        state.is_ok_and(same) && identity::boot().is_ok_and(|boot| boot == self.boot)
     }
 }
 
-/// The container that process `pid` is in, if runc has made it in its usual place.
+/// The container that process `pid` is in, as it is named, if its runtime has made it in its usual
+/// place.
 pub fn holding(pid: i32) -> Option<String> {
-    let entries = fs::read_dir(ROOT).ok()?;
-    let ids = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok());
     let above = identity::ancestors(pid);
-    ids.take(CONTAINERS_MAX).find(|id| {
-        let state = fs::read(folder(id).join("state.json")).ok();
-        let state = state.and_then(|text| State::parse(&text, id).ok());
-        let root = state.map(|state| state.init_process_pid);
-        root.is_some_and(|root| root == pid || above.contains(&root))
+    Runtime::ALL.into_iter().find_map(|runtime| {
+        let entries = fs::read_dir(runtime.root()).ok()?;
+        let mut ids = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .take(CONTAINERS_MAX);
+        let id = ids.find(|id| {
+            let state = fs::read(runtime.state(id)).ok();
+            let state = state.and_then(|text| (runtime.habits().read)(&text, id).ok());
+            let root = state.map(|state| state.root);
+            root.is_some_and(|root| root == pid || above.contains(&root))
+        })?;
+        Some(format!("{}/{id}", runtime.program()))
     })
 }
 
-/// Containers that are looked through.
+/// Containers that are looked through, of each runtime.
 const CONTAINERS_MAX: usize = 4096;
 
-/// The folder that runc has for a container.
-fn folder(id: &str) -> PathBuf {
-    Path::new(ROOT).join(id)
+/// Where the root file system of a container is bound while it is restored.
+fn bound_in((runtime, id): (Runtime, &str), bundle: &Path) -> PathBuf {
+    match runtime.habits().bound_in {
+        BoundIn::Folder => runtime.folder(id),
+        BoundIn::Bundle => bundle.to_owned(),
+    }
 }
 
 fn read_config(bundle: &Path) -> Result<Vec<u8>, Failure> {
@@ -297,9 +321,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_journal_keeps_a_container_by_its_name_root_and_bundle() {
+    fn a_journal_keeps_a_container_by_its_runtime_name_root_and_bundle() {
         let text = concat!(
-            r#"{"runc":{"id":"web","root":7,"started":5,"boot":"b","#,
+            r#"{"container":{"runtime":"crun","id":"web","root":7,"started":5,"boot":"b","#,
             r#""bundle":"/srv/web"}}"#
         );
         let kind: crate::runtime::kind::Kind = serde_json::from_str(text).unwrap();
@@ -309,39 +333,38 @@ mod tests {
 
     #[test]
     fn a_container_begun_anew_under_the_same_name_is_another() {
-        let folder = tempfile::tempdir().unwrap();
-        let ours = Runc {
+        let ours = Container {
+            runtime: Runtime::Runc,
             id: "web".to_owned(),
             root: 7,
             started: 5,
             boot: identity::boot().unwrap(),
             bundle: "/srv/web".into(),
         };
-        assert!(!ours.is_listed(folder.path()));
-        let list = |root: i32, started: u64| {
+        let is_in = |ours: &Container, root: i32, started: u64| {
             let text = format!(
                 r#"{{"init_process_pid":{root},"init_process_start":{started},"config":{{}}}}"#
             );
-            fs::write(folder.path().join("state.json"), text).unwrap();
+            ours.is_in(text.as_bytes())
         };
-        list(7, 5);
-        assert!(ours.is_listed(folder.path()));
-        let before = Runc {
+        assert!(is_in(&ours, 7, 5));
+        assert!(!is_in(&ours, 7, 6) && !is_in(&ours, 8, 5));
+        let before = Container {
             boot: "another".to_owned(),
-            ..ours.clone()
+            ..ours
         };
-        assert!(!before.is_listed(folder.path()));
-        for (root, started) in [(7, 6), (8, 5)] {
-            list(root, started);
-            assert!(!ours.is_listed(folder.path()));
-        }
+        assert!(!is_in(&before, 7, 5));
     }
 
     #[test]
     fn a_container_that_is_not_there_is_said_to_be_gone() {
-        let gone = Runc::find(&"no-such-container".parse().unwrap()).unwrap_err();
-        assert_eq!(gone.code(), ErrorCode::WorkloadGone);
-        assert!(gone.text().contains("no-such-container"), "{gone}");
+        for runtime in Runtime::ALL {
+            let id = "no-such-container".parse().unwrap();
+            let gone = Container::find(runtime, &id).unwrap_err();
+            assert_eq!(gone.code(), ErrorCode::WorkloadGone);
+            let text = format!("{} has no container no-such-container", runtime.program());
+            assert!(gone.text().contains(&text), "{gone}");
+        }
         assert_eq!(holding(i32::MAX), None);
     }
 }

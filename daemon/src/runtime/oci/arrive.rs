@@ -1,4 +1,5 @@
-//! A container at its target: its name is free, its bundle is here, and `runc restore` makes it.
+//! A container at its target: its name is free, its bundle is here, and its runtime's
+//! `restore` makes it.
 
 use std::fs;
 use std::io;
@@ -15,13 +16,15 @@ use pageferry_sys::bound;
 use pageferry_sys::namespace::NamespaceKind;
 use serde::{Deserialize, Serialize};
 
+use super::habits::Runtime;
 use super::spec::Spec;
-use super::{BOUND, OUTPUT, PROGRAM, ROOT, folder, read_config};
+use super::{BOUND, OUTPUT, bound_in, read_config};
 use crate::runtime::{cpu, files};
 
 /// A container that comes.
 #[derive(Clone, Debug)]
 pub struct Arriving {
+    runtime: Runtime,
     id: String,
     container: ContainerDescription,
 }
@@ -35,24 +38,42 @@ pub struct Restore {
     pub arguments: Vec<String>,
     /// Where it writes what goes wrong.
     pub log: PathBuf,
-    /// The folder it has for the container.
-    pub state: PathBuf,
+    /// What it leaves if it is killed, or fails.
+    pub leaves: Leaves,
+    /// The files by which a process joins the cgroups of the container, if the runtime does not put
+    /// there what is to become CRIU.
+    pub cgroup_procs: Vec<PathBuf>,
+    /// The cgroup that it has to name then.
+    pub cgroup: Option<String>,
 }
 
-/// What a runtime may leave behind that was killed while it restored; in a file of the migration's
-/// folder.
+/// What a runtime may leave behind of a restore that did not succeed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leaves {
+    /// The folder that it has for the container.
+    pub folder: PathBuf,
+    /// The folder in which it binds the root file system, to [`BOUND`].
+    pub bound_in: PathBuf,
+    /// There is a container if there is this file; then nothing else was left.
+    pub state: PathBuf,
+    /// Files, and folders if they are empty, in the order in which they are removed.
+    pub paths: Vec<PathBuf>,
+}
+
+/// What may be left when the runtime, and whoever started it, were killed while it restored; in a
+/// file of the migration's folder.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Note {
-    state: PathBuf,
-    /// What that is known by, once it is made.
+    leaves: Leaves,
+    /// What the runtime's folder is known by, once it is made.
     made: Option<FolderId>,
     cgroups: Vec<(PathBuf, FolderId)>,
 }
 
 const NOTE: &str = "container.json";
 
-/// What `runc checkpoint` writes beside the images, and `runc restore` reads before it asks for
-/// them: the standard streams. No container comes with others.
+/// What `checkpoint` writes beside the images, and `restore` reads before it asks for them: the
+/// standard streams. No container comes with others.
 const STREAMS: (&str, &str) = (
     "descriptors.json",
     r#"["/dev/null","/dev/null","/dev/null"]"#,
@@ -60,13 +81,21 @@ const STREAMS: (&str, &str) = (
 
 impl Arriving {
     /// Takes in hand what is offered.
-    pub fn begin(id: &ContainerId, description: &WorkloadDescription) -> Result<Self, Failure> {
+    pub fn begin(
+        runtime: Runtime,
+        id: &ContainerId,
+        description: &WorkloadDescription,
+    ) -> Result<Self, Failure> {
         let container = description.container.clone().ok_or_else(|| {
             let text = format!("the offer does not say what the container {id} is");
             Failure::new(ErrorCode::UnsupportedWorkload, text)
         })?;
         let id = id.to_string();
-        Ok(Self { id, container })
+        Ok(Self {
+            runtime,
+            id,
+            container,
+        })
     }
 
     /// Compares what it needs with this node. Blocks; asks about files, whose storage may not
@@ -85,15 +114,15 @@ impl Arriving {
                 "a container has namespaces of its own, and nothing shared with its node",
             ));
         }
-        let state = folder(&self.id);
-        if state.exists() {
+        let folder = self.runtime.folder(&self.id);
+        if folder.exists() {
             return Err(Failure::new(
                 ErrorCode::NameTaken,
                 format!(
                     "the target has a container {} already, or what is left of one ({}): end it \
                      there first, or have it moved under another name",
                     self.id,
-                    state.display()
+                    folder.display()
                 ),
             ));
         }
@@ -134,13 +163,19 @@ impl Arriving {
 
     /// How the runtime is started to restore it. Makes what it needs in `directory`, which is the
     /// migration's.
-    pub fn restore(&self, directory: &Path) -> io::Result<Restore> {
+    pub fn restore(&self, directory: &Path, hierarchies: &Hierarchies) -> io::Result<Restore> {
         let images = directory.join("streams");
         fs::create_dir_all(&images)?;
         fs::write(images.join(STREAMS.0), STREAMS.1)?;
-        let state = folder(&self.id);
+        let spec = Spec::parse(&self.container.config).map_err(io::Error::other)?;
+        let cgroup = spec.cgroup().to_owned();
+        // Wherever the runtime makes one.
+        let below = cgroup.trim_start_matches('/');
+        let all = hierarchies.iter().map(|all| all.point.join(below));
+        let cgroups: Vec<PathBuf> = all.collect();
+        let leaves = self.leaves(&cgroups);
         let note = Note {
-            state: state.clone(),
+            leaves: leaves.clone(),
             ..Note::default()
         };
         note.write(directory)?;
@@ -148,7 +183,7 @@ impl Arriving {
         let log = directory.join(OUTPUT);
         let arguments = [
             "--root",
-            ROOT,
+            self.runtime.root(),
             "--log",
             &path(&log),
             "restore",
@@ -163,26 +198,54 @@ impl Arriving {
             &self.container.bundle,
             &self.id,
         ];
+        let joined = match self.runtime.habits().enters {
+            true => Vec::new(),
+            false => cgroups,
+        };
+        let joined = joined.into_iter().map(|cgroup| cgroup.join("cgroup.procs"));
         Ok(Restore {
-            program: PROGRAM.into(),
+            program: self.runtime.program().into(),
             arguments: arguments.map(str::to_owned).to_vec(),
             log,
-            state,
+            leaves,
+            cgroup_procs: joined.collect(),
+            cgroup: (!self.runtime.habits().enters).then_some(cgroup),
         })
+    }
+
+    fn leaves(&self, cgroups: &[PathBuf]) -> Leaves {
+        let (runtime, habits) = (self.runtime, self.runtime.habits());
+        let folder = runtime.folder(&self.id);
+        let files = habits.leaves.iter().map(|name| folder.join(name));
+        let mut paths: Vec<PathBuf> = files.collect();
+        if !paths.is_empty() {
+            paths.push(folder);
+        }
+        for cgroup in cgroups.iter().filter(|_| !habits.leaves_below.is_empty()) {
+            paths.extend(habits.leaves_below.iter().map(|name| cgroup.join(name)));
+            paths.push(cgroup.clone());
+        }
+        Leaves {
+            folder: runtime.folder(&self.id),
+            bound_in: bound_in((runtime, &self.id), Path::new(&self.container.bundle)),
+            state: runtime.state(&self.id),
+            paths,
+        }
     }
 }
 
-/// The cgroup that a runtime has made for a container: process `pid` is to become the CRIU that
-/// restores it, and is in it alone. What else the runtime has made is noted in `directory`.
+/// The cgroup that runtime `program` has made for a container: process `pid` is to become the CRIU
+/// that restores it, and is in it alone. What else the runtime has made is noted in `directory`.
 pub fn made_for(
-    pid: i32,
+    (program, pid): (&Path, i32),
     (freezers, hierarchies): (&FreezerRoot, &Hierarchies),
     directory: &Path,
 ) -> Result<Freezer, Failure> {
+    let program = program.display();
     let unfit = |text: String| Failure::new(ErrorCode::NodeUnfit, text);
     let path = freezers.current_of(pid).ok_or_else(|| {
         unfit(format!(
-            "the cgroup that {PROGRAM} has made for the container cannot be seen"
+            "the cgroup that {program} has made for the container cannot be seen"
         ))
     })?;
     let freezer = Freezer::open(&path).and_then(Freezer::known);
@@ -192,7 +255,7 @@ pub fn made_for(
         .map_err(|error| unfit(error.to_string()))?;
     if inside != [pid] {
         return Err(unfit(format!(
-            "{PROGRAM} restores into the cgroup {}, where others are ({inside:?})",
+            "{program} restores into the cgroup {}, where others are ({inside:?})",
             path.display()
         )));
     }
@@ -205,7 +268,7 @@ pub fn made_for(
         .filter_map(|folder| FolderId::of(&folder).ok().map(|id| (folder, id)))
         .collect();
     let noted = Note::read(directory).and_then(|note| {
-        let made = Some(FolderId::of(&note.state)?);
+        let made = Some(FolderId::of(&note.leaves.folder)?);
         let note = Note {
             made,
             cgroups,
@@ -213,7 +276,7 @@ pub fn made_for(
         };
         note.write(directory)
     });
-    noted.map_err(|error| unfit(format!("what {PROGRAM} makes cannot be noted: {error}")))?;
+    noted.map_err(|error| unfit(format!("what {program} makes cannot be noted: {error}")))?;
     Ok(freezer)
 }
 
@@ -223,9 +286,9 @@ pub fn note_again(directory: &Path) -> io::Result<()> {
     let again = note.cgroups.into_iter();
     let again = again.filter_map(|(path, _)| FolderId::of(&path).ok().map(|id| (path, id)));
     let note = Note {
-        made: Some(FolderId::of(&note.state)?),
+        made: Some(FolderId::of(&note.leaves.folder)?),
         cgroups: again.collect(),
-        state: note.state,
+        leaves: note.leaves,
     };
     note.write(directory)
 }
@@ -236,14 +299,18 @@ pub fn sweep(directory: &Path) {
     let Ok(note) = Note::read(directory) else {
         return;
     };
+    let leaves = &note.leaves;
     let is_ours = match note.made {
-        Some(made) => made.is_at(&note.state),
+        Some(made) => made.is_at(&leaves.folder),
         // It has not come to its request. It is no container yet; that of somebody else is.
-        None => !note.state.join("state.json").exists(),
+        None => !leaves.state.exists(),
     };
-    if is_ours && let Err(error) = bound::release(&note.state, BOUND) {
+    if is_ours && let Err(error) = bound::release(&leaves.bound_in, BOUND) {
         tracing::error!(%error, "{} has the root file system of a container bound in it, which is \
-            deleted with it", note.state.display());
+            deleted with it", leaves.bound_in.display());
+    }
+    if is_ours {
+        bound::remove_unless(&leaves.state, &leaves.paths);
     }
     for (cgroup, _) in note.cgroups.iter().filter(|(path, id)| id.is_at(path)) {
         // With anybody in it, it is no leftover.
@@ -279,6 +346,7 @@ mod tests {
 
     fn arriving(bundle: &Path, config: &str) -> Arriving {
         Arriving {
+            runtime: Runtime::Runc,
             id: "web".to_owned(),
             container: ContainerDescription {
                 bundle: bundle.to_string_lossy().into_owned(),
@@ -310,11 +378,31 @@ mod tests {
     #[test]
     fn what_a_killed_runtime_leaves_is_noted_before_it_is_started_and_swept() {
         let folder = tempfile::tempdir().unwrap();
-        let restore = arriving(Path::new("/b"), CONFIG)
-            .restore(folder.path())
-            .unwrap();
-        assert_eq!(restore.state, Path::new("/run/runc/web"));
-        assert_eq!(restore.arguments.last().map(String::as_str), Some("web"));
+        let mounts = "1 0 0:1 / /cg/freezer rw - cgroup cgroup rw,freezer\n";
+        let hierarchies = Hierarchies::from_mountinfo(mounts);
+        let come = |runtime| {
+            let arriving = Arriving {
+                runtime,
+                ..arriving(Path::new("/b"), CONFIG)
+            };
+            arriving.restore(folder.path(), &hierarchies).unwrap()
+        };
+        let crun = come(Runtime::Crun);
+        assert_eq!(crun.leaves.bound_in, Path::new("/b"));
+        let left = [
+            "/run/crun/web/config.json",
+            "/run/crun/web",
+            "/cg/freezer/web/.proxy-crun",
+            "/cg/freezer/web",
+        ];
+        assert_eq!(crun.leaves.paths, left.map(PathBuf::from));
+        let joined = [PathBuf::from("/cg/freezer/web/cgroup.procs")];
+        assert_eq!(crun.cgroup_procs, joined);
+        assert_eq!(crun.cgroup.as_deref(), Some("/web"));
+        let runc = come(Runtime::Runc);
+        assert_eq!(runc.leaves.bound_in, Path::new("/run/runc/web"));
+        assert!(runc.leaves.paths.is_empty() && runc.cgroup_procs.is_empty());
+        assert_eq!(runc.arguments.last().map(String::as_str), Some("web"));
         let streams = fs::read_to_string(folder.path().join("streams/descriptors.json")).unwrap();
         assert_eq!(streams.matches("/dev/null").count(), 3);
         // As if it had been killed, with its folder and an empty cgroup left.
@@ -322,7 +410,12 @@ mod tests {
         fs::create_dir_all(state.join(BOUND)).unwrap();
         fs::create_dir(&cgroup).unwrap();
         let note = Note {
-            state: state.clone(),
+            leaves: Leaves {
+                bound_in: state.clone(),
+                folder: state.clone(),
+                state: state.join("state.json"),
+                ..Leaves::default()
+            },
             made: FolderId::of(&state).ok(),
             cgroups: vec![(cgroup.clone(), FolderId::of(&cgroup).unwrap())],
         };

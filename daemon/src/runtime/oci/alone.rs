@@ -1,6 +1,6 @@
 //! That the cgroup of a container holds its tree, all of it, and nobody else.
 //!
-//! Who came by `runc exec` is nobody's child in the tree: he would be frozen with it, not dumped,
+//! Who came by `exec` is nobody's child in the tree: he would be frozen with it, not dumped,
 //! and killed when it is given away. Who is in another cgroup is dumped, and runs while memory is
 //! scanned. Of a running tree this is a moment's picture, of a frozen one it is exact.
 
@@ -22,7 +22,7 @@ pub fn check_running(freezer: &Freezer, root: i32, pids: &[i32]) -> Result<(), S
         // A child that was born after the tree was read, or one that has ended since.
         if !ancestors(*other).contains(&root) && !has_ended(*other) {
             return Err(format!(
-                "process {other} was started in the container from outside (runc exec), and is \
+                "process {other} was started in the container from outside (exec), and is \
                  not moved with it: end it first"
             ));
         }
