@@ -5,6 +5,7 @@
 
 pub mod case;
 pub mod container;
+pub mod containerd;
 pub mod launch;
 pub mod nginx;
 pub mod redis;
@@ -31,9 +32,18 @@ pub struct Workload {
     /// pid namespace of its own.
     pub pid: i32,
     pub link: WorkloadLink,
-    /// The id it has at runc, if that runs it.
+    /// The id it has at its runtime, if one runs it.
     pub container: Option<String>,
+    /// What stands before that in its name.
+    pub engine: &'static str,
 }
+
+/// A container that runc runs for nobody else.
+pub const RUNC: &str = "runc";
+/// One of containerd, in its usual namespace.
+pub const CONTAINERD: &str = "containerd/default";
+/// A process tree.
+pub const PROCESS: &str = "process";
 
 /// How to start one.
 #[derive(Clone, Debug)]
@@ -53,6 +63,7 @@ impl Workload {
             pid: pids::of_workload(number),
             link: WorkloadLink::new(number),
             container: None,
+            engine: PROCESS,
         };
         let spec = LaunchSpec {
             pid: workload.pid,
@@ -95,8 +106,8 @@ impl Workload {
     /// The name by which pageferry knows it.
     pub fn name(&self) -> String {
         match &self.container {
-            Some(id) => format!("runc/{id}"),
-            None => format!("process/{}", self.pid),
+            Some(id) => format!("{}/{id}", self.engine),
+            None => format!("{}/{}", self.engine, self.pid),
         }
     }
 
@@ -117,6 +128,7 @@ impl Workload {
             self.signal(lab)?;
             if !lab.nodes.iter().any(|node| self.is_at(node)) {
                 return match &self.container {
+                    Some(id) if self.engine == CONTAINERD => containerd::delete(lab, id),
                     Some(id) => container::delete(lab, id),
                     None => Ok(()),
                 };

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::container_faults;
 use super::report::Report;
 use super::session::Session;
 use super::settings::{Settings, other};
+use super::{container_faults, containerd};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::MoveOptions;
@@ -25,8 +25,11 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         None | Some(RUNC) => (MOVES, BYTES),
         Some(FEW) => (MOVES_FEW, BYTES_FEW),
         Some(FAULTS) => return container_faults::run(settings, report),
+        Some(CONTAINERD_FAULTS) => return container_faults::run_containerd(settings, report),
+        Some(CONTAINERD) => return containerd::moves(settings, report),
         Some(other) => {
-            bail!("containers has no case {other:?}, only {RUNC:?}, {FEW:?} and {FAULTS:?}")
+            let known = [RUNC, FEW, FAULTS, CONTAINERD, CONTAINERD_FAULTS].join(", ");
+            bail!("containers has no case {other:?}, only {known}")
         }
     };
     let dataset = Dataset::first_row(bytes);
@@ -75,7 +78,8 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     workload.kill(&lab)
 }
 
-fn move_on(session: &mut Session, lab: &Lab, report: &mut Report) -> Result<bool> {
+/// Moves it on, and waits until it has written more.
+pub fn move_on(session: &mut Session, lab: &Lab, report: &mut Report) -> Result<bool> {
     let to = other(&session.at);
     let moved = session.move_to(lab, to, &MoveOptions::default(), report)?;
     session.wait_for_writes(WRITES_AROUND)?;
@@ -89,6 +93,9 @@ const RUNC: &str = "runc";
 const FEW: &str = "few";
 /// Kills at the gates.
 const FAULTS: &str = "faults";
+/// Those of containerd.
+const CONTAINERD: &str = "containerd";
+const CONTAINERD_FAULTS: &str = "containerd-faults";
 const MOVES: usize = 10;
 const MOVES_FEW: usize = 2;
 /// Values alone; Redis needs a quarter more for them.

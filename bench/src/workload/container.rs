@@ -6,7 +6,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Workload, redis};
+use super::{RUNC, Workload, redis};
 use crate::lab::Lab;
 use crate::lab::network::WorkloadLink;
 use crate::lab::node::Node;
@@ -36,6 +36,7 @@ pub fn start(lab: &mut Lab, at: &str) -> Result<Workload> {
         pid: pid.with_context(|| format!("runc has no pid for {id}: {state}"))?,
         link: WorkloadLink::new(number),
         container: Some(id),
+        engine: RUNC,
     };
     let inner = node.network_of(workload.pid)?;
     workload.link.create(node, &inner)?;

@@ -25,6 +25,8 @@ use pageferry_sys::namespace::NamespaceKind;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::containerd::arrive::Arriving as ArrivingContainerd;
+use super::containerd::{self, Containerd};
 use super::process::Process;
 use super::process::arrive::Arriving as ArrivingProcess;
 use super::process::describe::{self, Described};
@@ -38,6 +40,8 @@ use super::runc::{self, Runc};
 pub enum Kind {
     /// A bare process tree.
     Process(Process),
+    /// A container of containerd.
+    Containerd(Containerd),
     /// A container of runc.
     Runc(Runc),
 }
@@ -47,6 +51,8 @@ pub enum Kind {
 pub enum Arriving {
     /// A bare process tree.
     Process(ArrivingProcess),
+    /// A container of containerd.
+    Containerd(Box<ArrivingContainerd>),
     /// A container of runc.
     Runc(ArrivingRunc),
 }
@@ -72,6 +78,9 @@ pub enum AskError {
     /// The container's runtime does not ask for it.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The container's runtime does not ask for it, or containerd does not let it.
+    #[error(transparent)]
+    Containerd(#[from] containerd::AskError),
 }
 
 impl Kind {
@@ -86,7 +95,10 @@ impl Kind {
                 )),
             },
             WorkloadName::Runc(id) => Runc::find(id).map(Self::Runc),
-            WorkloadName::Containerd { .. } | WorkloadName::Crun(_) | WorkloadName::Podman(_) => {
+            WorkloadName::Containerd { namespace, id } => {
+                Containerd::find(namespace, id).map(Self::Containerd)
+            }
+            WorkloadName::Crun(_) | WorkloadName::Podman(_) => {
                 Err(unsupported(name, "cannot be moved by this build"))
             }
         }
@@ -97,6 +109,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.root(),
             Self::Runc(container) => container.root(),
+            Self::Containerd(container) => container.root(),
         }
     }
 
@@ -106,6 +119,7 @@ impl Kind {
         match self {
             Self::Process(process) => describe::describe(process.root(), pids, shared),
             Self::Runc(container) => container.describe(pids, shared),
+            Self::Containerd(container) => container.describe(pids, shared),
         }
     }
 
@@ -119,6 +133,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.place(freezers, pids, &id.to_string()),
             Self::Runc(container) => container.place(freezers, pids),
+            Self::Containerd(container) => container.place(freezers, pids),
         }
     }
 
@@ -131,6 +146,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.enter(freezer, tree),
             Self::Runc(container) => container.enter(freezer, tree),
+            Self::Containerd(container) => container.enter(freezer, tree),
         }
     }
 
@@ -139,6 +155,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.open_namespaces(own),
             Self::Runc(container) => container.open_namespaces(),
+            Self::Containerd(container) => container.open_namespaces(),
         }
     }
 
@@ -162,6 +179,11 @@ impl Kind {
                 let (criu, checkpoint) = started.await?;
                 Ok((criu, Asker::Runc(checkpoint)))
             }
+            Self::Containerd(container) => {
+                let asked = container.ask((criu, options), stand_in, directory).await;
+                let (criu, checkpoint) = asked?;
+                Ok((criu, Asker::Runc(checkpoint)))
+            }
         }
     }
 
@@ -171,6 +193,10 @@ impl Kind {
             Self::Process(process) => process.give_back(freezer),
             // It is where its runtime has put it.
             Self::Runc(_) => Ok(()),
+            Self::Containerd(container) => {
+                container.give_back();
+                Ok(())
+            }
         }
     }
 
@@ -179,6 +205,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.release(freezer, hierarchies),
             Self::Runc(container) => container.release(freezer),
+            Self::Containerd(container) => container.release(freezer),
         }
     }
 }
@@ -189,7 +216,11 @@ impl Arriving {
         match name {
             WorkloadName::Process(_) => Ok(Self::Process(ArrivingProcess::begin(description))),
             WorkloadName::Runc(id) => ArrivingRunc::begin(id, description).map(Self::Runc),
-            WorkloadName::Containerd { .. } | WorkloadName::Crun(_) | WorkloadName::Podman(_) => {
+            WorkloadName::Containerd { namespace, id } => {
+                let arriving = ArrivingContainerd::begin((namespace, id), description)?;
+                Ok(Self::Containerd(Box::new(arriving)))
+            }
+            WorkloadName::Crun(_) | WorkloadName::Podman(_) => {
                 Err(unsupported(name, "cannot be taken in by the target"))
             }
         }
@@ -201,6 +232,7 @@ impl Arriving {
         match self {
             Self::Process(process) => process.check(description),
             Self::Runc(container) => container.check(description),
+            Self::Containerd(container) => container.check(description),
         }
     }
 
@@ -208,7 +240,7 @@ impl Arriving {
     pub fn namespaces(&self, description: &WorkloadDescription) -> Vec<NamespaceKind> {
         match self {
             Self::Process(process) => process.namespaces(description),
-            Self::Runc(_) => ArrivingRunc::namespaces(),
+            Self::Runc(_) | Self::Containerd(_) => ArrivingRunc::namespaces(),
         }
     }
 
@@ -217,7 +249,7 @@ impl Arriving {
         match self {
             Self::Process(process) => process.check_tasks(tasks),
             // They are in a pid namespace of their own.
-            Self::Runc(_) => Ok(()),
+            Self::Runc(_) | Self::Containerd(_) => Ok(()),
         }
     }
 
@@ -227,6 +259,7 @@ impl Arriving {
         match self {
             Self::Process(_) => Ok(None),
             Self::Runc(container) => container.restore(directory).map(Some),
+            Self::Containerd(container) => container.restore(directory).map(Some),
         }
     }
 }
@@ -239,6 +272,22 @@ impl Asker {
             Self::Runc(checkpoint) => checkpoint.ended().await,
         }
     }
+}
+
+/// Removes what is left of an arrival that did not come to its end. Nobody of it may be left.
+pub fn sweep(directory: &Path) {
+    super::runc::arrive::sweep(directory);
+    super::containerd::arrive::settle(directory);
+}
+
+/// Sees to it that whoever made what has come knows that it runs.
+pub fn settle(directory: &Path) {
+    super::containerd::arrive::settle(directory);
+}
+
+/// Tries again what could not be settled before.
+pub fn settle_left() {
+    super::containerd::arrive::settle_left();
 }
 
 fn unsupported(name: &WorkloadName, what: &str) -> Failure {

@@ -1,6 +1,6 @@
 //! What kinds of workload there are, and how each is described, held, dumped, and made again.
 //!
-//! Kinds are [`kind`]: the bare process tree ([`process`]) and a container of [`runc`]; which
+//! Kinds are [`kind`]: the bare process tree ([`process`]) and a container of [`runc`] or [`containerd`]; which
 //! process a pid means is [`identity`]. Its cgroups are those of `pageferry-cgroup`, its processor
 //! [`cpu`], its limits [`limits`], and what memory is left for it says [`memory`]. The files it
 //! stands on are [`files`], what it has locked of them [`locks`], those that both nodes share
@@ -10,6 +10,7 @@
 //! Nothing here knows the links or the pages.
 
 pub mod build_id;
+pub mod containerd;
 pub mod cpu;
 pub mod detached;
 pub mod files;

@@ -69,19 +69,7 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks; asks about files, whose storage may not
     /// answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
-        let own = [
-            Namespaces::NET,
-            Namespaces::UTS,
-            Namespaces::IPC,
-            Namespaces::PID,
-        ];
-        let own = own.into_iter().fold(Namespaces::MNT, Namespaces::with);
-        if description.own_namespaces != own || !description.shared.is_empty() {
-            return Err(Failure::new(
-                ErrorCode::UnsupportedWorkload,
-                "a container has namespaces of its own, and nothing shared with its node",
-            ));
-        }
+        check_namespaces(description)?;
         let state = folder(&self.id);
         if state.exists() {
             return Err(Failure::new(
@@ -132,15 +120,8 @@ impl Arriving {
     /// How the runtime is started to restore it. Makes what it needs in `directory`, which is the
     /// migration's.
     pub fn restore(&self, directory: &Path) -> io::Result<Restore> {
-        let images = directory.join("streams");
-        fs::create_dir_all(&images)?;
-        fs::write(images.join(STREAMS.0), STREAMS.1)?;
         let state = folder(&self.id);
-        let note = Note {
-            state: state.clone(),
-            cgroups: Vec::new(),
-        };
-        note.write(directory)?;
+        let images = prepare(directory, &state)?;
         let path = |path: &Path| path.to_string_lossy().into_owned();
         let log = directory.join(OUTPUT);
         let arguments = [
@@ -167,6 +148,38 @@ impl Arriving {
             state,
         })
     }
+}
+
+/// Refuses what no source of this build offers.
+pub fn check_namespaces(description: &WorkloadDescription) -> Result<(), Failure> {
+    let own = [
+        Namespaces::NET,
+        Namespaces::UTS,
+        Namespaces::IPC,
+        Namespaces::PID,
+    ];
+    let own = own.into_iter().fold(Namespaces::MNT, Namespaces::with);
+    if description.own_namespaces != own || !description.shared.is_empty() {
+        return Err(Failure::new(
+            ErrorCode::UnsupportedWorkload,
+            "a container has namespaces of its own, and nothing shared with its node",
+        ));
+    }
+    Ok(())
+}
+
+/// Notes in `directory` what a killed runtime may leave in its folder `state` for the container, and
+/// makes what it reads of images by itself; where that is.
+pub fn prepare(directory: &Path, state: &Path) -> io::Result<PathBuf> {
+    let images = directory.join("streams");
+    fs::create_dir_all(&images)?;
+    fs::write(images.join(STREAMS.0), STREAMS.1)?;
+    let note = Note {
+        state: state.to_owned(),
+        cgroups: Vec::new(),
+    };
+    note.write(directory)?;
+    Ok(images)
 }
 
 /// The cgroup that a runtime has made for a container: process `pid` is to become the CRIU that
@@ -252,6 +265,7 @@ mod tests {
             container: ContainerDescription {
                 bundle: bundle.to_string_lossy().into_owned(),
                 config: config.into(),
+                containerd: None,
             },
         }
     }

@@ -15,7 +15,7 @@ use criu_glue::rpc::{
 };
 use thiserror::Error;
 
-use super::{OUTPUT, PROGRAM, ROOT, Runc};
+use super::{OUTPUT, PROGRAM, Runc};
 
 /// Where its gate is, in the migration's folder.
 const GATE: &str = "gate";
@@ -80,7 +80,7 @@ impl Checkpoint {
         fs::create_dir(&images).map_err(made(&images))?;
         let arguments = [
             "--root".as_ref(),
-            ROOT.as_ref(),
+            container.kept_in.as_os_str(),
             "--log".as_ref(),
             log.as_os_str(),
             "checkpoint".as_ref(),

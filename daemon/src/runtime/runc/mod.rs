@@ -63,13 +63,21 @@ pub struct Runc {
     id: String,
     root: i32,
     bundle: PathBuf,
+    /// Where the runtime keeps it.
+    #[serde(default = "usual_root", skip_serializing_if = "is_usual_root")]
+    kept_in: PathBuf,
 }
 
 impl Runc {
     /// The container of this name, if it runs here and can move.
     pub fn find(id: &ContainerId) -> Result<Self, Failure> {
+        Self::find_in(ROOT.into(), id)
+    }
+
+    /// The container of this name among those that the runtime keeps in a folder.
+    pub fn find_in(kept_in: PathBuf, id: &ContainerId) -> Result<Self, Failure> {
         let id = id.to_string();
-        let path = folder(&id).join("state.json");
+        let path = kept_in.join(&id).join("state.json");
         let text = fs::read(&path).map_err(|error| {
             let text = format!("runc has no container {id}: {}: {error}", path.display());
             Failure::new(ErrorCode::WorkloadGone, text)
@@ -88,7 +96,17 @@ impl Runc {
             let text = format!("runc does not say where the bundle of {id} is");
             Failure::new(ErrorCode::UnsupportedWorkload, text)
         })?;
-        Ok(Self { id, root, bundle })
+        Ok(Self {
+            id,
+            root,
+            bundle,
+            kept_in,
+        })
+    }
+
+    /// The folder that the runtime has for it.
+    pub fn folder(&self) -> PathBuf {
+        self.kept_in.join(&self.id)
     }
 
     /// The pid of its root in this node's pid namespace.
@@ -119,6 +137,7 @@ impl Runc {
         description.container = Some(ContainerDescription {
             bundle: self.bundle.to_string_lossy().into_owned(),
             config,
+            containerd: None,
         });
         Ok(described)
     }
@@ -196,12 +215,17 @@ impl Runc {
     /// It runs elsewhere, and its tasks here are dead. The runtime deletes what it has of it; one
     /// that died over it is asked again.
     pub fn release(&self, freezer: &Freezer) -> Result<(), CgroupError> {
-        let folder = folder(&self.id);
+        let folder = self.folder();
         if !gone_within(&folder.join("state.json"), GONE_MAX) {
             self.delete(&folder);
         }
         // Nobody is in it, or this says so.
         freezer.remove()
+    }
+
+    /// Waits until the runtime has deleted it, for a while; whether it has.
+    pub fn is_deleted(&self) -> bool {
+        gone_within(&self.folder().join("state.json"), GONE_MAX)
     }
 
     fn delete(&self, folder: &Path) {
@@ -211,8 +235,10 @@ impl Runc {
                 not deleted", folder.display());
             return;
         }
-        let delete = ["--root", ROOT, "delete", "--force", &self.id];
-        match Command::new(PROGRAM).args(delete).output() {
+        let mut delete = Command::new(PROGRAM);
+        delete.arg("--root").arg(&self.kept_in);
+        delete.args(["delete", "--force", &self.id]);
+        match delete.output() {
             Ok(output) if output.status.success() => {}
             Ok(output) => tracing::warn!(container = self.id, status = %output.status,
                 said = %String::from_utf8_lossy(&output.stderr).trim_end(),
@@ -246,7 +272,15 @@ pub fn holding(pid: i32) -> Option<String> {
 /// Containers that are looked through.
 const CONTAINERS_MAX: usize = 4096;
 
-/// The folder that runc has for a container.
+fn usual_root() -> PathBuf {
+    ROOT.into()
+}
+
+fn is_usual_root(root: &Path) -> bool {
+    root == Path::new(ROOT)
+}
+
+/// The folder that runc has for a container of its own.
 fn folder(id: &str) -> PathBuf {
     Path::new(ROOT).join(id)
 }
