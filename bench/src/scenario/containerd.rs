@@ -19,6 +19,8 @@ pub fn moves(settings: &Settings, report: &mut Report) -> Result<()> {
     let _engines = engines(&lab)?;
     let held = containerd::start(&mut lab, "a", &containerd::RESTARTED)?;
     let id = held.container.clone().context("it is in a container")?;
+    // What is looked at after each move is so before the first.
+    containerd::check_here(lab.node("a")?, &id, held.pid)?;
     let (dataset, load) = (Dataset::first_row(BYTES), LoadPlan::first_row());
     let mut session = Session::watch(&lab, settings.mover, "a", held, dataset, load)?;
     for _ in 0..MOVES {

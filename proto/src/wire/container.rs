@@ -112,4 +112,17 @@ mod tests {
         assert!(!read(wire("/b", CONFIG_BYTES_MAX + 1)));
         assert!(!read(wire("b", 2)) && !read(wire("", 2)));
     }
+
+    #[test]
+    fn what_containerd_has_is_limited() {
+        let wire = |record: usize, digest: usize| schema::Containerd {
+            record: vec![0; record],
+            image_digest: "d".repeat(digest),
+            ..schema::Containerd::default()
+        };
+        let read = |wire: schema::Containerd| ContainerdDescription::try_from(wire).is_ok();
+        assert!(read(wire(RECORD_BYTES_MAX, REFERENCE_BYTES_MAX)));
+        assert!(!read(wire(RECORD_BYTES_MAX + 1, 1)));
+        assert!(!read(wire(1, REFERENCE_BYTES_MAX + 1)));
+    }
 }

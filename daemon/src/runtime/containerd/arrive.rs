@@ -16,9 +16,9 @@ use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescripti
 use pageferry_proto::wire::description::WorkloadDescription;
 
 use super::{ask, check, kept_in, refuse_others};
+use crate::runtime::cpu;
 use crate::runtime::runc::arrive::{Restore, check_namespaces, prepare};
 use crate::runtime::runc::spec::Spec;
-use crate::runtime::{cpu, files};
 
 /// What stands for the runtime here: it asks containerd, and ends when the container runs.
 const PROGRAM: &str = "pageferry-containerd";
@@ -71,8 +71,7 @@ impl Arriving {
         })
     }
 
-    /// Compares what it needs with this node. Blocks; asks about files, whose storage may not
-    /// answer.
+    /// Compares what it needs with this node. Blocks, for as long as containerd takes to answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         check_namespaces(description)?;
         Spec::parse(&self.config)?.check()?;
@@ -91,10 +90,7 @@ impl Arriving {
             ));
         }
         settle_left();
-        self.check_names()?;
-        let root = Path::new("/");
-        let mut all = description.files.iter();
-        all.try_for_each(|file| files::check(file, root, false))
+        self.check_names()
     }
 
     /// Nothing here has its names, and its image is here.

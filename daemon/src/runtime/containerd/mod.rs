@@ -106,6 +106,8 @@ impl Containerd {
     /// What it is made of; as [`Runc::describe`].
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
         let mut described = self.container.describe(pids, shared)?;
+        // They are the image's, which has the same digest; and they are nowhere yet.
+        described.description.files.clear();
         if let Some(container) = &mut described.description.container {
             self.add(container)?;
         }
