@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use criu_glue::options::{LogLevel, ManageCgroups, NetworkLock};
-use criu_glue::rpc::{self, Asked, Conversation, Gate, Patch, SwrkConfig};
+use criu_glue::rpc::{self, Conversation, Gate, Patch, Summoned, SwrkConfig};
 use pageferry_sys::bound;
 use tracing::warn;
 
@@ -31,13 +31,11 @@ const ASK_MAX: Duration = Duration::from_secs(20);
 /// or runs hooks.
 const END_MAX: Duration = Duration::from_secs(10);
 
-/// A runtime that has asked, and waits.
+/// A runtime that has asked, and waits; and a CRIU that will hear of it.
 #[derive(Debug)]
 pub struct Waiting {
-    asked: Asked,
+    asked: Summoned,
     runtime: Runtime,
-    /// That CRIU is to be in.
-    namespaces: Vec<OwnedFd>,
 }
 
 /// A runtime that restores.
@@ -49,7 +47,8 @@ pub struct Runtime {
 }
 
 impl Waiting {
-    /// Starts the runtime and waits until it asks for a restore.
+    /// Starts the runtime, waits until it asks for a restore, and has CRIU come, in `namespaces`:
+    /// its start takes some milliseconds that nobody waits for yet.
     pub async fn start(
         request: &RestoreRequest,
         wanted: &RuntimeRequest,
@@ -65,28 +64,38 @@ impl Waiting {
             state: wanted.state.clone(),
             bound: wanted.bound.clone(),
         };
-        match runtime.process.asks(&gate, &request.criu, ASK_MAX).await {
-            Ok(asked) => Ok(Self {
-                asked,
-                runtime,
-                namespaces,
-            }),
+        let asked = match runtime.process.asks(&gate, &request.criu, ASK_MAX).await {
+            Ok(asked) => asked,
             Err(error) => {
                 drop(gate);
                 runtime.ended().await;
-                Err(RestoreError::Runtime(error))
+                return Err(RestoreError::Runtime(error));
+            }
+        };
+        let config = SwrkConfig {
+            namespaces,
+            // A huge page would be put where pages are missing.
+            huge_pages: false,
+            urgent: true,
+            ..SwrkConfig::new(request.criu.clone(), PathBuf::new())
+        };
+        match asked.summon(config).await {
+            Ok(asked) => Ok(Self { asked, runtime }),
+            Err(error) => {
+                runtime.ended().await;
+                Err(RestoreError::Gate(error))
             }
         }
     }
 
     /// Whether both still wait.
     pub fn is_open(&self) -> bool {
-        self.asked.is_open()
+        self.asked.conversation().is_open()
     }
 
-    /// The process that is to become CRIU: it is in the cgroups of the container.
+    /// The process that is CRIU, or becomes it: it is in the cgroups of the container.
     pub fn criu_pid(&self) -> i32 {
-        self.asked.criu_pid()
+        self.asked.conversation().pid()
     }
 
     /// Lets CRIU begin.
@@ -106,15 +115,8 @@ impl Waiting {
             log_level: Some(LogLevel::Warning),
             ..Patch::default()
         };
-        let config = SwrkConfig {
-            namespaces: self.namespaces,
-            // A huge page would be put where pages are missing.
-            huge_pages: false,
-            urgent: true,
-            ..SwrkConfig::new(request.criu.clone(), PathBuf::new())
-        };
         let (asked, mut runtime) = (self.asked, self.runtime);
-        match asked.start(patch, config).await {
+        match asked.pass(patch).await {
             Ok(criu) => {
                 // The workload would be spared like the pager, at the cost of everybody else.
                 if let Err(error) = criu.set_oom_score_adj(0) {

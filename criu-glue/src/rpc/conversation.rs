@@ -203,6 +203,20 @@ impl Conversation {
         self.ask(kind, By::Client { told }, &packet, held).await
     }
 
+    /// Answers what the client asks for with failure, for `why`, in the place of a CRIU that was
+    /// asked for nothing and is left alone now, of which it ends.
+    pub(super) async fn refuse(
+        mut self,
+        request: &ClientRequest,
+        why: &str,
+    ) -> Result<(), TalkError> {
+        self.criu.hang_up();
+        match self.client.take() {
+            Some(client) => client.call_off(request, why).await,
+            None => Err(TalkError::ClientClosed),
+        }
+    }
+
     async fn ask(
         &mut self,
         kind: i32,

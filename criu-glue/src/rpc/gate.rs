@@ -3,7 +3,8 @@
 //! In a folder of its own a link `criu` leads to the program of `criu-gate`, and beside it is the
 //! socket on which that reports ([`criu_gate`]). A runtime that has the folder alone in its `PATH`
 //! asks for CRIU's version, and then for what it wants: the first is served at once, the other is
-//! what [`Gate::asked`] returns, held until [`Asked::start`] lets CRIU come.
+//! what [`Gate::asked`] returns. [`Asked::summon`] has CRIU come, which then waits as well, and
+//! [`Summoned::pass`] lets it hear what it is asked for.
 //!
 //! Invariant: no CRIU is started for a runtime that has not asked yet: until it has, it may still
 //! move what is to become CRIU to another cgroup.
@@ -43,6 +44,13 @@ pub struct Asked {
     client: Client,
     request: ClientRequest,
     stand_in: StandIn,
+}
+
+/// A runtime that is kept waiting, and a CRIU that waits for its request.
+#[derive(Debug)]
+pub struct Summoned {
+    conversation: Conversation,
+    request: ClientRequest,
 }
 
 /// The process that is to become CRIU.
@@ -117,8 +125,9 @@ impl Gate {
                     return Ok(asked);
                 }
                 let config = SwrkConfig::new(criu.to_owned(), PathBuf::new());
+                let Summoned { mut conversation, request } = asked.summon(config).await?;
                 let version = GateError::Version;
-                let mut conversation = asked.become_criu(config).await?;
+                conversation.pass(request).await.map_err(version)?;
                 let answered = conversation.conclude(limit, |_| true).await;
                 answered.map_err(version)?;
             }
@@ -179,32 +188,54 @@ impl Asked {
         self.client.call_off(&self.request, why).await
     }
 
-    /// Lets CRIU come, started as `config` says, and passes the request on with `patch`. Of
-    /// `config` cgroups, output and inherited descriptors do not count: they are the runtime's.
+    /// Has CRIU come, started as `config` says, and wait. Of `config` cgroups, output and inherited
+    /// descriptors do not count: they are the runtime's.
     ///
     /// # Errors
-    /// [`GateError::Patch`], [`GateError::StandIn`] when what was to become CRIU has ended.
-    pub async fn start(
-        mut self,
-        patch: Patch,
-        config: SwrkConfig,
-    ) -> Result<Conversation, GateError> {
-        self.request.patch(patch, self.client.peer())?;
-        self.become_criu(config).await
-    }
-
-    async fn become_criu(self, config: SwrkConfig) -> Result<Conversation, GateError> {
+    /// [`GateError::StandIn`] when what was to become CRIU has ended.
+    pub async fn summon(self, config: SwrkConfig) -> Result<Summoned, GateError> {
         let StandIn { channel, peer } = self.stand_in;
         if config.urgent {
             sys::make_urgent(peer.pid());
         }
         let between = Conversation::between(self.client, peer);
-        let (mut conversation, criu) = between.map_err(GateError::StandIn)?;
-        let passed = conversation.pass(self.request).await;
-        passed.map_err(GateError::StandIn)?;
+        let (conversation, criu) = between.map_err(GateError::StandIn)?;
         let sent = channel.send(&instructions(config, criu)).await;
         sent.map_err(|error| GateError::StandIn(TalkError::Send(error)))?;
-        Ok(conversation)
+        Ok(Summoned {
+            conversation,
+            request: self.request,
+        })
+    }
+}
+
+impl Summoned {
+    /// The conversation, of which CRIU knows nothing yet.
+    #[must_use]
+    pub fn conversation(&self) -> &Conversation {
+        &self.conversation
+    }
+
+    /// Passes the request on with `patch`.
+    ///
+    /// # Errors
+    /// [`GateError::Patch`], [`GateError::StandIn`] when CRIU has ended.
+    pub async fn pass(mut self, patch: Patch) -> Result<Conversation, GateError> {
+        if let Some(client) = self.conversation.client() {
+            self.request.patch(patch, client.peer())?;
+        }
+        let passed = self.conversation.pass(self.request).await;
+        passed.map_err(GateError::StandIn)?;
+        Ok(self.conversation)
+    }
+
+    /// Answers with failure, for `why`, so that the runtime undoes what it has done so far. CRIU
+    /// hears nothing and ends.
+    ///
+    /// # Errors
+    /// [`TalkError::ClientClosed`] when nobody hears it.
+    pub async fn call_off(self, why: &str) -> Result<(), TalkError> {
+        self.conversation.refuse(&self.request, why).await
     }
 }
 

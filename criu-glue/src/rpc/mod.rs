@@ -23,7 +23,7 @@ mod wire;
 pub use client::{Client, ClientRequest, Patch, PatchError};
 pub use conversation::{Conversation, Ending, TalkError};
 pub use event::{Event, Features, NotifyScript, RequestFailed, Response, Version};
-pub use gate::{Asked, Gate, GateError};
+pub use gate::{Asked, Gate, GateError, Summoned};
 pub use packet::Peer;
 pub use runtime::{Runtime, RuntimeError};
 pub use swrk::{StartError, SwrkConfig, ViewFds};

@@ -95,7 +95,7 @@ impl Checkpoint {
         let mut runtime = Runtime::start(&gate, PROGRAM.as_ref(), arguments, log.clone())?;
         let asked = runtime.asks(&gate, &criu.criu, ASK_MAX).await?;
         check(&asked, container.root)?;
-        let criu = asked.start(patch(options), criu).await?;
+        let criu = asked.summon(criu).await?.pass(patch(options)).await?;
         Ok((criu, Self(runtime)))
     }
 
