@@ -44,6 +44,8 @@ pub struct Arrival {
     pub images: PathBuf,
     /// For its logs.
     pub work: PathBuf,
+    /// The folder in which it has the container.
+    pub state: PathBuf,
 }
 
 /// Why a container does not come.
@@ -56,6 +58,10 @@ pub enum ArrivalError {
     Order(#[from] OrderError),
     #[error("the container cannot be read")]
     Container(#[from] prost::DecodeError),
+    #[error(
+        "process {pid} runs in the container, as {state} says, and containerd does not know of it"
+    )]
+    Lost { pid: i32, state: PathBuf },
     #[error("{path}")]
     File {
         path: PathBuf,
@@ -70,6 +76,28 @@ pub struct Held {
     arrival: Arrival,
     path: PathBuf,
     _lock: File,
+}
+
+/// What the runtime has written of a container that runs.
+#[derive(Debug, Deserialize)]
+struct Root {
+    init_process_pid: i32,
+    init_process_start: u64,
+}
+
+impl Root {
+    fn runs(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.init_process_pid));
+        let stat = stat.unwrap_or_default();
+        // The name may have anything in it; the state is the first behind it, the start the 20th.
+        let mut rest = stat
+            .rsplit_once(") ")
+            .map_or("", |(_, rest)| rest)
+            .split(' ');
+        let is_alive = rest.next().is_some_and(|state| !matches!(state, "Z" | "X"));
+        let started = rest.nth(18).and_then(|start| start.parse().ok());
+        is_alive && started == Some(self.init_process_start)
+    }
 }
 
 /// What comes, in a migration's folder.
@@ -240,10 +268,26 @@ impl Held {
     /// Removes what there is of the container, unless it runs, or is another's.
     async fn undo(&self, client: &Client, id: &str) -> Result<(), ArrivalError> {
         if self.is_ours(client, id).await? {
+            self.check_ended()?;
             leave::remove(client, id).await?;
         }
         let migration = &self.arrival.migration;
         Ok(Orders::of_node().clear(self.namespace(), id, migration)?)
+    }
+
+    /// Refuses to remove what a process runs in: containerd may have forgotten its task.
+    fn check_ended(&self) -> Result<(), ArrivalError> {
+        let state = self.arrival.state.join("state.json");
+        let root = fs::read(&state)
+            .ok()
+            .and_then(|text| serde_json::from_slice::<Root>(&text).ok());
+        match root {
+            Some(root) if root.runs() => Err(ArrivalError::Lost {
+                pid: root.init_process_pid,
+                state,
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Whether containerd has a container that has come with this migration, and not yet to its
@@ -266,5 +310,71 @@ impl Held {
 
     fn namespace(&self) -> &str {
         &self.arrival.namespace
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arrival(folder: &Path) -> Arrival {
+        Arrival {
+            socket: folder.join("none"),
+            namespace: "default".to_owned(),
+            migration: "m".to_owned(),
+            wrapper: "/w".into(),
+            container: Vec::new(),
+            parent: String::new(),
+            gate: "/g".into(),
+            images: "/i".into(),
+            work: "/w".into(),
+            state: folder.join("state"),
+        }
+    }
+
+    #[test]
+    fn an_arrival_is_held_by_one_and_its_link_is_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let (here, there) = (folder.path().join("a"), folder.path().join("b"));
+        fs::create_dir(&here).unwrap();
+        assert!(Arrival::hold(&here).unwrap().is_none());
+        arrival(&here).write(&here).unwrap();
+        Arrival::keep(&here, &there).unwrap();
+        Arrival::keep(&here, &there).unwrap();
+        let held = Arrival::hold(&here).unwrap().unwrap();
+        let other = File::open(there.join(FILE)).unwrap();
+        assert!(matches!(other.try_lock(), Err(TryLockError::WouldBlock)));
+        drop(held);
+        other.try_lock().unwrap();
+    }
+
+    #[test]
+    fn what_runs_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let arrival = arrival(folder.path());
+        arrival.write(folder.path()).unwrap();
+        fs::create_dir(&arrival.state).unwrap();
+        let held = Arrival::hold(folder.path()).unwrap().unwrap();
+        held.check_ended().unwrap();
+        let own = std::process::id();
+        let stat = fs::read_to_string("/proc/self/stat").unwrap();
+        let start: u64 = stat
+            .rsplit_once(") ")
+            .unwrap()
+            .1
+            .split(' ')
+            .nth(19)
+            .unwrap()
+            .parse()
+            .unwrap();
+        let write = |start: u64| {
+            let text = format!(r#"{{"init_process_pid": {own}, "init_process_start": {start}}}"#);
+            fs::write(arrival.state.join("state.json"), text).unwrap();
+        };
+        write(start);
+        assert!(matches!(held.check_ended(), Err(ArrivalError::Lost { .. })));
+        // Another process of the same number.
+        write(start + 1);
+        held.check_ended().unwrap();
     }
 }

@@ -125,7 +125,10 @@ impl Gate {
                     return Ok(asked);
                 }
                 let config = SwrkConfig::new(criu.to_owned(), PathBuf::new());
-                let Summoned { mut conversation, request } = asked.summon(config).await?;
+                let Summoned {
+                    mut conversation,
+                    request,
+                } = asked.summon(config).await?;
                 let version = GateError::Version;
                 conversation.pass(request).await.map_err(version)?;
                 let answered = conversation.conclude(limit, |_| true).await;

@@ -170,6 +170,7 @@ impl Arriving {
             gate: directory.join("gate"),
             images,
             work: directory.to_owned(),
+            state: state.clone(),
         };
         arrival.write(directory)?;
         Ok(Restore {
