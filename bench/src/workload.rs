@@ -22,6 +22,7 @@ use crate::lab::inside::in_network;
 use crate::lab::network::WorkloadLink;
 use crate::lab::node::Node;
 use crate::lab::pids;
+use container::Container;
 use launch::{LaunchSpec, launch};
 
 /// A workload, wherever it is at the moment.
@@ -32,18 +33,11 @@ pub struct Workload {
     /// pid namespace of its own.
     pub pid: i32,
     pub link: WorkloadLink,
-    /// The id it has at its runtime, if one runs it.
-    pub container: Option<String>,
-    /// What stands before that in its name.
-    pub engine: &'static str,
+    /// What it is to a container runtime, if one runs it.
+    pub container: Option<Container>,
+    /// The id that it has at containerd, if that has it.
+    pub containerd: Option<String>,
 }
-
-/// A container that runc runs for nobody else.
-pub const RUNC: &str = "runc";
-/// One of containerd, in its usual namespace.
-pub const CONTAINERD: &str = "containerd/default";
-/// A process tree.
-pub const PROCESS: &str = "process";
 
 /// How to start one.
 #[derive(Clone, Debug)]
@@ -63,7 +57,7 @@ impl Workload {
             pid: pids::of_workload(number),
             link: WorkloadLink::new(number),
             container: None,
-            engine: PROCESS,
+            containerd: None,
         };
         let spec = LaunchSpec {
             pid: workload.pid,
@@ -105,9 +99,10 @@ impl Workload {
 
     /// The name by which pageferry knows it.
     pub fn name(&self) -> String {
-        match &self.container {
-            Some(id) => format!("{}/{id}", self.engine),
-            None => format!("{}/{}", self.engine, self.pid),
+        match (&self.container, &self.containerd) {
+            (Some(container), _) => container.name(),
+            (_, Some(id)) => format!("containerd/default/{id}"),
+            (None, None) => format!("process/{}", self.pid),
         }
     }
 
@@ -127,10 +122,10 @@ impl Workload {
         loop {
             self.signal(lab)?;
             if !lab.nodes.iter().any(|node| self.is_at(node)) {
-                return match &self.container {
-                    Some(id) if self.engine == CONTAINERD => containerd::delete(lab, id),
-                    Some(id) => container::delete(lab, id),
-                    None => Ok(()),
+                return match (&self.container, &self.containerd) {
+                    (Some(container), _) => container::delete(lab, container),
+                    (_, Some(id)) => containerd::delete(lab, id),
+                    (None, None) => Ok(()),
                 };
             }
             ensure!(

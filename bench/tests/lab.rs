@@ -106,10 +106,10 @@ fn a_web_server_moves_while_clients_connect_and_no_request_fails() {
     check(&["nginx", "--only", "few"], 4);
 }
 
-/// Redis as a bare tree and in a container, there and back each.
+/// Redis as a bare tree, and in containers of runc and of crun, there and back each.
 #[test]
-fn a_container_of_runc_moves_there_and_back_as_its_runtimes_own() {
-    check(&["containers", "--only", "few"], 4);
+fn containers_move_there_and_back_as_their_runtimes_own() {
+    check(&["containers", "--only", "few"], 6);
 }
 
 /// nginx, memcached, Valkey, a JVM, numpy, PostgreSQL and MariaDB, there and back, each with a

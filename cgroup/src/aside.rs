@@ -7,7 +7,6 @@
 //! Invariants: a thread is moved only while it is held by a trace that does not let it run, and is
 //! put back before that ends. Absent: tracing.
 
-use std::fs;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::JoinHandle;
@@ -64,7 +63,7 @@ impl Freezer {
     fn beside(&self) -> Self {
         let mut name = self.path().file_name().unwrap_or_default().to_owned();
         name.push(ASIDE);
-        self.sibling(&name)
+        self.like(self.path().with_file_name(name))
     }
 
     /// Removes a place beside this one that a dead daemon has left; not one that somebody is in.
@@ -96,11 +95,11 @@ impl Freezer {
     /// is.
     pub fn keep_ready(&self, pid: i32) -> Ready {
         let (until_dropped, over) = mpsc::channel::<()>();
-        let (file, began) = (self.procs_file(), Instant::now());
+        let (cgroup, began) = (self.clone(), Instant::now());
         let keep = move || {
             // What goes wrong costs some milliseconds, and nothing else.
             while began.elapsed() < READY_MAX
-                && fs::write(&file, pid.to_string()).is_ok()
+                && cgroup.write("cgroup.procs", &pid.to_string()).is_ok()
                 && over.recv_timeout(READY_EVERY) == Err(RecvTimeoutError::Timeout)
             {}
         };

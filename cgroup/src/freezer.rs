@@ -11,7 +11,6 @@
 //! Absent: resource limits.
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,6 +23,7 @@ use pageferry_sys::task;
 use thiserror::Error;
 
 use crate::hierarchies::{FOLDER, Hierarchies};
+use crate::identity::FolderId;
 
 /// How long a freeze may take before it is given up: tasks in uninterruptible sleep do not freeze.
 pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -170,10 +170,7 @@ impl FreezerRoot {
 
     /// The cgroup `name`, which need not exist yet.
     pub fn plan(&self, name: &str) -> Freezer {
-        Freezer {
-            path: self.directory.join(name),
-            version: self.version,
-        }
+        self.found(self.directory.join(name))
     }
 
     /// The cgroup that `pid` is in now, if this node can see it.
@@ -223,18 +220,24 @@ impl FreezerRoot {
                 });
             }
         }
-        let version = self.version;
         // A migration before this one could not bring it back. Names are cheap: that of a unit may
         // begin the same, and others may have come there since.
         if is_made_below(folder) {
-            let path = folder.to_owned();
-            let left = Freezer { path, version };
+            let left = self.found(folder.to_owned());
             if left.processes()?.iter().all(|held| pids.contains(held)) {
                 return Ok((left, folder.parent().map(Path::to_owned)));
             }
         }
         let path = folder.join(format!("{BELOW}{name}"));
-        Ok((Freezer { path, version }, origin))
+        Ok((self.found(path), origin))
+    }
+
+    fn found(&self, path: PathBuf) -> Freezer {
+        Freezer {
+            path,
+            version: self.version,
+            known: None,
+        }
     }
 
     /// The cgroup that holds all of `pids` and nothing else, if it is one of ours.
@@ -242,10 +245,7 @@ impl FreezerRoot {
         let mut pids = pids.to_vec();
         pids.sort_unstable();
         for entry in fs::read_dir(&self.directory).ok()?.flatten() {
-            let freezer = Freezer {
-                path: entry.path(),
-                version: self.version,
-            };
+            let freezer = self.found(entry.path());
             let Ok(held) = freezer.processes() else {
                 continue;
             };
@@ -284,6 +284,8 @@ fn is_made_below(folder: &Path) -> bool {
 pub struct Freezer {
     path: PathBuf,
     version: FreezerVersion,
+    /// If another one by its name, which somebody else has made since, is none.
+    known: Option<FolderId>,
 }
 
 impl Freezer {
@@ -294,21 +296,53 @@ impl Freezer {
         } else {
             FreezerVersion::V2
         };
-        Self { path, version }
+        Self {
+            path,
+            version,
+            known: None,
+        }
+    }
+
+    /// The same, if it is the one that was `known`: whatever else is there by its name counts as
+    /// nothing.
+    pub fn again(path: PathBuf, known: Option<FolderId>) -> Self {
+        Self {
+            known,
+            ..Self::at(path)
+        }
+    }
+
+    /// It, and from now on no other by its name.
+    pub fn known(self) -> Result<Self, CgroupError> {
+        let known = FolderId::of(&self.path).map_err(|source| self.io("looking at", source))?;
+        Ok(Self {
+            known: Some(known),
+            ..self
+        })
+    }
+
+    /// What it is known by besides its path.
+    pub fn id(&self) -> Option<FolderId> {
+        self.known
     }
 
     /// The cgroup at `path`, which must be there and not hold this process.
     pub fn open(path: &Path) -> Result<Self, CgroupError> {
-        let path = path.to_owned();
-        if !path.join(STATE_V1).exists() && !path.join(FREEZE_V2).exists() {
+        Self::at(path.to_owned()).opened()
+    }
+
+    /// It, if it is there and does not hold this process.
+    pub fn opened(self) -> Result<Self, CgroupError> {
+        let path = self.path.clone();
+        let has = |file: &str| path.join(file).exists();
+        if !self.exists() || !has(STATE_V1) && !has(FREEZE_V2) {
             return Err(CgroupError::NotFreezer { path });
         }
-        let freezer = Self::at(path);
         let own = i32::try_from(std::process::id()).unwrap_or_default();
-        if freezer.processes()?.contains(&own) {
-            return Err(CgroupError::Own { path: freezer.path });
+        match self.processes()?.contains(&own) {
+            true => Err(CgroupError::Own { path }),
+            false => Ok(self),
         }
-        Ok(freezer)
     }
 
     /// Makes it, empty and thawed, if it does not exist.
@@ -354,7 +388,7 @@ impl Freezer {
             }
             let mut ending = false;
             for pid in outside {
-                match fs::write(self.procs_file(), pid.to_string()) {
+                match self.write("cgroup.procs", &pid.to_string()) {
                     // It has ended meanwhile, or is ending, which takes as long as its memory is
                     // large.
                     Err(error) if error.raw_os_error() == Some(libc::ESRCH) => ending = true,
@@ -378,12 +412,25 @@ impl Freezer {
 
     /// The processes in it, ascending.
     pub fn processes(&self) -> Result<Vec<i32>, CgroupError> {
-        let text = fs::read_to_string(self.procs_file())
-            .map_err(|source| self.io("reading the tasks of", source))?;
-        let mut pids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
-        pids.sort_unstable();
-        pids.dedup();
-        Ok(pids)
+        self.listed("cgroup.procs")
+    }
+
+    /// The threads in it, ascending.
+    pub fn threads(&self) -> Result<Vec<i32>, CgroupError> {
+        let file = match self.version {
+            FreezerVersion::V1 => "tasks",
+            FreezerVersion::V2 => "cgroup.threads",
+        };
+        self.listed(file)
+    }
+
+    fn listed(&self, file: &str) -> Result<Vec<i32>, CgroupError> {
+        let text = self.read(file);
+        let text = text.map_err(|source| self.io("reading the tasks of", source))?;
+        let mut ids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
     }
 
     /// Whether no process is in it, also because it is not there any more.
@@ -445,14 +492,15 @@ impl Freezer {
             FreezerVersion::V1 => (STATE_V1, "FROZEN"),
             FreezerVersion::V2 => ("cgroup.events", "frozen 1"),
         };
-        let text = fs::read_to_string(self.path.join(file))
-            .map_err(|source| self.io("reading the state of", source))?;
+        let text = self.read(file);
+        let text = text.map_err(|source| self.io("reading the state of", source))?;
         Ok(text.lines().any(|line| line == frozen))
     }
 
-    /// True when the directory is there.
+    /// True when the directory is there, and is not another one.
     pub fn exists(&self) -> bool {
-        self.path.is_dir()
+        let is_it = |known: FolderId| known.is_at(&self.path);
+        self.known.map_or_else(|| self.path.is_dir(), is_it)
     }
 
     /// Kills every task, thaws so that they can die, and waits until they have. Blocks, at most
@@ -487,15 +535,16 @@ impl Freezer {
             FreezerVersion::V1 => "tasks",
             FreezerVersion::V2 => "cgroup.procs",
         };
-        fs::write(self.path.join(file), tid.to_string())
+        self.write(file, &tid.to_string())
             .map_err(|source| self.io("moving a task into", source))
     }
 
-    /// One of another name in the same place.
-    pub(crate) fn sibling(&self, name: &OsStr) -> Self {
+    /// One of another path in the same hierarchy.
+    pub(crate) fn like(&self, path: PathBuf) -> Self {
         Self {
-            path: self.path.with_file_name(name),
+            path,
             version: self.version,
+            known: None,
         }
     }
 
@@ -509,6 +558,9 @@ impl Freezer {
     pub(crate) fn remove_folder(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + GONE_MAX;
         loop {
+            if !self.exists() {
+                return Ok(());
+            }
             let error = match fs::remove_dir(&self.path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => error,
                 _ => return Ok(()),
@@ -530,10 +582,11 @@ impl Freezer {
             (FreezerVersion::V2, false) => (FREEZE_V2, "0"),
         };
         let action = if frozen { "freezing" } else { "thawing" };
-        fs::write(self.path.join(file), value).map_err(|source| self.io(action, source))
+        self.write(file, value)
+            .map_err(|source| self.io(action, source))
     }
 
-    fn io(&self, action: &'static str, source: io::Error) -> CgroupError {
+    pub(crate) fn io(&self, action: &'static str, source: io::Error) -> CgroupError {
         CgroupError::Io {
             action,
             path: self.path.clone(),

@@ -316,3 +316,31 @@ fn a_frozen_cgroup_that_is_kept_ready_stays_as_it_is() {
         check(&root.plan(&name));
     }
 }
+
+#[test]
+fn a_cgroup_made_anew_under_the_same_name_is_another() {
+    let root = FreezerRoot::detect().expect("a freezer");
+    let known = made(&root, "test-anew").known().expect("known");
+    let again = Freezer::again(known.path().to_owned(), known.id());
+    assert!(known.exists() && again.exists() && again.is_empty());
+    fs::remove_dir(known.path()).expect("empty");
+    let other = made(&root, "test-anew");
+    let child = sleeper();
+    let pid = i32::try_from(child.0.id()).expect("pid");
+    other.adopt(|| Ok(vec![pid])).expect("adopt");
+    other.freeze().expect("freeze");
+    let never = Freezer::again(known.path().to_owned(), Some(FolderId::NEVER));
+    for gone in [known, again, never] {
+        assert!(!gone.exists() && gone.is_empty());
+        assert!(gone.processes().is_err() && gone.is_frozen().is_err());
+        assert!(gone.thaw().is_err() && gone.kill(Duration::ZERO).is_err());
+        assert!(gone.adopt(|| Ok(vec![pid])).is_err());
+        assert!(gone.clone().opened().is_err());
+        gone.remove().expect("it is not there");
+    }
+    assert!(other.is_frozen().expect("state") && !task::has_ended(pid));
+    assert_eq!(other.processes().expect("list"), [pid]);
+    other.thaw().expect("thaw");
+    drop(child);
+    other.remove().expect("remove");
+}

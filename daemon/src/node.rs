@@ -5,10 +5,12 @@
 //! reaches it finds a daemon that knows all its migrations.
 
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
 use criu_glue::probe::Capabilities;
+use nix::unistd::{AccessFlags, access};
 use pageferry_cgroup::freezer::FreezerRoot;
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_pages::track::Support;
@@ -38,6 +40,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let freezers = FreezerRoot::detect().context("this node cannot freeze workloads")?;
     let hierarchies = Hierarchies::detect().context("this node's cgroups cannot be found")?;
     let criu_version = probe_criu(&config).await?;
+    check_stand_in(&config.stand_in)?;
     let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let charged = hierarchies.clone();
     let memory = Ledger::new(move || memory::rooms(&charged));
@@ -154,6 +157,23 @@ async fn probe_criu(config: &Config) -> anyhow::Result<u32> {
     Ok(number(version.major) * 10_000 + number(version.minor) * 100 + number(version.sublevel))
 }
 
+/// Fails if container runtimes could not start what they are to find as CRIU: each would end in the
+/// middle of its work.
+pub fn check_stand_in(program: &Path) -> anyhow::Result<()> {
+    let usable = access(program, AccessFlags::X_OK).map_err(std::io::Error::from);
+    let usable = usable.and_then(|()| match program.is_file() {
+        true => Ok(()),
+        false => Err(std::io::Error::other("it is not a file")),
+    });
+    usable.with_context(|| {
+        format!(
+            "{} cannot be started, which container runtimes find as criu: install it with the \
+             daemon, or say where it is (stand_in in [criu])",
+            program.display()
+        )
+    })
+}
+
 /// A workload with many spaces needs a descriptor or two for each.
 fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -161,5 +181,30 @@ fn raise_descriptor_limit() {
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn what_runtimes_find_as_criu_can_be_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("pageferry-criu");
+        let refused = |why: &str| {
+            let error = format!("{:#}", check_stand_in(&program).unwrap_err());
+            assert!(
+                error.contains("pageferry-criu") && error.contains(why),
+                "{error}"
+            );
+        };
+        refused("No such file");
+        fs::write(&program, "").unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o644)).unwrap();
+        refused("denied");
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        check_stand_in(&program).unwrap();
     }
 }

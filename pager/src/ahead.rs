@@ -31,6 +31,18 @@ impl Ready {
         }
     }
 
+    /// Whether a runtime waits, too.
+    pub const fn is_runtime(&self) -> bool {
+        matches!(self, Self::Runtime(_))
+    }
+
+    /// It is not needed. A runtime undoes what it has made.
+    pub async fn call_off(self) {
+        if let Self::Runtime(waiting) = self {
+            waiting.call_off().await;
+        }
+    }
+
     fn is_open(&mut self) -> bool {
         match self {
             Self::Criu(criu) => criu.is_open(),
@@ -63,8 +75,6 @@ impl Ahead {
 
     /// It is not needed. A runtime undoes what it has made.
     pub async fn call_off(self) {
-        if let Ready::Runtime(waiting) = self.ready {
-            waiting.call_off().await;
-        }
+        self.ready.call_off().await;
     }
 }

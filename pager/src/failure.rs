@@ -23,6 +23,26 @@ pub enum RestoreError {
     /// The cgroup of the tree cannot be used.
     #[error("cannot use the cgroup of the tree")]
     Cgroup(#[source] CgroupError),
+    /// What is to become CRIU cannot be put where its runtime has made a place.
+    #[error("cannot join a cgroup of the container by {path}")]
+    Join {
+        /// By which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It has taken another cgroup for that of the container, and may kill all that is in there.
+    #[error(
+        "the container runtime restores into the cgroup {named:?} and not {wanted}: it must see \
+         every hierarchy of cgroups at /sys/fs/cgroup"
+    )]
+    OtherCgroup {
+        /// Which it has named.
+        named: Option<String>,
+        /// Which it should have.
+        wanted: String,
+    },
     /// A directory cannot be opened.
     #[error("cannot open {path}")]
     Directory {
@@ -115,9 +135,12 @@ impl RestoreError {
         match self {
             Self::Plan(_) | Self::Unplanned(_) | Self::Dead(_) => ErrorCode::LedgerIncomplete,
             Self::Locks { .. } => ErrorCode::Malformed,
-            Self::Cgroup(_) | Self::Directory { .. } | Self::Watcher(_) => ErrorCode::Internal,
+            Self::Cgroup(_) | Self::Directory { .. } | Self::Join { .. } | Self::Watcher(_) => {
+                ErrorCode::Internal
+            }
             Self::Runtime(RuntimeError::Gate(_)) | Self::Gate(_) => ErrorCode::CriuFailed,
             Self::Runtime(_) | Self::RuntimeRefused => ErrorCode::RuntimeFailed,
+            Self::OtherCgroup { .. } => ErrorCode::NodeUnfit,
             Self::Start(_)
             | Self::Talk(_)
             | Self::Criu(_)

@@ -24,6 +24,8 @@
 
 use std::path::PathBuf;
 
+use pageferry_cgroup::freezer::Freezer;
+use pageferry_cgroup::identity::FolderId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use serde::{Deserialize, Serialize};
 
@@ -89,6 +91,8 @@ pub struct RestoreRequest {
     /// Directory of the freezer cgroup that is among them: it must hold the whole tree and
     /// nothing else, for what is in it is killed or frozen.
     pub freezer: PathBuf,
+    /// What that is known by: another one of its path is not there.
+    pub freezer_id: Option<FolderId>,
     /// How many spaces were planned: all that CRIU will restore.
     pub spaces: u32,
     /// Namespaces CRIU is started in, in the order of the descriptors. Without `net` it is the
@@ -120,6 +124,11 @@ pub struct RestoreRequest {
 }
 
 impl RestoreRequest {
+    /// The cgroup that holds the tree.
+    pub fn cgroup(&self) -> Freezer {
+        Freezer::again(self.freezer.clone(), self.freezer_id)
+    }
+
     /// Whether CRIU would be started in the same way for both.
     pub fn starts_like(&self, other: &Self) -> bool {
         self.criu == other.criu
@@ -145,10 +154,21 @@ pub struct RuntimeRequest {
     pub log: PathBuf,
     /// Where the gate is made. Short, as `work_dir`.
     pub gate: PathBuf,
+    /// Files by which what is to become CRIU joins the cgroups of the container, where there are
+    /// such: its runtime does not put it there.
+    pub cgroup_procs: Vec<PathBuf>,
+    /// The cgroup in which it is to restore, if it says where.
+    pub cgroup: Option<String>,
     /// The folder of the container among those of the runtime.
-    pub state: PathBuf,
-    /// The name in there to which the runtime binds the root file system while it restores.
+    pub folder: PathBuf,
+    /// The folder in which the runtime binds the root file system while it restores,
+    pub bound_in: PathBuf,
+    /// and to what name.
     pub bound: String,
+    /// The file that the runtime has of a container.
+    pub state: PathBuf,
+    /// Files and folders that are left, without that, of a restore that failed.
+    pub leaves: Vec<PathBuf>,
 }
 
 /// A kind of namespace that CRIU can be started in. A pid namespace cannot be entered by exec.
@@ -211,6 +231,8 @@ pub struct Restored {
     pub root_pid: i32,
     /// From the request to this, in milliseconds.
     pub restore_ms: u64,
+    /// What its cgroup is known by: a runtime that was started again has made another one.
+    pub freezer_id: Option<FolderId>,
 }
 
 /// A failure, as it is written in a message.

@@ -361,7 +361,7 @@ impl Desk {
             None => None,
         };
         // The restore itself says so if it is not one.
-        self.cgroup = Some(Freezer::at(request.freezer.clone()));
+        self.cgroup = Some(request.cgroup());
         let job = Job {
             request,
             namespaces,
@@ -468,6 +468,10 @@ impl Desk {
     async fn progressed(&mut self, what: Progress) {
         match what {
             Progress::Held(restored) => {
+                let cgroup = self.cgroup.take();
+                let again =
+                    |one: Freezer| Freezer::again(one.path().to_owned(), restored.freezer_id);
+                self.cgroup = cgroup.map(again);
                 self.restored = Some(restored);
                 // A decision to discard may have crossed it.
                 if self.state == State::Restoring {

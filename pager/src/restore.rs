@@ -42,6 +42,10 @@ use crate::serve::{Counters, Server, Space};
 use crate::start::{LOG, make_ready, open, options};
 use crate::watcher::Watcher;
 
+/// How long a runtime may take to write down that its container runs: milliseconds. Whoever said
+/// "go" waits for it, and for 30 s at most.
+const RUNTIME_ANSWER_MAX: Duration = Duration::from_secs(5);
+
 /// How long a CRIU that was told to give up may take before it is killed.
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -176,6 +180,7 @@ pub async fn run(
     tell(Progress::Held(Restored {
         root_pid,
         restore_ms,
+        freezer_id: restore.cgroup.id(),
     }));
     match restore.held(&mut decisions, root_pid, &tell).await {
         Held::Decided(Decision::Go | Decision::Lock) => {}
@@ -191,6 +196,10 @@ pub async fn run(
         Err((error, false)) => return tell(restore.fail(error).await),
         Err((error, true)) => {
             let after_go = true;
+            // Before it hears of it.
+            if let Some(mut runtime) = restore.runtime.take() {
+                runtime.abandon().await;
+            }
             let fault = restore.fault(&error);
             tell(Progress::Failed(Fault { after_go, ..fault }));
         }
@@ -226,6 +235,23 @@ async fn discarded(decisions: &mut mpsc::UnboundedReceiver<Decision>) {
     }
 }
 
+/// Has the watcher hold the cgroup of the tree. One that a runtime makes is there when that waits;
+/// a runtime that was started in the place of another has made `another`.
+fn hold(
+    request: &RestoreRequest,
+    another: bool,
+    watcher: &Watcher,
+) -> Result<Freezer, RestoreError> {
+    let cgroup = match another {
+        true => Freezer::at(request.freezer.clone()).known(),
+        false => Ok(request.cgroup()),
+    };
+    let cgroup = cgroup.and_then(Freezer::opened);
+    let cgroup = cgroup.map_err(RestoreError::Cgroup)?;
+    watcher.hold(&cgroup).map_err(RestoreError::Watcher)?;
+    Ok(cgroup)
+}
+
 impl Restore {
     async fn start(job: Job) -> Result<Self, RestoreError> {
         job.plan
@@ -241,14 +267,21 @@ impl Restore {
         let socket = LazySocket::bind(&work_dir).map_err(RestoreError::Lazy)?;
         let options = options(&job.request, directories, &job.inherited);
         let locks = Arc::new(Locks::of(&job.request)?);
-        let ready = match job.criu {
-            Some(ready) => ready,
-            None => make_ready(&job.request, job.namespaces, job.inherited).await?,
+        let (ready, is_anew) = match job.criu {
+            Some(ready) => (ready, false),
+            None => {
+                let made = make_ready(&job.request, job.namespaces, job.inherited).await?;
+                (made, true)
+            }
         };
-        // One that a runtime makes is there when that waits.
-        let cgroup = Freezer::open(&job.request.freezer).map_err(RestoreError::Cgroup)?;
-        let held = job.watcher.hold(cgroup.path());
-        held.map_err(RestoreError::Watcher)?;
+        let held = hold(&job.request, is_anew && ready.is_runtime(), &job.watcher);
+        let cgroup = match held {
+            Ok(cgroup) => cgroup,
+            Err(error) => {
+                ready.call_off().await;
+                return Err(error);
+            }
+        };
         let (criu, runtime, options) = match ready {
             Ready::Criu(criu) => (*criu, None, Some(options)),
             Ready::Runtime(waiting) => {
@@ -421,13 +454,14 @@ impl Restore {
         if !runs {
             return Err(before(RestoreError::RuntimeRefused));
         }
-        // A runtime writes down now that its container runs.
+        // A runtime writes down now that its container runs. The daemon waits for it.
+        self.criu.limit_client(RUNTIME_ANSWER_MAX);
         let agreed = self.criu.relay().await;
         if !agreed.map_err(|error| before(RestoreError::Talk(error)))? {
             return Err(before(RestoreError::RuntimeRefused));
         }
         let watcher = |error| before(RestoreError::Watcher(error));
-        self.watcher.run(self.cgroup.path()).map_err(watcher)?;
+        self.watcher.run(&self.cgroup).map_err(watcher)?;
         let answered = self.criu.answer(true).await;
         answered.map_err(|error| before(RestoreError::Talk(error)))?;
         self.resume().await.map_err(|error| (error, true))
@@ -461,10 +495,11 @@ impl Restore {
                 event => event.map_err(RestoreError::Talk)?,
             };
             if let Event::Response(response) = event {
+                response.into_result().map_err(RestoreError::Criu)?;
                 if let Err(error) = self.criu.reply().await {
                     warn!(%error, "the container runtime does not hear of its restore");
                 }
-                return response.into_result().map(drop).map_err(RestoreError::Criu);
+                return Ok(());
             }
         }
     }

@@ -16,7 +16,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use criu_glue::options::{LogLevel, ManageCgroups, NetworkLock};
-use criu_glue::rpc::{self, Conversation, Gate, Patch, Summoned, SwrkConfig};
+use criu_glue::rpc::{self, Asked, Conversation, Gate, Patch, Summoned, SwrkConfig};
+use pageferry_cgroup::identity::FolderId;
 use pageferry_sys::bound;
 use tracing::warn;
 
@@ -42,8 +43,9 @@ pub struct Waiting {
 #[derive(Debug)]
 pub struct Runtime {
     process: rpc::Runtime,
-    state: PathBuf,
-    bound: String,
+    wanted: RuntimeRequest,
+    /// The folder it has made for the container, once it has asked.
+    made: Option<FolderId>,
 }
 
 impl Waiting {
@@ -61,8 +63,8 @@ impl Waiting {
         let process = rpc::Runtime::start(&gate, &wanted.program, arguments, log);
         let mut runtime = Runtime {
             process: process.map_err(RestoreError::Runtime)?,
-            state: wanted.state.clone(),
-            bound: wanted.bound.clone(),
+            wanted: wanted.clone(),
+            made: None,
         };
         let asked = match runtime.process.asks(&gate, &request.criu, ASK_MAX).await {
             Ok(asked) => asked,
@@ -72,6 +74,15 @@ impl Waiting {
                 return Err(RestoreError::Runtime(error));
             }
         };
+        runtime.made = FolderId::of(&wanted.folder).ok();
+        let placed = check_cgroup(&asked, wanted)
+            .and_then(|()| join(asked.criu_pid(), &wanted.cgroup_procs));
+        if let Err(error) = placed {
+            // What becomes of it is in the runtime's log.
+            drop(asked.call_off("it cannot be restored here").await);
+            runtime.ended().await;
+            return Err(error);
+        }
         let config = SwrkConfig {
             namespaces,
             // A huge page would be put where pages are missing.
@@ -156,17 +167,74 @@ impl Runtime {
         self.process.ends_within(limit).await
     }
 
+    /// Ends a runtime that waits, and must not hear that its restore went wrong: the tree was let
+    /// go, and may run, and the runtime would kill it.
+    pub async fn abandon(&mut self) {
+        if let Err(error) = self.process.kill().await {
+            warn!(%error, "the container runtime");
+        }
+        self.release();
+    }
+
     /// Waits until a runtime that knows how its restore went has ended, and sees that the root file
-    /// system is bound nowhere.
+    /// system is bound nowhere, and that nothing is left if it has failed.
     pub async fn ended(&mut self) {
         match self.process.ended(END_MAX).await {
             Ok(status) if status.success() => {}
             Ok(status) => warn!(%status, "the container runtime has failed"),
             Err(error) => warn!(%error, "the container runtime"),
         }
-        if let Err(error) = bound::release(&self.state, &self.bound) {
-            warn!(%error, state = %self.state.display(),
+        self.release();
+    }
+
+    fn release(&self) {
+        let wanted = &self.wanted;
+        // Somebody may have begun another container of this name since.
+        let is_anothers = |made: FolderId| wanted.folder.exists() && !made.is_at(&wanted.folder);
+        if self.made.is_some_and(is_anothers) {
+            return;
+        }
+        if let Err(error) = bound::release(&wanted.bound_in, &wanted.bound) {
+            warn!(%error, folder = %wanted.bound_in.display(),
                 "the root file system of a container stays bound");
         }
+        // What it met before it began may be somebody else's.
+        if self.made.is_some() {
+            bound::remove_unless(&wanted.state, &wanted.leaves);
+        }
     }
+}
+
+/// Whether the runtime has found the cgroup that it has made for the container.
+fn check_cgroup(asked: &Asked, wanted: &RuntimeRequest) -> Result<(), RestoreError> {
+    let Some(wanted) = &wanted.cgroup else {
+        return Ok(());
+    };
+    let options = asked.request().options();
+    let named = options.and_then(|options| options.cg_root.last());
+    let named = named.map(|root| root.path.clone());
+    // It may say where the hierarchy is mounted, too.
+    match named
+        .as_ref()
+        .is_some_and(|named| named.ends_with(&**wanted))
+    {
+        true => Ok(()),
+        false => Err(RestoreError::OtherCgroup {
+            named,
+            wanted: wanted.clone(),
+        }),
+    }
+}
+
+/// Has a process be where its runtime has made a place for the container.
+fn join(pid: i32, cgroup_procs: &[PathBuf]) -> Result<(), RestoreError> {
+    // Not every runtime makes one in every hierarchy.
+    let made = cgroup_procs.iter().filter(|path| path.exists());
+    for path in made {
+        fs::write(path, pid.to_string()).map_err(|source| RestoreError::Join {
+            path: path.clone(),
+            source,
+        })?;
+    }
+    Ok(())
 }

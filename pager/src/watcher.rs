@@ -28,6 +28,7 @@ use nix::sys::signal::SigSet;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::Pid;
 use pageferry_cgroup::freezer::Freezer;
+use pageferry_cgroup::identity::FolderId;
 use pageferry_sys::fdpass::{self, Fork};
 use serde::{Deserialize, Serialize};
 use tracing::error;
@@ -78,9 +79,15 @@ pub enum WatcherError {
 #[serde(rename_all = "kebab-case")]
 enum Word {
     /// A tree is being restored in this cgroup.
-    Hold { freezer: PathBuf },
+    Hold {
+        freezer: PathBuf,
+        id: Option<FolderId>,
+    },
     /// It runs and its memory is not complete.
-    Run { freezer: PathBuf },
+    Run {
+        freezer: PathBuf,
+        id: Option<FolderId>,
+    },
     /// It is complete, or nothing is left of it.
     Done,
 }
@@ -119,16 +126,18 @@ impl Watcher {
     }
 
     /// A tree is being restored into this cgroup.
-    pub fn hold(&self, freezer: &Path) -> Result<(), WatcherError> {
+    pub fn hold(&self, cgroup: &Freezer) -> Result<(), WatcherError> {
         self.tell(&Word::Hold {
-            freezer: freezer.to_owned(),
+            freezer: cgroup.path().to_owned(),
+            id: cgroup.id(),
         })
     }
 
     /// From now on the tree may run.
-    pub fn run(&self, freezer: &Path) -> Result<(), WatcherError> {
+    pub fn run(&self, cgroup: &Freezer) -> Result<(), WatcherError> {
         self.tell(&Word::Run {
-            freezer: freezer.to_owned(),
+            freezer: cgroup.path().to_owned(),
+            id: cgroup.id(),
         })
     }
 
@@ -196,8 +205,9 @@ fn watch(pager: &OwnedFd, socket: &OwnedFd, directory: &Path) {
 fn end(last: &Word, directory: &Path) {
     match last {
         Word::Done => {}
-        Word::Run { freezer } => {
-            let (cgroup, frozen) = match Freezer::open(freezer) {
+        Word::Run { freezer, id } => {
+            let named = Freezer::again(freezer.clone(), *id);
+            let (cgroup, frozen) = match named.clone().opened() {
                 Ok(cgroup) => {
                     let frozen = cgroup.begin_freeze();
                     (Some(cgroup), frozen)
@@ -215,12 +225,12 @@ fn end(last: &Word, directory: &Path) {
             // A cgroup that is gone was empty; one that cannot be used may hold the workload.
             while match &cgroup {
                 Some(cgroup) => !cgroup.is_empty(),
-                None => freezer.exists(),
+                None => named.exists(),
             } {
                 std::thread::sleep(EMPTY_POLL);
             }
         }
-        Word::Hold { freezer } => {
+        Word::Hold { freezer, id } => {
             note(
                 directory,
                 RESTORE_LOST,
@@ -228,7 +238,7 @@ fn end(last: &Word, directory: &Path) {
             );
             close_all_but_userfaultfds();
             // Whoever does not die keeps the descriptors, and with them every promise.
-            while let Ok(cgroup) = Freezer::open(freezer)
+            while let Ok(cgroup) = Freezer::again(freezer.clone(), *id).opened()
                 && let Err(error) = cgroup.kill(KILL_TIMEOUT)
             {
                 error!(%error, "tasks that never ran do not die");

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
@@ -33,6 +33,21 @@ pub fn release(folder: &Path, name: &str) -> io::Result<()> {
         drop(fs::remove_dir(folder));
     }
     Ok(())
+}
+
+/// Removes what is left of something that exists only with its file `state`: files, and folders
+/// that are empty, in this order. Nothing if there is that file.
+pub fn remove_unless(state: &Path, left: &[PathBuf]) {
+    if state.exists() {
+        return;
+    }
+    for path in left {
+        // Nothing of a folder that somebody uses is a leftover.
+        drop(fs::remove_dir(path));
+        if path.is_file() {
+            drop(fs::remove_file(path));
+        }
+    }
 }
 
 #[cfg(test)]
@@ -71,6 +86,25 @@ mod tests {
         release(&state, "root").expect("nothing is mounted");
         assert!(state.join("state.json").exists() && !bound.exists());
         release(&base.join("none"), "root").expect("nothing is there");
+        fs::remove_dir_all(base).expect("ours");
+    }
+
+    #[test]
+    fn what_is_left_is_removed_unless_there_is_what_it_belongs_to() {
+        let base = std::env::temp_dir().join(format!("pageferry-left-{}", std::process::id()));
+        let [folder, used] = ["folder", "used"].map(|name| base.join(name));
+        for folder in [&folder, &used] {
+            fs::create_dir_all(folder).expect("a folder for temporary files");
+            fs::write(folder.join("config"), "").expect("ours");
+        }
+        let state = folder.join("state");
+        let left = [folder.join("config"), folder.clone(), used.clone()];
+        fs::write(&state, "").expect("ours");
+        remove_unless(&state, &left);
+        assert!(folder.join("config").exists());
+        fs::remove_file(&state).expect("ours");
+        remove_unless(&state, &left);
+        assert!(!folder.exists() && used.join("config").exists());
         fs::remove_dir_all(base).expect("ours");
     }
 }

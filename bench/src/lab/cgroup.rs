@@ -15,13 +15,22 @@ use serde::{Deserialize, Serialize};
 /// One cgroup hierarchy of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hierarchy {
-    /// Controllers as mount options have them ("freezer", "cpu,cpuacct"), empty for version 2.
+    /// Controllers as mount options have them ("freezer", "cpu,cpuacct"), or the name if there are
+    /// none ("name=systemd"); empty for version 2.
     pub controllers: String,
     /// Where the host has it mounted.
     pub mount: PathBuf,
 }
 
 impl Hierarchy {
+    /// What its folder is called at a node.
+    pub fn folder_name(&self) -> &str {
+        match self.is_v2() {
+            true => "unified",
+            false => self.controllers.trim_start_matches(NAMED),
+        }
+    }
+
     pub fn is_v2(&self) -> bool {
         self.controllers.is_empty()
     }
@@ -32,8 +41,9 @@ impl Hierarchy {
     }
 }
 
-/// The hierarchies of this machine that nodes get: version 2, and of version 1 those that the
-/// migration or the lab's measurements use.
+/// The hierarchies of this machine, which nodes get: engines of containers make cgroups in all that
+/// `/proc/self/cgroup` lists, and crun takes the first of those for that of the container: without
+/// it that would be the node's root.
 pub fn hierarchies() -> Result<Vec<Hierarchy>> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("reading /proc/self/mounts")?;
     let found = parse_hierarchies(&mounts);
@@ -58,15 +68,15 @@ fn parse_hierarchies(mounts: &str) -> Vec<Hierarchy> {
         let controllers = match kind {
             "cgroup2" => String::new(),
             "cgroup" => {
-                let known = options
-                    .split(',')
-                    .filter(|option| V1_CONTROLLERS.contains(option));
+                let is_known =
+                    |option: &&str| V1_CONTROLLERS.contains(option) || option.starts_with(NAMED);
+                let known = options.split(',').filter(is_known);
                 known.collect::<Vec<_>>().join(",")
             }
             _ => continue,
         };
-        let wanted = kind == "cgroup2" || WANTED.iter().any(|w| has(&controllers, w));
-        if wanted && !found.iter().any(|h| h.controllers == controllers) {
+        let is_known = kind == "cgroup2" || !controllers.is_empty();
+        if is_known && !found.iter().any(|h| h.controllers == controllers) {
             found.push(Hierarchy {
                 controllers,
                 mount: PathBuf::from(mount),
@@ -74,12 +84,6 @@ fn parse_hierarchies(mounts: &str) -> Vec<Hierarchy> {
         }
     }
     found
-}
-
-fn has(controllers: &str, wanted: &str) -> bool {
-    controllers
-        .split(',')
-        .any(|controller| controller == wanted)
 }
 
 /// Makes `pageferry-lab/NAME` in each hierarchy; returns the folders.
@@ -92,7 +96,28 @@ pub fn create(hierarchies: &[Hierarchy], name: &str) -> Result<Vec<PathBuf>> {
         fs::create_dir_all(folder)
             .with_context(|| format!("creating the cgroup {}", folder.display()))?;
     }
+    for hierarchy in hierarchies {
+        give_processors(&hierarchy.mount, name)
+            .with_context(|| format!("the cgroup {name} in {}", hierarchy.mount.display()))?;
+    }
     Ok(folders)
+}
+
+/// A cgroup of `cpuset` takes nobody until it is told its processors.
+fn give_processors(mount: &Path, name: &str) -> std::io::Result<()> {
+    let mut above = mount.to_owned();
+    for part in [SUBTREE, name] {
+        let folder = above.join(part);
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            // Of version 2 it inherits them.
+            if mount.join("cgroup.controllers").exists() || !folder.join(file).exists() {
+                continue;
+            }
+            fs::write(folder.join(file), fs::read(above.join(file))?)?;
+        }
+        above = folder;
+    }
+    Ok(())
 }
 
 /// Thaws and kills everything in the lab's subtrees and removes them. Safe to call at any time.
@@ -191,8 +216,8 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
 }
 
 const SUBTREE: &str = "pageferry-lab";
-/// Without the last one runc starts nothing.
-const WANTED: [&str; 4] = ["freezer", "memory", "cpu", "devices"];
+/// How the name of a hierarchy begins.
+const NAMED: &str = "name=";
 const V1_CONTROLLERS: [&str; 13] = [
     "blkio",
     "cpu",
@@ -217,7 +242,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hybrid_mounts_give_the_wanted_v1_hierarchies_and_v2() {
+    fn hybrid_mounts_give_all_hierarchies_of_v1_and_v2() {
         let mounts = "proc /proc proc rw 0 0\n\
             cgroup /sys/fs/cgroup/cpu cgroup rw,relatime,cpu,cpuacct 0 0\n\
             cgroup /sys/fs/cgroup/pids cgroup rw,relatime,pids 0 0\n\
@@ -225,8 +250,12 @@ mod tests {
             cgroup /sys/fs/cgroup/systemd cgroup rw,relatime,name=systemd 0 0\n\
             cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0\n";
         let found = parse_hierarchies(mounts);
-        let names: Vec<_> = found.iter().map(|h| h.controllers.as_str()).collect();
-        assert_eq!(names, ["cpu,cpuacct", "freezer", ""]);
-        assert_eq!(found[2].mount, Path::new("/sys/fs/cgroup/unified"));
+        let names: Vec<_> = found.iter().map(Hierarchy::folder_name).collect();
+        assert_eq!(
+            names,
+            ["cpu,cpuacct", "pids", "freezer", "systemd", "unified"]
+        );
+        assert_eq!(found[3].controllers, "name=systemd");
+        assert_eq!(found[4].mount, Path::new("/sys/fs/cgroup/unified"));
     }
 }

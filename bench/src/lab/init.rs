@@ -226,12 +226,7 @@ fn mount_cgroups(root: &Path, hierarchies: &[Hierarchy]) -> Result<()> {
     }
     mount_fresh("tmpfs", &base, "mode=755", SYSTEM_FLAGS)?;
     for hierarchy in hierarchies {
-        let name = if hierarchy.is_v2() {
-            "unified"
-        } else {
-            &hierarchy.controllers
-        };
-        let folder = base.join(name);
+        let folder = base.join(hierarchy.folder_name());
         fs::create_dir(&folder)?;
         let kind = if hierarchy.is_v2() {
             "cgroup2"

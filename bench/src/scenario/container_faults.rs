@@ -1,5 +1,5 @@
-//! `containers --only faults` and `containerd-faults`: whoever takes part in the move of a container
-//! is killed, at each of the gates at which the runtime waits.
+//! `containers --only RUNTIME-faults`: whoever takes part in the move of a container is killed, at
+//! each of the gates at which the runtime waits.
 //!
 //! Afterwards exactly one container runs, at one of the nodes, as its runtime's own; at the other
 //! nothing of it is left, its root file system is whole, and no client has noticed but by waiting.
@@ -15,16 +15,14 @@ use super::session::Session;
 use super::settings::{Settings, other};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
-use crate::lab::node::Node;
 use crate::mover::MoveOptions;
 use crate::mover::pageferry::{Migration, SETTLE_TIME_MAX, wait_settled};
-use crate::workload::containerd::{self, Engine};
-use crate::workload::{Workload, container};
+use crate::workload::container::{self, Runtime};
 
 /// Where a runtime waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Gate {
-    /// Both do: `runc checkpoint` for the freeze, `runc restore` for the images.
+    /// Both do: `checkpoint` for the freeze, `restore` for the images.
     Rounds,
     /// The source's CRIU has dumped, and the target does not answer.
     PostDump,
@@ -44,8 +42,8 @@ enum Side {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Who {
     Daemon,
-    /// containerd, which is started again at once.
-    Engine,
+    /// The container's.
+    Runtime,
     /// By its command.
     Process(&'static str),
 }
@@ -61,189 +59,64 @@ const fn fault(gate: Gate, side: Side, who: Who) -> Fault {
     Fault { gate, side, who }
 }
 
-const RUNC: Who = Who::Process("runc");
 /// What is to become CRIU has its name.
 const CRIU: Who = Who::Process("criu");
 const PAGER: Who = Who::Process("pageferry-pager");
 
-const SHIM: Who = Who::Process("containerd-shim");
-/// What stands for the runtime where containerd starts that; the kernel keeps 15 characters.
-const HELPER: Who = Who::Process("pageferry-conta");
-
-/// Besides the others, for a container of containerd. The source's shim is not among them: it is
-/// containerd that ends a container whose shim dies.
-const OF_CONTAINERD: [Fault; 10] = [
-    fault(Gate::Rounds, Side::Source, Who::Engine),
-    fault(Gate::Rounds, Side::Target, Who::Engine),
-    fault(Gate::Rounds, Side::Target, SHIM),
-    fault(Gate::Rounds, Side::Target, HELPER),
-    fault(Gate::PostRestore, Side::Target, Who::Engine),
-    fault(Gate::PostRestore, Side::Target, SHIM),
-    fault(Gate::PostRestore, Side::Target, HELPER),
-    fault(Gate::Committed, Side::Source, Who::Engine),
-    fault(Gate::Committed, Side::Target, Who::Engine),
-    fault(Gate::Committed, Side::Target, HELPER),
-];
-
-/// For every container.
 const FAULTS: [Fault; 17] = [
     fault(Gate::Rounds, Side::Source, Who::Daemon),
-    fault(Gate::Rounds, Side::Source, RUNC),
+    fault(Gate::Rounds, Side::Source, Who::Runtime),
     fault(Gate::Rounds, Side::Source, CRIU),
     fault(Gate::Rounds, Side::Target, Who::Daemon),
-    fault(Gate::Rounds, Side::Target, RUNC),
+    fault(Gate::Rounds, Side::Target, Who::Runtime),
     fault(Gate::Rounds, Side::Target, CRIU),
     fault(Gate::PostDump, Side::Source, Who::Daemon),
-    fault(Gate::PostDump, Side::Source, RUNC),
+    fault(Gate::PostDump, Side::Source, Who::Runtime),
     fault(Gate::PostDump, Side::Source, CRIU),
     fault(Gate::PostRestore, Side::Target, Who::Daemon),
-    fault(Gate::PostRestore, Side::Target, RUNC),
+    fault(Gate::PostRestore, Side::Target, Who::Runtime),
     fault(Gate::PostRestore, Side::Target, CRIU),
     fault(Gate::PostRestore, Side::Target, PAGER),
     fault(Gate::Committed, Side::Source, Who::Daemon),
-    fault(Gate::Committed, Side::Source, RUNC),
+    fault(Gate::Committed, Side::Source, Who::Runtime),
     fault(Gate::Committed, Side::Target, Who::Daemon),
-    fault(Gate::Committed, Side::Target, RUNC),
+    fault(Gate::Committed, Side::Target, Who::Runtime),
 ];
 
-/// Who has the container.
-enum Owner {
-    Runc,
-    /// One at each node.
-    Containerd(Vec<Engine>),
-}
-
-/// All of them, of one container of runc under load.
-pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    let mut lab = settings.lab(2)?;
-    let held = container::start(&mut lab, "a")?;
-    let subject = Subject {
-        lab,
-        owner: Owner::Runc,
-    };
-    subject.suffer(held, &FAULTS, settings, report)
-}
-
-/// All of them, of one container of containerd under load, which containerd is to restart.
-pub fn run_containerd(settings: &Settings, report: &mut Report) -> Result<()> {
-    let mut lab = settings.lab_with(&containerd::LAYER, 2)?;
-    let engines = lab.nodes.iter().map(Engine::start);
-    let engines = engines.collect::<Result<_>>()?;
-    let held = containerd::start(&mut lab, "a", &containerd::RESTARTED)?;
-    let subject = Subject {
-        lab,
-        owner: Owner::Containerd(engines),
-    };
-    let faults = [&OF_CONTAINERD[..], &FAULTS].concat();
-    subject.suffer(held, &faults, settings, report)
-}
-
-struct Subject {
-    lab: Lab,
-    owner: Owner,
-}
-
-impl Subject {
-    fn suffer(
-        mut self,
-        held: Workload,
-        faults: &[Fault],
-        settings: &Settings,
-        report: &mut Report,
-    ) -> Result<()> {
-        let dataset = Dataset::first_row(BYTES);
-        let load = LoadPlan::first_row();
-        let mut session = Session::watch(&self.lab, settings.mover, "a", held, dataset, load)?;
-        for fault in faults {
-            let came = fault.come(&mut self, &mut session);
-            match came {
-                Ok(came) => println!("{:?} {:?} {:?}: {came}", fault.gate, fault.side, fault.who),
-                Err(error) => {
-                    report.fail(format!("{fault:?}: {error:#}"));
-                    break;
-                }
+/// All of them, of one container of `runtime` under load.
+pub fn run(settings: &Settings, runtime: Runtime, report: &mut Report) -> Result<()> {
+    let mut lab = settings.lab_with(&container::LAYER, 2)?;
+    let held = container::start(&mut lab, runtime, "a")?;
+    let dataset = Dataset::first_row(BYTES);
+    let load = LoadPlan::first_row();
+    let mut session = Session::watch(&lab, settings.mover, "a", held, dataset, load)?;
+    for fault in FAULTS {
+        let came = fault.come(&mut lab, &mut session);
+        match came {
+            Ok(came) => {
+                let Fault { gate, side, who } = fault;
+                println!("{} {gate:?} {side:?} {who:?}: {came}", runtime.name());
             }
-        }
-        // And whole afterwards.
-        let to = other(&session.at);
-        session.move_to(&self.lab, to, &MoveOptions::default(), report)?;
-        session.wait_for_writes(WRITES_AROUND)?;
-        wait_settled(&self.lab, SETTLE_TIME_MAX)?;
-        session.finish(report)?.kill(&self.lab)
-    }
-
-    /// Where it runs, at one node and no other.
-    fn judge(&self, session: &mut Session) -> Result<String> {
-        let id = session.workload.container.clone();
-        let id = id.context("it was started as a container")?;
-        session.wait_for_writes(WRITES_AROUND)?;
-        let mut here = Vec::new();
-        for node in &self.lab.nodes {
-            let servers = node.processes_named("redis-server");
-            ensure!(servers.len() <= 1, "node {} has {servers:?}", node.name());
-            here.extend(servers.first().map(|pid| (node, *pid)));
-        }
-        let [(node, pid)] = here[..] else {
-            bail!("it runs at {} nodes", here.len());
-        };
-        self.check_here(node, &id, pid)?;
-        self.check_whole(node, &id)?;
-        let rest = self.lab.nodes.iter();
-        for gone in rest.filter(|other| other.name() != node.name()) {
-            self.check_gone(gone, &id)?;
-            self.check_whole(gone, &id)?;
-            ensure!(
-                !gone.has_frozen_cgroup(),
-                "node {} has a frozen cgroup",
-                gone.name()
-            );
-        }
-        node.name().clone_into(&mut session.at);
-        session.workload.pid = pid;
-        Ok(format!("runs at {}", session.at))
-    }
-
-    fn check_here(&self, node: &Node, id: &str, pid: i32) -> Result<()> {
-        match self.owner {
-            Owner::Runc => container::check_here(node, id, pid),
-            Owner::Containerd(_) => {
-                containerd::check_here(node, id, pid)?;
-                containerd::check_restarted(node, id)
+            Err(error) => {
+                report.fail(format!("{} {fault:?}: {error:#}", runtime.name()));
+                break;
             }
         }
     }
-
-    fn check_gone(&self, node: &Node, id: &str) -> Result<()> {
-        match self.owner {
-            Owner::Runc => container::check_gone(node, id),
-            Owner::Containerd(_) => containerd::check_gone(node, id),
-        }
-    }
-
-    fn check_whole(&self, node: &Node, id: &str) -> Result<()> {
-        match self.owner {
-            Owner::Runc => container::check_whole(node, id),
-            Owner::Containerd(_) => containerd::check_whole(node),
-        }
-    }
-
-    fn restart_engine(&mut self, at: &str) -> Result<()> {
-        let index = self.lab.nodes.iter().position(|node| node.name() == at);
-        match (&mut self.owner, index) {
-            (Owner::Containerd(engines), Some(index)) => {
-                engines[index].restart(&self.lab.nodes[index])
-            }
-            _ => bail!("node {at} has no containerd"),
-        }
-    }
+    // And whole afterwards.
+    let to = other(&session.at);
+    session.move_to(&lab, to, &MoveOptions::default(), report)?;
+    session.wait_for_writes(WRITES_AROUND)?;
+    wait_settled(&lab, SETTLE_TIME_MAX)?;
+    session.finish(report)?.kill(&lab)
 }
 
 impl Fault {
     /// Tries until its gate was met; where the container runs then, and how the move ended.
-    fn come(&self, subject: &mut Subject, session: &mut Session) -> Result<String> {
+    fn come(&self, lab: &mut Lab, session: &mut Session) -> Result<String> {
         for _ in 0..TRIES {
-            let struck = self.strike(subject, session)?;
-            let where_it_runs = subject.judge(session)?;
+            let struck = self.strike(lab, session)?;
+            let where_it_runs = judge(lab, session)?;
             if let Some(ended) = struck {
                 return Ok(format!("{where_it_runs}; {ended}"));
             }
@@ -252,8 +125,7 @@ impl Fault {
     }
 
     /// Begins a move and kills; how the move ended, if it came to the gate.
-    fn strike(&self, subject: &mut Subject, session: &mut Session) -> Result<Option<String>> {
-        let lab = &mut subject.lab;
+    fn strike(&self, lab: &mut Lab, session: &mut Session) -> Result<Option<String>> {
         let (from, to) = (session.at.clone(), other(&session.at));
         let name = session.workload.name();
         let flags = MoveOptions {
@@ -278,11 +150,8 @@ impl Fault {
                 drop(stopped);
                 lab.restart_daemon(node)?;
             }
-            Who::Engine => {
-                subject.restart_engine(node)?;
-                drop(stopped);
-            }
-            Who::Process(command) => {
+            Who::Runtime | Who::Process(_) => {
+                let command = self.command(session)?;
                 let struck = kill_first(lab, node, command)?;
                 std::thread::sleep(NOTICE);
                 drop(stopped);
@@ -294,11 +163,24 @@ impl Fault {
             }
         }
         let outcome = migration.finish()?;
-        wait_settled(&subject.lab, SETTLE_TIME_MAX)?;
+        wait_settled(lab, SETTLE_TIME_MAX)?;
         Ok(Some(match outcome.error {
             Some((code, text)) => format!("{code}: {text}"),
             None => "moved".to_owned(),
         }))
+    }
+
+    /// The command of the process that is killed.
+    fn command(&self, session: &Session) -> Result<&'static str> {
+        match self.who {
+            Who::Runtime => {
+                let container = session.workload.container.as_ref();
+                let container = container.context("it was started as a container")?;
+                Ok(container.runtime.name())
+            }
+            Who::Process(command) => Ok(command),
+            Who::Daemon => bail!("daemons are not killed by their command"),
+        }
     }
 
     /// Has it come to the gate, and stay there; false when that passed unseen.
@@ -350,6 +232,37 @@ fn kill_first(lab: &Lab, node: &str, command: &str) -> Result<Struck> {
             struck => return Ok(struck),
         }
     }
+}
+
+/// Where it runs, at one node and no other.
+fn judge(lab: &Lab, session: &mut Session) -> Result<String> {
+    let container = session.workload.container.clone();
+    let container = container.context("it was started as a container")?;
+    session.wait_for_writes(WRITES_AROUND)?;
+    let mut here = Vec::new();
+    for node in &lab.nodes {
+        let servers = node.processes_named("redis-server");
+        ensure!(servers.len() <= 1, "node {} has {servers:?}", node.name());
+        here.extend(servers.first().map(|pid| (node, *pid)));
+    }
+    let [(node, pid)] = here[..] else {
+        bail!("it runs at {} nodes", here.len());
+    };
+    container::check_here(node, &container, pid)?;
+    container::check_whole(node, &container)?;
+    let rest = lab.nodes.iter().filter(|other| other.name() != node.name());
+    for gone in rest {
+        container::check_gone(gone, &container)?;
+        container::check_whole(gone, &container)?;
+        ensure!(
+            !gone.has_frozen_cgroup(),
+            "node {} has a frozen cgroup",
+            gone.name()
+        );
+    }
+    node.name().clone_into(&mut session.at);
+    session.workload.pid = pid;
+    Ok(format!("runs at {}", session.at))
 }
 
 const BYTES: u64 = 64 << 20; // 64 MiB

@@ -18,7 +18,7 @@ pub fn moves(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut lab = settings.lab_with(&LAYER, 2)?;
     let _engines = engines(&lab)?;
     let held = containerd::start(&mut lab, "a", &containerd::RESTARTED)?;
-    let id = held.container.clone().context("it is in a container")?;
+    let id = held.containerd.clone().context("it is in a container")?;
     // What is looked at after each move is so before the first.
     containerd::check_here(lab.node("a")?, &id, held.pid)?;
     let (dataset, load) = (Dataset::first_row(BYTES), LoadPlan::first_row());

@@ -16,24 +16,34 @@ use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::MoveOptions;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
-use crate::workload::{container, redis};
+use crate::workload::container::{self, Runtime};
+use crate::workload::redis;
 
-/// The scenario; its cases are the runtimes, a short one, and kills.
+/// The scenario; its cases are the runtimes, a short one of all, and kills.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     settings.need_pageferry("containers are about what stock CRIU does not have")?;
-    let (moves, bytes) = match settings.only.as_deref() {
-        None | Some(RUNC) => (MOVES, BYTES),
-        Some(FEW) => (MOVES_FEW, BYTES_FEW),
-        Some(FAULTS) => return container_faults::run(settings, report),
-        Some(CONTAINERD_FAULTS) => return container_faults::run_containerd(settings, report),
-        Some(CONTAINERD) => return containerd::moves(settings, report),
-        Some(other) => {
-            let known = [RUNC, FEW, FAULTS, CONTAINERD, CONTAINERD_FAULTS].join(", ");
-            bail!("containers has no case {other:?}, only {known}")
+    let only = settings.only.as_deref();
+    if only == Some(CONTAINERD) {
+        return containerd::moves(settings, report);
+    }
+    let Some((case, runtimes)) = case(only) else {
+        let runtimes = Runtime::ALL.map(Runtime::name);
+        bail!(
+            "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {runtimes:?}, those with \
+             -{FAULTS} behind them, and {CONTAINERD:?}",
+            only.unwrap_or_default()
+        );
+    };
+    let (moves, bytes) = match case {
+        Case::Moves => (MOVES, BYTES),
+        Case::Few => (MOVES_FEW, BYTES_FEW),
+        Case::Faults => {
+            let mut all = runtimes.into_iter();
+            return all.try_for_each(|runtime| container_faults::run(settings, runtime, report));
         }
     };
     let dataset = Dataset::first_row(bytes);
-    let mut lab = settings.lab(2)?;
+    let mut lab = settings.lab_with(&container::LAYER, 2)?;
     let earlier = report.moves.len();
     let tree = redis::start(&mut lab, "a", &redis::plan())?;
     let load = LoadPlan::first_row();
@@ -46,22 +56,50 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     report.figure_downtimes("bare tree", &moved);
     report.print_figures("bare tree");
     settings.mover.wait_settled(&lab, SETTLE_TIME_MAX)?;
+    for runtime in runtimes {
+        of_runtime(settings, &mut lab, runtime, (moves, dataset), report)?;
+    }
+    Ok(())
+}
 
+fn case(only: Option<&str>) -> Option<(Case, Vec<Runtime>)> {
+    let all = Runtime::ALL.to_vec();
+    let name = match only {
+        None => return Some((Case::Moves, all)),
+        Some(FEW) => return Some((Case::Few, all)),
+        Some(FAULTS) => return Some((Case::Faults, all)),
+        Some(name) => name,
+    };
+    let (name, case) = match name.rsplit_once('-') {
+        Some((name, FAULTS)) => (name, Case::Faults),
+        _ => (name, Case::Moves),
+    };
+    Runtime::of(name).map(|runtime| (case, vec![runtime]))
+}
+
+fn of_runtime(
+    settings: &Settings,
+    lab: &mut Lab,
+    runtime: Runtime,
+    (moves, dataset): (usize, Dataset),
+    report: &mut Report,
+) -> Result<()> {
     let earlier = report.moves.len();
-    let held = container::start(&mut lab, "a")?;
-    let id = held
+    let held = container::start(lab, runtime, "a")?;
+    let container = held
         .container
         .clone()
         .context("it was started as a container")?;
     let load = LoadPlan::first_row();
-    let mut session = Session::watch(&lab, settings.mover, "a", held, dataset, load)?;
+    let mut session = Session::watch(lab, settings.mover, "a", held, dataset, load)?;
     for _ in 0..moves {
         let from = session.at.clone();
-        if !move_on(&mut session, &lab, report)? {
+        if !move_on(&mut session, lab, report)? {
             break;
         }
-        let here = container::check_here(lab.node(&session.at)?, &id, session.workload.pid);
-        let gone = container::check_gone(lab.node(&from)?, &id);
+        let node = lab.node(&session.at)?;
+        let here = container::check_here(node, &container, session.workload.pid);
+        let gone = container::check_gone(lab.node(&from)?, &container);
         for wrong in [here, gone].into_iter().filter_map(Result::err) {
             report.fail(format!("{wrong:#}"));
         }
@@ -69,13 +107,13 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let at = session.at.clone();
     let workload = session.finish(report)?;
     let moved = report.moves[earlier..].to_vec();
-    report.figure_downtimes(RUNC, &moved);
-    report.print_figures(RUNC);
-    settings.mover.wait_settled(&lab, SETTLE_TIME_MAX)?;
-    if let Err(error) = container::end(lab.node(&at)?, &id) {
+    report.figure_downtimes(runtime.name(), &moved);
+    report.print_figures(runtime.name());
+    settings.mover.wait_settled(lab, SETTLE_TIME_MAX)?;
+    if let Err(error) = container::end(lab.node(&at)?, &container) {
         report.fail(format!("{error:#}"));
     }
-    workload.kill(&lab)
+    workload.kill(lab)
 }
 
 /// Moves it on, and waits until it has written more.
@@ -88,14 +126,20 @@ pub fn move_on(session: &mut Session, lab: &Lab, report: &mut Report) -> Result<
     Ok(moved)
 }
 
-const RUNC: &str = "runc";
+/// What is done with the containers of a runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Case {
+    Moves,
+    Few,
+    Faults,
+}
+
 /// The case that a test runs.
 const FEW: &str = "few";
 /// Kills at the gates.
 const FAULTS: &str = "faults";
-/// Those of containerd.
+/// Containerd's.
 const CONTAINERD: &str = "containerd";
-const CONTAINERD_FAULTS: &str = "containerd-faults";
 const MOVES: usize = 10;
 const MOVES_FEW: usize = 2;
 /// Values alone; Redis needs a quarter more for them.

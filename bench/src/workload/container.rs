@@ -1,4 +1,5 @@
-//! Redis in a container of runc: started, looked at and ended by the runtime's own commands.
+//! Redis in a container of an OCI runtime: started, looked at and ended by the runtime's own
+//! commands.
 //!
 //! Its bundle is at every node by the same path, made of the node image: the program, and the
 //! libraries that it is linked to. The root file system is read-only.
@@ -6,13 +7,68 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{RUNC, Workload, redis};
+use super::{Workload, redis};
 use crate::lab::Lab;
+use crate::lab::layer::LayerPlan;
 use crate::lab::network::WorkloadLink;
 use crate::lab::node::Node;
 
+/// What nodes with containers have besides the image.
+pub const LAYER: LayerPlan = LayerPlan {
+    name: "containers",
+    // Without the library crun can neither checkpoint nor restore.
+    packages: &["libcriu2"],
+    files: &[],
+    script: "",
+};
+
+/// A container, and whose it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Container {
+    pub runtime: Runtime,
+    pub id: String,
+}
+
+/// Who runs containers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Runtime {
+    Crun,
+    Runc,
+}
+
+impl Runtime {
+    pub const ALL: [Self; 2] = [Self::Runc, Self::Crun];
+
+    /// Its program, and the kind of its containers.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Crun => "crun",
+            Self::Runc => "runc",
+        }
+    }
+
+    pub fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|runtime| runtime.name() == name)
+    }
+
+    /// The file that it has of each of its containers, in its folder of that.
+    const fn state(self) -> &'static str {
+        match self {
+            Self::Crun => "status",
+            Self::Runc => "state.json",
+        }
+    }
+}
+
+impl Container {
+    /// The name by which pageferry knows it.
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.runtime.name(), self.id)
+    }
+}
+
 /// Starts Redis in a container at a node, and waits until it listens.
-pub fn start(lab: &mut Lab, at: &str) -> Result<Workload> {
+pub fn start(lab: &mut Lab, runtime: Runtime, at: &str) -> Result<Workload> {
     let number = lab.next_workload()?;
     let id = format!("redis-{number}");
     let bundle = format!("{BUNDLES}/{id}");
@@ -21,22 +77,25 @@ pub fn start(lab: &mut Lab, at: &str) -> Result<Workload> {
             .with_context(|| format!("making a bundle at node {}", node.name()))?;
     }
     let node = lab.node(at)?;
-    let script =
-        format!("exec runc run --detach --bundle {bundle} {id} <&- >/dev/null 2>&1 0</dev/null");
+    let program = runtime.name();
+    let script = format!(
+        "exec {program} run --detach --bundle {bundle} {id} <&- >/dev/null 2>&1 0</dev/null"
+    );
     node.command("sh")?
         .args(["-c", &script])
         .run()
         .with_context(|| format!("starting the container {id} at node {at}"))?;
-    let state = state(node, &id)?;
+    let container = Container { runtime, id };
+    let state = state(node, &container)?;
     let pid = state["pid"]
         .as_i64()
         .and_then(|pid| i32::try_from(pid).ok());
     let workload = Workload {
         number,
-        pid: pid.with_context(|| format!("runc has no pid for {id}: {state}"))?,
+        pid: pid.with_context(|| format!("{} has no pid: {state}", container.name()))?,
         link: WorkloadLink::new(number),
-        container: Some(id),
-        engine: RUNC,
+        container: Some(container),
+        containerd: None,
     };
     let inner = node.network_of(workload.pid)?;
     workload.link.create(node, &inner)?;
@@ -46,38 +105,53 @@ pub fn start(lab: &mut Lab, at: &str) -> Result<Workload> {
 }
 
 /// What the runtime of a node says of a container.
-pub fn state(node: &Node, id: &str) -> Result<Value> {
-    let printed = node.command("runc")?.args(["state", id]).run()?;
-    serde_json::from_str(&printed).with_context(|| format!("reading the state of {id}"))
+pub fn state(node: &Node, container: &Container) -> Result<Value> {
+    let printed = ask(node, container, &["state", &container.id])?;
+    serde_json::from_str(&printed)
+        .with_context(|| format!("reading the state of {}", container.name()))
 }
 
 /// Whether the runtime of this node has the container for its own: it lists it as running, and
 /// starts a command in it.
-pub fn check_here(node: &Node, id: &str, pid: i32) -> Result<()> {
-    let state = state(node, id)?;
+pub fn check_here(node: &Node, container: &Container, pid: i32) -> Result<()> {
+    let (id, name) = (&container.id, container.name());
+    let state = state(node, container)?;
     let is_running = state["status"] == "running" && state["pid"] == pid;
     ensure!(
         is_running,
-        "runc says of {id}, whose process is {pid}: {state}"
+        "the runtime says of {name}, whose process is {pid}: {state}"
     );
-    let listed = node.command("runc")?.args(["list", "--quiet"]).run()?;
+    let listed = ask(node, container, &["list", "--quiet"])?;
     ensure!(
         listed.lines().any(|line| line == id),
-        "runc does not list {id}"
+        "{name} is not listed"
     );
-    let pong = node
-        .command("runc")?
-        .args(["exec", id, CLIENT, "ping"])
+    let pong = ask(node, container, &["exec", id, CLIENT, "ping"])?;
+    ensure!(pong.trim() == "PONG", "redis-cli in {name} says {pong:?}");
+    let cgroups = node
+        .command("cat")?
+        .arg(format!("/proc/{pid}/cgroup"))
         .run()?;
-    ensure!(pong.trim() == "PONG", "redis-cli in {id} says {pong:?}");
+    ensure!(
+        cgroups.contains(&format!(":/{id}\n")),
+        "{name} is in other cgroups than its own: {cgroups}"
+    );
     Ok(())
+}
+
+fn ask(node: &Node, container: &Container, arguments: &[&str]) -> Result<String> {
+    node.command(container.runtime.name())?
+        .args(arguments)
+        .run()
 }
 
 /// Whether nothing of the container is left at this node: no state of the runtime, no cgroup, no
 /// mount.
-pub fn check_gone(node: &Node, id: &str) -> Result<()> {
+pub fn check_gone(node: &Node, container: &Container) -> Result<()> {
+    let (id, runtime) = (&container.id, container.runtime.name());
     let script = format!(
-        "ls -d /run/runc/{id}; find /sys/fs/cgroup -type d -name {id}; grep {id} /proc/mounts; true"
+        "ls -d /run/{runtime}/{id} {BUNDLES}/{id}/criu-root; \
+         find /sys/fs/cgroup -type d -name {id}; grep {id} /proc/mounts; true"
     );
     let left = node.command("sh")?.args(["-c", &script]).output()?;
     let left = String::from_utf8_lossy(&left.stdout).into_owned();
@@ -86,9 +160,9 @@ pub fn check_gone(node: &Node, id: &str) -> Result<()> {
 }
 
 /// Whether the root file system of the bundle has all that was put there.
-pub fn check_whole(node: &Node, id: &str) -> Result<()> {
+pub fn check_whole(node: &Node, container: &Container) -> Result<()> {
     for program in [SERVER, CLIENT] {
-        let path = node.path(format!("{BUNDLES}/{id}/rootfs{program}"));
+        let path = node.path(format!("{BUNDLES}/{}/rootfs{program}", container.id));
         ensure!(
             path.is_file(),
             "node {} has lost {}",
@@ -100,25 +174,25 @@ pub fn check_whole(node: &Node, id: &str) -> Result<()> {
 }
 
 /// Ends it as an operator would, and sees that nothing is left.
-pub fn end(node: &Node, id: &str) -> Result<()> {
-    node.command("runc")?.args(["kill", id, "KILL"]).run()?;
+pub fn end(node: &Node, container: &Container) -> Result<()> {
+    ask(node, container, &["kill", &container.id, "KILL"])?;
     for _ in 0..POLLS {
-        if state(node, id)?["status"] == "stopped" {
-            node.command("runc")?.args(["delete", id]).run()?;
-            return check_gone(node, id);
+        if state(node, container)?["status"] == "stopped" {
+            ask(node, container, &["delete", &container.id])?;
+            return check_gone(node, container);
         }
         std::thread::sleep(super::END_POLL);
     }
-    anyhow::bail!("{id} was killed and does not stop")
+    anyhow::bail!("{} was killed and does not stop", container.name())
 }
 
 /// Deletes it, wherever it is.
-pub fn delete(lab: &Lab, id: &str) -> Result<()> {
+pub fn delete(lab: &Lab, container: &Container) -> Result<()> {
+    let (id, runtime) = (&container.id, container.runtime);
     for node in &lab.nodes {
-        if node.path(format!("/run/runc/{id}/state.json")).exists() {
-            node.command("runc")?
-                .args(["delete", "--force", id])
-                .run()?;
+        let state = format!("/run/{}/{id}/{}", runtime.name(), runtime.state());
+        if node.path(state).exists() {
+            ask(node, container, &["delete", "--force", id])?;
         }
     }
     Ok(())

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{CONTAINERD, Workload, redis};
+use super::{Workload, redis};
 use crate::lab::Lab;
 use crate::lab::layer::LayerPlan;
 use crate::lab::network::WorkloadLink;
@@ -113,8 +113,8 @@ pub fn start(lab: &mut Lab, at: &str, more: &[&str]) -> Result<Workload> {
         number,
         pid: task(node, &id)?.context("containerd has no task of it")?.0,
         link: WorkloadLink::new(number),
-        container: Some(id),
-        engine: CONTAINERD,
+        container: None,
+        containerd: Some(id),
     };
     let inner = node.network_of(workload.pid)?;
     workload.link.create(node, &inner)?;

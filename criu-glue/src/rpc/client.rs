@@ -37,6 +37,8 @@ pub struct ClientRequest {
     known: CriuRequest,
     /// Descriptors that it names now.
     held: Vec<OwnedFd>,
+    /// The client is not to be told of notifications.
+    untold: bool,
 }
 
 /// What is changed in a client's request. What is `None` stays as the client wants it.
@@ -61,6 +63,8 @@ pub struct Patch {
     pub freeze_timeout: Option<u32>,
     /// `--external` strings, besides those of the client.
     pub external: Vec<String>,
+    /// The client is told of no notification, whatever it wants.
+    pub untold: bool,
 }
 
 /// Why a client's request cannot be passed on.
@@ -151,6 +155,7 @@ impl ClientRequest {
             packet,
             known,
             held: Vec::new(),
+            untold: false,
         })
     }
 
@@ -169,20 +174,22 @@ impl ClientRequest {
     /// Whether the client is to be told of notifications.
     pub(super) fn wants_notifications(&self) -> bool {
         let wants = self.options().and_then(|options| options.notify_scripts);
-        wants == Some(true)
+        wants == Some(true) && !self.untold
     }
 
     /// Makes it one that CRIU can serve when we are in the client's place: descriptors of `client`
-    /// are taken over, and CRIU notifies, whatever the client wanted. A request without options
-    /// needs none of this.
+    /// are taken over, CRIU notifies, whatever the client wanted, and reads no file of options,
+    /// which would count for more than what is asked here. A request without options needs none of
+    /// this.
     ///
     /// # Errors
     /// [`PatchError`]; the request is as it was then.
     pub fn patch(&mut self, patch: Patch, client: &Peer) -> Result<(), PatchError> {
         let options = self.known.opts.as_ref().ok_or(PatchError::NoOptions)?;
         let mut held = Vec::new();
-        let mut changes = patch.changes();
+        let (mut changes, untold) = (patch.changes(), patch.untold);
         changes.set_number(12, 1);
+        changes.set_bytes(51, NO_OPTIONS);
         let named = [
             (
                 "images_dir_fd",
@@ -215,6 +222,7 @@ impl ClientRequest {
         }
         let bytes = changes.applied_within(&self.packet.bytes, 2)?;
         self.packet.bytes = bytes;
+        self.untold = untold;
         self.held.extend(held);
         Ok(())
     }
@@ -253,6 +261,9 @@ impl Patch {
         changes
     }
 }
+
+/// A file of CRIU's options that has none.
+const NO_OPTIONS: &[u8] = b"/dev/null";
 
 /// A response that says no.
 pub(super) fn failure(kind: i32, why: &str) -> Packet {

@@ -36,8 +36,8 @@ fn a_recorded_request_keeps_all_that_is_not_patched() {
     // The options are all of it but the type and their own key and length.
     let options = &RECORDED[5..];
     assert_eq!(RECORDED, [&[8, 1][..], &wrapped(18, options)].concat());
-    let end = options.len();
-    // images_dir_fd, work_dir_fd, notify_scripts, manage_cgroups_mode, freeze_cgroup, lazy_pages
+    // images_dir_fd, work_dir_fd, notify_scripts, manage_cgroups_mode, freeze_cgroup, lazy_pages,
+    // and at the end config_file
     for (at, bytes) in [
         (0, &[8, 6][..]),
         (26, &[0x60, 1]),
@@ -45,6 +45,7 @@ fn a_recorded_request_keeps_all_that_is_not_patched() {
         (704, &[0x90, 2, 6]),
         (714, &[0xe2, 2, 32]),
         (752, &[0x80, 3, 0]),
+        (758, &[0x9a, 3, 19]),
     ] {
         assert_eq!(&options[at..at + bytes.len()], bytes, "at {at}");
     }
@@ -67,9 +68,11 @@ fn a_recorded_request_keeps_all_that_is_not_patched() {
         freeze_cgroup: Some("/cg".to_owned()),
         lazy_pages: Some(true),
         external: vec!["x".to_owned()],
+        untold: true,
         ..Patch::default()
     };
     asked.patch(patch, &us()).expect("a request");
+    assert!(!asked.wants_notifications());
     let kept = [
         &options[2..14],
         &UNKNOWN,
@@ -78,16 +81,17 @@ fn a_recorded_request_keeps_all_that_is_not_patched() {
         &options[45..704],
         &options[707..714],
         &options[749..752],
-        &options[755..end],
+        &options[755..758],
         &UNKNOWN,
     ];
-    let added: [&[u8]; 8] = [
+    let added: [&[u8]; 9] = [
         &[0x90, 2, 0],
         &[0x80, 3, 1],
         &[0x80, 4, 3],
         &[0xe2, 2, 3, b'/', b'c', b'g'],
         &[0xaa, 2, 1, b'x'],
         &[0x60, 1],
+        b"\x9a\x03\x09/dev/null",
         &[8, at_images],
         &[0x88, 1, at_work],
     ];
@@ -139,6 +143,8 @@ fn each_field_of_a_patch_is_the_one_of_its_name() {
         log_level: Some(2),
         ghost_limit: Some(7),
         timeout: Some(3),
+        // What an operator has there is for others.
+        config_file: Some("/dev/null".to_owned()),
         ..CriuOpts::default()
     };
     assert_eq!(patched.opts, Some(expected));

@@ -182,6 +182,11 @@ impl Conversation {
         std::fs::write(path, adjustment.to_string())
     }
 
+    /// How long the client may think about a notification from now on.
+    pub fn limit_client(&mut self, limit: Duration) {
+        self.client_answer_max = limit;
+    }
+
     /// Asks for something. The descriptors it names stay open until this is dropped.
     ///
     /// # Errors
@@ -266,8 +271,9 @@ impl Conversation {
     /// Cancelling loses nothing.
     ///
     /// # Errors
-    /// [`TalkError::ClientClosed`] when it has gone instead, [`TalkError::ClientSilent`] after a
-    /// minute, [`TalkError::Closed`] when CRIU has.
+    /// [`TalkError::ClientClosed`] when it has gone instead, [`TalkError::ClientSilent`] after
+    /// [`CLIENT_ANSWER_MAX`] or as [`Conversation::limit_client`] says, [`TalkError::Closed`] when
+    /// CRIU has.
     pub async fn relay(&mut self) -> Result<bool, TalkError> {
         if let (Some(client), Some(packet)) = (&self.client, self.talk.untold()) {
             match client.say(packet).await {

@@ -1,6 +1,7 @@
 //! A container runtime that finds CRIU at a [`Gate`]: started, heard until it asks, and waited for.
 //!
-//! Invariant: nothing here ends a runtime that may still end by itself. It fails, and undoes what
+//! Invariant: nothing here ends a runtime that may still end by itself, unless that is asked for. It
+//! fails, and undoes what
 //! it has made, when nobody is at its gate any more; so dropping it leaves it alone.
 
 use std::env;
@@ -120,6 +121,14 @@ impl Runtime {
                 Err(io::Error::new(io::ErrorKind::TimedOut, text))
             }
         }
+    }
+
+    /// Ends one that would undo what must stay.
+    ///
+    /// # Errors
+    /// Why it cannot be waited for.
+    pub async fn kill(&mut self) -> io::Result<()> {
+        self.child.kill().await
     }
 
     fn last_line(&self) -> String {

@@ -53,6 +53,10 @@ fn main() -> ExitCode {
 
 /// Says whether a daemon could start with this configuration and these certificates.
 fn check(config: &Config) -> ExitCode {
+    if let Err(error) = node::check_stand_in(&config.stand_in) {
+        tracing::error!("{error:#}");
+        return ExitCode::from(telemetry::EXIT_USAGE);
+    }
     match Credentials::load(&config.tls, &config.node) {
         Ok(_) => {
             println!(

@@ -27,12 +27,14 @@ use thiserror::Error;
 
 use super::containerd::arrive::Arriving as ArrivingContainerd;
 use super::containerd::{self, Containerd};
+use super::oci::arrive::{Arriving as ArrivingContainer, Restore};
+use super::oci::checkpoint::{Checkpoint, CheckpointError};
+use super::oci::habits::Runtime;
+use super::oci::{self, Container};
+use super::passing::Passing;
 use super::process::Process;
 use super::process::arrive::Arriving as ArrivingProcess;
 use super::process::describe::{self, Described};
-use super::runc::arrive::{Arriving as ArrivingRunc, Restore};
-use super::runc::checkpoint::{Checkpoint, CheckpointError};
-use super::runc::{self, Runc};
 
 /// A workload at its source, as the journal keeps it, too.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,10 +42,10 @@ use super::runc::{self, Runc};
 pub enum Kind {
     /// A bare process tree.
     Process(Process),
+    /// A container of an OCI runtime.
+    Container(Container),
     /// A container of containerd.
     Containerd(Containerd),
-    /// A container of runc.
-    Runc(Runc),
 }
 
 /// A workload that comes.
@@ -51,10 +53,10 @@ pub enum Kind {
 pub enum Arriving {
     /// A bare process tree.
     Process(ArrivingProcess),
+    /// A container of an OCI runtime.
+    Container(ArrivingContainer),
     /// A container of containerd.
     Containerd(Box<ArrivingContainerd>),
-    /// A container of runc.
-    Runc(ArrivingRunc),
 }
 
 /// What asks CRIU for a dump, if that is not us.
@@ -62,8 +64,8 @@ pub enum Arriving {
 pub enum Asker {
     /// It is.
     Us,
-    /// `runc checkpoint`.
-    Runc(Checkpoint),
+    /// The container's runtime.
+    Container(Checkpoint),
 }
 
 /// Why CRIU was not asked for a dump.
@@ -87,20 +89,19 @@ impl Kind {
     /// The workload of this name, if it is of a kind that can move away from here.
     pub fn of(name: &WorkloadName) -> Result<Self, Failure> {
         match name {
-            WorkloadName::Process(root) => match runc::holding(*root) {
+            WorkloadName::Process(root) => match oci::holding(*root) {
                 None => Ok(Self::Process(Process::new(*root))),
-                Some(id) => Err(Failure::new(
+                Some(name) => Err(Failure::new(
                     ErrorCode::UnsupportedWorkload,
-                    format!("process {root} is in a container: move that, as runc/{id}"),
+                    format!("process {root} is in a container: move that, as {name}"),
                 )),
             },
-            WorkloadName::Runc(id) => Runc::find(id).map(Self::Runc),
+            WorkloadName::Crun(id) => Container::find(Runtime::Crun, id).map(Self::Container),
+            WorkloadName::Runc(id) => Container::find(Runtime::Runc, id).map(Self::Container),
             WorkloadName::Containerd { namespace, id } => {
                 Containerd::find(namespace, id).map(Self::Containerd)
             }
-            WorkloadName::Crun(_) | WorkloadName::Podman(_) => {
-                Err(unsupported(name, "cannot be moved by this build"))
-            }
+            WorkloadName::Podman(_) => Err(unsupported(name, "cannot be moved by this build")),
         }
     }
 
@@ -108,7 +109,7 @@ impl Kind {
     pub const fn root(&self) -> i32 {
         match self {
             Self::Process(process) => process.root(),
-            Self::Runc(container) => container.root(),
+            Self::Container(container) => container.root(),
             Self::Containerd(container) => container.root(),
         }
     }
@@ -118,7 +119,7 @@ impl Kind {
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
         match self {
             Self::Process(process) => describe::describe(process.root(), pids, shared),
-            Self::Runc(container) => container.describe(pids, shared),
+            Self::Container(container) => container.describe(pids, shared),
             Self::Containerd(container) => container.describe(pids, shared),
         }
     }
@@ -132,7 +133,7 @@ impl Kind {
     ) -> Result<Freezer, Failure> {
         match self {
             Self::Process(process) => process.place(freezers, pids, &id.to_string()),
-            Self::Runc(container) => container.place(freezers, pids),
+            Self::Container(container) => container.place(freezers, pids),
             Self::Containerd(container) => container.place(freezers, pids),
         }
     }
@@ -145,8 +146,27 @@ impl Kind {
     ) -> Result<(), CgroupError> {
         match self {
             Self::Process(process) => process.enter(freezer, tree),
-            Self::Runc(container) => container.enter(freezer, tree),
+            Self::Container(container) => container.enter(freezer, tree),
             Self::Containerd(container) => container.enter(freezer, tree),
+        }
+    }
+
+    /// Who is in its frozen cgroup, and none of the `threads` of its tree; fails if one of those is
+    /// elsewhere. Cheap.
+    pub fn stranger(&self, freezer: &Freezer, threads: &[i32]) -> Result<Option<Passing>, Failure> {
+        match self {
+            // Nobody has a reason to be in a cgroup of ours.
+            Self::Process(_) => Ok(None),
+            Self::Container(container) => container.stranger(freezer, threads),
+            Self::Containerd(container) => container.stranger(freezer, threads),
+        }
+    }
+
+    /// Whether others may thaw the cgroup that holds it.
+    pub const fn is_shared(&self) -> bool {
+        match self {
+            Self::Process(_) => false,
+            Self::Container(_) | Self::Containerd(_) => true,
         }
     }
 
@@ -154,7 +174,7 @@ impl Kind {
     pub fn open_namespaces(&self, own: &[NamespaceKind]) -> Result<Vec<OwnedFd>, Failure> {
         match self {
             Self::Process(process) => process.open_namespaces(own),
-            Self::Runc(container) => container.open_namespaces(),
+            Self::Container(container) => container.open_namespaces(),
             Self::Containerd(container) => container.open_namespaces(),
         }
     }
@@ -174,15 +194,15 @@ impl Kind {
                 criu.request(Request::dump(options)).await?;
                 Ok((criu, Asker::Us))
             }
-            Self::Runc(container) => {
+            Self::Container(container) => {
                 let started = Checkpoint::start(container, (criu, options), stand_in, directory);
                 let (criu, checkpoint) = started.await?;
-                Ok((criu, Asker::Runc(checkpoint)))
+                Ok((criu, Asker::Container(checkpoint)))
             }
             Self::Containerd(container) => {
                 let asked = container.ask((criu, options), stand_in, directory).await;
                 let (criu, checkpoint) = asked?;
-                Ok((criu, Asker::Runc(checkpoint)))
+                Ok((criu, Asker::Container(checkpoint)))
             }
         }
     }
@@ -192,7 +212,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.give_back(freezer),
             // It is where its runtime has put it.
-            Self::Runc(_) => Ok(()),
+            Self::Container(_) => Ok(()),
             Self::Containerd(container) => {
                 container.give_back();
                 Ok(())
@@ -204,7 +224,7 @@ impl Kind {
     pub fn release(&self, freezer: &Freezer, hierarchies: &Hierarchies) -> Result<(), CgroupError> {
         match self {
             Self::Process(process) => process.release(freezer, hierarchies),
-            Self::Runc(container) => container.release(freezer),
+            Self::Container(container) => container.release(freezer),
             Self::Containerd(container) => container.release(freezer),
         }
     }
@@ -215,14 +235,19 @@ impl Arriving {
     pub fn begin(name: &WorkloadName, description: &WorkloadDescription) -> Result<Self, Failure> {
         match name {
             WorkloadName::Process(_) => Ok(Self::Process(ArrivingProcess::begin(description))),
-            WorkloadName::Runc(id) => ArrivingRunc::begin(id, description).map(Self::Runc),
+            WorkloadName::Crun(id) => {
+                let begun = ArrivingContainer::begin(Runtime::Crun, id, description);
+                begun.map(Self::Container)
+            }
+            WorkloadName::Runc(id) => {
+                let begun = ArrivingContainer::begin(Runtime::Runc, id, description);
+                begun.map(Self::Container)
+            }
             WorkloadName::Containerd { namespace, id } => {
                 let arriving = ArrivingContainerd::begin((namespace, id), description)?;
                 Ok(Self::Containerd(Box::new(arriving)))
             }
-            WorkloadName::Crun(_) | WorkloadName::Podman(_) => {
-                Err(unsupported(name, "cannot be taken in by the target"))
-            }
+            WorkloadName::Podman(_) => Err(unsupported(name, "cannot be taken in by the target")),
         }
     }
 
@@ -231,7 +256,7 @@ impl Arriving {
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         match self {
             Self::Process(process) => process.check(description),
-            Self::Runc(container) => container.check(description),
+            Self::Container(container) => container.check(description),
             Self::Containerd(container) => container.check(description),
         }
     }
@@ -240,7 +265,7 @@ impl Arriving {
     pub fn namespaces(&self, description: &WorkloadDescription) -> Vec<NamespaceKind> {
         match self {
             Self::Process(process) => process.namespaces(description),
-            Self::Runc(_) | Self::Containerd(_) => ArrivingRunc::namespaces(),
+            Self::Container(_) | Self::Containerd(_) => ArrivingContainer::namespaces(),
         }
     }
 
@@ -249,16 +274,20 @@ impl Arriving {
         match self {
             Self::Process(process) => process.check_tasks(tasks),
             // They are in a pid namespace of their own.
-            Self::Runc(_) | Self::Containerd(_) => Ok(()),
+            Self::Container(_) | Self::Containerd(_) => Ok(()),
         }
     }
 
     /// Who makes it and its cgroups with their limits, if that is not us. What that needs is made
     /// in `directory`, the migration's.
-    pub fn made_by(&self, directory: &Path) -> io::Result<Option<Restore>> {
+    pub fn made_by(
+        &self,
+        directory: &Path,
+        hierarchies: &Hierarchies,
+    ) -> io::Result<Option<Restore>> {
         match self {
             Self::Process(_) => Ok(None),
-            Self::Runc(container) => container.restore(directory).map(Some),
+            Self::Container(container) => container.restore(directory, hierarchies).map(Some),
             Self::Containerd(container) => container.restore(directory).map(Some),
         }
     }
@@ -269,25 +298,25 @@ impl Asker {
     pub async fn ended(&mut self) {
         match self {
             Self::Us => {}
-            Self::Runc(checkpoint) => checkpoint.ended().await,
+            Self::Container(checkpoint) => checkpoint.ended().await,
         }
     }
 }
 
 /// Removes what is left of an arrival that did not come to its end. Nobody of it may be left.
 pub fn sweep(directory: &Path) {
-    super::runc::arrive::sweep(directory);
-    super::containerd::arrive::settle(directory);
+    oci::arrive::sweep(directory);
+    containerd::arrive::settle(directory);
 }
 
 /// Sees to it that whoever made what has come knows that it runs.
 pub fn settle(directory: &Path) {
-    super::containerd::arrive::settle(directory);
+    containerd::arrive::settle(directory);
 }
 
 /// Tries again what could not be settled before.
 pub fn settle_left() {
-    super::containerd::arrive::settle_left();
+    containerd::arrive::settle_left();
 }
 
 fn unsupported(name: &WorkloadName, what: &str) -> Failure {

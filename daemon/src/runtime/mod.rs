@@ -1,8 +1,8 @@
 //! What kinds of workload there are, and how each is described, held, dumped, and made again.
 //!
-//! Kinds are [`kind`]: the bare process tree ([`process`]) and a container of [`runc`] or [`containerd`]; which
-//! process a pid means is [`identity`]. Its cgroups are those of `pageferry-cgroup`, its processor
-//! [`cpu`], its limits [`limits`], and what memory is left for it says [`memory`]. The files it
+//! Kinds are [`kind`]: the bare process tree ([`process`]) and a container of an OCI runtime
+//! ([`oci`]) or of [`containerd`]; which process a pid means is [`identity`]. Its cgroups are those of
+//! `pageferry-cgroup`, its processor [`cpu`], its limits [`limits`], and what memory is left for it says [`memory`]. The files it
 //! stands on are [`files`], what it has locked of them [`locks`], those that both nodes share
 //! [`shared`], and [`mounts`] are those of a namespace of its own. States in which it cannot be
 //! dumped for a moment are [`passing`], and connections that would be torn apart [`loopback`].
@@ -22,7 +22,7 @@ pub mod locks;
 pub mod loopback;
 pub mod memory;
 pub mod mounts;
+pub mod oci;
 pub mod passing;
 pub mod process;
-pub mod runc;
 pub mod shared;

@@ -215,9 +215,11 @@ impl Site {
         Ok(SourceEvent::Frozen)
     }
 
-    /// Whether CRIU was told the truth. After [`Site::finish`] in the same freeze.
+    /// Whether CRIU was told the truth. After [`Site::finish`] in the same freeze, beside the
+    /// restore at the target; so there is time to see that nobody else can thaw the tree.
     pub async fn compare_smaps(&mut self) -> Result<(), Failure> {
-        self.dumping.compared(&self.waits).await
+        self.dumping.compared(&self.waits).await?;
+        self.workload.hold_alone()
     }
 
     /// Lets go of file locks that the target must have, when the commit is durable. The tree stays

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use pageferry_cgroup::freezer::Freezer;
+use pageferry_cgroup::identity::FolderId;
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::Failure;
 use serde::{Deserialize, Serialize};
@@ -22,11 +24,26 @@ pub(super) struct SiteState {
     /// Which boot that was.
     pub(super) boot: String,
     pub(super) freezer: PathBuf,
+    /// What that is known by, if others may make one of its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) freezer_id: Option<FolderId>,
     pub(super) ports: Vec<PortState>,
     /// Files by which the target was to know shared storage.
     pub(super) markers: Vec<Written>,
     /// For whoever asks for the same again.
     pub(super) asked: Asked,
+}
+
+impl SiteState {
+    /// The cgroup that holds the tree, if it is still that. One that was known in another boot is
+    /// not there, whoever has made one by its name in this.
+    pub(super) fn freezer(&self, is_this_boot: bool) -> Freezer {
+        let known = self.freezer_id.map(|id| match is_this_boot {
+            true => id,
+            false => FolderId::NEVER,
+        });
+        Freezer::again(self.freezer.clone(), known)
+    }
 }
 
 /// As the journal keeps it.
@@ -53,6 +70,16 @@ mod tests {
         assert_eq!(state.kind.root(), 7);
         assert_eq!(state.asked.network, Some("web".parse().unwrap()));
         assert_eq!(encode_state(&state).unwrap().as_bytes(), text.as_bytes());
+        let folder = tempfile::tempdir().unwrap();
+        let id = FolderId::of(folder.path()).unwrap();
+        let known = SiteState {
+            freezer: folder.path().to_owned(),
+            freezer_id: Some(id),
+            ..state
+        };
+        let bytes = encode_state(&known).unwrap();
+        let known: SiteState = serde_json::from_slice(bytes.as_bytes()).unwrap();
+        assert!(known.freezer(true).exists() && !known.freezer(false).exists());
         let other = text.replacen("process", "lxc", 1);
         let error = serde_json::from_str::<SiteState>(&other)
             .unwrap_err()

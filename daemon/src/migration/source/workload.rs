@@ -6,10 +6,10 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use criu_glue::repair;
-use pageferry_cgroup::freezer::{Freezer, FreezerVersion};
+use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerVersion};
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_pages::track::Support;
 use pageferry_pages::track::frozen::{Frozen, Stops};
@@ -49,6 +49,11 @@ pub(super) struct Workload {
     pub(super) described_mounts: Vec<MountDescription>,
     /// Holds the tree.
     pub(super) freezer: Freezer,
+    /// The cgroup that this is in, if that was made for the freeze because others may thaw their
+    /// own.
+    pub(super) outer: Option<Freezer>,
+    /// The threads of the tree that the last scan found.
+    pub(super) standing: Vec<i32>,
     /// What the kernel tells of its threads.
     pub(super) support: Support,
 }
@@ -118,6 +123,57 @@ impl Workload {
         tracer(self.root()).filter(|_| self.is_root())
     }
 
+    /// Notes the threads of a tree that is frozen. Who is in its cgroup and none of it stands
+    /// against a dump.
+    pub(super) fn note_standing(&mut self, tree: &Tree) -> Result<Option<Passing>, Failure> {
+        let alive = tree.tasks.iter().filter(|task| !task.zombie);
+        self.standing = alive.flat_map(|task| task.threads.clone()).collect();
+        self.stranger()
+    }
+
+    /// Who is in its frozen cgroup, and was not in the tree when that was noted.
+    pub(super) fn stranger(&self) -> Result<Option<Passing>, Failure> {
+        block_in_place(|| self.kind.stranger(&self.freezer, &self.standing))
+    }
+
+    /// Sees to it that nobody but us can thaw the tree, which is dumped.
+    pub(super) fn hold_alone(&mut self) -> Result<(), Failure> {
+        if !self.kind.is_shared() || self.outer.is_some() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let outer = self.freezer.clone();
+        let held = block_in_place(|| outer.hold_within(&self.standing));
+        let held = held.map_err(|error| {
+            let text = format!("the frozen container cannot be held: {}", chain(&error));
+            Failure::new(ErrorCode::UnsupportedWorkload, text)
+        })?;
+        tracing::debug!(took = ?began.elapsed(), "held where only we thaw");
+        self.freezer = held;
+        self.outer = Some(outer);
+        Ok(())
+    }
+
+    /// The tree goes back to where others may thaw it, and so does what was left half-way.
+    fn take_back(&mut self) -> Result<(), Failure> {
+        let Some(outer) = self.outer.take().or_else(|| self.half_held()) else {
+            return Ok(());
+        };
+        let taken = block_in_place(|| outer.take_back());
+        let thawed = match &taken {
+            Ok(()) => Ok(()),
+            // Who is left there is to run, too.
+            Err(_) => outer.thaw(),
+        };
+        self.freezer = outer.held_within().unwrap_or(outer);
+        taken.and(thawed).map_err(|error| freeze_failed(&error))
+    }
+
+    fn half_held(&self) -> Option<Freezer> {
+        let may = self.kind.is_shared() && self.freezer.held_within().is_some();
+        may.then(|| self.freezer.clone())
+    }
+
     /// Namespaces that CRIU is to be in.
     pub(super) fn open_namespaces(&self) -> Result<Vec<OwnedFd>, Failure> {
         let namespaces = self.kind.open_namespaces(&self.own)?;
@@ -170,14 +226,15 @@ impl Workload {
         thawed.map_err(|error| freeze_failed(&error))
     }
 
-    /// CRIU and the target were told of the mounts before the rounds.
+    /// CRIU and the target were told of the mounts before the rounds. Of a frozen tree.
     pub(super) fn check_mounts(&self) -> Result<(), Failure> {
         let Some(surveyed) = &self.mounts else {
             return Ok(());
         };
         let now = block_in_place(|| Mounts::read(self.root()))?;
         if now == *surveyed {
-            return Ok(());
+            // What is in them may be more by now.
+            return block_in_place(|| surveyed.check_contents(self.root()));
         }
         Err(Failure::new(
             ErrorCode::UnsupportedWorkload,
@@ -186,7 +243,11 @@ impl Workload {
     }
 
     /// Lets the tree run, of which CRIU has let go.
-    pub(super) fn thaw(&self) -> Result<(), Failure> {
+    pub(super) fn thaw(&mut self) -> Result<(), Failure> {
+        if let Err(failure) = self.take_back() {
+            // It runs, thawed, in a cgroup of ours.
+            tracing::warn!(root = self.root(), %failure, "the container is not where it was");
+        }
         if !self.freezer.exists() {
             return Ok(());
         }
@@ -216,11 +277,37 @@ impl Workload {
 
     /// Ends every task. SIGKILL comes before the thaw, whatever CRIU did: a task that is thawed
     /// with it pending runs no instruction of its own.
-    pub(super) fn kill(&self) -> Result<(), Failure> {
-        if !self.freezer.exists() {
-            return Ok(());
+    pub(super) fn kill(&mut self) -> Result<(), Failure> {
+        let killed = block_in_place(|| {
+            if let Some(outer) = self.outer.clone() {
+                self.kill_within(&outer)?;
+                self.freezer = outer;
+                self.outer = None;
+            }
+            match self.freezer.exists() {
+                true => self.freezer.kill(KILL_TIMEOUT),
+                false => Ok(()),
+            }
+        });
+        killed.map_err(|error| freeze_failed(&error))
+    }
+
+    /// The same within the cgroup of somebody else. Whoever came there since dies of the end of the
+    /// root, which waits for him: so both are thawed.
+    fn kill_within(&self, outer: &Freezer) -> Result<(), CgroupError> {
+        if self.freezer.exists() {
+            // SIGKILL only: under the outer one they are frozen still.
+            drop(self.freezer.kill(Duration::ZERO));
         }
-        block_in_place(|| self.freezer.kill(KILL_TIMEOUT)).map_err(|error| freeze_failed(&error))
+        if outer.exists() {
+            outer.kill(KILL_TIMEOUT)?;
+            outer.thaw()?;
+        }
+        if self.freezer.exists() {
+            self.freezer.kill(KILL_TIMEOUT)?;
+            self.freezer.remove()?;
+        }
+        Ok(())
     }
 
     /// It runs elsewhere, and its tasks here are dead: nothing else of it is to be left.

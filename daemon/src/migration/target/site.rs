@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use pageferry_cgroup::freezer::{Freezer, FreezerRoot};
 use pageferry_cgroup::hierarchies::{Group, Groups, Hierarchies};
+use pageferry_cgroup::identity::FolderId;
 use pageferry_pager::client::{ClientError, Notice, PagerClient, Spawn};
 use pageferry_pager::message::{Namespace, RestoreRequest, RuntimeRequest};
 use pageferry_pages::store::{Growth, Store, StoreLimits};
@@ -43,8 +44,8 @@ use crate::runtime::identity;
 use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
 use crate::runtime::mounts::external_at_restore;
-use crate::runtime::runc::BOUND;
-use crate::runtime::runc::arrive::{Restore, made_for};
+use crate::runtime::oci::BOUND;
+use crate::runtime::oci::arrive::{Restore, made_for, note_again};
 use crate::runtime::shared::lengths;
 pub use run::LetGoError;
 
@@ -88,6 +89,9 @@ pub struct TargetNode {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct SiteState {
     freezer: PathBuf,
+    /// What that is known by, if others may make one of its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    freezer_id: Option<FolderId>,
     /// If it has one of its own.
     network: Option<NetworkState>,
     root_pid: Option<i32>,
@@ -203,10 +207,14 @@ impl Site {
                 format!("the journal of {id} is not readable: {error}"),
             )
         })?;
-        site.freezer = Freezer::at(state.freezer);
         site.root_pid = state.root_pid;
         let boot = identity::boot().map_err(|error| internal(&error))?;
         site.is_of_another_boot = state.boot != boot;
+        let known = match site.is_of_another_boot {
+            false => state.freezer_id,
+            true => state.freezer_id.map(|_| FolderId::NEVER),
+        };
+        site.freezer = Freezer::again(state.freezer, known);
         // After another boot nothing is left of it.
         if let Some(network) = state.network.filter(|_| !site.is_of_another_boot) {
             let network = Network::recover(id, network).await;
@@ -287,7 +295,7 @@ impl Site {
             })?;
         }
         self.prepare_network(offer).await?;
-        let made_by = arriving.made_by(&self.directory);
+        let made_by = arriving.made_by(&self.directory, &self.node.hierarchies);
         self.made_by = made_by.map_err(|error| internal(&error))?;
         self.arriving = Some(arriving);
         if self.made_by.is_none() {
@@ -373,9 +381,10 @@ impl Site {
         let namespaces = self.pager_namespaces()?;
         let prepared = client.prepare(self.restore_request(), &namespaces);
         let criu = prepared.await.map_err(pager_failed)?;
-        if self.made_by.is_some() {
+        if let Some(restore) = &self.made_by {
+            let made_by = (restore.program.as_path(), criu);
             let roots = (&self.node.freezers, &self.node.hierarchies);
-            self.freezer = block_in_place(|| made_for(criu, roots, &self.directory))?;
+            self.freezer = block_in_place(|| made_for(made_by, roots, &self.directory))?;
         }
         Ok(())
     }
@@ -439,6 +448,12 @@ impl Site {
             .await
             .map_err(pager_failed)?;
         self.root_pid = Some(restored.root_pid);
+        if restored.freezer_id != self.freezer.id() {
+            let path = self.freezer.path().to_owned();
+            self.freezer = Freezer::again(path, restored.freezer_id);
+            let noted = block_in_place(|| note_again(&self.directory));
+            noted.map_err(|error| internal(&error))?;
+        }
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));
         self.limit(Stage::Restored)?;
         tracing::info!(migration = %self.id, root = restored.root_pid,
@@ -454,6 +469,7 @@ impl Site {
             log_level: 2,
             cgroup_procs: self.groups.tree.procs_files(),
             freezer: self.freezer.path().to_owned(),
+            freezer_id: self.freezer.id(),
             tcp_established: true,
             file_locks: true,
             link_remap: true,
@@ -465,8 +481,13 @@ impl Site {
                 arguments: restore.arguments.clone(),
                 log: restore.log.clone(),
                 gate: self.directory.join("gate"),
-                state: restore.state.clone(),
+                cgroup_procs: restore.cgroup_procs.clone(),
+                cgroup: restore.cgroup.clone(),
+                folder: restore.leaves.folder.clone(),
+                bound_in: restore.leaves.bound_in.clone(),
                 bound: BOUND.to_owned(),
+                state: restore.leaves.state.clone(),
+                leaves: restore.leaves.paths.clone(),
             }),
             ..RestoreRequest::default()
         }
@@ -501,6 +522,7 @@ impl Site {
     fn state(&self) -> Result<DriverState, Failure> {
         let state = SiteState {
             freezer: self.freezer.path().to_owned(),
+            freezer_id: self.freezer.id(),
             network: self.network.as_ref().map(Network::state),
             root_pid: self.root_pid,
             boot: identity::boot().map_err(|error| internal(&error))?,

@@ -17,8 +17,8 @@ use pageferry_proto::wire::description::WorkloadDescription;
 
 use super::{ask, check, kept_in, refuse_others};
 use crate::runtime::cpu;
-use crate::runtime::runc::arrive::{Restore, check_namespaces, prepare};
-use crate::runtime::runc::spec::Spec;
+use crate::runtime::oci::arrive::{Leaves, Restore, check_namespaces, prepare};
+use crate::runtime::oci::spec::Spec;
 
 /// What stands for the runtime here: it asks containerd, and ends when the container runs.
 const PROGRAM: &str = "pageferry-containerd";
@@ -158,7 +158,13 @@ impl Arriving {
     /// migration's.
     pub fn restore(&self, directory: &Path) -> io::Result<Restore> {
         let state = kept_in(&self.namespace).join(self.id.to_string());
-        let images = prepare(directory, &state)?;
+        let leaves = Leaves {
+            folder: state.clone(),
+            bound_in: state.clone(),
+            state: state.join("state.json"),
+            paths: Vec::new(),
+        };
+        let images = prepare(directory, &leaves)?;
         let migration = directory.file_name().unwrap_or_default();
         let arrival = Arrival {
             socket: SOCKET.into(),
@@ -170,14 +176,17 @@ impl Arriving {
             gate: directory.join("gate"),
             images,
             work: directory.to_owned(),
-            state: state.clone(),
+            state,
         };
         arrival.write(directory)?;
         Ok(Restore {
             program: beside(PROGRAM),
             arguments: vec![directory.to_string_lossy().into_owned()],
             log: directory.join(LOG),
-            state,
+            leaves,
+            // runc puts there what is to become CRIU.
+            cgroup_procs: Vec::new(),
+            cgroup: None,
         })
     }
 }

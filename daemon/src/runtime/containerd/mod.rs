@@ -1,14 +1,14 @@
 //! A container of containerd, named by its namespace and id: containerd keeps what it is, and its
 //! shim has runc run it.
 //!
-//! At the source the runtime is asked as for a container of its own ([`super::runc`]), in the folder
+//! At the source the runtime is asked as for a container of its own ([`super::oci`]), in the folder
 //! where containerd has it keep them: containerd sees the process end as if it were killed, and its
 //! entries are deleted after that. At the target containerd makes all anew ([`arrive`]).
 //!
 //! Invariants: from before the freeze on until the container runs somewhere, containerd's restart
 //! monitor does not know it; the source's entry goes when it runs at the target, and not before.
 //!
-//! Absent, and refused by name: what [`super::runc`] refuses; containers that somebody else has in
+//! Absent, and refused by name: what [`super::oci`] refuses; containers that somebody else has in
 //! containerd, who would start them again; images that the target does not have.
 
 pub mod arrive;
@@ -29,9 +29,11 @@ use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescripti
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::oci::Container as OfRuntime;
+use super::oci::checkpoint::{Checkpoint, CheckpointError};
+use super::oci::habits::Runtime;
+use super::passing::Passing;
 use super::process::describe::Described;
-use super::runc::Runc;
-use super::runc::checkpoint::{Checkpoint, CheckpointError};
 
 /// Where containerd has runc keep the containers of a namespace, by its name.
 const ROOT: &str = "/run/containerd/runc";
@@ -50,7 +52,7 @@ const REMOVE_MAX: Duration = Duration::from_secs(20);
 pub struct Containerd {
     namespace: String,
     id: String,
-    container: Runc,
+    container: OfRuntime,
 }
 
 /// Why nobody asks for the dump.
@@ -85,7 +87,7 @@ impl Containerd {
             ))
         })?;
         check(&container, id)?;
-        let runc = Runc::find_in(kept_in(&space), id)?;
+        let runc = OfRuntime::find_in((Runtime::Runc, Some(kept_in(&space))), id)?;
         if !task.is_running || i32::try_from(task.pid) != Ok(runc.root()) {
             return Err(gone(format!(
                 "the task of {id} is paused, or containerd and runc do not agree on it"
@@ -103,7 +105,7 @@ impl Containerd {
         self.container.root()
     }
 
-    /// What it is made of; as [`Runc::describe`].
+    /// What it is made of; as [`OfRuntime::describe`].
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
         let mut described = self.container.describe(pids, shared)?;
         // They are the image's, which has the same digest; and they are nowhere yet.
@@ -155,12 +157,12 @@ impl Containerd {
         Ok(())
     }
 
-    /// The cgroup that holds the tree of `pids`; as [`Runc::place`].
+    /// The cgroup that holds the tree of `pids`; as [`OfRuntime::place`].
     pub fn place(&self, freezers: &FreezerRoot, pids: &[i32]) -> Result<Freezer, Failure> {
         self.container.place(freezers, pids)
     }
 
-    /// As [`Runc::enter`].
+    /// As [`OfRuntime::enter`].
     pub fn enter(
         &self,
         freezer: &Freezer,
@@ -169,9 +171,14 @@ impl Containerd {
         self.container.enter(freezer, tree)
     }
 
-    /// As [`Runc::open_namespaces`].
+    /// As [`OfRuntime::open_namespaces`].
     pub fn open_namespaces(&self) -> Result<Vec<OwnedFd>, Failure> {
         self.container.open_namespaces()
+    }
+
+    /// As [`OfRuntime::stranger`].
+    pub fn stranger(&self, freezer: &Freezer, threads: &[i32]) -> Result<Option<Passing>, Failure> {
+        self.container.stranger(freezer, threads)
     }
 
     /// Has its runtime ask for a dump; as [`Checkpoint::start`]. containerd does not start it again

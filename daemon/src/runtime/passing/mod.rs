@@ -49,6 +49,8 @@ pub enum State {
     Vfork,
     /// A task sleeps in the kernel and cannot be interrupted, not even by a freeze.
     Uninterruptible,
+    /// Somebody is in a container who is not of its tree.
+    Stranger,
 }
 
 /// A state that was found.
@@ -72,7 +74,7 @@ impl State {
     pub const fn passes_alone(self) -> bool {
         match self {
             Self::Unaccepted | Self::Descriptors | Self::Unread | Self::Vfork => true,
-            Self::Handshake | Self::Closing | Self::Uninterruptible => false,
+            Self::Handshake | Self::Closing | Self::Uninterruptible | Self::Stranger => false,
         }
     }
 
@@ -86,6 +88,7 @@ impl State {
             Self::Unread => "has not read the messages of its netlink socket",
             Self::Vfork => "waits for a child that it made by vfork",
             Self::Uninterruptible => "sleeps in the kernel and cannot be interrupted",
+            Self::Stranger => "was started in the container from outside (runc exec)",
         }
     }
 
@@ -99,6 +102,7 @@ impl State {
             Self::Unread => "move it when it has read them",
             Self::Vfork => "move it when the child has started its program, or has ended",
             Self::Uninterruptible => "move it when the storage or device it waits for answers",
+            Self::Stranger => "move the container when that has ended",
         }
     }
 }
@@ -135,7 +139,7 @@ impl Observer {
 }
 
 /// `process 12 (nginx)`.
-fn name_of(pid: i32) -> String {
+pub(super) fn name_of(pid: i32) -> String {
     match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
         Ok(name) => format!("process {pid} ({})", name.trim_end()),
         Err(_) => format!("process {pid}"),

@@ -10,6 +10,7 @@
 use std::time::{Duration, Instant};
 
 use pageferry_pages::digest::Hashing;
+use pageferry_pages::track::tree::Tree;
 use pageferry_proto::id::{Generation, Round};
 use pageferry_proto::migration::source::{FinalReport, SourceEvent, Wait};
 use pageferry_proto::page::PageCount;
@@ -22,6 +23,7 @@ use crate::migration::source::failure::criu_failed;
 use crate::migration::source::sending::{Attempt, Sums};
 use crate::migration::source::tracking::{Scans, Unfit};
 use crate::migration::source::unread::{Unsent, Verdict};
+use crate::migration::source::workload::unreadable;
 use crate::migration::source::{images, verify};
 use crate::migration::text::internal;
 
@@ -66,6 +68,10 @@ impl Site {
         // frozen whoever dies.
         self.workload.freeze(&self.waits)?;
         self.dumping.check_held()?;
+        if let Some(stranger) = self.workload.stranger()? {
+            let sums = sent.unwrap_or_default();
+            return self.tries.give_up(&stranger.to_string(), &sums);
+        }
         let frozen_again = began.elapsed();
         let verify = self.policy.verify;
         let hashing = verify.then(|| self.tracking.hash(&scans, self.node.workers));
@@ -94,10 +100,15 @@ impl Site {
     /// Scans what stands still, beside a last look for what forbids that; the inner error is a
     /// reason for another round.
     async fn last_scan(&mut self) -> Result<Result<Scans, Unfit>, Failure> {
+        let tree = block_in_place(|| Tree::read(self.workload.root()));
+        let tree = tree.map_err(|error| unreadable(&error))?;
+        if let Some(stranger) = self.workload.note_standing(&tree)? {
+            return Ok(Err(Unfit::Passing(stranger)));
+        }
         let (workload, waits) = (&self.workload, &self.waits);
         let lookout = self.tracking.lookout(workload, &self.network.sockets);
         let looking = lookout.begin();
-        let scans = match block_in_place(|| self.tracking.last_scan(workload, waits))? {
+        let scans = match block_in_place(|| self.tracking.last_scan(&tree, workload, waits))? {
             Ok(scans) => scans,
             Err(unfit) => return Ok(Err(unfit)),
         };

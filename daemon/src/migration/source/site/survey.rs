@@ -4,7 +4,6 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use pageferry_cgroup::freezer::Freezer;
 use pageferry_pages::track::shared_bytes;
 use pageferry_pages::track::tree::Tree;
 use pageferry_proto::id::{MigrationId, NetworkName};
@@ -205,6 +204,7 @@ impl Site {
             started: anchor.identity().started,
             boot: anchor.identity().boot.clone(),
             freezer: freezer.path().to_owned(),
+            freezer_id: freezer.id(),
             ports: ports.iter().map(PortState::of).collect(),
             markers: kept.markers(),
             asked: asked.clone(),
@@ -219,6 +219,8 @@ impl Site {
             mounts: described.mounts,
             described_mounts: description.mounts.clone(),
             freezer,
+            outer: None,
+            standing: Vec::new(),
             support: node.support.clone(),
         };
         let found = Found {
@@ -254,10 +256,16 @@ impl Site {
         let identity = Identity {
             pid: state.kind.root(),
             started: state.started,
-            boot: state.boot,
+            boot: state.boot.clone(),
+        };
+        let is_this_boot = identity.is_this_boot();
+        let freezer = state.freezer(is_this_boot);
+        let (freezer, outer) = match state.kind.is_shared().then(|| freezer.held_within()) {
+            Some(Some(within)) => (within, Some(freezer)),
+            Some(None) | None => (freezer, None),
         };
         // After another boot the same numbers mean other links.
-        let known: &[PortState] = match identity.is_this_boot() {
+        let known: &[PortState] = match is_this_boot {
             true => &state.ports,
             false => &[],
         };
@@ -270,7 +278,9 @@ impl Site {
             ipc: Ipc::default(),
             mounts: None,
             described_mounts: Vec::new(),
-            freezer: Freezer::at(state.freezer),
+            freezer,
+            outer,
+            standing: Vec::new(),
             support: node.support.clone(),
         };
         let found = Found {

@@ -19,7 +19,7 @@ use super::Tracking;
 use crate::migration::source::failure::failed_to_track;
 use crate::migration::source::verify;
 use crate::migration::source::waits::Waits;
-use crate::migration::source::workload::{Workload, unreadable};
+use crate::migration::source::workload::Workload;
 use crate::migration::text::{chain, internal};
 use crate::runtime::passing::{self, Passing};
 
@@ -36,21 +36,21 @@ pub enum Unfit {
 }
 
 impl Tracking {
-    /// Scans every tracked space; the inner error is a reason for another round.
+    /// Scans every tracked space of the frozen `tree`; the inner error is a reason for another round.
     pub fn last_scan(
         &mut self,
+        tree: &Tree,
         workload: &Workload,
         waits: &Waits,
     ) -> Result<Result<Scans, Unfit>, Failure> {
         let scanning = waits.begin(Wait::Scan);
-        let tree = Tree::read(workload.root()).map_err(|error| unreadable(&error))?;
-        if let Some(passing) = find_vfork(&tree) {
+        if let Some(passing) = find_vfork(tree) {
             return Ok(Err(Unfit::Passing(passing)));
         }
-        if let Some(late) = self.find_late_birth(&tree) {
+        if let Some(late) = self.find_late_birth(tree) {
             return Ok(Err(Unfit::Unseen(late)));
         }
-        self.forget_others(&tree);
+        self.forget_others(tree);
         let mut scans = BTreeMap::new();
         let mut replaced = Vec::new();
         for (id, space) in &mut self.spaces {

@@ -34,20 +34,25 @@ impl Site {
         if let Some(pager) = self.pager.take() {
             self.discard_pager(&pager).await;
         }
-        block_in_place(|| {
+        let killed = block_in_place(|| {
             // Also a CRIU that waits to be asked, and a pager that does not answer.
             self.groups.pager.kill();
             self.groups.tree.kill();
             if !self.freezer.exists() {
                 return Ok(());
             }
-            self.freezer
-                .kill(KILL_TIMEOUT)
-                .and_then(|()| self.freezer.remove())
-        })
-        .map_err(|error| internal(&error))?;
-        self.end_groups();
+            self.freezer.kill(KILL_TIMEOUT)?;
+            // A runtime may have left cgroups below it.
+            sweep(&self.directory);
+            match self.freezer.exists() {
+                true => self.freezer.remove(),
+                false => Ok(()),
+            }
+        });
+        // Whoever is left: what is bound is bound in the node's namespace, and dangerous there.
         block_in_place(|| sweep(&self.directory));
+        killed.map_err(|error| internal(&error))?;
+        self.end_groups();
         if let Some(network) = self.network.take() {
             network
                 .give_up()
@@ -83,6 +88,7 @@ impl Site {
         if let Err(error) = self.freezer.remove() {
             tracing::warn!(migration = %self.id, "its cgroup is left: {}", chain(&error));
         }
+        block_in_place(|| sweep(&self.directory));
         self.end_groups();
         self.clear();
     }
@@ -107,7 +113,10 @@ impl Site {
     fn end_groups(&self) {
         // Also what a daemon before this one has made for a limit.
         let group = self.node.hierarchies.everywhere(&self.id.to_string());
-        let group = group.and(self.freezer.path().to_owned());
+        let group = match self.freezer.exists() {
+            true => group.and(self.freezer.path().to_owned()),
+            false => group,
+        };
         let removed = block_in_place(|| group.remove(END_TIMEOUT));
         if let Err(error) = removed {
             tracing::warn!(migration = %self.id, "a cgroup is left: {}", chain(&error));

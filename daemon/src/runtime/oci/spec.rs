@@ -1,7 +1,5 @@
-//! What a container is, as its runtime has written it down, and what of that is not moved yet.
-//!
-//! The bundle's `config.json` says what the container is to be, the runtime's `state.json` what has
-//! become of it. Both are read as they are, and only what is asked for here.
+//! What a container is to be, as the `config.json` of its bundle says it, and what of that is not
+//! moved yet. It is read as it is, and only what is asked for here.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,6 +20,8 @@ pub struct Spec {
     hooks: BTreeMap<String, Value>,
     #[serde(default)]
     linux: Linux,
+    #[serde(default)]
+    annotations: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -34,6 +34,7 @@ struct Process {
 
 #[derive(Debug, Deserialize)]
 struct Root {
+    path: PathBuf,
     #[serde(default)]
     readonly: bool,
 }
@@ -53,6 +54,7 @@ struct Linux {
     namespaces: Vec<Namespace>,
     cgroups_path: String,
     rootfs_propagation: String,
+    resources: Resources,
 }
 
 #[derive(Debug, Deserialize)]
@@ -63,40 +65,87 @@ struct Namespace {
     path: String,
 }
 
-/// The `state.json` of runc.
-#[derive(Debug, Deserialize)]
-pub struct State {
-    /// The root of the tree, in the pid namespace of the node.
-    pub init_process_pid: i32,
-    /// When that started, in clock ticks since the boot.
-    pub init_process_start: u64,
-    /// Its standard streams, when it was started.
-    #[serde(default)]
-    external_descriptors: Vec<String>,
-    config: StateConfig,
+/// Limits in `config.json`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Resources {
+    memory: Memory,
+    cpu: Cpu,
+    pids: Pids,
 }
 
-#[derive(Debug, Deserialize)]
-struct StateConfig {
-    #[serde(default)]
-    labels: Vec<String>,
-    #[serde(default)]
-    rootless_euid: bool,
-    #[serde(default)]
-    cgroups: Option<Cgroups>,
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Memory {
+    limit: i64,
+    swap: i64,
+    reservation: i64,
 }
 
-#[derive(Debug, Deserialize)]
-struct Cgroups {
-    #[serde(default, alias = "Systemd")]
-    systemd: bool,
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Cpu {
+    quota: i64,
+    period: i64,
+    shares: i64,
+    cpus: String,
+    mems: String,
 }
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Pids {
+    limit: Option<i64>,
+}
+
+/// Limits of a container, as its configuration or its runtime has them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    pub memory: i64,
+    pub memory_swap: i64,
+    pub memory_reservation: i64,
+    pub cpu_quota: i64,
+    pub cpu_period: i64,
+    pub cpu_shares: i64,
+    pub cpus: String,
+    pub mems: String,
+    pub pids: i64,
+}
+
+/// Under which annotation an engine says that the container is its own.
+const MANAGER: &str = "io.container.manager";
 
 /// What every container has to itself here, as the specification calls it.
 const OWN: [&str; 5] = ["ipc", "mount", "network", "pid", "uts"];
 
 /// File systems that a container mounts, and whose contents go along or are made by the kernel.
 const MOUNTED: [&str; 6] = ["cgroup", "devpts", "mqueue", "proc", "sysfs", "tmpfs"];
+
+impl Limits {
+    /// The first that is another than in `wanted`, as `config.json` calls it.
+    pub fn other_than(&self, wanted: &Self) -> Option<&'static str> {
+        let numbers = [
+            ("memory.limit", self.memory, wanted.memory),
+            ("memory.swap", self.memory_swap, wanted.memory_swap),
+            (
+                "memory.reservation",
+                self.memory_reservation,
+                wanted.memory_reservation,
+            ),
+            ("cpu.quota", self.cpu_quota, wanted.cpu_quota),
+            ("cpu.period", self.cpu_period, wanted.cpu_period),
+            ("cpu.shares", self.cpu_shares, wanted.cpu_shares),
+            ("pids.limit", self.pids, wanted.pids),
+        ];
+        let names = [
+            ("cpu.cpus", &self.cpus, &wanted.cpus),
+            ("cpu.mems", &self.mems, &wanted.mems),
+        ];
+        let number = numbers.iter().find(|(_, has, wanted)| has != wanted);
+        let name = names.iter().find(|(_, has, wanted)| has != wanted);
+        number.map(|one| one.0).or(name.map(|one| one.0))
+    }
+}
 
 impl Spec {
     /// Reads `config.json`.
@@ -107,12 +156,44 @@ impl Spec {
         })
     }
 
+    /// Its cgroup, from the root of each hierarchy.
+    pub fn cgroup(&self) -> &str {
+        &self.linux.cgroups_path
+    }
+
+    /// Its root file system; `bundle` is the folder of its bundle.
+    pub fn root(&self, bundle: &Path) -> PathBuf {
+        bundle.join(&self.root.path)
+    }
+
+    /// Its limits.
+    pub fn limits(&self) -> Limits {
+        let Resources { memory, cpu, pids } = &self.linux.resources;
+        Limits {
+            memory: memory.limit,
+            memory_swap: memory.swap,
+            memory_reservation: memory.reservation,
+            cpu_quota: cpu.quota,
+            cpu_period: cpu.period,
+            cpu_shares: cpu.shares,
+            cpus: cpu.cpus.clone(),
+            mems: cpu.mems.clone(),
+            pids: pids.limit.unwrap_or_default(),
+        }
+    }
+
     /// Refuses what is not moved yet, by its name.
     pub fn check(&self) -> Result<(), Failure> {
         let refused = |text: &str| {
             let text = format!("the container {text}");
             Err(Failure::new(ErrorCode::UnsupportedWorkload, text))
         };
+        if let Some(manager) = self.annotations.get(MANAGER) {
+            return refused(&format!(
+                "is one of {manager}, which would start it again, or lose it: it cannot be moved \
+                 without its manager"
+            ));
+        }
         if self.process.terminal {
             return Err(Failure::new(
                 ErrorCode::StdioUnfit,
@@ -192,57 +273,6 @@ impl Spec {
     }
 }
 
-impl State {
-    /// Reads `state.json` of the container that is called `name`.
-    pub fn parse(text: &[u8], name: &str) -> Result<Self, Failure> {
-        serde_json::from_slice(text).map_err(|error| {
-            let text = format!("what runc has written of {name} cannot be read: {error}");
-            Failure::new(ErrorCode::UnsupportedWorkload, text)
-        })
-    }
-
-    /// The folder of its bundle.
-    pub fn bundle(&self) -> Option<PathBuf> {
-        let labels = self.config.labels.iter();
-        let bundle = labels
-            .filter_map(|label| label.strip_prefix("bundle="))
-            .next_back();
-        bundle
-            .map(PathBuf::from)
-            .filter(|bundle| bundle.is_absolute())
-    }
-
-    /// Refuses what is not moved yet, by its name.
-    pub fn check(&self) -> Result<(), Failure> {
-        let refused = |text: &str| Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
-        if self.config.rootless_euid {
-            return refused("the container is a rootless one, which is not moved");
-        }
-        if self
-            .config
-            .cgroups
-            .as_ref()
-            .is_some_and(|cgroups| cgroups.systemd)
-        {
-            return refused("the container's cgroup is made by systemd, which is not moved yet");
-        }
-        let other = self.external_descriptors.iter().enumerate();
-        let other = other
-            .into_iter()
-            .find(|(_, name)| Path::new(name) != Path::new("/dev/null"));
-        match other {
-            Some((number, name)) => Err(Failure::new(
-                ErrorCode::StdioUnfit,
-                format!(
-                    "descriptor {number} of the container was {name} when it was started, which is \
-                     not moved yet: start it with its input and output at /dev/null"
-                ),
-            )),
-            None => Ok(()),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -297,6 +327,8 @@ mod tests {
         assert!(profile.contains("AppArmor"), "{profile}");
         let cgroup = refused(|spec| spec["linux"]["cgroupsPath"] = "web".into());
         assert!(cgroup.contains("linux.cgroupsPath"), "{cgroup}");
+        let managed = refused(|spec| spec["annotations"] = json!({MANAGER: "libpod"}));
+        assert!(managed.contains("one of libpod"), "{managed}");
         let shared = refused(|spec| spec["linux"]["rootfsPropagation"] = "rshared".into());
         assert!(shared.contains("rootfsPropagation"), "{shared}");
     }
@@ -330,30 +362,5 @@ mod tests {
             );
         });
         assert!(none.contains("no pid namespace"), "{none}");
-    }
-
-    #[test]
-    fn the_state_names_the_bundle_and_what_was_open_at_the_start() {
-        let state = |streams: [&str; 3], config: Value| {
-            let text = json!({
-                "init_process_pid": 7, "init_process_start": 9,
-                "external_descriptors": streams, "config": config,
-            });
-            State::parse(text.to_string().as_bytes(), "web").unwrap()
-        };
-        let plain = state(
-            ["/dev/null"; 3],
-            json!({"labels": ["a=b", "bundle=/srv/web"]}),
-        );
-        assert_eq!(plain.bundle(), Some("/srv/web".into()));
-        plain.check().unwrap();
-        let piped = state(["/dev/null", "pipe:[3]", "pipe:[4]"], json!({}));
-        let refused = piped.check().unwrap_err();
-        assert!(refused.to_string().contains("descriptor 1"), "{refused}");
-        assert_eq!(piped.bundle(), None);
-        let rootless = state(["/dev/null"; 3], json!({"rootless_euid": true}));
-        assert!(rootless.check().is_err());
-        let systemd = state(["/dev/null"; 3], json!({"cgroups": {"Systemd": true}}));
-        assert!(systemd.check().is_err());
     }
 }

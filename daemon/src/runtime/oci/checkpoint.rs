@@ -1,4 +1,4 @@
-//! `runc checkpoint`, which asks CRIU for the dump of its container.
+//! `checkpoint`, which asks CRIU for the dump of its container.
 //!
 //! What it asks is held until CRIU may come, and changed where our dump is another than its own.
 //! It is not told of notifications, which could only end in its no; when CRIU responds it deletes
@@ -15,7 +15,8 @@ use criu_glue::rpc::{
 };
 use thiserror::Error;
 
-use super::{OUTPUT, PROGRAM, Runc};
+use super::habits::Runtime as Oci;
+use super::{Container, OUTPUT};
 
 /// Where its gate is, in the migration's folder.
 const GATE: &str = "gate";
@@ -39,14 +40,28 @@ pub enum CheckpointError {
         source: io::Error,
     },
     /// It has not come to its request.
-    #[error("{PROGRAM} checkpoint")]
-    Runtime(#[from] RuntimeError),
+    #[error("{program} checkpoint")]
+    Runtime {
+        /// Which.
+        program: &'static str,
+        /// Why.
+        #[source]
+        source: RuntimeError,
+    },
     /// What it asks for cannot be had.
-    #[error("serving {PROGRAM} checkpoint")]
-    Gate(#[from] GateError),
+    #[error("serving {program} checkpoint")]
+    Gate {
+        /// Which.
+        program: &'static str,
+        /// Why.
+        #[source]
+        source: GateError,
+    },
     /// It has asked for something else.
-    #[error("{PROGRAM} has asked for a dump of process {asked:?} and not of {root}")]
+    #[error("{program} has asked for a dump of process {asked:?} and not of {root}")]
     Other {
+        /// Who.
+        program: &'static str,
         /// Of which.
         asked: Option<i32>,
         /// Of which it should have.
@@ -56,13 +71,16 @@ pub enum CheckpointError {
 
 /// One that is under way.
 #[derive(Debug)]
-pub struct Checkpoint(Runtime);
+pub struct Checkpoint {
+    process: Runtime,
+    program: &'static str,
+}
 
 impl Checkpoint {
     /// Has the runtime ask for a dump of `container`, and CRIU work on it as `criu` and `options`
     /// say. `directory` is the migration's, `stand_in` what the runtime is to find as CRIU.
     pub async fn start(
-        container: &Runc,
+        container: &Container,
         (criu, options): (SwrkConfig, DumpOptions),
         stand_in: &Path,
         directory: &Path,
@@ -70,7 +88,10 @@ impl Checkpoint {
         let folder = directory.join(GATE);
         // One that was started before has ended.
         drop(fs::remove_dir_all(&folder));
-        let gate = Gate::bind(&folder, stand_in)?;
+        let program = container.runtime.program();
+        let unserved = |source| CheckpointError::Gate { program, source };
+        let silent = |source| CheckpointError::Runtime { program, source };
+        let gate = Gate::bind(&folder, stand_in).map_err(unserved)?;
         let images = folder.join("images");
         let log = directory.join(OUTPUT);
         let made = |path: &Path| {
@@ -80,7 +101,7 @@ impl Checkpoint {
         fs::create_dir(&images).map_err(made(&images))?;
         let arguments = [
             "--root".as_ref(),
-            container.kept_in.as_os_str(),
+            container.kept_in().as_os_str(),
             "--log".as_ref(),
             log.as_os_str(),
             "checkpoint".as_ref(),
@@ -92,27 +113,47 @@ impl Checkpoint {
             "ignore".as_ref(),
             container.id.as_ref(),
         ];
-        let mut runtime = Runtime::start(&gate, PROGRAM.as_ref(), arguments, log.clone())?;
-        let asked = runtime.asks(&gate, &criu.criu, ASK_MAX).await?;
-        check(&asked, container.root)?;
-        let criu = asked.summon(criu).await?.pass(patch(options)).await?;
-        Ok((criu, Self(runtime)))
+        let process = Runtime::start(&gate, program.as_ref(), arguments, log.clone());
+        let mut process = process.map_err(silent)?;
+        let started = async {
+            let asked = process.asks(&gate, &criu.criu, ASK_MAX).await;
+            let asked = asked.map_err(silent)?;
+            check(&asked, container.runtime, container.root)?;
+            let summoned = asked.summon(criu).await.map_err(unserved)?;
+            summoned.pass(patch(options)).await.map_err(unserved)
+        };
+        let started = started.await;
+        // Nobody is at the gate any more.
+        drop(gate);
+        let mut checkpoint = Self { process, program };
+        match started {
+            Ok(criu) => Ok((criu, checkpoint)),
+            Err(error) => {
+                checkpoint.ended().await;
+                Err(error)
+            }
+        }
     }
 
     /// Waits until it has ended; it knows how the dump went.
     pub async fn ended(&mut self) {
-        match self.0.ended(END_MAX).await {
-            Ok(status) => tracing::debug!(%status, "{PROGRAM} checkpoint has ended"),
-            Err(error) => tracing::warn!(%error, "{PROGRAM} checkpoint"),
+        let program = self.program;
+        match self.process.ended(END_MAX).await {
+            Ok(status) => tracing::debug!(%status, "{program} checkpoint has ended"),
+            Err(error) => tracing::warn!(%error, "{program} checkpoint"),
         }
     }
 }
 
-fn check(asked: &Asked, root: i32) -> Result<(), CheckpointError> {
+fn check(asked: &Asked, runtime: Oci, root: i32) -> Result<(), CheckpointError> {
     let pid = asked.request().options().and_then(|options| options.pid);
     match pid == Some(root) {
         true => Ok(()),
-        false => Err(CheckpointError::Other { asked: pid, root }),
+        false => Err(CheckpointError::Other {
+            program: runtime.program(),
+            asked: pid,
+            root,
+        }),
     }
 }
 
@@ -130,6 +171,8 @@ fn patch(options: DumpOptions) -> Patch {
         log_level: Some(options.log.level),
         ghost_limit: options.ghost_limit,
         freeze_timeout: options.freeze_timeout,
+        // In the freeze nobody waits for it.
+        untold: true,
         ..Patch::default()
     }
 }
