@@ -65,7 +65,7 @@ pub enum Asker {
     /// It is.
     Us,
     /// The container's runtime.
-    Container(Checkpoint),
+    Container(Box<Checkpoint>),
 }
 
 /// Why CRIU was not asked for a dump.
@@ -197,12 +197,12 @@ impl Kind {
             Self::Container(container) => {
                 let started = Checkpoint::start(container, (criu, options), stand_in, directory);
                 let (criu, checkpoint) = started.await?;
-                Ok((criu, Asker::Container(checkpoint)))
+                Ok((criu, Asker::Container(Box::new(checkpoint))))
             }
             Self::Containerd(container) => {
                 let asked = container.ask((criu, options), stand_in, directory).await;
                 let (criu, checkpoint) = asked?;
-                Ok((criu, Asker::Container(checkpoint)))
+                Ok((criu, Asker::Container(Box::new(checkpoint))))
             }
         }
     }

@@ -103,7 +103,7 @@ const PAGER: Modules = &[
     ),
     ("main", &["pageferry_pager"]),
     ("marks", &[]),
-    ("message", &[]),
+    ("message", &["pageferry_cgroup"]),
     ("plan", &["message", "pageferry_pages"]),
     (
         "process",
@@ -141,7 +141,16 @@ const PAGER: Modules = &[
             "watcher",
         ],
     ),
-    ("runtime", &["failure", "message", "pageferry_sys", "start"]),
+    (
+        "runtime",
+        &[
+            "failure",
+            "message",
+            "pageferry_cgroup",
+            "pageferry_sys",
+            "start",
+        ],
+    ),
     ("serve", &["pageferry_pages", "pageferry_sys", "worker"]),
     ("shield", &["error"]),
     ("signals", &[]),

@@ -36,7 +36,8 @@ pub enum Unfit {
 }
 
 impl Tracking {
-    /// Scans every tracked space of the frozen `tree`; the inner error is a reason for another round.
+    /// Scans every tracked space of the frozen `tree`; the inner error is a reason for another
+    /// round.
     pub fn last_scan(
         &mut self,
         tree: &Tree,
