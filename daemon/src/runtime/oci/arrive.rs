@@ -423,13 +423,14 @@ mod tests {
         let (state, cgroup) = (folder.path().join("state"), folder.path().join("cgroup"));
         fs::create_dir_all(state.join(BOUND)).unwrap();
         fs::create_dir(&cgroup).unwrap();
+        let leaves = Leaves {
+            bound_in: state.clone(),
+            folder: state.clone(),
+            state: state.join("state.json"),
+            ..Leaves::default()
+        };
         let note = Note {
-            leaves: Leaves {
-                bound_in: state.clone(),
-                folder: state.clone(),
-                state: state.join("state.json"),
-                ..Leaves::default()
-            },
+            leaves: leaves.clone(),
             made: FolderId::of(&state).ok(),
             cgroups: vec![(cgroup.clone(), FolderId::of(&cgroup).unwrap())],
         };
@@ -451,12 +452,7 @@ mod tests {
         assert!(!state.exists() && !cgroup.exists());
         // One that had not asked yet.
         let note = Note {
-            leaves: Leaves {
-                bound_in: state.clone(),
-                folder: state.clone(),
-                state: state.join("state.json"),
-                ..Leaves::default()
-            },
+            leaves: leaves.clone(),
             ..Note::default()
         };
         note.write(folder.path()).unwrap();
