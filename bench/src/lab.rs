@@ -389,7 +389,7 @@ const NODES_MAX: usize = 8;
 /// Addresses 10.90.0.101 to 10.90.0.250.
 const WORKLOADS_MAX: usize = 150;
 /// Name, folder in the node, need.
-const BINARIES: [(&str, &str, Need); 8] = [
+const BINARIES: [(&str, &str, Need); 10] = [
     ("lab", "usr/local/bin", Need::Always),
     ("lab-writer", "usr/local/bin", Need::Always),
     ("lab-cases", "usr/local/bin", Need::Always),
@@ -397,5 +397,7 @@ const BINARIES: [(&str, &str, Need); 8] = [
     ("pageferryd", "usr/local/bin", Need::WithDaemons),
     ("pageferry-pager", "usr/local/bin", Need::WithDaemons),
     ("pageferry-criu", "usr/local/bin", Need::WithDaemons),
+    ("pageferry-oci", "usr/local/bin", Need::WithDaemons),
+    ("pageferry-containerd", "usr/local/bin", Need::WithDaemons),
     ("libcriu_view.so", "usr/lib/pageferry", Need::WithDaemons),
 ];

@@ -5,6 +5,7 @@
 
 pub mod case;
 pub mod container;
+pub mod containerd;
 pub mod launch;
 pub mod nginx;
 pub mod redis;
@@ -34,6 +35,8 @@ pub struct Workload {
     pub link: WorkloadLink,
     /// What it is to a container runtime, if one runs it.
     pub container: Option<Container>,
+    /// The id that it has at containerd, if that has it.
+    pub containerd: Option<String>,
 }
 
 /// How to start one.
@@ -54,6 +57,7 @@ impl Workload {
             pid: pids::of_workload(number),
             link: WorkloadLink::new(number),
             container: None,
+            containerd: None,
         };
         let spec = LaunchSpec {
             pid: workload.pid,
@@ -95,9 +99,10 @@ impl Workload {
 
     /// The name by which pageferry knows it.
     pub fn name(&self) -> String {
-        match &self.container {
-            Some(container) => container.name(),
-            None => format!("process/{}", self.pid),
+        match (&self.container, &self.containerd) {
+            (Some(container), _) => container.name(),
+            (_, Some(id)) => format!("containerd/default/{id}"),
+            (None, None) => format!("process/{}", self.pid),
         }
     }
 
@@ -117,9 +122,10 @@ impl Workload {
         loop {
             self.signal(lab)?;
             if !lab.nodes.iter().any(|node| self.is_at(node)) {
-                return match &self.container {
-                    Some(container) => container::delete(lab, container),
-                    None => Ok(()),
+                return match (&self.container, &self.containerd) {
+                    (Some(container), _) => container::delete(lab, container),
+                    (_, Some(id)) => containerd::delete(lab, id),
+                    (None, None) => Ok(()),
                 };
             }
             ensure!(

@@ -43,7 +43,7 @@ impl Ready {
         }
     }
 
-    fn is_open(&self) -> bool {
+    fn is_open(&mut self) -> bool {
         match self {
             Self::Criu(criu) => criu.is_open(),
             Self::Runtime(waiting) => waiting.is_open(),
@@ -59,7 +59,7 @@ impl Ahead {
 
     /// It, if it was started as `request` asks for, and is still there. It may have been killed,
     /// for memory or by somebody; it has restored nothing yet, so that another one can.
-    pub async fn take_for(self, request: &RestoreRequest) -> Option<Ready> {
+    pub async fn take_for(mut self, request: &RestoreRequest) -> Option<Ready> {
         if !self.request.starts_like(request) {
             self.call_off().await;
             return None;

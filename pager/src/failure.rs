@@ -59,7 +59,7 @@ pub enum RestoreError {
     #[error("cannot have the container runtime restore")]
     Runtime(#[source] RuntimeError),
     /// The container runtime said no at the end.
-    #[error("the container runtime does not agree with the restore")]
+    #[error("the container runtime does not agree with the restore, or is gone")]
     RuntimeRefused,
     /// What a container runtime asks for cannot be had.
     #[error("cannot serve the container runtime")]

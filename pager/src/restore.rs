@@ -216,6 +216,14 @@ async fn locked(locking: &mut Option<JoinHandle<Result<(), Fault>>>) -> Result<(
     }
 }
 
+/// Waits until the runtime is gone, if there is one.
+async fn gone(runtime: &mut Option<Runtime>) {
+    match runtime {
+        Some(runtime) => runtime.gone().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Waits for the decision to undo. Nothing else can be decided while CRIU is at work.
 async fn discarded(decisions: &mut mpsc::UnboundedReceiver<Decision>) {
     loop {
@@ -424,6 +432,9 @@ impl Restore {
                     locking = None;
                     tell(Progress::Locked(taken));
                 }
+                () = gone(&mut self.runtime) => {
+                    return Held::Failed(RestoreError::RuntimeRefused);
+                }
                 event = self.criu.next() => return Held::Failed(match event {
                     Ok(Event::Response(response)) => match response.into_result() {
                         Err(failed) => RestoreError::Criu(failed),
@@ -439,6 +450,10 @@ impl Restore {
     /// Lets the tree run. An error comes with whether it may have run.
     async fn go(&mut self) -> Result<(), (RestoreError, bool)> {
         let before = |error| (error, false);
+        let runs = self.runtime.as_mut().is_none_or(Runtime::is_running);
+        if !runs {
+            return Err(before(RestoreError::RuntimeRefused));
+        }
         // A runtime writes down now that its container runs. The daemon waits for it.
         self.criu.limit_client(RUNTIME_ANSWER_MAX);
         let agreed = self.criu.relay().await;

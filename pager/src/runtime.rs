@@ -100,8 +100,8 @@ impl Waiting {
     }
 
     /// Whether both still wait.
-    pub fn is_open(&self) -> bool {
-        self.asked.conversation().is_open()
+    pub fn is_open(&mut self) -> bool {
+        self.runtime.is_running() && self.asked.conversation().is_open()
     }
 
     /// The process that is CRIU, or becomes it: it is in the cgroups of the container.
@@ -152,6 +152,16 @@ impl Waiting {
 }
 
 impl Runtime {
+    /// Whether it has not ended. Who asks may be another than whom we started.
+    pub fn is_running(&mut self) -> bool {
+        self.process.is_running()
+    }
+
+    /// Waits until it ends, by itself.
+    pub async fn gone(&mut self) {
+        self.process.gone().await;
+    }
+
     /// Whether it ends by itself soon.
     pub async fn ends_within(&mut self, limit: Duration) -> bool {
         self.process.ends_within(limit).await

@@ -13,7 +13,7 @@ use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::page::{PageCount, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::container::ContainerDescription;
+use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescription};
 use pageferry_proto::wire::control::{
     ControlError, Final, Hello, Message, Offer, RoundEnd, SourceMessage, TargetMessage, Welcome,
 };
@@ -143,6 +143,12 @@ fn container() -> ContainerDescription {
     ContainerDescription {
         bundle: "/b".to_owned(),
         config: b"{}".to_vec(),
+        containerd: Some(ContainerdDescription {
+            record: vec![0x0a, 0x01, b'w'],
+            spec_type: "s".to_owned(),
+            image_digest: "sha256:0".to_owned(),
+            snapshot_parent: "sha256:1".to_owned(),
+        }),
     }
 }
 
@@ -229,9 +235,9 @@ fn the_offer_keeps_its_bytes() {
     check(
         SourceMessage::Offer(Box::new(offer())),
         &expect![[r#"
-            8e01000082018a030801120c70726f63
+            ac0100008201a8030801120c70726f63
             6573732f343731311801220f08e80710
-            1e1880c8ceb40d3080897a2ae40208e7
+            1e1880c8ceb40d3080897a2a820308e7
             24121a0801120c72656469732d736572
             7665721a0201072080808080041a04e7
             24ed2420092a037765623206286e6f6e
@@ -253,8 +259,9 @@ fn the_offer_keeps_its_bytes() {
             80010020180120072a0a080210800218
             c0042001c20120088080808004108080
             40188080808008280030f0930938a08d
-            0640c801488004ca01080a022f621202
-            7b7d
+            0640c801488004ca01260a022f621202
+            7b7d521c0a030a01771201731a087368
+            613235363a3022087368613235363a31
         "#]],
     );
 }

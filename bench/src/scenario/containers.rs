@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::container_faults;
 use super::report::Report;
 use super::session::Session;
 use super::settings::{Settings, other};
+use super::{container_faults, containerd};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::MoveOptions;
@@ -23,11 +23,14 @@ use crate::workload::redis;
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     settings.need_pageferry("containers are about what stock CRIU does not have")?;
     let only = settings.only.as_deref();
+    if only == Some(CONTAINERD) {
+        return containerd::moves(settings, report);
+    }
     let Some((case, runtimes)) = case(only) else {
         let runtimes = Runtime::ALL.map(Runtime::name);
         bail!(
-            "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {runtimes:?}, and those with \
-             -{FAULTS} behind them",
+            "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {runtimes:?}, those with \
+             -{FAULTS} behind them, and {CONTAINERD:?}",
             only.unwrap_or_default()
         );
     };
@@ -113,7 +116,8 @@ fn of_runtime(
     workload.kill(lab)
 }
 
-fn move_on(session: &mut Session, lab: &Lab, report: &mut Report) -> Result<bool> {
+/// Moves it on, and waits until it has written more.
+pub fn move_on(session: &mut Session, lab: &Lab, report: &mut Report) -> Result<bool> {
     let to = other(&session.at);
     let moved = session.move_to(lab, to, &MoveOptions::default(), report)?;
     session.wait_for_writes(WRITES_AROUND)?;
@@ -134,6 +138,8 @@ enum Case {
 const FEW: &str = "few";
 /// Kills at the gates.
 const FAULTS: &str = "faults";
+/// Containerd's.
+const CONTAINERD: &str = "containerd";
 const MOVES: usize = 10;
 const MOVES_FEW: usize = 2;
 /// Values alone; Redis needs a quarter more for them.

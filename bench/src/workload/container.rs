@@ -95,6 +95,7 @@ pub fn start(lab: &mut Lab, runtime: Runtime, at: &str) -> Result<Workload> {
         pid: pid.with_context(|| format!("{} has no pid: {state}", container.name()))?,
         link: WorkloadLink::new(number),
         container: Some(container),
+        containerd: None,
     };
     let inner = node.network_of(workload.pid)?;
     workload.link.create(node, &inner)?;

@@ -91,6 +91,17 @@ impl Runtime {
         }
     }
 
+    /// Whether it has not ended.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Waits until it ends, by itself.
+    pub async fn gone(&mut self) {
+        // One that cannot be waited for is gone, too.
+        drop(self.child.wait().await);
+    }
+
     /// Whether it ends by itself within `limit`.
     pub async fn ends_within(&mut self, limit: Duration) -> bool {
         timeout(limit, self.child.wait()).await.is_ok()

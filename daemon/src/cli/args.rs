@@ -63,6 +63,28 @@ pub enum Command {
     /// Certificates for the nodes of a cluster
     #[command(subcommand)]
     Ca(CaCommand),
+    /// Prepare this node for containers of an engine that come
+    Setup(SetupArgs),
+}
+
+/// The flags of `setup`; it needs no daemon.
+#[derive(Debug, Args)]
+pub struct SetupArgs {
+    /// The engine
+    pub engine: Engine,
+    /// Only look whether it is done
+    #[arg(long, conflicts_with = "remove")]
+    pub check: bool,
+    /// Undo it, unless a container needs it
+    #[arg(long)]
+    pub remove: bool,
+}
+
+/// An engine that something must be prepared for.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Engine {
+    /// containerd
+    Containerd,
 }
 
 /// The flags of `migrate`.

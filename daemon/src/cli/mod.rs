@@ -1,7 +1,7 @@
 //! The commands of `pageferry`.
 //!
-//! All but `ca` are calls to this node's daemon, which decides everything. Absent: state of any
-//! kind, and the network.
+//! All but `ca` and `setup` are calls to this node's daemon, which decides everything. Absent: state
+//! of any kind, and the network.
 
 pub mod args;
 pub mod ca;
@@ -9,5 +9,6 @@ mod client;
 mod output;
 mod progress;
 mod run;
+mod setup;
 
 pub use run::run;

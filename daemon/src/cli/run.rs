@@ -15,11 +15,12 @@ use tokio::time::{Instant, timeout_at};
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use super::args::{CaCommand, Cli, Command, MigrateArgs, OneArgs};
+use super::args::{CaCommand, Cli, Command, Engine, MigrateArgs, OneArgs, SetupArgs};
 use super::ca;
 use super::client::{self, CallError};
 use super::output::{self, Known, Listed, Moved};
 use super::progress::Shown;
+use super::setup;
 use crate::config::units::Span;
 use crate::telemetry::Chain;
 
@@ -37,6 +38,7 @@ pub async fn run(cli: Cli) -> ExitCode {
 async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
     let command = match cli.command {
         Command::Ca(command) => return Ok(certificates(&command)),
+        Command::Setup(arguments) => return Ok(set_up(&arguments)),
         other => other,
     };
     if let Command::Migrate(arguments) = command {
@@ -92,8 +94,8 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
                 "told: see `pageferry show {id}` for what comes of it"
             ));
         }
-        // Both were carried out above.
-        Command::Ca(_) | Command::Migrate(_) => {}
+        // They were carried out above.
+        Command::Ca(_) | Command::Migrate(_) | Command::Setup(_) => {}
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -276,6 +278,25 @@ async fn watch(
 async fn next(statuses: &mut Streaming<Status>) -> Result<Status, CallError> {
     let gone = || tonic::Status::unavailable("the stream of statuses ended early");
     Ok(statuses.message().await?.ok_or_else(gone)?)
+}
+
+fn set_up(arguments: &SetupArgs) -> ExitCode {
+    let Engine::Containerd = arguments.engine;
+    let done = match (arguments.check, arguments.remove) {
+        (true, _) => setup::check(),
+        (_, true) => setup::remove(),
+        _ => setup::install(),
+    };
+    match done {
+        Ok(text) => {
+            say(&text);
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            complain(&Chain(&error).to_string());
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn certificates(command: &CaCommand) -> ExitCode {

@@ -25,6 +25,8 @@ use pageferry_sys::namespace::NamespaceKind;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::containerd::arrive::Arriving as ArrivingContainerd;
+use super::containerd::{self, Containerd};
 use super::oci::arrive::{Arriving as ArrivingContainer, Restore};
 use super::oci::checkpoint::{Checkpoint, CheckpointError};
 use super::oci::habits::Runtime;
@@ -42,6 +44,8 @@ pub enum Kind {
     Process(Process),
     /// A container of an OCI runtime.
     Container(Container),
+    /// A container of containerd.
+    Containerd(Containerd),
 }
 
 /// A workload that comes.
@@ -51,6 +55,8 @@ pub enum Arriving {
     Process(ArrivingProcess),
     /// A container of an OCI runtime.
     Container(ArrivingContainer),
+    /// A container of containerd.
+    Containerd(Box<ArrivingContainerd>),
 }
 
 /// What asks CRIU for a dump, if that is not us.
@@ -59,7 +65,7 @@ pub enum Asker {
     /// It is.
     Us,
     /// The container's runtime.
-    Container(Checkpoint),
+    Container(Box<Checkpoint>),
 }
 
 /// Why CRIU was not asked for a dump.
@@ -74,6 +80,9 @@ pub enum AskError {
     /// The container's runtime does not ask for it.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The container's runtime does not ask for it, or containerd does not let it.
+    #[error(transparent)]
+    Containerd(#[from] containerd::AskError),
 }
 
 impl Kind {
@@ -89,9 +98,10 @@ impl Kind {
             },
             WorkloadName::Crun(id) => Container::find(Runtime::Crun, id).map(Self::Container),
             WorkloadName::Runc(id) => Container::find(Runtime::Runc, id).map(Self::Container),
-            WorkloadName::Containerd { .. } | WorkloadName::Podman(_) => {
-                Err(unsupported(name, "cannot be moved by this build"))
+            WorkloadName::Containerd { namespace, id } => {
+                Containerd::find(namespace, id).map(Self::Containerd)
             }
+            WorkloadName::Podman(_) => Err(unsupported(name, "cannot be moved by this build")),
         }
     }
 
@@ -100,6 +110,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.root(),
             Self::Container(container) => container.root(),
+            Self::Containerd(container) => container.root(),
         }
     }
 
@@ -109,6 +120,7 @@ impl Kind {
         match self {
             Self::Process(process) => describe::describe(process.root(), pids, shared),
             Self::Container(container) => container.describe(pids, shared),
+            Self::Containerd(container) => container.describe(pids, shared),
         }
     }
 
@@ -122,6 +134,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.place(freezers, pids, &id.to_string()),
             Self::Container(container) => container.place(freezers, pids),
+            Self::Containerd(container) => container.place(freezers, pids),
         }
     }
 
@@ -134,6 +147,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.enter(freezer, tree),
             Self::Container(container) => container.enter(freezer, tree),
+            Self::Containerd(container) => container.enter(freezer, tree),
         }
     }
 
@@ -144,6 +158,7 @@ impl Kind {
             // Nobody has a reason to be in a cgroup of ours.
             Self::Process(_) => Ok(None),
             Self::Container(container) => container.stranger(freezer, threads),
+            Self::Containerd(container) => container.stranger(freezer, threads),
         }
     }
 
@@ -151,7 +166,7 @@ impl Kind {
     pub const fn is_shared(&self) -> bool {
         match self {
             Self::Process(_) => false,
-            Self::Container(_) => true,
+            Self::Container(_) | Self::Containerd(_) => true,
         }
     }
 
@@ -160,6 +175,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.open_namespaces(own),
             Self::Container(container) => container.open_namespaces(),
+            Self::Containerd(container) => container.open_namespaces(),
         }
     }
 
@@ -181,7 +197,12 @@ impl Kind {
             Self::Container(container) => {
                 let started = Checkpoint::start(container, (criu, options), stand_in, directory);
                 let (criu, checkpoint) = started.await?;
-                Ok((criu, Asker::Container(checkpoint)))
+                Ok((criu, Asker::Container(Box::new(checkpoint))))
+            }
+            Self::Containerd(container) => {
+                let asked = container.ask((criu, options), stand_in, directory).await;
+                let (criu, checkpoint) = asked?;
+                Ok((criu, Asker::Container(Box::new(checkpoint))))
             }
         }
     }
@@ -192,6 +213,10 @@ impl Kind {
             Self::Process(process) => process.give_back(freezer),
             // It is where its runtime has put it.
             Self::Container(_) => Ok(()),
+            Self::Containerd(container) => {
+                container.give_back();
+                Ok(())
+            }
         }
     }
 
@@ -200,6 +225,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.release(freezer, hierarchies),
             Self::Container(container) => container.release(freezer),
+            Self::Containerd(container) => container.release(freezer),
         }
     }
 }
@@ -217,9 +243,11 @@ impl Arriving {
                 let begun = ArrivingContainer::begin(Runtime::Runc, id, description);
                 begun.map(Self::Container)
             }
-            WorkloadName::Containerd { .. } | WorkloadName::Podman(_) => {
-                Err(unsupported(name, "cannot be taken in by the target"))
+            WorkloadName::Containerd { namespace, id } => {
+                let arriving = ArrivingContainerd::begin((namespace, id), description)?;
+                Ok(Self::Containerd(Box::new(arriving)))
             }
+            WorkloadName::Podman(_) => Err(unsupported(name, "cannot be taken in by the target")),
         }
     }
 
@@ -229,6 +257,7 @@ impl Arriving {
         match self {
             Self::Process(process) => process.check(description),
             Self::Container(container) => container.check(description),
+            Self::Containerd(container) => container.check(description),
         }
     }
 
@@ -236,7 +265,7 @@ impl Arriving {
     pub fn namespaces(&self, description: &WorkloadDescription) -> Vec<NamespaceKind> {
         match self {
             Self::Process(process) => process.namespaces(description),
-            Self::Container(_) => ArrivingContainer::namespaces(),
+            Self::Container(_) | Self::Containerd(_) => ArrivingContainer::namespaces(),
         }
     }
 
@@ -245,7 +274,7 @@ impl Arriving {
         match self {
             Self::Process(process) => process.check_tasks(tasks),
             // They are in a pid namespace of their own.
-            Self::Container(_) => Ok(()),
+            Self::Container(_) | Self::Containerd(_) => Ok(()),
         }
     }
 
@@ -259,6 +288,7 @@ impl Arriving {
         match self {
             Self::Process(_) => Ok(None),
             Self::Container(container) => container.restore(directory, hierarchies).map(Some),
+            Self::Containerd(container) => container.restore(directory).map(Some),
         }
     }
 }
@@ -271,6 +301,22 @@ impl Asker {
             Self::Container(checkpoint) => checkpoint.ended().await,
         }
     }
+}
+
+/// Removes what is left of an arrival that did not come to its end. Nobody of it may be left.
+pub fn sweep(directory: &Path) {
+    oci::arrive::sweep(directory);
+    containerd::arrive::settle(directory);
+}
+
+/// Sees to it that whoever made what has come knows that it runs.
+pub fn settle(directory: &Path) {
+    containerd::arrive::settle(directory);
+}
+
+/// Tries again what could not be settled before.
+pub fn settle_left() {
+    containerd::arrive::settle_left();
 }
 
 fn unsupported(name: &WorkloadName, what: &str) -> Failure {

@@ -1,7 +1,7 @@
 //! What kinds of workload there are, and how each is described, held, dumped, and made again.
 //!
 //! Kinds are [`kind`]: the bare process tree ([`process`]) and a container of an OCI runtime
-//! ([`oci`]); which process a pid means is [`identity`]. Its cgroups are those of
+//! ([`oci`], [`containerd`]); which process a pid means is [`identity`]. Its cgroups are those of
 //! `pageferry-cgroup`, its processor [`cpu`], its limits [`limits`], and what memory is left for it
 //! says [`memory`]. The files it stands on are [`files`], what it has locked of them [`locks`],
 //! those that both nodes share [`shared`], and [`mounts`] are those of a namespace of its own.
@@ -11,6 +11,7 @@
 //! Nothing here knows the links or the pages.
 
 pub mod build_id;
+pub mod containerd;
 pub mod cpu;
 pub mod detached;
 pub mod files;

@@ -107,13 +107,27 @@ pub const CRATES: &[Crate] = &[
         tests_use: &[],
     },
     Crate {
+        folder: "oci",
+        package: "pageferry-oci",
+        uses: &["pageferry-sys"],
+        tests_use: &[],
+    },
+    Crate {
+        folder: "containerd",
+        package: "pageferry-containerd",
+        uses: &["pageferry-oci"],
+        tests_use: &[],
+    },
+    Crate {
         folder: "daemon",
         package: "pageferry",
         uses: &[
             "criu-glue",
             "pageferry-api",
             "pageferry-cgroup",
+            "pageferry-containerd",
             "pageferry-inject",
+            "pageferry-oci",
             "pageferry-pager",
             "pageferry-pages",
             "pageferry-proto",

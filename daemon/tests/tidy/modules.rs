@@ -20,7 +20,16 @@ const MAY_USE: &[(&str, Modules)] = &[("daemon", DAEMON), ("pager", PAGER), ("pa
 const DAEMON: Modules = &[
     ("api", &["migration", "pageferry_api"]),
     ("args", &["config"]),
-    ("cli", &["config", "pageferry_api", "telemetry"]),
+    (
+        "cli",
+        &[
+            "config",
+            "pageferry_api",
+            "pageferry_containerd",
+            "pageferry_oci",
+            "telemetry",
+        ],
+    ),
     ("config", &["args", "net"]),
     ("lib", &[]),
     ("link", &["pageferry_sys"]),
@@ -53,7 +62,13 @@ const DAEMON: Modules = &[
     ),
     (
         "runtime",
-        &["pageferry_cgroup", "pageferry_inject", "pageferry_sys"],
+        &[
+            "pageferry_cgroup",
+            "pageferry_containerd",
+            "pageferry_inject",
+            "pageferry_oci",
+            "pageferry_sys",
+        ],
     ),
     ("telemetry", &[]),
 ];

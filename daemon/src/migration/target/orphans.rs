@@ -15,7 +15,7 @@ use tokio::task::block_in_place;
 
 use super::site::TargetNode;
 use crate::migration::text::chain;
-use crate::runtime::oci::arrive::sweep;
+use crate::runtime::kind::{settle_left, sweep};
 
 /// How long a pager that was told to end may take.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
@@ -38,6 +38,7 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
                 "no journal knows of this migration, and its folder is kept: {why}"),
         }
     }
+    block_in_place(settle_left);
     for (name, freezer) in node.freezers.made() {
         // Pagers and watchers have a cgroup each, whose name goes on behind the id.
         let id = name.split('.').next().unwrap_or_default().parse();

@@ -101,19 +101,7 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks; asks about files, whose storage may not
     /// answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
-        let own = [
-            Namespaces::NET,
-            Namespaces::UTS,
-            Namespaces::IPC,
-            Namespaces::PID,
-        ];
-        let own = own.into_iter().fold(Namespaces::MNT, Namespaces::with);
-        if description.own_namespaces != own || !description.shared.is_empty() {
-            return Err(Failure::new(
-                ErrorCode::UnsupportedWorkload,
-                "a container has namespaces of its own, and nothing shared with its node",
-            ));
-        }
+        check_namespaces(description)?;
         let folder = self.runtime.folder(&self.id);
         if folder.exists() {
             return Err(Failure::new(
@@ -164,9 +152,6 @@ impl Arriving {
     /// How the runtime is started to restore it. Makes what it needs in `directory`, which is the
     /// migration's.
     pub fn restore(&self, directory: &Path, hierarchies: &Hierarchies) -> io::Result<Restore> {
-        let images = directory.join("streams");
-        fs::create_dir_all(&images)?;
-        fs::write(images.join(STREAMS.0), STREAMS.1)?;
         let spec = Spec::parse(&self.container.config).map_err(io::Error::other)?;
         let cgroup = spec.cgroup().to_owned();
         // Wherever the runtime makes one.
@@ -174,11 +159,7 @@ impl Arriving {
         let all = hierarchies.iter().map(|all| all.point.join(below));
         let cgroups: Vec<PathBuf> = all.collect();
         let leaves = self.leaves(&cgroups);
-        let note = Note {
-            leaves: leaves.clone(),
-            ..Note::default()
-        };
-        note.write(directory)?;
+        let images = prepare(directory, &leaves)?;
         let path = |path: &Path| path.to_string_lossy().into_owned();
         let log = directory.join(OUTPUT);
         let arguments = [
@@ -232,6 +213,38 @@ impl Arriving {
             paths,
         }
     }
+}
+
+/// Refuses what no source of this build offers.
+pub fn check_namespaces(description: &WorkloadDescription) -> Result<(), Failure> {
+    let own = [
+        Namespaces::NET,
+        Namespaces::UTS,
+        Namespaces::IPC,
+        Namespaces::PID,
+    ];
+    let own = own.into_iter().fold(Namespaces::MNT, Namespaces::with);
+    if description.own_namespaces != own || !description.shared.is_empty() {
+        return Err(Failure::new(
+            ErrorCode::UnsupportedWorkload,
+            "a container has namespaces of its own, and nothing shared with its node",
+        ));
+    }
+    Ok(())
+}
+
+/// Notes in `directory` what a killed runtime may leave, and makes what it reads of images by
+/// itself; where that is.
+pub fn prepare(directory: &Path, leaves: &Leaves) -> io::Result<PathBuf> {
+    let images = directory.join("streams");
+    fs::create_dir_all(&images)?;
+    fs::write(images.join(STREAMS.0), STREAMS.1)?;
+    let note = Note {
+        leaves: leaves.clone(),
+        ..Note::default()
+    };
+    note.write(directory)?;
+    Ok(images)
 }
 
 /// The cgroup that runtime `program` has made for a container: process `pid` is to become the CRIU
@@ -351,6 +364,7 @@ mod tests {
             container: ContainerDescription {
                 bundle: bundle.to_string_lossy().into_owned(),
                 config: config.into(),
+                containerd: None,
             },
         }
     }
@@ -409,13 +423,14 @@ mod tests {
         let (state, cgroup) = (folder.path().join("state"), folder.path().join("cgroup"));
         fs::create_dir_all(state.join(BOUND)).unwrap();
         fs::create_dir(&cgroup).unwrap();
+        let leaves = Leaves {
+            bound_in: state.clone(),
+            folder: state.clone(),
+            state: state.join("state.json"),
+            ..Leaves::default()
+        };
         let note = Note {
-            leaves: Leaves {
-                bound_in: state.clone(),
-                folder: state.clone(),
-                state: state.join("state.json"),
-                ..Leaves::default()
-            },
+            leaves: leaves.clone(),
             made: FolderId::of(&state).ok(),
             cgroups: vec![(cgroup.clone(), FolderId::of(&cgroup).unwrap())],
         };
@@ -437,7 +452,7 @@ mod tests {
         assert!(!state.exists() && !cgroup.exists());
         // One that had not asked yet.
         let note = Note {
-            state: state.clone(),
+            leaves: leaves.clone(),
             ..Note::default()
         };
         note.write(folder.path()).unwrap();

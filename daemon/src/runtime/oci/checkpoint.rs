@@ -101,7 +101,7 @@ impl Checkpoint {
         fs::create_dir(&images).map_err(made(&images))?;
         let arguments = [
             "--root".as_ref(),
-            container.runtime.root().as_ref(),
+            container.kept_in().as_os_str(),
             "--log".as_ref(),
             log.as_os_str(),
             "checkpoint".as_ref(),

@@ -71,13 +71,26 @@ pub struct Container {
     /// Which boot that was.
     boot: String,
     bundle: PathBuf,
+    /// Where its runtime keeps it, if that is not the usual place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kept_in: Option<PathBuf>,
 }
 
 impl Container {
     /// The container of this name, if it runs here and can move.
     pub fn find(runtime: Runtime, id: &ContainerId) -> Result<Self, Failure> {
+        Self::find_in((runtime, None), id)
+    }
+
+    /// The same, of those that the runtime keeps in another folder.
+    pub fn find_in(
+        (runtime, kept_in): (Runtime, Option<PathBuf>),
+        id: &ContainerId,
+    ) -> Result<Self, Failure> {
         let (id, program) = (id.to_string(), runtime.program());
-        let path = runtime.state(&id);
+        let root = kept_in.as_deref().unwrap_or(Path::new(runtime.root()));
+        let folder = root.join(&id);
+        let path = folder.join(runtime.habits().state);
         let text = fs::read(&path).map_err(|error| {
             let text = format!(
                 "{program} has no container {id}: {}: {error}",
@@ -102,7 +115,7 @@ impl Container {
         let config = read_config(&bundle)?;
         state.check_against(&Spec::parse(&config)?, &bundle)?;
         if let Some(copy) = runtime.habits().copy
-            && fs::read(runtime.folder(&id).join(copy)).ok() != Some(config)
+            && fs::read(folder.join(copy)).ok() != Some(config)
         {
             let text = format!("the config.json of {id} was changed since it was started");
             return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
@@ -114,7 +127,14 @@ impl Container {
             started,
             boot,
             bundle,
+            kept_in,
         })
+    }
+
+    /// Where its runtime keeps its containers.
+    fn kept_in(&self) -> &Path {
+        let usual = Path::new(self.runtime.root());
+        self.kept_in.as_deref().unwrap_or(usual)
     }
 
     /// The pid of its root in this node's pid namespace.
@@ -145,6 +165,7 @@ impl Container {
         description.container = Some(ContainerDescription {
             bundle: self.bundle.to_string_lossy().into_owned(),
             config,
+            containerd: None,
         });
         Ok(described)
     }
@@ -207,11 +228,16 @@ impl Container {
     /// that died over it is asked again. A container that was begun anew under its name is another,
     /// and nothing is done to it.
     pub fn release(&self, freezer: &Freezer) -> Result<(), CgroupError> {
-        if !gone_within(|| self.is_listed(), GONE_MAX) {
+        if !self.is_deleted() {
             self.delete();
         }
         // Nobody is in it, or this says so.
         freezer.remove()
+    }
+
+    /// Waits until its runtime has deleted it, for a while; whether it has.
+    pub fn is_deleted(&self) -> bool {
+        gone_within(|| self.is_listed(), GONE_MAX)
     }
 
     fn delete(&self) {
@@ -225,8 +251,9 @@ impl Container {
         }
         // Not by force: its processes are dead, and those of another container of its name, should
         // one begin now, are to live.
-        let delete = ["--root", runtime.root(), "delete", &self.id];
-        match Command::new(program).args(delete).output() {
+        let mut delete = Command::new(program);
+        delete.arg("--root").arg(self.kept_in());
+        match delete.args(["delete", &self.id]).output() {
             Ok(output) if output.status.success() => {}
             Ok(output) => tracing::warn!(container = self.id, status = %output.status,
                 said = %String::from_utf8_lossy(&output.stderr).trim_end(),
@@ -243,7 +270,8 @@ impl Container {
 
     /// Whether what the runtime has by its name is this very container.
     fn is_listed(&self) -> bool {
-        let text = fs::read(self.runtime.state(&self.id)).ok();
+        let folder = self.kept_in().join(&self.id);
+        let text = fs::read(folder.join(self.runtime.habits().state)).ok();
         text.is_some_and(|text| self.is_in(&text))
     }
 
@@ -340,6 +368,7 @@ mod tests {
             started: 5,
             boot: identity::boot().unwrap(),
             bundle: "/srv/web".into(),
+            kept_in: None,
         };
         let is_in = |ours: &Container, root: i32, started: u64| {
             let text = format!(

@@ -9,9 +9,11 @@ use pageferry_pager::client::{ClientError, Notice, PagerClient, Remains};
 use pageferry_pager::message::State as PagerState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_sys::namespace::{self, NamespaceKind};
+use tokio::task::block_in_place;
 
 use super::{Network, Pager, Site, no_pager, pager_failed};
 use crate::migration::text::{chain, internal, network_unfit};
+use crate::runtime::kind::settle;
 
 /// How long a pager may take to let a tree go, or to undo it instead: five seconds for CRIU to give
 /// up, ten for its tasks to die, and then it says that they do not.
@@ -177,6 +179,7 @@ impl Site {
                 }
             }
         }
+        block_in_place(|| settle(&self.directory));
         self.clear();
         Ok(())
     }

@@ -1,0 +1,267 @@
+//! Redis in a container of containerd: started, looked at and ended by `ctr`, containerd's own
+//! client.
+//!
+//! Each node has a containerd of its own, and the image from the layer of the nodes, so that both
+//! have it by the same digest.
+
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Workload, redis};
+use crate::lab::Lab;
+use crate::lab::layer::LayerPlan;
+use crate::lab::network::WorkloadLink;
+use crate::lab::node::Node;
+
+/// The layer of the nodes with containerd, and the image.
+pub const LAYER: LayerPlan = LayerPlan {
+    name: "containerd",
+    packages: &["containerd"],
+    files: &[(CONFIG, CONFIG_TEXT)],
+    script: IMAGE_SCRIPT,
+};
+
+/// The containerd of a node; it ends with this value.
+#[derive(Debug)]
+pub struct Engine {
+    node: String,
+    child: Child,
+}
+
+impl Engine {
+    /// Starts the containerd of a node, with the image.
+    pub fn start(node: &Node) -> Result<Self> {
+        let mounts = format!("mkdir -p {STORE} && mount -t tmpfs tmpfs {STORE}");
+        node.command("sh")?.args(["-ec", &mounts]).run()?;
+        let engine = Self::run(node)?;
+        let import = ["images", "import", "--snapshotter", SNAPSHOTTER, IMAGE_FILE];
+        ctr(node, &import).context("importing the image")?;
+        node.command("pageferry")?
+            .args(["setup", "containerd"])
+            .run()?;
+        Ok(engine)
+    }
+
+    fn run(node: &Node) -> Result<Self> {
+        let script = format!("exec containerd --config {CONFIG} >>/run/containerd.log 2>&1");
+        let command = node.command("sh")?.args(["-c", &script]);
+        let child = command.stdin(Stdio::null()).spawn()?;
+        let engine = Self {
+            node: node.name().to_owned(),
+            child,
+        };
+        engine.wait(node)?;
+        Ok(engine)
+    }
+
+    fn wait(&self, node: &Node) -> Result<()> {
+        let deadline = Instant::now() + READY_TIME_MAX;
+        while !node
+            .command("ctr")?
+            .arg("version")
+            .output()?
+            .status
+            .success()
+        {
+            ensure!(
+                Instant::now() < deadline,
+                "containerd of node {} does not answer",
+                self.node
+            );
+            std::thread::sleep(READY_POLL);
+        }
+        Ok(())
+    }
+
+    /// `kill -9`, and a new one.
+    pub fn restart(&mut self, node: &Node) -> Result<()> {
+        self.kill()?;
+        *self = Self::run(node)?;
+        Ok(())
+    }
+
+    /// `kill -9`. Shims and containers go on.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill().context("killing containerd")?;
+        self.child.wait().context("reaping containerd")?;
+        Ok(())
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // It may have been killed, and its node is going down.
+        let _ = self.kill();
+    }
+}
+
+/// Starts Redis in a container at a node, and waits until it listens.
+pub fn start(lab: &mut Lab, at: &str, more: &[&str]) -> Result<Workload> {
+    let number = lab.next_workload()?;
+    let id = format!("redis-{number}");
+    let node = lab.node(at)?;
+    let arguments = redis::plan().arguments;
+    let mut run = vec!["run", "--detach", "--null-io", "--read-only"];
+    run.extend(["--snapshotter", SNAPSHOTTER]);
+    run.extend(more);
+    run.extend([IMAGE, &id]);
+    run.extend(arguments.iter().map(String::as_str));
+    ctr(node, &run).with_context(|| format!("starting the container {id} at node {at}"))?;
+    let workload = Workload {
+        number,
+        pid: task(node, &id)?.context("containerd has no task of it")?.0,
+        link: WorkloadLink::new(number),
+        container: None,
+        containerd: Some(id),
+    };
+    let inner = node.network_of(workload.pid)?;
+    workload.link.create(node, &inner)?;
+    workload.link.open(node)?;
+    workload.wait_until_it_listens(lab, redis::PORT)?;
+    Ok(workload)
+}
+
+/// The pid and the state of a task, if containerd has one.
+fn task(node: &Node, id: &str) -> Result<Option<(i32, String)>> {
+    let listed = ctr(node, &["tasks", "list"])?;
+    let line = listed
+        .lines()
+        .find(|line| line.split_whitespace().next() == Some(id));
+    let Some(line) = line else { return Ok(None) };
+    let mut words = line.split_whitespace().skip(1);
+    let pid = words.next().and_then(|pid| pid.parse().ok());
+    let state = words.next().unwrap_or_default().to_owned();
+    Ok(Some((
+        pid.with_context(|| format!("no pid in {line:?}"))?,
+        state,
+    )))
+}
+
+/// Whether the containerd of this node has the container for its own: it lists it as running, and
+/// starts a command in it, and its shim is the parent.
+pub fn check_here(node: &Node, id: &str, pid: i32) -> Result<()> {
+    let task = task(node, id)?;
+    ensure!(
+        task == Some((pid, "RUNNING".to_owned())),
+        "containerd says of {id}, whose process is {pid}: {task:?}"
+    );
+    let exec = ["tasks", "exec", "--exec-id", "ping", id, CLIENT, "ping"];
+    let pong = ctr(node, &exec)?;
+    ensure!(pong.trim() == "PONG", "redis-cli in {id} says {pong:?}");
+    ctr(node, &["tasks", "pause", id])?;
+    ctr(node, &["tasks", "resume", id])?;
+    let info = ctr(node, &["containers", "info", id])?;
+    ensure!(
+        !info.contains("\"pageferry/"),
+        "{id} still has labels of ours: {info}"
+    );
+    let status = std::fs::read_to_string(node.process(pid).join("status"))?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    let parent: i32 = parent.unwrap_or_default().trim().parse()?;
+    let shim = std::fs::read_to_string(node.process(parent).join("comm"))?;
+    ensure!(
+        shim.starts_with("containerd-shim"),
+        "the parent of {id} is {shim}"
+    );
+    Ok(())
+}
+
+/// Whether containerd is to restart it, as it was started with [`RESTARTED`].
+pub fn check_restarted(node: &Node, id: &str) -> Result<()> {
+    let info = ctr(node, &["containers", "info", id])?;
+    let label = RESTARTED[1].replace('=', "\": \"");
+    ensure!(info.contains(&label), "{id} is not to be restarted: {info}");
+    Ok(())
+}
+
+/// Whether nothing of the container is left at this node: nothing in containerd, no state of the
+/// runtime, no order, no cgroup, no mount, no shim.
+pub fn check_gone(node: &Node, id: &str) -> Result<()> {
+    let script = format!(
+        "ctr containers list -q | grep -x {id}; ctr tasks list | grep -w {id}; \
+         ctr snapshots --snapshotter {SNAPSHOTTER} list | grep -w {id}; \
+         ls -d /run/containerd/runc/default/{id}; \
+         ls -d /run/containerd/io.containerd.runtime.v2.task/*/{id}; \
+         find /run/pageferry/oci -name {id}; \
+         find /sys/fs/cgroup -type d -name {id}; grep -w {id} /proc/mounts; \
+         grep -al -e '[-]id.{id}.' /proc/[0-9]*/cmdline; true"
+    );
+    let left = node.command("sh")?.args(["-c", &script]).output()?;
+    let left = String::from_utf8_lossy(&left.stdout).into_owned();
+    ensure!(left.is_empty(), "node {} still has {left}", node.name());
+    Ok(())
+}
+
+/// Whether the image is whole: what is in it can be mounted and read.
+pub fn check_whole(node: &Node) -> Result<()> {
+    let script = format!(
+        "mkdir -p /run/whole; ctr images mount --snapshotter {SNAPSHOTTER} {IMAGE} /run/whole; \
+         ls /run/whole{SERVER} /run/whole{CLIENT}; \
+         ctr images unmount --rm --snapshotter {SNAPSHOTTER} /run/whole"
+    );
+    node.command("sh")?.args(["-ec", &script]).run()?;
+    Ok(())
+}
+
+/// Ends it as an operator would, and sees that nothing is left.
+pub fn end(node: &Node, id: &str) -> Result<()> {
+    ctr(node, &["containers", "label", id, NOT_RESTARTED])?;
+    ctr(node, &["tasks", "kill", "--signal", "KILL", id])?;
+    for _ in 0..POLLS {
+        if task(node, id)?.is_none_or(|(_, state)| state == "STOPPED") {
+            ctr(node, &["tasks", "delete", id])?;
+            ctr(node, &["containers", "delete", id])?;
+            return check_gone(node, id);
+        }
+        std::thread::sleep(super::END_POLL);
+    }
+    anyhow::bail!("{id} was killed and does not stop")
+}
+
+/// Deletes it, wherever it is.
+pub fn delete(lab: &Lab, id: &str) -> Result<()> {
+    for node in &lab.nodes {
+        let script = format!(
+            "ctr containers label {id} {NOT_RESTARTED}; ctr tasks delete --force {id}; \
+             ctr containers delete {id}; true"
+        );
+        node.command("sh")?.args(["-c", &script]).output()?;
+    }
+    Ok(())
+}
+
+/// Has the containerd of a node do something.
+pub fn ctr(node: &Node, arguments: &[&str]) -> Result<String> {
+    node.command("ctr")?.args(arguments).run()
+}
+
+/// Has containerd's restart monitor keep it running.
+pub const RESTARTED: [&str; 2] = ["--label", "containerd.io/restart.status=running"];
+/// The label goes away.
+const NOT_RESTARTED: &str = "containerd.io/restart.status=";
+const SERVER: &str = "/usr/bin/redis-server";
+const CLIENT: &str = "/usr/bin/redis-cli";
+const SNAPSHOTTER: &str = "overlayfs";
+/// Where containerd keeps images and snapshots: an overlay has none of its own on top.
+const STORE: &str = "/var/lib/containerd";
+const IMAGE: &str = "localhost/redis:1";
+const IMAGE_FILE: &str = "/srv/images/redis.tar";
+const CONFIG: &str = "/etc/containerd/lab.toml";
+/// Without what serves Kubernetes.
+const CONFIG_TEXT: &str = "\
+version = 3
+disabled_plugins = [\"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\",
+  \"io.containerd.grpc.v1.cri\", \"io.containerd.nri.v1.nri\"]
+[plugins.\"io.containerd.internal.v1.restart\"]
+interval = \"200ms\"
+";
+const READY_TIME_MAX: Duration = Duration::from_secs(20);
+const READY_POLL: Duration = Duration::from_millis(20);
+/// Ten seconds.
+const POLLS: usize = 2_000;
+
+/// An image of one layer, by the OCI layout: the programs, and the libraries that they are linked
+/// to, at the paths they have in the node image.
+const IMAGE_SCRIPT: &str = include_str!("image.sh");

@@ -1,0 +1,244 @@
+//! A container of containerd at its target: its names are free, its image is here, and containerd
+//! makes it, as `pageferry-containerd` asks.
+
+use std::env;
+use std::error::Error;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use pageferry_containerd::{Arrival, Container, LOG, SOCKET};
+use pageferry_oci::{INSTALLED, Orders};
+use pageferry_proto::id::ContainerId;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescription};
+use pageferry_proto::wire::description::WorkloadDescription;
+
+use super::{ask, check, kept_in, refuse_others};
+use crate::runtime::cpu;
+use crate::runtime::oci::arrive::{Leaves, Restore, check_namespaces, prepare};
+use crate::runtime::oci::spec::Spec;
+
+/// What stands for the runtime here: it asks containerd, and ends when the container runs.
+const PROGRAM: &str = "pageferry-containerd";
+
+/// How long it may take to settle an arrival.
+const SETTLE_MAX: Duration = Duration::from_secs(30);
+
+/// A container that comes.
+#[derive(Clone, Debug)]
+pub struct Arriving {
+    namespace: String,
+    id: ContainerId,
+    config: Vec<u8>,
+    containerd: ContainerdDescription,
+    container: Container,
+}
+
+impl Arriving {
+    /// Takes in hand what is offered.
+    pub fn begin(
+        (namespace, id): (&ContainerId, &ContainerId),
+        description: &WorkloadDescription,
+    ) -> Result<Self, Failure> {
+        let refused = |text: String| Failure::new(ErrorCode::UnsupportedWorkload, text);
+        let namespace = namespace.to_string();
+        refuse_others(&namespace)?;
+        let Some(ContainerDescription {
+            config,
+            containerd: Some(containerd),
+            ..
+        }) = description.container.clone()
+        else {
+            return Err(refused(format!(
+                "the offer does not say what the container {id} is to containerd"
+            )));
+        };
+        let (record, spec_type) = (&containerd.record, &containerd.spec_type);
+        let container = Container::join(record, spec_type, config.clone())
+            .map_err(|error| refused(format!("the record of {id} cannot be read: {error}")))?;
+        if container.id() != id.to_string() {
+            return Err(refused(format!("the record of {id} is that of another")));
+        }
+        check(&container, id)?;
+        Ok(Self {
+            namespace,
+            id: id.clone(),
+            config,
+            containerd,
+            container,
+        })
+    }
+
+    /// Compares what it needs with this node. Blocks, for as long as containerd takes to answer.
+    pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
+        check_namespaces(description)?;
+        Spec::parse(&self.config)?.check()?;
+        if let Some(source) = &description.cpu {
+            cpu::read().check(source)?;
+        }
+        let unfit = |text: String| Err(Failure::new(ErrorCode::NodeUnfit, text));
+        let program = beside(PROGRAM);
+        if !program.is_file() {
+            return unfit(format!("the target has no {}", program.display()));
+        }
+        if !Path::new(INSTALLED).is_file() {
+            return unfit(format!(
+                "the target has no {INSTALLED}, which containerd is to start for the container: \
+                 run `pageferry setup containerd` there"
+            ));
+        }
+        settle_left();
+        self.check_names()
+    }
+
+    /// Nothing here has its names, and its image is here.
+    fn check_names(&self) -> Result<(), Failure> {
+        let id = self.id.to_string();
+        let state = kept_in(&self.namespace).join(&id);
+        let taken = |what: String| {
+            let text = format!(
+                "the target has {what} already: remove it there first, or have the container moved \
+                 under another name"
+            );
+            Err(Failure::new(ErrorCode::NameTaken, text))
+        };
+        if state.exists() {
+            return taken(format!(
+                "what is left of a container {id} ({})",
+                state.display()
+            ));
+        }
+        if Orders::of_node().has(&self.namespace, &id) {
+            return taken(format!("a container {id} that is coming from elsewhere"));
+        }
+        let (snapshotter, key) = self.container.snapshot();
+        let parent = &self.containerd.snapshot_parent;
+        let (container, snapshot, digest, layers) = ask(&self.namespace, async |client| {
+            Ok((
+                client.container(&id).await?,
+                client.snapshot((snapshotter, key)).await?,
+                client.image(self.container.image()).await?,
+                client.snapshot((snapshotter, parent)).await?,
+            ))
+        })?;
+        if container.is_some() {
+            return taken(format!(
+                "a container {id} in containerd's namespace {}",
+                self.namespace
+            ));
+        }
+        if snapshot.is_some() {
+            return taken(format!("a snapshot {key} of {snapshotter}"));
+        }
+        self.check_image(digest, layers.is_some())
+    }
+
+    fn check_image(&self, digest: Option<String>, has_layers: bool) -> Result<(), Failure> {
+        let (image, wanted) = (self.container.image(), &self.containerd.image_digest);
+        let missing = |why: String| {
+            let text = format!("the target's containerd {why}: bring the image there first");
+            Err(Failure::new(ErrorCode::FileDiffers, text))
+        };
+        match digest {
+            None => missing(format!("has no image {image} ({wanted})")),
+            Some(digest) if digest != *wanted => missing(format!(
+                "has another image {image}: {digest}, and not {wanted}"
+            )),
+            Some(_) if !has_layers => missing(format!(
+                "has the image {image} and has not unpacked it for {}",
+                self.container.snapshot().0
+            )),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// How containerd is asked for it. Makes what that needs in `directory`, which is the
+    /// migration's.
+    pub fn restore(&self, directory: &Path) -> io::Result<Restore> {
+        let state = kept_in(&self.namespace).join(self.id.to_string());
+        let leaves = Leaves {
+            folder: state.clone(),
+            bound_in: state.clone(),
+            state: state.join("state.json"),
+            paths: Vec::new(),
+        };
+        let images = prepare(directory, &leaves)?;
+        let migration = directory.file_name().unwrap_or_default();
+        let arrival = Arrival {
+            socket: SOCKET.into(),
+            namespace: self.namespace.clone(),
+            migration: migration.to_string_lossy().into_owned(),
+            wrapper: INSTALLED.into(),
+            container: self.container.encode(),
+            parent: self.containerd.snapshot_parent.clone(),
+            gate: directory.join("gate"),
+            images,
+            work: directory.to_owned(),
+            state,
+        };
+        arrival.write(directory)?;
+        Ok(Restore {
+            program: beside(PROGRAM),
+            arguments: vec![directory.to_string_lossy().into_owned()],
+            log: directory.join(LOG),
+            leaves,
+            // runc puts there what is to become CRIU.
+            cgroup_procs: Vec::new(),
+            cgroup: None,
+        })
+    }
+}
+
+/// Brings to an end what has come into a migration's folder and not to one: a container that runs
+/// is containerd's, and of one that does not nothing is left. What containerd does not do now is
+/// tried again by [`settle_left`].
+pub fn settle(directory: &Path) {
+    let settled = Arrival::hold(directory).and_then(|held| match held {
+        None => Ok(()),
+        Some(held) => pageferry_containerd::block_on(SETTLE_MAX, async || held.settle().await),
+    });
+    let Err(error) = settled else { return };
+    tracing::warn!(folder = %directory.display(), error = chain(&error),
+        "containerd is asked later about a container that came, or did not");
+    let name = directory.file_name().unwrap_or_default();
+    let kept = left().join(name);
+    if directory != kept
+        && let Err(error) = Arrival::keep(directory, &kept)
+    {
+        tracing::error!(%error, "what came cannot be kept in {}", kept.display());
+    }
+}
+
+/// Tries again what [`settle`] has left.
+pub fn settle_left() {
+    for entry in fs::read_dir(left()).into_iter().flatten().flatten() {
+        settle(&entry.path());
+        // Unless it is still needed.
+        drop(fs::remove_dir(entry.path()));
+    }
+}
+
+/// Where what containerd has yet to hear of outlives its migration.
+fn left() -> PathBuf {
+    Orders::of_node().folder().join("left")
+}
+
+/// An error and its sources.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text += &format!(": {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// A program of ours, which is where this one is.
+fn beside(program: &str) -> PathBuf {
+    let own = env::current_exe().ok();
+    let folder = own.as_deref().and_then(Path::parent);
+    folder.unwrap_or(Path::new("/usr/bin")).join(program)
+}

@@ -1,0 +1,24 @@
+//! What an engine starts in the place of its OCI runtime, for one container, and what it is told.
+//!
+//! An engine names the program for the container's life. Once in it, `create` is to become a
+//! restore: for that there is an [`Order`] in a folder of ours, by the names that the engine gives
+//! to the container. The program takes the order before it does anything, so that there is one
+//! restore and no second; all else it passes on to the runtime.
+//!
+//! ```text
+//! (none)  ── Order::write ──► wanted ── Order::take, by `create` ──► taken ── clear ──► (none)
+//! create: the runtime's       create: one restore                   create: refused
+//!                                                                   start: nothing to do
+//! ```
+//!
+//! Invariant: between `write` and `clear` the container is created at most once, and by a restore.
+
+mod command;
+mod order;
+
+pub use command::{Command, Verb};
+pub use order::{Order, OrderError, Orders, Taken};
+
+/// Where the program is that containers name, for as long as one of them lives: `pageferry setup`
+/// puts it there.
+pub const INSTALLED: &str = "/usr/local/lib/pageferry/pageferry-oci";
