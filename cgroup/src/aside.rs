@@ -60,6 +60,19 @@ impl Freezer {
         Ok(true)
     }
 
+    /// Whether process `pid` is in it, or stands beside it.
+    pub fn holds(&self, pid: i32) -> Result<bool, CgroupError> {
+        if self.processes()?.contains(&pid) {
+            return Ok(true);
+        }
+        let beside = self.beside();
+        match beside.processes() {
+            Ok(pids) => Ok(pids.contains(&pid)),
+            Err(_) if !beside.exists() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     fn beside(&self) -> Self {
         let mut name = self.path().file_name().unwrap_or_default().to_owned();
         name.push(ASIDE);

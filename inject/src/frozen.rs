@@ -10,6 +10,7 @@
 //! If this program ends in between, the kernel kills the thread's process: a copy of it may run
 //! elsewhere from then on. All the others are never thawed.
 
+use std::os::fd::BorrowedFd;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -33,11 +34,13 @@ const FREEZE_MAX: Duration = Duration::from_secs(2);
 /// stopped, for which the v1 freezer has the kernel wait until it is thawed.
 const SEIZE_LOOK: Duration = Duration::from_millis(2);
 
-/// Makes `calls` with a thread of process `pid`, which is in the frozen cgroup `freezer`, and reads
-/// back that all of the cgroup is frozen. Takes a millisecond, and in cgroup v1 ten to twenty more
-/// if the kernel is not ready ([`Freezer::keep_ready`]).
+/// Makes `calls` with a thread of a process, which is in the frozen cgroup `freezer`, and reads
+/// back that all of the cgroup is frozen. The process is given by its pid and a descriptor of it,
+/// by which a stranger who has come to the number meanwhile is known, and left alone. Takes a
+/// millisecond, and in cgroup v1 ten to twenty more if the kernel is not ready
+/// ([`Freezer::keep_ready`]).
 pub fn with_thread<T: Send>(
-    pid: i32,
+    (pid, pidfd): (i32, BorrowedFd<'_>),
     freezer: &Freezer,
     calls: impl FnOnce(&mut Borrowed<'_>) -> Result<T, InjectError> + Send,
 ) -> Result<T, InjectError> {
@@ -53,6 +56,7 @@ pub fn with_thread<T: Send>(
         let _ = tracer.send(nix::unistd::gettid().as_raw());
         let mut taken = Taken::seize(pid, &aside)?;
         drop(seized);
+        taken.check(pidfd)?;
         taken.take_out()?;
         let mut thread = Borrowed::take(taken.leader()?, gadget)?;
         let done = calls(&mut thread);
@@ -103,6 +107,8 @@ struct Taken<'a> {
     threads: Vec<Held>,
     /// They are in the frozen cgroup.
     is_back: bool,
+    /// They are of another process, which is not moved.
+    is_strange: bool,
 }
 
 impl<'a> Taken<'a> {
@@ -112,6 +118,7 @@ impl<'a> Taken<'a> {
             aside,
             threads: Vec::new(),
             is_back: false,
+            is_strange: false,
         };
         let threads = task::threads(pid).map_err(|source| InjectError::Inspect {
             tid: pid,
@@ -133,13 +140,22 @@ impl<'a> Taken<'a> {
         Ok(taken)
     }
 
+    /// As long as the process has not ended, the number that was seized by was its own.
+    fn check(&mut self, pidfd: BorrowedFd<'_>) -> Result<(), InjectError> {
+        if ptrace::is_alive(pidfd) {
+            return Ok(());
+        }
+        self.is_strange = true;
+        Err(InjectError::Ended { tid: self.pid })
+    }
+
     /// Takes them out, and waits until they stand still.
     fn take_out(&mut self) -> Result<(), InjectError> {
-        let deadline = Instant::now() + STOP_MAX;
-        for held in &mut self.threads {
+        for held in self.threads.iter().filter(|_| !self.is_strange) {
             let moved = self.aside.take_out(held.tid);
             moved.map_err(in_cgroup(held.tid))?;
         }
+        let deadline = Instant::now() + STOP_MAX;
         let mut idle = 0;
         loop {
             self.threads.retain_mut(|held| {
@@ -170,7 +186,7 @@ impl<'a> Taken<'a> {
     }
 
     fn put_back(&mut self) -> Result<(), InjectError> {
-        for held in &self.threads {
+        for held in self.threads.iter().filter(|_| !self.is_strange) {
             let moved = self.aside.put_back(held.tid);
             moved.map_err(in_cgroup(held.tid))?;
         }
@@ -197,6 +213,6 @@ impl Drop for Taken<'_> {
     }
 }
 
-fn in_cgroup(tid: i32) -> impl FnOnce(CgroupError) -> InjectError {
+pub(crate) fn in_cgroup(tid: i32) -> impl FnOnce(CgroupError) -> InjectError {
     move |source| InjectError::Cgroup { tid, source }
 }

@@ -191,6 +191,20 @@ pub enum InjectError {
         #[source]
         source: io::Error,
     },
+    /// It is not where a list says it is.
+    #[error("process {pid} is not in its frozen cgroup any more: somebody has moved it")]
+    Elsewhere {
+        /// The process.
+        pid: i32,
+    },
+    /// It was killed, and does not come to its end.
+    #[error("process {pid} was killed, and has not ended within {} s", limit.as_secs())]
+    NotEnded {
+        /// The process.
+        pid: i32,
+        /// The time it had.
+        limit: Duration,
+    },
     /// Its cgroup could not be used.
     #[error("cannot take task {tid} out of its frozen cgroup, or put it back")]
     Cgroup {
@@ -209,6 +223,7 @@ impl InjectError {
             Self::NotStopped { .. }
             | Self::Stuck { .. }
             | Self::TooManyThreads { .. }
+            | Self::NotEnded { .. }
             | Self::Ended { .. }
             | Self::Trace { .. }
             | Self::Interfered { .. }
@@ -225,6 +240,7 @@ impl InjectError {
             | Self::Take { .. }
             | Self::Leaked { .. }
             | Self::Memory { .. }
+            | Self::Elsewhere { .. }
             | Self::Cgroup { .. } => false,
         }
     }

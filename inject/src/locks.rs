@@ -5,15 +5,24 @@
 //! they are let go of from outside. They are taken by the process all the same, as the kernel shows
 //! who has taken a lock, and forgets who has ended.
 //!
+//! Of several locks a process tree has all, or none: what a try has taken before it met one that
+//! another has is let go of again, as that other may wait for it.
+//!
+//! Lists name processes by number. Whose a number is is asked before each use: who has ended has
+//! let go, and a stranger is left alone (`whose`).
+//!
 //! Absent: which locks a process has; leases.
+
+mod list;
+mod shown;
+mod whose;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
@@ -23,6 +32,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::call::Borrowed;
 use crate::{InjectError, frozen, with_thread};
+pub use list::{LOCKS_MAX, read, write};
+pub use shown::{Shown, ShownKind};
 
 /// A lock that a process has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +52,13 @@ pub struct FileLock {
     pub bytes: Option<u64>,
     /// The file, for whoever reads of it.
     pub path: String,
+    /// The file, for the kernel of the process: device and inode, as it writes them. None if it was
+    /// not asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// When the process started: with the pid, its identity. None if that was not asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started: Option<u64>,
 }
 
 /// The kinds of file locks.
@@ -152,28 +170,38 @@ impl FileLock {
     }
 
     /// Who has one that keeps the process from having this, as far as this node knows: of what
-    /// another node has it may know nothing.
+    /// another node has it may know nothing. May ask the storage.
     pub fn holder(&self) -> Option<i32> {
-        let file = fs::metadata(format!("/proc/{}/fd/{}", self.pid, self.fd)).ok()?;
-        let (device, inode) = (file.dev(), file.ino());
-        let name = format!(
-            "{:02x}:{:02x}:{inode}",
-            libc::major(device),
-            libc::minor(device)
-        );
-        let others = Shown::all().into_iter().filter(|shown| {
+        let file = self.file.clone().or_else(|| self.named_by_kernel())?;
+        let others = Shown::all().ok()?.into_iter().filter(|shown| {
             let is_own = shown.pid == self.pid && self.kind == LockKind::Posix;
-            !shown.waits && !is_own && shown.file == name
+            let is_lock = matches!(shown.kind, ShownKind::Lock(_));
+            !shown.waits && is_lock && !is_own && shown.file == file
         });
         let in_the_way = |shown: &Shown| self.excludes(shown);
         let found = others.into_iter().find(in_the_way);
         found.map(|shown| shown.pid).filter(|pid| 0 < *pid)
     }
 
-    /// Whether both cannot be had at once, by different owners, on the same file.
+    /// The file as the kernel names it beside a lock.
+    fn named_by_kernel(&self) -> Option<String> {
+        let file = fs::metadata(format!("/proc/{}/fd/{}", self.pid, self.fd)).ok()?;
+        let (device, inode) = (file.dev(), file.ino());
+        Some(format!(
+            "{:02x}:{:02x}:{inode}",
+            libc::major(device),
+            libc::minor(device)
+        ))
+    }
+
+    /// Whether both cannot be had at once, by different owners, on the same file. What is no lock
+    /// that is known is taken for one that excludes all.
     pub fn excludes(&self, other: &Shown) -> bool {
+        let ShownKind::Lock(kind) = other.kind else {
+            return true;
+        };
         let last = self.bytes.map(|bytes| self.start.saturating_add(bytes - 1));
-        (self.kind == LockKind::Flock) == (other.kind == LockKind::Flock)
+        (self.kind == LockKind::Flock) == (kind == LockKind::Flock)
             && (self.exclusive || other.exclusive)
             && other.last.is_none_or(|last| self.start <= last)
             && last.is_none_or(|last| other.start <= last)
@@ -198,115 +226,6 @@ impl fmt::Display for FileLock {
     }
 }
 
-/// A lock as the kernel shows it, of any process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Shown {
-    /// Its kind.
-    pub kind: LockKind,
-    /// It is waited for.
-    pub waits: bool,
-    /// It keeps all others out.
-    pub exclusive: bool,
-    /// Who has taken it, or waits; -1 where the kernel does not tell.
-    pub pid: i32,
-    /// The file: device and inode, as the kernel writes them.
-    pub file: String,
-    /// The first byte.
-    pub start: u64,
-    /// The last; none if it goes to the end.
-    pub last: Option<u64>,
-}
-
-/// What the kernel shows as a lock, and is none that a process could take again.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Other(pub String);
-
-impl Shown {
-    /// All of them that this process can see. Empty if the kernel does not tell.
-    pub fn all() -> Vec<Self> {
-        let text = fs::read_to_string("/proc/locks").unwrap_or_default();
-        text.lines()
-            .filter_map(|line| Self::parse(line)?.ok())
-            .collect()
-    }
-
-    /// One line, of `/proc/locks` or behind `lock:` in the `fdinfo` of a descriptor. None if it is
-    /// no line of a lock.
-    pub fn parse(line: &str) -> Option<Result<Self, Other>> {
-        // "1: POSIX  ADVISORY  WRITE 4711 00:1f:42 0 99": number, kind, strictness, access, whose,
-        // where, from and to. Behind the number of who waits stands an arrow.
-        let mut words = line.split_ascii_whitespace().skip(1).peekable();
-        let waits = words.next_if_eq(&"->").is_some();
-        let (kind, strictness, access) = (words.next()?, words.next()?, words.next()?);
-        let (pid, file, start, last) = (words.next()?, words.next()?, words.next()?, words.next()?);
-        let kind = match (kind, strictness) {
-            ("POSIX", "ADVISORY") => LockKind::Posix,
-            ("OFDLCK", "ADVISORY") => LockKind::Ofd,
-            ("FLOCK", "ADVISORY") => LockKind::Flock,
-            _ => return Some(Err(Other(format!("{kind} {access}")))),
-        };
-        Some(Ok(Self {
-            kind,
-            waits,
-            exclusive: access == "WRITE",
-            pid: pid.parse().ok()?,
-            file: file.to_owned(),
-            start: start.parse().ok()?,
-            last: if last == "EOF" {
-                None
-            } else {
-                Some(last.parse().ok()?)
-            },
-        }))
-    }
-}
-
-/// Most locks of one workload.
-pub const LOCKS_MAX: usize = 1 << 16;
-
-/// Longest list of them, in bytes: a path of some hundred bytes in each.
-const LIST_BYTES_MAX: u64 = 32 << 20; // 32 MiB
-
-/// Writes a list of locks to a file, in the place of what was there.
-pub fn write(path: &Path, locks: &[FileLock]) -> io::Result<()> {
-    let bytes = serde_json::to_vec(locks)?;
-    if LOCKS_MAX < locks.len() || LIST_BYTES_MAX < bytes.len() as u64 {
-        return Err(io::Error::other(format!(
-            "{} locks are too many",
-            locks.len()
-        )));
-    }
-    let unfinished = path.with_extension("new");
-    fs::write(&unfinished, bytes)?;
-    fs::rename(unfinished, path)
-}
-
-/// Reads a list of locks.
-pub fn read(path: &Path) -> io::Result<Vec<FileLock>> {
-    let mut bytes = Vec::new();
-    File::open(path)?
-        .take(LIST_BYTES_MAX + 1)
-        .read_to_end(&mut bytes)?;
-    if LIST_BYTES_MAX < bytes.len() as u64 {
-        return Err(io::Error::other("the list is too long"));
-    }
-    let locks: Vec<FileLock> = serde_json::from_slice(&bytes)?;
-    // Where an empty range is none, and the kernel counts to i64::MAX.
-    let is_odd = |lock: &FileLock| {
-        let last = lock
-            .start
-            .checked_add(lock.bytes.unwrap_or(1))
-            .map(i64::try_from);
-        lock.bytes == Some(0) || !matches!(last, Some(Ok(_)))
-    };
-    if LOCKS_MAX < locks.len() || locks.iter().any(is_odd) {
-        return Err(io::Error::other(
-            "it has a lock that cannot be, or too many",
-        ));
-    }
-    Ok(locks)
-}
-
 /// All locks of each process.
 fn by_process(locks: &[FileLock]) -> BTreeMap<i32, Vec<&FileLock>> {
     let mut all: BTreeMap<i32, Vec<&FileLock>> = BTreeMap::new();
@@ -316,17 +235,97 @@ fn by_process(locks: &[FileLock]) -> BTreeMap<i32, Vec<&FileLock>> {
     all
 }
 
-/// Lets go of `locks` of processes in a frozen cgroup, which stays frozen.
-pub fn let_go_frozen(locks: &[FileLock], freezer: &Freezer) -> Result<(), InjectError> {
+/// A lock that is not to be had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// The lock.
+    pub lock: FileLock,
+    /// Who has it, as far as this node knows.
+    pub holder: Option<i32>,
+}
+
+/// What came of a try to take all locks of a frozen tree.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// One that another has, if so: none is taken then.
+    pub missing: Option<Missing>,
+    /// Processes that had some, and have ended.
+    pub ended: Vec<i32>,
+}
+
+/// Lets go of `locks` of processes in a frozen cgroup, which stays frozen. Who of them has ended
+/// has let go, and is told; who is being killed is seen to its end.
+pub fn let_go_frozen(locks: &[FileLock], freezer: &Freezer) -> Result<Vec<i32>, InjectError> {
+    let mut ended = Vec::new();
     for (pid, locks) in by_process(locks) {
-        let pidfd = opened(pid)?;
-        let of_process = |lock: &&FileLock| lock.kind == LockKind::Posix;
-        let (own, open): (Vec<_>, Vec<_>) = locks.into_iter().partition(of_process);
-        for lock in open {
-            lock.let_go_outside(pidfd.as_fd())?;
-        }
+        let Some(pidfd) = whose::find(pid, locks[0].started, freezer)? else {
+            ended.push(pid);
+            continue;
+        };
+        let own = let_go_open(locks, pidfd.as_fd())?;
         if !own.is_empty() {
-            frozen::with_thread(pid, freezer, |thread| {
+            frozen::with_thread((pid, pidfd.as_fd()), freezer, |thread| {
+                own.iter().try_for_each(|lock| lock.let_go(thread))
+            })?;
+        }
+    }
+    Ok(ended)
+}
+
+/// Which processes of `locks` have ended, or are being killed: frozen, they do not come back.
+pub fn ended(locks: &[FileLock]) -> Vec<i32> {
+    let ended = |(pid, locks): (i32, Vec<&FileLock>)| {
+        whose::has_ended(pid, locks[0].started).then_some(pid)
+    };
+    by_process(locks).into_iter().filter_map(ended).collect()
+}
+
+/// Lets go of those that belong to open files; the others.
+fn let_go_open<'a>(
+    locks: Vec<&'a FileLock>,
+    pidfd: BorrowedFd<'_>,
+) -> Result<Vec<&'a FileLock>, InjectError> {
+    let of_process = |lock: &&FileLock| lock.kind == LockKind::Posix;
+    let (own, open): (Vec<_>, Vec<_>) = locks.into_iter().partition(of_process);
+    open.iter()
+        .try_for_each(|lock| lock.let_go_outside(pidfd))?;
+    Ok(own)
+}
+
+/// Takes `locks` for processes in a frozen cgroup, which stays frozen: all of them, or none.
+pub fn take_frozen(locks: &[FileLock], freezer: &Freezer) -> Result<Taken, InjectError> {
+    let mut ended = Vec::new();
+    let missing = all_or_none(
+        locks,
+        |pid, locks| match whose::find(pid, locks[0].started, freezer)? {
+            Some(pidfd) => frozen::with_thread((pid, pidfd.as_fd()), freezer, |thread| {
+                take_each(locks, thread)
+            }),
+            None => {
+                ended.push(pid);
+                Ok(None)
+            }
+        },
+        || let_go_frozen(locks, freezer).map(drop),
+    )?;
+    Ok(Taken { missing, ended })
+}
+
+/// The same for processes that wait for something, and go on waiting. Answers with one that another
+/// has, if so.
+pub fn take_held(locks: &[FileLock], stop_max: Duration) -> Result<Option<Missing>, InjectError> {
+    all_or_none(
+        locks,
+        |pid, locks| with_thread(pid, pid, stop_max, |thread| take_each(locks, thread)),
+        || let_go_held(locks, stop_max),
+    )
+}
+
+fn let_go_held(locks: &[FileLock], stop_max: Duration) -> Result<(), InjectError> {
+    for (pid, locks) in by_process(locks) {
+        let own = let_go_open(locks, opened(pid)?.as_fd())?;
+        if !own.is_empty() {
+            with_thread(pid, pid, stop_max, |thread| {
                 own.iter().try_for_each(|lock| lock.let_go(thread))
             })?;
         }
@@ -334,27 +333,33 @@ pub fn let_go_frozen(locks: &[FileLock], freezer: &Freezer) -> Result<(), Inject
     Ok(())
 }
 
-/// Takes `locks` for processes in a frozen cgroup, which stays frozen. One that another has, if so:
-/// the others may be taken.
-pub fn take_frozen(locks: &[FileLock], freezer: &Freezer) -> Result<Option<FileLock>, InjectError> {
-    for (pid, locks) in by_process(locks) {
-        let missing = frozen::with_thread(pid, freezer, |thread| take_each(&locks, thread))?;
-        if missing.is_some() {
-            return Ok(missing);
+/// Takes the locks of one process after the other. Where that ends before the last, all are let go
+/// of: also those of a try before this one, whose program has ended in the middle.
+fn all_or_none(
+    locks: &[FileLock],
+    mut take: impl FnMut(i32, &[&FileLock]) -> Result<Option<FileLock>, InjectError>,
+    let_go: impl FnOnce() -> Result<(), InjectError>,
+) -> Result<Option<Missing>, InjectError> {
+    let taken =
+        by_process(locks)
+            .into_iter()
+            .try_fold(None, |missing, (pid, locks)| match missing {
+                Some(_) => Ok(missing),
+                None => take(pid, &locks),
+            });
+    match taken {
+        Ok(None) => Ok(None),
+        Ok(Some(lock)) => {
+            let_go()?;
+            let holder = lock.holder();
+            Ok(Some(Missing { lock, holder }))
+        }
+        Err(error) => {
+            // Why it could not be taken is what is told.
+            let _ = let_go();
+            Err(error)
         }
     }
-    Ok(None)
-}
-
-/// The same for processes that wait for something, and go on waiting.
-pub fn take_held(locks: &[FileLock], stop_max: Duration) -> Result<Option<FileLock>, InjectError> {
-    for (pid, locks) in by_process(locks) {
-        let missing = with_thread(pid, pid, stop_max, |thread| take_each(&locks, thread))?;
-        if missing.is_some() {
-            return Ok(missing);
-        }
-    }
-    Ok(None)
 }
 
 fn take_each(
@@ -382,70 +387,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn locks_are_read_as_the_kernel_shows_them() {
-        let parse = |line| Shown::parse(line);
-        let posix = Shown {
-            kind: LockKind::Posix,
-            waits: false,
-            exclusive: true,
-            pid: 4711,
-            file: "00:1f:42".to_owned(),
-            start: 0,
-            last: Some(99),
-        };
-        let line = "1: POSIX  ADVISORY  WRITE 4711 00:1f:42 0 99";
-        assert_eq!(parse(line), Some(Ok(posix.clone())));
-        let line = "1: -> OFDLCK ADVISORY  READ -1 00:1f:42 200 EOF";
-        let waits = Shown {
-            kind: LockKind::Ofd,
-            waits: true,
-            exclusive: false,
-            pid: -1,
-            start: 200,
-            last: None,
-            ..posix
-        };
-        assert_eq!(parse(line), Some(Ok(waits)));
-        let lease = "3: LEASE  ACTIVE    WRITE 4711 00:1f:42 0 EOF";
-        assert_eq!(parse(lease), Some(Err(Other("LEASE WRITE".to_owned()))));
-        let deleg = "3: DELEG  ACTIVE    READ 4711 00:1f:42 0 EOF";
-        assert_eq!(parse(deleg), Some(Err(Other("DELEG READ".to_owned()))));
-        assert_eq!(parse("pos:\t0"), None);
-    }
-
-    #[test]
-    fn a_list_reads_back_and_one_that_cannot_be_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("list");
-        let lock = |start, bytes| FileLock {
-            pid: 7,
-            fd: 3,
-            kind: LockKind::Flock,
-            exclusive: true,
-            start,
-            bytes,
-            path: "/srv/db".to_owned(),
-        };
-        write(&path, &[lock(0, None), lock(5, Some(7))]).unwrap();
-        assert_eq!(read(&path).unwrap(), [lock(0, None), lock(5, Some(7))]);
-        let text = fs::read_to_string(&path).unwrap();
-        let first = r#"[{"pid":7,"fd":3,"kind":"flock","exclusive":true,"start":0,"bytes":null,"#;
-        assert!(text.starts_with(first), "{text}");
-        for odd in [
-            lock(0, Some(0)),
-            lock(1 << 63, None),
-            lock(1, Some(u64::MAX)),
-        ] {
-            write(&path, &[odd]).unwrap();
-            assert!(read(&path).is_err());
-        }
-        fs::write(&path, "[{}]").unwrap();
-        assert!(read(&path).is_err());
-        let many = vec![lock(0, None); LOCKS_MAX + 1];
-        assert!(write(&path, &many).is_err());
-    }
-
-    #[test]
     fn locks_exclude_each_other_where_they_overlap_and_one_writes() {
         let ours = |kind, exclusive, start, bytes| FileLock {
             pid: 1,
@@ -455,9 +396,18 @@ mod tests {
             start,
             bytes,
             path: "/f".to_owned(),
+            file: None,
+            started: None,
         };
-        let shown = |line| Shown::parse(line).unwrap().unwrap();
-        let read = shown("1: POSIX ADVISORY READ 9 00:1f:42 100 199");
+        let read = Shown {
+            kind: ShownKind::Lock(LockKind::Posix),
+            waits: false,
+            exclusive: false,
+            pid: 9,
+            file: "00:1f:42".to_owned(),
+            start: 100,
+            last: Some(199),
+        };
         let excludes = |lock: FileLock| lock.excludes(&read);
         assert!(excludes(ours(LockKind::Posix, true, 0, Some(101))));
         assert!(!excludes(ours(LockKind::Posix, true, 0, Some(100))));
@@ -465,6 +415,11 @@ mod tests {
         assert!(!excludes(ours(LockKind::Ofd, true, 200, None)));
         assert!(!excludes(ours(LockKind::Posix, false, 0, None)));
         assert!(!excludes(ours(LockKind::Flock, true, 0, None)));
+        let unknown = Shown {
+            kind: ShownKind::Other("LEASE READ".to_owned()),
+            ..read.clone()
+        };
+        assert!(ours(LockKind::Flock, false, 0, Some(1)).excludes(&unknown));
         let all = ours(LockKind::Posix, true, 0, None).to_string();
         assert_eq!(all, "POSIX write lock on all of /f");
         let some = ours(LockKind::Ofd, false, 5, Some(2)).to_string();

@@ -2,6 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,10 +10,10 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 use pageferry_cgroup::freezer::{Freezer, FreezerRoot, FreezerVersion};
 use pageferry_sys::process_vm::{self, RemoteRun};
-use pageferry_sys::task;
+use pageferry_sys::{ptrace, task};
 use pageferry_trial::{self as trial, Trial};
 
-use super::locks::{self, FileLock, LockKind, Shown};
+use super::locks::{self, FileLock, LockKind, Missing, Shown, ShownKind, Taken};
 use super::{InjectError, frozen};
 
 /// The other process of these tests.
@@ -72,6 +73,8 @@ impl Locked {
             start,
             bytes,
             path,
+            file: None,
+            started: Some(task::start_time(self.trial.pid()).unwrap()),
         }
     }
 
@@ -133,9 +136,13 @@ fn held(path: &Path) -> Vec<(LockKind, bool, u64)> {
     use std::os::unix::fs::MetadataExt;
     let inode = format!(":{}", fs::metadata(path).unwrap().ino());
     let mut found: Vec<_> = Shown::all()
+        .unwrap()
         .into_iter()
         .filter(|shown| shown.file.ends_with(&inode) && !shown.waits)
-        .map(|shown| (shown.kind, shown.exclusive, shown.start))
+        .map(|shown| match shown.kind {
+            ShownKind::Lock(kind) => (kind, shown.exclusive, shown.start),
+            ShownKind::Other(name) => panic!("{name}"),
+        })
         .collect();
     found.sort_by_key(|(kind, _, start)| (format!("{kind:?}"), *start));
     found
@@ -147,6 +154,17 @@ const ALL: [(LockKind, bool, u64); 4] = [
     (LockKind::Posix, true, 0),
     (LockKind::Posix, false, 200),
 ];
+
+/// All are let go of, by processes that are alive.
+fn let_go(locks: &[FileLock], freezer: &Freezer) {
+    assert_eq!(locks::let_go_frozen(locks, freezer).unwrap(), [0; 0]);
+}
+
+/// All are had, by processes that are alive.
+fn taken(locks: &[FileLock], freezer: &Freezer) {
+    let taken = locks::take_frozen(locks, freezer).unwrap();
+    assert_eq!(taken, Taken::default());
+}
 
 fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -172,14 +190,14 @@ fn locks_of_a_frozen_process_are_let_go_and_taken_back() {
         };
         assert_eq!(held(&locked.file), ALL);
         for _ in 0..3 {
-            locks::let_go_frozen(&all, &freezer).unwrap();
+            let_go(&all, &freezer);
             assert_eq!(held(&locked.file), []);
             assert!(freezer.is_frozen().unwrap());
             // Nobody has them any more, and it does no harm.
-            locks::let_go_frozen(&all, &freezer).unwrap();
-            assert_eq!(locks::take_frozen(&all, &freezer).unwrap(), None);
+            let_go(&all, &freezer);
+            taken(&all, &freezer);
             assert_eq!(held(&locked.file), ALL);
-            assert_eq!(locks::take_frozen(&all, &freezer).unwrap(), None);
+            taken(&all, &freezer);
             assert!(freezer.is_frozen().unwrap());
         }
         locked.thaw();
@@ -198,11 +216,8 @@ fn a_frozen_process_does_nothing_while_its_locks_are_let_go() {
         // An order waits in its pipe.
         locked.trial.tell_silently("count-signals");
         for _ in 0..20 {
-            locks::let_go_frozen(std::slice::from_ref(&lock), &freezer).unwrap();
-            assert_eq!(
-                locks::take_frozen(std::slice::from_ref(&lock), &freezer).unwrap(),
-                None
-            );
+            let_go(std::slice::from_ref(&lock), &freezer);
+            taken(std::slice::from_ref(&lock), &freezer);
         }
         locked.trial.signal(trial::counted_signal());
         locked.thaw();
@@ -225,21 +240,21 @@ fn a_lock_that_another_has_taken_is_not_taken_and_who_has_it_is_told() {
                 return;
             };
             let lock = [lock];
-            locks::let_go_frozen(&lock, &freezer).unwrap();
+            let_go(&lock, &freezer);
             let mut other = Trial::start(WORKLOAD);
             let fd = other.tell(&format!("lock-file {} {rival}", locked.file.display()));
-            let missing = locks::take_frozen(&lock, &freezer).unwrap();
-            assert_eq!(missing.as_ref(), Some(&lock[0]));
-            let holder = lock[0].holder();
-            let told = if kind == LockKind::Ofd {
-                None
-            } else {
-                Some(other.pid())
+            let missing = Missing {
+                lock: lock[0].clone(),
+                holder: (kind != LockKind::Ofd).then_some(other.pid()),
             };
-            assert_eq!(holder, told, "{kind:?}");
+            let expected = Taken {
+                missing: Some(missing),
+                ended: Vec::new(),
+            };
+            assert_eq!(locks::take_frozen(&lock, &freezer).unwrap(), expected);
             assert!(freezer.is_frozen().unwrap());
             other.tell(&format!("close {fd}"));
-            assert_eq!(locks::take_frozen(&lock, &freezer).unwrap(), None);
+            taken(&lock, &freezer);
         }
     });
 }
@@ -251,14 +266,15 @@ fn locks_are_taken_by_a_process_that_goes_on_waiting() {
     let Some(freezer) = locked.freeze(FreezerVersion::V1) else {
         return;
     };
-    locks::let_go_frozen(&all, &freezer).unwrap();
+    let_go(&all, &freezer);
     locked.thaw();
     // It waits for an order.
     assert_eq!(locks::take_held(&all, STOP_MAX).unwrap(), None);
     assert_eq!(held(&locked.file), ALL);
     assert_eq!(locked.trial.tell("signals"), "0");
-    let shown = Shown::all();
-    let is_flock = |shown: &&Shown| shown.kind == LockKind::Flock && shown.exclusive;
+    let shown = Shown::all().unwrap();
+    let flock = ShownKind::Lock(LockKind::Flock);
+    let is_flock = |shown: &&Shown| shown.kind == flock && shown.exclusive;
     let by = shown.iter().filter(is_flock).map(|shown| shown.pid);
     assert!(by.collect::<Vec<_>>().contains(&locked.trial.pid()));
 }
@@ -275,10 +291,10 @@ fn a_process_that_job_control_has_stopped_lets_go_and_stays_stopped() {
         let Some(freezer) = locked.freeze(version) else {
             return;
         };
-        locks::let_go_frozen(&lock, &freezer).unwrap();
+        let_go(&lock, &freezer);
         assert_eq!(held(&locked.file), []);
         assert!(freezer.is_frozen().unwrap());
-        assert_eq!(locks::take_frozen(&lock, &freezer).unwrap(), None);
+        taken(&lock, &freezer);
         locked.thaw();
         eventually("the stop after the thaw", is_stopped);
         locked.trial.signal(libc::SIGCONT);
@@ -297,6 +313,7 @@ fn who_waits_for_a_lock_in_a_frozen_cgroup_is_not_shown_and_waits_on() {
         waiter.tell_silently(&format!("lock-file {path} posix write 0 0 wait"));
         let waits = || {
             Shown::all()
+                .unwrap()
                 .iter()
                 .any(|shown| shown.waits && shown.pid == waiter.pid())
         };
@@ -310,11 +327,150 @@ fn who_waits_for_a_lock_in_a_frozen_cgroup_is_not_shown_and_waits_on() {
         freezer.adopt(|| Ok(pids.to_vec())).unwrap();
         freezer.freeze().unwrap();
         assert!(!waits(), "it is frozen, and does not wait just now");
-        locks::let_go_frozen(&held_lock, &freezer).unwrap();
+        let_go(&held_lock, &freezer);
         assert_eq!(held(&locked.file), [], "the waiter has not got it");
-        assert_eq!(locks::take_frozen(&held_lock, &freezer).unwrap(), None);
+        taken(&held_lock, &freezer);
         locked.thaw();
         eventually("the wait", waits);
+    });
+}
+
+#[test]
+fn who_waits_for_a_lock_keeps_no_other_from_whoever_has_it() {
+    everywhere(|version| {
+        let mut locked = Locked::start();
+        let all = locked.lock_all();
+        let Some(freezer) = locked.freeze(version) else {
+            return;
+        };
+        let_go(&all, &freezer);
+        // The last of them is taken; who has it wants the others before he gives it back.
+        let mut other = Trial::start(WORKLOAD);
+        let path = locked.file.display().to_string();
+        let fd = other.tell(&format!("lock-file {path} flock read 0 0"));
+        for _ in 0..3 {
+            let missing = locks::take_frozen(&all, &freezer).unwrap().missing;
+            assert_eq!(missing.unwrap().lock, all[3]);
+            assert_eq!(held(&locked.file), [(LockKind::Flock, false, 0)]);
+        }
+        for (first, bytes) in [(0, 100), (200, 50), (400, 0)] {
+            other.tell(&format!("lock-file {path} posix write {first} {bytes}"));
+        }
+        let missing = locks::take_frozen(&all, &freezer).unwrap().missing;
+        assert_eq!(missing.unwrap().holder, Some(other.pid()));
+        drop(other);
+        let _ = fd;
+        eventually("the end of the other", || held(&locked.file).is_empty());
+        taken(&all, &freezer);
+        assert_eq!(held(&locked.file), ALL);
+    });
+    // The same where they are held by processes that wait.
+    let mut locked = Locked::start();
+    let all = locked.lock_all();
+    let freezer = locked.freeze(FreezerVersion::V2).unwrap();
+    let_go(&all, &freezer);
+    locked.thaw();
+    let mut other = Trial::start(WORKLOAD);
+    other.tell(&format!(
+        "lock-file {} flock read 0 0",
+        locked.file.display()
+    ));
+    let missing = locks::take_held(&all, STOP_MAX).unwrap().unwrap();
+    assert_eq!(
+        (missing.lock, missing.holder),
+        (all[3].clone(), Some(other.pid()))
+    );
+    assert_eq!(held(&locked.file), [(LockKind::Flock, false, 0)]);
+}
+
+#[test]
+fn who_has_ended_in_a_frozen_cgroup_has_let_go() {
+    everywhere(|version| {
+        let mut locked = Locked::start();
+        locked.trial.tell("threads 5");
+        let all = locked.lock_all();
+        let Some(freezer) = locked.freeze(version) else {
+            return;
+        };
+        let pid = locked.trial.pid();
+        assert_eq!(locks::ended(&all), [0; 0]);
+        // The v1 freezer keeps it from its end until it is seen off.
+        locked.trial.signal(libc::SIGKILL);
+        for _ in 0..2 {
+            assert_eq!(locks::let_go_frozen(&all, &freezer).unwrap(), [pid]);
+            assert_eq!(held(&locked.file), []);
+            assert_eq!(locks::ended(&all), [pid]);
+        }
+        let expected = Taken {
+            missing: None,
+            ended: vec![pid],
+        };
+        assert_eq!(locks::take_frozen(&all, &freezer).unwrap(), expected);
+        // Its number is nobody's.
+        let nobody: Vec<FileLock> = all
+            .iter()
+            .map(|lock| FileLock {
+                pid: i32::MAX,
+                ..lock.clone()
+            })
+            .collect();
+        assert_eq!(locks::let_go_frozen(&nobody, &freezer).unwrap(), [i32::MAX]);
+    });
+}
+
+#[test]
+fn a_stranger_with_a_number_of_the_list_is_left_alone() {
+    everywhere(|version| {
+        let mut locked = Locked::start();
+        let all = locked.lock_all();
+        let mut stranger = Locked::start();
+        let theirs = stranger.lock_all();
+        let Some(freezer) = locked.freeze(version) else {
+            return;
+        };
+        let strange = |started| -> Vec<FileLock> {
+            let lock = |lock: &FileLock| FileLock {
+                started,
+                ..lock.clone()
+            };
+            theirs.iter().map(lock).collect()
+        };
+        let pid = stranger.trial.pid();
+        let before = all[0].started.map(|started| started - 1);
+        for started in [before, None] {
+            let list = strange(started);
+            assert_eq!(locks::let_go_frozen(&list, &freezer).unwrap(), [pid]);
+            let taken = locks::take_frozen(&list, &freezer).unwrap();
+            assert_eq!(taken.ended, [pid]);
+            assert_eq!(held(&stranger.file), ALL);
+        }
+        // It is who is meant, and somebody has moved it.
+        let error = locks::let_go_frozen(&theirs, &freezer).unwrap_err();
+        assert!(matches!(error, InjectError::Elsewhere { .. }), "{error:?}");
+        assert_eq!(held(&stranger.file), ALL);
+        assert_eq!(stranger.trial.tell("signals"), "0");
+    });
+}
+
+#[test]
+fn a_stranger_who_came_to_a_number_while_it_was_seized_is_let_go() {
+    everywhere(|version| {
+        let mut locked = Locked::start();
+        locked.lock_all();
+        let Some(freezer) = locked.freeze(version) else {
+            return;
+        };
+        let mut dead = Command::new("true").spawn().unwrap();
+        let pidfd = ptrace::pidfd_open(dead.id().cast_signed()).unwrap();
+        dead.wait().unwrap();
+        let mut stranger = Trial::start(WORKLOAD);
+        stranger.tell("threads 3");
+        let pid = stranger.pid();
+        let called = frozen::with_thread((pid, pidfd.as_fd()), &freezer, |_| Ok(()));
+        let error = called.unwrap_err();
+        assert!(matches!(error, InjectError::Ended { .. }), "{error:?}");
+        assert!(!freezer.processes().unwrap().contains(&pid));
+        assert_eq!(stranger.tell("signals"), "0");
     });
 }
 
@@ -332,7 +488,9 @@ fn taker() {
         }
     };
     let freezer = Freezer::at(cgroup.into());
-    frozen::with_thread::<()>(pid.parse().unwrap(), &freezer, taken).unwrap();
+    let pid = pid.parse().unwrap();
+    let pidfd = ptrace::pidfd_open(pid).unwrap();
+    frozen::with_thread::<()>((pid, pidfd.as_fd()), &freezer, taken).unwrap();
 }
 
 const TAKER: &str = "PAGEFERRY_TAKER";
@@ -342,6 +500,7 @@ fn a_process_dies_with_whoever_has_taken_a_thread_aside() {
     everywhere(|version| {
         let mut locked = Locked::start();
         locked.trial.tell("threads 3");
+        let all = locked.lock_all();
         let Some(freezer) = locked.freeze(version) else {
             return;
         };
@@ -356,9 +515,10 @@ fn a_process_dies_with_whoever_has_taken_a_thread_aside() {
         assert!(said.any(|line| line.unwrap().ends_with(TAKER)));
         taker.kill().unwrap();
         taker.wait().unwrap();
-        // In v1 the others die when they are thawed, and have done nothing before.
-        locked.thaw();
-        eventually("its end", || task::has_ended(pid));
+        // In v1 the others are kept from their end, and have their files open: they are seen off.
+        assert_eq!(locks::let_go_frozen(&all, &freezer).unwrap(), [pid]);
+        assert_eq!(held(&locked.file), []);
+        assert!(task::has_ended(pid));
         drop(locked);
         assert!(!freezer.path().exists());
         let mut beside = freezer.path().as_os_str().to_owned();

@@ -3,7 +3,7 @@
 //! The processes wait in CRIU's code, at its `post-restore`, with all their descriptors; each is
 //! lent a call for each of its locks, and waits on. What another has is told, and who that is.
 //!
-//! Invariant: a lock that was taken stays with the tree, and goes with it.
+//! Invariant: all of them are taken, or none; what was taken stays with the tree, and goes with it.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use pageferry_cgroup::freezer::Freezer;
 use pageferry_inject::InjectError;
-use pageferry_inject::locks::{self, FileLock};
+use pageferry_inject::locks::{self, FileLock, Missing};
 use pageferry_proto::wire::code::ErrorCode;
 use pageferry_proto::wire::shared::LOCKS_FILE;
 use pageferry_sys::task;
@@ -88,9 +88,10 @@ fn processes(cgroup: &Freezer, root: i32) -> io::Result<HashMap<i32, i32>> {
 }
 
 /// Another has it.
-fn taken(lock: &FileLock) -> Fault {
-    let holder = lock
-        .holder()
+fn taken(missing: &Missing) -> Fault {
+    let lock = &missing.lock;
+    let holder = missing
+        .holder
         .map(|pid| format!(" (process {pid} of this node)"));
     let holder = holder.unwrap_or_default();
     Fault::new(

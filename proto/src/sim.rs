@@ -37,6 +37,7 @@
 
 mod attempt;
 mod course;
+mod deaths;
 mod driver;
 mod expire;
 mod jobs;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::source::UNLOCK_TRIES_MAX;
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::sim::{Op, Setup, Step, Survivor, World};
 use pageferry_proto::wire::code::ErrorCode;
@@ -356,6 +357,66 @@ fn a_workload_whose_lock_another_took_comes_back_when_it_is_given_back() {
     // Who only looks whether it can have it disturbs nobody.
     let [came_back, moved] = check_every_taking(None, true);
     assert!(came_back == 0 && 1 < moved, "{came_back} {moved}");
+}
+
+/// Has a process of the frozen copy die after every step, and letting go fail for long; says in how
+/// many runs it did.
+fn check_every_death(setup: Setup, crashed: bool) -> u32 {
+    let mut died = 0;
+    for steps in 0..STEPS_MAX {
+        let Some(mut run) = Run::new(setup, Plan::Success, steps) else {
+            return died;
+        };
+        run.world.apply(Op::DropCopy).unwrap();
+        if !run.world.copy_is_maimed() || run.phase(Side::Source) != Some(Phase::Committed) {
+            continue;
+        }
+        died += 1;
+        if crashed {
+            run.world.apply(Op::Crash(Side::Source, 0xff)).unwrap();
+            run.world.apply(Op::Restart(Side::Source)).unwrap();
+        }
+        for _ in 0..8 * UNLOCK_TRIES_MAX {
+            // Only what follows the commit.
+            if run.phase(Side::Source) == Some(Phase::Committed) {
+                run.world.apply(Op::Fail(Side::Source)).unwrap();
+            }
+            if run.step(Plan::Success).is_none() {
+                run.world.apply(Op::Tick).unwrap();
+            }
+        }
+        assert_eq!(run.world.settle(), Ok(Survivor::Target), "step {steps}");
+    }
+    panic!("the run does not end");
+}
+
+// clause: H-22
+#[test]
+fn a_copy_of_which_a_process_died_is_not_asked_back() {
+    for locks in [1, 2] {
+        let setup = Setup { locks, ..SETUP };
+        assert!(2 < check_every_death(setup, false));
+        assert!(2 < check_every_death(setup, true));
+    }
+}
+
+// clause: H-24
+#[test]
+fn a_copy_that_comes_back_in_part_is_said_to_be_lost() {
+    let mut lost = 0;
+    for steps in 0..STEPS_MAX {
+        let Some(mut run) = Run::new(SETUPS[1], Plan::AbortAtTarget(Phase::Ready), steps) else {
+            break;
+        };
+        run.world.apply(Op::DropCopy).unwrap();
+        if run.world.copy_is_maimed() && run.world.settle() == Ok(Survivor::Nobody) {
+            let status = run.world.status(Side::Source).unwrap();
+            assert_eq!(status.phase, Phase::Aborted, "step {steps}");
+            assert_eq!(status.failure.unwrap().code(), ErrorCode::WorkloadGone);
+            lost += 1;
+        }
+    }
+    assert!(0 < lost);
 }
 
 #[test]

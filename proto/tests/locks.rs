@@ -126,6 +126,78 @@ fn locks_that_cannot_be_let_go_bring_the_workload_back() {
     assert!(matches!(refused[..], [SourceAction::Journal(_)]));
 }
 
+// clause: H-22
+#[test]
+fn a_copy_of_which_a_process_has_ended_is_asked_back_by_the_operator_alone() {
+    let gone = Failure::new(ErrorCode::WorkloadGone, "process 7 has ended");
+    let mut source = unlocking();
+    for _ in 0..10 * UNLOCK_TRIES_MAX {
+        assert_eq!(source.feed(SourceEvent::Failure(gone.clone())), []);
+        assert_eq!(source.status().failure, Some(gone.clone()));
+        assert_eq!(source.wait(RETRY), [SourceAction::Unlock]);
+    }
+    assert_eq!(source.feed(SourceEvent::AbortRequested), say(QUERY));
+    // It is whole, and somebody waits for what would be let go.
+    let awaited = Failure::new(ErrorCode::SharedLock, "process 9 waits");
+    let mut source = unlocking();
+    assert_eq!(
+        source.feed(SourceEvent::Failure(awaited.clone())),
+        say(QUERY)
+    );
+    assert_eq!(source.status().failure, Some(awaited));
+}
+
+// clause: H-24
+#[test]
+fn a_copy_that_comes_back_in_part_says_what_is_lost() {
+    let gone = Failure::new(ErrorCode::WorkloadGone, "process 7 has ended");
+    let mut source = unlocking();
+    source.feed(SourceEvent::Unlocked);
+    source.hear(refused_for(failure()));
+    let text = format!(
+        "the target refused to run the workload: {}",
+        failure().text()
+    );
+    source.journalled(aborted(failure().code(), &text));
+    let actions = source.feed(SourceEvent::ThawedInPart {
+        untrack: true,
+        lost: gone.clone(),
+    });
+    assert_eq!(actions, [say_settled()]);
+    let status = source.status();
+    assert_eq!((status.phase, status.failure), (Phase::Aborted, Some(gone)));
+}
+
+// clause: H-24
+#[test]
+fn that_another_had_a_lock_meanwhile_stays_in_the_status() {
+    let mut source = unlocking();
+    source.feed(SourceEvent::Unlocked);
+    source.feed(SourceEvent::Fenced(Side::Target));
+    source.journalled(Entry::Fenced {
+        generation: GENERATION,
+    });
+    source.feed(SourceEvent::Failure(taken()));
+    source.wait(RETRY);
+    source.feed(SourceEvent::Thawed { untrack: true });
+    let failure = source.status().failure.unwrap();
+    assert_eq!(failure.code(), ErrorCode::LockTaken);
+    let text = failure.text();
+    assert!(
+        text.starts_with("fenced: ") && text.ends_with(taken().text()),
+        "{text}"
+    );
+    // At the target, too: also when it runs.
+    let mut target = locking();
+    target.feed(TargetEvent::NotLocked(taken()));
+    target.wait();
+    target.feed(TargetEvent::Locked);
+    target.journalled(running());
+    assert_eq!(target.status().failure, Some(taken()));
+    target.feed(TargetEvent::Resumed);
+    assert_eq!(target.status().failure, Some(taken()));
+}
+
 #[test]
 fn what_the_target_says_counts_while_locks_are_let_go() {
     let started = Entry::Started {
@@ -246,7 +318,7 @@ fn without_a_source_that_could_have_it_back_a_lock_is_waited_for_without_limit()
             target.feed(TargetEvent::Locked),
             [target_journal(running())]
         );
-        assert_eq!(target.status().failure, None);
+        assert_eq!(target.status().failure, Some(taken()));
     }
 }
 

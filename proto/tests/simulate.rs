@@ -40,6 +40,9 @@ const SMALL: Setup = Setup {
 /// The same for a workload with a file lock that others want, too.
 const LOCKED: Setup = Setup { locks: 1, ..SMALL };
 
+/// With two, of which others want both before they give one back.
+const LOCKED_TWICE: Setup = Setup { locks: 2, ..SMALL };
+
 fn side() -> impl Strategy<Value = Side> {
     prop_oneof![Just(Side::Source), Just(Side::Target)]
 }
@@ -123,7 +126,7 @@ fn storm() -> impl Strategy<Value = Op> {
 
 /// Somebody else who wants the workload's lock.
 fn rival() -> impl Strategy<Value = Op> {
-    prop_oneof![3 => Just(Op::TakeLock), 1 => Just(Op::GiveLock)]
+    prop_oneof![3 => Just(Op::TakeLock), 1 => Just(Op::GiveLock), 1 => Just(Op::DropCopy)]
 }
 
 /// No fault for long enough to come to the hand-off, then a storm.
@@ -257,31 +260,36 @@ fn no_storm_in_the_hand_off_breaks_an_oracle() {
 
 #[test]
 fn no_storm_in_the_hand_off_of_a_locked_workload_breaks_an_oracle() {
-    let counts = simulate(LOCKED, late_storm_of_rivals(), |_| Ok(()));
+    for setup in [LOCKED, LOCKED_TWICE] {
+        let counts = simulate(setup, late_storm_of_rivals(), |_| Ok(()));
+        assert_all_reached(&counts);
+    }
+}
+
+fn assert_all_reached(counts: &BTreeMap<(Side, Phase), u32>) {
     let phases = [
         Phase::Prepared,
         Phase::Committed,
         Phase::Reclaiming,
         Phase::Done,
     ];
-    assert_reached(&counts, Side::Source, &phases);
+    assert_reached(counts, Side::Source, &phases);
     let phases = [Phase::Ready, Phase::Running, Phase::Refusing, Phase::Done];
-    assert_reached(&counts, Side::Target, &phases);
+    assert_reached(counts, Side::Target, &phases);
 }
 
 // clause: H-23
 #[test]
 fn a_rival_alone_never_keeps_a_workload_from_running_in_the_end() {
-    let counts = simulate(LOCKED, rivals(), |ran| match ran.survivor {
-        Survivor::Source | Survivor::Target => Ok(()),
-        Survivor::Nobody => Err("without a fault it runs nowhere"),
-    });
-    assert_reached(
-        &counts,
-        Side::Source,
-        &[Phase::Committed, Phase::Reclaiming],
-    );
-    assert_reached(&counts, Side::Target, &[Phase::Running, Phase::Refusing]);
+    for setup in [LOCKED, LOCKED_TWICE] {
+        let counts = simulate(setup, rivals(), |ran| match ran.survivor {
+            Survivor::Source | Survivor::Target => Ok(()),
+            Survivor::Nobody => Err("without a fault it runs nowhere"),
+        });
+        let phases = [Phase::Committed, Phase::Reclaiming];
+        assert_reached(&counts, Side::Source, &phases);
+        assert_reached(&counts, Side::Target, &[Phase::Running, Phase::Refusing]);
+    }
 }
 
 // clause: F-6

@@ -269,6 +269,17 @@ pub fn compare(a: i32, b: i32, shared: Shared) -> io::Result<std::cmp::Ordering>
     }
 }
 
+/// Whether a descriptor of one task and one of another, each given as task and number, mean the
+/// same open file (`KCMP_FILE`). `ESRCH`: a task has ended; `EBADF`: it has no such descriptor.
+pub fn is_same_file(a: (i32, i32), b: (i32, i32)) -> io::Result<bool> {
+    // SAFETY: takes five integers.
+    let result = unsafe { libc::syscall(libc::SYS_kcmp, a.0, b.0, KCMP_FILE, a.1, b.1) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result == 0)
+}
+
 fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
     let fd = i32::try_from(fd).unwrap_or(-1);
     if fd < 0 {
@@ -290,5 +301,6 @@ const NT_PRSTATUS: *mut libc::c_void = ptr::without_provenance_mut(1);
 const MASK_BYTES: *mut libc::c_void = ptr::without_provenance_mut(size_of::<u64>());
 const WNOTHREAD: libc::c_int = 0x2000_0000;
 const SYSCALL_GOOD: libc::c_int = 0x80;
+const KCMP_FILE: libc::c_int = 0;
 const KCMP_VM: libc::c_int = 1;
 const KCMP_FILES: libc::c_int = 2;

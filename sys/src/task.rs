@@ -7,6 +7,9 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+/// SIGKILL in a set of signals.
+const SIGKILL_BIT: u64 = 1 << (libc::SIGKILL - 1);
+
 /// The lines of `/proc/PID/status` that matter here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
@@ -16,6 +19,8 @@ pub struct Status {
     pub tracer: i32,
     /// Runs under seccomp, in either mode.
     pub seccomp: bool,
+    /// SIGKILL is pending: it runs no instruction of its own any more.
+    pub killed: bool,
     /// The task's id in every pid namespace it is in, from the reader's to its own.
     pub ids: Vec<i32>,
 }
@@ -29,6 +34,10 @@ impl Status {
             lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim))
         };
         let missing = || io::Error::new(io::ErrorKind::InvalidData, "unknown form of status");
+        let pending = |name: &str| {
+            let bits = field(name).and_then(|value| u64::from_str_radix(value, 16).ok());
+            bits.ok_or_else(missing)
+        };
         let state = field("State").and_then(|value| value.bytes().next());
         let ids = field("NSpid").unwrap_or_default().split_ascii_whitespace();
         Ok(Self {
@@ -38,6 +47,7 @@ impl Status {
                 .ok_or_else(missing)?,
             // The line is there when the kernel knows seccomp.
             seccomp: field("Seccomp").is_some_and(|value| value != "0"),
+            killed: (pending("SigPnd")? | pending("ShdPnd")?) & SIGKILL_BIT != 0,
             ids: ids.filter_map(|id| id.parse().ok()).collect(),
         })
     }
@@ -115,7 +125,7 @@ mod tests {
     fn this_process_runs_untraced_and_has_this_thread() {
         let pid = std::process::id().cast_signed();
         let status = Status::read(pid).unwrap();
-        assert!(!status.has_ended() && status.tracer == 0);
+        assert!(!status.has_ended() && status.tracer == 0 && !status.killed);
         assert_eq!(status.ids.first(), Some(&pid));
         assert!(threads(pid).unwrap().contains(&pid));
         assert!(0 < start_time(pid).unwrap());

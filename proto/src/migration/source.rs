@@ -119,6 +119,14 @@ pub enum SourceEvent {
         /// As the action said.
         untrack: bool,
     },
+    /// Instead of `Thawed`: processes of the frozen copy have ended after the commit. What is left
+    /// of it runs, if anything is.
+    ThawedInPart {
+        /// As the action said.
+        untrack: bool,
+        /// What is lost.
+        lost: Failure,
+    },
     /// [`SourceAction::Track`] is done.
     TrackingReady {
         /// The workload's memory, in pages.
@@ -134,7 +142,8 @@ pub enum SourceEvent {
 /// What the source's driver has to do, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceAction {
-    /// Compare the smaps that CRIU was given with the true ones, while the target restores.
+    /// Compare the smaps that CRIU was given with the true ones, and look once more whether the
+    /// file locks can be given away, while the target restores.
     CompareSmaps,
     /// Dial lane 0, and the other lanes the first time.
     Connect,
@@ -174,7 +183,9 @@ pub enum SourceAction {
     /// Attach the tracker to every space.
     Track,
     /// Let go of the workload's file locks on shared storage. It stays frozen. May be asked for
-    /// again, and after a restart; succeeds when there are none.
+    /// again, and after a restart; succeeds when there are none. A process that has ended has let
+    /// go. What fails with `workload-gone` fails for a copy of which a process has ended; with
+    /// `shared-lock`, for a lock that somebody waits for, and none is let go.
     Unlock,
 }
 
@@ -333,6 +344,9 @@ impl SourceMachine {
             SourceEvent::RoundSent(report) => self.round_sent(&report),
             SourceEvent::SmapsEqual => self.smaps_equal(),
             SourceEvent::Thawed { untrack } => self.thawed(now, untrack),
+            SourceEvent::ThawedInPart { untrack, lost } => {
+                self.thawed_in_part(now, untrack, lost);
+            }
             SourceEvent::TrackingReady { memory } => self.tracking_ready(memory),
             SourceEvent::Unlocked => self.unlocked(now),
             SourceEvent::Waiting(waiting) => self.waiting = waiting,

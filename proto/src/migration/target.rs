@@ -157,6 +157,9 @@ pub struct TargetMachine {
     /// That is in the journal, or on its way there.
     settled: bool,
     failure: Option<Failure>,
+    /// Another has had one of its locks between the nodes: what that protects may have changed, so
+    /// it stays in the status.
+    broken: Option<Failure>,
     round: Option<Round>,
     memory: PageCount,
     started_at: Time,
@@ -181,6 +184,7 @@ impl TargetMachine {
             over_at_source: None,
             settled: false,
             failure: None,
+            broken: None,
             round: None,
             memory: PageCount::ZERO,
             started_at: now,

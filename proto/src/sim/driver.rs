@@ -116,22 +116,8 @@ impl World {
         Ok(())
     }
 
-    /// A thaw takes the lock back first; where another has it the workload stays frozen.
-    fn thaw_at_source(&mut self, untrack: bool) -> Result<SourceJob, Violation> {
-        self.undo_at_source();
-        self.check_thaw()?;
-        if !self.take_lock_back() {
-            return Ok(SourceJob::Late(SourceEvent::Failure(lock_taken())));
-        }
-        if self.source.workload == SourceWorkload::Frozen {
-            self.source.workload = SourceWorkload::Running;
-            self.source.frozen_at = None;
-        }
-        Ok(SourceJob::Thaw { untrack })
-    }
-
     /// What a thaw ends may still report that it failed.
-    fn undo_at_source(&mut self) {
+    pub(super) fn undo_at_source(&mut self) {
         for job in &mut self.source.jobs {
             match job {
                 SourceJob::CompareSmaps
@@ -200,11 +186,20 @@ impl World {
             SourceJob::Send(sending) => return self.send_on(sending, place),
             SourceJob::Thaw { untrack } => {
                 self.source.untracked |= untrack && !failed;
-                outcome(SourceEvent::Thawed { untrack })
+                let lost = workload_gone();
+                outcome(if self.source.back_in_part {
+                    SourceEvent::ThawedInPart { untrack, lost }
+                } else {
+                    SourceEvent::Thawed { untrack }
+                })
             }
             SourceJob::Track => outcome(SourceEvent::TrackingReady {
                 memory: self.source.memory.memory.pages(),
             }),
+            SourceJob::Unlock if failed && self.copy_is_maimed() => {
+                self.source.knows_maimed = true;
+                SourceEvent::Failure(workload_gone())
+            }
             SourceJob::Unlock => outcome(SourceEvent::Unlocked),
         };
         self.at_source(event);
@@ -258,7 +253,7 @@ impl World {
             live_sets: last.live_sets,
             images: last.images,
             digests: last.digests,
-            locks: u32::from(self.lock.is_some()),
+            locks: u32::try_from(self.locks.len()).expect("few locks"),
             raw_bytes,
             wire_bytes: raw_bytes / 2,
         };
@@ -374,7 +369,7 @@ impl World {
         match self.target.workload {
             TargetWorkload::Held | TargetWorkload::Dropped => {
                 self.target.workload = TargetWorkload::Nothing;
-                self.release_lock(Side::Target);
+                self.release_locks(Side::Target);
             }
             TargetWorkload::Nothing | TargetWorkload::Running | TargetWorkload::Lost => {}
         }

@@ -31,6 +31,12 @@ pub(super) struct SourceNode {
     pub(super) retry_after: Option<u8>,
     /// It let go of its lock, and has not taken it back.
     pub(super) let_go: bool,
+    /// This daemon knows that the copy is maimed, as letting go has failed for that.
+    pub(super) knows_maimed: bool,
+    /// The operator has asked this daemon for an abort.
+    pub(super) abort_asked: bool,
+    /// It got a maimed copy back.
+    pub(super) back_in_part: bool,
     /// Without power for good.
     pub(super) dead: bool,
 }
@@ -74,6 +80,8 @@ pub(super) struct Attempt {
 pub(super) enum SourceWorkload {
     Running,
     Frozen,
+    /// Frozen, and a process of it has died since the commit.
+    Maimed,
     /// Killed after the hand-off, or by a loss of power.
     Gone,
 }
@@ -198,6 +206,9 @@ impl SourceNode {
         self.fail_next = false;
         self.hang_next = false;
         self.retry_after = None;
+        self.knows_maimed = false;
+        self.abort_asked = false;
+        self.back_in_part = false;
         self.journal.crash(found);
     }
 }

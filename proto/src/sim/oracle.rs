@@ -1,6 +1,5 @@
 //! What must never be, asked at the moments when it could come to be.
 
-use super::lock::Holder;
 use super::node::{SourceJob, SourceWorkload, TargetJob, TargetWorkload};
 use super::world::World;
 use crate::migration::handoff::Side;
@@ -87,8 +86,8 @@ impl World {
             .any(|record| matches!(record.entry, Entry::Running { .. }));
         self.demand(!refused, "the target starts after refusing")?;
         self.demand(
-            self.has_lock(Side::Target),
-            "the target starts without the workload's lock",
+            self.has_locks(Side::Target),
+            "the target starts without the workload's locks",
         )?;
         self.demand(running, "the target starts before that is on disk")?;
         let theirs = self.source.journal.durable();
@@ -149,10 +148,14 @@ impl World {
                     "the source says go before the commit is on disk",
                 )?;
                 self.demand(
-                    self.lock != Some(Holder::Side(Side::Source)),
-                    "the source says go while it has the workload's lock",
+                    !self.has_a_lock(Side::Source),
+                    "the source says go while it has a lock of the workload",
                 )
             }
+            SourceMessage::Query { .. } => self.demand(
+                !self.source.knows_maimed || self.source.abort_asked,
+                "the source asks for a copy back that is not whole, of its own accord",
+            ),
             SourceMessage::Settled { .. } => self.demand(
                 !self.source_may_ask(),
                 "the source says settled before that is on disk",
@@ -160,7 +163,6 @@ impl World {
             SourceMessage::Abort { .. }
             | SourceMessage::Final(_)
             | SourceMessage::Offer(_)
-            | SourceMessage::Query { .. }
             | SourceMessage::RoundEnd(_) => Ok(()),
         }
     }
@@ -195,8 +197,8 @@ impl World {
             TargetMessage::Refused { generation, .. } => {
                 self.demand(self.starts == 0, "the target refuses what it has run")?;
                 self.demand(
-                    self.lock != Some(Holder::Side(Side::Target)),
-                    "the target refuses and keeps the workload's lock",
+                    !self.has_a_lock(Side::Target),
+                    "the target refuses and keeps a lock of the workload",
                 )?;
                 self.demand(
                     is_known(&|entry| *entry == Entry::Refused { generation: *generation }),
@@ -241,8 +243,8 @@ impl World {
         let target = self.target.workload == TargetWorkload::Running;
         self.demand(!(source && target), "the workload runs twice")?;
         self.demand(
-            (!source || self.has_lock(Side::Source)) && (!target || self.has_lock(Side::Target)),
-            "the workload runs without its lock",
+            (!source || self.has_locks(Side::Source)) && (!target || self.has_locks(Side::Target)),
+            "the workload runs without its locks",
         )?;
         self.check_stillness()?;
         self.check_collected()?;

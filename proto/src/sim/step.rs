@@ -39,9 +39,11 @@ pub enum Op {
     Expire(Side),
     /// The next action of a side that can fail does.
     Fail(Side),
+    /// A process of the frozen copy dies, after the commit.
+    DropCopy,
     /// What the target holds dies, and its pager knows that it never ran.
     DropHeld,
-    /// Another gives back the lock of the workload that it took.
+    /// Another gives back the locks of the workload that it took, once it has all of them.
     GiveLock,
     /// A side loses its power for good, and the operator tells the other side.
     Fence(Side),
@@ -60,7 +62,7 @@ pub enum Op {
     /// A stream is put in flight that no source sends: bits 0 and 1 say whether digests, an image,
     /// a live set or a parcel. With bit 2 it comes when the target hears `Final`, else at once.
     Stray(u8),
-    /// Another takes the lock of the workload if nobody has it.
+    /// Another takes a lock of the workload that nobody has.
     TakeLock,
     /// Time passes until the next timer.
     Tick,

@@ -38,7 +38,7 @@ pub struct Setup {
     pub pages: u64,
     /// How the workload is to move; with `verify`.
     pub policy: Policy,
-    /// File locks that the workload has on shared storage: 0 or 1.
+    /// File locks that the workload has on shared storage: 0 to 2.
     pub locks: u32,
 }
 
@@ -74,8 +74,8 @@ pub struct World {
     pub(super) reported: [u64; 2],
     /// How long the workload may stand still.
     pub(super) frozen_max: Duration,
-    /// Who has the lock that the workload cannot run without, if it has one.
-    pub(super) lock: Option<Holder>,
+    /// Who has each of the locks that the workload cannot run without.
+    pub(super) locks: Vec<Holder>,
     pub(super) trace: Vec<String>,
 }
 
@@ -117,6 +117,9 @@ impl World {
                 frozen_at: None,
                 retry_after: None,
                 let_go: false,
+                knows_maimed: false,
+                abort_asked: false,
+                back_in_part: false,
                 dead: false,
             },
             target: TargetNode {
@@ -146,7 +149,9 @@ impl World {
             frozen: None,
             reported: [0; 2],
             frozen_max: setup.policy.frozen_max.unwrap_or(FROZEN_MAX_LEAST),
-            lock: (0 < setup.locks).then_some(Holder::Side(Side::Source)),
+            locks: (0..setup.locks)
+                .map(|_| Holder::Side(Side::Source))
+                .collect(),
             trace: Vec::new(),
         };
         world.restart_target();
@@ -189,17 +194,23 @@ impl World {
         match op {
             Op::Step(_) => {}
             Op::Write(bits) => self.write(bits),
-            Op::Abort(Side::Source) => self.at_source(SourceEvent::AbortRequested),
+            Op::Abort(Side::Source) => {
+                self.source.abort_asked = true;
+                self.at_source(SourceEvent::AbortRequested);
+            }
             Op::Abort(Side::Target) => self.at_target(TargetEvent::AbortRequested),
             Op::Break => self.break_link(),
             Op::Crash(side, found) => self.crash(side, found),
+            Op::DropCopy => self.drop_copy(),
             Op::DropHeld => self.drop_held(),
             Op::Expire(Side::Source) => self.expire_source(),
             Op::Expire(Side::Target) => self.expire_target(),
             Op::Fail(Side::Source) => self.source.fail_next = self.source.machine.is_some(),
             Op::Fail(Side::Target) => self.target.fail_next = self.target.machine.is_some(),
             Op::Fence(side) => self.fence(side),
-            Op::GiveLock => self.give_lock(),
+            Op::GiveLock => {
+                self.give_lock();
+            }
             Op::Hang(Side::Source) => self.source.hang_next = self.source.machine.is_some(),
             Op::Hang(Side::Target) => self.target.hang_next = self.target.machine.is_some(),
             Op::Pass(eighths) => self.pass(eighths),
@@ -280,7 +291,7 @@ impl World {
             let steps = self.steps();
             if !steps.is_empty() {
                 self.take(steps[turn % steps.len()])?;
-            } else if !self.operate() {
+            } else if !self.give_lock() && !self.operate() {
                 if self.next_timer().is_none() {
                     return self.check_end();
                 }
@@ -336,6 +347,13 @@ impl World {
         }
         if survivor != Survivor::Source && target_lost && self.starts == 0 && !source_lost {
             return Err(self.violation("the source does not get back what never started"));
+        }
+        let lost = |status: Status| {
+            status.phase != Phase::Aborted
+                || status.failure.map(|failure| failure.code()) == Some(ErrorCode::WorkloadGone)
+        };
+        if self.source.back_in_part && !self.status(Side::Source).is_none_or(lost) {
+            return Err(self.violation("the source does not say that the workload is lost"));
         }
         let ended = |phase: Option<Phase>| phase.is_none_or(Phase::is_final);
         if !ended(source) {
@@ -393,7 +411,7 @@ impl World {
         self.streams.clear();
     }
 
-    fn crash(&mut self, side: Side, found: u8) {
+    pub(super) fn crash(&mut self, side: Side, found: u8) {
         match side {
             Side::Source => self.source.crash(found),
             Side::Target => self.target.crash(found),
@@ -403,56 +421,6 @@ impl World {
             Side::Target => self.link.target_thinks = false,
         }
         self.break_link();
-    }
-
-    fn lose_power(&mut self, side: Side, found: u8) {
-        self.crash(side, found);
-        self.release_lock(side);
-        match side {
-            Side::Source => self.source.workload = SourceWorkload::Gone,
-            Side::Target => {
-                self.target.store = Memory::default();
-                self.target.workload = match self.target.workload {
-                    TargetWorkload::Nothing => TargetWorkload::Nothing,
-                    // What told that it never ran is lost with the power.
-                    TargetWorkload::Held
-                    | TargetWorkload::Dropped
-                    | TargetWorkload::Running
-                    | TargetWorkload::Lost => TargetWorkload::Lost,
-                };
-            }
-        }
-    }
-
-    fn drop_held(&mut self) {
-        if self.target.workload == TargetWorkload::Held {
-            self.target.workload = TargetWorkload::Dropped;
-            self.release_lock(Side::Target);
-            self.at_target(TargetEvent::Failure(workload_gone()));
-        }
-    }
-
-    /// Only one side can be fenced: nobody is left to tell about the second.
-    fn fence(&mut self, dead: Side) {
-        if self.source.dead || self.target.dead {
-            return;
-        }
-        let has_lock = self.lock == Some(Holder::Side(dead));
-        self.lose_power(dead, 0);
-        if has_lock {
-            // The storage keeps it for a while for who does not come back.
-            self.lock = Some(Holder::Other);
-        }
-        match dead {
-            Side::Source => {
-                self.source.dead = true;
-                self.at_target(TargetEvent::Fenced(Side::Source));
-            }
-            Side::Target => {
-                self.target.dead = true;
-                self.at_source(SourceEvent::Fenced(Side::Target));
-            }
-        }
     }
 
     fn restart(&mut self, side: Side) {

@@ -12,6 +12,7 @@
 //! Invariants: a lock is let go only when it is written down that it was, in a folder that lives as
 //! long as the workload does; nothing is thawed as long as one of those is missing.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 use pageferry_cgroup::aside::Ready;
 use pageferry_cgroup::freezer::Freezer;
 use pageferry_inject::InjectError;
-use pageferry_inject::locks::{self, FileLock, LockKind};
+use pageferry_inject::locks::{self, FileLock, LockKind, Missing};
 use pageferry_proto::migration::source::{SourceEvent, Wait};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::shared::LOCKS_FILE;
@@ -32,7 +33,7 @@ use super::sending::Sums;
 use super::waits::Waits;
 use crate::migration::text::{chain, internal};
 use crate::runtime::detached;
-use crate::runtime::locks::{Found, Locks};
+use crate::runtime::locks::{Found, Locks, awaited, check_again};
 
 /// The shortest pause after a freeze that met a lock that cannot move, and how much longer it may
 /// be.
@@ -83,6 +84,12 @@ impl FileLocks {
         Sums::default().given_up(unfit.refused(), pause).map(Some)
     }
 
+    /// Whether nothing has come up since those of the frozen tree were found. Asks the kernel
+    /// alone.
+    pub(super) fn check_again(&self, pids: &[i32]) -> Result<(), Failure> {
+        check_again(&self.held, pids)
+    }
+
     /// Writes down what is to be let go, for the target beside the `images` and for this node.
     /// Answers with how many there are.
     pub(super) fn tell(&mut self, images: &Path, freezer: &Freezer) -> Result<u32, Failure> {
@@ -96,8 +103,12 @@ impl FileLocks {
                 .map_err(|error| internal(&error))?
                 .ids;
             let pid = ids.last().copied().unwrap_or(lock.pid);
+            // What is of this node says nothing at the target.
+            let (file, started) = (None, None);
             Ok(FileLock {
                 pid,
+                file,
+                started,
                 ..lock.clone()
             })
         };
@@ -117,10 +128,17 @@ impl FileLocks {
         u32::try_from(named.len()).map_err(|error| internal(&error))
     }
 
-    /// What is to be let go when the commit is durable.
+    /// What is to be let go when the commit is durable. Fails if somebody waits for one, who would
+    /// have it before the target: none is let go then.
     pub(super) fn begin_letting_go(&mut self) -> Result<ToLetGo, Failure> {
         let (held, let_go) = (self.directory.join(HELD), self.directory.join(LET_GO));
-        if read(&let_go)?.is_none() && read(&held)?.is_some() {
+        if read(&let_go)?.is_none()
+            && let Some(list) = read(&held)?
+        {
+            // A copy of which a process has ended is not what comes back.
+            if locks::ended(&list).is_empty() {
+                check_unawaited(&list)?;
+            }
             fs::rename(&held, &let_go).map_err(|error| internal(&error))?;
         }
         let locks = read(&let_go)?.unwrap_or_default();
@@ -129,26 +147,32 @@ impl FileLocks {
     }
 
     /// Takes back what was let go, for the frozen tree in `freezer`. While another has one of them
-    /// this fails, and the tree must stay frozen.
-    pub(super) async fn take_back(&mut self, freezer: &Freezer) -> Result<(), Failure> {
+    /// this fails, and the tree must stay frozen. Who has ended since is lost, which is answered.
+    pub(super) async fn take_back(
+        &mut self,
+        freezer: &Freezer,
+    ) -> Result<Option<Failure>, Failure> {
         block_in_place(|| self.ready = None);
         let let_go = self.directory.join(LET_GO);
-        let Some(missing) = read(&let_go)? else {
-            return Ok(());
+        let Some(list) = read(&let_go)? else {
+            return Ok(None);
         };
-        if freezer.exists() && !freezer.is_empty() {
+        let ended = if freezer.exists() && !freezer.is_empty() {
             let began = Instant::now();
-            let frozen = freezer.clone();
-            let taking = detached::done("locks", move || locks::take_frozen(&missing, &frozen));
-            if let Some(missing) = taking
-                .await?
-                .map_err(|error| cannot("taken back", &error))?
-            {
-                return Err(taken(&missing));
+            let (list, frozen) = (list.clone(), freezer.clone());
+            let taking = detached::done("locks", move || locks::take_frozen(&list, &frozen));
+            let taken = taking.await?;
+            let taken = taken.map_err(|error| cannot("taken back", &error))?;
+            if let Some(missing) = taken.missing {
+                return Err(taken_by_another(&missing));
             }
             tracing::info!(took = ?began.elapsed(), "file locks are taken back");
-        }
-        remove(&let_go)
+            taken.ended
+        } else {
+            list.iter().map(|lock| lock.pid).collect()
+        };
+        remove(&let_go)?;
+        Ok(lost(&ended, freezer))
     }
 }
 
@@ -170,20 +194,38 @@ impl ToLetGo {
         self.locks.iter().any(needs_call)
     }
 
-    /// Lets go of all of them. The tree in `freezer` is frozen, stays so, and is read back so.
-    pub(super) async fn let_go(self, freezer: &Freezer) -> Result<(), Failure> {
+    /// Lets go of all of them, once CRIU has stepped back. The tree in `freezer` is frozen, stays
+    /// so, and is read back so. What fails for a copy of which a process has ended is
+    /// `workload-gone`.
+    pub(super) async fn let_go(
+        self,
+        freezer: &Freezer,
+        stepped_back: Result<(), Failure>,
+    ) -> Result<(), Failure> {
         let (began, count) = (Instant::now(), self.locks.len());
-        let frozen = freezer.clone();
+        let (frozen, list) = (freezer.clone(), self.locks.clone());
         let letting = detached::done("locks", move || {
+            stepped_back?;
             // From here on threads stand aside.
             drop(self.ready);
-            locks::let_go_frozen(&self.locks, &frozen)?;
-            Ok::<_, InjectError>(frozen.is_frozen())
-        });
-        let is_frozen = letting.await?.map_err(|error| cannot("let go", &error))?;
-        if !is_frozen.map_err(|error| internal(&error))? {
+            let ended = locks::let_go_frozen(&self.locks, &frozen);
+            let ended = ended.map_err(|error| cannot("let go", &error))?;
+            if frozen.is_frozen().map_err(|error| internal(&error))? {
+                return Ok(ended);
+            }
             let text = "the workload is not frozen any more after its file locks were let go";
-            return Err(Failure::new(ErrorCode::FreezeFailed, text));
+            Err(Failure::new(ErrorCode::FreezeFailed, text))
+        });
+        let done = letting.await.and_then(|done| done);
+        let ended = done.map_err(|failure| match lost(&locks::ended(&list), freezer) {
+            Some(lost) => {
+                let text = format!("{}; {}", failure.text(), lost.text());
+                Failure::new(lost.code(), text)
+            }
+            None => failure,
+        })?;
+        if let Some(lost) = lost(&ended, freezer) {
+            tracing::warn!(%lost, "what the target has is the only whole copy");
         }
         tracing::debug!(count, took = ?began.elapsed(), "file locks are let go");
         Ok(())
@@ -224,8 +266,43 @@ fn remove(path: &Path) -> Result<(), Failure> {
     }
 }
 
-fn taken(lock: &FileLock) -> Failure {
-    let holder = lock.holder().map(|pid| format!("process {pid}"));
+/// What has ended of a frozen copy, if anything.
+fn lost(ended: &[i32], freezer: &Freezer) -> Option<Failure> {
+    let ended: BTreeSet<i32> = ended.iter().copied().collect();
+    if ended.is_empty() {
+        return None;
+    }
+    let listed: Vec<String> = ended.iter().map(i32::to_string).collect();
+    let left = if freezer.is_empty() {
+        "nothing of it is left"
+    } else {
+        "the others are left"
+    };
+    let text = format!(
+        "of the frozen copy {} ended after its file locks were to be given away (process {}): \
+         {left}",
+        if ended.len() == 1 {
+            "one process has"
+        } else {
+            "processes have"
+        },
+        listed.join(", "),
+    );
+    Some(Failure::new(ErrorCode::WorkloadGone, text))
+}
+
+/// Fails if somebody waits for one of `held`, all of whose processes are frozen.
+fn check_unawaited(held: &[FileLock]) -> Result<(), Failure> {
+    match awaited(held, &[], true) {
+        Ok(None) => Ok(()),
+        Ok(Some(awaited)) => Err(awaited.refused()),
+        Err(error) => Err(internal(&error)),
+    }
+}
+
+fn taken_by_another(missing: &Missing) -> Failure {
+    let (lock, holder) = (&missing.lock, missing.holder);
+    let holder = holder.map(|pid| format!("process {pid}"));
     let holder = holder.unwrap_or_else(|| "another".to_owned());
     Failure::new(
         ErrorCode::LockTaken,
@@ -364,13 +441,19 @@ mod tests {
             let begin_letting_go = frozen.locks.begin_letting_go().unwrap();
             assert!(begin_letting_go.needs_calls() && !begin_letting_go.is_empty());
             assert!(!frozen.has(HELD) && frozen.has(LET_GO));
-            begin_letting_go.let_go(&frozen.freezer).await.unwrap();
+            begin_letting_go
+                .let_go(&frozen.freezer, Ok(()))
+                .await
+                .unwrap();
             assert_eq!(frozen.free(), ALL);
             // Asked for again, as after a restart.
             let again = FileLocks::new(Locks::default(), frozen.folder.path().to_owned());
             let mut again = std::mem::replace(&mut frozen.locks, again);
             let begin_letting_go = frozen.locks.begin_letting_go().unwrap();
-            begin_letting_go.let_go(&frozen.freezer).await.unwrap();
+            begin_letting_go
+                .let_go(&frozen.freezer, Ok(()))
+                .await
+                .unwrap();
             frozen.locks.take_back(&frozen.freezer).await.unwrap();
             assert_eq!(frozen.free(), [""; 0]);
             assert!(!frozen.has(LET_GO) && frozen.freezer.is_frozen().unwrap());
@@ -386,7 +469,10 @@ mod tests {
         frozen.find().await;
         frozen.tell();
         let begin_letting_go = frozen.locks.begin_letting_go().unwrap();
-        begin_letting_go.let_go(&frozen.freezer).await.unwrap();
+        begin_letting_go
+            .let_go(&frozen.freezer, Ok(()))
+            .await
+            .unwrap();
         let mut other = Trial::start("migration::source::locked::tests::workload");
         let order = format!("lock-file {} posix read 50 1", frozen.database.display());
         let fd = other.tell(&order);
@@ -400,6 +486,56 @@ mod tests {
         other.tell(&format!("close {fd}"));
         frozen.locks.take_back(&frozen.freezer).await.unwrap();
         assert_eq!(frozen.free(), [""; 0]);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_copy_whose_process_died_has_let_go_and_comes_back_as_lost() {
+        let mut frozen = Frozen::start();
+        frozen.find().await;
+        frozen.tell();
+        let failed = || Err(Failure::new(ErrorCode::Traced, "somebody traces it"));
+        let letting_go = frozen.locks.begin_letting_go().unwrap();
+        let failure = letting_go.let_go(&frozen.freezer, failed()).await;
+        assert_eq!(failure.unwrap_err().code(), ErrorCode::Traced);
+        frozen.trial.signal(libc::SIGKILL);
+        let letting_go = frozen.locks.begin_letting_go().unwrap();
+        let failure = letting_go.let_go(&frozen.freezer, failed()).await;
+        let failure = failure.unwrap_err();
+        assert_eq!(failure.code(), ErrorCode::WorkloadGone, "{failure}");
+        let letting_go = frozen.locks.begin_letting_go().unwrap();
+        letting_go.let_go(&frozen.freezer, Ok(())).await.unwrap();
+        assert_eq!(frozen.free(), ALL);
+        let lost = frozen.locks.take_back(&frozen.freezer).await.unwrap();
+        assert_eq!(lost.unwrap().code(), ErrorCode::WorkloadGone);
+        assert!(!frozen.has(LET_GO));
+        let lost = frozen.locks.take_back(&frozen.freezer).await.unwrap();
+        assert_eq!(lost, None);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn for_whom_waits_since_the_freeze_nothing_is_let_go() {
+        let mut frozen = Frozen::start();
+        frozen.find().await;
+        frozen.tell();
+        let pids = [frozen.trial.pid()];
+        assert_eq!(frozen.locks.check_again(&pids), Ok(()));
+        let mut other = Trial::start("migration::source::locked::tests::workload");
+        let order = format!(
+            "lock-file {} flock write 0 0 wait",
+            frozen.database.display()
+        );
+        other.tell_silently(&order);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while frozen.locks.check_again(&pids).is_ok() {
+            assert!(Instant::now() < deadline, "nobody waits");
+        }
+        let failure = frozen.locks.begin_letting_go().unwrap_err();
+        assert_eq!(failure.code(), ErrorCode::SharedLock);
+        assert!(frozen.has(HELD) && !frozen.has(LET_GO));
+        // A copy that is not whole does not come back for that.
+        frozen.trial.signal(libc::SIGKILL);
+        assert!(!frozen.locks.begin_letting_go().unwrap().is_empty());
+        assert!(frozen.has(LET_GO));
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

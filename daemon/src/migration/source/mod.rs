@@ -482,10 +482,10 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
         SourceAction::Freeze { .. } => site.freeze().await,
         SourceAction::Finish { generation, round } => site.finish(generation, round).await,
         SourceAction::CompareSmaps => site.compare_smaps().await.map(|()| SourceEvent::SmapsEqual),
-        SourceAction::Thaw { untrack } => site
-            .thaw(untrack)
-            .await
-            .map(|()| SourceEvent::Thawed { untrack }),
+        SourceAction::Thaw { untrack } => site.thaw(untrack).await.map(|lost| match lost {
+            None => SourceEvent::Thawed { untrack },
+            Some(lost) => SourceEvent::ThawedInPart { untrack, lost },
+        }),
         SourceAction::Release => site.release().await.map(|()| SourceEvent::Released),
         SourceAction::Unlock => site.unlock().await.map(|()| SourceEvent::Unlocked),
         SourceAction::Connect

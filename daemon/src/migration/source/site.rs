@@ -215,10 +215,13 @@ impl Site {
         Ok(SourceEvent::Frozen)
     }
 
-    /// Whether CRIU was told the truth. After [`Site::finish`] in the same freeze, beside the
-    /// restore at the target; so there is time to see that nobody else can thaw the tree.
+    /// Whether CRIU was told the truth, and whether file locks can still be given away. After
+    /// [`Site::finish`] in the same freeze, beside the restore at the target; so there is time to
+    /// see that nobody else can thaw the tree.
     pub async fn compare_smaps(&mut self) -> Result<(), Failure> {
         self.dumping.compared(&self.waits).await?;
+        let pids = self.workload.pids()?;
+        block_in_place(|| self.locks.check_again(&pids))?;
         self.workload.hold_alone()
     }
 
@@ -229,23 +232,27 @@ impl Site {
         if locks.is_empty() {
             return Ok(());
         }
-        if locks.needs_calls() {
-            self.dumping.step_back(&self.workload).await?;
-        }
-        locks.let_go(&self.workload.freezer).await
+        let stepped_back = if locks.needs_calls() {
+            self.dumping.step_back(&self.workload).await
+        } else {
+            Ok(())
+        };
+        locks.let_go(&self.workload.freezer, stepped_back).await
     }
 
-    /// Undoes everything down to a running workload; with `untrack`, tracking too.
-    pub async fn thaw(&mut self, untrack: bool) -> Result<(), Failure> {
+    /// Undoes everything down to a running workload; with `untrack`, tracking too. Answers with
+    /// what is lost, if processes of a copy that was given away have ended.
+    pub async fn thaw(&mut self, untrack: bool) -> Result<Option<Failure>, Failure> {
         self.kept.thawed();
         self.dumping.let_go(&self.workload, !untrack).await;
-        self.locks.take_back(&self.workload.freezer).await?;
+        let lost = self.locks.take_back(&self.workload.freezer).await?;
         self.workload.thaw()?;
         if let Some(gate) = self.network.ports.gate()? {
             gate.open_all().await?;
         }
         if !untrack {
-            return self.dumping.begin(&self.workload);
+            self.dumping.begin(&self.workload)?;
+            return Ok(lost);
         }
         if let Err(error) = self.network.ports.announce(&self.workload).await {
             // Its next frame says the same.
@@ -257,7 +264,7 @@ impl Site {
         });
         self.workload.give_back();
         drop(fs::remove_dir_all(&self.directory));
-        Ok(())
+        Ok(lost)
     }
 
     /// Ends the frozen copy: it runs elsewhere now.

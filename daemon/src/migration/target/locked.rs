@@ -75,6 +75,8 @@ mod tests {
             start: 0,
             bytes: None,
             path: "/srv/db".to_owned(),
+            file: None,
+            started: None,
         };
         locks::write(&images.join(LOCKS_FILE), &[lock]).expect("a list");
         assert_eq!(check(images, 1), Ok(()));

@@ -58,6 +58,12 @@ pub const fn syncfs_waits(number: u64) -> bool {
     number != FUSE
 }
 
+/// Whether a server may keep locks that this kernel knows nothing of. All others that ask a server,
+/// or each other, note down what they got.
+pub const fn may_hide_locks(number: u64) -> bool {
+    number == FUSE
+}
+
 const FUSE: u64 = 0x6573_5546;
 
 /// By `include/uapi/linux/magic.h`, and for those that are not there by their own sources.

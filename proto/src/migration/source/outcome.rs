@@ -237,6 +237,7 @@ impl SourceMachine {
         if !untrack && !matches!(self.state, State::Undecided(_, Step::Retrying(_))) {
             return;
         }
+        self.keep_broken();
         self.held_up = None;
         match &mut self.state {
             State::Undecided(_, Step::Retrying(retrying)) => {
@@ -269,6 +270,30 @@ impl SourceMachine {
             State::Decided(Decided::Reclaiming { .. }) | State::Over(_) => {}
             State::Undecided(..) | State::Decided(_) => self.out_of_place("a thaw"),
         }
+    }
+
+    /// A lock that another has had meanwhile is had again, and what it protects may have changed:
+    /// that is not over with the wait.
+    fn keep_broken(&mut self) {
+        let Some(broken) = self.held_up.take_if(|held_up| is_taken(held_up)) else {
+            return;
+        };
+        match &self.failure {
+            Some(failure) if is_taken(failure) || failure.code() == ErrorCode::WorkloadGone => {}
+            Some(failure) => {
+                let text = format!("{failure}; then {}", broken.text());
+                self.failure = Some(Failure::new(ErrorCode::LockTaken, text));
+            }
+            None => self.failure = Some(broken),
+        }
+    }
+
+    /// The copy here is not what it was, which is what there is to say of it.
+    pub(super) fn thawed_in_part(&mut self, now: Time, untrack: bool, lost: Failure) {
+        if untrack {
+            self.failure = Some(lost);
+        }
+        self.thawed(now, untrack);
     }
 
     /// The workload runs here, and that is on disk. What the target may still hold it can give
@@ -422,4 +447,8 @@ impl SourceMachine {
         self.held_up = Some(failure);
         self.timers.set(Timer::Retry, now.after(RETRY));
     }
+}
+
+fn is_taken(failure: &Failure) -> bool {
+    failure.code() == ErrorCode::LockTaken
 }

@@ -2,13 +2,14 @@
 //!
 //! Between the commit and `Go` nobody has them: the copy here is frozen for good unless the target
 //! refuses, and the target has not been told to go. If they cannot be let go, the target is asked
-//! to refuse, and the workload comes back.
+//! to refuse, and the workload comes back. Not if a process of the frozen copy has ended meanwhile:
+//! then what the target has is the only whole copy, and it is for the operator to end that.
 
 use super::state::{Decided, State};
 use super::{SourceAction, SourceMachine};
 use crate::migration::handoff::Question;
 use crate::migration::timer::Time;
-use crate::wire::code::Failure;
+use crate::wire::code::{ErrorCode, Failure};
 
 /// How often the source tries to let go of its locks. That is one call for each of them; what fails
 /// five times in as many seconds fails for good.
@@ -36,7 +37,10 @@ impl SourceMachine {
     }
 
     pub(super) fn unlock_failed(&mut self, now: Time, tries: u32, failure: Failure) {
-        if tries < UNLOCK_TRIES_MAX {
+        let code = failure.code();
+        // What is not let go nobody gets.
+        let may_pass = tries < UNLOCK_TRIES_MAX && code != ErrorCode::SharedLock;
+        if may_pass || code == ErrorCode::WorkloadGone {
             return self.retry_later(now, failure);
         }
         self.note(failure);

@@ -124,7 +124,7 @@ impl TargetMachine {
         };
         *run = Run::Filling;
         let generation = *generation;
-        self.failure = None;
+        self.failure = self.broken.clone();
         self.timers.stop_all();
         self.send(TargetMessage::Started {
             generation,

@@ -8,7 +8,7 @@ use super::state::{Held, State, Told};
 use super::{TargetAction, TargetMachine};
 use crate::id::Generation;
 use crate::migration::timer::Time;
-use crate::wire::code::Failure;
+use crate::wire::code::{ErrorCode, Failure};
 
 /// How often the locks are tried that the source has let go, before the workload is given back to
 /// it. Whoever only looks whether it can have one gives it back at once.
@@ -40,7 +40,7 @@ impl TargetMachine {
             State::Held(Held::Locking { generation, .. }) => {
                 let generation = *generation;
                 self.timers.stop_all();
-                self.failure = None;
+                self.failure = self.broken.clone();
                 self.run(generation);
             }
             // It was refused meanwhile: what is discarded gives its locks back.
@@ -50,6 +50,9 @@ impl TargetMachine {
     }
 
     pub(super) fn not_locked(&mut self, now: Time, failure: Failure) {
+        if failure.code() == ErrorCode::LockTaken {
+            self.broken = Some(failure.clone());
+        }
         match &self.state {
             State::Held(Held::Locking {
                 generation,

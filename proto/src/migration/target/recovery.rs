@@ -72,6 +72,7 @@ impl TargetMachine {
             settled: facts.settled.is_some(),
             over_at_source: facts.settled,
             failure: facts.aborted.clone(),
+            broken: None,
             ..Self::new(origin, now)
         };
         machine.resume(facts);

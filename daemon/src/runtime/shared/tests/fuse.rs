@@ -37,6 +37,10 @@ pub struct State {
     pub uncached: bool,
     held: Vec<u64>,
     held_reads: Vec<Vec<u8>>,
+    /// It keeps record locks itself, and the kernel none: by the mount.
+    locking: bool,
+    /// Who has the one there is.
+    locked_by: Option<u64>,
     /// Root may not make files, as at a server that takes root for nobody.
     pub squashing: bool,
     next: u64,
@@ -55,6 +59,16 @@ impl Fuse {
     pub fn mount(path: &Path) -> Self {
         let state = Arc::new(Mutex::new(State {
             next: ROOT + 1,
+            ..State::default()
+        }));
+        Self::of(state, path)
+    }
+
+    /// One whose server keeps record locks.
+    pub fn mount_locking(path: &Path) -> Self {
+        let state = Arc::new(Mutex::new(State {
+            next: ROOT + 1,
+            locking: true,
             ..State::default()
         }));
         Self::of(state, path)
@@ -284,8 +298,14 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
         16 => (0, write(&mut state, node, body)),
         // STATFS
         17 => (0, vec![0; 80]),
-        // RELEASE, FLUSH, RELEASEDIR, FSYNCDIR
-        18 | 25 | 29 | 30 => (0, Vec::new()),
+        // FLUSH: `struct fuse_flush_in` names who closes the file, and has its locks no more.
+        25 => {
+            let owner = u64_at(body, 16);
+            state.locked_by.take_if(|by| *by == owner);
+            (0, Vec::new())
+        }
+        // RELEASE, RELEASEDIR, FSYNCDIR
+        18 | 29 | 30 => (0, Vec::new()),
         // FSYNC
         20 if state.forgetful => (libc::EIO, Vec::new()),
         20 => {
@@ -293,7 +313,9 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
             (0, Vec::new())
         }
         // INIT
-        26 => (0, init()),
+        26 => (0, init(state.locking)),
+        // GETLK, SETLK, SETLKW
+        31..=33 => lock_record(&mut state, opcode, body),
         // READDIR: whoever needs a name knows it.
         28 => (0, Vec::new()),
         // CREATE
@@ -350,8 +372,38 @@ fn piece(body: &[u8]) -> (usize, usize) {
     (offset, u32_at(body, 16) as usize)
 }
 
+/// `struct fuse_lk_in`: handle, owner, first and last byte, kind. Of any file there is one lock.
+fn lock_record(state: &mut State, opcode: u32, body: &[u8]) -> (i32, Vec<u8>) {
+    let (owner, kind) = (u64_at(body, 8), u32_at(body, 32));
+    let free = state.locked_by.is_none_or(|by| by == owner);
+    let unlocks = kind == u32::try_from(libc::F_UNLCK).expect("small");
+    match opcode {
+        // GETLK: `struct fuse_lk_out`.
+        31 => {
+            let kind = if free { libc::F_UNLCK } else { libc::F_WRLCK };
+            let last = i64::MAX.to_le_bytes();
+            (
+                0,
+                [
+                    vec![0; 8],
+                    last.to_vec(),
+                    kind.to_le_bytes().to_vec(),
+                    vec![0; 4],
+                ]
+                .concat(),
+            )
+        }
+        _ if !free => (libc::EAGAIN, Vec::new()),
+        _ => {
+            state.locked_by = (!unlocks).then_some(owner);
+            (0, Vec::new())
+        }
+    }
+}
+
 /// `struct fuse_init_out`.
-fn init() -> Vec<u8> {
+fn init(locking: bool) -> Vec<u8> {
+    const POSIX_LOCKS: u32 = 1 << 1;
     const WRITEBACK_CACHE: u32 = 1 << 16;
     const BIG_WRITES: u32 = 1 << 5;
     let mut bytes = Vec::new();
@@ -359,7 +411,7 @@ fn init() -> Vec<u8> {
         7,
         31,
         128 << 10,
-        WRITEBACK_CACHE | BIG_WRITES,
+        WRITEBACK_CACHE | BIG_WRITES | if locking { POSIX_LOCKS } else { 0 },
         0,
         MAX_WRITE as u32,
     ] {
