@@ -21,6 +21,7 @@ use crate::migration::journal::Journals;
 use crate::migration::registry::{Registry, RegistryParts};
 use crate::migration::source::site::SourceNode;
 use crate::migration::target::admission::Ledger;
+use crate::migration::target::folders::Shelf;
 use crate::migration::target::site::TargetNode;
 use crate::net::endpoint::{Endpoint, EndpointConfig};
 use crate::net::lanes::Listener;
@@ -49,6 +50,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         peers: config.peers.clone(),
     });
     let endpoint = Arc::new(endpoint.context("opening the QUIC endpoint")?);
+    let shelf = Shelf::new(config.folders_dir());
     let journals = Journals::open(&config.journal_dir()).context("opening the journals")?;
     let registry = Registry::recover(RegistryParts {
         source: SourceNode {
@@ -63,6 +65,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             support,
             workers,
             eager_memory_max: config.limits.eager_memory_max,
+            keep: shelf.keep(),
         },
         target: TargetNode {
             criu: config.criu.clone(),
@@ -75,6 +78,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             hierarchies,
             bridge: config.bridge.clone(),
             memory,
+            shelf,
             workers,
         },
         endpoint: Arc::clone(&endpoint),

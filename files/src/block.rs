@@ -2,15 +2,16 @@
 
 use std::ops::Range;
 
-/// Length of a block, in bytes (128 KiB): 16 bytes of hash each are an eight thousandth.
-pub const BLOCK_BYTES: usize = 128 << 10;
+/// Length of a block, in bytes (32 KiB): what is sent for one byte that has changed. Its 16 bytes of
+/// hash are a two thousandth.
+pub const BLOCK_BYTES: usize = 32 << 10;
 
 /// Length of the pieces of a block that may be holes, in bytes.
 pub const PIECE_BYTES: usize = 4 << 10; // 4 KiB
 
 /// Pieces of a block: one bit each.
 const PIECES: usize = BLOCK_BYTES / PIECE_BYTES;
-const _: () = assert!(PIECES == u32::BITS as usize);
+const _: () = assert!(PIECES <= u32::BITS as usize);
 
 /// The hash of a block's bytes, their number included.
 pub type Hash = [u8; 16];

@@ -70,8 +70,8 @@ pub const XATTR_BYTES_MAX: usize = 64 << 10; // 64 KiB
 /// Longest file, in bytes (1 PiB), holes included.
 pub const FILE_BYTES_MAX: u64 = 1 << 50;
 
-/// Most blocks that hold something, of all files together: 2 TiB, and 400 MiB of hashes.
-pub const BLOCKS_MAX: u64 = 1 << 24;
+/// Most blocks that hold something, of all files together: 1 TiB, and 1 GiB of hashes in memory.
+pub const BLOCKS_MAX: u64 = 1 << 25;
 
 /// Longest frame, in bytes, without its header: no operation is longer.
 pub const FRAME_BYTES_MAX: usize = 512 << 10; // 512 KiB

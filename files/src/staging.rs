@@ -94,11 +94,12 @@ impl Staging {
         })
     }
 
-    /// Which inode the folder is, wherever it is put.
-    pub fn key(&self) -> Result<Key, Error> {
+    /// Which inode the folder is, wherever it is put: its device and number.
+    pub fn inode(&self) -> Result<(u64, u64), Error> {
         let stat = kernel::stat_of(&self.folder);
-        stat.map(|stat| Key::of(&stat))
-            .map_err(Error::io("look at", &self.place))
+        let stat = stat.map_err(Error::io("look at", &self.place))?;
+        let device = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
+        Ok((device, stat.stx_ino))
     }
 
     /// Where both folders are.
@@ -116,31 +117,26 @@ impl Staging {
         self.proven
     }
 
-    /// What the other node has, for a way back.
-    pub fn record(&mut self) -> Result<Record, Error> {
+    /// What the other node has, for a way back. The folder may be in use: an entry that has gone is
+    /// one of which it is not known what it was here.
+    pub fn record(&mut self) -> Record {
         let mut ids = HashMap::new();
-        let names: Vec<(NodeId, Name)> = self
-            .places
-            .iter()
-            .filter_map(|(id, places)| Some((*id, places.names.first()?.clone())))
-            .collect();
-        for (id, name) in names {
-            let path = self.folder.path_of(&name);
+        for (id, places) in &self.places {
+            let tag = self.tree.nodes.get(id).map(|node| node.kind.tag());
+            let name = places.names.first();
+            let (Some(tag), Some(name)) = (tag.filter(|tag| *tag != Kind::Folder.tag()), name)
+            else {
+                continue;
+            };
             let stat = self
                 .folder
-                .parent(&name)
+                .parent(name)
                 .and_then(|(parent, component)| kernel::stat(parent, &component));
-            let stat = stat.map_err(Error::io("look at", path))?;
-            if let Some(node) = self
-                .tree
-                .nodes
-                .get(&id)
-                .filter(|node| node.kind != Kind::Folder)
-            {
-                ids.insert((Key::of(&stat), node.kind.tag()), id);
+            if let Ok(stat) = stat {
+                ids.insert((Key::of(&stat), tag), *id);
             }
         }
-        Ok(Record::new(self.tree.clone(), ids))
+        Record::new(self.tree.clone(), ids)
     }
 
     /// How many bytes follow the header of a frame, and their checksum.

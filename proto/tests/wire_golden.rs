@@ -17,6 +17,7 @@ use pageferry_proto::wire::container::ContainerDescription;
 use pageferry_proto::wire::control::{
     ControlError, Final, Hello, Message, Offer, RoundEnd, SourceMessage, TargetMessage, Welcome,
 };
+use pageferry_proto::wire::copied::CopiedPath;
 use pageferry_proto::wire::cpu::{CpuDescription, XsaveComponent};
 use pageferry_proto::wire::description::{
     FileDescription, FileUse, LinkAddress, LinkDescription, Namespaces, RouteDescription,
@@ -115,6 +116,7 @@ fn description() -> WorkloadDescription {
             mapped_shared: true,
         }],
         shared: vec![shared()],
+        copied: Vec::new(),
         boot_id: [0xb0; 16],
         cpu: Some(CpuDescription {
             vendor: "GenuineIntel".to_owned(),
@@ -270,6 +272,7 @@ fn messages_of_the_source_keep_their_bytes() {
             round,
             parcels: 2,
             pages,
+            files: 0,
         }),
         &expect![[r#"
             0a0000008a01070809100218ac02
@@ -285,6 +288,7 @@ fn messages_of_the_source_keep_their_bytes() {
         digests: 4,
         verify: true,
         locks: 0,
+        files: 0,
     };
     check(
         SourceMessage::Final(end),
@@ -328,7 +332,10 @@ fn messages_of_the_target_keep_their_bytes() {
     let generation = generation();
     let incarnation = Incarnation(0x0102_0304_0506_0708);
     check(
-        TargetMessage::Accepted { incarnation },
+        TargetMessage::Accepted {
+            incarnation,
+            kept: Vec::new(),
+        },
         &expect![[r#"
         0c000000820309090807060504030201
     "#]],
@@ -567,6 +574,15 @@ fn an_offer_over_a_limit_is_refused() {
     check(|it| it.cwd = "a".repeat(4097), "description path");
     check(|it| it.shared[0].path = "data".to_owned(), "shared path");
     check(|it| it.shared = vec![shared(); 257], "description.shared");
+    for odd in ["data", "/", "/a/", "/a/../b", "/a//b", "/a\0b"] {
+        let mut offer = offer();
+        offer.description.copied = vec![copied(odd)];
+        refused(offer, "copied path");
+    }
+    check(
+        |it| it.copied = vec![copied("/a"); 65],
+        "description.copied",
+    );
     check(|it| it.cpu.as_mut().unwrap().xcr0 = 3, "cpu.components");
     check(|it| it.links[0].name = String::new(), "link.name");
     check(|it| it.links[0].addresses[0].prefix = 33, "link.addresses");
@@ -579,6 +595,15 @@ fn an_offer_over_a_limit_is_refused() {
     }
     let message = Message::from(SourceMessage::Offer(Box::new(offer)));
     assert!(matches!(message.encode(), Err(ControlError::Frame(_))));
+}
+
+fn copied(path: &str) -> CopiedPath {
+    CopiedPath {
+        path: path.to_owned(),
+        entries: 5,
+        bytes: 300,
+        base: Some([7; 32]),
+    }
 }
 
 fn space() -> SpaceDescription {

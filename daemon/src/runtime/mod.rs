@@ -10,6 +10,7 @@
 //! Nothing here knows the links or the pages.
 
 pub mod build_id;
+pub mod copied;
 pub mod cpu;
 pub mod detached;
 pub mod files;

@@ -77,6 +77,12 @@ pub const CRATES: &[Crate] = &[
         tests_use: &["pageferry-trial"],
     },
     Crate {
+        folder: "files",
+        package: "pageferry-files",
+        uses: &[],
+        tests_use: &["pageferry-trial"],
+    },
+    Crate {
         folder: "pages",
         package: "pageferry-pages",
         uses: &[
@@ -113,6 +119,7 @@ pub const CRATES: &[Crate] = &[
             "criu-glue",
             "pageferry-api",
             "pageferry-cgroup",
+            "pageferry-files",
             "pageferry-inject",
             "pageferry-pager",
             "pageferry-pages",

@@ -30,6 +30,7 @@ const DAEMON: Modules = &[
             "link",
             "net",
             "pageferry_cgroup",
+            "pageferry_files",
             "pageferry_inject",
             "pageferry_pager",
             "pageferry_pages",
@@ -53,7 +54,12 @@ const DAEMON: Modules = &[
     ),
     (
         "runtime",
-        &["pageferry_cgroup", "pageferry_inject", "pageferry_sys"],
+        &[
+            "pageferry_cgroup",
+            "pageferry_files",
+            "pageferry_inject",
+            "pageferry_sys",
+        ],
     ),
     ("telemetry", &[]),
 ];
