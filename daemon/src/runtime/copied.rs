@@ -3,14 +3,21 @@
 //! Absent: writers that are not processes of this node, such as clients of a file server; and what is
 //! open in no process, such as a descriptor on its way in a socket.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use pageferry_files::{Key, Suspects};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use procfs::process::{FDPermissions, MMPermissions, Process};
+
+use super::identity;
+
+/// How often it is looked for writers before one is believed, and how long between two looks.
+const LOOKS: usize = 3;
+const LOOK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Files that a process may store to, and what it calls each.
 fn stores(pid: i32) -> Vec<(Key, PathBuf)> {
@@ -56,26 +63,46 @@ pub fn suspects(pids: &[i32]) -> Suspects {
 
 /// Refuses `folder` if a process that is not among `pids` may store to one of its files.
 pub fn check_writers(folder: &Path, files: &HashSet<Key>, pids: &[i32]) -> Result<(), Failure> {
+    let mut found = writers(files, pids);
+    // One that the tree has started since is its own, and may be gone before that can be seen.
+    for _ in 1..LOOKS {
+        if found.is_empty() {
+            return Ok(());
+        }
+        std::thread::sleep(LOOK_PAUSE);
+        let now = writers(files, pids);
+        found.retain(|pid, _| now.contains_key(pid));
+    }
+    let Some((pid, path)) = found.pop_first() else {
+        return Ok(());
+    };
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    Err(Failure::new(
+        ErrorCode::FolderUnfit,
+        format!(
+            "process {pid} ({}), which does not move, may write to {} in {}: end it, or let it \
+             close the file",
+            name.trim_end(),
+            path.display(),
+            folder.display()
+        ),
+    ))
+}
+
+/// Processes outside of the tree of `pids` that may store to one of these files, and what each
+/// calls that.
+fn writers(files: &HashSet<Key>, pids: &[i32]) -> BTreeMap<i32, PathBuf> {
     let own = i32::try_from(std::process::id()).unwrap_or(0);
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
     let all = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    for pid in all.filter(|pid| *pid != own && !pids.contains(pid)) {
-        // It can be mapped by whoever only reads it, and then be read alone.
-        let written = stores(pid).into_iter().find(|(key, _)| files.contains(key));
-        let Some((_, path)) = written else { continue };
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        return Err(Failure::new(
-            ErrorCode::FolderUnfit,
-            format!(
-                "process {pid} ({}), which does not move, may write to {} in {}: end it, or let it \
-                 close the file",
-                name.trim_end(),
-                path.display(),
-                folder.display()
-            ),
-        ));
-    }
-    Ok(())
+    let others = all.filter(|pid| *pid != own && !pids.contains(pid));
+    let writers = others.filter_map(|pid| {
+        let mut written = stores(pid).into_iter();
+        let (_, path) = written.find(|(key, _)| files.contains(key))?;
+        let parents = identity::ancestors(pid);
+        (!parents.iter().any(|parent| pids.contains(parent))).then_some((pid, path))
+    });
+    writers.collect()
 }
 
 /// Checks that folders that travel are none of each other, nor of what both nodes share.
