@@ -40,8 +40,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let hierarchies = Hierarchies::detect().context("this node's cgroups cannot be found")?;
     let criu_version = probe_criu(&config).await?;
     let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    let charged = hierarchies.clone();
-    let memory = Ledger::new(move || memory::rooms(&charged));
+    let memory = memory_of(hierarchies.clone());
     let credentials =
         Credentials::load(&config.tls, &config.node).context("loading certificates")?;
     let endpoint = Endpoint::bind(EndpointConfig {
@@ -100,6 +99,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     registry.give_up().await;
     served.stop().await;
     Ok(())
+}
+
+/// What is left of this node's memory, and promised.
+fn memory_of(hierarchies: Hierarchies) -> Ledger {
+    Ledger::new(move || memory::rooms(&hierarchies))
 }
 
 /// How a workload moves of which nobody says more.

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-/// Length of a block, in bytes (32 KiB): what is sent for one byte that has changed. Its 16 bytes of
-/// hash are a two thousandth.
+/// Length of a block, in bytes (32 KiB): what is sent for one byte that has changed. Its 16 bytes
+/// of hash are a two thousandth.
 pub const BLOCK_BYTES: usize = 32 << 10;
 
 /// Length of the pieces of a block that may be holes, in bytes.

@@ -38,6 +38,14 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// There is too little room, before anything was written.
+    #[error("{path} {why}", path = path.display())]
+    Full {
+        /// Where.
+        path: PathBuf,
+        /// How little, as it stands behind the path.
+        why: String,
+    },
     /// Something that cannot be copied.
     #[error("{path} {why}", path = path.display())]
     Unfit {
@@ -96,6 +104,7 @@ impl Error {
                 Some(code) if is_full(Errno::from_raw_os_error(code)) => ErrorKind::NoSpace,
                 Some(_) | None => ErrorKind::Io,
             },
+            Self::Full { .. } => ErrorKind::NoSpace,
             Self::Unfit { .. } => ErrorKind::Unfit,
             Self::Limit { .. } => ErrorKind::Limit,
             Self::Malformed(_) => ErrorKind::Malformed,

@@ -21,6 +21,7 @@ use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
 
 use crate::error::Error;
+use crate::kernel::Folder;
 use crate::record::Record;
 use crate::staging::{Staging, remove, tree_of};
 use crate::tree::Digest;
@@ -61,6 +62,11 @@ impl Keep {
     /// With its notes in the folder `state`, which need not be there.
     pub const fn new(state: PathBuf) -> Self {
         Self { state }
+    }
+
+    /// The folder with its notes.
+    pub fn state(&self) -> &Path {
+        &self.state
     }
 
     fn note(&self, path: &Path, kind: &str) -> PathBuf {
@@ -111,16 +117,24 @@ impl Keep {
         hidden(path).join(format!("in-{migration}-{index}"))
     }
 
-    /// Begins with what is kept, or with nothing.
-    pub fn stage(&self, path: &Path, place: &Path, base: Option<Digest>) -> Result<Staging, Error> {
+    /// Makes a place with what is kept, or with nothing. Answers with the inode, device and number,
+    /// of what becomes the folder.
+    pub fn claim(&self, path: &Path, place: &Path, is_kept: bool) -> Result<(u64, u64), Error> {
         make_hidden(path)?;
-        let Some(digest) = base else {
-            return Staging::make(place);
-        };
-        // Whatever becomes of it, it is not what the note says any more.
-        drop(fs::remove_file(self.note(path, "kept")));
-        rename(&kept(path), place, RenameFlags::NOREPLACE)?;
-        Staging::adopt(place, digest)
+        if is_kept {
+            // Whatever becomes of it, it is not what the note says any more.
+            drop(fs::remove_file(self.note(path, "kept")));
+            rename(&kept(path), place, RenameFlags::NOREPLACE)?;
+        } else {
+            Staging::make(place)?;
+        }
+        let tree = tree_of(place);
+        let metadata = fs::symlink_metadata(&tree).map_err(|source| Error::Io {
+            what: "look at",
+            path: tree,
+            source,
+        })?;
+        Ok((metadata.dev(), metadata.ino()))
     }
 
     /// Puts a folder that is proven where the workload has it. To be undone by [`Keep::undo`] with
@@ -244,15 +258,16 @@ pub fn admit(path: &Path, totals: &Totals) -> Result<(), Error> {
 }
 
 fn full(path: &Path, why: &str) -> Error {
-    Error::Io {
-        what: "find room for a folder that comes:",
+    Error::Full {
         path: path.to_owned(),
-        source: io::Error::new(io::ErrorKind::StorageFull, why.to_owned()),
+        why: why.to_owned(),
     }
 }
 
-/// Whether an empty folder is at `path`; something else must not be.
-pub fn exists_or_full(path: &Path) -> Result<bool, Error> {
+/// Whether an empty folder is at `path`, where a folder is to come; something else must not be, and
+/// the folder that it comes to must.
+pub fn may_come(path: &Path) -> Result<bool, Error> {
+    Folder::open(path.parent().unwrap_or(path))?;
     absent(path)
 }
 

@@ -17,7 +17,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::XATTR_BYTES_MAX;
 use crate::error::Error;
 use crate::name::Name;
-use crate::tree::{Kind, Meta, Moment};
+use crate::tree::{Kind, Meta, Moment, Xattrs};
 
 /// How paths are resolved: beneath the folder, and through nothing that leads elsewhere.
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH
@@ -215,8 +215,8 @@ pub fn changed(stat: &Statx) -> Moment {
     }
 }
 
-/// Now, as inodes would have it, less some ticks of their clock: what was changed later than this may
-/// be changed again and show the same time.
+/// Now, as inodes would have it, less some ticks of their clock: what was changed later than this
+/// may be changed again and show the same time.
 pub fn a_moment_ago() -> Moment {
     let now = clock_gettime(ClockId::Realtime);
     let now = Duration::new(
@@ -233,8 +233,8 @@ pub fn a_moment_ago() -> Moment {
 /// Several ticks of the slowest clock that kernels keep: 10 ms.
 const TICKS: Duration = Duration::from_millis(100);
 
-/// The path of an entry of an open folder: extended attributes of links, sockets and devices have no
-/// call that takes a descriptor. The last component is not followed.
+/// The path of an entry of an open folder: extended attributes of links, sockets and devices have
+/// no call that takes a descriptor. The last component is not followed.
 fn by_descriptor(folder: impl AsFd, component: &OsStr) -> PathBuf {
     let fd = folder.as_fd().as_raw_fd();
     Path::new("/proc/self/fd")
@@ -243,12 +243,9 @@ fn by_descriptor(folder: impl AsFd, component: &OsStr) -> PathBuf {
 }
 
 /// Extended attributes that travel.
-fn xattrs(
-    folder: impl AsFd,
-    component: &OsStr,
-) -> io::Result<std::collections::BTreeMap<Box<[u8]>, Box<[u8]>>> {
+fn xattrs(folder: impl AsFd, component: &OsStr) -> io::Result<Xattrs> {
     let path = by_descriptor(folder, component);
-    let mut found = std::collections::BTreeMap::new();
+    let mut found = Xattrs::new();
     let mut names = Vec::with_capacity(4096);
     loop {
         names.clear();

@@ -9,8 +9,8 @@
 //!          └─► digest of the tree ───────────────────► must be that of its own tree
 //! ```
 //!
-//! Both sides keep a [`Tree`]: each name, each node with its metadata, and a hash of every block that
-//! holds something. The source's says what the target has; a difference is what is not in it.
+//! Both sides keep a [`Tree`]: each name, each node with its metadata, and a hash of every block
+//! that holds something. The source's says what the target has; a difference is what is not in it.
 //!
 //! Invariants:
 //!
@@ -19,12 +19,12 @@
 //!   *and* nobody could store to it through a mapping at that look ([`Suspects`]). Else its blocks
 //!   are compared. Where a file system does not mark stores through a mapping at all, every file is
 //!   compared, every time.
-//! - **Nothing outside the folder is reached.** No symbolic link is followed and no mount entered, at
-//!   either side, whatever the other says: the kernel resolves each path beneath an open folder.
-//! - **A difference that has begun is sent to its end**, or the migration ends: the source takes what
-//!   it has encoded for what the target has.
-//! - **What is proven has been read.** The target's tree has the metadata and the bytes that its file
-//!   system gave back after they were written, and it is on disk before it is acknowledged.
+//! - **Nothing outside the folder is reached.** No symbolic link is followed and no mount entered,
+//!   at either side, whatever the other says: the kernel resolves each path beneath an open folder.
+//! - **A difference that has begun is sent to its end**, or the migration ends: the source takes
+//!   what it has encoded for what the target has.
+//! - **What is proven has been read.** The target's tree has the metadata and the bytes that its
+//!   file system gave back after they were written, and it is on disk before it is acknowledged.
 //!
 //! Absent: files that are no part of a folder, access and birth times, flags of inodes (immutable,
 //! append-only), compression on the wire, and the network.
@@ -44,7 +44,7 @@ mod tree;
 mod walk;
 
 pub use error::{Error, ErrorKind};
-pub use keep::{CACHED_MAX, HIDDEN, Keep, Placed, admit, exists_or_full, remove_all};
+pub use keep::{CACHED_MAX, HIDDEN, Keep, Placed, admit, may_come, remove_all};
 pub use name::Name;
 pub use record::Record;
 pub use source::{Report, Source, Suspects};

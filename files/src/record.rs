@@ -1,5 +1,5 @@
-//! What the other node has of a folder, written down: who sends the folder there again sends what is
-//! different, if the other still has it.
+//! What the other node has of a folder, written down: who sends the folder there again sends what
+//! is different, if the other still has it.
 //!
 //! Nodes are numbered by the order of their names, and so are those of whoever reads the folder
 //! anew: both mean the same by a number without telling each other.

@@ -5,6 +5,7 @@
 //! not be read whole is looked at again; metadata of a node is told after its contents, and that of
 //! a folder after all that is in it, because both change it.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
@@ -36,7 +37,8 @@ pub struct Source {
     tree: Tree,
     /// Which node an inode is, with its kind: the number may be used again.
     ids: HashMap<(Key, u8), NodeId>,
-    /// How it was when the tree was last brought in line with it. A node that is not here is compared.
+    /// How it was when the tree was last brought in line with it. A node that is not here is
+    /// compared.
     seen: HashMap<NodeId, Stamp>,
     next: u64,
     /// Whether its file system marks stores through mappings.
@@ -110,6 +112,15 @@ impl Source {
         let found = walk::walk(&self.folder)?;
         let files = found.values().filter(|found| found.kind == Kind::File);
         Ok((walk::totals(&found), files.map(|found| found.key).collect()))
+    }
+
+    /// The files that were in it at the last difference.
+    pub fn files(&self) -> HashSet<Key> {
+        let files = self
+            .ids
+            .keys()
+            .filter(|(_, kind)| *kind == Kind::File.tag());
+        files.map(|(key, _)| *key).collect()
     }
 
     /// Where it is.
@@ -251,18 +262,19 @@ impl Source {
                 continue;
             }
             let (name, id) = (name.clone(), *id);
-            let op = if self.tree.nodes.contains_key(&id) {
-                Op::Name {
+            let op = match self.tree.nodes.entry(id) {
+                Entry::Occupied(_) => Op::Name {
                     name: name.clone(),
                     id,
-                }
-            } else {
-                let kind = course.found[&name].kind.clone();
-                self.tree.nodes.insert(id, Node::new(kind.clone()));
-                Op::New {
-                    name: name.clone(),
-                    id,
-                    kind,
+                },
+                Entry::Vacant(vacant) => {
+                    let kind = course.found[&name].kind.clone();
+                    vacant.insert(Node::new(kind.clone()));
+                    Op::New {
+                        name: name.clone(),
+                        id,
+                        kind,
+                    }
                 }
             };
             frames.put(&op)?;
@@ -340,6 +352,21 @@ impl Source {
         Ok(())
     }
 
+    /// Opens a file that was found to be this inode; with it comes its length.
+    fn open_file(&self, name: &Name, key: Key) -> rustix::io::Result<(File, u64)> {
+        // Without waiting for whoever holds a lease on it.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let file = match self.folder.open_at(name, flags | OFlags::NOATIME) {
+            Err(Errno::PERM) => self.folder.open_at(name, flags)?,
+            opened => opened?,
+        };
+        let stat = kernel::stat_of(&file)?;
+        if Key::of(&stat) != key {
+            return Err(Errno::NOENT);
+        }
+        Ok((File::from(file), stat.stx_size))
+    }
+
     /// Sends blocks of a file that are not what the target has. Answers whether there were any.
     fn contents(
         &mut self,
@@ -351,33 +378,19 @@ impl Source {
     ) -> Result<bool, Error> {
         let path = self.folder.path_of(name);
         let failed = |errno: Errno| Error::io("read", path.clone())(errno);
-        // Without waiting for whoever holds a lease on it.
-        let opened = self
-            .folder
-            .open_at(name, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOATIME);
-        let opened = match opened {
-            Err(Errno::PERM) => self.folder.open_at(name, OFlags::RDONLY | OFlags::NONBLOCK),
-            opened => opened,
-        };
-        let file = opened.map_err(failed)?;
-        let stat = kernel::stat_of(&file).map_err(failed)?;
-        if Key::of(&stat) != key {
-            return Err(failed(Errno::NOENT));
-        }
+        let (file, size) = self.open_file(name, key).map_err(failed)?;
         course.report.compared += 1;
         let node = self
             .tree
             .nodes
             .get_mut(&id)
             .ok_or(Error::Malformed("a node is not there"))?;
-        let size = stat.stx_size;
         let mut written = false;
         if node.size != size {
             node.resize(size);
             frames.put(&Op::Size { id, size })?;
             written = true;
         }
-        let file = File::from(file);
         let mut known = node.blocks.keys().copied().collect::<BTreeSet<u64>>();
         let mut at = 0;
         while let Some(block) = next_block(&file, at, size).map_err(failed)? {
@@ -402,19 +415,7 @@ impl Source {
                 continue;
             };
             node.blocks.insert(block, hash);
-            let pieces = block::pieces(buffer);
-            let held = block::runs(pieces, true, buffer.len());
-            let bytes: Vec<u8> = held
-                .into_iter()
-                .flat_map(|run| &buffer[run])
-                .copied()
-                .collect();
-            frames.put(&Op::Data {
-                id,
-                block,
-                pieces,
-                bytes: &bytes,
-            })?;
+            put_block(id, block, buffer, frames)?;
         }
         // What was data and is a hole now.
         for block in known {
@@ -424,6 +425,20 @@ impl Source {
         }
         Ok(written)
     }
+}
+
+fn put_block(id: NodeId, block: u64, content: &[u8], frames: &mut Frames<'_>) -> Result<(), Error> {
+    let pieces = block::pieces(content);
+    let mut bytes = Vec::with_capacity(content.len());
+    for run in block::runs(pieces, true, content.len()) {
+        bytes.extend_from_slice(&content[run]);
+    }
+    frames.put(&Op::Data {
+        id,
+        block,
+        pieces,
+        bytes: &bytes,
+    })
 }
 
 /// Whether the entry has gone, or another has come in its place, since it was found.

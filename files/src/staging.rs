@@ -1,14 +1,15 @@
-//! The target's half: a folder of its own, into which differences are applied, and which becomes the
-//! workload's when it is proven.
+//! The target's half: a folder of its own, into which differences are applied, and which becomes
+//! the workload's when it is proven.
 //!
 //! ```text
 //! <beside the path>/.pageferry-files/<name>/tree     what becomes the folder
 //!                                          /hold     files between two names, by their number
 //! ```
 //!
-//! Invariants: whatever comes, nothing outside of this is touched; what the tree says was read back;
-//! it is proven only if the last operation was an end with the digest of that tree, and all of it is
-//! on disk.
+//! Invariants: whatever comes, nothing outside of this is touched; what the tree says was read
+//! back;
+//! it is proven only if the last operation was an end with the digest of that tree, and all of it
+//! is on disk.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
@@ -56,15 +57,18 @@ struct Places {
 }
 
 impl Staging {
-    /// An empty one at `place`, which must not be there.
-    pub fn make(place: &Path) -> Result<Self, Error> {
+    /// Makes the folders of an empty one at `place`, which must not be there.
+    pub(crate) fn make(place: &Path) -> Result<(), Error> {
         make_folder(place)?;
-        make_folder(&tree_of(place))?;
-        Self::over(place, Tree::default())
+        make_folder(&tree_of(place))
     }
 
-    /// One that begins with what is at `place`, which is read whole and must be `digest`.
-    pub fn adopt(place: &Path, digest: Digest) -> Result<Self, Error> {
+    /// One that begins with what is at `place`: nothing, or what must be of this digest. That is
+    /// read whole.
+    pub fn open(place: &Path, base: Option<Digest>) -> Result<Self, Error> {
+        let Some(digest) = base else {
+            return Self::over(place, Tree::default());
+        };
         let path = tree_of(place);
         let mut source = Source::open(&path, None)?;
         let report = source.difference(&Suspects::default(), true, &mut |_| Ok(()))?;
@@ -202,7 +206,7 @@ impl Staging {
         }
         places.names.remove(name);
         self.tree.names.remove(name);
-        if is_last && !(keep && !is_folder) {
+        if is_last && (is_folder || !keep) {
             self.places.remove(&id);
             if let Some(node) = self.tree.nodes.remove(&id) {
                 self.blocks -= node.blocks.len() as u64;

@@ -37,6 +37,9 @@ pub enum Kind {
     Block { major: u32, minor: u32 },
 }
 
+/// Extended attributes by name.
+pub type Xattrs = BTreeMap<Box<[u8]>, Box<[u8]>>;
+
 /// What is said of a node besides its contents.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Meta {
@@ -45,7 +48,7 @@ pub struct Meta {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) modified: Moment,
-    pub(crate) xattrs: BTreeMap<Box<[u8]>, Box<[u8]>>,
+    pub(crate) xattrs: Xattrs,
 }
 
 /// A node.

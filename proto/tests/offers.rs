@@ -88,6 +88,31 @@ fn an_offer_says_which_folders_travel_and_the_answer_which_of_them_are_kept() {
     assert_eq!(Message::decode(&bytes[frame::HEADER_BYTES..]), Ok(accepted));
 }
 
+// clause: N-4
+#[test]
+fn a_folder_that_travels_has_a_path_that_leads_nowhere_else() {
+    let refused = |paths: &[&str]| {
+        let mut travelling = offer();
+        travelling.description.copied = paths
+            .iter()
+            .map(|path| CopiedPath {
+                path: (*path).to_owned(),
+                entries: 5,
+                bytes: 300,
+                base: None,
+            })
+            .collect();
+        let message = Message::from(SourceMessage::Offer(Box::new(travelling)));
+        let bytes = message.encode().unwrap();
+        Message::decode(&bytes[frame::HEADER_BYTES..]).is_err()
+    };
+    for odd in ["", "data", "/", "/a/", "/a/../b", "/a//b", "/a\0b"] {
+        assert!(refused(&[odd]), "{odd:?}");
+    }
+    assert!(!refused(&["/a", "/b/c.d"]));
+    assert!(refused(&["/a"; 65]));
+}
+
 // clause: D-8
 #[test]
 fn a_stream_of_files_says_which_folder_and_round_it_is_of() {

@@ -17,7 +17,6 @@ use pageferry_proto::wire::container::ContainerDescription;
 use pageferry_proto::wire::control::{
     ControlError, Final, Hello, Message, Offer, RoundEnd, SourceMessage, TargetMessage, Welcome,
 };
-use pageferry_proto::wire::copied::CopiedPath;
 use pageferry_proto::wire::cpu::{CpuDescription, XsaveComponent};
 use pageferry_proto::wire::description::{
     FileDescription, FileUse, LinkAddress, LinkDescription, Namespaces, RouteDescription,
@@ -574,15 +573,6 @@ fn an_offer_over_a_limit_is_refused() {
     check(|it| it.cwd = "a".repeat(4097), "description path");
     check(|it| it.shared[0].path = "data".to_owned(), "shared path");
     check(|it| it.shared = vec![shared(); 257], "description.shared");
-    for odd in ["data", "/", "/a/", "/a/../b", "/a//b", "/a\0b"] {
-        let mut offer = offer();
-        offer.description.copied = vec![copied(odd)];
-        refused(offer, "copied path");
-    }
-    check(
-        |it| it.copied = vec![copied("/a"); 65],
-        "description.copied",
-    );
     check(|it| it.cpu.as_mut().unwrap().xcr0 = 3, "cpu.components");
     check(|it| it.links[0].name = String::new(), "link.name");
     check(|it| it.links[0].addresses[0].prefix = 33, "link.addresses");
@@ -595,15 +585,6 @@ fn an_offer_over_a_limit_is_refused() {
     }
     let message = Message::from(SourceMessage::Offer(Box::new(offer)));
     assert!(matches!(message.encode(), Err(ControlError::Frame(_))));
-}
-
-fn copied(path: &str) -> CopiedPath {
-    CopiedPath {
-        path: path.to_owned(),
-        entries: 5,
-        bytes: 300,
-        base: Some([7; 32]),
-    }
 }
 
 fn space() -> SpaceDescription {

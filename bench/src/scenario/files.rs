@@ -34,13 +34,16 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         for node in &lab.nodes {
             make_disk(node, case.disk)?;
         }
-        let done = (case.run)(&mut lab, report).with_context(|| case.name);
+        match (case.run)(&mut lab, report).with_context(|| case.name) {
+            Ok(said) => println!("{}: {said}", case.name),
+            Err(error) => {
+                report.fail(format!("{error:#}"));
+                // Its workload may be left.
+                return Ok(());
+            }
+        }
         for node in &lab.nodes {
             remove_disk(node)?;
-        }
-        match done {
-            Ok(said) => println!("{}: {said}", case.name),
-            Err(error) => report.fail(format!("{error:#}")),
         }
     }
     Ok(())
@@ -306,4 +309,4 @@ fn describe(folder: &Path, name: &str) -> Result<BTreeMap<&'static str, i64>> {
 
 /// Where the folder is in.
 const DISK: &str = "/srv/disk";
-const MEMORY: usize = 16 << 20; // 16 MiB
+const MEMORY: usize = 1 << 20; // 1 MiB: little beside the files

@@ -1,7 +1,8 @@
-//! Folders that travel with a workload: who may store to their files, and whether anybody else does.
+//! Folders that travel with a workload: who may store to their files, and whether anybody else
+//! does.
 //!
-//! Absent: writers that are not processes of this node, such as clients of a file server; and what is
-//! open in no process, such as a descriptor on its way in a socket.
+//! Absent: writers that are not processes of this node, such as clients of a file server; and what
+//! is open in no process, such as a descriptor on its way in a socket.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;

@@ -1,5 +1,5 @@
-//! Folders travel, on real file systems: whatever a program does to one between two differences, what
-//! the target has afterwards is the same, entry by entry.
+//! Folders travel, on real file systems: whatever a program does to one between two differences,
+//! what the target has afterwards is the same, entry by entry.
 
 mod compare;
 mod mutate;
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use compare::assert_same;
 use mutate::{Mutation, mutate, mutations};
 use pageferry_files::{
-    Error, ErrorKind, Keep, Key, Placed, Record, Report, Source, Staging, Suspects,
+    Digest, Error, ErrorKind, Keep, Key, Placed, Record, Report, Source, Staging, Suspects,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -46,10 +46,15 @@ impl Nodes {
 
     fn staging(&self) -> Staging {
         let place = Keep::place(&self.there(), "m", 0);
-        self.keep("b")
-            .stage(&self.there(), &place, None)
-            .expect("a staging")
+        stage(&self.keep("b"), &self.there(), &place, None).expect("a staging")
     }
+}
+
+fn stage(keep: &Keep, path: &Path, place: &Path, base: Option<Digest>) -> Result<Staging, Error> {
+    let inode = keep.claim(path, place, base.is_some())?;
+    let staging = Staging::open(place, base)?;
+    assert_eq!(staging.inode()?, inode);
+    Ok(staging)
 }
 
 /// Sends one difference.
@@ -242,7 +247,7 @@ fn what_comes_is_put_and_a_way_back_costs_what_has_changed() {
     assert!(!b.has(&nodes.there(), &record.digest()));
     let place = Keep::place(&nodes.here(), "n", 0);
     let base = Some(record.digest());
-    let mut staging = a.stage(&nodes.here(), &place, base).expect("a staging");
+    let mut staging = stage(&a, &nodes.here(), &place, base).expect("a staging");
     let mut source = Source::open(&nodes.there(), Some(record)).expect("a source");
     let back = send(&mut source, &mut staging, &none, true).expect("a difference");
     assert_eq!(back.compared, 50);
@@ -286,7 +291,7 @@ fn what_was_put_is_taken_back_and_what_another_has_put_is_not() {
     fs::write(nodes.there().join("mine"), b"bytes").expect("a file");
     Keep::undo(&placed).expect("undone");
     assert!(nodes.there().join("mine").exists());
-    let refused = pageferry_files::exists_or_full(&nodes.there());
+    let refused = pageferry_files::may_come(&nodes.there());
     assert_eq!(refused.map_err(|error| error.kind()), Err(ErrorKind::Unfit));
     assert!(
         !nodes
@@ -359,12 +364,27 @@ fn a_kept_folder_that_somebody_has_changed_is_not_built_upon() {
     fs::write(kept.expect("an entry").path().join("tree/file"), b"other").expect("a file");
     assert!(keep.has(&nodes.here(), &report.digest));
     let place = Keep::place(&nodes.here(), "m", 0);
-    let refused = keep.stage(&nodes.here(), &place, Some(report.digest));
+    let refused = stage(&keep, &nodes.here(), &place, Some(report.digest));
     assert_eq!(
         refused.map(drop).map_err(|error| error.kind()),
         Err(ErrorKind::Differs)
     );
     assert!(!keep.has(&nodes.here(), &report.digest));
+}
+
+#[test]
+fn what_has_no_room_is_refused_before_anything_is_written() {
+    let nodes = Nodes::at(FILE_SYSTEMS[0]);
+    let totals = |bytes| pageferry_files::Totals { entries: 1, bytes };
+    let refused = pageferry_files::admit(&nodes.there(), &totals(1 << 60));
+    assert_eq!(
+        refused.map_err(|error| error.kind()),
+        Err(ErrorKind::NoSpace)
+    );
+    pageferry_files::admit(&nodes.there(), &totals(1)).expect("room");
+    let nowhere = nodes.root.path().join("nowhere/data");
+    let refused = pageferry_files::may_come(&nowhere).map_err(|error| error.kind());
+    assert_eq!(refused, Err(ErrorKind::Unfit));
 }
 
 #[test]
@@ -419,11 +439,15 @@ fn a_record_says_what_it_said_and_a_damaged_one_says_nothing() {
     }
 }
 
+fn raw() -> impl Strategy<Value = Vec<u8>> {
+    proptest::collection::vec(any::<u8>(), 1..300)
+}
+
 proptest! {
     #![proptest_config(Config { cases: 200, failure_persistence: None, ..Config::default() })]
 
     #[test]
-    fn whatever_comes_nothing_outside_is_touched(bytes in proptest::collection::vec(any::<u8>(), 1..300)) {
+    fn whatever_comes_nothing_outside_is_touched(bytes in raw()) {
         let nodes = Nodes::at(FILE_SYSTEMS[1]);
         let mut staging = nodes.staging();
         let checksum = crc32fast::hash(&bytes);

@@ -119,7 +119,7 @@ fn change_file(mutation: &Mutation, file: Option<&PathBuf>) -> Option<Box<dyn st
             open().set_modified(time).expect("a time");
         }
         5 => {
-            let mode = u32::try_from(mutation.one).expect("a number") * 11 & 0o7777;
+            let mode = (u32::try_from(mutation.one).expect("a number") * 11) & 0o7777;
             fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("a mode");
         }
         6 => {
@@ -166,7 +166,11 @@ fn change_names(
             let from = from.map_or(name, PathBuf::as_path);
             drop(fs::rename(
                 from,
-                if mutation.length % 2 == 0 { to } else { name },
+                if mutation.length.is_multiple_of(2) {
+                    to
+                } else {
+                    name
+                },
             ));
         }
         14 => {

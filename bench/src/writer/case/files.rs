@@ -41,7 +41,8 @@ pub struct Files {
     mapping: Mapping,
     mapped: Vec<u8>,
     count: u64,
-    /// What is open and has no name but one that only the kernel knows, and another that goes along.
+    /// What is open and has no name but one that only the kernel knows, and another that goes
+    /// along.
     unlinked: File,
 }
 

@@ -1,19 +1,20 @@
 //! Folders that travel with the workload, at the source: one difference of each in every round, and
 //! the last when the workload stands still.
 //!
-//! Invariants: a folder is where it was until the workload runs elsewhere; then it goes aside, once,
+//! Invariants: a folder is where it was until the workload runs elsewhere; then it goes aside,
+//! once,
 //! and only if it is still the one that has travelled; a difference that was begun is sent to its
 //! end, or nothing of the folder is sent any more.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pageferry_files::{Digest, Error, Keep, Report, Source};
-use pageferry_proto::id::Round;
+use pageferry_proto::id::{MigrationId, Round};
 use pageferry_proto::migration::policy::FilesReport;
 use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -31,9 +32,6 @@ use crate::runtime::copied;
 
 /// Frames that wait for the network: at most 4 MiB.
 const FRAMES_MAX: usize = 8;
-
-/// The file in a migration's folder that says what is to go aside when it is over.
-const NOTE: &str = "folders";
 
 /// Folders that travel.
 #[derive(Debug)]
@@ -75,7 +73,7 @@ impl Folders {
     /// Opens folders at these paths; with them comes what the target is told. Nothing is changed.
     pub(super) fn open(
         keep: Keep,
-        directory: &Path,
+        id: MigrationId,
         paths: &[PathBuf],
         pids: &[i32],
     ) -> Result<(Self, Vec<CopiedPath>), Failure> {
@@ -113,17 +111,17 @@ impl Folders {
             });
         }
         let folders = Self {
+            note: note(&keep, id),
             keep,
             all,
-            note: directory.join(NOTE),
             is_first: true,
         };
         Ok((folders, told))
     }
 
     /// Those that a dead daemon has left here. Without a note nothing was sent to its end.
-    pub(super) fn recovered(keep: Keep, directory: &Path) -> Self {
-        let note = directory.join(NOTE);
+    pub(super) fn recovered(keep: Keep, id: MigrationId) -> Self {
+        let note = note(&keep, id);
         let noted = fs::read(&note).ok();
         let noted = noted.and_then(|bytes| serde_json::from_slice::<Vec<Gone>>(&bytes).ok());
         let all = noted.into_iter().flatten().map(|gone| Folder {
@@ -200,7 +198,14 @@ impl Folders {
         }
         let gone: Vec<&Gone> = self.all.iter().map(|folder| &folder.gone).collect();
         let note = serde_json::to_vec(&gone).map_err(|error| internal(&error))?;
-        fs::write(&self.note, note).map_err(|error| internal(&error))?;
+        let written = || {
+            self.note.parent().map_or(Ok(()), fs::create_dir_all)?;
+            fs::write(&self.note, note)
+        };
+        written().map_err(|error| {
+            let text = format!("cannot write {}: {error}", self.note.display());
+            Failure::new(ErrorCode::NodeUnfit, text)
+        })?;
         Ok((count(&sent)?, bytes(&sent)))
     }
 
@@ -233,6 +238,11 @@ impl Folders {
         Ok((reports, look))
     }
 
+    /// The workload stays here.
+    pub(super) fn stay(&self) {
+        drop(fs::remove_file(&self.note));
+    }
+
     /// The workload runs elsewhere: its folders go aside. Once; succeeds when that is done.
     pub(super) fn set_aside(&mut self) {
         for folder in std::mem::take(&mut self.all) {
@@ -261,6 +271,12 @@ impl Folders {
     }
 }
 
+/// Where it is written down what is to go aside when a migration is over. It outlives a reboot: a
+/// folder that has left must not be found by whoever starts the workload again.
+fn note(keep: &Keep, id: MigrationId) -> PathBuf {
+    keep.state().join(format!("{id}.leaving"))
+}
+
 /// Finds and sends a difference; answers also with how long that took without the network.
 async fn send(
     source: Arc<Mutex<Source>>,
@@ -283,10 +299,7 @@ async fn send(
         let report = source.difference(&suspects, course.frozen, &mut sink);
         drop(frames);
         let report = report.map_err(|error| failed(&error, ErrorCode::FolderUnfit))?;
-        let (_, files) = source
-            .look()
-            .map_err(|error| failed(&error, ErrorCode::FolderUnfit))?;
-        copied::check_writers(source.path(), &files, &course.pids)?;
+        copied::check_writers(source.path(), &source.files(), &course.pids)?;
         Ok::<_, Failure>((report, began.elapsed().saturating_sub(waited)))
     });
     let mut writer = data

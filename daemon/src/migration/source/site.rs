@@ -266,6 +266,7 @@ impl Site {
         }
         block_in_place(|| {
             self.tracking.end();
+            self.folders.stay();
             self.kept.offer_is_answered();
         });
         self.workload.give_back();

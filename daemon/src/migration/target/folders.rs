@@ -1,14 +1,14 @@
 //! Folders that come with a workload: applied beside where they are to be, put there before it is
 //! restored, and taken back if it does not run here.
 //!
-//! Invariants: what is made is written down before, where a reboot does not reach it; nothing is put
-//! that is not proven; what was put is taken back by its inode, so that nothing else ever is.
+//! Invariants: what is made is written down before, where a reboot does not reach it; nothing is
+//! put that is not proven; what was put is taken back by its inode, so that nothing else ever is.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pageferry_files::{Error, Keep, Placed, Staging, Totals, admit, exists_or_full};
+use pageferry_files::{Digest, Error, Keep, Placed, Staging, Totals, admit, may_come};
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::copied::{CopiedPath, FilesHeader};
@@ -37,10 +37,36 @@ pub struct Folders {
 #[derive(Clone, Debug)]
 struct Folder {
     placed: Placed,
-    /// The offer's number and digest of what this node has kept of it.
-    kept: Option<pageferry_files::Digest>,
+    /// What this node has kept of it, and begins with.
+    kept: Option<Digest>,
     /// None of one that a dead daemon has begun.
-    staging: Option<Arc<Mutex<Option<Staging>>>>,
+    staging: Option<Arc<Mutex<Stage>>>,
+}
+
+/// Where a folder is applied.
+#[derive(Debug)]
+enum Stage {
+    /// Nothing has come, and what is kept has not been read.
+    Claimed {
+        place: PathBuf,
+        base: Option<Digest>,
+    },
+    Open(Box<Staging>),
+    /// It is the workload's, or taken back.
+    Gone,
+}
+
+impl Stage {
+    /// Opens it if it is not.
+    fn open(&mut self) -> Result<&mut Staging, Error> {
+        if let Self::Claimed { place, base } = self {
+            *self = Self::Open(Box::new(Staging::open(place, *base)?));
+        }
+        match self {
+            Self::Open(staging) => Ok(staging),
+            Self::Claimed { .. } | Self::Gone => Err(Error::Cut),
+        }
+    }
 }
 
 /// As it is written down.
@@ -70,7 +96,8 @@ impl Shelf {
         self.state.join(format!("{id}.coming"))
     }
 
-    /// Takes back what migrations that are not known have left.
+    /// Removes what migrations that are not known have left on its way. They have put nothing: what
+    /// is put has a record before.
     pub fn clean_up(&self, is_known: impl Fn(MigrationId) -> bool) {
         let entries = fs::read_dir(&self.state).into_iter().flatten().flatten();
         for entry in entries {
@@ -84,7 +111,11 @@ impl Shelf {
             let Some(id) = name.filter(|id| is_note && !is_known(*id)) else {
                 continue;
             };
-            if let Err(failure) = Folders::new(self.clone(), id).take_back() {
+            let left = Folders::new(self.clone(), id);
+            left.lock()
+                .iter_mut()
+                .for_each(|folder| folder.placed.inode = None);
+            if let Err(failure) = left.take_back() {
                 tracing::warn!(migration = %id, "a folder is left of its beginning: {failure}");
             }
         }
@@ -148,7 +179,7 @@ impl Folders {
         let mut needed = std::collections::BTreeMap::<PathBuf, Totals>::new();
         for (index, coming) in copied.iter().enumerate() {
             let path = Path::new(&coming.path);
-            let was_there = exists_or_full(path).map_err(taken)?;
+            let was_there = may_come(path).map_err(taken)?;
             let keep = &self.shelf.keep;
             let kept = coming.base.filter(|base| keep.has(path, base));
             if kept.is_none() {
@@ -167,18 +198,20 @@ impl Folders {
                     was_there,
                 },
                 kept,
-                staging: Some(Arc::default()),
+                staging: None,
             });
         }
         self.write_down()?;
         let keep = &self.shelf.keep;
         for folder in self.lock().iter_mut() {
-            let (path, place) = (&folder.placed.path, &folder.placed.place);
-            if let Some(staging) = &folder.staging {
-                let begun = keep.stage(path, place, folder.kept).map_err(taken)?;
-                folder.placed.inode = Some(begun.inode().map_err(taken)?);
-                *staging.lock().unwrap_or_else(PoisonError::into_inner) = Some(begun);
-            }
+            let Placed { path, place, .. } = &folder.placed;
+            let claimed = keep.claim(path, place, folder.kept.is_some());
+            let stage = Stage::Claimed {
+                place: place.clone(),
+                base: folder.kept,
+            };
+            folder.placed.inode = Some(claimed.map_err(taken)?);
+            folder.staging = Some(Arc::new(Mutex::new(stage)));
         }
         self.write_down()
     }
@@ -245,9 +278,7 @@ impl Folders {
             let staging = Arc::clone(&staging);
             let applied = spawn_blocking(move || {
                 let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
-                // Taken back meanwhile.
-                let staging = staging.as_mut().ok_or(Error::Cut)?;
-                staging.apply(&frame, checksum)
+                staging.open()?.apply(&frame, checksum)
             });
             let applied = applied.await.map_err(|error| internal(&error))?;
             is_whole = applied.map_err(differs)?;
@@ -262,9 +293,10 @@ impl Folders {
     pub fn put(&self) -> Result<(), Failure> {
         for folder in self.lock().iter() {
             let staging = folder.staging.as_ref().ok_or_else(no_staging)?;
-            let staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
-            let staging = staging.as_ref().ok_or_else(no_staging)?;
-            let put = Keep::put(staging, &folder.placed);
+            let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
+            let put = staging
+                .open()
+                .and_then(|staging| Keep::put(staging, &folder.placed));
             put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
             tracing::info!(migration = %self.id, path = %folder.placed.path.display(), "put");
         }
@@ -276,19 +308,12 @@ impl Folders {
         let all = std::mem::take(&mut *self.lock());
         for folder in all {
             let path = &folder.placed.path;
-            let staging = folder.staging.as_ref();
-            let staging = staging.and_then(|staging| {
-                staging
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .take()
-            });
-            let remembered =
-                staging.map(|mut staging| self.shelf.keep.remember(path, &staging.record()));
-            if let Err(error) = remembered
-                .unwrap_or(Ok(()))
-                .and_then(|()| Keep::settle(&folder.placed))
-            {
+            let staging = folder.staging.as_ref().map(gone);
+            let remembered = match staging {
+                Some(Stage::Open(mut staging)) => self.shelf.keep.remember(path, &staging.record()),
+                Some(Stage::Claimed { .. } | Stage::Gone) | None => Ok(()),
+            };
+            if let Err(error) = remembered.and_then(|()| Keep::settle(&folder.placed)) {
                 let failure = failed(&error, ErrorCode::NodeUnfit);
                 tracing::warn!(migration = %self.id, "of a folder that came: {failure}");
             }
@@ -296,18 +321,14 @@ impl Folders {
         drop(fs::remove_file(self.shelf.note(self.id)));
     }
 
-    /// The workload does not run here: nothing of them stays. Blocks; succeeds when there is nothing.
+    /// The workload does not run here: nothing of them stays. Blocks; succeeds when there is
+    /// nothing.
     pub fn take_back(&self) -> Result<(), Failure> {
         let mut all = self.lock();
         for folder in all.iter() {
             if let Some(staging) = &folder.staging {
                 // Whoever applies something ends first.
-                drop(
-                    staging
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .take(),
-                );
+                drop(gone(staging));
             }
             let undone = Keep::undo(&folder.placed);
             undone.map_err(|error| failed(&error, ErrorCode::NodeUnfit))?;
@@ -327,6 +348,12 @@ impl Noted {
             was_there: placed.was_there,
         }
     }
+}
+
+/// What it was until now.
+fn gone(stage: &Arc<Mutex<Stage>>) -> Stage {
+    let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
+    std::mem::replace(&mut *stage, Stage::Gone)
 }
 
 fn no_staging() -> Failure {

@@ -103,7 +103,10 @@ fn last(digests: u32) -> Final {
 }
 
 fn no_folders() -> Folders {
-    Folders::new(Shelf::new(PathBuf::new()), MigrationId::new([1; 16]))
+    Folders::new(
+        crate::migration::target::folders::Shelf::new(PathBuf::new()),
+        pageferry_proto::id::MigrationId::new([1; 16]),
+    )
 }
 
 fn end(round: u32, parcels: u32, pages: u64) -> RoundEnd {

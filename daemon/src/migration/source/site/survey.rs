@@ -198,9 +198,9 @@ impl Site {
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
         let (kept, shared) = looking(root, move || Kept::open(storage)).await?;
         description.shared = shared;
-        let (directory, keep) = (node.migrations.join(id.to_string()), node.keep.clone());
+        let keep = node.keep.clone();
         let (paths, members) = (asked.copied.clone(), pids.clone());
-        let opening = move || Folders::open(keep, &directory, &paths, &members);
+        let opening = move || Folders::open(keep, id, &paths, &members);
         let (folders, copied) = looking(root, opening).await?;
         description.copied = copied;
         let ports = if described.own.contains(&NamespaceKind::Net) {
@@ -292,7 +292,7 @@ impl Site {
             memory_bytes: 0,
             true_smaps: false,
             // Of one that is over nothing is left to do.
-            folders: Folders::recovered(node.keep.clone(), &node.migrations.join(id.to_string())),
+            folders: Folders::recovered(node.keep.clone(), id),
             kept: Kept::recovered(if is_over { Vec::new() } else { state.markers }),
             // No freeze will look for any; what was found is in the folder.
             locks: Locks::default(),
