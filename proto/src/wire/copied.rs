@@ -72,10 +72,9 @@ impl TryFrom<schema::CopiedPath> for CopiedPath {
     type Error = ControlError;
 
     fn try_from(wire: schema::CopiedPath) -> Result<Self, ControlError> {
-        let mut parts = wire.path.split('/');
+        let parts = wire.path.strip_prefix('/').unwrap_or_default();
         // What is beside it is called by its name.
-        let is_whole = parts.next() == Some("") && wire.path != "/";
-        if !is_whole || !parts.all(|part| !matches!(part, "" | "." | "..")) {
+        if parts.split('/').any(|part| matches!(part, "" | "." | "..")) {
             return Err(missing("copied path"));
         }
         if wire.path.contains('\0') {
