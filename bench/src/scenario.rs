@@ -13,6 +13,7 @@ pub mod containerd;
 pub mod containers;
 pub mod direct;
 pub mod faults;
+pub mod files;
 pub mod locks;
 pub mod memory;
 pub mod nginx;
@@ -42,7 +43,7 @@ pub struct Scenario {
 }
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 15] = [
+pub const ALL: [Scenario; 16] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -120,6 +121,12 @@ pub const ALL: [Scenario; 15] = [
         summary: "file locks on shared storage: moved, wanted by others, with kills in between",
         cases: true,
         run: locks::run,
+    },
+    Scenario {
+        name: "files",
+        summary: "folders that travel, under writers: there and back, sparse, full, with kills",
+        cases: true,
+        run: files::run,
     },
     Scenario {
         name: "containers",

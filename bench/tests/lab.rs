@@ -112,6 +112,13 @@ fn containers_move_there_and_back_as_their_runtimes_own() {
     check(&["containers", "--only", "few"], 6);
 }
 
+/// A folder that is written, mapped, renamed, linked and stamped moves with its workload, there and
+/// back, and what the target has no room for stays where it was.
+#[test]
+fn folders_travel_under_writers_and_a_full_disk_ends_a_move_cleanly() {
+    check(&["files", "--only", "few,full"], 4);
+}
+
 /// nginx, memcached, Valkey, a JVM, numpy, PostgreSQL and MariaDB, there and back, each with a
 /// proof of its own.
 #[test]

@@ -274,6 +274,11 @@ impl Config {
     pub fn journal_dir(&self) -> PathBuf {
         self.state_dir.join("journal")
     }
+
+    /// The folder of what is known of folders that travel.
+    pub fn folders_dir(&self) -> PathBuf {
+        self.state_dir.join("folders")
+    }
 }
 
 fn limits(mut file: Section, args: &DaemonArgs) -> Result<Limits, ConfigError> {

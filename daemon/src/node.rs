@@ -23,6 +23,7 @@ use crate::migration::journal::Journals;
 use crate::migration::registry::{Registry, RegistryParts};
 use crate::migration::source::site::SourceNode;
 use crate::migration::target::admission::Ledger;
+use crate::migration::target::folders::Shelf;
 use crate::migration::target::site::TargetNode;
 use crate::net::endpoint::{Endpoint, EndpointConfig};
 use crate::net::lanes::Listener;
@@ -42,8 +43,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let criu_version = probe_criu(&config).await?;
     check_stand_in(&config.stand_in)?;
     let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    let charged = hierarchies.clone();
-    let memory = Ledger::new(move || memory::rooms(&charged));
+    let memory = memory_of(hierarchies.clone());
     let credentials =
         Credentials::load(&config.tls, &config.node).context("loading certificates")?;
     let endpoint = Endpoint::bind(EndpointConfig {
@@ -52,6 +52,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         peers: config.peers.clone(),
     });
     let endpoint = Arc::new(endpoint.context("opening the QUIC endpoint")?);
+    let shelf = Shelf::new(config.folders_dir());
     let journals = Journals::open(&config.journal_dir()).context("opening the journals")?;
     let registry = Registry::recover(RegistryParts {
         source: SourceNode {
@@ -66,6 +67,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             support,
             workers,
             eager_memory_max: config.limits.eager_memory_max,
+            keep: shelf.keep(),
         },
         target: TargetNode {
             criu: config.criu.clone(),
@@ -78,6 +80,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             hierarchies,
             bridge: config.bridge.clone(),
             memory,
+            shelf,
             workers,
         },
         endpoint: Arc::clone(&endpoint),
@@ -99,6 +102,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     registry.give_up().await;
     served.stop().await;
     Ok(())
+}
+
+/// What is left of this node's memory, and promised.
+fn memory_of(hierarchies: Hierarchies) -> Ledger {
+    Ledger::new(move || memory::rooms(&hierarchies))
 }
 
 /// How a workload moves of which nobody says more.

@@ -12,6 +12,7 @@
 pub mod code;
 pub mod container;
 pub mod control;
+pub mod copied;
 pub mod cpu;
 pub mod description;
 pub mod frame;

@@ -4,9 +4,11 @@
 
 mod rig;
 
+use pageferry_proto::id::Round;
 use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine, SourceOffer};
 use pageferry_proto::migration::timer::Time;
-use pageferry_proto::wire::control::{Message, Offer, SourceMessage};
+use pageferry_proto::wire::control::{Message, Offer, SourceMessage, TargetMessage};
+use pageferry_proto::wire::copied::{CopiedPath, FilesHeader};
 use pageferry_proto::wire::frame;
 use rig::*;
 
@@ -53,6 +55,74 @@ fn an_offer_says_at_its_end_which_network_the_workload_joins() {
     let error = Message::decode(&replaced(&bytes, b"\x32\x03web", b"\x32\x03../"));
     let error = error.unwrap_err().to_string();
     assert_eq!(error, "field offer.network is not a name");
+}
+
+// clause: F-11
+#[test]
+fn an_offer_says_which_folders_travel_and_the_answer_which_of_them_are_kept() {
+    let mut travelling = offer();
+    travelling.description.copied = vec![CopiedPath {
+        path: "/srv/a".to_owned(),
+        entries: 5,
+        bytes: 300,
+        base: Some([7; 32]),
+    }];
+    let message = Message::from(SourceMessage::Offer(Box::new(travelling)));
+    let bytes = message.encode().unwrap();
+    assert_eq!(Message::decode(&bytes[frame::HEADER_BYTES..]), Ok(message));
+    let told = [
+        &b"\xd2\x01\x2f\x0a\x06/srv/a\x10\x05\x18\xac\x02\x22\x20"[..],
+        &[7; 32],
+    ]
+    .concat();
+    assert!(
+        bytes.windows(told.len()).any(|part| part == told),
+        "{bytes:x?}"
+    );
+    let accepted = Message::from(TargetMessage::Accepted {
+        incarnation: INCARNATION,
+        kept: vec![0, 3],
+    });
+    let bytes = accepted.encode().unwrap();
+    assert!(bytes.ends_with(b"\x12\x02\x00\x03"), "{bytes:x?}");
+    assert_eq!(Message::decode(&bytes[frame::HEADER_BYTES..]), Ok(accepted));
+}
+
+// clause: N-4
+#[test]
+fn a_folder_that_travels_has_a_path_that_leads_nowhere_else() {
+    let refused = |paths: &[&str]| {
+        let mut travelling = offer();
+        travelling.description.copied = paths
+            .iter()
+            .map(|path| CopiedPath {
+                path: (*path).to_owned(),
+                entries: 5,
+                bytes: 300,
+                base: None,
+            })
+            .collect();
+        let message = Message::from(SourceMessage::Offer(Box::new(travelling)));
+        let bytes = message.encode().unwrap();
+        Message::decode(&bytes[frame::HEADER_BYTES..]).is_err()
+    };
+    for odd in ["", "data", "/", "/a/", "/a/../b", "/a//b", "/a\0b"] {
+        assert!(refused(&[odd]), "{odd:?}");
+    }
+    assert!(!refused(&["/a", "/b/c.d"]));
+    assert!(refused(&["/a"; 65]));
+}
+
+// clause: D-8
+#[test]
+fn a_stream_of_files_says_which_folder_and_round_it_is_of() {
+    let header = FilesHeader {
+        round: Round::new(3).unwrap(),
+        folder: 1,
+    };
+    assert_eq!(header.encode(), [3, 0, 0, 0, 1, 0, 0, 0]);
+    assert_eq!(FilesHeader::decode(header.encode()), Ok(header));
+    assert!(FilesHeader::decode([0; 8]).is_err());
 }
 
 #[test]

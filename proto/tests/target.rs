@@ -85,6 +85,7 @@ fn an_offer_is_accepted_when_everything_is_prepared_and_that_is_on_disk() {
     assert_eq!(target.feed(prepared), [target_journal(accepted())]);
     let accept = TargetMessage::Accepted {
         incarnation: INCARNATION,
+        kept: Vec::new(),
     };
     assert_eq!(target.journalled(accepted()), [send(accept)]);
     let mut target = Target::new();

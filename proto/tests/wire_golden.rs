@@ -115,6 +115,7 @@ fn description() -> WorkloadDescription {
             mapped_shared: true,
         }],
         shared: vec![shared()],
+        copied: Vec::new(),
         boot_id: [0xb0; 16],
         cpu: Some(CpuDescription {
             vendor: "GenuineIntel".to_owned(),
@@ -277,6 +278,7 @@ fn messages_of_the_source_keep_their_bytes() {
             round,
             parcels: 2,
             pages,
+            files: 0,
         }),
         &expect![[r#"
             0a0000008a01070809100218ac02
@@ -292,6 +294,7 @@ fn messages_of_the_source_keep_their_bytes() {
         digests: 4,
         verify: true,
         locks: 0,
+        files: 0,
     };
     check(
         SourceMessage::Final(end),
@@ -335,7 +338,10 @@ fn messages_of_the_target_keep_their_bytes() {
     let generation = generation();
     let incarnation = Incarnation(0x0102_0304_0506_0708);
     check(
-        TargetMessage::Accepted { incarnation },
+        TargetMessage::Accepted {
+            incarnation,
+            kept: Vec::new(),
+        },
         &expect![[r#"
         0c000000820309090807060504030201
     "#]],

@@ -64,4 +64,6 @@ pub struct MoveOptions {
     pub frozen_max: Option<String>,
     /// Paths that are the same storage at both nodes.
     pub shared: Vec<String>,
+    /// Folders that travel along.
+    pub copied: Vec<String>,
 }

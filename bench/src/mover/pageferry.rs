@@ -63,6 +63,9 @@ impl Migration {
         if let Some(frozen) = &flags.frozen_max {
             command = command.args(["--frozen-max", frozen]);
         }
+        for path in &flags.copied {
+            command = command.args(["--copy", path]);
+        }
         for path in &flags.shared {
             command = command.args(["--shared", path]);
         }

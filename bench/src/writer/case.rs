@@ -1,6 +1,7 @@
 //! Cases: odd things programs do with memory and processes, each checking itself.
 
 pub mod direct;
+pub mod files;
 pub mod flags;
 pub mod locks;
 pub mod mappings;
@@ -78,6 +79,10 @@ pub const TRACED: Kind = may_refuse("traced", &["traced"], tree::Traced::start);
 /// Needs storage that the nodes share.
 pub const LOCKS: Kind = must("locks", locks::Locks::start);
 
+/// Need a folder that travels.
+pub const FILES: Kind = must("files", files::Files::start_few);
+pub const FILES_MANY: Kind = must("files-many", files::Files::start_many);
+
 /// Only in the freeze it turns out that this one cannot move.
 pub const LOST_PAGES: Kind = may_refuse("lost-pages", &["pages-unread"], refused::lost_pages);
 
@@ -103,7 +108,8 @@ const fn may_refuse(
 
 /// Starts a case by its name.
 pub fn start(name: &str) -> Result<Box<dyn Case>> {
-    let mut all = ALL.iter().chain([&TRACED, &LOCKS, &LOST_PAGES]);
+    let all = ALL.iter();
+    let mut all = all.chain([&TRACED, &LOCKS, &FILES, &FILES_MANY, &LOST_PAGES]);
     let kind = all.find(|kind| kind.name == name);
     let kind = kind.with_context(|| format!("no case is called {name:?}"))?;
     (kind.start)().with_context(|| format!("starting the case {name}"))

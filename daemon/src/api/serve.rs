@@ -319,6 +319,17 @@ fn parse_migrate(
             relative.display()
         )));
     }
+    let copied: Vec<PathBuf> = request
+        .copied_paths
+        .iter()
+        .map(|path| path.trim_end_matches('/').into())
+        .collect();
+    if let Some(relative) = copied.iter().find(|path| !path.is_absolute()) {
+        return Err(Status::invalid_argument(format!(
+            "path {} of a folder is not absolute, or is the root of all",
+            relative.display()
+        )));
+    }
     let id = request.id.as_deref().map(parse_id).transpose()?;
     let network = request.join_network.map(|name| name.parse()).transpose();
     let network = network.map_err(|error: IdError| Status::invalid_argument(error.to_string()))?;
@@ -329,6 +340,7 @@ fn parse_migrate(
         policy,
         asked: Asked {
             shared,
+            copied,
             force_cpu: request.force_cpu,
             force_ipc: request.force_ipc,
             network,

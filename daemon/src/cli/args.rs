@@ -111,6 +111,10 @@ pub struct MigrateArgs {
     /// A file or folder that is the same storage at both nodes; may be given several times
     #[arg(long, value_name = "PATH")]
     pub shared: Vec<String>,
+    /// A folder that travels along and is at the target then, under the same path; may be given
+    /// several times
+    #[arg(long, value_name = "PATH")]
+    pub copy: Vec<String>,
     /// Compare every page at both nodes by digest while the workload is frozen
     #[arg(long)]
     pub verify: bool,

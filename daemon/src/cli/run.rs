@@ -151,6 +151,7 @@ fn request(arguments: MigrateArgs) -> MigrateRequest {
         timeout_us: arguments.timeout.map(micros),
         rounds_max: arguments.rounds_max,
         shared_paths: arguments.shared,
+        copied_paths: arguments.copy,
         verify: arguments.verify,
         force_eager: arguments.force_eager,
         force_cpu: arguments.force_cpu,

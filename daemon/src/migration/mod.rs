@@ -1,6 +1,7 @@
 //! What drives a migration: the registry, one driver per migration, and the journal.
 
 pub mod clock;
+pub mod folders;
 pub mod journal;
 pub mod log;
 pub mod ports;

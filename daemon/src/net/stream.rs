@@ -15,6 +15,7 @@ use bytes::Bytes;
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::set;
 use pageferry_proto::wire::code::ErrorCode;
+use pageferry_proto::wire::copied::FILES_BYTES_MAX;
 use pageferry_proto::wire::parcel::PARCEL_BYTES_MAX;
 use pageferry_proto::wire::stream::{
     CHECKSUM_BYTES, DIGESTS_BYTES_MAX, IMAGE_BYTES_MAX, ImageFileHeader, SetHeader, StreamError,
@@ -343,6 +344,7 @@ fn bytes_max(kind: StreamKind) -> u64 {
             ImageFileHeader::BYTES_MAX as u64 + IMAGE_BYTES_MAX + CHECKSUM_BYTES as u64
         }
         StreamKind::Digests => DIGESTS_BYTES_MAX as u64,
+        StreamKind::Files => FILES_BYTES_MAX,
     }
 }
 

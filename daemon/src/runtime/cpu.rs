@@ -97,6 +97,7 @@ mod tests {
             routes: Vec::new(),
             files: Vec::new(),
             shared: Vec::new(),
+            copied: Vec::new(),
             boot_id: [0; 16],
             cpu,
             criu_version: 40201,

@@ -12,6 +12,7 @@
 
 pub mod build_id;
 pub mod containerd;
+pub mod copied;
 pub mod cpu;
 pub mod detached;
 pub mod files;

@@ -15,6 +15,7 @@ use pageferry::migration::progress::Progress;
 use pageferry::migration::registry::{Registry, RegistryParts};
 use pageferry::migration::source::site::SourceNode;
 use pageferry::migration::target::admission::Ledger;
+use pageferry::migration::target::folders::Shelf;
 use pageferry::migration::target::site::TargetNode;
 use pageferry::net::endpoint::{Endpoint, EndpointConfig};
 use pageferry::net::tls::{Credentials, TlsFiles};
@@ -115,6 +116,10 @@ impl Node {
         Arc::new(endpoint.unwrap())
     }
 
+    fn shelf(&self) -> Shelf {
+        Shelf::new(self.folder.path().join("folders"))
+    }
+
     /// What its targets share.
     pub fn target(&self) -> TargetNode {
         TargetNode {
@@ -128,6 +133,7 @@ impl Node {
             hierarchies: Hierarchies::detect().unwrap(),
             bridge: None,
             memory: Ledger::new(|| Ok(Vec::new())),
+            shelf: self.shelf(),
             workers: 1,
         }
     }
@@ -149,6 +155,7 @@ impl Node {
                 support: Support::probe().unwrap(),
                 workers: 1,
                 eager_memory_max: 0,
+                keep: self.shelf().keep(),
             },
             target: self.target(),
             endpoint,

@@ -24,6 +24,7 @@ use pageferry::migration::clock::Clock;
 use pageferry::migration::journal::Journals;
 use pageferry::migration::progress::Progress;
 use pageferry::migration::target::admission::Ledger;
+use pageferry::migration::target::folders::Shelf;
 use pageferry::migration::target::site::{Site, TargetNode};
 use pageferry::migration::target::{Over, TargetDriver, TargetParts, TargetRequest};
 use pageferry::net::endpoint::{Endpoint, EndpointConfig};
@@ -106,6 +107,7 @@ impl Target {
                     bytes: memory,
                 }])
             }),
+            shelf: Shelf::new(folder.path().join("folders")),
             workers: 1,
         };
         let journals = Journals::open(&folder.path().join("journal")).unwrap();
@@ -326,6 +328,7 @@ fn description(needs: Needs) -> WorkloadDescription {
         routes: Vec::new(),
         files: Vec::new(),
         shared: Vec::new(),
+        copied: Vec::new(),
         boot_id: [0; 16],
         cpu: None,
         criu_version: 40201,
@@ -352,6 +355,7 @@ fn named(pids: &[i32], name: &str) -> bool {
 fn last(images: u32) -> Final {
     Final {
         locks: 0,
+        files: 0,
         generation: Generation::FIRST,
         round: Round::FIRST,
         parcels: 0,

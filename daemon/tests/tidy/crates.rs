@@ -77,6 +77,12 @@ pub const CRATES: &[Crate] = &[
         tests_use: &["pageferry-trial"],
     },
     Crate {
+        folder: "files",
+        package: "pageferry-files",
+        uses: &[],
+        tests_use: &["pageferry-trial"],
+    },
+    Crate {
         folder: "pages",
         package: "pageferry-pages",
         uses: &[
@@ -126,6 +132,7 @@ pub const CRATES: &[Crate] = &[
             "pageferry-api",
             "pageferry-cgroup",
             "pageferry-containerd",
+            "pageferry-files",
             "pageferry-inject",
             "pageferry-oci",
             "pageferry-pager",

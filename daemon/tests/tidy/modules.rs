@@ -39,6 +39,7 @@ const DAEMON: Modules = &[
             "link",
             "net",
             "pageferry_cgroup",
+            "pageferry_files",
             "pageferry_inject",
             "pageferry_pager",
             "pageferry_pages",
@@ -65,6 +66,7 @@ const DAEMON: Modules = &[
         &[
             "pageferry_cgroup",
             "pageferry_containerd",
+            "pageferry_files",
             "pageferry_inject",
             "pageferry_oci",
             "pageferry_sys",

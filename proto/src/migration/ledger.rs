@@ -28,6 +28,8 @@ pub struct Ledger {
     /// Those that are in it.
     parcels: u32,
     pages: PageCount,
+    /// Differences of the open round that are applied.
+    files: u32,
     end: Option<RoundEnd>,
     last: Option<Final>,
     /// Pages in all parcels of a space, each as often as it came.
@@ -230,6 +232,7 @@ impl Ledger {
             admitted: 0,
             parcels: 0,
             pages: PageCount::ZERO,
+            files: 0,
             end: None,
             last: None,
             received: BTreeMap::new(),
@@ -281,6 +284,18 @@ impl Ledger {
         received.0 = received.0.saturating_add(pages.0);
         self.parcels = self.parcels.saturating_add(1);
         self.pages = PageCount(self.pages.0.saturating_add(pages.0));
+        self.check_counts()
+    }
+
+    /// Whether a difference of this round may be applied. To be asked before anything of it is.
+    pub fn admit_files(&self, round: Round) -> Result<(), LedgerError> {
+        self.expect_open(round)
+    }
+
+    /// A difference of this round is applied, and what it was applied to is proven.
+    pub fn files(&mut self, round: Round) -> Result<(), LedgerError> {
+        self.expect_open(round)?;
+        self.files = self.files.saturating_add(1);
         self.check_counts()
     }
 
@@ -364,6 +379,7 @@ impl Ledger {
             round,
             parcels,
             pages,
+            files,
             ..
         } = last;
         self.expect_open(round)?;
@@ -377,6 +393,7 @@ impl Ledger {
             round,
             parcels,
             pages,
+            files,
         })
     }
 
@@ -384,7 +401,7 @@ impl Ledger {
     /// then, if there is one. For the final round that includes live sets, images and digests.
     pub fn round_held(&mut self) -> Result<Option<Round>, LedgerError> {
         let Some(end) = self.end else { return Ok(None) };
-        if self.parcels < end.parcels.max(self.admitted) {
+        if self.parcels < end.parcels.max(self.admitted) || self.files < end.files {
             return Ok(None);
         }
         if self.pages != end.pages {
@@ -403,7 +420,7 @@ impl Ledger {
         }
         self.end = None;
         (self.admitted, self.parcels) = (0, 0);
-        self.pages = PageCount::ZERO;
+        (self.pages, self.files) = (PageCount::ZERO, 0);
         self.open = end.round.next();
         Ok(Some(end.round))
     }
@@ -522,6 +539,11 @@ impl Ledger {
         if let Some(end) = &self.end {
             check("parcels", self.admitted.into(), end.parcels.into())?;
             check("pages", self.pages.0, end.pages.0)?;
+            check(
+                "differences of folders",
+                self.files.into(),
+                end.files.into(),
+            )?;
         }
         if let Some(last) = &self.last {
             check("live sets", self.live.len() as u64, last.live_sets.into())?;

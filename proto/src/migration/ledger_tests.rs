@@ -16,6 +16,7 @@ fn end(round: Round, parcels: u32, pages: u64) -> RoundEnd {
         round,
         parcels,
         pages: PageCount(pages),
+        files: 0,
     }
 }
 
@@ -30,6 +31,7 @@ fn last(round: Round, parcels: u32, pages: u64) -> Final {
         digests: 0,
         verify: false,
         locks: 0,
+        files: 0,
     }
 }
 
@@ -313,4 +315,33 @@ fn nothing_is_newer_than_the_final_message() {
     let mut ledger = Ledger::new();
     assert_eq!(ledger.image(second), Ok(Arrival::Kept));
     assert_eq!(ledger.final_end(last(Round::FIRST, 0, 0)), Err(newer));
+}
+
+// clause: D-9
+#[test]
+fn a_round_is_held_when_the_differences_of_folders_are_applied() {
+    let round = Round::FIRST;
+    let mut ledger = Ledger::new();
+    assert_eq!(ledger.files(round), Ok(()));
+    let two = RoundEnd {
+        files: 2,
+        ..end(round, 0, 0)
+    };
+    ledger.round_end(two).unwrap();
+    assert_eq!(ledger.round_held(), Ok(None));
+    assert_eq!(ledger.admit_files(round), Ok(()));
+    ledger.files(round).unwrap();
+    assert_eq!(ledger.round_held(), Ok(Some(round)));
+    // One of a round that is held, and one that is too many.
+    let found = round;
+    let open = round.next();
+    assert_eq!(
+        ledger.admit_files(found),
+        Err(LedgerError::Round { open, found })
+    );
+    ledger.files(open).unwrap();
+    let too_many = ledger
+        .round_end(end(open, 0, 0))
+        .map_err(|error| error.code());
+    assert_eq!(too_many, Err(ErrorCode::Unexpected));
 }

@@ -84,6 +84,23 @@ pub struct RoundReport {
     pub eager_bytes: u64,
     /// Nothing that was sent up to the end of this round counts: the next one sends every page.
     pub anew: bool,
+    /// What it sent of folders that travel.
+    pub files: FilesReport,
+}
+
+/// What a round sent of folders that travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FilesReport {
+    /// Differences: one of each folder.
+    pub streams: u32,
+    /// Bytes of them.
+    pub sent_bytes: u64,
+    /// Bytes that the next round would send, as far as known.
+    pub left_bytes: u64,
+    /// How long it takes to find and apply a difference, whatever is in it.
+    pub look: Duration,
+    /// They were the first, which say nothing of the next.
+    pub first: bool,
 }
 
 /// What follows a round.
@@ -143,14 +160,17 @@ impl Convergence {
     /// Takes in a round of a workload with this much memory, and says what should follow.
     pub fn after(&mut self, policy: &Policy, report: &RoundReport, memory: PageCount) -> Decision {
         let known = self.bytes_per_second;
-        self.measured |= RATE_BYTES_MIN <= report.raw_bytes;
-        if known.is_none() || RATE_BYTES_MIN <= report.raw_bytes {
-            self.bytes_per_second = per_second(report.raw_bytes, report.duration).or(known);
+        let sent_bytes = report.raw_bytes.saturating_add(report.files.sent_bytes);
+        self.measured |= RATE_BYTES_MIN <= sent_bytes;
+        if known.is_none() || RATE_BYTES_MIN <= sent_bytes {
+            self.bytes_per_second = per_second(sent_bytes, report.duration).or(known);
         }
         let dirtied = report.pages_dirtied_estimate;
         self.dirtied_per_second = per_second(dirtied.0, report.duration);
-        let final_bytes = dirtied.bytes().saturating_add(report.eager_bytes);
+        let left_bytes = dirtied.bytes().saturating_add(report.files.left_bytes);
+        let final_bytes = left_bytes.saturating_add(report.eager_bytes);
         let predicted = predict(final_bytes, self.bytes_per_second);
+        let predicted = predicted.saturating_add(report.files.look);
         self.predicted_downtime = Some(predicted);
         let copying = time_for(report.eager_bytes, Some(EAGER_BYTES_PER_SECOND));
         let hashed_bytes = if policy.verify { memory.bytes() } else { 0 };
@@ -161,14 +181,21 @@ impl Convergence {
             self.before = report.round.number();
             return Decision::Round;
         }
-        let left = dirtied.0.saturating_mul(100);
-        let sent = report.pages_sent.0;
+        let rounds = report.round.number().saturating_sub(self.before);
+        if report.files.first && rounds < policy.rounds_max {
+            return Decision::Round;
+        }
+        let left = left_bytes.saturating_mul(100);
+        let sent = report
+            .pages_sent
+            .bytes()
+            .saturating_add(report.files.sent_bytes);
         let shrinking = left < sent.saturating_mul(SHRINKING_PERCENT)
-            && FIXED_COST + TRANSFER_SHORT < predicted;
+            && (FIXED_COST + TRANSFER_SHORT).saturating_add(report.files.look) < predicted;
         if predicted <= policy.downtime_max && !shrinking {
             return Decision::Freeze(FreezeReason::Converged);
         }
-        if policy.rounds_max <= report.round.number().saturating_sub(self.before) {
+        if policy.rounds_max <= rounds {
             return Decision::Freeze(FreezeReason::RoundsMax);
         }
         if sent.saturating_mul(STALLED_PERCENT) <= left {
@@ -247,6 +274,7 @@ mod tests {
             duration,
             eager_bytes: 0,
             anew: false,
+            files: FilesReport::default(),
         }
     }
 
@@ -431,5 +459,47 @@ mod tests {
         assert_eq!(convergence.predicted_downtime(), Some(Duration::MAX));
         assert_eq!(convergence.predicted_freeze(), None);
         assert_eq!(convergence.frozen_max(&policy), FROZEN_MAX_LEAST);
+    }
+
+    // clause: R-6
+    #[test]
+    fn folders_that_travel_count_like_memory_and_so_does_looking_for_differences() {
+        let round = |number, files: FilesReport| RoundReport {
+            files,
+            raw_bytes: PageCount(100).bytes(),
+            ..report(number, 100, 0, SECOND)
+        };
+        let mib = |sent: u64, left: u64| FilesReport {
+            streams: 1,
+            sent_bytes: sent << 20,
+            left_bytes: left << 20,
+            look: SECOND / 50,
+            first: false,
+        };
+        let first = FilesReport {
+            first: true,
+            ..mib(1024, 0)
+        };
+        let mut convergence = Convergence::default();
+        let mut after = |round| {
+            let decision = convergence.after(&Policy::DEFAULT, &round, MEMORY);
+            (decision, convergence.predicted_downtime().unwrap())
+        };
+        // It says nothing of the next, whatever it left.
+        let (decision, predicted) = after(round(1, first));
+        assert_eq!(
+            (decision, predicted),
+            (Decision::Round, FIXED_COST + SECOND / 50)
+        );
+        let (decision, predicted) = after(round(2, mib(1024, 512)));
+        assert_eq!(decision, Decision::Round);
+        assert!(
+            SECOND / 2 < predicted && predicted < SECOND * 6 / 10,
+            "{predicted:?}"
+        );
+        let (decision, _) = after(round(3, mib(512, 500)));
+        assert_eq!(decision, Decision::Freeze(FreezeReason::Stalled));
+        let (decision, _) = after(round(3, mib(512, 1)));
+        assert_eq!(decision, Decision::Freeze(FreezeReason::Converged));
     }
 }

@@ -204,6 +204,8 @@ pub struct FinalReport {
     pub digests: u32,
     /// File locks that it has on shared storage.
     pub locks: u32,
+    /// Differences of folders that travel: one of each.
+    pub files: u32,
     /// Bytes of the pages sent, before compression.
     pub raw_bytes: u64,
     /// Bytes on the wire, images too.
@@ -462,18 +464,20 @@ impl SourceMachine {
             return self.out_of_place("the end of another round");
         }
         copying.report = Some(*report);
-        self.counters.sent_bytes += report.raw_bytes;
-        self.counters.wire_bytes += report.wire_bytes;
+        self.counters.sent_bytes += report.raw_bytes + report.files.sent_bytes;
+        self.counters.wire_bytes += report.wire_bytes + report.files.sent_bytes;
         let RoundReport {
             round,
             parcels,
             pages_sent: pages,
+            files,
             ..
         } = *report;
         self.send(SourceMessage::RoundEnd(RoundEnd {
             round,
             parcels,
             pages,
+            files: files.streams,
         }));
     }
 
@@ -520,6 +524,7 @@ impl SourceMachine {
             digests: report.digests,
             verify: self.policy.verify,
             locks: report.locks,
+            files: report.files,
         }));
         self.actions.push_back(SourceAction::CompareSmaps);
     }

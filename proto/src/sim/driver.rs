@@ -12,7 +12,7 @@ use super::world::{PAGE_DURATION, World, workload_gone};
 use crate::id::{Generation, Round, SpaceId};
 use crate::migration::handoff::Side;
 use crate::migration::ledger::{Arrival, Ledger, LedgerError};
-use crate::migration::policy::RoundReport;
+use crate::migration::policy::{FilesReport, RoundReport};
 use crate::migration::record::DriverState;
 use crate::migration::source::{FinalReport, RetryReport, SourceAction, SourceEvent};
 use crate::migration::target::{LET_GO_TRIES_MAX, TargetAction, TargetEvent};
@@ -240,6 +240,7 @@ impl World {
                 duration: PAGE_DURATION * pages.max(1),
                 eager_bytes: 0,
                 anew: false,
+                files: FilesReport::default(),
             }));
         };
         if let Some(stream) = last.unsent.pop_front() {
@@ -254,6 +255,7 @@ impl World {
             images: last.images,
             digests: last.digests,
             locks: u32::try_from(self.locks.len()).expect("few locks"),
+            files: 0,
             raw_bytes,
             wire_bytes: raw_bytes / 2,
         };

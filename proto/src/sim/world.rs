@@ -544,6 +544,7 @@ fn offer(setup: &Setup) -> SourceOffer {
             routes: Vec::new(),
             files: Vec::new(),
             shared: Vec::new(),
+            copied: Vec::new(),
             boot_id: [7; 16],
             cpu: None,
             criu_version: 40201,

@@ -134,6 +134,8 @@ codes! {
     IpcUnfit = 53, "ipc-unfit";
     /// Something of the workload's System V objects would not be carried.
     IpcLost = 54, "ipc-lost";
+    /// A folder that is to travel with the workload cannot.
+    FolderUnfit = 55, "folder-unfit";
 
     /// The target has as many migrations as it takes.
     TargetBusy = 64, "target-busy";
@@ -167,6 +169,12 @@ codes! {
     RuntimeFailed = 78, "runtime-failed";
     /// The target has another workload of this name.
     NameTaken = 79, "name-taken";
+    /// The target has something where a folder is to come that travels.
+    PathTaken = 80, "path-taken";
+    /// The node has too little room on disk.
+    DiskShort = 81, "disk-short";
+    /// A folder that travelled is not the same at both nodes.
+    FolderDiffers = 82, "folder-differs";
 }
 
 /// What went wrong: a code to act upon and a text to read.

@@ -16,6 +16,7 @@ use crate::id::{Generation, Incarnation, MigrationId, NetworkName, Round, Worklo
 use crate::migration::policy::Policy;
 use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
+use crate::wire::copied::COPIED_PATHS_MAX;
 use crate::wire::description::WorkloadDescription;
 use crate::wire::frame;
 use crate::wire::schema;
@@ -111,6 +112,9 @@ pub enum TargetMessage {
     Accepted {
         /// Names the life of the target's process.
         incarnation: Incarnation,
+        /// Of the folders that travel, those that the target has as their base says. The machine
+        /// knows no folders: whoever performs it fills this in.
+        kept: Vec<u32>,
     },
     /// The offer is not accepted.
     Declined(Failure),
@@ -187,6 +191,8 @@ pub struct RoundEnd {
     pub parcels: u32,
     /// Pages in those parcels, zero pages too.
     pub pages: PageCount,
+    /// Differences of folders that travel, sent in it.
+    pub files: u32,
 }
 
 /// How many streams the final round had.
@@ -210,6 +216,8 @@ pub struct Final {
     pub verify: bool,
     /// File locks that the source lets go of before it says `Go`, and the target takes then.
     pub locks: u32,
+    /// Differences of folders that travel: one of each.
+    pub files: u32,
 }
 
 impl Message {
@@ -277,6 +285,7 @@ impl SourceMessage {
                 digests: end.digests,
                 verify: end.verify,
                 locks: end.locks,
+                files: end.files,
             }),
             Self::Go { generation } => Wire::Go(schema::Go {
                 generation: generation.number(),
@@ -289,6 +298,7 @@ impl SourceMessage {
                 round: end.round.number(),
                 parcels: end.parcels,
                 pages: end.pages.0,
+                files: end.files,
             }),
             Self::Settled { generation } => Wire::Settled(schema::Settled {
                 generation: generation.number(),
@@ -300,8 +310,9 @@ impl SourceMessage {
 impl TargetMessage {
     fn to_schema(&self) -> Wire {
         match self {
-            Self::Accepted { incarnation } => Wire::Accepted(schema::Accepted {
+            Self::Accepted { incarnation, kept } => Wire::Accepted(schema::Accepted {
                 incarnation: incarnation.0,
+                kept: kept.clone(),
             }),
             Self::Declined(failure) => Wire::Declined(schema::Declined {
                 failure: Some(failure.into()),
@@ -382,10 +393,14 @@ impl TryFrom<Wire> for Message {
                 let generation = generation("settled.generation", settled.generation)?;
                 Source::Settled { generation }.into()
             }
-            Wire::Accepted(accepted) => Target::Accepted {
-                incarnation: Incarnation(accepted.incarnation),
+            Wire::Accepted(accepted) => {
+                short("accepted.kept", accepted.kept.len(), COPIED_PATHS_MAX)?;
+                Target::Accepted {
+                    incarnation: Incarnation(accepted.incarnation),
+                    kept: accepted.kept,
+                }
+                .into()
             }
-            .into(),
             Wire::Declined(declined) => {
                 Target::Declined(failure("declined.failure", declined.failure)?).into()
             }
@@ -470,6 +485,7 @@ impl TryFrom<schema::RoundEnd> for RoundEnd {
             round: round("round_end.round", end.round)?,
             parcels: at_most("round_end.parcels", end.parcels, ROUND_PARCELS_MAX)?,
             pages: PageCount(end.pages),
+            files: at_most("round_end.files", end.files, COPIED_PATHS_MAX as u32)?,
         })
     }
 }
@@ -495,6 +511,7 @@ impl TryFrom<schema::Final> for Final {
             digests: at_most("final.digests", end.digests, FINAL_STREAMS_MAX)?,
             verify: end.verify,
             locks: at_most("final.locks", end.locks, FINAL_LOCKS_MAX)?,
+            files: at_most("final.files", end.files, COPIED_PATHS_MAX as u32)?,
         })
     }
 }

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use crate::id::SpaceId;
 use crate::wire::container::ContainerDescription;
 use crate::wire::control::{ControlError, missing, short};
+use crate::wire::copied::{COPIED_PATHS_MAX, CopiedPath};
 use crate::wire::cpu::CpuDescription;
 use crate::wire::needs::Needs;
 use crate::wire::schema;
@@ -62,6 +63,8 @@ pub struct WorkloadDescription {
     pub files: Vec<FileDescription>,
     /// Files and folders that the operator declares to be one storage at both nodes.
     pub shared: Vec<SharedPath>,
+    /// Folders that travel along.
+    pub copied: Vec<CopiedPath>,
     /// The boot id of the source's kernel: two nodes with the same one are one kernel.
     pub boot_id: [u8; 16],
     /// The source's processor; none if the operator wants it not compared.
@@ -235,6 +238,7 @@ impl From<&WorkloadDescription> for schema::WorkloadDescription {
             routes: description.routes.iter().map(Into::into).collect(),
             files: description.files.iter().map(Into::into).collect(),
             shared: description.shared.iter().map(Into::into).collect(),
+            copied: description.copied.iter().map(Into::into).collect(),
             boot_id: description.boot_id.to_vec(),
             cpu: description.cpu.as_ref().map(Into::into),
             criu_version: description.criu_version,
@@ -260,6 +264,7 @@ impl TryFrom<schema::WorkloadDescription> for WorkloadDescription {
         short("description.files", wire.files.len(), FILES_MAX)?;
         short("description.mounts", wire.mounts.len(), MOUNTS_MAX)?;
         short("description.shared", wire.shared.len(), SHARED_PATHS_MAX)?;
+        short("description.copied", wire.copied.len(), COPIED_PATHS_MAX)?;
         for path in [&wire.cwd, &wire.root] {
             short("description path", path.len(), PATH_BYTES_MAX)?;
         }
@@ -284,6 +289,7 @@ impl TryFrom<schema::WorkloadDescription> for WorkloadDescription {
             routes: collect(wire.routes)?,
             files: collect(wire.files)?,
             shared: collect(wire.shared)?,
+            copied: collect(wire.copied)?,
             boot_id,
             cpu: wire.cpu.map(TryInto::try_into).transpose()?,
             criu_version: wire.criu_version,

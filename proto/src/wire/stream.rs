@@ -37,6 +37,8 @@ pub enum StreamKind {
     ImageFile = 3,
     /// One digest per page of a set.
     Digests = 4,
+    /// What a folder has that the target lacks.
+    Files = 5,
 }
 
 /// The first bytes of every stream.
@@ -115,7 +117,8 @@ impl StreamKind {
             2 => Some(Self::LiveSet),
             3 => Some(Self::ImageFile),
             4 => Some(Self::Digests),
-            0 | 5..=u8::MAX => None,
+            5 => Some(Self::Files),
+            0 | 6..=u8::MAX => None,
         }
     }
 }
@@ -328,11 +331,12 @@ mod tests {
             StreamKind::LiveSet,
             StreamKind::ImageFile,
             StreamKind::Digests,
+            StreamKind::Files,
         ] {
             let prefix = StreamPrefix { kind, migration };
             assert_eq!(StreamPrefix::decode(&prefix.encode()), Ok(prefix));
         }
-        for kind in [0, 5, 255] {
+        for kind in [0, 6, 255] {
             let mut bytes = [7; StreamPrefix::BYTES];
             bytes[0] = kind;
             assert_eq!(StreamPrefix::decode(&bytes), Err(StreamError::Kind(kind)));

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use pageferry_proto::id::{Generation, Incarnation, MigrationId, Round, WorkloadName};
-use pageferry_proto::migration::policy::{Policy, RoundReport};
+use pageferry_proto::migration::policy::{FilesReport, Policy, RoundReport};
 use pageferry_proto::migration::record::{
     AcceptedEntry, DriverState, Entry, OfferedEntry, ReadyEntry, Record,
 };
@@ -111,6 +111,7 @@ impl Source {
         source.feed(SourceEvent::PeerConnected);
         source.hear(TargetMessage::Accepted {
             incarnation: INCARNATION,
+            kept: Vec::new(),
         });
         source.feed(SourceEvent::TrackingReady {
             memory: PageCount(1000),
@@ -358,6 +359,7 @@ pub fn round_report(round: u32, sent: u64, dirtied: u64) -> RoundReport {
         duration: Duration::from_secs(1),
         eager_bytes: 0,
         anew: false,
+        files: FilesReport::default(),
     }
 }
 
@@ -366,6 +368,7 @@ pub fn round_end(round: u32, parcels: u32, pages: u64) -> RoundEnd {
         round: Round::new(round).unwrap(),
         parcels,
         pages: PageCount(pages),
+        files: 0,
     }
 }
 
@@ -377,6 +380,7 @@ pub fn final_report() -> FinalReport {
         images: 9,
         digests: 0,
         locks: 0,
+        files: 0,
         raw_bytes: 20480,
         wire_bytes: 1000,
     }
@@ -393,6 +397,7 @@ pub fn last(round: u32) -> Final {
         digests: 0,
         verify: false,
         locks: 0,
+        files: 0,
     }
 }
 
@@ -435,6 +440,7 @@ fn description() -> WorkloadDescription {
         routes: Vec::new(),
         files: Vec::new(),
         shared: Vec::new(),
+        copied: Vec::new(),
         boot_id: [7; 16],
         cpu: None,
         criu_version: 40201,

@@ -73,6 +73,7 @@ fn difference(first: &MigrateRequest, now: &MigrateRequest) -> Option<String> {
     let (asked, wanted) = (&first.asked, &now.asked);
     // In whose place it is nobody asks for.
     let same = [
+        ("--copy", asked.copied == wanted.copied),
         ("--downtime-max", policy.downtime_max == other.downtime_max),
         ("--force-cpu", asked.force_cpu == wanted.force_cpu),
         ("--force-eager", policy.force_eager == other.force_eager),

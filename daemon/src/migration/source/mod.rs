@@ -13,6 +13,7 @@ mod delivered;
 pub mod dump;
 mod dumping;
 mod failure;
+mod folders;
 mod images;
 mod locked;
 mod network;
@@ -319,8 +320,17 @@ impl SourceDriver {
                 if event == SourceEvent::PeerLost {
                     self.connection = None;
                 }
-                if let SourceEvent::Message(TargetMessage::Started { root_pid, .. }) = &event {
-                    self.pid_at_target = *root_pid;
+                match &event {
+                    SourceEvent::Message(TargetMessage::Started { root_pid, .. }) => {
+                        self.pid_at_target = *root_pid;
+                    }
+                    // No operation is under way before the offer is accepted.
+                    SourceEvent::Message(TargetMessage::Accepted { kept, .. }) => {
+                        if let Some(site) = &mut self.site {
+                            site.accepted(kept);
+                        }
+                    }
+                    _ => {}
                 }
                 self.handle(event);
             }

@@ -14,6 +14,7 @@
 //! | [`Tracking`] | its memory: spaces, what of them is dirty, and what the target has |
 //! | [`Dumping`] | the CRIU that stands ready, dumps, and holds |
 //! | [`Kept`] | storage that both nodes share |
+//! | [`Folders`] | folders that travel with it |
 //! | [`FileLocks`] | its locks on that storage, of which only one node can have one |
 //! | [`Sending`] | the connection of the present session, and what goes over it |
 //!
@@ -30,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use pageferry_cgroup::freezer::FreezerRoot;
 use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_files::Keep;
 use pageferry_pages::read::Misses;
 use pageferry_pages::track::Support;
 use pageferry_proto::id::Round;
@@ -41,6 +43,7 @@ use tokio::task::block_in_place;
 
 use super::calm::{self, Glance, Tries};
 use super::dumping::Dumping;
+use super::folders::Folders;
 use super::locked::FileLocks;
 use super::network::Network;
 use super::sending::{Sending, Sums};
@@ -78,6 +81,8 @@ pub struct SourceNode {
     pub workers: usize,
     /// Bytes of one workload that may be copied in the freeze, unless forced.
     pub eager_memory_max: u64,
+    /// Where folders go that have left with their workload.
+    pub keep: Keep,
 }
 
 /// A workload at its source.
@@ -93,6 +98,7 @@ pub struct Site {
     pub(super) tracking: Tracking,
     dumping: Dumping,
     kept: Kept,
+    folders: Folders,
     locks: FileLocks,
     sending: Sending,
     /// What is waited for, and whether that should end early.
@@ -133,6 +139,11 @@ impl Site {
         self.tracking.paused()
     }
 
+    /// The target has, of folders that travel, these as they were when they left it.
+    pub fn accepted(&mut self, kept: &[u32]) {
+        self.folders.accepted(kept);
+    }
+
     /// Sends over this connection from now on.
     pub fn connect(&mut self, data: Option<DataSender>) {
         self.sending.connect(data);
@@ -159,13 +170,16 @@ impl Site {
         }
         let last_scan = self.tracking.scanned();
         let pending = self.tracking.take_pending();
-        let syncing = self.kept.sync_beside(&self.workload.pids()?);
+        let pids = self.workload.pids()?;
+        let syncing = self.kept.sync_beside(&pids);
         // What was not sent is dirty again, or gone.
         let how = (round, Misses::GiveUp);
         let sending = self
             .sending
             .pages(&mut self.tracking, &pending, how, &self.waits);
-        let (sums, _) = sending.await?;
+        let data = self.sending.data()?;
+        let folders = self.folders.round(&data, round, &pids, &self.waits);
+        let ((sums, _), files) = tokio::try_join!(sending, folders)?;
         let sent = began.elapsed();
         syncing.ended(&self.waits).await?;
         let waited = began.elapsed().saturating_sub(sent);
@@ -186,6 +200,7 @@ impl Site {
             duration: began.elapsed().saturating_sub(waited),
             eager_bytes: self.tracking.eager_bytes(),
             anew,
+            files,
         })
     }
 
@@ -260,6 +275,7 @@ impl Site {
         }
         block_in_place(|| {
             self.tracking.end();
+            self.folders.stay();
             self.kept.offer_is_answered();
         });
         self.workload.give_back();
@@ -279,6 +295,7 @@ impl Site {
             ending.ended().await;
         }
         self.tracking.end();
+        block_in_place(|| self.folders.set_aside());
         self.workload.release(&self.node.hierarchies)?;
         drop(fs::remove_dir_all(&self.directory));
         Ok(())

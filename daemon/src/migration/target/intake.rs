@@ -32,6 +32,7 @@ use pageferry_proto::wire::stream::{
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
+use super::folders::Folders;
 use crate::migration::text::{chain, internal};
 use crate::net::lanes::DataReceiver;
 use crate::net::stream::{DataStream, StreamReader};
@@ -49,6 +50,7 @@ pub struct Intake {
 #[derive(Debug)]
 struct Shared {
     receiver: Receiver,
+    folders: Folders,
     /// Has a folder for the attempt that is collected.
     images: PathBuf,
     /// One for each stream that is read.
@@ -107,20 +109,26 @@ impl Books {
 
 impl Intake {
     /// An intake into `store`, with images going to the folder `images`, which is emptied.
-    pub fn new(store: Arc<Store>, images: PathBuf, threads: usize) -> Result<Self, Failure> {
+    pub fn new(
+        store: Arc<Store>,
+        images: PathBuf,
+        folders: Folders,
+        threads: usize,
+    ) -> Result<Self, Failure> {
         drop(fs::remove_dir_all(&images));
         fs::create_dir_all(&images).map_err(|error| image_failed(&images, &error))?;
-        Ok(Self::over(store, images, threads))
+        Ok(Self::over(store, images, folders, threads))
     }
 
     /// An intake that nothing will come to: that of a workload which is already restored.
-    pub fn detached(store: Arc<Store>) -> Self {
-        Self::over(store, PathBuf::new(), 1)
+    pub fn detached(store: Arc<Store>, folders: Folders) -> Self {
+        Self::over(store, PathBuf::new(), folders, 1)
     }
 
-    fn over(store: Arc<Store>, images: PathBuf, threads: usize) -> Self {
+    fn over(store: Arc<Store>, images: PathBuf, folders: Folders, threads: usize) -> Self {
         let shared = Shared {
             receiver: Receiver::new(store, threads),
+            folders,
             images,
             places: Arc::new(Semaphore::new(STREAMS_MAX)),
             parcels: Pool::new(STREAMS_MAX, PARCEL_BYTES_MAX),
@@ -182,6 +190,11 @@ impl Intake {
             let changed = entered.changed().await;
             changed.map_err(|error| internal(&error))?;
         }
+    }
+
+    /// Folders that come with the workload.
+    pub fn folders(&self) -> &Folders {
+        &self.shared.folders
     }
 
     /// The store.
@@ -266,6 +279,12 @@ impl Shared {
             }
             StreamKind::LiveSet => self.take_live(&whole(&mut reader).await?),
             StreamKind::Digests => self.take_digests(&whole(&mut reader).await?),
+            StreamKind::Files => {
+                let header = Folders::header(&mut reader).await?;
+                self.enter(|ledger| ledger.admit_files(header.round))?;
+                self.folders.take(header, &mut reader).await?;
+                self.enter(|ledger| ledger.files(header.round))
+            }
         }
     }
 

@@ -58,7 +58,7 @@ fn set_stream(generation: Generation, pages: &PageSet, rest: &[u8]) -> Vec<u8> {
 
 /// An intake that verifies, has pages 0 to 9, and they are live.
 async fn intake() -> Intake {
-    let intake = Intake::detached(store());
+    let intake = Intake::detached(store(), no_folders());
     take(&intake, parcel(1, 0, 10, 0)).await.unwrap();
     live(&intake, FIRST, 0, 10).unwrap();
     intake
@@ -98,7 +98,15 @@ fn last(digests: u32) -> Final {
         digests,
         verify: 0 < digests,
         locks: 0,
+        files: 0,
     }
+}
+
+fn no_folders() -> Folders {
+    Folders::new(
+        crate::migration::target::folders::Shelf::new(PathBuf::new()),
+        pageferry_proto::id::MigrationId::new([1; 16]),
+    )
 }
 
 fn end(round: u32, parcels: u32, pages: u64) -> RoundEnd {
@@ -106,6 +114,7 @@ fn end(round: u32, parcels: u32, pages: u64) -> RoundEnd {
         round: Round::new(round).unwrap(),
         parcels,
         pages: PageCount(pages),
+        files: 0,
     }
 }
 
@@ -164,7 +173,7 @@ async fn a_page_that_the_store_has_lost_ends_the_migration() {
 
 #[tokio::test]
 async fn a_parcel_of_another_round_is_refused_before_a_page_of_it_is_stored() {
-    let intake = Intake::detached(store());
+    let intake = Intake::detached(store(), no_folders());
     take(&intake, parcel(1, 0, 10, 0)).await.unwrap();
     let refuse = async |round, text: &str| {
         let failure = take(&intake, parcel(round, 0, 10, 20)).await.unwrap_err();
@@ -190,13 +199,13 @@ async fn a_parcel_of_another_round_is_refused_before_a_page_of_it_is_stored() {
 
 #[tokio::test]
 async fn more_of_a_round_than_its_end_says_ends_the_migration() {
-    let intake = Intake::detached(store());
+    let intake = Intake::detached(store(), no_folders());
     take(&intake, parcel(1, 0, 4, 0)).await.unwrap();
     take(&intake, parcel(1, 4, 4, 0)).await.unwrap();
     let failure = within(intake.round(end(1, 1, 8))).await.unwrap_err();
     assert_eq!(failure.code(), ErrorCode::Unexpected);
     assert_eq!(failure.text(), "2 parcels have arrived, the source sent 1");
-    let intake = Intake::detached(store());
+    let intake = Intake::detached(store(), no_folders());
     take(&intake, parcel(1, 0, 4, 0)).await.unwrap();
     let failure = within(intake.round(end(1, 1, 5))).await.unwrap_err();
     assert_eq!(failure.code(), ErrorCode::LedgerIncomplete);
@@ -213,7 +222,7 @@ async fn a_second_live_set_of_a_space_ends_the_migration() {
 
 #[tokio::test]
 async fn a_live_page_that_never_came_ends_the_migration_with_what_came_by_which_path() {
-    let intake = Intake::detached(store());
+    let intake = Intake::detached(store(), no_folders());
     take(&intake, parcel(1, 0, 10, 0)).await.unwrap();
     live(&intake, FIRST, 1, 10).unwrap();
     let failure = check(&intake, 0).await.unwrap_err();
@@ -227,7 +236,7 @@ async fn a_live_page_that_never_came_ends_the_migration_with_what_came_by_which_
 
 #[tokio::test]
 async fn only_the_last_version_of_a_page_counts_and_what_was_given_back_is_dropped() {
-    let intake = Intake::detached(store());
+    let intake = Intake::detached(store(), no_folders());
     take(&intake, parcel(1, 0, 10, 0)).await.unwrap();
     within(intake.round(end(1, 1, 10))).await.unwrap();
     // What was zero has contents now, and the other way round.
@@ -268,7 +277,7 @@ async fn images_of_a_given_up_attempt_are_dropped_though_they_come_late() {
     let cluster = Cluster::new();
     let (source, mut target, ..) = cluster.session(2).await;
     let folder = tempfile::tempdir().unwrap();
-    let intake = Intake::new(store(), folder.path().join("images"), 1).unwrap();
+    let intake = Intake::new(store(), folder.path().join("images"), no_folders(), 1).unwrap();
     let second = FIRST.next();
     let streams = [
         [
@@ -309,7 +318,7 @@ async fn an_image_that_is_being_written_is_dropped_when_its_attempt_is_given_up(
     let cluster = Cluster::new();
     let (source, mut target, ..) = cluster.session(1).await;
     let folder = tempfile::tempdir().unwrap();
-    let intake = Intake::new(store(), folder.path().join("images"), 1).unwrap();
+    let intake = Intake::new(store(), folder.path().join("images"), no_folders(), 1).unwrap();
     let old = intake.images();
     let mut body = Bytes::from(image(FIRST, "pages-1.img", &[7; 300_000]));
     let mut writer = source.data.open(StreamKind::ImageFile).await.unwrap();
@@ -337,7 +346,7 @@ async fn an_image_that_comes_twice_ends_the_migration() {
     let cluster = Cluster::new();
     let (source, mut target, ..) = cluster.session(1).await;
     let folder = tempfile::tempdir().unwrap();
-    let intake = Intake::new(store(), folder.path().join("images"), 1).unwrap();
+    let intake = Intake::new(store(), folder.path().join("images"), no_folders(), 1).unwrap();
     let twice = [
         image(FIRST, "mm-1.img", b"a"),
         image(FIRST, "mm-1.img", b"b"),

@@ -8,6 +8,7 @@
 //! of an older one.
 
 pub mod admission;
+pub mod folders;
 mod images;
 pub mod intake;
 mod locked;
@@ -300,6 +301,7 @@ impl TargetDriver {
             TargetAction::AwaitFinal(last) => {
                 let intake = Arc::clone(&self.intake);
                 self.await_streams(async move {
+                    intake.folders().check_last(last.files)?;
                     intake.complete(last).await?;
                     locked::check(&intake.images(), last.locks)?;
                     Ok(TargetEvent::FinalStored)
@@ -326,8 +328,10 @@ impl TargetDriver {
                 }));
             }
             TargetAction::Send(mut message) => {
-                if let TargetMessage::Started { root_pid, .. } = &mut message {
-                    *root_pid = self.root_pid;
+                match &mut message {
+                    TargetMessage::Started { root_pid, .. } => *root_pid = self.root_pid,
+                    TargetMessage::Accepted { kept, .. } => *kept = self.intake.folders().kept(),
+                    _ => {}
                 }
                 // Without a session the source asks again when it is back.
                 if let Some(session) = &self.session

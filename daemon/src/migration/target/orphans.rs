@@ -39,6 +39,7 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
         }
     }
     block_in_place(settle_left);
+    block_in_place(|| node.shelf.clean_up(&is_known));
     for (name, freezer) in node.freezers.made() {
         // Pagers and watchers have a cgroup each, whose name goes on behind the id.
         let id = name.split('.').next().unwrap_or_default().parse();

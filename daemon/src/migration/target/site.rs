@@ -34,6 +34,7 @@ use tokio::task::block_in_place;
 
 use super::admission::{Ledger, Promise};
 use super::cut_off;
+use super::folders::{Folders, Shelf};
 use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
 use super::locked;
@@ -81,6 +82,8 @@ pub struct TargetNode {
     pub bridge: Option<String>,
     /// What incoming workloads have been promised of this node's memory.
     pub memory: Ledger,
+    /// Where folders are that come, and those that have left.
+    pub shelf: Shelf,
     /// Threads that decode.
     pub workers: usize,
 }
@@ -149,7 +152,8 @@ impl Site {
     pub fn new(node: TargetNode, id: MigrationId) -> Result<Self, Failure> {
         let directory = node.migrations.join(id.to_string());
         let store = Arc::new(Store::new(UNPROMISED));
-        let intake = Intake::new(store, directory.join("images"), node.workers)?;
+        let folders = Folders::new(node.shelf.clone(), id);
+        let intake = Intake::new(store, directory.join("images"), folders, node.workers)?;
         let freezer = node.freezers.plan(&id.to_string());
         Ok(Self {
             groups: groups(&node, id, &freezer),
@@ -178,12 +182,14 @@ impl Site {
         id: MigrationId,
         state: &DriverState,
     ) -> Result<Self, Failure> {
+        let store = Arc::new(Store::new(UNPROMISED));
+        let folders = Folders::new(node.shelf.clone(), id);
         let freezer = node.freezers.plan(&id.to_string());
         let mut site = Self {
             groups: groups(&node, id, &freezer),
             freezer,
             directory: node.migrations.join(id.to_string()),
-            intake: Arc::new(Intake::detached(Arc::new(Store::new(UNPROMISED)))),
+            intake: Arc::new(Intake::detached(store, folders)),
             node,
             id,
             namespaces: Vec::new(),
@@ -270,6 +276,7 @@ impl Site {
         // Files may be on storage that does not answer.
         detached::done("check", move || kind.check(&described)).await??;
         self.admit(offer)?;
+        block_in_place(|| self.intake.folders().prepare(&description.copied))?;
         if offer.policy.verify {
             // No page comes before the offer is accepted.
             self.intake.store().keep_digests();
@@ -418,6 +425,7 @@ impl Site {
         if let Some(arriving) = &self.arriving {
             arriving.check_tasks(&tasks)?;
         }
+        block_in_place(|| self.intake.folders().put())?;
         let locks =
             block_in_place(|| locked::take_out(&images, |pid| spaces.contains(&SpaceId(pid))))?;
         // Late births are only known from the images; they have no pages to be filled.

@@ -91,6 +91,10 @@ fn check_files(description: &WorkloadDescription) -> Result<(), Failure> {
 
 /// CRIU opens the working directory of the root again, in the freeze.
 fn check_folder(description: &WorkloadDescription) -> Result<(), Failure> {
+    let mut copied = description.copied.iter();
+    if copied.any(|copied| Path::new(&description.cwd).starts_with(&copied.path)) {
+        return Ok(());
+    }
     // Among mounts of its own it is where those say.
     if description.own_namespaces.contains(Namespaces::MNT) || Path::new(&description.cwd).is_dir()
     {

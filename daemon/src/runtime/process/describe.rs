@@ -81,6 +81,7 @@ pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Describe
         routes: Vec::new(),
         files: descriptors.files.into_values().collect(),
         shared: Vec::new(),
+        copied: Vec::new(),
         boot_id: [0; 16],
         cpu: None,
         criu_version: 0,

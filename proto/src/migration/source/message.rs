@@ -11,7 +11,10 @@ use crate::wire::control::TargetMessage;
 impl SourceMachine {
     pub(super) fn message(&mut self, now: Time, message: TargetMessage) {
         match message {
-            TargetMessage::Accepted { incarnation } => self.accepted(now, incarnation),
+            TargetMessage::Accepted {
+                incarnation,
+                kept: _,
+            } => self.accepted(now, incarnation),
             TargetMessage::Declined(failure) => self.target_gave_up(failure),
             TargetMessage::Failed(failure) => self.target_gave_up(failure),
             TargetMessage::FinalHeld { generation } => self.final_held(now, generation),

@@ -44,6 +44,7 @@ impl SourceMachine {
             round,
             parcels: report.parcels,
             pages: report.pages,
+            files: 0,
         }));
     }
 

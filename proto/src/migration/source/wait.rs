@@ -31,6 +31,8 @@ pub enum Wait {
     Digests,
     /// Images wait until the target takes them.
     Images,
+    /// What has changed in folders that travel is looked for, or waits until the target takes it.
+    Files,
     /// What it wrote to shared storage is made durable.
     Storage,
     /// What CRIU was shown is compared with the truth.
@@ -63,6 +65,7 @@ impl Wait {
             Self::LiveSets => "the target to take the live sets",
             Self::Digests => "digests of all pages, and the target to take them",
             Self::Images => "the target to take CRIU's images",
+            Self::Files => "what has changed in its folders, and the target to take it",
             Self::Storage => "shared storage to answer",
             Self::Smaps => "the comparison of the mappings",
             Self::Held => "the target to acknowledge the final round",

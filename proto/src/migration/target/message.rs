@@ -212,6 +212,7 @@ impl TargetMachine {
         });
         self.send(TargetMessage::Accepted {
             incarnation: self.incarnation,
+            kept: Vec::new(),
         });
     }
 }

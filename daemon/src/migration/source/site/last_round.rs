@@ -4,7 +4,7 @@
 //! scan ───── what is dirty and what is alive; memory that no round has seen is another round
 //! dump ───── CRIU has the tasks; what is dirty is sent beside it, unless all is verified
 //! freeze ─── again: CRIU has thawed the cgroup, and holds the tasks by ptrace alone
-//! rest ───── images, digests, lengths of files; shared storage is synced
+//! rest ───── images, digests, lengths of files, folders that travel; shared storage is synced
 //! ```
 
 use std::time::{Duration, Instant};
@@ -34,6 +34,8 @@ struct Rest {
     images: u32,
     image_bytes: u64,
     locks: u32,
+    files: u32,
+    file_bytes: u64,
 }
 
 impl Site {
@@ -80,7 +82,8 @@ impl Site {
             self.tracking.scan_again(&mut scans, &self.waits)?;
         }
         let (mut sums, rest) = self.send_rest(sent, hashing, &scans, attempt).await?;
-        sums.wire_bytes += rest.image_bytes;
+        sums.wire_bytes += rest.image_bytes + rest.file_bytes;
+        sums.raw_bytes += rest.file_bytes;
         let (synced, image_bytes) = (self.kept.synced(), rest.image_bytes);
         tracing::info!(%round, pages = sums.pages, wire_bytes = sums.wire_bytes, ?scanned,
             ?frozen_in_criu, ?frozen_again, ?synced, images_sent = ?began.elapsed(), image_bytes,
@@ -92,6 +95,7 @@ impl Site {
             images: rest.images,
             digests: rest.digests,
             locks: rest.locks,
+            files: rest.files,
             raw_bytes: sums.raw_bytes,
             wire_bytes: sums.wire_bytes,
         }))
@@ -179,7 +183,9 @@ impl Site {
         let (workload, waits) = (&self.workload, &self.waits);
         let (data, folder) = (self.sending.data()?, self.dumping.images()?);
         let (pids, mounts) = (workload.pids()?, workload.mounts.as_ref());
-        self.kept.tell_lengths(pids, mounts, folder, waits).await?;
+        self.kept
+            .tell_lengths(pids.clone(), mounts, folder, waits)
+            .await?;
         let locks = self.locks.tell(folder, &workload.freezer)?;
         let synced = self.kept.settle(waits);
         let digests = async {
@@ -200,13 +206,17 @@ impl Site {
             let sending = images::send(&data, generation, folder);
             waits.on(Wait::Images, sending).await?
         };
-        let (digests, sums, (images, image_bytes), ()) =
-            tokio::try_join!(digests, last, images, synced)?;
+        // CRIU has given files that were deleted a name again.
+        let folders = self.folders.last(&data, attempt.round, &pids, waits);
+        let (digests, sums, (images, image_bytes), (), (files, file_bytes)) =
+            tokio::try_join!(digests, last, images, synced, folders)?;
         let rest = Rest {
             digests,
             images,
             image_bytes,
             locks,
+            files,
+            file_bytes,
         };
         Ok((sums, rest))
     }

@@ -1,7 +1,7 @@
 //! How a site begins: a workload surveyed, or found again from the journal.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pageferry_pages::track::shared_bytes;
@@ -22,6 +22,7 @@ use crate::link::port::Port;
 use crate::migration::ports::PortState;
 use crate::migration::source::calm::{Glance, Tries};
 use crate::migration::source::dumping::Dumping;
+use crate::migration::source::folders::Folders;
 use crate::migration::source::locked::FileLocks;
 use crate::migration::source::network::Network;
 use crate::migration::source::sending::Sending;
@@ -31,6 +32,7 @@ use crate::migration::source::tracking::{Budget, Tracking, check_trackable};
 use crate::migration::source::waits::Waits;
 use crate::migration::source::workload::{Workload, ended, unreadable};
 use crate::migration::text::{internal, network_unfit};
+use crate::runtime::copied::check_paths;
 use crate::runtime::cpu;
 use crate::runtime::detached;
 use crate::runtime::identity::{Anchor, Identity};
@@ -68,6 +70,7 @@ struct Found {
     memory_bytes: u64,
     true_smaps: bool,
     kept: Kept,
+    folders: Folders,
     locks: Locks,
 }
 
@@ -76,6 +79,9 @@ struct Found {
 pub struct Asked {
     /// Paths that both nodes share.
     pub shared: Vec<PathBuf>,
+    /// Folders that travel along.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub copied: Vec<PathBuf>,
     /// The target is not to compare its processor with this node's.
     pub force_cpu: bool,
     /// What CRIU does not carry of System V objects may be lost.
@@ -180,7 +186,8 @@ impl Site {
         // queue would be taken for one.
         let ipc = block_in_place(|| look_at_ipc(root, &node, asked.force_ipc))?;
         check_locks(&locks, &pids).await?;
-        let described = describe(&kind, &pids, &storage).await?;
+        check_paths(&asked.copied, &asked.shared)?;
+        let described = describe(&kind, &pids, &storage, &asked.copied).await?;
         let trackable = |pid: &i32| check_trackable(*pid, root, &node.support);
         block_in_place(|| pids.iter().try_for_each(trackable))?;
         let mut description = described.description;
@@ -190,6 +197,11 @@ impl Site {
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
         let (kept, shared) = looking(root, move || Kept::open(storage)).await?;
         description.shared = shared;
+        let keep = node.keep.clone();
+        let (paths, members) = (asked.copied.clone(), pids.clone());
+        let opening = move || Folders::open(keep, id, &paths, &members);
+        let (folders, copied) = looking(root, opening).await?;
+        description.copied = copied;
         let ports = if described.own.contains(&NamespaceKind::Net) {
             add_network(&mut description, root).await?
         } else {
@@ -229,6 +241,7 @@ impl Site {
             memory_bytes,
             true_smaps: asked.instead_of.is_some(),
             kept,
+            folders,
             locks,
         };
         Ok(Survey {
@@ -289,6 +302,7 @@ impl Site {
             memory_bytes: 0,
             true_smaps: false,
             // Of one that is over nothing is left to do.
+            folders: Folders::recovered(node.keep.clone(), id),
             kept: Kept::recovered(if is_over { Vec::new() } else { state.markers }),
             // No freeze will look for any; what was found is in the folder.
             locks: Locks::default(),
@@ -311,6 +325,7 @@ impl Site {
             tracking: Tracking::new(node.support.clone(), budget, found.true_smaps),
             dumping: Dumping::new(&node, directory.clone()),
             kept: found.kept,
+            folders: found.folders,
             locks: FileLocks::new(found.locks, directory.clone()),
             sending: Sending::new(node.workers),
             waits: Waits::new(cancelled),
@@ -343,10 +358,30 @@ async fn find_storage(root: i32, declared: &[PathBuf]) -> Result<(Storage, Locks
     .await
 }
 
-async fn describe(kind: &Kind, pids: &[i32], storage: &Storage) -> Result<Described, Failure> {
-    let (pids, paths) = (pids.to_vec(), storage.paths().to_vec());
-    let kind = kind.clone();
-    looking(kind.root(), move || kind.describe(&pids, &paths)).await
+async fn describe(
+    kind: &Kind,
+    pids: &[i32],
+    storage: &Storage,
+    copied: &[PathBuf],
+) -> Result<Described, Failure> {
+    let (pids, copied) = (pids.to_vec(), copied.to_vec());
+    // What is written there is at the target when it is restored.
+    let mut paths = storage.paths().to_vec();
+    paths.extend(copied.iter().cloned());
+    let (root, kind) = (kind.root(), kind.clone());
+    let describing = move || kind.describe(&pids, &paths);
+    let mut described = looking(root, describing).await?;
+    let travels = |path: &str| {
+        copied
+            .iter()
+            .any(|copied| Path::new(path).starts_with(copied))
+    };
+    // Not so before.
+    described
+        .description
+        .files
+        .retain(|file| !travels(&file.path));
+    Ok(described)
 }
 
 /// Refuses a lock that cannot move and is there whenever it is looked for.

@@ -86,6 +86,7 @@ impl Site {
         }
         tracing::debug!(migration = %self.id, ?attached, resumed = ?began.elapsed(), "let go");
         self.announce_again();
+        self.settle_folders();
         Ok(())
     }
 
@@ -133,7 +134,10 @@ impl Site {
     fn without_pager(&self) -> Result<(), LetGoError> {
         let remains = Remains::read(&self.directory).map_err(|error| internal(&error))?;
         match remains {
-            Remains::Filled(_) => Ok(()),
+            Remains::Filled(_) => {
+                self.settle_folders();
+                Ok(())
+            }
             Remains::FillLost(line) => {
                 Err(LetGoError::Lost(Failure::new(ErrorCode::FillLost, line)))
             }
@@ -144,6 +148,13 @@ impl Site {
             Remains::Nothing if self.is_of_another_boot => Err(LetGoError::Lost(restarted())),
             Remains::Nothing => Err(no_pager().into()),
         }
+    }
+
+    /// Folders that came with it are its own now. In the background: it takes as long as there are
+    /// files.
+    fn settle_folders(&self) {
+        let folders = self.intake.folders().clone();
+        tokio::task::spawn_blocking(move || folders.settle());
     }
 
     /// Repeats the announcements in the background.

@@ -53,6 +53,7 @@ impl Site {
         block_in_place(|| sweep(&self.directory));
         killed.map_err(|error| internal(&error))?;
         self.end_groups();
+        block_in_place(|| self.intake.folders().take_back())?;
         if let Some(network) = self.network.take() {
             network
                 .give_up()

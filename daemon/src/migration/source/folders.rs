@@ -1,0 +1,328 @@
+//! Folders that travel with the workload, at the source: one difference of each in every round, and
+//! the last when the workload stands still.
+//!
+//! Invariants: a folder is where it was until the workload runs elsewhere; then it goes aside,
+//! once,
+//! and only if it is still the one that has travelled; a difference that was begun is sent to its
+//! end, or nothing of the folder is sent any more.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use pageferry_files::{Digest, Error, Keep, Report, Source};
+use pageferry_proto::id::{MigrationId, Round};
+use pageferry_proto::migration::policy::FilesReport;
+use pageferry_proto::migration::source::Wait;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::copied::{COPIED_PATHS_MAX, CopiedPath, FilesHeader};
+use pageferry_proto::wire::stream::StreamKind;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use super::failure::lost;
+use super::waits::Waits;
+use crate::migration::folders::failed;
+use crate::migration::text::internal;
+use crate::net::stream::DataSender;
+use crate::runtime::copied;
+
+/// Frames that wait for the network: at most 4 MiB.
+const FRAMES_MAX: usize = 8;
+
+/// Folders that travel.
+#[derive(Debug)]
+pub(super) struct Folders {
+    keep: Keep,
+    all: Vec<Folder>,
+    /// Where it is written down what the target has in the end.
+    note: PathBuf,
+    /// Nothing was sent yet.
+    is_first: bool,
+}
+
+#[derive(Debug)]
+struct Folder {
+    gone: Gone,
+    /// None of one that a dead daemon has sent.
+    source: Option<Arc<Mutex<Source>>>,
+    /// It begins with what the target says it has.
+    has_base: bool,
+}
+
+/// What goes aside.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Gone {
+    path: PathBuf,
+    /// Device and number of its inode.
+    inode: (u64, u64),
+    /// What the target has in the end.
+    digest: Option<Digest>,
+}
+
+/// A difference that is being sent.
+struct Course {
+    pids: Vec<i32>,
+    frozen: bool,
+}
+
+impl Folders {
+    /// Opens folders at these paths; with them comes what the target is told. Nothing is changed.
+    pub(super) fn open(
+        keep: Keep,
+        id: MigrationId,
+        paths: &[PathBuf],
+        pids: &[i32],
+    ) -> Result<(Self, Vec<CopiedPath>), Failure> {
+        if COPIED_PATHS_MAX < paths.len() {
+            let text = format!("more than {COPIED_PATHS_MAX} folders are to travel");
+            return Err(Failure::new(ErrorCode::Limit, text));
+        }
+        let unfit = |error: Error| failed(&error, ErrorCode::FolderUnfit);
+        let (mut all, mut told) = (Vec::new(), Vec::new());
+        for path in paths {
+            let Some(name) = path.to_str() else {
+                let text = format!("the name of {} is not UTF-8", path.display());
+                return Err(Failure::new(ErrorCode::FolderUnfit, text));
+            };
+            let record = keep.recall(path);
+            let base = record.as_ref().map(pageferry_files::Record::digest);
+            let source = Source::open(path, record).map_err(unfit)?;
+            let (totals, files) = source.look().map_err(unfit)?;
+            copied::check_writers(path, &files, pids)?;
+            let metadata = fs::symlink_metadata(path).map_err(|error| internal(&error))?;
+            told.push(CopiedPath {
+                path: name.to_owned(),
+                entries: totals.entries,
+                bytes: totals.bytes,
+                base,
+            });
+            all.push(Folder {
+                gone: Gone {
+                    path: path.clone(),
+                    inode: (metadata.dev(), metadata.ino()),
+                    digest: None,
+                },
+                source: Some(Arc::new(Mutex::new(source))),
+                has_base: base.is_some(),
+            });
+        }
+        let folders = Self {
+            note: note(&keep, id),
+            keep,
+            all,
+            is_first: true,
+        };
+        Ok((folders, told))
+    }
+
+    /// Those that a dead daemon has left here. Without a note nothing was sent to its end.
+    pub(super) fn recovered(keep: Keep, id: MigrationId) -> Self {
+        let note = note(&keep, id);
+        let noted = fs::read(&note).ok();
+        let noted = noted.and_then(|bytes| serde_json::from_slice::<Vec<Gone>>(&bytes).ok());
+        let all = noted.into_iter().flatten().map(|gone| Folder {
+            gone,
+            source: None,
+            has_base: false,
+        });
+        Self {
+            keep,
+            all: all.collect(),
+            note,
+            is_first: false,
+        }
+    }
+
+    /// The target has, of what it had when folders left there, these. To be told before anything is
+    /// sent.
+    pub(super) fn accepted(&mut self, kept: &[u32]) {
+        if !self.is_first {
+            return;
+        }
+        for (index, folder) in self.all.iter_mut().enumerate() {
+            let is_kept = kept.iter().any(|kept| usize::try_from(*kept) == Ok(index));
+            if folder.has_base && !is_kept {
+                folder.has_base = false;
+                if let Some(source) = &folder.source {
+                    source
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .forget();
+                }
+            }
+        }
+    }
+
+    /// Sends one difference of each folder.
+    pub(super) async fn round(
+        &mut self,
+        data: &DataSender,
+        round: Round,
+        pids: &[i32],
+        waits: &Waits,
+    ) -> Result<FilesReport, Failure> {
+        let first = std::mem::take(&mut self.is_first);
+        let (sent, look) = self.send(data, round, pids, false, waits).await?;
+        Ok(FilesReport {
+            streams: count(&sent)?,
+            sent_bytes: bytes(&sent),
+            // What was written while this round was sent is about what was while the last one was.
+            left_bytes: if first { 0 } else { bytes(&sent) },
+            look: if first { Duration::ZERO } else { look },
+            first: first && !sent.is_empty(),
+        })
+    }
+
+    /// Sends the last difference of each folder, of a workload that stands still, and writes down
+    /// what the target has then. Answers with how many and how many bytes.
+    pub(super) async fn last(
+        &mut self,
+        data: &DataSender,
+        round: Round,
+        pids: &[i32],
+        waits: &Waits,
+    ) -> Result<(u32, u64), Failure> {
+        if self.all.is_empty() {
+            return Ok((0, 0));
+        }
+        let (sent, look) = self.send(data, round, pids, true, waits).await?;
+        for (folder, report) in self.all.iter_mut().zip(&sent) {
+            folder.gone.digest = Some(report.digest);
+            let (path, compared) = (folder.gone.path.display(), report.compared);
+            tracing::info!(%round, %path, bytes = report.bytes, compared, read = report.read,
+                ?look, "last difference of a folder sent");
+        }
+        let gone: Vec<&Gone> = self.all.iter().map(|folder| &folder.gone).collect();
+        let note = serde_json::to_vec(&gone).map_err(|error| internal(&error))?;
+        let written = || {
+            self.note.parent().map_or(Ok(()), fs::create_dir_all)?;
+            fs::write(&self.note, note)
+        };
+        written().map_err(|error| {
+            let text = format!("cannot write {}: {error}", self.note.display());
+            Failure::new(ErrorCode::NodeUnfit, text)
+        })?;
+        Ok((count(&sent)?, bytes(&sent)))
+    }
+
+    async fn send(
+        &mut self,
+        data: &DataSender,
+        round: Round,
+        pids: &[i32],
+        frozen: bool,
+        waits: &Waits,
+    ) -> Result<(Vec<Report>, Duration), Failure> {
+        let (mut reports, mut look) = (Vec::new(), Duration::ZERO);
+        for (index, folder) in self.all.iter().enumerate() {
+            let Some(source) = &folder.source else {
+                let text = "a folder was being sent when the daemon was restarted";
+                return Err(Failure::new(ErrorCode::Restarted, text));
+            };
+            let folder = u32::try_from(index).map_err(|error| internal(&error))?;
+            let header = FilesHeader { round, folder };
+            let course = Course {
+                pids: pids.to_vec(),
+                frozen,
+            };
+            let sending = send(Arc::clone(source), data, header, course);
+            let (report, took) = waits.on(Wait::Files, sending).await??;
+            tracing::debug!(%round, folder, ?report, ?took, "difference sent");
+            reports.push(report);
+            look += took;
+        }
+        Ok((reports, look))
+    }
+
+    /// The workload stays here.
+    pub(super) fn stay(&self) {
+        drop(fs::remove_file(&self.note));
+    }
+
+    /// The workload runs elsewhere: its folders go aside. Once; succeeds when that is done.
+    pub(super) fn set_aside(&mut self) {
+        for folder in std::mem::take(&mut self.all) {
+            let Gone {
+                path,
+                inode,
+                digest,
+            } = folder.gone;
+            // Without one the target never had it, and somebody else decides.
+            let Some(digest) = digest else { continue };
+            let here = fs::symlink_metadata(&path);
+            let here = here.map(|here| (here.dev(), here.ino()));
+            if here.ok() != Some(inode) {
+                tracing::warn!(path = %path.display(), "is not what has travelled, and stays");
+                continue;
+            }
+            match self.keep.set_aside(&path, &digest) {
+                Ok(()) => tracing::info!(path = %path.display(), "set aside"),
+                Err(error) => tracing::warn!(
+                    "a folder that has left is still here: {}",
+                    failed(&error, ErrorCode::FolderUnfit)
+                ),
+            }
+        }
+        drop(fs::remove_file(&self.note));
+    }
+}
+
+/// Where it is written down what is to go aside when a migration is over. It outlives a reboot: a
+/// folder that has left must not be found by whoever starts the workload again.
+fn note(keep: &Keep, id: MigrationId) -> PathBuf {
+    keep.state().join(format!("{id}.leaving"))
+}
+
+/// Finds and sends a difference; answers also with how long that took without the network.
+async fn send(
+    source: Arc<Mutex<Source>>,
+    data: &DataSender,
+    header: FilesHeader,
+    course: Course,
+) -> Result<(Report, Duration), Failure> {
+    let (frames, mut found) = mpsc::channel::<Vec<u8>>(FRAMES_MAX);
+    let finding = tokio::task::spawn_blocking(move || {
+        let began = Instant::now();
+        let mut waited = Duration::ZERO;
+        let mut source = source.lock().unwrap_or_else(PoisonError::into_inner);
+        let suspects = copied::suspects(&course.pids);
+        let mut sink = |frame: Vec<u8>| {
+            let began = Instant::now();
+            let taken = frames.blocking_send(frame);
+            waited += began.elapsed();
+            taken.map_err(|_| Error::Cut)
+        };
+        let report = source.difference(&suspects, course.frozen, &mut sink);
+        drop(frames);
+        let report = report.map_err(|error| failed(&error, ErrorCode::FolderUnfit))?;
+        copied::check_writers(source.path(), &source.files(), &course.pids)?;
+        Ok::<_, Failure>((report, began.elapsed().saturating_sub(waited)))
+    });
+    let mut writer = data
+        .open(StreamKind::Files)
+        .await
+        .map_err(|error| lost(&error))?;
+    let head = Bytes::copy_from_slice(&header.encode());
+    writer.write(head).await.map_err(|error| lost(&error))?;
+    while let Some(frame) = found.recv().await {
+        writer
+            .write(frame.into())
+            .await
+            .map_err(|error| lost(&error))?;
+    }
+    let sent = finding.await.map_err(|error| internal(&error))??;
+    writer.finish();
+    Ok(sent)
+}
+
+fn count(sent: &[Report]) -> Result<u32, Failure> {
+    u32::try_from(sent.len()).map_err(|error| internal(&error))
+}
+
+fn bytes(sent: &[Report]) -> u64 {
+    sent.iter().map(|report| report.bytes).sum()
+}

@@ -1,0 +1,369 @@
+//! Folders that come with a workload: applied beside where they are to be, put there before it is
+//! restored, and taken back if it does not run here.
+//!
+//! Invariants: what is made is written down before, where a reboot does not reach it; nothing is
+//! put that is not proven; what was put is taken back by its inode, so that nothing else ever is.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pageferry_files::{Digest, Error, Keep, Placed, Staging, Totals, admit, may_come};
+use pageferry_proto::id::MigrationId;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::copied::{CopiedPath, FilesHeader};
+use serde::{Deserialize, Serialize};
+use tokio::task::spawn_blocking;
+
+use crate::migration::folders::failed;
+use crate::migration::text::{chain, internal};
+use crate::net::stream::{ReadStreamError, StreamReader};
+
+/// What the node keeps of folders, and where it writes down which are coming.
+#[derive(Clone, Debug)]
+pub struct Shelf {
+    state: PathBuf,
+    keep: Keep,
+}
+
+/// Folders of one migration. Clones are of the same.
+#[derive(Clone, Debug)]
+pub struct Folders {
+    shelf: Shelf,
+    id: MigrationId,
+    all: Arc<Mutex<Vec<Folder>>>,
+}
+
+#[derive(Clone, Debug)]
+struct Folder {
+    placed: Placed,
+    /// What this node has kept of it, and begins with.
+    kept: Option<Digest>,
+    /// None of one that a dead daemon has begun.
+    staging: Option<Arc<Mutex<Stage>>>,
+}
+
+/// Where a folder is applied.
+#[derive(Debug)]
+enum Stage {
+    /// Nothing has come, and what is kept has not been read.
+    Claimed {
+        place: PathBuf,
+        base: Option<Digest>,
+    },
+    Open(Box<Staging>),
+    /// It is the workload's, or taken back.
+    Gone,
+}
+
+impl Stage {
+    /// Opens it if it is not.
+    fn open(&mut self) -> Result<&mut Staging, Error> {
+        if let Self::Claimed { place, base } = self {
+            *self = Self::Open(Box::new(Staging::open(place, *base)?));
+        }
+        match self {
+            Self::Open(staging) => Ok(staging),
+            Self::Claimed { .. } | Self::Gone => Err(Error::Cut),
+        }
+    }
+}
+
+/// As it is written down.
+#[derive(Debug, Serialize, Deserialize)]
+struct Noted {
+    path: PathBuf,
+    place: PathBuf,
+    inode: Option<(u64, u64)>,
+    was_there: bool,
+}
+
+impl Shelf {
+    /// With its notes in the folder `state`, which need not be there.
+    pub fn new(state: PathBuf) -> Self {
+        Self {
+            keep: Keep::new(state.clone()),
+            state,
+        }
+    }
+
+    /// What the node keeps of workloads that have left.
+    pub fn keep(&self) -> Keep {
+        self.keep.clone()
+    }
+
+    fn note(&self, id: MigrationId) -> PathBuf {
+        self.state.join(format!("{id}.coming"))
+    }
+
+    /// Removes what migrations that are not known have left on its way. They have put nothing: what
+    /// is put has a record before.
+    pub fn clean_up(&self, is_known: impl Fn(MigrationId) -> bool) {
+        let entries = fs::read_dir(&self.state).into_iter().flatten().flatten();
+        for entry in entries {
+            let path = entry.path();
+            let name = path
+                .file_stem()
+                .and_then(|name| name.to_str()?.parse().ok());
+            let is_note = path
+                .extension()
+                .is_some_and(|extension| extension == "coming");
+            let Some(id) = name.filter(|id| is_note && !is_known(*id)) else {
+                continue;
+            };
+            let left = Folders::new(self.clone(), id);
+            left.lock()
+                .iter_mut()
+                .for_each(|folder| folder.placed.inode = None);
+            if let Err(failure) = left.take_back() {
+                tracing::warn!(migration = %id, "a folder is left of its beginning: {failure}");
+            }
+        }
+    }
+}
+
+impl Folders {
+    /// Those of a migration, as far as they are written down.
+    pub fn new(shelf: Shelf, id: MigrationId) -> Self {
+        let noted = fs::read(shelf.note(id)).ok();
+        let noted = noted.and_then(|bytes| serde_json::from_slice::<Vec<Noted>>(&bytes).ok());
+        let folder = |noted: Noted| Folder {
+            placed: Placed {
+                path: noted.path,
+                place: noted.place,
+                inode: noted.inode,
+                was_there: noted.was_there,
+            },
+            kept: None,
+            staging: None,
+        };
+        let all = noted.into_iter().flatten().map(folder).collect();
+        Self {
+            shelf,
+            id,
+            all: Arc::new(Mutex::new(all)),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Folder>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_down(&self) -> Result<(), Failure> {
+        let noted: Vec<Noted> = self
+            .lock()
+            .iter()
+            .map(|folder| Noted::of(&folder.placed))
+            .collect();
+        let note = self.shelf.note(self.id);
+        let bytes = serde_json::to_vec(&noted).map_err(|error| internal(&error))?;
+        let written = || {
+            fs::create_dir_all(&self.shelf.state)?;
+            let new = note.with_extension("new");
+            fs::write(&new, &bytes)?;
+            fs::File::open(&new)?.sync_all()?;
+            fs::rename(&new, &note)
+        };
+        written().map_err(|error| {
+            let text = format!("cannot write {}: {error}", note.display());
+            Failure::new(ErrorCode::NodeUnfit, text)
+        })
+    }
+
+    /// Makes a place for each of them. Blocks.
+    pub fn prepare(&self, copied: &[CopiedPath]) -> Result<(), Failure> {
+        if copied.is_empty() {
+            return Ok(());
+        }
+        let taken = |error: Error| failed(&error, ErrorCode::PathTaken);
+        let mut needed = std::collections::BTreeMap::<PathBuf, Totals>::new();
+        for (index, coming) in copied.iter().enumerate() {
+            let path = Path::new(&coming.path);
+            let was_there = may_come(path).map_err(taken)?;
+            let keep = &self.shelf.keep;
+            let kept = coming.base.filter(|base| keep.has(path, base));
+            if kept.is_none() {
+                // Several may come to one folder.
+                let parent = path.parent().unwrap_or(path).to_owned();
+                let totals = needed.entry(parent).or_default();
+                totals.entries = totals.entries.saturating_add(coming.entries);
+                totals.bytes = totals.bytes.saturating_add(coming.bytes);
+                admit(path, totals).map_err(taken)?;
+            }
+            self.lock().push(Folder {
+                placed: Placed {
+                    path: path.to_owned(),
+                    place: Keep::place(path, &self.id.to_string(), index),
+                    inode: None,
+                    was_there,
+                },
+                kept,
+                staging: None,
+            });
+        }
+        self.write_down()?;
+        let keep = &self.shelf.keep;
+        for folder in self.lock().iter_mut() {
+            let Placed { path, place, .. } = &folder.placed;
+            let claimed = keep.claim(path, place, folder.kept.is_some());
+            let stage = Stage::Claimed {
+                place: place.clone(),
+                base: folder.kept,
+            };
+            folder.placed.inode = Some(claimed.map_err(taken)?);
+            folder.staging = Some(Arc::new(Mutex::new(stage)));
+        }
+        self.write_down()
+    }
+
+    /// Which of them this node has as the offer says.
+    pub fn kept(&self) -> Vec<u32> {
+        let all = self.lock();
+        let kept = all
+            .iter()
+            .zip(0..)
+            .filter(|(folder, _)| folder.kept.is_some());
+        kept.map(|(_, index)| index).collect()
+    }
+
+    /// Checks that the final round has a difference of each of them.
+    pub fn check_last(&self, files: u32) -> Result<(), Failure> {
+        match usize::try_from(files) == Ok(self.lock().len()) {
+            true => Ok(()),
+            false => Err(malformed(
+                "the final round lacks a folder, or has one too many",
+            )),
+        }
+    }
+
+    /// What precedes a difference.
+    pub async fn header(reader: &mut StreamReader) -> Result<FilesHeader, Failure> {
+        let mut bytes = [0; FilesHeader::BYTES];
+        reader
+            .read_exact(&mut bytes)
+            .await
+            .map_err(|error| lost(&error))?;
+        FilesHeader::decode(bytes).map_err(|_| malformed("a difference has no round"))
+    }
+
+    /// Applies a difference as it comes, to its end.
+    pub async fn take(
+        &self,
+        header: FilesHeader,
+        reader: &mut StreamReader,
+    ) -> Result<(), Failure> {
+        let index = usize::try_from(header.folder).map_err(|error| internal(&error))?;
+        let staging = self
+            .lock()
+            .get(index)
+            .and_then(|folder| folder.staging.clone());
+        let staging = staging.ok_or_else(|| malformed("a difference is of no folder"))?;
+        let mut is_whole = false;
+        while !reader.is_over().await.map_err(|error| lost(&error))? {
+            if is_whole {
+                return Err(malformed("something comes behind the end of a difference"));
+            }
+            let mut head = [0; 8];
+            reader
+                .read_exact(&mut head)
+                .await
+                .map_err(|error| lost(&error))?;
+            let differs = |error: Error| failed(&error, ErrorCode::NodeUnfit);
+            let (length, checksum) = Staging::frame(head).map_err(differs)?;
+            let mut frame = vec![0; length];
+            reader
+                .read_exact(&mut frame)
+                .await
+                .map_err(|error| lost(&error))?;
+            let staging = Arc::clone(&staging);
+            let applied = spawn_blocking(move || {
+                let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
+                staging.open()?.apply(&frame, checksum)
+            });
+            let applied = applied.await.map_err(|error| internal(&error))?;
+            is_whole = applied.map_err(differs)?;
+        }
+        match is_whole {
+            true => Ok(()),
+            false => Err(malformed("a difference has no end")),
+        }
+    }
+
+    /// Puts all of them where the workload has them. Blocks.
+    pub fn put(&self) -> Result<(), Failure> {
+        for folder in self.lock().iter() {
+            let staging = folder.staging.as_ref().ok_or_else(no_staging)?;
+            let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
+            let put = staging
+                .open()
+                .and_then(|staging| Keep::put(staging, &folder.placed));
+            put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
+            tracing::info!(migration = %self.id, path = %folder.placed.path.display(), "put");
+        }
+        Ok(())
+    }
+
+    /// The workload runs here: they are its own for good. Succeeds when that is done.
+    pub fn settle(&self) {
+        let all = std::mem::take(&mut *self.lock());
+        for folder in all {
+            let path = &folder.placed.path;
+            let staging = folder.staging.as_ref().map(gone);
+            let remembered = match staging {
+                Some(Stage::Open(mut staging)) => self.shelf.keep.remember(path, &staging.record()),
+                Some(Stage::Claimed { .. } | Stage::Gone) | None => Ok(()),
+            };
+            if let Err(error) = remembered.and_then(|()| Keep::settle(&folder.placed)) {
+                let failure = failed(&error, ErrorCode::NodeUnfit);
+                tracing::warn!(migration = %self.id, "of a folder that came: {failure}");
+            }
+        }
+        drop(fs::remove_file(self.shelf.note(self.id)));
+    }
+
+    /// The workload does not run here: nothing of them stays. Blocks; succeeds when there is
+    /// nothing.
+    pub fn take_back(&self) -> Result<(), Failure> {
+        let mut all = self.lock();
+        for folder in all.iter() {
+            if let Some(staging) = &folder.staging {
+                // Whoever applies something ends first.
+                drop(gone(staging));
+            }
+            let undone = Keep::undo(&folder.placed);
+            undone.map_err(|error| failed(&error, ErrorCode::NodeUnfit))?;
+        }
+        all.clear();
+        drop(fs::remove_file(self.shelf.note(self.id)));
+        Ok(())
+    }
+}
+
+impl Noted {
+    fn of(placed: &Placed) -> Self {
+        Self {
+            path: placed.path.clone(),
+            place: placed.place.clone(),
+            inode: placed.inode,
+            was_there: placed.was_there,
+        }
+    }
+}
+
+/// What it was until now.
+fn gone(stage: &Arc<Mutex<Stage>>) -> Stage {
+    let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
+    std::mem::replace(&mut *stage, Stage::Gone)
+}
+
+fn no_staging() -> Failure {
+    Failure::new(ErrorCode::Internal, "a folder that came is not there")
+}
+
+fn malformed(why: &str) -> Failure {
+    Failure::new(ErrorCode::Malformed, why)
+}
+
+fn lost(error: &ReadStreamError) -> Failure {
+    Failure::new(ErrorCode::PeerLost, chain(error))
+}

@@ -1,0 +1,182 @@
+//! What is in a folder at the moment: each entry as the kernel describes it, none of its contents.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+
+use rustix::fs::{Dir, Statx};
+use rustix::io::Errno;
+
+use crate::error::Error;
+use crate::kernel::{self, Folder};
+use crate::name::Name;
+use crate::tree::{Kind, Moment};
+use crate::{DEPTH_MAX, ENTRIES_MAX, FILE_BYTES_MAX};
+
+/// Which inode something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Major and minor number of its device.
+    pub device: (u32, u32),
+    /// Its number there.
+    pub inode: u64,
+}
+
+/// An entry.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) key: Key,
+    pub(crate) kind: Kind,
+    pub(crate) stat: Statx,
+}
+
+/// What changes when something of an inode does. The same says nothing by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    pub(crate) changed: Moment,
+    modified: Moment,
+    size: u64,
+}
+
+/// How much there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Entries, the folder itself included.
+    pub entries: u64,
+    /// Bytes that files take on disk.
+    pub bytes: u64,
+}
+
+impl Key {
+    pub(crate) const fn of(stat: &Statx) -> Self {
+        Self {
+            device: (stat.stx_dev_major, stat.stx_dev_minor),
+            inode: stat.stx_ino,
+        }
+    }
+}
+
+impl Found {
+    /// An inode's number may be used again, for something of another kind too.
+    pub(crate) const fn identity(&self) -> (Key, u8) {
+        (self.key, self.kind.tag())
+    }
+
+    pub(crate) fn stamp(&self) -> Stamp {
+        Stamp {
+            changed: kernel::changed(&self.stat),
+            modified: kernel::modified(&self.stat),
+            size: self.stat.stx_size,
+        }
+    }
+}
+
+/// All entries. What comes or goes meanwhile may be among them or not.
+pub(crate) fn walk(folder: &Folder) -> Result<BTreeMap<Name, Found>, Error> {
+    let mut all = BTreeMap::new();
+    let root = kernel::stat(folder, OsStr::new("."));
+    let root = root.map_err(Error::io("look at", folder.path()))?;
+    insert(&mut all, folder, Name::default(), &root, None)?;
+    let mut folders = vec![(Name::default(), 0)];
+    while let Some((name, depth)) = folders.pop() {
+        let opened = match folder.folder_at(&name) {
+            // It has gone, or something else has come in its place.
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) if !name.is_root() => continue,
+            Err(Errno::XDEV) => return Err(mounted(folder, &name)),
+            opened => opened.map_err(Error::io("open", folder.path_of(&name)))?,
+        };
+        let unreadable = |name: &Name| Error::io("read", folder.path_of(name));
+        let entries = Dir::read_from(&opened).map_err(unreadable(&name))?;
+        for entry in entries {
+            let entry = entry.map_err(unreadable(&name))?;
+            let component = entry.file_name().to_bytes();
+            if component == b"." || component == b".." {
+                continue;
+            }
+            let child = name.child(component);
+            let child = child.map_err(|_| too_deep(folder, &name))?;
+            if DEPTH_MAX <= depth {
+                return Err(too_deep(folder, &name));
+            }
+            let stat = match kernel::stat(&opened, OsStr::from_bytes(component)) {
+                Err(Errno::NOENT) => continue,
+                stat => stat.map_err(Error::io("look at", folder.path_of(&child)))?,
+            };
+            if kernel::is_mount(&stat) {
+                return Err(mounted(folder, &child));
+            }
+            if insert(&mut all, folder, child.clone(), &stat, Some(&opened))? {
+                folders.push((child, depth + 1));
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Adds an entry, unless it is gone. Answers whether it is a folder.
+fn insert(
+    all: &mut BTreeMap<Name, Found>,
+    folder: &Folder,
+    name: Name,
+    stat: &Statx,
+    parent: Option<&OwnedFd>,
+) -> Result<bool, Error> {
+    let Some(mut kind) = kernel::kind(stat) else {
+        return Err(Error::unfit(
+            folder.path_of(&name),
+            "is of no kind that travels",
+        ));
+    };
+    if let (Kind::Symlink(target), Some(parent)) = (&mut kind, parent) {
+        let (_, component) = name.split();
+        match rustix::fs::readlinkat(parent, component, Vec::new()) {
+            Ok(read) => *target = read.to_bytes().into(),
+            Err(Errno::NOENT | Errno::INVAL) => return Ok(false),
+            Err(error) => return Err(Error::io("read the link", folder.path_of(&name))(error)),
+        }
+    }
+    if FILE_BYTES_MAX < stat.stx_size {
+        return Err(Error::unfit(folder.path_of(&name), "is longer than 1 PiB"));
+    }
+    if ENTRIES_MAX <= all.len() {
+        return Err(Error::Limit {
+            what: "entries of a folder that travels",
+            max: ENTRIES_MAX as u64,
+        });
+    }
+    let is_folder = kind == Kind::Folder;
+    let key = Key::of(stat);
+    let stat = *stat;
+    all.insert(name, Found { key, kind, stat });
+    Ok(is_folder)
+}
+
+fn mounted(folder: &Folder, name: &Name) -> Error {
+    Error::unfit(
+        folder.path_of(name),
+        "is a mount: a folder travels without what is mounted in it, so name folders beside it",
+    )
+}
+
+fn too_deep(folder: &Folder, name: &Name) -> Error {
+    let why = format!(
+        "has entries more than {DEPTH_MAX} folders deep, or with longer names than \
+        {} bytes",
+        crate::NAME_BYTES_MAX
+    );
+    Error::unfit(folder.path_of(name), why)
+}
+
+/// How much all of these are: of hard links, the file once.
+pub(crate) fn totals(all: &BTreeMap<Name, Found>) -> Totals {
+    let mut counted = std::collections::HashSet::new();
+    let mut totals = Totals::default();
+    for found in all.values() {
+        totals.entries += 1;
+        if counted.insert(found.key) {
+            totals.bytes += found.stat.stx_blocks * 512;
+        }
+    }
+    totals
+}
