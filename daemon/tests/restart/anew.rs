@@ -16,7 +16,8 @@ fn offered(freezer: &Freezer) -> Vec<Entry> {
     let boot = boot.trim_end();
     let state = format!(
         r#"{{"kind":{{"container":{{"runtime":"runc","id":"no-such","root":{ROOT},"started":1,
-            "boot":"{boot}","bundle":"/b"}}}},"started":1,"boot":"{boot}","freezer":"{}","freezer_id":{},
+            "boot":"{boot}","bundle":"/b"}}}},"started":1,"boot":"{boot}",
+            "freezer":"{}","freezer_id":{},
             "ports":[],"markers":[],"asked":{{"shared":[],"force_cpu":false,"force_ipc":false,
             "network":null,"instead_of":null}}}}"#,
         freezer.path().display(),
