@@ -15,8 +15,9 @@ fn offered(freezer: &Freezer) -> Vec<Entry> {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     let boot = boot.trim_end();
     let state = format!(
-        r#"{{"kind":{{"runc":{{"id":"no-such","root":{ROOT},"started":1,"boot":"{boot}",
-            "bundle":"/b"}}}},"started":1,"boot":"{boot}","freezer":"{}","freezer_id":{},
+        r#"{{"kind":{{"container":{{"runtime":"runc","id":"no-such","root":{ROOT},"started":1,
+            "boot":"{boot}","bundle":"/b"}}}},"started":1,"boot":"{boot}",
+            "freezer":"{}","freezer_id":{},
             "ports":[],"markers":[],"asked":{{"shared":[],"force_cpu":false,"force_ipc":false,
             "network":null,"instead_of":null}}}}"#,
         freezer.path().display(),
