@@ -7,6 +7,7 @@ pub mod case;
 pub mod container;
 pub mod launch;
 pub mod nginx;
+pub mod podman;
 pub mod redis;
 pub mod writer;
 

@@ -143,6 +143,7 @@ fn container() -> ContainerDescription {
     ContainerDescription {
         bundle: "/b".to_owned(),
         config: b"{}".to_vec(),
+        podman: None,
     }
 }
 

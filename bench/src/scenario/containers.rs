@@ -27,7 +27,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         let runtimes = Runtime::ALL.map(Runtime::name);
         bail!(
             "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {runtimes:?}, and those with \
-             -{FAULTS} behind them",
+             -{FAULTS} or -{FEW} behind them",
             only.unwrap_or_default()
         );
     };
@@ -69,6 +69,7 @@ fn case(only: Option<&str>) -> Option<(Case, Vec<Runtime>)> {
     };
     let (name, case) = match name.rsplit_once('-') {
         Some((name, FAULTS)) => (name, Case::Faults),
+        Some((name, FEW)) => (name, Case::Few),
         _ => (name, Case::Moves),
     };
     Runtime::of(name).map(|runtime| (case, vec![runtime]))

@@ -30,6 +30,8 @@ use super::oci::checkpoint::{Checkpoint, CheckpointError};
 use super::oci::habits::Runtime;
 use super::oci::{self, Container};
 use super::passing::Passing;
+use super::podman::arrive::Arriving as ArrivingPodman;
+use super::podman::{self, Podman, PodmanError};
 use super::process::Process;
 use super::process::arrive::Arriving as ArrivingProcess;
 use super::process::describe::{self, Described};
@@ -42,6 +44,8 @@ pub enum Kind {
     Process(Process),
     /// A container of an OCI runtime.
     Container(Container),
+    /// A container of podman.
+    Podman(Podman),
 }
 
 /// A workload that comes.
@@ -51,6 +55,8 @@ pub enum Arriving {
     Process(ArrivingProcess),
     /// A container of an OCI runtime.
     Container(ArrivingContainer),
+    /// A container of podman.
+    Podman(ArrivingPodman),
 }
 
 /// What asks CRIU for a dump, if that is not us.
@@ -59,7 +65,7 @@ pub enum Asker {
     /// It is.
     Us,
     /// The container's runtime.
-    Container(Checkpoint),
+    Container(Box<Checkpoint>),
 }
 
 /// Why CRIU was not asked for a dump.
@@ -74,6 +80,9 @@ pub enum AskError {
     /// The container's runtime does not ask for it.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// Its engine does not have it asked for.
+    #[error(transparent)]
+    Podman(#[from] PodmanError),
 }
 
 impl Kind {
@@ -89,7 +98,8 @@ impl Kind {
             },
             WorkloadName::Crun(id) => Container::find(Runtime::Crun, id).map(Self::Container),
             WorkloadName::Runc(id) => Container::find(Runtime::Runc, id).map(Self::Container),
-            WorkloadName::Containerd { .. } | WorkloadName::Podman(_) => {
+            WorkloadName::Podman(name) => Podman::find(name).map(Self::Podman),
+            WorkloadName::Containerd { .. } => {
                 Err(unsupported(name, "cannot be moved by this build"))
             }
         }
@@ -100,6 +110,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.root(),
             Self::Container(container) => container.root(),
+            Self::Podman(container) => container.root(),
         }
     }
 
@@ -107,9 +118,24 @@ impl Kind {
     /// its storage answers.
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
         match self {
-            Self::Process(process) => describe::describe(process.root(), pids, shared),
+            Self::Process(process) => describe::describe(process.root(), (pids, &[]), shared),
             Self::Container(container) => container.describe(pids, shared),
+            Self::Podman(container) => container.describe(pids, shared),
         }
+    }
+
+    /// What its engine has of it, for the target: nothing of it stops for that. `directory` is the
+    /// migration's.
+    pub async fn export(
+        &self,
+        description: &mut WorkloadDescription,
+        (criu, stand_in): (&Path, &Path),
+        directory: &Path,
+    ) -> Result<(), Failure> {
+        if let (Self::Podman(podman), Some(container)) = (self, &mut description.container) {
+            container.podman = Some(podman.export(criu, stand_in, directory).await?);
+        }
+        Ok(())
     }
 
     /// The cgroup that is to hold the tree of `pids`. Nothing is made yet.
@@ -122,6 +148,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.place(freezers, pids, &id.to_string()),
             Self::Container(container) => container.place(freezers, pids),
+            Self::Podman(container) => container.place(freezers, pids),
         }
     }
 
@@ -134,6 +161,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.enter(freezer, tree),
             Self::Container(container) => container.enter(freezer, tree),
+            Self::Podman(container) => container.enter(freezer, tree),
         }
     }
 
@@ -144,6 +172,7 @@ impl Kind {
             // Nobody has a reason to be in a cgroup of ours.
             Self::Process(_) => Ok(None),
             Self::Container(container) => container.stranger(freezer, threads),
+            Self::Podman(container) => container.stranger(freezer, threads),
         }
     }
 
@@ -151,7 +180,7 @@ impl Kind {
     pub const fn is_shared(&self) -> bool {
         match self {
             Self::Process(_) => false,
-            Self::Container(_) => true,
+            Self::Container(_) | Self::Podman(_) => true,
         }
     }
 
@@ -160,6 +189,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.open_namespaces(own),
             Self::Container(container) => container.open_namespaces(),
+            Self::Podman(container) => container.open_namespaces(),
         }
     }
 
@@ -181,7 +211,12 @@ impl Kind {
             Self::Container(container) => {
                 let started = Checkpoint::start(container, (criu, options), stand_in, directory);
                 let (criu, checkpoint) = started.await?;
-                Ok((criu, Asker::Container(checkpoint)))
+                Ok((criu, Asker::Container(Box::new(checkpoint))))
+            }
+            Self::Podman(container) => {
+                let asked = container.ask((criu, options), stand_in, directory);
+                let (criu, checkpoint) = asked.await?;
+                Ok((criu, Asker::Container(Box::new(checkpoint))))
             }
         }
     }
@@ -192,6 +227,10 @@ impl Kind {
             Self::Process(process) => process.give_back(freezer),
             // It is where its runtime has put it.
             Self::Container(_) => Ok(()),
+            Self::Podman(container) => {
+                container.give_back();
+                Ok(())
+            }
         }
     }
 
@@ -200,6 +239,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.release(freezer, hierarchies),
             Self::Container(container) => container.release(freezer),
+            Self::Podman(container) => container.release(freezer),
         }
     }
 }
@@ -217,7 +257,10 @@ impl Arriving {
                 let begun = ArrivingContainer::begin(Runtime::Runc, id, description);
                 begun.map(Self::Container)
             }
-            WorkloadName::Containerd { .. } | WorkloadName::Podman(_) => {
+            WorkloadName::Podman(name) => {
+                ArrivingPodman::begin(name, description).map(Self::Podman)
+            }
+            WorkloadName::Containerd { .. } => {
                 Err(unsupported(name, "cannot be taken in by the target"))
             }
         }
@@ -229,6 +272,7 @@ impl Arriving {
         match self {
             Self::Process(process) => process.check(description),
             Self::Container(container) => container.check(description),
+            Self::Podman(container) => container.check(description),
         }
     }
 
@@ -237,6 +281,7 @@ impl Arriving {
         match self {
             Self::Process(process) => process.namespaces(description),
             Self::Container(_) => ArrivingContainer::namespaces(),
+            Self::Podman(_) => ArrivingPodman::namespaces(),
         }
     }
 
@@ -245,7 +290,7 @@ impl Arriving {
         match self {
             Self::Process(process) => process.check_tasks(tasks),
             // They are in a pid namespace of their own.
-            Self::Container(_) => Ok(()),
+            Self::Container(_) | Self::Podman(_) => Ok(()),
         }
     }
 
@@ -259,6 +304,7 @@ impl Arriving {
         match self {
             Self::Process(_) => Ok(None),
             Self::Container(container) => container.restore(directory, hierarchies).map(Some),
+            Self::Podman(container) => container.restore(directory, hierarchies).map(Some),
         }
     }
 }
@@ -271,6 +317,14 @@ impl Asker {
             Self::Container(checkpoint) => checkpoint.ended().await,
         }
     }
+}
+
+/// Removes what runtimes and engines have left that were killed while they made a workload, of
+/// which nobody may be left. Blocks.
+pub fn sweep(directory: &Path) {
+    // First what is bound into folders that an engine deletes.
+    oci::arrive::sweep(directory);
+    podman::arrive::sweep(directory);
 }
 
 fn unsupported(name: &WorkloadName, what: &str) -> Failure {

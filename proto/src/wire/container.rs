@@ -1,5 +1,6 @@
 //! What a workload is to the container runtime that runs it.
 
+use crate::id::ContainerId;
 use crate::wire::control::{ControlError, missing, short};
 use crate::wire::description::PATH_BYTES_MAX;
 use crate::wire::schema;
@@ -15,14 +16,72 @@ pub struct ContainerDescription {
     pub bundle: String,
     /// The `config.json` in it.
     pub config: Vec<u8>,
+    /// What podman has of it, if it is podman's.
+    pub podman: Option<PodmanDescription>,
 }
+
+/// A container of podman.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodmanDescription {
+    /// What its runtime calls it.
+    pub id: ContainerId,
+    /// The id of its image.
+    pub image: ContainerId,
+    /// When podman starts it again, as `--restart` has it; empty for never.
+    pub restart: String,
+    /// What `podman container restore --import` reads, without pages.
+    pub archive: Vec<u8>,
+}
+
+/// Longest archive, in bytes: two configurations, and what tar adds.
+pub const ARCHIVE_BYTES_MAX: usize = 512 << 10; // 512 KiB
+/// Longest policy, in bytes: `on-failure` and a number.
+const RESTART_BYTES_MAX: usize = 64;
 
 impl From<&ContainerDescription> for schema::Container {
     fn from(container: &ContainerDescription) -> Self {
         Self {
             bundle: container.bundle.clone(),
             config: container.config.clone(),
+            podman: container.podman.as_ref().map(Into::into),
         }
+    }
+}
+
+impl From<&PodmanDescription> for schema::Podman {
+    fn from(podman: &PodmanDescription) -> Self {
+        Self {
+            id: podman.id.to_string(),
+            image: podman.image.to_string(),
+            restart: podman.restart.clone(),
+            archive: podman.archive.clone(),
+        }
+    }
+}
+
+impl TryFrom<schema::Podman> for PodmanDescription {
+    type Error = ControlError;
+
+    fn try_from(wire: schema::Podman) -> Result<Self, ControlError> {
+        let id = |name: &'static str, text: String| -> Result<ContainerId, ControlError> {
+            text.parse().map_err(|_| missing(name))
+        };
+        short(
+            "container.podman.restart",
+            wire.restart.len(),
+            RESTART_BYTES_MAX,
+        )?;
+        short(
+            "container.podman.archive",
+            wire.archive.len(),
+            ARCHIVE_BYTES_MAX,
+        )?;
+        Ok(Self {
+            id: id("container.podman.id", wire.id)?,
+            image: id("container.podman.image", wire.image)?,
+            restart: wire.restart,
+            archive: wire.archive,
+        })
     }
 }
 
@@ -38,6 +97,7 @@ impl TryFrom<schema::Container> for ContainerDescription {
         Ok(Self {
             bundle: wire.bundle,
             config: wire.config,
+            podman: wire.podman.map(TryInto::try_into).transpose()?,
         })
     }
 }
@@ -51,10 +111,30 @@ mod tests {
         let wire = |bundle: &str, length: usize| schema::Container {
             bundle: bundle.to_owned(),
             config: vec![b' '; length],
+            podman: None,
         };
         let read = |wire: schema::Container| ContainerDescription::try_from(wire).is_ok();
         assert!(read(wire("/b", CONFIG_BYTES_MAX)));
         assert!(!read(wire("/b", CONFIG_BYTES_MAX + 1)));
         assert!(!read(wire("b", 2)) && !read(wire("", 2)));
+    }
+
+    #[test]
+    fn what_podman_has_of_a_container_is_named_and_limited() {
+        let read = |change: fn(&mut schema::Podman)| {
+            let mut wire = schema::Podman {
+                id: "0a".to_owned(),
+                image: "0b".to_owned(),
+                restart: "on-failure:3".to_owned(),
+                archive: vec![0; 2],
+            };
+            change(&mut wire);
+            PodmanDescription::try_from(wire)
+        };
+        assert_eq!(read(|_| ()).unwrap().restart, "on-failure:3");
+        assert!(read(|wire| wire.id = "../a".to_owned()).is_err());
+        assert!(read(|wire| wire.image.clear()).is_err());
+        assert!(read(|wire| wire.restart = "a".repeat(65)).is_err());
+        assert!(read(|wire| wire.archive = vec![0; ARCHIVE_BYTES_MAX + 1]).is_err());
     }
 }

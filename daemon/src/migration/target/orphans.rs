@@ -15,7 +15,7 @@ use tokio::task::block_in_place;
 
 use super::site::TargetNode;
 use crate::migration::text::chain;
-use crate::runtime::oci::arrive::sweep;
+use crate::runtime::kind::sweep;
 
 /// How long a pager that was told to end may take.
 const END_TIMEOUT: Duration = Duration::from_secs(2);

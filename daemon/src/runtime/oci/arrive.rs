@@ -34,6 +34,8 @@ pub struct Arriving {
 pub struct Restore {
     /// The program.
     pub program: PathBuf,
+    /// Whether it starts the runtime itself, with streams of its own making.
+    pub is_engine: bool,
     /// Its arguments.
     pub arguments: Vec<String>,
     /// Where it writes what goes wrong.
@@ -45,6 +47,10 @@ pub struct Restore {
     pub cgroup_procs: Vec<PathBuf>,
     /// The cgroup that it has to name then.
     pub cgroup: Option<String>,
+    /// Arguments with which it is started again when its restore has failed, if any;
+    pub undo: Vec<String>,
+    /// and when the container runs.
+    pub then: Vec<String>,
 }
 
 /// What a runtime may leave behind of a restore that did not succeed.
@@ -101,34 +107,8 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks; asks about files, whose storage may not
     /// answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
-        let own = [
-            Namespaces::NET,
-            Namespaces::UTS,
-            Namespaces::IPC,
-            Namespaces::PID,
-        ];
-        let own = own.into_iter().fold(Namespaces::MNT, Namespaces::with);
-        if description.own_namespaces != own || !description.shared.is_empty() {
-            return Err(Failure::new(
-                ErrorCode::UnsupportedWorkload,
-                "a container has namespaces of its own, and nothing shared with its node",
-            ));
-        }
-        let folder = self.runtime.folder(&self.id);
-        if folder.exists() {
-            return Err(Failure::new(
-                ErrorCode::NameTaken,
-                format!(
-                    "the target has a container {} already, or what is left of one ({}): end it \
-                     there first, or have it moved under another name",
-                    self.id,
-                    folder.display()
-                ),
-            ));
-        }
-        if let Some(source) = &description.cpu {
-            cpu::read().check(source)?;
-        }
+        check_node(description)?;
+        check_free(self.runtime, &self.id)?;
         self.check_bundle()?;
         let root = Path::new("/");
         let mut all = description.files.iter();
@@ -148,7 +128,7 @@ impl Arriving {
             )
         };
         // Also a source that refuses less than this node is not followed.
-        Spec::parse(&self.container.config)?.check()?;
+        Spec::parse(&self.container.config)?.check(None)?;
         let here = read_config(bundle).map_err(|failure| differs(failure.text()))?;
         if here != self.container.config {
             return Err(differs("its config.json is another one"));
@@ -167,25 +147,14 @@ impl Arriving {
         let images = directory.join("streams");
         fs::create_dir_all(&images)?;
         fs::write(images.join(STREAMS.0), STREAMS.1)?;
-        let spec = Spec::parse(&self.container.config).map_err(io::Error::other)?;
-        let cgroup = spec.cgroup().to_owned();
-        // Wherever the runtime makes one.
-        let below = cgroup.trim_start_matches('/');
-        let all = hierarchies.iter().map(|all| all.point.join(below));
-        let cgroups: Vec<PathBuf> = all.collect();
-        let leaves = self.leaves(&cgroups);
-        let note = Note {
-            leaves: leaves.clone(),
-            ..Note::default()
-        };
-        note.write(directory)?;
+        let container = (self.runtime, &*self.id);
+        let made = made(container, &self.container, hierarchies, directory)?;
         let path = |path: &Path| path.to_string_lossy().into_owned();
-        let log = directory.join(OUTPUT);
         let arguments = [
             "--root",
             self.runtime.root(),
             "--log",
-            &path(&log),
+            &path(&made.log),
             "restore",
             "--detach",
             "--manage-cgroups-mode",
@@ -198,39 +167,104 @@ impl Arriving {
             &self.container.bundle,
             &self.id,
         ];
-        let joined = match self.runtime.habits().enters {
-            true => Vec::new(),
-            false => cgroups,
-        };
-        let joined = joined.into_iter().map(|cgroup| cgroup.join("cgroup.procs"));
         Ok(Restore {
-            program: self.runtime.program().into(),
             arguments: arguments.map(str::to_owned).to_vec(),
-            log,
-            leaves,
-            cgroup_procs: joined.collect(),
-            cgroup: (!self.runtime.habits().enters).then_some(cgroup),
+            ..made
         })
     }
+}
 
-    fn leaves(&self, cgroups: &[PathBuf]) -> Leaves {
-        let (runtime, habits) = (self.runtime, self.runtime.habits());
-        let folder = runtime.folder(&self.id);
-        let files = habits.leaves.iter().map(|name| folder.join(name));
-        let mut paths: Vec<PathBuf> = files.collect();
-        if !paths.is_empty() {
-            paths.push(folder);
-        }
-        for cgroup in cgroups.iter().filter(|_| !habits.leaves_below.is_empty()) {
-            paths.extend(habits.leaves_below.iter().map(|name| cgroup.join(name)));
-            paths.push(cgroup.clone());
-        }
-        Leaves {
-            folder: runtime.folder(&self.id),
-            bound_in: bound_in((runtime, &self.id), Path::new(&self.container.bundle)),
-            state: runtime.state(&self.id),
-            paths,
-        }
+/// Refuses what no container has that is moved, and a processor that it cannot go on with.
+pub fn check_node(description: &WorkloadDescription) -> Result<(), Failure> {
+    let own = [
+        Namespaces::NET,
+        Namespaces::UTS,
+        Namespaces::IPC,
+        Namespaces::PID,
+    ];
+    let own = own.into_iter().fold(Namespaces::MNT, Namespaces::with);
+    if description.own_namespaces != own || !description.shared.is_empty() {
+        return Err(Failure::new(
+            ErrorCode::UnsupportedWorkload,
+            "a container has namespaces of its own, and nothing shared with its node",
+        ));
+    }
+    match &description.cpu {
+        Some(source) => cpu::read().check(source),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a container of which the runtime has something already.
+pub fn check_free(runtime: Runtime, id: &str) -> Result<(), Failure> {
+    let folder = runtime.folder(id);
+    if !folder.exists() {
+        return Ok(());
+    }
+    Err(Failure::new(
+        ErrorCode::NameTaken,
+        format!(
+            "the target has a container {id} already, or what is left of one ({}): end it there \
+             first, or have it moved under another name",
+            folder.display()
+        ),
+    ))
+}
+
+/// How the runtime is started, but for its arguments, and where it makes what. That is noted in
+/// `directory`.
+pub fn made(
+    (runtime, id): (Runtime, &str),
+    container: &ContainerDescription,
+    hierarchies: &Hierarchies,
+    directory: &Path,
+) -> io::Result<Restore> {
+    let spec = Spec::parse(&container.config).map_err(io::Error::other)?;
+    let cgroup = spec.cgroup();
+    // Wherever the runtime makes one.
+    let below = cgroup.trim_start_matches('/');
+    let cgroups = hierarchies.iter().map(|all| all.point.join(below));
+    let cgroups: Vec<PathBuf> = cgroups.collect();
+    let leaves = leaves((runtime, id), Path::new(&container.bundle), &cgroups);
+    let note = Note {
+        leaves: leaves.clone(),
+        ..Note::default()
+    };
+    note.write(directory)?;
+    let joined = match runtime.habits().enters {
+        true => Vec::new(),
+        false => cgroups,
+    };
+    let joined = joined.into_iter().map(|cgroup| cgroup.join("cgroup.procs"));
+    Ok(Restore {
+        program: runtime.program().into(),
+        is_engine: false,
+        arguments: Vec::new(),
+        log: directory.join(OUTPUT),
+        leaves,
+        cgroup_procs: joined.collect(),
+        cgroup: (!runtime.habits().enters).then(|| cgroup.to_owned()),
+        undo: Vec::new(),
+        then: Vec::new(),
+    })
+}
+
+fn leaves((runtime, id): (Runtime, &str), bundle: &Path, cgroups: &[PathBuf]) -> Leaves {
+    let (folder, habits) = (runtime.folder(id), runtime.habits());
+    let files = habits.leaves.iter().map(|name| folder.join(name));
+    let mut paths: Vec<PathBuf> = files.collect();
+    if !paths.is_empty() {
+        paths.push(folder);
+    }
+    for cgroup in cgroups.iter().filter(|_| !habits.leaves_below.is_empty()) {
+        paths.extend(habits.leaves_below.iter().map(|name| cgroup.join(name)));
+        paths.push(cgroup.clone());
+    }
+    Leaves {
+        folder: runtime.folder(id),
+        bound_in: bound_in((runtime, id), bundle),
+        state: runtime.state(id),
+        paths,
     }
 }
 
@@ -351,6 +385,7 @@ mod tests {
             container: ContainerDescription {
                 bundle: bundle.to_string_lossy().into_owned(),
                 config: config.into(),
+                podman: None,
             },
         }
     }
@@ -437,7 +472,7 @@ mod tests {
         assert!(!state.exists() && !cgroup.exists());
         // One that had not asked yet.
         let note = Note {
-            state: state.clone(),
+            leaves: note.leaves,
             ..Note::default()
         };
         note.write(folder.path()).unwrap();

@@ -41,7 +41,7 @@ use super::identity::{self, Identity};
 use super::passing::Passing;
 use super::process::describe::{self, Described};
 use habits::{BoundIn, Runtime};
-use spec::Spec;
+use spec::{Engine, Spec};
 use state::State;
 
 /// What a runtime calls the place to which it binds the root file system while it restores.
@@ -76,6 +76,21 @@ pub struct Container {
 impl Container {
     /// The container of this name, if it runs here and can move.
     pub fn find(runtime: Runtime, id: &ContainerId) -> Result<Self, Failure> {
+        let (container, state) = Self::read(runtime, id)?;
+        state.check()?;
+        let config = read_config(&container.bundle)?;
+        state.check_against(&Spec::parse(&config)?, &container.bundle)?;
+        if let Some(copy) = runtime.habits().copy
+            && fs::read(container.folder().join(copy)).ok() != Some(config)
+        {
+            let text = format!("the config.json of {id} was changed since it was started");
+            return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
+        }
+        Ok(container)
+    }
+
+    /// The container of this name, and what its runtime has of it, if it runs here.
+    pub fn read(runtime: Runtime, id: &ContainerId) -> Result<(Self, State), Failure> {
         let (id, program) = (id.to_string(), runtime.program());
         let path = runtime.state(&id);
         let text = fs::read(&path).map_err(|error| {
@@ -94,27 +109,19 @@ impl Container {
             let text = format!("the container {id} has ended: {program} has its remains");
             return Err(Failure::new(ErrorCode::WorkloadGone, text));
         };
-        state.check()?;
         let bundle = state.bundle.clone().ok_or_else(|| {
             let text = format!("{program} does not say where the bundle of {id} is");
             Failure::new(ErrorCode::UnsupportedWorkload, text)
         })?;
-        let config = read_config(&bundle)?;
-        state.check_against(&Spec::parse(&config)?, &bundle)?;
-        if let Some(copy) = runtime.habits().copy
-            && fs::read(runtime.folder(&id).join(copy)).ok() != Some(config)
-        {
-            let text = format!("the config.json of {id} was changed since it was started");
-            return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
-        }
-        Ok(Self {
+        let container = Self {
             runtime,
             id,
             root,
             started,
             boot,
             bundle,
-        })
+        };
+        Ok((container, state))
     }
 
     /// The pid of its root in this node's pid namespace.
@@ -122,9 +129,33 @@ impl Container {
         self.root
     }
 
+    /// Who runs it.
+    pub const fn runtime(&self) -> Runtime {
+        self.runtime
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.runtime.folder(&self.id)
+    }
+
+    /// The folder of its bundle.
+    pub fn bundle(&self) -> &Path {
+        &self.bundle
+    }
+
     /// What it is made of: the tree of `pids`, the root first. Blocks, for a few milliseconds if
     /// its storage answers.
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
+        self.describe_with(pids, shared, None)
+    }
+
+    /// As [`Container::describe`], of one that is an engine's.
+    pub fn describe_with(
+        &self,
+        pids: &[i32],
+        shared: &[PathBuf],
+        engine: Option<&Engine>,
+    ) -> Result<Described, Failure> {
         if let Some(path) = shared.first() {
             return Err(Failure::new(
                 ErrorCode::UnsupportedWorkload,
@@ -137,14 +168,16 @@ impl Container {
             ));
         }
         let config = read_config(&self.bundle)?;
-        Spec::parse(&config)?.check()?;
-        let mut described = describe::describe(self.root, pids, shared)?;
+        Spec::parse(&config)?.check(engine)?;
+        let pipes = engine.map_or(&[][..], |engine| &engine.pipes);
+        let mut described = describe::describe(self.root, (pids, pipes), shared)?;
         let description = &mut described.description;
         // The runtime mounts them, by the same configuration.
         description.mounts.clear();
         description.container = Some(ContainerDescription {
             bundle: self.bundle.to_string_lossy().into_owned(),
             config,
+            podman: None,
         });
         Ok(described)
     }

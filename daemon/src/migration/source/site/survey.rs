@@ -195,6 +195,9 @@ impl Site {
         } else {
             Vec::new()
         };
+        let (criu, directory) = (&node.criu, node.migrations.join(id.to_string()));
+        let programs = (criu.as_path(), node.stand_in.as_path());
+        kind.export(&mut description, programs, &directory).await?;
         if !anchor.is_alive() {
             return Err(ended(root));
         }

@@ -11,7 +11,7 @@ use tokio::task::block_in_place;
 
 use super::{Pager, Site};
 use crate::migration::text::{chain, internal, network_unfit};
-use crate::runtime::oci::arrive::sweep;
+use crate::runtime::kind::sweep;
 
 /// How long a pager may take to undo a restore: five seconds for CRIU to give up, ten for its tasks
 /// to die. One that takes longer is killed, and its watcher, and this, kill what is left.
