@@ -130,7 +130,7 @@ pub const ALL: [Scenario; 16] = [
     },
     Scenario {
         name: "containers",
-        summary: "10 moves of Redis in containers of runc and crun, beside those of a bare tree",
+        summary: "10 moves of Redis in containers of runc, crun and podman, and of a bare tree",
         cases: true,
         run: containers::run,
     },

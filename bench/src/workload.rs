@@ -8,6 +8,7 @@ pub mod container;
 pub mod containerd;
 pub mod launch;
 pub mod nginx;
+pub mod podman;
 pub mod redis;
 pub mod writer;
 

@@ -106,10 +106,10 @@ fn a_web_server_moves_while_clients_connect_and_no_request_fails() {
     check(&["nginx", "--only", "few"], 4);
 }
 
-/// Redis as a bare tree, and in containers of runc and of crun, there and back each.
+/// Redis as a bare tree, and in containers of runc, crun and podman, there and back each.
 #[test]
 fn containers_move_there_and_back_as_their_runtimes_own() {
-    check(&["containers", "--only", "few"], 6);
+    check(&["containers", "--only", "few"], 8);
 }
 
 /// A folder that is written, mapped, renamed, linked and stamped moves with its workload, there and

@@ -44,14 +44,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     check_stand_in(&config.stand_in)?;
     let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let memory = memory_of(hierarchies.clone());
-    let credentials =
-        Credentials::load(&config.tls, &config.node).context("loading certificates")?;
-    let endpoint = Endpoint::bind(EndpointConfig {
-        listen: config.listen,
-        credentials,
-        peers: config.peers.clone(),
-    });
-    let endpoint = Arc::new(endpoint.context("opening the QUIC endpoint")?);
+    let endpoint = Arc::new(endpoint_of(&config)?);
     let shelf = Shelf::new(config.folders_dir());
     let journals = Journals::open(&config.journal_dir()).context("opening the journals")?;
     let registry = Registry::recover(RegistryParts {
@@ -102,6 +95,18 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     registry.give_up().await;
     served.stop().await;
     Ok(())
+}
+
+/// Where peers come, and from where they are met.
+fn endpoint_of(config: &Config) -> anyhow::Result<Endpoint> {
+    let credentials =
+        Credentials::load(&config.tls, &config.node).context("loading certificates")?;
+    let endpoint = Endpoint::bind(EndpointConfig {
+        listen: config.listen,
+        credentials,
+        peers: config.peers.clone(),
+    });
+    endpoint.context("opening the QUIC endpoint")
 }
 
 /// What is left of this node's memory, and promised.

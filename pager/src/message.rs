@@ -148,6 +148,8 @@ pub struct RuntimeRequest {
     pub stand_in: PathBuf,
     /// The runtime.
     pub program: PathBuf,
+    /// Whether it is an engine, which starts the runtime with other streams than its own.
+    pub is_engine: bool,
     /// Its arguments.
     pub arguments: Vec<String>,
     /// Where they have it write what goes wrong. Its standard streams are those of the container.
@@ -169,6 +171,10 @@ pub struct RuntimeRequest {
     pub state: PathBuf,
     /// Files and folders that are left, without that, of a restore that failed.
     pub leaves: Vec<PathBuf>,
+    /// Arguments with which it is started again when its restore has failed, if any;
+    pub undo: Vec<String>,
+    /// and when the container runs.
+    pub then: Vec<String>,
 }
 
 /// A kind of namespace that CRIU can be started in. A pid namespace cannot be entered by exec.

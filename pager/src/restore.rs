@@ -514,7 +514,7 @@ impl Restore {
             warn!(%error, "cannot start the fill");
         }
         if let Some(runtime) = &mut self.runtime {
-            runtime.ended().await;
+            runtime.done().await;
         }
         while !self.server.is_filled() {
             if self.filled.recv().await.is_none() {

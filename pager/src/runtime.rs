@@ -13,12 +13,16 @@
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Duration;
 
 use criu_glue::options::{LogLevel, ManageCgroups, NetworkLock};
 use criu_glue::rpc::{self, Asked, Conversation, Gate, Patch, Summoned, SwrkConfig};
+use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_cgroup::identity::FolderId;
 use pageferry_sys::bound;
+use tokio::process::Command;
+use tokio::time::timeout;
 use tracing::warn;
 
 use crate::failure::RestoreError;
@@ -60,7 +64,10 @@ impl Waiting {
         drop(fs::remove_dir_all(&wanted.gate));
         let gate = Gate::bind(&wanted.gate, &wanted.stand_in).map_err(RestoreError::Gate)?;
         let (arguments, log) = (&wanted.arguments, wanted.log.clone());
-        let process = rpc::Runtime::start(&gate, &wanted.program, arguments, log);
+        let process = match wanted.is_engine {
+            true => rpc::Runtime::start_engine(&gate, &wanted.program, arguments, log),
+            false => rpc::Runtime::start(&gate, &wanted.program, arguments, log),
+        };
         let mut runtime = Runtime {
             process: process.map_err(RestoreError::Runtime)?,
             wanted: wanted.clone(),
@@ -176,34 +183,113 @@ impl Runtime {
         self.release();
     }
 
-    /// Waits until a runtime that knows how its restore went has ended, and sees that the root file
-    /// system is bound nowhere, and that nothing is left if it has failed.
+    /// Waits until a runtime has ended that has restored nothing, or nothing that is left, and sees
+    /// that nothing is left of its own either.
     pub async fn ended(&mut self) {
-        match self.process.ended(END_MAX).await {
-            Ok(status) if status.success() => {}
+        if self.has_ended().await {
+            return;
+        }
+        // Not before what is bound is gone: an engine deletes the folder.
+        self.once_more(&self.wanted.undo).await;
+        // What it met before it began may be somebody else's.
+        if self.made.is_some() && !self.is_anothers() {
+            bound::remove_unless(&self.wanted.state, &self.wanted.leaves);
+        }
+    }
+
+    /// Waits until a runtime has ended whose container runs.
+    pub async fn done(&mut self) {
+        if self.has_ended().await {
+            if self.wanted.is_engine {
+                let_out();
+            }
+            self.once_more(&self.wanted.then).await;
+        }
+    }
+
+    /// Waits until one that knows how its restore went has ended, and sees that the root file
+    /// system is bound nowhere. Whether it had success.
+    async fn has_ended(&mut self) -> bool {
+        let ended = self.process.ended(END_MAX).await;
+        self.release();
+        match ended {
+            Ok(status) if status.success() => return true,
             Ok(status) => warn!(%status, "the container runtime has failed"),
             Err(error) => warn!(%error, "the container runtime"),
         }
-        self.release();
+        false
     }
 
     fn release(&self) {
         let wanted = &self.wanted;
-        // Somebody may have begun another container of this name since.
-        let is_anothers = |made: FolderId| wanted.folder.exists() && !made.is_at(&wanted.folder);
-        if self.made.is_some_and(is_anothers) {
+        if self.is_anothers() {
             return;
         }
         if let Err(error) = bound::release(&wanted.bound_in, &wanted.bound) {
             warn!(%error, folder = %wanted.bound_in.display(),
                 "the root file system of a container stays bound");
         }
-        // What it met before it began may be somebody else's.
-        if self.made.is_some() {
-            bound::remove_unless(&wanted.state, &wanted.leaves);
+    }
+
+    /// Whether somebody has begun another container of this name since.
+    fn is_anothers(&self) -> bool {
+        let folder = &self.wanted.folder;
+        let is_another = |made: FolderId| folder.exists() && !made.is_at(folder);
+        self.made.is_some_and(is_another)
+    }
+
+    /// Starts the program again, with other arguments, if there are any.
+    async fn once_more(&self, arguments: &[String]) {
+        if arguments.is_empty() {
+            return;
+        }
+        let mut command = Command::new(&self.wanted.program);
+        command
+            .args(arguments)
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
+        let why = match timeout(END_MAX, command.output()).await {
+            Ok(Ok(output)) if output.status.success() => return,
+            Ok(Ok(output)) => String::from_utf8_lossy(&output.stderr).into_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("it has not ended within {END_MAX:?}"),
+        };
+        warn!(command = arguments.join(" "), program = %self.wanted.program.display(),
+            why = why.trim_end(), "the container runtime");
+    }
+}
+
+/// Has whoever an engine has left running, to keep the container's log, leave the cgroups of the
+/// pager: he outlives it. Until the container ran he was to be killed with it.
+fn let_out() {
+    let own = std::process::id().cast_signed();
+    let hierarchies = match Hierarchies::detect() {
+        Ok(hierarchies) => hierarchies,
+        Err(error) => return warn!(%error, "cgroups of this node"),
+    };
+    for hierarchy in hierarchies.iter() {
+        let Some(here) = hierarchy.current(own) else {
+            continue;
+        };
+        let inside = fs::read_to_string(here.join(PROCS)).unwrap_or_default();
+        let inside = inside.lines().filter_map(|line| line.parse::<i32>().ok());
+        for pid in inside.filter(|pid| *pid != own && parent(*pid) != Some(own)) {
+            let moved = fs::write(hierarchy.point.join(PROCS), pid.to_string());
+            if let Err(error) = moved {
+                warn!(pid, %error, "who keeps the container's log stays in {}", here.display());
+            }
         }
     }
 }
+
+fn parent(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(") ")?;
+    rest.split(' ').nth(1)?.parse().ok()
+}
+
+/// The file by which a process joins a cgroup, and in which they are.
+const PROCS: &str = "cgroup.procs";
 
 /// Whether the runtime has found the cgroup that it has made for the container.
 fn check_cgroup(asked: &Asked, wanted: &RuntimeRequest) -> Result<(), RestoreError> {

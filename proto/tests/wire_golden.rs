@@ -150,6 +150,7 @@ fn container() -> ContainerDescription {
             image_digest: "sha256:0".to_owned(),
             snapshot_parent: "sha256:1".to_owned(),
         }),
+        podman: None,
     }
 }
 

@@ -61,6 +61,9 @@ const fn fault(gate: Gate, side: Side, who: Who) -> Fault {
 
 /// What is to become CRIU has its name.
 const CRIU: Who = Who::Process("criu");
+const PODMAN: Who = Who::Process("podman");
+/// podman's: it keeps the log of a container, and starts its runtime.
+const MONITOR: Who = Who::Process("conmon");
 const PAGER: Who = Who::Process("pageferry-pager");
 
 const FAULTS: [Fault; 17] = [
@@ -83,6 +86,13 @@ const FAULTS: [Fault; 17] = [
     fault(Gate::Committed, Side::Target, Who::Runtime),
 ];
 
+/// And whoever takes part in that of an engine.
+const ENGINE_FAULTS: [Fault; 3] = [
+    fault(Gate::Rounds, Side::Target, PODMAN),
+    fault(Gate::Rounds, Side::Target, MONITOR),
+    fault(Gate::PostRestore, Side::Target, MONITOR),
+];
+
 /// All of them, of one container of `runtime` under load.
 pub fn run(settings: &Settings, runtime: Runtime, report: &mut Report) -> Result<()> {
     let mut lab = settings.lab_with(&container::LAYER, 2)?;
@@ -90,7 +100,11 @@ pub fn run(settings: &Settings, runtime: Runtime, report: &mut Report) -> Result
     let dataset = Dataset::first_row(BYTES);
     let load = LoadPlan::first_row();
     let mut session = Session::watch(&lab, settings.mover, "a", held, dataset, load)?;
-    for fault in FAULTS {
+    let of_engine: &[Fault] = match runtime {
+        Runtime::Podman => &ENGINE_FAULTS,
+        Runtime::Crun | Runtime::Runc => &[],
+    };
+    for fault in FAULTS.iter().chain(of_engine) {
         let came = fault.come(&mut lab, &mut session);
         match came {
             Ok(came) => {
@@ -176,7 +190,7 @@ impl Fault {
             Who::Runtime => {
                 let container = session.workload.container.as_ref();
                 let container = container.context("it was started as a container")?;
-                Ok(container.runtime.name())
+                Ok(container.runtime.program())
             }
             Who::Process(command) => Ok(command),
             Who::Daemon => bail!("daemons are not killed by their command"),

@@ -30,7 +30,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         let runtimes = Runtime::ALL.map(Runtime::name);
         bail!(
             "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {runtimes:?}, those with \
-             -{FAULTS} behind them, and {CONTAINERD:?}",
+             -{FAULTS} or -{FEW} behind them, and {CONTAINERD:?}",
             only.unwrap_or_default()
         );
     };
@@ -72,6 +72,7 @@ fn case(only: Option<&str>) -> Option<(Case, Vec<Runtime>)> {
     };
     let (name, case) = match name.rsplit_once('-') {
         Some((name, FAULTS)) => (name, Case::Faults),
+        Some((name, FEW)) => (name, Case::Few),
         _ => (name, Case::Moves),
     };
     Runtime::of(name).map(|runtime| (case, vec![runtime]))

@@ -7,7 +7,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Workload, redis};
+use super::{Workload, podman, redis};
 use crate::lab::Lab;
 use crate::lab::layer::LayerPlan;
 use crate::lab::network::WorkloadLink;
@@ -16,9 +16,11 @@ use crate::lab::node::Node;
 /// What nodes with containers have besides the image.
 pub const LAYER: LayerPlan = LayerPlan {
     name: "containers",
-    // Without the library crun can neither checkpoint nor restore.
-    packages: &["libcriu2"],
-    files: &[],
+    packages: &[
+        "conmon", // Without it crun can neither checkpoint nor restore.
+        "libcriu2", "netavark", "podman",
+    ],
+    files: &[podman::SETTINGS],
     script: "",
 };
 
@@ -33,16 +35,19 @@ pub struct Container {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Runtime {
     Crun,
+    /// An engine, over crun.
+    Podman,
     Runc,
 }
 
 impl Runtime {
-    pub const ALL: [Self; 2] = [Self::Runc, Self::Crun];
+    pub const ALL: [Self; 3] = [Self::Runc, Self::Crun, Self::Podman];
 
     /// Its program, and the kind of its containers.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Crun => "crun",
+            Self::Podman => "podman",
             Self::Runc => "runc",
         }
     }
@@ -51,10 +56,18 @@ impl Runtime {
         Self::ALL.into_iter().find(|runtime| runtime.name() == name)
     }
 
-    /// The file that it has of each of its containers, in its folder of that.
+    /// The program that asks CRIU.
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::Crun | Self::Podman => "crun",
+            Self::Runc => "runc",
+        }
+    }
+
+    /// The file that this has of each of its containers, in its folder of that.
     const fn state(self) -> &'static str {
         match self {
-            Self::Crun => "status",
+            Self::Crun | Self::Podman => "status",
             Self::Runc => "state.json",
         }
     }
@@ -71,9 +84,29 @@ impl Container {
 pub fn start(lab: &mut Lab, runtime: Runtime, at: &str) -> Result<Workload> {
     let number = lab.next_workload()?;
     let id = format!("redis-{number}");
+    let (container, pid) = match runtime {
+        Runtime::Podman => podman::start(lab, &id, at)?,
+        Runtime::Crun | Runtime::Runc => start_bundle(lab, runtime, &id, at)?,
+    };
+    let workload = Workload {
+        number,
+        pid,
+        link: WorkloadLink::new(number),
+        container: Some(container),
+        containerd: None,
+    };
+    let node = lab.node(at)?;
+    let inner = node.network_of(workload.pid)?;
+    workload.link.create(node, &inner)?;
+    workload.link.open(node)?;
+    workload.wait_until_it_listens(lab, redis::PORT)?;
+    Ok(workload)
+}
+
+fn start_bundle(lab: &Lab, runtime: Runtime, id: &str, at: &str) -> Result<(Container, i32)> {
     let bundle = format!("{BUNDLES}/{id}");
     for node in &lab.nodes {
-        make_bundle(node, &id, &bundle)
+        make_bundle(node, id, &bundle)
             .with_context(|| format!("making a bundle at node {}", node.name()))?;
     }
     let node = lab.node(at)?;
@@ -85,27 +118,17 @@ pub fn start(lab: &mut Lab, runtime: Runtime, at: &str) -> Result<Workload> {
         .args(["-c", &script])
         .run()
         .with_context(|| format!("starting the container {id} at node {at}"))?;
+    let id = id.to_owned();
     let container = Container { runtime, id };
     let state = state(node, &container)?;
-    let pid = state["pid"]
-        .as_i64()
-        .and_then(|pid| i32::try_from(pid).ok());
-    let workload = Workload {
-        number,
-        pid: pid.with_context(|| format!("{} has no pid: {state}", container.name()))?,
-        link: WorkloadLink::new(number),
-        container: Some(container),
-        containerd: None,
-    };
-    let inner = node.network_of(workload.pid)?;
-    workload.link.create(node, &inner)?;
-    workload.link.open(node)?;
-    workload.wait_until_it_listens(lab, redis::PORT)?;
-    Ok(workload)
+    let pid = state["pid"].as_i64();
+    let pid = pid.and_then(|pid| i32::try_from(pid).ok());
+    let pid = pid.with_context(|| format!("{} has no pid: {state}", container.name()))?;
+    Ok((container, pid))
 }
 
 /// What the runtime of a node says of a container.
-pub fn state(node: &Node, container: &Container) -> Result<Value> {
+fn state(node: &Node, container: &Container) -> Result<Value> {
     let printed = ask(node, container, &["state", &container.id])?;
     serde_json::from_str(&printed)
         .with_context(|| format!("reading the state of {}", container.name()))
@@ -114,6 +137,9 @@ pub fn state(node: &Node, container: &Container) -> Result<Value> {
 /// Whether the runtime of this node has the container for its own: it lists it as running, and
 /// starts a command in it.
 pub fn check_here(node: &Node, container: &Container, pid: i32) -> Result<()> {
+    if container.runtime == Runtime::Podman {
+        return podman::check_here(node, container, pid);
+    }
     let (id, name) = (&container.id, container.name());
     let state = state(node, container)?;
     let is_running = state["status"] == "running" && state["pid"] == pid;
@@ -148,6 +174,9 @@ fn ask(node: &Node, container: &Container, arguments: &[&str]) -> Result<String>
 /// Whether nothing of the container is left at this node: no state of the runtime, no cgroup, no
 /// mount.
 pub fn check_gone(node: &Node, container: &Container) -> Result<()> {
+    if container.runtime == Runtime::Podman {
+        return podman::check_gone(node, container);
+    }
     let (id, runtime) = (&container.id, container.runtime.name());
     let script = format!(
         "ls -d /run/{runtime}/{id} {BUNDLES}/{id}/criu-root; \
@@ -161,6 +190,10 @@ pub fn check_gone(node: &Node, container: &Container) -> Result<()> {
 
 /// Whether the root file system of the bundle has all that was put there.
 pub fn check_whole(node: &Node, container: &Container) -> Result<()> {
+    if container.runtime == Runtime::Podman {
+        // Its root file system is made of an image, and unmade.
+        return Ok(());
+    }
     for program in [SERVER, CLIENT] {
         let path = node.path(format!("{BUNDLES}/{}/rootfs{program}", container.id));
         ensure!(
@@ -175,6 +208,9 @@ pub fn check_whole(node: &Node, container: &Container) -> Result<()> {
 
 /// Ends it as an operator would, and sees that nothing is left.
 pub fn end(node: &Node, container: &Container) -> Result<()> {
+    if container.runtime == Runtime::Podman {
+        return podman::end(node, container);
+    }
     ask(node, container, &["kill", &container.id, "KILL"])?;
     for _ in 0..POLLS {
         if state(node, container)?["status"] == "stopped" {
@@ -190,6 +226,10 @@ pub fn end(node: &Node, container: &Container) -> Result<()> {
 pub fn delete(lab: &Lab, container: &Container) -> Result<()> {
     let (id, runtime) = (&container.id, container.runtime);
     for node in &lab.nodes {
+        if runtime == Runtime::Podman {
+            podman::delete(node, container)?;
+            continue;
+        }
         let state = format!("/run/{}/{id}/{}", runtime.name(), runtime.state());
         if node.path(state).exists() {
             ask(node, container, &["delete", "--force", id])?;
@@ -198,10 +238,22 @@ pub fn delete(lab: &Lab, container: &Container) -> Result<()> {
     Ok(())
 }
 
-fn make_bundle(node: &Node, id: &str, bundle: &str) -> Result<()> {
-    let script = format!("mkdir -p {bundle}/rootfs && cd {bundle} && {MAKE}");
+/// Makes `rootfs` in a folder of a node, of the programs and what they are linked to.
+pub fn make_rootfs(node: &Node, folder: &str) -> Result<()> {
+    let script = format!("mkdir -p {folder}/rootfs && cd {folder} && {MAKE}");
     node.command("sh")?
         .args(["-ec", &script, "sh", SERVER, CLIENT])
+        .run()
+        .map(drop)
+}
+
+fn make_bundle(node: &Node, id: &str, bundle: &str) -> Result<()> {
+    make_rootfs(node, bundle)?;
+    node.command("sh")?
+        .args([
+            "-ec",
+            &format!("cd {bundle} && rm -f config.json && runc spec"),
+        ])
         .run()?;
     let spec = std::fs::read_to_string(node.path(format!("{bundle}/config.json")));
     let mut spec: Value = serde_json::from_str(&spec.context("reading what runc spec made")?)?;
@@ -218,7 +270,7 @@ fn make_bundle(node: &Node, id: &str, bundle: &str) -> Result<()> {
 
 const BUNDLES: &str = "/srv/bundles";
 const SERVER: &str = "/usr/bin/redis-server";
-const CLIENT: &str = "/usr/bin/redis-cli";
+pub const CLIENT: &str = "/usr/bin/redis-cli";
 /// Programs are the arguments. Files are at the paths they have in the image.
 const MAKE: &str = "\
 mkdir -p rootfs/proc rootfs/sys rootfs/dev rootfs/etc rootfs/tmp
@@ -231,8 +283,6 @@ for program in \"$@\"; do
     cp -L $library rootfs$library
   done
 done
-rm -f config.json
-runc spec
 ";
 /// Ten seconds.
 const POLLS: usize = 2_000;

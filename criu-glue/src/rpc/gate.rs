@@ -76,6 +76,8 @@ pub enum GateError {
     Stranger,
     #[error("no container runtime asked criu for anything within {limit:?}")]
     Silent { limit: Duration },
+    #[error("the container runtime has not asked for a dump that leaves its tree running")]
+    Final,
     #[error("cannot speak with what is to become criu")]
     StandIn(#[source] TalkError),
     #[error("cannot speak with the container runtime")]
@@ -189,6 +191,22 @@ impl Asked {
     /// [`TalkError::ClientClosed`] when nobody hears it.
     pub async fn call_off(self, why: &str) -> Result<(), TalkError> {
         self.client.call_off(&self.request, why).await
+    }
+
+    /// Answers with success though nothing is dumped, for whoever is about what else the runtime
+    /// and its callers do then. Of a dump that leaves its tree running only.
+    ///
+    /// # Errors
+    /// [`GateError::Final`] if the tree would be thought dead, [`GateError::Client`] when nobody
+    /// hears it.
+    pub async fn pretend(self) -> Result<(), GateError> {
+        let options = self.request.options();
+        let is_dump = self.request.kind() == RequestType::Dump as i32;
+        if !is_dump || options.and_then(|options| options.leave_running) != Some(true) {
+            return Err(GateError::Final);
+        }
+        let said = self.client.pretend(&self.request).await;
+        said.map_err(GateError::Client)
     }
 
     /// Has CRIU come, started as `config` says, and wait. Of `config` cgroups, output and inherited

@@ -6,7 +6,7 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -54,13 +54,40 @@ impl Runtime {
         arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
         log: PathBuf,
     ) -> Result<Self, RuntimeError> {
+        Self::start_with(gate, program, arguments, (log, Stdio::null()))
+    }
+
+    /// As [`Runtime::start`], but of an engine: it starts the runtime with other streams than its
+    /// own, and says what goes wrong on standard error, which becomes `log`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Start`].
+    pub fn start_engine(
+        gate: &Gate,
+        program: &Path,
+        arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+        log: PathBuf,
+    ) -> Result<Self, RuntimeError> {
+        let said = File::create(&log).map_err(|source| RuntimeError::Start {
+            program: program.to_owned(),
+            source,
+        })?;
+        Self::start_with(gate, program, arguments, (log, said.into()))
+    }
+
+    fn start_with(
+        gate: &Gate,
+        program: &Path,
+        arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+        (log, said): (PathBuf, Stdio),
+    ) -> Result<Self, RuntimeError> {
         let started = find(program).and_then(|found| {
             Command::new(found)
                 .args(arguments)
                 .env("PATH", gate.folder())
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
-                .stderr(Stdio::null())
+                .stderr(said)
                 .process_group(0)
                 .kill_on_drop(false)
                 .spawn()
@@ -131,7 +158,9 @@ impl Runtime {
         self.child.kill().await
     }
 
-    fn last_line(&self) -> String {
+    /// The last line of its log.
+    #[must_use]
+    pub fn last_line(&self) -> String {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
         let last = text.lines().rfind(|line| !line.trim().is_empty());
         last.unwrap_or_default().trim().to_owned()

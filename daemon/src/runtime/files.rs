@@ -251,8 +251,9 @@ impl Descriptors {
     }
 
     /// Refuses pipes that have an end outside the tree, which CRIU would refuse in the freeze.
-    pub fn check_pipes(&self) -> Result<(), Failure> {
-        for (inode, [readers, writers]) in &self.pipes {
+    pub fn check_pipes(&self, held: &[u64]) -> Result<(), Failure> {
+        let others = self.pipes.iter().filter(|(inode, _)| !held.contains(inode));
+        for (inode, [readers, writers]) in others {
             if *readers == 0 || *writers == 0 {
                 let missing = if *readers == 0 { "reader" } else { "writer" };
                 return Err(Failure::new(

@@ -32,6 +32,8 @@ use super::oci::checkpoint::{Checkpoint, CheckpointError};
 use super::oci::habits::Runtime;
 use super::oci::{self, Container};
 use super::passing::Passing;
+use super::podman::arrive::Arriving as ArrivingPodman;
+use super::podman::{self, Podman, PodmanError};
 use super::process::Process;
 use super::process::arrive::Arriving as ArrivingProcess;
 use super::process::describe::{self, Described};
@@ -46,6 +48,8 @@ pub enum Kind {
     Container(Container),
     /// A container of containerd.
     Containerd(Containerd),
+    /// A container of podman.
+    Podman(Podman),
 }
 
 /// A workload that comes.
@@ -57,6 +61,8 @@ pub enum Arriving {
     Container(ArrivingContainer),
     /// A container of containerd.
     Containerd(Box<ArrivingContainerd>),
+    /// A container of podman.
+    Podman(ArrivingPodman),
 }
 
 /// What asks CRIU for a dump, if that is not us.
@@ -83,6 +89,9 @@ pub enum AskError {
     /// The container's runtime does not ask for it, or containerd does not let it.
     #[error(transparent)]
     Containerd(#[from] containerd::AskError),
+    /// Its engine does not have it asked for.
+    #[error(transparent)]
+    Podman(#[from] PodmanError),
 }
 
 impl Kind {
@@ -101,7 +110,7 @@ impl Kind {
             WorkloadName::Containerd { namespace, id } => {
                 Containerd::find(namespace, id).map(Self::Containerd)
             }
-            WorkloadName::Podman(_) => Err(unsupported(name, "cannot be moved by this build")),
+            WorkloadName::Podman(name) => Podman::find(name).map(Self::Podman),
         }
     }
 
@@ -111,6 +120,7 @@ impl Kind {
             Self::Process(process) => process.root(),
             Self::Container(container) => container.root(),
             Self::Containerd(container) => container.root(),
+            Self::Podman(container) => container.root(),
         }
     }
 
@@ -118,10 +128,25 @@ impl Kind {
     /// its storage answers.
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
         match self {
-            Self::Process(process) => describe::describe(process.root(), pids, shared),
+            Self::Process(process) => describe::describe(process.root(), (pids, &[]), shared),
             Self::Container(container) => container.describe(pids, shared),
             Self::Containerd(container) => container.describe(pids, shared),
+            Self::Podman(container) => container.describe(pids, shared),
         }
+    }
+
+    /// What its engine has of it, for the target: nothing of it stops for that. `directory` is the
+    /// migration's.
+    pub async fn export(
+        &self,
+        description: &mut WorkloadDescription,
+        (criu, stand_in): (&Path, &Path),
+        directory: &Path,
+    ) -> Result<(), Failure> {
+        if let (Self::Podman(podman), Some(container)) = (self, &mut description.container) {
+            container.podman = Some(podman.export(criu, stand_in, directory).await?);
+        }
+        Ok(())
     }
 
     /// The cgroup that is to hold the tree of `pids`. Nothing is made yet.
@@ -135,6 +160,7 @@ impl Kind {
             Self::Process(process) => process.place(freezers, pids, &id.to_string()),
             Self::Container(container) => container.place(freezers, pids),
             Self::Containerd(container) => container.place(freezers, pids),
+            Self::Podman(container) => container.place(freezers, pids),
         }
     }
 
@@ -148,6 +174,7 @@ impl Kind {
             Self::Process(process) => process.enter(freezer, tree),
             Self::Container(container) => container.enter(freezer, tree),
             Self::Containerd(container) => container.enter(freezer, tree),
+            Self::Podman(container) => container.enter(freezer, tree),
         }
     }
 
@@ -159,6 +186,7 @@ impl Kind {
             Self::Process(_) => Ok(None),
             Self::Container(container) => container.stranger(freezer, threads),
             Self::Containerd(container) => container.stranger(freezer, threads),
+            Self::Podman(container) => container.stranger(freezer, threads),
         }
     }
 
@@ -166,7 +194,7 @@ impl Kind {
     pub const fn is_shared(&self) -> bool {
         match self {
             Self::Process(_) => false,
-            Self::Container(_) | Self::Containerd(_) => true,
+            Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => true,
         }
     }
 
@@ -176,6 +204,7 @@ impl Kind {
             Self::Process(process) => process.open_namespaces(own),
             Self::Container(container) => container.open_namespaces(),
             Self::Containerd(container) => container.open_namespaces(),
+            Self::Podman(container) => container.open_namespaces(),
         }
     }
 
@@ -204,6 +233,11 @@ impl Kind {
                 let (criu, checkpoint) = asked?;
                 Ok((criu, Asker::Container(Box::new(checkpoint))))
             }
+            Self::Podman(container) => {
+                let asked = container.ask((criu, options), stand_in, directory);
+                let (criu, checkpoint) = asked.await?;
+                Ok((criu, Asker::Container(Box::new(checkpoint))))
+            }
         }
     }
 
@@ -217,6 +251,10 @@ impl Kind {
                 container.give_back();
                 Ok(())
             }
+            Self::Podman(container) => {
+                container.give_back();
+                Ok(())
+            }
         }
     }
 
@@ -226,6 +264,7 @@ impl Kind {
             Self::Process(process) => process.release(freezer, hierarchies),
             Self::Container(container) => container.release(freezer),
             Self::Containerd(container) => container.release(freezer),
+            Self::Podman(container) => container.release(freezer),
         }
     }
 }
@@ -247,7 +286,9 @@ impl Arriving {
                 let arriving = ArrivingContainerd::begin((namespace, id), description)?;
                 Ok(Self::Containerd(Box::new(arriving)))
             }
-            WorkloadName::Podman(_) => Err(unsupported(name, "cannot be taken in by the target")),
+            WorkloadName::Podman(name) => {
+                ArrivingPodman::begin(name, description).map(Self::Podman)
+            }
         }
     }
 
@@ -258,6 +299,7 @@ impl Arriving {
             Self::Process(process) => process.check(description),
             Self::Container(container) => container.check(description),
             Self::Containerd(container) => container.check(description),
+            Self::Podman(container) => container.check(description),
         }
     }
 
@@ -266,6 +308,7 @@ impl Arriving {
         match self {
             Self::Process(process) => process.namespaces(description),
             Self::Container(_) | Self::Containerd(_) => ArrivingContainer::namespaces(),
+            Self::Podman(_) => ArrivingPodman::namespaces(),
         }
     }
 
@@ -274,7 +317,7 @@ impl Arriving {
         match self {
             Self::Process(process) => process.check_tasks(tasks),
             // They are in a pid namespace of their own.
-            Self::Container(_) | Self::Containerd(_) => Ok(()),
+            Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => Ok(()),
         }
     }
 
@@ -289,6 +332,7 @@ impl Arriving {
             Self::Process(_) => Ok(None),
             Self::Container(container) => container.restore(directory, hierarchies).map(Some),
             Self::Containerd(container) => container.restore(directory).map(Some),
+            Self::Podman(container) => container.restore(directory, hierarchies).map(Some),
         }
     }
 }
@@ -303,9 +347,12 @@ impl Asker {
     }
 }
 
-/// Removes what is left of an arrival that did not come to its end. Nobody of it may be left.
+/// Removes what is left of an arrival that did not come to its end. Nobody of it may be
+/// left. Blocks.
 pub fn sweep(directory: &Path) {
+    // First what is bound into folders that an engine deletes.
     oci::arrive::sweep(directory);
+    podman::arrive::sweep(directory);
     containerd::arrive::settle(directory);
 }
 
@@ -317,11 +364,4 @@ pub fn settle(directory: &Path) {
 /// Tries again what could not be settled before.
 pub fn settle_left() {
     containerd::arrive::settle_left();
-}
-
-fn unsupported(name: &WorkloadName, what: &str) -> Failure {
-    Failure::new(
-        ErrorCode::UnsupportedWorkload,
-        format!("{name} {what}: kind {} is not supported yet", name.kind()),
-    )
 }

@@ -1,5 +1,6 @@
 //! What a workload is to the container runtime that runs it.
 
+use crate::id::ContainerId;
 use crate::wire::control::{ControlError, missing, short};
 use crate::wire::description::PATH_BYTES_MAX;
 use crate::wire::schema;
@@ -17,6 +18,8 @@ pub struct ContainerDescription {
     pub config: Vec<u8>,
     /// What containerd has of it, if it is containerd's.
     pub containerd: Option<ContainerdDescription>,
+    /// What podman has of it, if it is podman's.
+    pub podman: Option<PodmanDescription>,
 }
 
 /// A container of containerd.
@@ -37,12 +40,31 @@ pub const RECORD_BYTES_MAX: usize = 128 << 10; // 128 KiB
 /// Longest name of a type, a digest or a chain of layers, in bytes.
 const REFERENCE_BYTES_MAX: usize = 256;
 
+/// A container of podman.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodmanDescription {
+    /// What its runtime calls it.
+    pub id: ContainerId,
+    /// The id of its image.
+    pub image: ContainerId,
+    /// When podman starts it again, as `--restart` has it; empty for never.
+    pub restart: String,
+    /// What `podman container restore --import` reads, without pages.
+    pub archive: Vec<u8>,
+}
+
+/// Longest archive, in bytes: two configurations, and what tar adds.
+pub const ARCHIVE_BYTES_MAX: usize = 512 << 10; // 512 KiB
+/// Longest policy, in bytes: `on-failure` and a number.
+const RESTART_BYTES_MAX: usize = 64;
+
 impl From<&ContainerDescription> for schema::Container {
     fn from(container: &ContainerDescription) -> Self {
         Self {
             bundle: container.bundle.clone(),
             config: container.config.clone(),
             containerd: container.containerd.as_ref().map(Into::into),
+            podman: container.podman.as_ref().map(Into::into),
         }
     }
 }
@@ -54,6 +76,17 @@ impl From<&ContainerdDescription> for schema::Containerd {
             spec_type: container.spec_type.clone(),
             image_digest: container.image_digest.clone(),
             snapshot_parent: container.snapshot_parent.clone(),
+        }
+    }
+}
+
+impl From<&PodmanDescription> for schema::Podman {
+    fn from(podman: &PodmanDescription) -> Self {
+        Self {
+            id: podman.id.to_string(),
+            image: podman.image.to_string(),
+            restart: podman.restart.clone(),
+            archive: podman.archive.clone(),
         }
     }
 }
@@ -79,6 +112,32 @@ impl TryFrom<schema::Containerd> for ContainerdDescription {
     }
 }
 
+impl TryFrom<schema::Podman> for PodmanDescription {
+    type Error = ControlError;
+
+    fn try_from(wire: schema::Podman) -> Result<Self, ControlError> {
+        let id = |name: &'static str, text: String| -> Result<ContainerId, ControlError> {
+            text.parse().map_err(|_| missing(name))
+        };
+        short(
+            "container.podman.restart",
+            wire.restart.len(),
+            RESTART_BYTES_MAX,
+        )?;
+        short(
+            "container.podman.archive",
+            wire.archive.len(),
+            ARCHIVE_BYTES_MAX,
+        )?;
+        Ok(Self {
+            id: id("container.podman.id", wire.id)?,
+            image: id("container.podman.image", wire.image)?,
+            restart: wire.restart,
+            archive: wire.archive,
+        })
+    }
+}
+
 impl TryFrom<schema::Container> for ContainerDescription {
     type Error = ControlError;
 
@@ -92,6 +151,7 @@ impl TryFrom<schema::Container> for ContainerDescription {
             bundle: wire.bundle,
             config: wire.config,
             containerd: wire.containerd.map(TryInto::try_into).transpose()?,
+            podman: wire.podman.map(TryInto::try_into).transpose()?,
         })
     }
 }
@@ -106,6 +166,7 @@ mod tests {
             bundle: bundle.to_owned(),
             config: vec![b' '; length],
             containerd: None,
+            podman: None,
         };
         let read = |wire: schema::Container| ContainerDescription::try_from(wire).is_ok();
         assert!(read(wire("/b", CONFIG_BYTES_MAX)));
@@ -124,5 +185,24 @@ mod tests {
         assert!(read(wire(RECORD_BYTES_MAX, REFERENCE_BYTES_MAX)));
         assert!(!read(wire(RECORD_BYTES_MAX + 1, 1)));
         assert!(!read(wire(1, REFERENCE_BYTES_MAX + 1)));
+    }
+
+    #[test]
+    fn what_podman_has_of_a_container_is_named_and_limited() {
+        let read = |change: fn(&mut schema::Podman)| {
+            let mut wire = schema::Podman {
+                id: "0a".to_owned(),
+                image: "0b".to_owned(),
+                restart: "on-failure:3".to_owned(),
+                archive: vec![0; 2],
+            };
+            change(&mut wire);
+            PodmanDescription::try_from(wire)
+        };
+        assert_eq!(read(|_| ()).unwrap().restart, "on-failure:3");
+        assert!(read(|wire| wire.id = "../a".to_owned()).is_err());
+        assert!(read(|wire| wire.image.clear()).is_err());
+        assert!(read(|wire| wire.restart = "a".repeat(65)).is_err());
+        assert!(read(|wire| wire.archive = vec![0; ARCHIVE_BYTES_MAX + 1]).is_err());
     }
 }

@@ -25,7 +25,7 @@ mod last_round;
 mod survey;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -83,6 +83,13 @@ pub struct SourceNode {
     pub eager_memory_max: u64,
     /// Where folders go that have left with their workload.
     pub keep: Keep,
+}
+
+impl SourceNode {
+    /// CRIU, and what is started in its place.
+    fn programs(&self) -> (&Path, &Path) {
+        (&self.criu, &self.stand_in)
+    }
 }
 
 /// A workload at its source.

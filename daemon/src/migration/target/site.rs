@@ -486,6 +486,7 @@ impl Site {
             runtime: self.made_by.as_ref().map(|restore| RuntimeRequest {
                 stand_in: self.node.stand_in.clone(),
                 program: restore.program.clone(),
+                is_engine: restore.is_engine,
                 arguments: restore.arguments.clone(),
                 log: restore.log.clone(),
                 gate: self.directory.join("gate"),
@@ -496,6 +497,8 @@ impl Site {
                 bound: BOUND.to_owned(),
                 state: restore.leaves.state.clone(),
                 leaves: restore.leaves.paths.clone(),
+                undo: restore.undo.clone(),
+                then: restore.then.clone(),
             }),
             ..RestoreRequest::default()
         }

@@ -16,8 +16,7 @@ use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescripti
 use pageferry_proto::wire::description::WorkloadDescription;
 
 use super::{ask, check, kept_in, refuse_others};
-use crate::runtime::cpu;
-use crate::runtime::oci::arrive::{Leaves, Restore, check_namespaces, prepare};
+use crate::runtime::oci::arrive::{Leaves, Restore, check_node, prepare};
 use crate::runtime::oci::spec::Spec;
 
 /// What stands for the runtime here: it asks containerd, and ends when the container runs.
@@ -73,11 +72,8 @@ impl Arriving {
 
     /// Compares what it needs with this node. Blocks, for as long as containerd takes to answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
-        check_namespaces(description)?;
-        Spec::parse(&self.config)?.check()?;
-        if let Some(source) = &description.cpu {
-            cpu::read().check(source)?;
-        }
+        check_node(description)?;
+        Spec::parse(&self.config)?.check(None)?;
         let unfit = |text: String| Err(Failure::new(ErrorCode::NodeUnfit, text));
         let program = beside(PROGRAM);
         if !program.is_file() {
@@ -181,12 +177,15 @@ impl Arriving {
         arrival.write(directory)?;
         Ok(Restore {
             program: beside(PROGRAM),
+            is_engine: false,
             arguments: vec![directory.to_string_lossy().into_owned()],
             log: directory.join(LOG),
             leaves,
             // runc puts there what is to become CRIU.
             cgroup_procs: Vec::new(),
             cgroup: None,
+            undo: Vec::new(),
+            then: Vec::new(),
         })
     }
 }

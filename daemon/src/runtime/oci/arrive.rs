@@ -34,6 +34,8 @@ pub struct Arriving {
 pub struct Restore {
     /// The program.
     pub program: PathBuf,
+    /// Whether it starts the runtime itself, with streams of its own making.
+    pub is_engine: bool,
     /// Its arguments.
     pub arguments: Vec<String>,
     /// Where it writes what goes wrong.
@@ -45,6 +47,10 @@ pub struct Restore {
     pub cgroup_procs: Vec<PathBuf>,
     /// The cgroup that it has to name then.
     pub cgroup: Option<String>,
+    /// Arguments with which it is started again when its restore has failed, if any;
+    pub undo: Vec<String>,
+    /// and when the container runs.
+    pub then: Vec<String>,
 }
 
 /// What a runtime may leave behind of a restore that did not succeed.
@@ -101,22 +107,8 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks; asks about files, whose storage may not
     /// answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
-        check_namespaces(description)?;
-        let folder = self.runtime.folder(&self.id);
-        if folder.exists() {
-            return Err(Failure::new(
-                ErrorCode::NameTaken,
-                format!(
-                    "the target has a container {} already, or what is left of one ({}): end it \
-                     there first, or have it moved under another name",
-                    self.id,
-                    folder.display()
-                ),
-            ));
-        }
-        if let Some(source) = &description.cpu {
-            cpu::read().check(source)?;
-        }
+        check_node(description)?;
+        check_free(self.runtime, &self.id)?;
         self.check_bundle()?;
         let root = Path::new("/");
         let mut all = description.files.iter();
@@ -136,7 +128,7 @@ impl Arriving {
             )
         };
         // Also a source that refuses less than this node is not followed.
-        Spec::parse(&self.container.config)?.check()?;
+        Spec::parse(&self.container.config)?.check(None)?;
         let here = read_config(bundle).map_err(|failure| differs(failure.text()))?;
         if here != self.container.config {
             return Err(differs("its config.json is another one"));
@@ -152,21 +144,15 @@ impl Arriving {
     /// How the runtime is started to restore it. Makes what it needs in `directory`, which is the
     /// migration's.
     pub fn restore(&self, directory: &Path, hierarchies: &Hierarchies) -> io::Result<Restore> {
-        let spec = Spec::parse(&self.container.config).map_err(io::Error::other)?;
-        let cgroup = spec.cgroup().to_owned();
-        // Wherever the runtime makes one.
-        let below = cgroup.trim_start_matches('/');
-        let all = hierarchies.iter().map(|all| all.point.join(below));
-        let cgroups: Vec<PathBuf> = all.collect();
-        let leaves = self.leaves(&cgroups);
-        let images = prepare(directory, &leaves)?;
+        let images = streams(directory)?;
+        let container = (self.runtime, &*self.id);
+        let made = made(container, &self.container, hierarchies, directory)?;
         let path = |path: &Path| path.to_string_lossy().into_owned();
-        let log = directory.join(OUTPUT);
         let arguments = [
             "--root",
             self.runtime.root(),
             "--log",
-            &path(&log),
+            &path(&made.log),
             "restore",
             "--detach",
             "--manage-cgroups-mode",
@@ -179,44 +165,15 @@ impl Arriving {
             &self.container.bundle,
             &self.id,
         ];
-        let joined = match self.runtime.habits().enters {
-            true => Vec::new(),
-            false => cgroups,
-        };
-        let joined = joined.into_iter().map(|cgroup| cgroup.join("cgroup.procs"));
         Ok(Restore {
-            program: self.runtime.program().into(),
             arguments: arguments.map(str::to_owned).to_vec(),
-            log,
-            leaves,
-            cgroup_procs: joined.collect(),
-            cgroup: (!self.runtime.habits().enters).then_some(cgroup),
+            ..made
         })
-    }
-
-    fn leaves(&self, cgroups: &[PathBuf]) -> Leaves {
-        let (runtime, habits) = (self.runtime, self.runtime.habits());
-        let folder = runtime.folder(&self.id);
-        let files = habits.leaves.iter().map(|name| folder.join(name));
-        let mut paths: Vec<PathBuf> = files.collect();
-        if !paths.is_empty() {
-            paths.push(folder);
-        }
-        for cgroup in cgroups.iter().filter(|_| !habits.leaves_below.is_empty()) {
-            paths.extend(habits.leaves_below.iter().map(|name| cgroup.join(name)));
-            paths.push(cgroup.clone());
-        }
-        Leaves {
-            folder: runtime.folder(&self.id),
-            bound_in: bound_in((runtime, &self.id), Path::new(&self.container.bundle)),
-            state: runtime.state(&self.id),
-            paths,
-        }
     }
 }
 
-/// Refuses what no source of this build offers.
-pub fn check_namespaces(description: &WorkloadDescription) -> Result<(), Failure> {
+/// Refuses what no container has that is moved, and a processor that it cannot go on with.
+pub fn check_node(description: &WorkloadDescription) -> Result<(), Failure> {
     let own = [
         Namespaces::NET,
         Namespaces::UTS,
@@ -230,21 +187,101 @@ pub fn check_namespaces(description: &WorkloadDescription) -> Result<(), Failure
             "a container has namespaces of its own, and nothing shared with its node",
         ));
     }
-    Ok(())
+    match &description.cpu {
+        Some(source) => cpu::read().check(source),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a container of which the runtime has something already.
+pub fn check_free(runtime: Runtime, id: &str) -> Result<(), Failure> {
+    let folder = runtime.folder(id);
+    if !folder.exists() {
+        return Ok(());
+    }
+    Err(Failure::new(
+        ErrorCode::NameTaken,
+        format!(
+            "the target has a container {id} already, or what is left of one ({}): end it there \
+             first, or have it moved under another name",
+            folder.display()
+        ),
+    ))
+}
+
+/// How the runtime is started, but for its arguments, and where it makes what. That is noted in
+/// `directory`.
+pub fn made(
+    (runtime, id): (Runtime, &str),
+    container: &ContainerDescription,
+    hierarchies: &Hierarchies,
+    directory: &Path,
+) -> io::Result<Restore> {
+    let spec = Spec::parse(&container.config).map_err(io::Error::other)?;
+    let cgroup = spec.cgroup();
+    // Wherever the runtime makes one.
+    let below = cgroup.trim_start_matches('/');
+    let cgroups = hierarchies.iter().map(|all| all.point.join(below));
+    let cgroups: Vec<PathBuf> = cgroups.collect();
+    let leaves = leaves((runtime, id), Path::new(&container.bundle), &cgroups);
+    note(directory, &leaves)?;
+    let joined = match runtime.habits().enters {
+        true => Vec::new(),
+        false => cgroups,
+    };
+    let joined = joined.into_iter().map(|cgroup| cgroup.join("cgroup.procs"));
+    Ok(Restore {
+        program: runtime.program().into(),
+        is_engine: false,
+        arguments: Vec::new(),
+        log: directory.join(OUTPUT),
+        leaves,
+        cgroup_procs: joined.collect(),
+        cgroup: (!runtime.habits().enters).then(|| cgroup.to_owned()),
+        undo: Vec::new(),
+        then: Vec::new(),
+    })
 }
 
 /// Notes in `directory` what a killed runtime may leave, and makes what it reads of images by
 /// itself; where that is.
 pub fn prepare(directory: &Path, leaves: &Leaves) -> io::Result<PathBuf> {
-    let images = directory.join("streams");
-    fs::create_dir_all(&images)?;
-    fs::write(images.join(STREAMS.0), STREAMS.1)?;
+    note(directory, leaves)?;
+    streams(directory)
+}
+
+fn note(directory: &Path, leaves: &Leaves) -> io::Result<()> {
     let note = Note {
         leaves: leaves.clone(),
         ..Note::default()
     };
-    note.write(directory)?;
+    note.write(directory)
+}
+
+fn streams(directory: &Path) -> io::Result<PathBuf> {
+    let images = directory.join("streams");
+    fs::create_dir_all(&images)?;
+    fs::write(images.join(STREAMS.0), STREAMS.1)?;
     Ok(images)
+}
+
+fn leaves((runtime, id): (Runtime, &str), bundle: &Path, cgroups: &[PathBuf]) -> Leaves {
+    let (folder, habits) = (runtime.folder(id), runtime.habits());
+    let files = habits.leaves.iter().map(|name| folder.join(name));
+    let mut paths: Vec<PathBuf> = files.collect();
+    if !paths.is_empty() {
+        paths.push(folder);
+    }
+    for cgroup in cgroups.iter().filter(|_| !habits.leaves_below.is_empty()) {
+        paths.extend(habits.leaves_below.iter().map(|name| cgroup.join(name)));
+        paths.push(cgroup.clone());
+    }
+    Leaves {
+        folder: runtime.folder(id),
+        bound_in: bound_in((runtime, id), bundle),
+        state: runtime.state(id),
+        paths,
+    }
 }
 
 /// The cgroup that runtime `program` has made for a container: process `pid` is to become the CRIU
@@ -365,6 +402,7 @@ mod tests {
                 bundle: bundle.to_string_lossy().into_owned(),
                 config: config.into(),
                 containerd: None,
+                podman: None,
             },
         }
     }
@@ -452,7 +490,7 @@ mod tests {
         assert!(!state.exists() && !cgroup.exists());
         // One that had not asked yet.
         let note = Note {
-            leaves: leaves.clone(),
+            leaves: note.leaves,
             ..Note::default()
         };
         note.write(folder.path()).unwrap();

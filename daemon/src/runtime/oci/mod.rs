@@ -41,7 +41,7 @@ use super::identity::{self, Identity};
 use super::passing::Passing;
 use super::process::describe::{self, Described};
 use habits::{BoundIn, Runtime};
-use spec::Spec;
+use spec::{Engine, Spec};
 use state::State;
 
 /// What a runtime calls the place to which it binds the root file system while it restores.
@@ -87,6 +87,28 @@ impl Container {
         (runtime, kept_in): (Runtime, Option<PathBuf>),
         id: &ContainerId,
     ) -> Result<Self, Failure> {
+        let (container, state) = Self::read_in((runtime, kept_in), id)?;
+        state.check()?;
+        let config = read_config(&container.bundle)?;
+        state.check_against(&Spec::parse(&config)?, &container.bundle)?;
+        if let Some(copy) = runtime.habits().copy
+            && fs::read(container.folder().join(copy)).ok() != Some(config)
+        {
+            let text = format!("the config.json of {id} was changed since it was started");
+            return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
+        }
+        Ok(container)
+    }
+
+    /// The container of this name, and what its runtime has of it, if it runs here.
+    pub fn read(runtime: Runtime, id: &ContainerId) -> Result<(Self, State), Failure> {
+        Self::read_in((runtime, None), id)
+    }
+
+    fn read_in(
+        (runtime, kept_in): (Runtime, Option<PathBuf>),
+        id: &ContainerId,
+    ) -> Result<(Self, State), Failure> {
         let (id, program) = (id.to_string(), runtime.program());
         let root = kept_in.as_deref().unwrap_or(Path::new(runtime.root()));
         let folder = root.join(&id);
@@ -107,20 +129,11 @@ impl Container {
             let text = format!("the container {id} has ended: {program} has its remains");
             return Err(Failure::new(ErrorCode::WorkloadGone, text));
         };
-        state.check()?;
         let bundle = state.bundle.clone().ok_or_else(|| {
             let text = format!("{program} does not say where the bundle of {id} is");
             Failure::new(ErrorCode::UnsupportedWorkload, text)
         })?;
-        let config = read_config(&bundle)?;
-        state.check_against(&Spec::parse(&config)?, &bundle)?;
-        if let Some(copy) = runtime.habits().copy
-            && fs::read(folder.join(copy)).ok() != Some(config)
-        {
-            let text = format!("the config.json of {id} was changed since it was started");
-            return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
-        }
-        Ok(Self {
+        let container = Self {
             runtime,
             id,
             root,
@@ -128,7 +141,8 @@ impl Container {
             boot,
             bundle,
             kept_in,
-        })
+        };
+        Ok((container, state))
     }
 
     /// Where its runtime keeps its containers.
@@ -142,9 +156,33 @@ impl Container {
         self.root
     }
 
+    /// Who runs it.
+    pub const fn runtime(&self) -> Runtime {
+        self.runtime
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.runtime.folder(&self.id)
+    }
+
+    /// The folder of its bundle.
+    pub fn bundle(&self) -> &Path {
+        &self.bundle
+    }
+
     /// What it is made of: the tree of `pids`, the root first. Blocks, for a few milliseconds if
     /// its storage answers.
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
+        self.describe_with(pids, shared, None)
+    }
+
+    /// As [`Container::describe`], of one that is an engine's.
+    pub fn describe_with(
+        &self,
+        pids: &[i32],
+        shared: &[PathBuf],
+        engine: Option<&Engine>,
+    ) -> Result<Described, Failure> {
         if let Some(path) = shared.first() {
             return Err(Failure::new(
                 ErrorCode::UnsupportedWorkload,
@@ -157,8 +195,9 @@ impl Container {
             ));
         }
         let config = read_config(&self.bundle)?;
-        Spec::parse(&config)?.check()?;
-        let mut described = describe::describe(self.root, pids, shared)?;
+        Spec::parse(&config)?.check(engine)?;
+        let pipes = engine.map_or(&[][..], |engine| &engine.pipes);
+        let mut described = describe::describe(self.root, (pids, pipes), shared)?;
         let description = &mut described.description;
         // The runtime mounts them, by the same configuration.
         description.mounts.clear();
@@ -166,6 +205,7 @@ impl Container {
             bundle: self.bundle.to_string_lossy().into_owned(),
             config,
             containerd: None,
+            podman: None,
         });
         Ok(described)
     }

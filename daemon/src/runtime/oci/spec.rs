@@ -39,9 +39,22 @@ struct Root {
     readonly: bool,
 }
 
+/// What an engine over the runtime has made of a container, and makes again at the target.
+#[derive(Debug, Default)]
+pub struct Engine {
+    /// As it calls itself in [`MANAGER`].
+    pub manager: &'static str,
+    /// Folders of the container's own, in which it has files that are mounted into it.
+    pub folders: Vec<PathBuf>,
+    /// Pipes that it holds the other ends of.
+    pub pipes: Vec<u64>,
+}
+
 #[derive(Debug, Deserialize)]
 struct Mount {
     destination: String,
+    #[serde(default)]
+    source: PathBuf,
     #[serde(default, rename = "type")]
     kind: String,
     #[serde(default)]
@@ -183,12 +196,13 @@ impl Spec {
     }
 
     /// Refuses what is not moved yet, by its name.
-    pub fn check(&self) -> Result<(), Failure> {
+    pub fn check(&self, engine: Option<&Engine>) -> Result<(), Failure> {
         let refused = |text: &str| {
             let text = format!("the container {text}");
             Err(Failure::new(ErrorCode::UnsupportedWorkload, text))
         };
-        if let Some(manager) = self.annotations.get(MANAGER) {
+        let manager = self.annotations.get(MANAGER);
+        if let Some(manager) = manager.filter(|has| engine.is_none_or(|by| by.manager != **has)) {
             return refused(&format!(
                 "is one of {manager}, which would start it again, or lose it: it cannot be moved \
                  without its manager"
@@ -206,7 +220,12 @@ impl Spec {
                  (root.readonly) and give it a tmpfs for what it writes",
             );
         }
-        for mount in &self.mounts {
+        let folders = engine.map_or(&[][..], |engine| &engine.folders);
+        let is_made = |mount: &&Mount| {
+            let mut folders = folders.iter();
+            folders.any(|folder| mount.source.starts_with(folder))
+        };
+        for mount in self.mounts.iter().filter(|mount| !is_made(mount)) {
             let binds = |option: &String| option == "bind" || option == "rbind";
             if mount.options.iter().any(binds) || !MOUNTED.contains(&&*mount.kind) {
                 return refused(&format!(
@@ -298,14 +317,14 @@ mod tests {
         let mut spec = spec();
         change(&mut spec);
         let parsed = Spec::parse(spec.to_string().as_bytes()).unwrap();
-        parsed.check().expect_err("refused").to_string()
+        parsed.check(None).expect_err("refused").to_string()
     }
 
     #[test]
     fn what_is_not_moved_yet_is_refused_by_its_name() {
         Spec::parse(spec().to_string().as_bytes())
             .unwrap()
-            .check()
+            .check(None)
             .unwrap();
         let terminal = refused(|spec| spec["process"]["terminal"] = true.into());
         assert!(terminal.starts_with("stdio-unfit") && terminal.contains("terminal"));
@@ -362,5 +381,29 @@ mod tests {
             );
         });
         assert!(none.contains("no pid namespace"), "{none}");
+    }
+
+    #[test]
+    fn what_its_engine_has_made_is_no_volume() {
+        let engine = Engine {
+            manager: "libpod",
+            folders: vec!["/store/web".into()],
+            ..Engine::default()
+        };
+        let check = |source: &str, manager: &str| {
+            let mut spec = spec();
+            spec["annotations"] = json!({MANAGER: manager});
+            let hosts = json!({"destination": "/etc/hosts", "type": "bind", "source": source});
+            spec["mounts"].as_array_mut().unwrap().push(hosts);
+            let parsed = Spec::parse(spec.to_string().as_bytes()).unwrap();
+            parsed
+                .check(Some(&engine))
+                .map_err(|refused| refused.to_string())
+        };
+        check("/store/web/hosts", "libpod").unwrap();
+        let volume = check("/store/webb/hosts", "libpod").unwrap_err();
+        assert!(volume.contains("/etc/hosts mounted"), "{volume}");
+        let other = check("/store/web/hosts", "other").unwrap_err();
+        assert!(other.contains("one of other"), "{other}");
     }
 }

@@ -34,6 +34,12 @@ pub struct State {
 impl State {
     /// Refuses what is not moved yet, by its name.
     pub fn check(&self) -> Result<(), Failure> {
+        self.check_maker()?;
+        self.check_streams()
+    }
+
+    /// Refuses a container that was made as none is moved.
+    pub fn check_maker(&self) -> Result<(), Failure> {
         let refused = |text: &str| Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
         if self.is_writable {
             return refused(
@@ -47,6 +53,17 @@ impl State {
         if self.is_systemds {
             return refused("the container's cgroup is made by systemd, which is not moved yet");
         }
+        Ok(())
+    }
+
+    /// Its standard streams that are pipes, by their inodes.
+    pub fn pipes(&self) -> Vec<u64> {
+        let names = self.streams.iter();
+        let pipes = names.filter_map(|name| name.strip_prefix("pipe:[")?.strip_suffix(']'));
+        pipes.filter_map(|inode| inode.parse().ok()).collect()
+    }
+
+    fn check_streams(&self) -> Result<(), Failure> {
         let other = self.streams.iter().enumerate();
         let other = other
             .into_iter()

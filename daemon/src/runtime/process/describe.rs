@@ -36,11 +36,16 @@ pub struct Described {
 
 /// Looks at the tree of `pids`, `root` first. Blocks for a few milliseconds.
 ///
+/// Of `pipes` somebody who is not in the tree has the other end, and somebody has at the target.
 /// `storage` are paths the operator says both nodes share. Links, routes, the addresses spaces go
 /// by, the proofs of what is shared, the kernel's boot id, the processor and CRIU's version are
 /// left for the caller, who
 /// knows them.
-pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Described, Failure> {
+pub fn describe(
+    root: i32,
+    (pids, pipes): (&[i32], &[u64]),
+    storage: &[PathBuf],
+) -> Result<Described, Failure> {
     let gone = |error: &dyn std::fmt::Display| {
         Failure::new(
             ErrorCode::WorkloadGone,
@@ -54,7 +59,7 @@ pub fn describe(root: i32, pids: &[i32], storage: &[PathBuf]) -> Result<Describe
     let mounts = own_mounts(root, &own)?;
     let mut descriptors = Descriptors::of(pids, mounts.clone());
     let (spaces, tasks) = members(pids, storage, &mut descriptors)?;
-    descriptors.check_pipes()?;
+    descriptors.check_pipes(pipes)?;
     check_sockets(root, pids, &own, &descriptors)?;
     check_session(&process, &tasks)?;
     let (hostname, domainname) = names(root, &own)?;

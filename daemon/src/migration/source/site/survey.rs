@@ -158,6 +158,21 @@ async fn add_network(
     Ok(network.ports)
 }
 
+/// The folders that travel with the tree of `pids`.
+async fn add_folders(
+    description: &mut WorkloadDescription,
+    node: &SourceNode,
+    id: MigrationId,
+    (asked, pids): (&Asked, &[i32]),
+) -> Result<Folders, Failure> {
+    let (keep, paths) = (node.keep.clone(), asked.copied.clone());
+    let members = pids.to_vec();
+    let opening = move || Folders::open(keep, id, &paths, &members);
+    let (folders, copied) = looking(description.root_pid, opening).await?;
+    description.copied = copied;
+    Ok(folders)
+}
+
 /// What its processes share by way of the kernel, if all of that can move.
 fn look_at_ipc(root: i32, node: &SourceNode, force: bool) -> Result<Ipc, Failure> {
     let ipc = Ipc::of(root, force)?;
@@ -197,16 +212,14 @@ impl Site {
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
         let (kept, shared) = looking(root, move || Kept::open(storage)).await?;
         description.shared = shared;
-        let keep = node.keep.clone();
-        let (paths, members) = (asked.copied.clone(), pids.clone());
-        let opening = move || Folders::open(keep, id, &paths, &members);
-        let (folders, copied) = looking(root, opening).await?;
-        description.copied = copied;
+        let folders = add_folders(&mut description, &node, id, (asked, &pids)).await?;
         let ports = if described.own.contains(&NamespaceKind::Net) {
             add_network(&mut description, root).await?
         } else {
             Vec::new()
         };
+        let (programs, directory) = (node.programs(), node.migrations.join(id.to_string()));
+        kind.export(&mut description, programs, &directory).await?;
         if !anchor.is_alive() {
             return Err(ended(root));
         }

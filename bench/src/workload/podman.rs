@@ -1,0 +1,181 @@
+//! Redis in a container of podman: started, looked at and ended by podman's own commands.
+//!
+//! Its image is made at the first node and loaded at the others, so that it has one id. The root
+//! file system is read-only, the network a veth of the lab's, and podman keeps the log.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::container::{CLIENT, Container, Runtime, make_rootfs};
+use super::redis;
+use crate::lab::Lab;
+use crate::lab::node::Node;
+
+/// Of containers.conf: podman as its containers are moved. Without systemd there is no journal.
+pub const SETTINGS: (&str, &str) = (
+    "/etc/containers/containers.conf.d/lab.conf",
+    "[containers]\nlog_driver = \"k8s-file\"\npids_limit = 0\n\
+     [engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\n",
+);
+
+/// Starts it at a node.
+pub fn start(lab: &Lab, name: &str, at: &str) -> Result<(Container, i32)> {
+    for node in &lab.nodes {
+        // An overlay on the overlay of the node's own root cannot be mounted.
+        let script = format!(
+            "mkdir -p {STORE} && if ! mountpoint -q {STORE}; then mount -t tmpfs tmpfs {STORE}; fi"
+        );
+        node.command("sh")?.args(["-ec", &script]).run()?;
+    }
+    bring_image(lab, at)?;
+    let node = lab.node(at)?;
+    let arguments = redis::plan().arguments;
+    let run = ["run", "--detach", "--name", name, "--network", "none"];
+    let run = run
+        .into_iter()
+        .chain(["--read-only", "--restart", POLICY_NAME, IMAGE]);
+    let started = podman(node)?.args(run).args(&arguments).run();
+    started.with_context(|| format!("starting the container {name} at node {at}"))?;
+    let container = Container {
+        runtime: Runtime::Podman,
+        id: name.to_owned(),
+    };
+    let state = inspect(node, &container)?;
+    let pid = state["State"]["Pid"].as_i64();
+    let pid = pid.and_then(|pid| i32::try_from(pid).ok());
+    Ok((container, pid.context("podman has no pid for it")?))
+}
+
+/// Whether podman of this node has the container for its own: it runs, a command can be started in
+/// it, what it prints is logged, and it would be started again.
+pub fn check_here(node: &Node, container: &Container, pid: i32) -> Result<()> {
+    let name = &container.id;
+    let told = inspect(node, container)?;
+    let is_running = told["State"]["Status"] == "running" && told["State"]["Pid"] == pid;
+    ensure!(
+        is_running,
+        "podman says of {name}, whose process is {pid}: {}",
+        told["State"]
+    );
+    let policy = &told["HostConfig"]["RestartPolicy"]["Name"];
+    ensure!(policy == POLICY_NAME, "the policy of {name} is {policy}");
+    let exec = |arguments: &[&str]| {
+        let exec = ["exec", name, CLIENT].into_iter();
+        podman(node)?
+            .args(exec.chain(arguments.iter().copied()))
+            .run()
+    };
+    let pong = exec(&["ping"])?;
+    ensure!(pong.trim() == "PONG", "redis-cli in {name} says {pong:?}");
+    let mark = format!("mark-of-{pid}");
+    exec(&["EVAL", "redis.log(redis.LOG_WARNING, ARGV[1])", "0", &mark])?;
+    wait_until(|| {
+        let logs = podman(node)?.args(["logs", name]).output()?;
+        let logs = [logs.stdout, logs.stderr].concat();
+        Ok(String::from_utf8_lossy(&logs).contains(&mark))
+    })
+    .with_context(|| format!("podman has no {mark} in the log of {name}"))?;
+    let id = told["Id"].as_str().unwrap_or_default();
+    let cgroups = node
+        .command("cat")?
+        .arg(format!("/proc/{pid}/cgroup"))
+        .run()?;
+    ensure!(
+        cgroups.contains(&format!("/libpod-{id}\n")),
+        "{name} is in other cgroups than its own: {cgroups}"
+    );
+    Ok(())
+}
+
+/// Whether nothing of the container is left at this node.
+pub fn check_gone(node: &Node, container: &Container) -> Result<()> {
+    let listed = podman(node)?.args(["ps", "--all", "--format", "{{.Names}} {{.Status}}"]);
+    let listed = listed.run()?;
+    ensure!(
+        !listed.lines().any(|line| line.starts_with(&container.id)),
+        "podman of node {} still has {listed}",
+        node.name()
+    );
+    // Of no container at all: it is the only one.
+    let script = "ls -A /run/crun | grep -v '^\\.'; \
+                  find /sys/fs/cgroup -type d -name 'libpod-*' | grep -v conmon; \
+                  grep -e criu-root -e overlay-containers /proc/mounts; \
+                  ls -d /run/pageferry/migrations/*/container.tar; true";
+    let left = node.command("sh")?.args(["-c", script]).output()?;
+    let left = String::from_utf8_lossy(&left.stdout).into_owned();
+    ensure!(left.is_empty(), "node {} still has {left}", node.name());
+    Ok(())
+}
+
+/// Ends it as an operator would, and sees that nothing is left.
+pub fn end(node: &Node, container: &Container) -> Result<()> {
+    delete(node, container)?;
+    check_gone(node, container)
+}
+
+/// Deletes it, if it is there.
+pub fn delete(node: &Node, container: &Container) -> Result<()> {
+    let delete = ["rm", "--force", "--ignore", "--time", "0", &container.id];
+    podman(node)?.args(delete).run().map(drop)
+}
+
+fn inspect(node: &Node, container: &Container) -> Result<Value> {
+    let printed = podman(node)?
+        .args(["container", "inspect", &container.id])
+        .run()?;
+    let mut all: Value = serde_json::from_str(&printed)
+        .with_context(|| format!("reading what podman has of {}", container.id))?;
+    Ok(all[0].take())
+}
+
+/// The image at every node, with one id.
+fn bring_image(lab: &Lab, first: &str) -> Result<()> {
+    let node = lab.node(first)?;
+    let exists = podman(node)?.args(["image", "exists", IMAGE]).output()?;
+    if exists.status.success() {
+        return Ok(());
+    }
+    make_rootfs(node, FILES)?;
+    let script = format!(
+        "tar -C {FILES}/rootfs -c . | podman import --quiet - {IMAGE} && \
+         podman save --quiet --output {ARCHIVE} {IMAGE}"
+    );
+    node.command("sh")?
+        .args(["-ec", &script])
+        .env(QUIET.0, QUIET.1)
+        .run()
+        .with_context(|| format!("making an image at node {first}"))?;
+    for other in lab.nodes.iter().filter(|node| node.name() != first) {
+        let load = ["load", "--quiet", "--input", ARCHIVE];
+        podman(other)?
+            .args(load)
+            .run()
+            .with_context(|| format!("loading an image at node {}", other.name()))?;
+    }
+    Ok(())
+}
+
+fn podman(node: &Node) -> Result<crate::lab::inside::Inside> {
+    Ok(node.command("podman")?.env(QUIET.0, QUIET.1))
+}
+
+fn wait_until(mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    for _ in 0..POLLS {
+        if is_so()? {
+            return Ok(());
+        }
+        std::thread::sleep(POLL);
+    }
+    anyhow::bail!("not within {:?}", POLL * POLLS)
+}
+
+/// Else it warns of cgroups of version 1 each time.
+const QUIET: (&str, &str) = ("PODMAN_IGNORE_CGROUPSV1_WARNING", "1");
+const STORE: &str = "/var/lib/containers";
+const FILES: &str = "/srv/image";
+const IMAGE: &str = "localhost/redis:lab";
+const ARCHIVE: &str = "/srv/shared/redis.tar";
+/// When podman starts it again: whenever it ends.
+const POLICY_NAME: &str = "always";
+const POLLS: u32 = 50;
+const POLL: std::time::Duration = std::time::Duration::from_millis(100);

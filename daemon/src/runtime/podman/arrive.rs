@@ -1,0 +1,170 @@
+//! A container of podman at its target: its name is free, its image is here, and podman's import
+//! makes it.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_proto::id::ContainerId;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::container::{ContainerDescription, PodmanDescription};
+use pageferry_proto::wire::description::WorkloadDescription;
+use pageferry_sys::namespace::NamespaceKind;
+
+use super::command::{podman_at_once, told};
+use super::{MANAGER, NEVER, PROGRAM, folders};
+use crate::runtime::oci::arrive::{self, Restore};
+use crate::runtime::oci::habits::Runtime;
+use crate::runtime::oci::spec::{Engine, Spec};
+
+/// Who restores it.
+const RUNTIME: Runtime = Runtime::Crun;
+
+/// Where its id is, in the migration's folder, from before podman is asked.
+const NOTE: &str = "podman";
+
+/// What podman imports, in the migration's folder.
+const ARCHIVE: &str = "container.tar";
+
+/// A container that comes.
+#[derive(Clone, Debug)]
+pub struct Arriving {
+    name: ContainerId,
+    container: ContainerDescription,
+    podman: PodmanDescription,
+}
+
+impl Arriving {
+    /// Takes in hand what is offered.
+    pub fn begin(name: &ContainerId, description: &WorkloadDescription) -> Result<Self, Failure> {
+        let container = description.container.clone();
+        let podman = container.as_ref().and_then(|has| has.podman.clone());
+        let (Some(container), Some(podman)) = (container, podman) else {
+            let text = format!("the offer does not say what podman has of the container {name}");
+            return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
+        };
+        Ok(Self {
+            name: name.clone(),
+            container,
+            podman,
+        })
+    }
+
+    /// Compares what it needs with this node. Blocks, while podman answers.
+    pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
+        arrive::check_node(description)?;
+        arrive::check_free(RUNTIME, self.podman.id.as_str())?;
+        let bundle = Path::new(&self.container.bundle);
+        let engine = Engine {
+            manager: MANAGER,
+            folders: folders(&self.podman.id, bundle),
+            ..Engine::default()
+        };
+        Spec::parse(&self.container.config)?.check(Some(&engine))?;
+        self.check_podman(bundle)?;
+        for name in [self.name.as_str(), self.podman.id.as_str()] {
+            if has(["container", "exists", name]) {
+                return Err(Failure::new(
+                    ErrorCode::NameTaken,
+                    format!("podman has a container {name} at the target already: remove it first"),
+                ));
+            }
+        }
+        let image = self.podman.image.as_str();
+        if !has(["image", "exists", image]) {
+            return Err(Failure::new(
+                ErrorCode::FileDiffers,
+                format!(
+                    "the target's podman has no image with the id {image}: bring it there with \
+                     podman save and podman load, or pull it, by its digest"
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    fn check_podman(&self, bundle: &Path) -> Result<(), Failure> {
+        let unfit = |text: String| Err(Failure::new(ErrorCode::NodeUnfit, text));
+        let format = "{{.Host.CgroupManager}}\n{{.Store.GraphRoot}}";
+        let told = match podman_at_once(["info", "--format", format]) {
+            Ok(printed) => printed,
+            Err(error) => return unfit(told(&error)),
+        };
+        let mut lines = told.lines();
+        let (manager, store) = (lines.next().unwrap_or(""), lines.next().unwrap_or(""));
+        if manager != "cgroupfs" {
+            return unfit(format!(
+                "the target's podman has cgroups from {manager}: containers come with \
+                 cgroup_manager = \"cgroupfs\" in containers.conf"
+            ));
+        }
+        if store.is_empty() || !bundle.starts_with(store) {
+            return unfit(format!(
+                "the target's podman has its containers in {store}, and the source's in {}",
+                bundle.display()
+            ));
+        }
+        Ok(())
+    }
+
+    /// Namespaces that are made for it before it is restored.
+    pub fn namespaces() -> Vec<NamespaceKind> {
+        vec![NamespaceKind::Net]
+    }
+
+    /// How podman is started to restore it. Makes what that needs in `directory`, which is the
+    /// migration's.
+    pub fn restore(&self, directory: &Path, hierarchies: &Hierarchies) -> io::Result<Restore> {
+        let archive = directory.join(ARCHIVE);
+        let mut private = OpenOptions::new();
+        private.write(true).create(true).truncate(true).mode(0o600);
+        private.open(&archive)?.write_all(&self.podman.archive)?;
+        let id = self.podman.id.as_str();
+        private
+            .open(directory.join(NOTE))?
+            .write_all(id.as_bytes())?;
+        let container = (RUNTIME, id);
+        let made = arrive::made(container, &self.container, hierarchies, directory)?;
+        let archive = archive.to_string_lossy().into_owned();
+        let import = ["container", "restore", "--import", &archive];
+        let import = import
+            .into_iter()
+            .chain(["--ignore-rootfs", "--ignore-volumes"]);
+        let words = |words: &[&str]| words.iter().copied().map(str::to_owned).collect();
+        let restart = &*self.podman.restart;
+        let again = !restart.is_empty() && restart != NEVER;
+        Ok(Restore {
+            program: PROGRAM.into(),
+            is_engine: true,
+            arguments: import.map(str::to_owned).collect(),
+            // One that has begun to run is not removed by it.
+            undo: words(&["rm", "--ignore", id]),
+            then: match again {
+                true => words(&["update", "--restart", restart, id]),
+                false => Vec::new(),
+            },
+            ..made
+        })
+    }
+}
+
+/// Whether podman says yes.
+fn has<const N: usize>(question: [&str; N]) -> bool {
+    podman_at_once(question).is_ok()
+}
+
+/// Removes what podman has of a container that was to come, and never ran. Nobody of it may be
+/// left, and no root file system bound.
+pub fn sweep(directory: &Path) {
+    let Ok(id) = std::fs::read_to_string(directory.join(NOTE)) else {
+        return;
+    };
+    if RUNTIME.state(&id).exists() {
+        return;
+    }
+    if let Err(error) = podman_at_once(["rm", "--ignore", &id]) {
+        tracing::warn!(container = id, %error, "podman lists a container that has not come");
+    }
+}

@@ -1,0 +1,106 @@
+//! podman's own commands, each with a limit.
+
+use std::error::Error as StdError;
+use std::io;
+use std::process::{ExitStatus, Output, Stdio};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use super::PROGRAM;
+
+/// How long one may take. It waits for locks of the container, which its other commands hold.
+const COMMAND_MAX: Duration = Duration::from_secs(30);
+
+/// Why a command has not done what it was to do.
+#[derive(Debug, Error)]
+pub enum CommandError {
+    /// It was not started, or not heard.
+    #[error("{PROGRAM} {what}")]
+    Io {
+        /// Its first argument.
+        what: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It has failed.
+    #[error("{PROGRAM} {what} has failed ({status}): {said}")]
+    Failed {
+        /// Its first argument.
+        what: String,
+        /// How it has ended.
+        status: ExitStatus,
+        /// The last that it said.
+        said: String,
+    },
+    /// It has not ended, and was killed.
+    #[error("{PROGRAM} {what} has not ended within {COMMAND_MAX:?}")]
+    Late {
+        /// Its first argument.
+        what: String,
+    },
+}
+
+/// Runs one; what it prints.
+pub async fn podman<const N: usize>(arguments: [&str; N]) -> Result<String, CommandError> {
+    let what = arguments.first().copied().unwrap_or_default().to_owned();
+    let mut command = Command::new(PROGRAM);
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    match timeout(COMMAND_MAX, command.output()).await {
+        Ok(Ok(output)) => printed(what, &output),
+        Ok(Err(source)) => Err(CommandError::Io { what, source }),
+        Err(_) => Err(CommandError::Late { what }),
+    }
+}
+
+/// As [`podman`], for whoever may block.
+pub fn podman_at_once<const N: usize>(arguments: [&str; N]) -> Result<String, CommandError> {
+    let what = arguments.first().copied().unwrap_or_default().to_owned();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.map_err(|source| CommandError::Io { what, source })?;
+    let arguments = arguments.map(str::to_owned);
+    // Not on a thread of another runtime, which would not allow it.
+    let run = move || runtime.block_on(podman(arguments.each_ref().map(String::as_str)));
+    let ran = std::thread::Builder::new()
+        .name(PROGRAM.to_owned())
+        .spawn(run);
+    match ran {
+        Ok(thread) => thread.join().expect("it does not panic"),
+        Err(source) => Err(CommandError::Io {
+            what: String::new(),
+            source,
+        }),
+    }
+}
+
+/// An error with its causes.
+pub fn told(error: &dyn StdError) -> String {
+    let mut texts = vec![error.to_string()];
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        texts.push(error.to_string());
+        cause = error.source();
+    }
+    texts.join(": ")
+}
+
+fn printed(what: String, output: &Output) -> Result<String, CommandError> {
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let last = said.lines().rfind(|line| !line.trim().is_empty());
+    Err(CommandError::Failed {
+        what,
+        status: output.status,
+        said: last.unwrap_or_default().trim().to_owned(),
+    })
+}

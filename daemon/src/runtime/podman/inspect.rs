@@ -1,0 +1,299 @@
+//! What podman says of a container, and what of that is not moved yet.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use pageferry_proto::id::ContainerId;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::command::{CommandError, podman_at_once, told};
+use crate::runtime::oci::habits::Runtime;
+
+/// The label by which a unit of systemd that runs a container names itself.
+const UNIT: &str = "PODMAN_SYSTEMD_UNIT";
+
+/// One of `podman container inspect`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Inspected {
+    id: String,
+    state: State,
+    /// The id of the image.
+    image: String,
+    #[serde(default)]
+    pod: String,
+    #[serde(default)]
+    is_infra: bool,
+    #[serde(default, rename = "OCIRuntime")]
+    runtime: String,
+    #[serde(default)]
+    mounts: Option<Vec<Mount>>,
+    #[serde(default)]
+    dependencies: Option<Vec<String>>,
+    host_config: HostConfig,
+    config: Config,
+    /// The same, read.
+    #[serde(skip)]
+    container: Option<ContainerId>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct State {
+    status: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Mount {
+    destination: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct HostConfig {
+    #[serde(default)]
+    cgroup_manager: String,
+    #[serde(default)]
+    network_mode: String,
+    restart_policy: Restart,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Restart {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    maximum_retry_count: u32,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Config {
+    #[serde(default)]
+    labels: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    healthcheck: Option<Value>,
+    #[serde(default)]
+    open_stdin: bool,
+}
+
+impl Inspected {
+    /// Asks podman of the container that is called so.
+    pub fn of(name: &ContainerId) -> Result<Self, Failure> {
+        let printed = podman_at_once(["container", "inspect", name.as_str()]);
+        let printed = printed.map_err(|error| match error {
+            CommandError::Failed { said, .. } => Failure::new(
+                ErrorCode::WorkloadGone,
+                format!("podman has no container {name}: {said}"),
+            ),
+            other => Failure::new(ErrorCode::UnsupportedWorkload, told(&other)),
+        })?;
+        Self::parse(&printed, name)
+    }
+
+    fn parse(printed: &str, name: &ContainerId) -> Result<Self, Failure> {
+        let unreadable = |why: String| {
+            let text = format!("what podman says of {name} cannot be read: {why}");
+            Failure::new(ErrorCode::UnsupportedWorkload, text)
+        };
+        let all: Vec<Self> =
+            serde_json::from_str(printed).map_err(|e| unreadable(e.to_string()))?;
+        let one = all.into_iter().next();
+        let mut one = one.ok_or_else(|| unreadable("it is none".to_owned()))?;
+        let id: Result<ContainerId, _> = one.id.parse();
+        one.container = Some(id.map_err(|error| unreadable(error.to_string()))?);
+        Ok(one)
+    }
+
+    /// What its runtime calls it.
+    pub fn id(&self) -> &ContainerId {
+        self.container.as_ref().expect("parsed")
+    }
+
+    /// The id of its image.
+    pub fn image(&self) -> Result<ContainerId, Failure> {
+        let id = self.image.trim_start_matches("sha256:").parse();
+        id.map_err(|_| {
+            let text = "the container has no image, which the target could have, too";
+            Failure::new(ErrorCode::UnsupportedWorkload, text)
+        })
+    }
+
+    /// Its policy, as `--restart` has it.
+    pub fn restart(&self) -> String {
+        let Restart {
+            name,
+            maximum_retry_count,
+        } = &self.host_config.restart_policy;
+        match maximum_retry_count {
+            0 => name.clone(),
+            count => format!("{name}:{count}"),
+        }
+    }
+
+    /// Whose checkpoints we take part in.
+    pub fn runtime(&self) -> Result<Runtime, Failure> {
+        match Path::new(&self.runtime).file_name() {
+            Some(name) if name == Runtime::Crun.program() => Ok(Runtime::Crun),
+            _ => Err(Failure::new(
+                ErrorCode::UnsupportedWorkload,
+                format!(
+                    "podman runs the container with {:?}: only containers of crun are moved",
+                    self.runtime
+                ),
+            )),
+        }
+    }
+
+    /// Refuses what is not moved yet, by its name.
+    pub fn check(&self, name: &ContainerId) -> Result<(), Failure> {
+        let refused = |text: String| {
+            let text = format!("the container {name} {text}");
+            Err(Failure::new(ErrorCode::UnsupportedWorkload, text))
+        };
+        match &*self.state.status {
+            "running" => {}
+            "paused" => return refused("is paused: resume it first".to_owned()),
+            other => {
+                let text = format!("the container {name} does not run: it is {other}");
+                return Err(Failure::new(ErrorCode::WorkloadGone, text));
+            }
+        }
+        if let Some(unit) = self.config.labels.iter().find_map(|all| all.get(UNIT)) {
+            return refused(format!(
+                "is run by the unit {unit} of systemd, which would start it again"
+            ));
+        }
+        if self.is_infra || !self.pod.is_empty() {
+            return refused("is part of a pod, which is not moved yet".to_owned());
+        }
+        if self.dependencies.iter().flatten().next().is_some() {
+            return refused("shares namespaces with another container".to_owned());
+        }
+        if let Some(volume) = self.mounts.iter().flatten().next() {
+            return refused(format!(
+                "has {} mounted: volumes are not moved yet",
+                volume.destination
+            ));
+        }
+        if self.host_config.cgroup_manager != "cgroupfs" {
+            return refused(
+                "has its cgroup from systemd: only with cgroup_manager = \"cgroupfs\" in \
+                 containers.conf containers are moved"
+                    .to_owned(),
+            );
+        }
+        if self.host_config.network_mode != "none" {
+            return refused(format!(
+                "is in the network {:?} of podman, which is not moved yet: start it with \
+                 --network none, and give it a veth",
+                self.host_config.network_mode
+            ));
+        }
+        if self
+            .config
+            .healthcheck
+            .as_ref()
+            .is_some_and(|check| !check.is_null())
+        {
+            return refused("has a health check, which podman runs in it".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Refuses standard streams that podman does not make again: they are pipes to its monitor, or
+    /// nothing.
+    pub fn check_streams(&self, streams: &[String]) -> Result<(), Failure> {
+        let unfit = |text: String| Err(Failure::new(ErrorCode::StdioUnfit, text));
+        if self.config.open_stdin {
+            return unfit("the container's input is held open (--interactive)".to_owned());
+        }
+        let known = |name: &&String| *name == "/dev/null" || name.starts_with("pipe:[");
+        match streams.iter().find(|name| !known(name)) {
+            Some(other) => unfit(format!(
+                "the container was started with {other} for a standard stream, which is not moved \
+                 yet: let podman have its log"
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn inspected(change: impl FnOnce(&mut Value)) -> Inspected {
+        let mut one = json!({
+            "Id": "0a", "Image": "0b", "Pod": "", "IsInfra": false, "OCIRuntime": "crun",
+            "State": {"Status": "running", "Pid": 7},
+            "Mounts": [], "Dependencies": [],
+            "HostConfig": {
+                "CgroupManager": "cgroupfs", "NetworkMode": "none",
+                "RestartPolicy": {"Name": "always", "MaximumRetryCount": 0},
+            },
+            "Config": {"Labels": null, "OpenStdin": false},
+        });
+        change(&mut one);
+        let name = "web".parse().unwrap();
+        Inspected::parse(&json!([one]).to_string(), &name).unwrap()
+    }
+
+    fn refused(change: impl FnOnce(&mut Value)) -> String {
+        let checked = inspected(change).check(&"web".parse().unwrap());
+        checked.expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn what_is_not_moved_yet_is_refused_by_its_name() {
+        inspected(|_| ()).check(&"web".parse().unwrap()).unwrap();
+        let gone = refused(|one| one["State"]["Status"] = "exited".into());
+        assert!(
+            gone.starts_with("workload-gone") && gone.contains("exited"),
+            "{gone}"
+        );
+        let unit = refused(|one| one["Config"]["Labels"] = json!({UNIT: "web.service"}));
+        assert!(unit.contains("web.service"), "{unit}");
+        let volume = refused(|one| one["Mounts"] = json!([{"Destination": "/data"}]));
+        assert!(volume.contains("/data mounted"), "{volume}");
+        let manager = refused(|one| one["HostConfig"]["CgroupManager"] = "systemd".into());
+        assert!(manager.contains("cgroup_manager"), "{manager}");
+        let network = refused(|one| one["HostConfig"]["NetworkMode"] = "bridge".into());
+        assert!(network.contains("--network none"), "{network}");
+        assert!(refused(|one| one["Pod"] = "0c".into()).contains("pod"));
+        let health = refused(|one| one["Config"]["Healthcheck"] = json!({"Test": ["CMD"]}));
+        assert!(health.contains("health check"), "{health}");
+    }
+
+    #[test]
+    fn a_policy_is_told_as_it_is_set() {
+        assert_eq!(inspected(|_| ()).restart(), "always");
+        let failing = json!({"Name": "on-failure", "MaximumRetryCount": 3});
+        let failing = inspected(|one| one["HostConfig"]["RestartPolicy"] = failing);
+        assert_eq!(failing.restart(), "on-failure:3");
+    }
+
+    #[test]
+    fn streams_are_pipes_of_podman_or_nothing() {
+        let streams = |all: [&str; 2]| all.map(str::to_owned);
+        let one = inspected(|_| ());
+        one.check_streams(&streams(["/dev/null", "pipe:[7]"]))
+            .unwrap();
+        let file = one
+            .check_streams(&streams(["/dev/null", "/var/log/web"]))
+            .unwrap_err();
+        assert_eq!(file.code(), ErrorCode::StdioUnfit);
+        let open = inspected(|one| one["Config"]["OpenStdin"] = true.into());
+        assert!(open.check_streams(&[]).is_err());
+        assert!(
+            inspected(|one| one["OCIRuntime"] = "runc".into())
+                .runtime()
+                .is_err()
+        );
+    }
+}

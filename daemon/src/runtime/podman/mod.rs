@@ -1,0 +1,238 @@
+//! A container of podman, named as podman names it: the engine keeps what the container is to be,
+//! has its runtime start it, and starts it again as its policy says.
+//!
+//! At the source podman exports the container without its memory, while it runs: that is what its
+//! import makes a container of at the target. The dump then is the runtime's, as of any container
+//! ([`super::oci`]), behind podman's back; the import's restore is held at our gate, and gets our
+//! pages. What the container writes goes on to a log of podman's at the target.
+//!
+//! Invariants: podman starts nothing again that may run elsewhere: its policy is switched off
+//! before the dump, durably, is back when the container stays, and is the target's only when that
+//! lets it run. What was exported is on a tmpfs, in a folder that only root reads, and goes with
+//! that.
+//!
+//! Absent, and refused by name ([`inspect`]): networks of podman, pods, volumes, health checks,
+//! units of systemd, rootless podman.
+
+pub mod arrive;
+mod command;
+mod export;
+mod inspect;
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use criu_glue::options::DumpOptions;
+use criu_glue::rpc::{Conversation, SwrkConfig};
+use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerRoot};
+use pageferry_proto::id::ContainerId;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::container::PodmanDescription;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::oci::Container;
+use super::oci::checkpoint::{Checkpoint, CheckpointError};
+use super::oci::spec::Engine;
+use super::passing::Passing;
+use super::process::describe::Described;
+use command::{CommandError, podman, podman_at_once, told};
+use export::ExportError;
+use inspect::Inspected;
+
+/// The engine; looked up in `PATH`.
+const PROGRAM: &str = "podman";
+
+/// How it calls itself in a container's annotations.
+const MANAGER: &str = "libpod";
+
+/// The policy by which nothing is started again.
+const NEVER: &str = "no";
+
+/// A container at its source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Podman {
+    container: Container,
+    id: ContainerName,
+    image: ContainerName,
+    /// Its policy, as `--restart` has it; it is [`NEVER`] in podman's books while we dump.
+    restart: String,
+}
+
+/// A name in the journal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+struct ContainerName(ContainerId);
+
+/// Why nobody asks for the dump.
+#[derive(Debug, Error)]
+pub enum PodmanError {
+    /// The policy stays as it is.
+    #[error("{PROGRAM} may start the container again")]
+    Policy(#[source] CommandError),
+    /// The runtime does not ask.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+}
+
+impl Podman {
+    /// The container of this name, if it runs here and can move. Blocks, while podman answers.
+    pub fn find(name: &ContainerId) -> Result<Self, Failure> {
+        let inspected = Inspected::of(name)?;
+        inspected.check(name)?;
+        let runtime = inspected.runtime()?;
+        let (container, state) = Container::read(runtime, inspected.id())?;
+        state.check_maker()?;
+        inspected.check_streams(&state.streams)?;
+        Ok(Self {
+            container,
+            id: ContainerName(inspected.id().clone()),
+            image: ContainerName(inspected.image()?),
+            restart: inspected.restart(),
+        })
+    }
+
+    /// The pid of its root in this node's pid namespace.
+    pub const fn root(&self) -> i32 {
+        self.container.root()
+    }
+
+    /// What it is made of: the tree of `pids`, the root first. Blocks, for a few milliseconds if
+    /// its storage answers.
+    pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
+        let (_, state) = Container::read(self.container.runtime(), &self.id.0)?;
+        let engine = Engine {
+            manager: MANAGER,
+            folders: folders(&self.id.0, self.container.bundle()),
+            pipes: state.pipes(),
+        };
+        let mut described = self.container.describe_with(pids, shared, Some(&engine))?;
+        // They are of its image, which has the same id at the target or is not there.
+        described.description.files.clear();
+        Ok(described)
+    }
+
+    /// What podman is to import at the target. `directory` is the migration's, `stand_in` what the
+    /// runtime is to find as CRIU.
+    pub async fn export(
+        &self,
+        criu: &Path,
+        stand_in: &Path,
+        directory: &Path,
+    ) -> Result<PodmanDescription, Failure> {
+        let folder = directory.join("export");
+        let exported = export::export(self, (criu, stand_in), &folder).await;
+        drop(fs::remove_dir_all(&folder));
+        // It is made again when there is more for it.
+        drop(fs::remove_dir(directory));
+        let archive = exported.map_err(|error| match error {
+            ExportError::SharedFiles | ExportError::TooLong(_) => {
+                Failure::new(ErrorCode::UnsupportedWorkload, error.to_string())
+            }
+            other => Failure::new(ErrorCode::RuntimeFailed, told(&other)),
+        })?;
+        Ok(PodmanDescription {
+            id: self.id.0.clone(),
+            image: self.image.0.clone(),
+            restart: self.restart.clone(),
+            archive,
+        })
+    }
+
+    /// The cgroup that holds the tree of `pids`, and nothing else: the runtime has made it.
+    pub fn place(&self, freezers: &FreezerRoot, pids: &[i32]) -> Result<Freezer, Failure> {
+        self.container.place(freezers, pids)
+    }
+
+    /// Sees to it that the tree is in its cgroup, and nobody else; `tree` tells who is in it.
+    pub fn enter(
+        &self,
+        freezer: &Freezer,
+        tree: impl FnMut() -> io::Result<Vec<i32>>,
+    ) -> Result<(), CgroupError> {
+        self.container.enter(freezer, tree)
+    }
+
+    /// Who is in its frozen cgroup, and none of the `threads` of its tree.
+    pub fn stranger(&self, freezer: &Freezer, threads: &[i32]) -> Result<Option<Passing>, Failure> {
+        self.container.stranger(freezer, threads)
+    }
+
+    /// Namespaces that CRIU is started in to dump it.
+    pub fn open_namespaces(&self) -> Result<Vec<OwnedFd>, Failure> {
+        self.container.open_namespaces()
+    }
+
+    /// Has the runtime ask for a dump, and podman start nothing again meanwhile.
+    pub async fn ask(
+        &self,
+        dump: (SwrkConfig, DumpOptions),
+        stand_in: &Path,
+        directory: &Path,
+    ) -> Result<(Conversation, Checkpoint), PodmanError> {
+        if self.starts_again() {
+            let off = podman(["update", "--restart", NEVER, self.id.as_str()]).await;
+            off.map_err(PodmanError::Policy)?;
+        }
+        let started = Checkpoint::start(&self.container, dump, stand_in, directory).await?;
+        Ok(started)
+    }
+
+    /// It stays here, and runs. Blocks, while podman answers.
+    pub fn give_back(&self) {
+        if !self.starts_again() {
+            return;
+        }
+        let on = podman_at_once(["update", "--restart", &self.restart, self.id.as_str()]);
+        if let Err(error) = on {
+            tracing::warn!(container = self.id.as_str(), policy = self.restart, %error,
+                "podman does not take the policy of the container back");
+        }
+    }
+
+    /// It runs elsewhere, and its tasks here are dead. Blocks, while podman answers.
+    pub fn release(&self, freezer: &Freezer) -> Result<(), CgroupError> {
+        let released = self.container.release(freezer);
+        // One that was started with --rm is gone already.
+        if let Err(error) = podman_at_once(["rm", "--ignore", self.id.as_str()]) {
+            tracing::warn!(container = self.id.as_str(), %error,
+                "podman lists a container that has moved away");
+        }
+        released
+    }
+
+    fn starts_again(&self) -> bool {
+        !self.restart.is_empty() && self.restart != NEVER
+    }
+}
+
+/// Where podman has files of a container's own: its folder, and one on a tmpfs.
+fn folders(id: &ContainerId, bundle: &Path) -> Vec<PathBuf> {
+    let volatile = Path::new(VOLATILE).join(id.as_str()).join("userdata");
+    vec![bundle.to_owned(), volatile]
+}
+
+/// Where podman has what needs not outlive the node.
+const VOLATILE: &str = "/run/containers/storage/overlay-containers";
+
+impl ContainerName {
+    fn as_str(&self) -> &str {
+        self.0.as_str()
+    }
+}
+
+impl TryFrom<String> for ContainerName {
+    type Error = pageferry_proto::id::IdError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse().map(Self)
+    }
+}
+
+impl From<ContainerName> for String {
+    fn from(name: ContainerName) -> Self {
+        name.0.to_string()
+    }
+}
