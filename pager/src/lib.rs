@@ -40,5 +40,6 @@ mod shield;
 mod signals;
 mod space;
 mod start;
+mod waits;
 mod watcher;
 mod worker;

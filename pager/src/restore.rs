@@ -29,7 +29,6 @@ use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
 use pageferry_sys::uffd::Uffd;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use crate::ahead::Ready;
@@ -40,6 +39,8 @@ use crate::plan::Plan;
 use crate::runtime::Runtime;
 use crate::serve::{Counters, Server, Space};
 use crate::start::{LOG, make_ready, open, options};
+pub use crate::waits::Decision;
+use crate::waits::{discarded, gone, locked};
 use crate::watcher::Watcher;
 
 /// How long a runtime may take to write down that its container runs: milliseconds. Whoever said
@@ -77,17 +78,6 @@ pub struct Job {
     pub criu: Option<Ready>,
     /// What [`pageferry_sys::priority`] was before this process was urgent.
     pub nice: i32,
-}
-
-/// What is decided about a tree.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decision {
-    /// It runs.
-    Go,
-    /// It is undone.
-    Discard,
-    /// It gets its file locks, and is held on.
-    Lock,
 }
 
 /// What has happened to a tree.
@@ -206,33 +196,6 @@ pub async fn run(
     }
     let report = restore.fill(start).await;
     tell(Progress::Filled(report));
-}
-
-/// What came of taking locks, if they are being taken.
-async fn locked(locking: &mut Option<JoinHandle<Result<(), Fault>>>) -> Result<(), Fault> {
-    match locking {
-        Some(taking) => taking.await.expect("taking locks does not panic"),
-        None => std::future::pending().await,
-    }
-}
-
-/// Waits until the runtime is gone, if there is one.
-async fn gone(runtime: &mut Option<Runtime>) {
-    match runtime {
-        Some(runtime) => runtime.gone().await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Waits for the decision to undo. Nothing else can be decided while CRIU is at work.
-async fn discarded(decisions: &mut mpsc::UnboundedReceiver<Decision>) {
-    loop {
-        match decisions.recv().await {
-            Some(Decision::Discard) => return,
-            Some(Decision::Go | Decision::Lock) => {}
-            None => std::future::pending().await,
-        }
-    }
 }
 
 /// Has the watcher hold the cgroup of the tree. One that a runtime makes is there when that waits;

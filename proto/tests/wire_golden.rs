@@ -13,7 +13,6 @@ use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::page::{PageCount, PageIndex, PageRun};
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescription};
 use pageferry_proto::wire::control::{
     ControlError, Final, Hello, Message, Offer, RoundEnd, SourceMessage, TargetMessage, Welcome,
 };
@@ -29,6 +28,11 @@ use pageferry_proto::wire::shared::{Marker, SharedPath};
 use pageferry_proto::wire::stream::{self, ImageFileHeader, ImageName, SetHeader};
 use pageferry_proto::wire::stream::{StreamKind, StreamPrefix};
 use pageferry_proto::wire::version::{ALPN, Version};
+
+#[path = "wire_golden/container.rs"]
+mod container;
+
+use container::container;
 
 const MIGRATION: MigrationId = MigrationId::new([0xa0; 16]);
 
@@ -66,6 +70,10 @@ fn failure() -> Failure {
     Failure::new(ErrorCode::PidTaken, "pid 7 is taken")
 }
 
+fn address(ip: IpAddr, prefix: u8) -> LinkAddress {
+    LinkAddress { ip, prefix }
+}
+
 fn description() -> WorkloadDescription {
     WorkloadDescription {
         root_pid: 4711,
@@ -84,14 +92,8 @@ fn description() -> WorkloadDescription {
             mac: [2, 0, 0, 0, 0, 1],
             mtu: 1500,
             addresses: vec![
-                LinkAddress {
-                    ip: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 7)),
-                    prefix: 24,
-                },
-                LinkAddress {
-                    ip: IpAddr::V6(Ipv6Addr::LOCALHOST),
-                    prefix: 128,
-                },
+                address(Ipv4Addr::new(10, 0, 0, 7).into(), 24),
+                address(Ipv6Addr::LOCALHOST.into(), 128),
             ],
             bridge: Some("br0".to_owned()),
         }],
@@ -137,20 +139,6 @@ fn description() -> WorkloadDescription {
         mounts: Vec::new(),
         needs: needs(),
         container: Some(container()),
-    }
-}
-
-fn container() -> ContainerDescription {
-    ContainerDescription {
-        bundle: "/b".to_owned(),
-        config: b"{}".to_vec(),
-        containerd: Some(ContainerdDescription {
-            record: vec![0x0a, 0x01, b'w'],
-            spec_type: "s".to_owned(),
-            image_digest: "sha256:0".to_owned(),
-            snapshot_parent: "sha256:1".to_owned(),
-        }),
-        podman: None,
     }
 }
 
@@ -338,11 +326,9 @@ fn messages_of_the_source_keep_their_bytes() {
 fn messages_of_the_target_keep_their_bytes() {
     let generation = generation();
     let incarnation = Incarnation(0x0102_0304_0506_0708);
+    let kept = Vec::new();
     check(
-        TargetMessage::Accepted {
-            incarnation,
-            kept: Vec::new(),
-        },
+        TargetMessage::Accepted { incarnation, kept },
         &expect![[r#"
         0c000000820309090807060504030201
     "#]],

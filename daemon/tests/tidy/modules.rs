@@ -140,6 +140,7 @@ const PAGER: Modules = &[
             "runtime",
             "serve",
             "start",
+            "waits",
             "watcher",
         ],
     ),
@@ -158,6 +159,7 @@ const PAGER: Modules = &[
     ("signals", &[]),
     ("space", &[]),
     ("start", &["ahead", "failure", "message", "runtime"]),
+    ("waits", &["message", "runtime"]),
     ("watcher", &["marks", "pageferry_cgroup", "pageferry_sys"]),
     (
         "worker",

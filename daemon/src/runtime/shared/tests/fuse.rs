@@ -320,18 +320,20 @@ fn serve(device: &mut File, state: &Mutex<State>, request: &[u8]) {
         28 => (0, Vec::new()),
         // CREATE
         35 if state.squashing && uid == 0 => (libc::EACCES, Vec::new()),
-        35 => {
-            let inode = state.next;
-            state.next += 1;
-            state
-                .files
-                .insert(name_of(&body[16..]), (inode, Vec::new()));
-            (0, [entry(valid, inode, 0), vec![0; 16]].concat())
-        }
+        35 => (0, create(&mut state, valid, body)),
         _ => (libc::ENOSYS, Vec::new()),
     };
     drop(state);
     answer(device, unique, errno, &reply);
+}
+
+/// CREATE.
+fn create(state: &mut State, valid: u64, body: &[u8]) -> Vec<u8> {
+    let inode = state.next;
+    state.next += 1;
+    let name = name_of(&body[16..]);
+    state.files.insert(name, (inode, Vec::new()));
+    [entry(valid, inode, 0), vec![0; 16]].concat()
 }
 
 /// SETATTR: of the attributes only the size.

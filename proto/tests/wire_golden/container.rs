@@ -1,0 +1,17 @@
+//! A container, for the message that offers one.
+
+use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescription};
+
+pub fn container() -> ContainerDescription {
+    ContainerDescription {
+        bundle: "/b".to_owned(),
+        config: b"{}".to_vec(),
+        containerd: Some(ContainerdDescription {
+            record: vec![0x0a, 0x01, b'w'],
+            spec_type: "s".to_owned(),
+            image_digest: "sha256:0".to_owned(),
+            snapshot_parent: "sha256:1".to_owned(),
+        }),
+        podman: None,
+    }
+}
