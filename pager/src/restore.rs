@@ -216,14 +216,6 @@ async fn locked(locking: &mut Option<JoinHandle<Result<(), Fault>>>) -> Result<(
     }
 }
 
-/// Waits until the runtime is gone, if there is one.
-async fn gone(runtime: &mut Option<Runtime>) {
-    match runtime {
-        Some(runtime) => runtime.gone().await,
-        None => std::future::pending().await,
-    }
-}
-
 /// Waits for the decision to undo. Nothing else can be decided while CRIU is at work.
 async fn discarded(decisions: &mut mpsc::UnboundedReceiver<Decision>) {
     loop {
@@ -432,9 +424,7 @@ impl Restore {
                     locking = None;
                     tell(Progress::Locked(taken));
                 }
-                () = gone(&mut self.runtime) => {
-                    return Held::Failed(RestoreError::RuntimeRefused);
-                }
+                error = Runtime::gone(&mut self.runtime) => return Held::Failed(error),
                 event = self.criu.next() => return Held::Failed(match event {
                     Ok(Event::Response(response)) => match response.into_result() {
                         Err(failed) => RestoreError::Criu(failed),
@@ -450,12 +440,10 @@ impl Restore {
     /// Lets the tree run. An error comes with whether it may have run.
     async fn go(&mut self) -> Result<(), (RestoreError, bool)> {
         let before = |error| (error, false);
-        let runs = self.runtime.as_mut().is_none_or(Runtime::is_running);
-        if !runs {
+        if !self.runtime.as_mut().is_none_or(Runtime::is_running) {
             return Err(before(RestoreError::RuntimeRefused));
         }
-        // A runtime writes down now that its container runs. The daemon waits for it.
-        self.criu.limit_client(RUNTIME_ANSWER_MAX);
+        self.criu.limit_client(RUNTIME_ANSWER_MAX); // It writes down now that it runs.
         let agreed = self.criu.relay().await;
         if !agreed.map_err(|error| before(RestoreError::Talk(error)))? {
             return Err(before(RestoreError::RuntimeRefused));
