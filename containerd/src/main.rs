@@ -5,6 +5,8 @@
 //! container runs, or fails, with the reason as the last line of `runtime.log` in that folder. So
 //! the restore depends on no daemon.
 
+#![forbid(unsafe_code)]
+
 use std::error::Error;
 use std::fs::OpenOptions;
 use std::io::Write;

@@ -13,6 +13,8 @@
 //!
 //! Invariant: between `write` and `clear` the container is created at most once, and by a restore.
 
+#![forbid(unsafe_code)]
+
 mod command;
 mod order;
 

@@ -1,5 +1,7 @@
 //! `pageferry-oci`: see the library beside it.
 
+#![forbid(unsafe_code)]
+
 use std::convert::Infallible;
 use std::env;
 use std::ffi::OsString;

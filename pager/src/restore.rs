@@ -40,7 +40,7 @@ use crate::runtime::Runtime;
 use crate::serve::{Counters, Server, Space};
 use crate::start::{LOG, make_ready, open, options};
 pub use crate::waits::Decision;
-use crate::waits::{discarded, gone, locked};
+use crate::waits::{discarded, locked};
 use crate::watcher::Watcher;
 
 /// How long a runtime may take to write down that its container runs: milliseconds. Whoever said
@@ -395,9 +395,7 @@ impl Restore {
                     locking = None;
                     tell(Progress::Locked(taken));
                 }
-                () = gone(&mut self.runtime) => {
-                    return Held::Failed(RestoreError::RuntimeRefused);
-                }
+                error = Runtime::gone(&mut self.runtime) => return Held::Failed(error),
                 event = self.criu.next() => return Held::Failed(match event {
                     Ok(Event::Response(response)) => match response.into_result() {
                         Err(failed) => RestoreError::Criu(failed),
@@ -413,12 +411,10 @@ impl Restore {
     /// Lets the tree run. An error comes with whether it may have run.
     async fn go(&mut self) -> Result<(), (RestoreError, bool)> {
         let before = |error| (error, false);
-        let runs = self.runtime.as_mut().is_none_or(Runtime::is_running);
-        if !runs {
+        if !self.runtime.as_mut().is_none_or(Runtime::is_running) {
             return Err(before(RestoreError::RuntimeRefused));
         }
-        // A runtime writes down now that its container runs. The daemon waits for it.
-        self.criu.limit_client(RUNTIME_ANSWER_MAX);
+        self.criu.limit_client(RUNTIME_ANSWER_MAX); // It writes down now that it runs.
         let agreed = self.criu.relay().await;
         if !agreed.map_err(|error| before(RestoreError::Talk(error)))? {
             return Err(before(RestoreError::RuntimeRefused));

@@ -164,9 +164,13 @@ impl Runtime {
         self.process.is_running()
     }
 
-    /// Waits until it ends, by itself.
-    pub async fn gone(&mut self) {
-        self.process.gone().await;
+    /// Waits until it ends, by itself, before it should; for ever, if there is none.
+    pub async fn gone(runtime: &mut Option<Self>) -> RestoreError {
+        match runtime {
+            Some(runtime) => runtime.process.gone().await,
+            None => std::future::pending().await,
+        }
+        RestoreError::RuntimeRefused
     }
 
     /// Whether it ends by itself soon.

@@ -1,11 +1,10 @@
-//! What a restore waits for, besides what CRIU says: decisions, locks, the end of a runtime.
+//! What a restore waits for, besides what CRIU says: decisions, and locks.
 //! Cancelling any of these waits loses nothing.
 
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::message::Fault;
-use crate::runtime::Runtime;
 
 /// What is decided about a tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,14 +21,6 @@ pub enum Decision {
 pub async fn locked(locking: &mut Option<JoinHandle<Result<(), Fault>>>) -> Result<(), Fault> {
     match locking {
         Some(taking) => taking.await.expect("taking locks does not panic"),
-        None => std::future::pending().await,
-    }
-}
-
-/// Waits until the runtime is gone, if there is one.
-pub async fn gone(runtime: &mut Option<Runtime>) {
-    match runtime {
-        Some(runtime) => runtime.gone().await,
         None => std::future::pending().await,
     }
 }

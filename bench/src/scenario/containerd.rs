@@ -4,7 +4,6 @@
 
 use anyhow::{Context, Result};
 
-use super::containers::move_on;
 use super::report::Report;
 use super::session::Session;
 use super::settings::Settings;
@@ -25,7 +24,7 @@ pub fn moves(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut session = Session::watch(&lab, settings.mover, "a", held, dataset, load)?;
     for _ in 0..MOVES {
         let from = session.at.clone();
-        if !move_on(&mut session, &lab, report)? {
+        if !session.move_on(&lab, report)? {
             break;
         }
         settings.mover.wait_settled(&lab, SETTLE_TIME_MAX)?;

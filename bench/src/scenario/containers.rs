@@ -4,17 +4,14 @@
 //! At each node the container must be the runtime's own, and where it was nothing may be left of
 //! it.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, bail};
 
 use super::report::Report;
 use super::session::Session;
-use super::settings::{Settings, other};
+use super::settings::Settings;
 use super::{container_faults, containerd};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
-use crate::mover::MoveOptions;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
 use crate::workload::container::{self, Runtime};
 use crate::workload::redis;
@@ -49,7 +46,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let load = LoadPlan::first_row();
     let mut session = Session::watch(&lab, settings.mover, "a", tree, dataset, load)?;
     for _ in 0..moves {
-        move_on(&mut session, &lab, report)?;
+        session.move_on(&lab, report)?;
     }
     session.finish(report)?.kill(&lab)?;
     let moved = report.moves[earlier..].to_vec();
@@ -95,7 +92,7 @@ fn of_runtime(
     let mut session = Session::watch(lab, settings.mover, "a", held, dataset, load)?;
     for _ in 0..moves {
         let from = session.at.clone();
-        if !move_on(&mut session, lab, report)? {
+        if !session.move_on(lab, report)? {
             break;
         }
         let node = lab.node(&session.at)?;
@@ -117,16 +114,6 @@ fn of_runtime(
     workload.kill(lab)
 }
 
-/// Moves it on, and waits until it has written more.
-pub fn move_on(session: &mut Session, lab: &Lab, report: &mut Report) -> Result<bool> {
-    let to = other(&session.at);
-    let moved = session.move_to(lab, to, &MoveOptions::default(), report)?;
-    session.wait_for_writes(WRITES_AROUND)?;
-    // What is being filled cannot be moved on.
-    std::thread::sleep(PAUSE);
-    Ok(moved)
-}
-
 /// What is done with the containers of a runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Case {
@@ -146,6 +133,3 @@ const MOVES_FEW: usize = 2;
 /// Values alone; Redis needs a quarter more for them.
 const BYTES: u64 = 1 << 30; // 1 GiB
 const BYTES_FEW: u64 = 64 << 20; // 64 MiB
-/// A quarter of a second of the first row.
-const WRITES_AROUND: u64 = 3_000;
-const PAUSE: Duration = Duration::from_millis(100);

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::report::Report;
+use super::settings::other;
 use crate::client::load::{Dataset, Load, LoadPlan};
 use crate::client::probe::Prober;
 use crate::client::resp::{ANSWER_TIME_MAX, Connection};
@@ -90,6 +91,16 @@ impl Session {
             std::thread::sleep(POLL);
         }
         Ok(())
+    }
+
+    /// Moves it to the other of two nodes, and waits until it has written more there.
+    pub fn move_on(&mut self, lab: &Lab, report: &mut Report) -> Result<bool> {
+        let to = other(&self.at);
+        let moved = self.move_to(lab, to, &MoveOptions::default(), report)?;
+        self.wait_for_writes(WRITES_AROUND)?;
+        // What is being filled cannot be moved on.
+        std::thread::sleep(PAUSE);
+        Ok(moved)
     }
 
     /// Moves it while the load runs. Whatever fails goes to the report; true when the
@@ -193,4 +204,7 @@ fn note_status(outcome: &Outcome, report: &mut Report) {
 
 /// A load that has not begun to flow is none.
 const WRITES_MIN: u64 = 1000;
+/// A quarter of a second of the first row.
+const WRITES_AROUND: u64 = 3_000;
+const PAUSE: Duration = Duration::from_millis(100);
 const POLL: Duration = Duration::from_millis(5);

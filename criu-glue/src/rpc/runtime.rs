@@ -1,8 +1,8 @@
 //! A container runtime that finds CRIU at a [`Gate`]: started, heard until it asks, and waited for.
 //!
 //! Invariant: nothing here ends a runtime that may still end by itself, unless that is asked for.
-//! It fails, and undoes what it has made, when nobody is at its gate any more; so dropping it leaves
-//! it alone.
+//! It fails, and undoes what it has made, when nobody is at its gate any more; so dropping it
+//! leaves it alone.
 
 use std::env;
 use std::ffi::OsStr;

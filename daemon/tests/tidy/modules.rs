@@ -159,7 +159,7 @@ const PAGER: Modules = &[
     ("signals", &[]),
     ("space", &[]),
     ("start", &["ahead", "failure", "message", "runtime"]),
-    ("waits", &["message", "runtime"]),
+    ("waits", &["message"]),
     ("watcher", &["marks", "pageferry_cgroup", "pageferry_sys"]),
     (
         "worker",
