@@ -188,7 +188,7 @@ pub async fn run(
             let after_go = true;
             // Before it hears of it.
             if let Some(mut runtime) = restore.runtime.take() {
-                runtime.abandon().await;
+                runtime.abandon(&mut restore.criu, root_pid).await;
             }
             let fault = restore.fault(&error);
             tell(Progress::Failed(Fault { after_go, ..fault }));

@@ -32,6 +32,9 @@ use crate::start::open;
 /// How long a runtime may take from its start to its request.
 const ASK_MAX: Duration = Duration::from_secs(20);
 
+/// How long one is waited for whose container runs.
+const DONE_MAX: Duration = Duration::from_secs(60);
+
 /// How long a runtime may take to end that has heard how its restore went. It removes cgroups then,
 /// or runs hooks.
 const END_MAX: Duration = Duration::from_secs(10);
@@ -50,6 +53,8 @@ pub struct Runtime {
     wanted: RuntimeRequest,
     /// The folder it has made for the container, once it has asked.
     made: Option<FolderId>,
+    /// Who asks is another than whom we started, and lives on when that is killed.
+    is_asked_by_another: bool,
 }
 
 impl Waiting {
@@ -72,6 +77,7 @@ impl Waiting {
             process: process.map_err(RestoreError::Runtime)?,
             wanted: wanted.clone(),
             made: None,
+            is_asked_by_another: false,
         };
         let asked = match runtime.process.asks(&gate, &request.criu, ASK_MAX).await {
             Ok(asked) => asked,
@@ -82,6 +88,7 @@ impl Waiting {
             }
         };
         runtime.made = FolderId::of(&wanted.folder).ok();
+        runtime.is_asked_by_another = runtime.process.pid() != Some(asked.client_pid());
         let placed = check_cgroup(&asked, wanted)
             .and_then(|()| join(asked.criu_pid(), &wanted.cgroup_procs));
         if let Err(error) = placed {
@@ -178,9 +185,16 @@ impl Runtime {
         self.process.ends_within(limit).await
     }
 
-    /// Ends a runtime that waits, and must not hear that its restore went wrong: the tree was let
-    /// go, and may run, and the runtime would kill it.
-    pub async fn abandon(&mut self) {
+    /// A runtime must not hear that its restore went wrong: the tree of `root` was let go, and may
+    /// run, and the runtime would kill it. So it is ended, or told that all is well if it is none
+    /// of ours.
+    pub async fn abandon(&mut self, criu: &mut Conversation, root: i32) {
+        if self.is_asked_by_another {
+            if let Err(error) = criu.vouch(root).await {
+                warn!(%error, "the container runtime");
+            }
+            return self.done().await;
+        }
         if let Err(error) = self.process.kill().await {
             warn!(%error, "the container runtime");
         }
@@ -201,14 +215,17 @@ impl Runtime {
         }
     }
 
-    /// Waits until a runtime has ended whose container runs.
+    /// Waits until a runtime has ended whose container runs. It is not killed: an engine whose call
+    /// breaks off takes back what it has made.
     pub async fn done(&mut self) {
-        if self.has_ended().await {
-            if self.wanted.is_engine {
-                let_out();
-            }
-            self.once_more(&self.wanted.then).await;
+        if !self.process.ends_within(DONE_MAX).await {
+            warn!("the container runtime does not end, whose container runs");
         }
+        self.release();
+        if self.wanted.is_engine {
+            let_out();
+        }
+        self.once_more(&self.wanted.then).await;
     }
 
     /// Waits until one that knows how its restore went has ended, and sees that the root file

@@ -17,7 +17,7 @@ use prost::Message;
 use tokio::time::timeout;
 
 use super::TalkError;
-use super::message::{CriuDumpResponse, CriuOpts, CriuRequest, CriuResponse};
+use super::message::{CriuDumpResponse, CriuOpts, CriuRequest, CriuResponse, CriuRestoreResponse};
 use super::packet::{Channel, Packet, Peer};
 use super::wire::{Changes, WireError};
 use crate::options::{LogLevel, ManageCgroups, NetworkLock};
@@ -277,6 +277,17 @@ pub(super) fn failure(kind: i32, why: &str) -> Packet {
         success: false,
         cr_errno: Some(nix::errno::Errno::ECANCELED as i32),
         cr_errmsg: Some(why.to_owned()),
+        ..CriuResponse::default()
+    };
+    response.encode_to_vec().into()
+}
+
+/// A response that says that the tree of `root` is there.
+pub(super) fn restored(kind: i32, root: i32) -> Packet {
+    let response = CriuResponse {
+        kind,
+        success: true,
+        restore: Some(CriuRestoreResponse { pid: root }),
         ..CriuResponse::default()
     };
     response.encode_to_vec().into()

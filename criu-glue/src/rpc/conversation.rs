@@ -32,7 +32,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use prost::Message;
 use tokio::time::timeout;
 
-use super::client::{Client, ClientRequest, SEND_MAX, failure, of_client};
+use super::client::{Client, ClientRequest, SEND_MAX, failure, of_client, restored};
 use super::event::{Event, NotifyScript, RequestFailed, Response};
 use super::message::RequestType;
 use super::packet::{Channel, PACKET_MAX, Packet, Peer, Received};
@@ -386,6 +386,18 @@ impl Conversation {
         match &self.client {
             Some(client) => client.say(&response).await,
             None => Ok(()),
+        }
+    }
+
+    /// Gives the client a response that says yes, whatever CRIU has said: the tree of `root` was let
+    /// go, and a client that heard no would end it. Once; nothing is said if nobody else has asked.
+    ///
+    /// # Errors
+    /// [`TalkError::ClientClosed`] when nobody hears it.
+    pub async fn vouch(&mut self, root: i32) -> Result<(), TalkError> {
+        match (self.talk.take_response(), &self.client) {
+            (Some((kind, _)), Some(client)) => client.say(&restored(kind, root)).await,
+            _ => Ok(()),
         }
     }
 

@@ -118,6 +118,12 @@ impl Runtime {
         }
     }
 
+    /// Its process id, until it has ended.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        self.child.id().and_then(|pid| i32::try_from(pid).ok())
+    }
+
     /// Whether it has not ended.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))

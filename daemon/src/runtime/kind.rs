@@ -99,7 +99,16 @@ impl Kind {
     pub fn of(name: &WorkloadName) -> Result<Self, Failure> {
         match name {
             WorkloadName::Process(root) => match oci::holding(*root) {
-                None => Ok(Self::Process(Process::new(*root))),
+                None => match oci::keeper(*root) {
+                    None => Ok(Self::Process(Process::new(*root))),
+                    Some(keeper) => Err(Failure::new(
+                        ErrorCode::UnsupportedWorkload,
+                        format!(
+                            "process {root} is in a container of an engine, kept by {keeper}: move \
+                             that by its own name"
+                        ),
+                    )),
+                },
                 Some(name) => Err(Failure::new(
                     ErrorCode::UnsupportedWorkload,
                     format!("process {root} is in a container: move that, as {name}"),

@@ -436,15 +436,23 @@ async fn a_workload_that_needs_more_than_is_left_is_declined_with_both_numbers()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_workload_of_a_kind_that_cannot_come_is_declined_by_its_name() {
-    let mut target = Target::start(9, &USUAL).await;
-    let container = Offer {
-        workload: "crun/web".parse().unwrap(),
-        ..offer(description(Needs::default()))
-    };
-    let failure = target.declines(container).await;
-    assert_eq!(failure.code(), ErrorCode::UnsupportedWorkload);
-    assert!(failure.text().starts_with("crun/web cannot"), "{failure}");
+async fn a_container_of_which_nothing_is_said_is_declined_by_its_name() {
+    let names = [
+        "crun/web",
+        "runc/web",
+        "containerd/default/web",
+        "podman/web",
+    ];
+    for (workload, number) in names.into_iter().zip(40..) {
+        let mut target = Target::start(number, &USUAL).await;
+        let container = Offer {
+            workload: workload.parse().unwrap(),
+            ..offer(description(Needs::default()))
+        };
+        let failure = target.declines(container).await;
+        assert_eq!(failure.code(), ErrorCode::UnsupportedWorkload);
+        assert!(failure.text().contains("web"), "{failure}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -142,7 +142,7 @@ impl TryFrom<schema::Container> for ContainerDescription {
     type Error = ControlError;
 
     fn try_from(wire: schema::Container) -> Result<Self, ControlError> {
-        if !wire.bundle.starts_with('/') {
+        if !wire.bundle.starts_with('/') || wire.bundle.split('/').any(|part| part == "..") {
             return Err(missing("container.bundle"));
         }
         short("container.bundle", wire.bundle.len(), PATH_BYTES_MAX)?;
@@ -171,7 +171,7 @@ mod tests {
         let read = |wire: schema::Container| ContainerDescription::try_from(wire).is_ok();
         assert!(read(wire("/b", CONFIG_BYTES_MAX)));
         assert!(!read(wire("/b", CONFIG_BYTES_MAX + 1)));
-        assert!(!read(wire("b", 2)) && !read(wire("", 2)));
+        assert!(!read(wire("b", 2)) && !read(wire("", 2)) && !read(wire("/a/../b", 2)));
     }
 
     #[test]

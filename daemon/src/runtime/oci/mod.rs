@@ -343,6 +343,17 @@ pub fn holding(pid: i32) -> Option<String> {
     })
 }
 
+/// Who keeps process `pid` for an engine, if somebody does: the engine may start it again.
+pub fn keeper(pid: i32) -> Option<String> {
+    let above = identity::ancestors(pid).into_iter();
+    let names = above.filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).ok());
+    let mut names = names.map(|name| name.trim_end().to_owned());
+    names.find(|name| KEEPERS.iter().any(|keeper| name.starts_with(keeper)))
+}
+
+/// What containerd and Docker, podman and CRI-O have above a container. The kernel keeps 15 bytes.
+const KEEPERS: [&str; 2] = ["containerd-shim", "conmon"];
+
 /// Containers that are looked through, of each runtime.
 const CONTAINERS_MAX: usize = 4096;
 

@@ -2,7 +2,7 @@
 //! moved yet. It is read as it is, and only what is asked for here.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use serde::Deserialize;
@@ -249,7 +249,9 @@ impl Spec {
             return refused("has a profile of AppArmor or SELinux, which is not moved yet");
         }
         self.check_namespaces()?;
-        if !self.linux.cgroups_path.starts_with('/') {
+        let cgroup = Path::new(&self.linux.cgroups_path);
+        let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
+        if !cgroup.is_absolute() || !cgroup.components().all(plain) {
             return refused(
                 "has no cgroup by an absolute path (linux.cgroupsPath), which could be anywhere \
                  at the target",

@@ -14,7 +14,7 @@ use pageferry_proto::wire::description::WorkloadDescription;
 use pageferry_sys::namespace::NamespaceKind;
 
 use super::command::{podman_at_once, told};
-use super::{MANAGER, NEVER, PROGRAM, folders};
+use super::{MANAGER, NEVER, PROGRAM, archive, folders};
 use crate::runtime::oci::arrive::{self, Restore};
 use crate::runtime::oci::habits::Runtime;
 use crate::runtime::oci::spec::{Engine, Spec};
@@ -63,6 +63,10 @@ impl Arriving {
             ..Engine::default()
         };
         Spec::parse(&self.container.config)?.check(Some(&engine))?;
+        archive::check(&self.podman.archive, self.podman.id.as_str()).map_err(|why| {
+            let text = format!("what podman has of the container {}: {why}", self.name);
+            Failure::new(ErrorCode::UnsupportedWorkload, text)
+        })?;
         self.check_podman(bundle)?;
         for name in [self.name.as_str(), self.podman.id.as_str()] {
             if has(["container", "exists", name]) {

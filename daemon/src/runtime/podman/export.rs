@@ -15,6 +15,7 @@ use criu_glue::rpc::{Gate, GateError, Runtime, RuntimeError};
 use pageferry_proto::wire::container::ARCHIVE_BYTES_MAX;
 use thiserror::Error;
 
+use super::archive::without_policy;
 use super::{PROGRAM, Podman};
 
 /// How long podman may take from its start to its runtime's request.
@@ -131,5 +132,6 @@ pub async fn export(
     if ARCHIVE_BYTES_MAX as u64 <= length {
         return Err(ExportError::TooLong(length));
     }
-    fs::read(&archive).map_err(io("reading", &archive))
+    let exported = fs::read(&archive).map_err(io("reading", &archive))?;
+    without_policy(&exported).map_err(io("rewriting", &archive))
 }

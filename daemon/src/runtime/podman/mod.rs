@@ -14,6 +14,7 @@
 //! Absent, and refused by name ([`inspect`]): networks of podman, pods, volumes, health checks,
 //! units of systemd, rootless podman.
 
+mod archive;
 pub mod arrive;
 mod command;
 mod export;

@@ -1,0 +1,148 @@
+//! What podman exports: a tar file, of which one entry says what the container is.
+//!
+//! A container that comes is not started by anybody but us, whatever becomes of the node: so podman
+//! never reads there that it is to be. Its policy comes beside it.
+
+use std::io::{self, Read};
+use std::path::{Component, Path};
+
+use serde_json::{Map, Value};
+use tar::{Archive, Builder, Entry, EntryType};
+
+/// The entry: podman's own record.
+const CONFIG: &str = "config.dump";
+
+/// When it is started again, and how often.
+const POLICY: [&str; 2] = ["restart_policy", "restart_retries"];
+
+/// The archive, without a policy.
+pub fn without_policy(archive: &[u8]) -> io::Result<Vec<u8>> {
+    let mut written = Builder::new(Vec::new());
+    let mut exported = Archive::new(archive);
+    for entry in exported.entries()? {
+        let mut entry = entry?;
+        let path = entry.path()?.into_owned();
+        let mut header = entry.header().clone();
+        let mut bytes = Vec::new();
+        entry.read_to_end(&mut bytes)?;
+        if is_config(&path) {
+            let mut config: Map<String, Value> = serde_json::from_slice(&bytes)?;
+            POLICY.iter().for_each(|name| drop(config.remove(*name)));
+            bytes = serde_json::to_vec(&config)?;
+            header.set_size(bytes.len() as u64);
+        }
+        written.append_data(&mut header, path, &bytes[..])?;
+    }
+    written.into_inner()
+}
+
+/// Whether it is an archive of the container `id`, without a policy, and nothing in it leads
+/// elsewhere; else what is wrong with it.
+pub fn check(archive: &[u8], id: &str) -> Result<(), String> {
+    let mut configs = 0;
+    let mut archive = Archive::new(archive);
+    let entries = archive.entries().map_err(|error| error.to_string())?;
+    for entry in entries {
+        configs += usize::from(check_entry(entry, id)?);
+    }
+    match configs {
+        1 => Ok(()),
+        other => Err(format!("{CONFIG} is in it {other} times")),
+    }
+}
+
+/// Whether it is the one.
+fn check_entry(entry: io::Result<Entry<'_, &[u8]>>, id: &str) -> Result<bool, String> {
+    let text = |error: io::Error| error.to_string();
+    let mut entry = entry.map_err(text)?;
+    let path = entry.path().map_err(text)?.into_owned();
+    let plain = |part| matches!(part, Component::CurDir | Component::Normal(_));
+    let kind = entry.header().entry_type();
+    if !path.components().all(plain) || !matches!(kind, EntryType::Regular | EntryType::Directory) {
+        return Err(format!("{} is not what podman writes", path.display()));
+    }
+    if !is_config(&path) {
+        return Ok(false);
+    }
+    let mut bytes = Vec::new();
+    entry.read_to_end(&mut bytes).map_err(text)?;
+    let config: Map<String, Value> =
+        serde_json::from_slice(&bytes).map_err(|error| format!("{CONFIG}: {error}"))?;
+    if config.get("id").and_then(Value::as_str) != Some(id) {
+        return Err(format!("{CONFIG} is that of another container"));
+    }
+    match POLICY.iter().find(|name| config.contains_key(**name)) {
+        Some(name) => Err(format!("{CONFIG} has a {name}, which comes beside it")),
+        None => Ok(true),
+    }
+}
+
+fn is_config(path: &Path) -> bool {
+    let mut parts = path.components().filter(|part| *part != Component::CurDir);
+    parts.next() == Some(Component::Normal(CONFIG.as_ref())) && parts.next().is_none()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use tar::Header;
+
+    fn archive(entries: &[(&str, Value)]) -> Vec<u8> {
+        let mut written = Builder::new(Vec::new());
+        for (path, value) in entries {
+            let bytes = value.to_string().into_bytes();
+            let mut header = Header::new_gnu();
+            header.set_size(bytes.len() as u64);
+            header.set_mode(0o600);
+            written.append_data(&mut header, path, &bytes[..]).unwrap();
+        }
+        written.into_inner().unwrap()
+    }
+
+    #[test]
+    fn a_container_comes_without_a_policy() {
+        let config = json!({
+            "id": "a1", "restart_policy": "always", "restart_retries": 3, "stopTimeout": 10,
+            "createdTime": "2026-11-29T12:00:00Z", "shmSize": 65_536_000_u64,
+        });
+        let exported = archive(&[("spec.dump", json!({"ociVersion": "1"})), (CONFIG, config)]);
+        let refused = check(&exported, "a1").unwrap_err();
+        assert!(refused.contains("restart_policy"), "{refused}");
+        let sent = without_policy(&exported).unwrap();
+        check(&sent, "a1").unwrap();
+        assert!(
+            check(&sent, "a2")
+                .unwrap_err()
+                .contains("another container")
+        );
+        let text = String::from_utf8_lossy(&sent).into_owned();
+        assert!(text.contains("stopTimeout") && text.contains("65536000") && text.contains("oci"));
+    }
+
+    #[test]
+    fn what_podman_does_not_write_is_refused() {
+        let config = json!({"id": "a1"});
+        assert!(check(b"no tar at all", "a1").is_err());
+        assert!(check(&archive(&[("spec.dump", json!({}))]), "a1").is_err());
+        let twice = [(CONFIG, config.clone()), ("./config.dump", config.clone())];
+        assert!(
+            check(&archive(&twice), "a1")
+                .unwrap_err()
+                .contains("2 times")
+        );
+        let linked = check(&archive_of_link(), "a1").unwrap_err();
+        assert!(linked.contains("not what podman writes"), "{linked}");
+    }
+
+    fn archive_of_link() -> Vec<u8> {
+        let mut written = Builder::new(Vec::new());
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::Symlink);
+        header.set_size(0);
+        written
+            .append_link(&mut header, "checkpoint", "/etc")
+            .unwrap();
+        written.into_inner().unwrap()
+    }
+}
