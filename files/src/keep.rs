@@ -25,7 +25,7 @@ use crate::kernel::Folder;
 use crate::record::Record;
 use crate::staging::{Staging, remove, tree_of};
 use crate::tree::Digest;
-use crate::walk::Totals;
+use crate::walk::{Totals, named_elsewhere, walk};
 
 /// The folder beside a path that has what is not the workload's.
 pub const HIDDEN: &str = ".pageferry-files";
@@ -106,10 +106,15 @@ impl Keep {
         self.write(&self.note(path, "record"), &record.encode())
     }
 
-    /// Whether this node keeps exactly that of a workload that has left.
+    /// Whether this node keeps exactly that of a workload that has left, and may write to it: not
+    /// if something of it has a name elsewhere too.
     pub fn has(&self, path: &Path, digest: &Digest) -> bool {
         let noted = fs::read(self.note(path, "kept"));
-        noted.is_ok_and(|noted| noted == digest) && tree_of(&kept(path)).is_dir()
+        if !noted.is_ok_and(|noted| noted == digest) {
+            return false;
+        }
+        let found = Folder::open(&tree_of(&kept(path))).and_then(|folder| walk(&folder));
+        found.is_ok_and(|found| named_elsewhere(&found).is_none())
     }
 
     /// Where something comes that is to be at `path`.

@@ -114,6 +114,15 @@ impl Source {
         Ok((walk::totals(&found), files.map(|found| found.key).collect()))
     }
 
+    /// Refuses it if something in it has a name elsewhere too.
+    pub(crate) fn check_names(&self) -> Result<(), Error> {
+        let found = walk::walk(&self.folder)?;
+        match walk::named_elsewhere(&found) {
+            Some(name) => Err(Error::unfit(self.folder.path_of(name), walk::ELSEWHERE)),
+            None => Ok(()),
+        }
+    }
+
     /// The files that were in it at the last difference.
     pub fn files(&self) -> HashSet<Key> {
         let files = self

@@ -1,6 +1,6 @@
 //! What is in a folder at the moment: each entry as the kernel describes it, none of its contents.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
@@ -150,6 +150,22 @@ fn insert(
     let stat = *stat;
     all.insert(name, Found { key, kind, stat });
     Ok(is_folder)
+}
+
+/// Why it is not written to.
+pub(crate) const ELSEWHERE: &str = "has a name outside of the folder, where a store would show";
+
+/// Something that has a name in the folder and more of them elsewhere: a store here would be one
+/// there.
+pub(crate) fn named_elsewhere(all: &BTreeMap<Name, Found>) -> Option<&Name> {
+    let mut names = HashMap::<Key, u32>::new();
+    let others = || all.iter().filter(|(_, found)| found.kind != Kind::Folder);
+    for (_, found) in others() {
+        *names.entry(found.key).or_default() += 1;
+    }
+    let elsewhere = |found: &Found| names.get(&found.key) < Some(&found.stat.stx_nlink);
+    let (name, _) = others().find(|(_, found)| elsewhere(found))?;
+    Some(name)
 }
 
 fn mounted(folder: &Folder, name: &Name) -> Error {

@@ -373,6 +373,31 @@ fn a_kept_folder_that_somebody_has_changed_is_not_built_upon() {
 }
 
 #[test]
+fn a_kept_folder_with_a_name_outside_of_it_is_not_built_upon() {
+    let nodes = Nodes::at(FILE_SYSTEMS[0]);
+    let (here, other) = (nodes.here(), nodes.root.path().join("other"));
+    fs::write(here.join("file"), "mine").expect("a file");
+    fs::hard_link(here.join("file"), here.join("twin")).expect("a link");
+    let mut source = Source::open(&here, None).expect("a source");
+    let report = source.difference(&Suspects::default(), true, &mut |_| Ok(()));
+    let digest = report.expect("a difference").digest;
+    fs::hard_link(here.join("file"), &other).expect("a link");
+    let keep = nodes.keep("a");
+    keep.set_aside(&here, &digest).expect("aside");
+    assert!(!keep.has(&here, &digest));
+    // Whoever takes it in spite of that does not come to write.
+    let place = Keep::place(&here, "m", 0);
+    let staged = stage(&keep, &here, &place, Some(digest));
+    assert_eq!(
+        staged.map(drop).map_err(|error| error.kind()),
+        Err(ErrorKind::Unfit)
+    );
+    fs::remove_file(&other).expect("removed");
+    drop(fs::remove_dir(place.join("hold")));
+    Staging::open(&place, Some(digest)).expect("a staging");
+}
+
+#[test]
 fn what_has_no_room_is_refused_before_anything_is_written() {
     let nodes = Nodes::at(FILE_SYSTEMS[0]);
     let totals = |bytes| pageferry_files::Totals { entries: 1, bytes };
