@@ -272,8 +272,17 @@ fn full(path: &Path, why: &str) -> Error {
 /// Whether an empty folder is at `path`, where a folder is to come; something else must not be, and
 /// the folder that it comes to must.
 pub fn may_come(path: &Path) -> Result<bool, Error> {
+    check_hidden(path)?;
     Folder::open(path.parent().unwrap_or(path))?;
     absent(path)
+}
+
+/// Refuses a path that is, or is in, a hidden folder.
+pub fn check_hidden(path: &Path) -> Result<(), Error> {
+    match path.iter().any(|component| component == HIDDEN) {
+        true => Err(Error::unfit(path, "is where folders are kept or come")),
+        false => Ok(()),
+    }
 }
 
 /// Removes a folder with all that is in it.

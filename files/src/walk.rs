@@ -9,6 +9,7 @@ use rustix::fs::{Dir, Statx};
 use rustix::io::Errno;
 
 use crate::error::Error;
+use crate::keep::HIDDEN;
 use crate::kernel::{self, Folder};
 use crate::name::Name;
 use crate::tree::{Kind, Moment};
@@ -93,6 +94,12 @@ pub(crate) fn walk(folder: &Folder) -> Result<BTreeMap<Name, Found>, Error> {
             let component = entry.file_name().to_bytes();
             if component == b"." || component == b".." {
                 continue;
+            }
+            if component == HIDDEN.as_bytes() {
+                return Err(Error::unfit(
+                    folder.path_of(&name).join(HIDDEN),
+                    "has folders of workloads that have left or come: remove it, once none does",
+                ));
             }
             let child = name.child(component);
             let child = child.map_err(|_| too_deep(folder, &name))?;

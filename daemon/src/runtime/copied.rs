@@ -110,6 +110,8 @@ fn writers(files: &HashSet<Key>, pids: &[i32]) -> BTreeMap<i32, PathBuf> {
 pub fn check_paths(copied: &[PathBuf], shared: &[PathBuf]) -> Result<(), Failure> {
     let touch = |one: &Path, other: &Path| one.starts_with(other) || other.starts_with(one);
     for (index, path) in copied.iter().enumerate() {
+        let hidden = pageferry_files::check_hidden(path);
+        hidden.map_err(|error| Failure::new(ErrorCode::FolderUnfit, error.to_string()))?;
         let mut others = copied[..index].iter().chain(shared);
         if let Some(other) = others.find(|other| touch(path, other)) {
             return Err(Failure::new(
@@ -139,6 +141,7 @@ mod tests {
             (&["/a", "/a"], &[]),
             (&["/a/b"], &["/a"]),
             (&["/a"], &["/a/b"]),
+            (&["/a/.pageferry-files/kept"], &[]),
         ] {
             let code = check(copied, shared).map_err(|failure| failure.code());
             assert_eq!(code, Err(ErrorCode::FolderUnfit));

@@ -398,6 +398,28 @@ fn a_kept_folder_with_a_name_outside_of_it_is_not_built_upon() {
 }
 
 #[test]
+fn what_is_kept_in_a_folder_does_not_travel_with_it() {
+    let nodes = Nodes::at(FILE_SYSTEMS[0]);
+    let hidden = nodes.here().join("inner").join(pageferry_files::HIDDEN);
+    fs::create_dir_all(&hidden).expect("a folder");
+    let looked = Source::open(&nodes.here(), None).expect("a source").look();
+    let refused = looked.expect_err("refused");
+    assert_eq!(refused.kind(), ErrorKind::Unfit);
+    assert!(
+        refused.to_string().contains("inner/.pageferry-files"),
+        "{refused}"
+    );
+    let come = |path: &Path| pageferry_files::may_come(path).map_err(|error| error.kind());
+    assert_eq!(come(&hidden.join("a")), Err(ErrorKind::Unfit));
+    assert_eq!(come(&hidden), Err(ErrorKind::Unfit));
+    fs::remove_dir(&hidden).expect("removed");
+    Source::open(&nodes.here(), None)
+        .expect("a source")
+        .look()
+        .expect("nothing hidden");
+}
+
+#[test]
 fn what_has_no_room_is_refused_before_anything_is_written() {
     let nodes = Nodes::at(FILE_SYSTEMS[0]);
     let totals = |bytes| pageferry_files::Totals { entries: 1, bytes };
