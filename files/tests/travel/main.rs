@@ -150,7 +150,7 @@ fn finds_a_store(parent: &str) -> bool {
     mapping[5] = 2;
     // Older than the ticks of any clock.
     std::thread::sleep(std::time::Duration::from_millis(150));
-    let suspects = Suspects(HashSet::from([key(&path)]));
+    let suspects = Suspects::look(|| Some(HashSet::from([key(&path)])));
     let mut source = Source::open(&nodes.here(), None).expect("a source");
     let mut staging = elsewhere.staging();
     send(&mut source, &mut staging, &suspects, false).expect("a difference");
@@ -189,6 +189,37 @@ fn what_has_not_changed_is_neither_read_nor_sent() {
     let third = send(&mut source, &mut staging, &none, true).expect("a difference");
     assert_same(&nodes.here(), &staging.tree_path());
     assert!(third.bytes < 2000, "{third:?}");
+}
+
+#[test]
+fn what_may_be_stored_to_since_the_look_is_compared_again() {
+    let nodes = Nodes::at(FILE_SYSTEMS[0]);
+    let path = nodes.here().join("file");
+    fs::write(&path, "one").expect("a file");
+    fs::write(nodes.here().join("other"), "one").expect("a file");
+    let pause = || std::thread::sleep(std::time::Duration::from_millis(250));
+    pause();
+    let mut source = Source::open(&nodes.here(), None).expect("a source");
+    let mut staging = nodes.staging();
+    let mut compared = |suspects: &Suspects, after: Option<&Suspects>| {
+        let report = send(&mut source, &mut staging, suspects, false).expect("a difference");
+        after.into_iter().for_each(|after| source.doubt(after));
+        report.compared
+    };
+    let early = Suspects::default();
+    pause();
+    fs::write(&path, "two").expect("written");
+    pause();
+    // It has been opened, written and perhaps kept since the look, however long ago that is.
+    assert_eq!(compared(&early, None), 2);
+    assert_eq!(compared(&early, None), 1);
+    assert_eq!(compared(&Suspects::default(), None), 1);
+    assert_eq!(compared(&Suspects::default(), None), 0);
+    // One that was found only after a difference, and where nobody could tell.
+    let later = Suspects::look(|| Some(HashSet::from([key(&path)])));
+    assert_eq!(compared(&Suspects::default(), Some(&later)), 0);
+    assert_eq!(compared(&Suspects::default(), None), 1);
+    assert_eq!(compared(&Suspects::look(|| None), None), 2);
 }
 
 #[test]

@@ -7,13 +7,14 @@
 //! end, or nothing of the folder is sent any more.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pageferry_files::{Digest, Error, Keep, Report, Source};
+use pageferry_files::{Digest, Error, Keep, Report, Source, Suspects};
 use pageferry_proto::id::{MigrationId, Round};
 use pageferry_proto::migration::policy::FilesReport;
 use pageferry_proto::migration::source::Wait;
@@ -63,10 +64,36 @@ struct Gone {
     digest: Option<Digest>,
 }
 
+/// Says which processes the workload has now.
+pub(super) type Members = Arc<dyn Fn() -> Result<Vec<i32>, Failure> + Send + Sync>;
+
 /// A difference that is being sent.
 struct Course {
-    pids: Vec<i32>,
+    members: Members,
     frozen: bool,
+}
+
+impl Course {
+    /// Files that the workload may store to, as of now: of one that runs all, if that cannot be
+    /// told.
+    fn suspects(&self) -> Result<Suspects, Failure> {
+        let mut failed = Ok(());
+        let suspects = Suspects::look(|| {
+            let pids = (self.members)()
+                .map_err(|failure| failed = Err(failure))
+                .ok()?;
+            let found = copied::suspects(&pids);
+            found.map_err(|error| failed = Err(unreadable(&error))).ok()
+        });
+        match failed {
+            Err(failure) if self.frozen => Err(failure),
+            Err(failure) => {
+                tracing::debug!("every file is compared: {failure}");
+                Ok(suspects)
+            }
+            Ok(()) => Ok(suspects),
+        }
+    }
 }
 
 impl Folders {
@@ -162,11 +189,11 @@ impl Folders {
         &mut self,
         data: &DataSender,
         round: Round,
-        pids: &[i32],
+        members: &Members,
         waits: &Waits,
     ) -> Result<FilesReport, Failure> {
         let first = std::mem::take(&mut self.is_first);
-        let (sent, look) = self.send(data, round, pids, false, waits).await?;
+        let (sent, look) = self.send(data, round, members, false, waits).await?;
         Ok(FilesReport {
             streams: count(&sent)?,
             sent_bytes: bytes(&sent),
@@ -183,13 +210,13 @@ impl Folders {
         &mut self,
         data: &DataSender,
         round: Round,
-        pids: &[i32],
+        members: &Members,
         waits: &Waits,
     ) -> Result<(u32, u64), Failure> {
         if self.all.is_empty() {
             return Ok((0, 0));
         }
-        let (sent, look) = self.send(data, round, pids, true, waits).await?;
+        let (sent, look) = self.send(data, round, members, true, waits).await?;
         for (folder, report) in self.all.iter_mut().zip(&sent) {
             folder.gone.digest = Some(report.digest);
             let (path, compared) = (folder.gone.path.display(), report.compared);
@@ -213,7 +240,7 @@ impl Folders {
         &mut self,
         data: &DataSender,
         round: Round,
-        pids: &[i32],
+        members: &Members,
         frozen: bool,
         waits: &Waits,
     ) -> Result<(Vec<Report>, Duration), Failure> {
@@ -226,7 +253,7 @@ impl Folders {
             let folder = u32::try_from(index).map_err(|error| internal(&error))?;
             let header = FilesHeader { round, folder };
             let course = Course {
-                pids: pids.to_vec(),
+                members: Arc::clone(members),
                 frozen,
             };
             let sending = send(Arc::clone(source), data, header, course);
@@ -289,7 +316,7 @@ async fn send(
         let began = Instant::now();
         let mut waited = Duration::ZERO;
         let mut source = source.lock().unwrap_or_else(PoisonError::into_inner);
-        let suspects = copied::suspects(&course.pids);
+        let suspects = course.suspects()?;
         let mut sink = |frame: Vec<u8>| {
             let began = Instant::now();
             let taken = frames.blocking_send(frame);
@@ -299,7 +326,11 @@ async fn send(
         let report = source.difference(&suspects, course.frozen, &mut sink);
         drop(frames);
         let report = report.map_err(|error| failed(&error, ErrorCode::FolderUnfit))?;
-        copied::check_writers(source.path(), &source.files(), &course.pids)?;
+        if !course.frozen {
+            // Who has opened one since the look may have stored to it before it was read.
+            source.doubt(&course.suspects()?);
+        }
+        copied::check_writers(source.path(), &source.files(), &(course.members)()?)?;
         Ok::<_, Failure>((report, began.elapsed().saturating_sub(waited)))
     });
     let mut writer = data
@@ -317,6 +348,11 @@ async fn send(
     let sent = finding.await.map_err(|error| internal(&error))??;
     writer.finish();
     Ok(sent)
+}
+
+fn unreadable(error: &io::Error) -> Failure {
+    let text = format!("cannot tell which files the workload may write to: {error}");
+    Failure::new(ErrorCode::NodeUnfit, text)
 }
 
 fn count(sent: &[Report]) -> Result<u32, Failure> {
