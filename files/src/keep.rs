@@ -25,7 +25,7 @@ use crate::kernel::Folder;
 use crate::record::Record;
 use crate::staging::{Staging, remove, tree_of};
 use crate::tree::Digest;
-use crate::walk::{Totals, named_elsewhere, walk};
+use crate::walk::{Totals, named_elsewhere, totals, walk};
 
 /// The folder beside a path that has what is not the workload's.
 pub const HIDDEN: &str = ".pageferry-files";
@@ -106,15 +106,19 @@ impl Keep {
         self.write(&self.note(path, "record"), &record.encode())
     }
 
-    /// Whether this node keeps exactly that of a workload that has left, and may write to it: not
-    /// if something of it has a name elsewhere too.
-    pub fn has(&self, path: &Path, digest: &Digest) -> bool {
-        let noted = fs::read(self.note(path, "kept"));
-        if !noted.is_ok_and(|noted| noted == digest) {
-            return false;
+    /// What this node keeps of a workload that has left, if it is exactly that, and may be written
+    /// to: not if something of it has a name elsewhere too.
+    pub fn has(&self, path: &Path, digest: &Digest) -> Option<Totals> {
+        let noted = fs::read(self.note(path, "kept")).ok()?;
+        if noted != digest {
+            return None;
         }
-        let found = Folder::open(&tree_of(&kept(path))).and_then(|folder| walk(&folder));
-        found.is_ok_and(|found| named_elsewhere(&found).is_none())
+        let folder = Folder::open(&tree_of(&kept(path))).ok()?;
+        let found = walk(&folder).ok()?;
+        match named_elsewhere(&found) {
+            Some(_) => None,
+            None => Some(totals(&found)),
+        }
     }
 
     /// Where something comes that is to be at `path`.

@@ -49,6 +49,16 @@ pub struct Totals {
     pub bytes: u64,
 }
 
+impl Totals {
+    /// What must come besides what is there already.
+    pub const fn without(self, there: Self) -> Self {
+        Self {
+            entries: self.entries.saturating_sub(there.entries),
+            bytes: self.bytes.saturating_sub(there.bytes),
+        }
+    }
+}
+
 impl Key {
     pub(crate) const fn of(stat: &Statx) -> Self {
         Self {

@@ -274,8 +274,8 @@ fn what_comes_is_put_and_a_way_back_costs_what_has_changed() {
     fs::write(nodes.there().join("7"), b"changed").expect("a file");
     fs::rename(nodes.there().join("8"), nodes.there().join("eight")).expect("a name");
     let record = b.recall(&nodes.there()).expect("a record");
-    assert!(a.has(&nodes.here(), &record.digest()));
-    assert!(!b.has(&nodes.there(), &record.digest()));
+    assert!(a.has(&nodes.here(), &record.digest()).is_some());
+    assert!(b.has(&nodes.there(), &record.digest()).is_none());
     let place = Keep::place(&nodes.here(), "n", 0);
     let base = Some(record.digest());
     let mut staging = stage(&a, &nodes.here(), &place, base).expect("a staging");
@@ -393,14 +393,14 @@ fn a_kept_folder_that_somebody_has_changed_is_not_built_upon() {
         .next()
         .expect("an entry");
     fs::write(kept.expect("an entry").path().join("tree/file"), b"other").expect("a file");
-    assert!(keep.has(&nodes.here(), &report.digest));
+    assert_eq!(keep.has(&nodes.here(), &report.digest), Some(report.totals));
     let place = Keep::place(&nodes.here(), "m", 0);
     let refused = stage(&keep, &nodes.here(), &place, Some(report.digest));
     assert_eq!(
         refused.map(drop).map_err(|error| error.kind()),
         Err(ErrorKind::Differs)
     );
-    assert!(!keep.has(&nodes.here(), &report.digest));
+    assert_eq!(keep.has(&nodes.here(), &report.digest), None);
 }
 
 #[test]
@@ -415,7 +415,7 @@ fn a_kept_folder_with_a_name_outside_of_it_is_not_built_upon() {
     fs::hard_link(here.join("file"), &other).expect("a link");
     let keep = nodes.keep("a");
     keep.set_aside(&here, &digest).expect("aside");
-    assert!(!keep.has(&here, &digest));
+    assert_eq!(keep.has(&here, &digest), None);
     // Whoever takes it in spite of that does not come to write.
     let place = Keep::place(&here, "m", 0);
     let staged = stage(&keep, &here, &place, Some(digest));

@@ -181,15 +181,19 @@ impl Folders {
             let path = Path::new(&coming.path);
             let was_there = may_come(path).map_err(taken)?;
             let keep = &self.shelf.keep;
-            let kept = coming.base.filter(|base| keep.has(path, base));
-            if kept.is_none() {
-                // Several may come to one folder.
-                let parent = path.parent().unwrap_or(path).to_owned();
-                let totals = needed.entry(parent).or_default();
-                totals.entries = totals.entries.saturating_add(coming.entries);
-                totals.bytes = totals.bytes.saturating_add(coming.bytes);
-                admit(path, totals).map_err(taken)?;
-            }
+            let there = coming.base.and_then(|base| keep.has(path, &base));
+            let kept = coming.base.filter(|_| there.is_some());
+            let offered = Totals {
+                entries: coming.entries,
+                bytes: coming.bytes,
+            };
+            let missing = offered.without(there.unwrap_or_default());
+            // Several may come to one folder.
+            let parent = path.parent().unwrap_or(path).to_owned();
+            let totals = needed.entry(parent).or_default();
+            totals.entries = totals.entries.saturating_add(missing.entries);
+            totals.bytes = totals.bytes.saturating_add(missing.bytes);
+            admit(path, totals).map_err(taken)?;
             self.lock().push(Folder {
                 placed: Placed {
                     path: path.to_owned(),
@@ -366,4 +370,44 @@ fn malformed(why: &str) -> Failure {
 
 fn lost(error: &ReadStreamError) -> Failure {
     Failure::new(ErrorCode::PeerLost, chain(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where folders come to, and what is known of them.
+    fn node() -> (tempfile::TempDir, Shelf) {
+        let root = tempfile::tempdir().expect("a folder");
+        let shelf = Shelf::new(root.path().join("state"));
+        (root, shelf)
+    }
+
+    fn coming(path: &Path, bytes: u64, base: Option<Digest>) -> CopiedPath {
+        CopiedPath {
+            path: path.to_str().expect("UTF-8").to_owned(),
+            entries: 1,
+            bytes,
+            base,
+        }
+    }
+
+    #[test]
+    fn what_is_missing_of_a_folder_that_is_kept_must_have_room() {
+        let (root, shelf) = node();
+        let path = root.path().join("data");
+        fs::create_dir(&path).expect("a folder");
+        let digest = [7; 32];
+        shelf.keep().set_aside(&path, &digest).expect("aside");
+        let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
+        let refused =
+            Folders::new(shelf.clone(), id).prepare(&[coming(&path, 1 << 60, Some(digest))]);
+        let code = refused.map_err(|failure| failure.code());
+        assert_eq!(code, Err(ErrorCode::DiskShort));
+        let folders = Folders::new(shelf, id);
+        folders
+            .prepare(&[coming(&path, 0, Some(digest))])
+            .expect("room");
+        assert_eq!(folders.kept(), [0]);
+    }
 }
