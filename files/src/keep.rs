@@ -73,7 +73,8 @@ impl Keep {
         self.state.join(format!("{}.{kind}", short(path)))
     }
 
-    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    /// Writes a note in its folder, all of it and on disk, or leaves the one that there was.
+    pub fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
         let failed = |source| Error::Io {
             what: "write",
             path: path.to_owned(),
@@ -84,7 +85,8 @@ impl Keep {
                 .mode(0o700)
                 .recursive(true)
                 .create(&self.state)?;
-            let new = path.with_extension("new");
+            let mut new = path.as_os_str().to_owned();
+            new.push(".new");
             let mut file = File::create(&new)?;
             file.write_all(bytes)?;
             file.sync_all()?;
