@@ -25,7 +25,7 @@ use crate::kernel::Folder;
 use crate::record::Record;
 use crate::staging::{Staging, remove, tree_of};
 use crate::tree::Digest;
-use crate::walk::Totals;
+use crate::walk::{Totals, named_elsewhere, totals, walk};
 
 /// The folder beside a path that has what is not the workload's.
 pub const HIDDEN: &str = ".pageferry-files";
@@ -73,7 +73,8 @@ impl Keep {
         self.state.join(format!("{}.{kind}", short(path)))
     }
 
-    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    /// Writes a note in its folder, all of it and on disk, or leaves the one that there was.
+    pub fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
         let failed = |source| Error::Io {
             what: "write",
             path: path.to_owned(),
@@ -84,7 +85,8 @@ impl Keep {
                 .mode(0o700)
                 .recursive(true)
                 .create(&self.state)?;
-            let new = path.with_extension("new");
+            let mut new = path.as_os_str().to_owned();
+            new.push(".new");
             let mut file = File::create(&new)?;
             file.write_all(bytes)?;
             file.sync_all()?;
@@ -106,10 +108,19 @@ impl Keep {
         self.write(&self.note(path, "record"), &record.encode())
     }
 
-    /// Whether this node keeps exactly that of a workload that has left.
-    pub fn has(&self, path: &Path, digest: &Digest) -> bool {
-        let noted = fs::read(self.note(path, "kept"));
-        noted.is_ok_and(|noted| noted == digest) && tree_of(&kept(path)).is_dir()
+    /// What this node keeps of a workload that has left, if it is exactly that, and may be written
+    /// to: not if something of it has a name elsewhere too.
+    pub fn has(&self, path: &Path, digest: &Digest) -> Option<Totals> {
+        let noted = fs::read(self.note(path, "kept")).ok()?;
+        if noted != digest {
+            return None;
+        }
+        let folder = Folder::open(&tree_of(&kept(path))).ok()?;
+        let found = walk(&folder).ok()?;
+        match named_elsewhere(&found) {
+            Some(_) => None,
+            None => Some(totals(&found)),
+        }
     }
 
     /// Where something comes that is to be at `path`.
@@ -267,8 +278,17 @@ fn full(path: &Path, why: &str) -> Error {
 /// Whether an empty folder is at `path`, where a folder is to come; something else must not be, and
 /// the folder that it comes to must.
 pub fn may_come(path: &Path) -> Result<bool, Error> {
+    check_hidden(path)?;
     Folder::open(path.parent().unwrap_or(path))?;
     absent(path)
+}
+
+/// Refuses a path that is, or is in, a hidden folder.
+pub fn check_hidden(path: &Path) -> Result<(), Error> {
+    match path.iter().any(|component| component == HIDDEN) {
+        true => Err(Error::unfit(path, "is where folders are kept or come")),
+        false => Ok(()),
+    }
 }
 
 /// Removes a folder with all that is in it.

@@ -310,8 +310,7 @@ pub fn set_meta(
         AtFlags::SYMLINK_NOFOLLOW,
     )?;
     if !is_link {
-        let mode = Mode::from_raw_mode(new.mode);
-        rustix::fs::chmodat(folder, component, mode, AtFlags::empty())?;
+        chmod(folder, component, Mode::from_raw_mode(new.mode))?;
     }
     let path = by_descriptor(folder, component);
     for name in old
@@ -340,7 +339,55 @@ pub fn set_meta(
     rustix::fs::utimensat(folder, component, &times, AtFlags::SYMLINK_NOFOLLOW)
 }
 
+/// Changes the mode of an entry, and of nothing that it leads to.
+fn chmod(folder: impl AsFd, component: &OsStr, mode: Mode) -> rustix::io::Result<()> {
+    // Opened so, a device or a pipe does not notice, but `fchmod` refuses it.
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let entry = rustix::fs::openat(folder, component, flags, Mode::empty())?;
+    let kind = FileType::from_raw_mode(stat_of(&entry)?.stx_mode.into());
+    if kind == FileType::Symlink {
+        return Err(Errno::LOOP);
+    }
+    let path = format!("/proc/self/fd/{}", entry.as_raw_fd());
+    rustix::fs::chmodat(CWD, path, mode, AtFlags::empty())
+}
+
 /// What the kernel says of an open file.
 pub fn stat_of(file: impl AsFd) -> rustix::io::Result<Statx> {
     rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    #[test]
+    fn a_mode_is_never_that_of_what_a_link_leads_to() {
+        let place = tempfile::tempdir().expect("a folder");
+        let mode_of = |name: &str| {
+            let metadata = fs::metadata(place.path().join(name)).expect("it is there");
+            metadata.permissions().mode() & 0o7777
+        };
+        fs::write(place.path().join("file"), "").expect("a file");
+        symlink("file", place.path().join("link")).expect("a link");
+        let folder = Folder::open(place.path()).expect("a folder");
+        let set = |name: &str, mode| {
+            let component = OsStr::new(name);
+            let stat = stat(&folder, component).expect("it is there");
+            let old = meta(&folder, component, &stat).expect("what it has");
+            let new = Meta {
+                mode,
+                ..old.clone()
+            };
+            set_meta(&folder, component, (false, &old), &new)
+        };
+        set("file", 0o640).expect("changed");
+        set(".", 0o710).expect("changed");
+        assert_eq!((mode_of("file"), mode_of(".")), (0o640, 0o710));
+        assert_eq!(set("link", 0o4777), Err(Errno::LOOP));
+        assert_eq!(mode_of("file"), 0o640);
+    }
 }

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::error::Error;
+use crate::keep::HIDDEN;
 use crate::{COMPONENT_BYTES_MAX, DEPTH_MAX, NAME_BYTES_MAX};
 
 /// A name within a folder. The folder's own is empty. A folder sorts before what is in it.
@@ -25,6 +26,9 @@ impl Name {
         for component in bytes.split(|byte| *byte == b'/') {
             depth += 1;
             let is_odd = component.is_empty() || component == b"." || component == b"..";
+            if component == HIDDEN.as_bytes() {
+                return Err(Error::Malformed("a name is of what is no workload's"));
+            }
             if is_odd || COMPONENT_BYTES_MAX < component.len() || component.contains(&0) {
                 return Err(Error::Malformed(
                     "a name leads out of its folder, or is none",
@@ -89,8 +93,19 @@ mod tests {
     fn no_name_leads_out_of_its_folder() {
         let long = [b'a'; 256];
         let deep = [b"a/".repeat(DEPTH_MAX), b"a".to_vec()].concat();
-        let odd: [&[u8]; 10] = [
-            b"..", b".", b"/a", b"a/", b"a//b", b"a/../b", b"a/.", b"a\0b", &long, &deep,
+        let odd: [&[u8]; 12] = [
+            b".pageferry-files",
+            b"a/.pageferry-files/b",
+            b"..",
+            b".",
+            b"/a",
+            b"a/",
+            b"a//b",
+            b"a/../b",
+            b"a/.",
+            b"a\0b",
+            &long,
+            &deep,
         ];
         for odd in odd {
             assert!(Name::new(odd).is_err(), "{}", String::from_utf8_lossy(odd));

@@ -20,14 +20,41 @@ use crate::error::Error;
 use crate::kernel::{self, Folder};
 use crate::name::Name;
 use crate::op::{Frames, Op};
-use crate::tree::{Digest, Kind, Meta, Node, NodeId, Tree};
+use crate::tree::{Digest, Kind, Meta, Moment, Node, NodeId, Tree};
 use crate::walk::{self, Found, Key, Stamp, Totals};
 use crate::{BLOCKS_MAX, record::Record};
 
 /// Files that somebody may store to without a trace: those that the workload has mapped shared and
 /// writable, or open for writing.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Suspects(pub HashSet<Key>);
+#[derive(Clone, Debug)]
+pub struct Suspects {
+    /// Whoever has begun to store since may not be among them.
+    since: Moment,
+    /// None: every file is one.
+    files: Option<HashSet<Key>>,
+}
+
+impl Suspects {
+    /// Those that `look` finds; if it cannot tell, every file.
+    pub fn look(look: impl FnOnce() -> Option<HashSet<Key>>) -> Self {
+        let since = kernel::a_moment_ago();
+        Self {
+            since,
+            files: look(),
+        }
+    }
+
+    fn has(&self, key: &Key) -> bool {
+        self.files.as_ref().is_none_or(|files| files.contains(key))
+    }
+}
+
+impl Default for Suspects {
+    /// None, as of now.
+    fn default() -> Self {
+        Self::look(|| Some(HashSet::new()))
+    }
+}
 
 /// A folder that travels, and what the target has of it.
 #[derive(Debug)]
@@ -66,9 +93,8 @@ struct Course<'a> {
     ids: BTreeMap<Name, NodeId>,
     /// Folders in which a name has come or gone.
     touched: BTreeSet<Name>,
+    /// Stamps from their moment on may come again.
     suspects: &'a Suspects,
-    /// Stamps from here on may come again.
-    since: crate::tree::Moment,
     /// Nobody changes anything any more.
     frozen: bool,
     report: Report,
@@ -114,6 +140,15 @@ impl Source {
         Ok((walk::totals(&found), files.map(|found| found.key).collect()))
     }
 
+    /// Refuses it if something in it has a name elsewhere too.
+    pub(crate) fn check_names(&self) -> Result<(), Error> {
+        let found = walk::walk(&self.folder)?;
+        match walk::named_elsewhere(&found) {
+            Some(name) => Err(Error::unfit(self.folder.path_of(name), walk::ELSEWHERE)),
+            None => Ok(()),
+        }
+    }
+
     /// The files that were in it at the last difference.
     pub fn files(&self) -> HashSet<Key> {
         let files = self
@@ -138,6 +173,14 @@ impl Source {
         Record::new(self.tree.clone(), self.ids.clone())
     }
 
+    /// Has those of a difference compared once more by the next, which were suspect after it only.
+    pub fn doubt(&mut self, suspects: &Suspects) {
+        let doubted = self.ids.iter().filter(|((key, _), _)| suspects.has(key));
+        for (_, id) in doubted {
+            self.seen.remove(id);
+        }
+    }
+
     /// Encodes what the target lacks. `suspects` must have been found before this is called. With
     /// `frozen` nothing may change meanwhile: what does is an error.
     pub fn difference(
@@ -146,7 +189,6 @@ impl Source {
         frozen: bool,
         sink: &mut dyn FnMut(Vec<u8>) -> Result<(), Error>,
     ) -> Result<Report, Error> {
-        let since = kernel::a_moment_ago();
         let found = walk::walk(&self.folder)?;
         let mut course = Course {
             report: Report {
@@ -157,7 +199,6 @@ impl Source {
             found,
             touched: BTreeSet::new(),
             suspects,
-            since,
             frozen,
             buffer: vec![0; BLOCK_BYTES],
         };
@@ -297,7 +338,7 @@ impl Source {
         };
         let (stamp, is_file) = (found.stamp(), found.kind == Kind::File);
         let is_touched = found.kind == Kind::Folder && course.touched.contains(name);
-        let is_suspect = is_file && (!self.tells || course.suspects.0.contains(&found.key));
+        let is_suspect = is_file && (!self.tells || course.suspects.has(&found.key));
         let is_known = self.seen.get(&id) == Some(&stamp);
         if is_known && !is_suspect && !is_touched {
             return Ok(());
@@ -344,7 +385,7 @@ impl Source {
                 node.meta = meta;
             }
         }
-        if is_whole && !is_suspect && stamp.changed < course.since {
+        if is_whole && !is_suspect && stamp.changed < course.suspects.since {
             self.seen.insert(id, stamp);
         } else {
             self.seen.remove(&id);

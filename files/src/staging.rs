@@ -29,7 +29,7 @@ use crate::op::{FRAME_HEADER_BYTES, Op, Taker, frame};
 use crate::record::Record;
 use crate::source::{Source, Suspects};
 use crate::tree::{Digest, Kind, Meta, Node, NodeId, Tree};
-use crate::walk::Key;
+use crate::walk::{ELSEWHERE, Key};
 use crate::{BLOCKS_MAX, ENTRIES_MAX};
 
 /// A folder that comes.
@@ -75,6 +75,7 @@ impl Staging {
         if report.digest != digest {
             return Err(Error::Digest { path });
         }
+        source.check_names()?;
         let (tree, _) = source.record().into_parts();
         Self::over(place, tree)
     }
@@ -434,13 +435,19 @@ impl Staging {
             let opened = self.located(id, |parent, component| {
                 let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let opened = rustix::fs::openat(parent, component, flags, Mode::empty())?;
-                Ok(File::from(opened))
+                let links = kernel::stat_of(&opened)?.stx_nlink;
+                Ok((File::from(opened), links))
             });
-            let file = opened.map_err(|source| Error::Io {
+            let (file, links) = opened.map_err(|source| Error::Io {
                 what: "open",
-                path,
+                path: path.clone(),
                 source,
             })?;
+            let places = self.places.get(&id).ok_or(LOST)?;
+            let names = places.names.len() as u64 + u64::from(places.is_held);
+            if names < u64::from(links) {
+                return Err(Error::unfit(path, ELSEWHERE));
+            }
             self.open = Some((id, file));
         }
         self.open.as_ref().map(|(_, file)| file).ok_or(LOST)

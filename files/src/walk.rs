@@ -1,6 +1,6 @@
 //! What is in a folder at the moment: each entry as the kernel describes it, none of its contents.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
@@ -9,6 +9,7 @@ use rustix::fs::{Dir, Statx};
 use rustix::io::Errno;
 
 use crate::error::Error;
+use crate::keep::HIDDEN;
 use crate::kernel::{self, Folder};
 use crate::name::Name;
 use crate::tree::{Kind, Moment};
@@ -46,6 +47,16 @@ pub struct Totals {
     pub entries: u64,
     /// Bytes that files take on disk.
     pub bytes: u64,
+}
+
+impl Totals {
+    /// What must come besides what is there already.
+    pub const fn without(self, there: Self) -> Self {
+        Self {
+            entries: self.entries.saturating_sub(there.entries),
+            bytes: self.bytes.saturating_sub(there.bytes),
+        }
+    }
 }
 
 impl Key {
@@ -93,6 +104,12 @@ pub(crate) fn walk(folder: &Folder) -> Result<BTreeMap<Name, Found>, Error> {
             let component = entry.file_name().to_bytes();
             if component == b"." || component == b".." {
                 continue;
+            }
+            if component == HIDDEN.as_bytes() {
+                return Err(Error::unfit(
+                    folder.path_of(&name).join(HIDDEN),
+                    "has folders of workloads that have left or come: remove it, once none does",
+                ));
             }
             let child = name.child(component);
             let child = child.map_err(|_| too_deep(folder, &name))?;
@@ -150,6 +167,22 @@ fn insert(
     let stat = *stat;
     all.insert(name, Found { key, kind, stat });
     Ok(is_folder)
+}
+
+/// Why it is not written to.
+pub(crate) const ELSEWHERE: &str = "has a name outside of the folder, where a store would show";
+
+/// Something that has a name in the folder and more of them elsewhere: a store here would be one
+/// there.
+pub(crate) fn named_elsewhere(all: &BTreeMap<Name, Found>) -> Option<&Name> {
+    let mut names = HashMap::<Key, u32>::new();
+    let others = || all.iter().filter(|(_, found)| found.kind != Kind::Folder);
+    for (_, found) in others() {
+        *names.entry(found.key).or_default() += 1;
+    }
+    let elsewhere = |found: &Found| names.get(&found.key) < Some(&found.stat.stx_nlink);
+    let (name, _) = others().find(|(_, found)| elsewhere(found))?;
+    Some(name)
 }
 
 fn mounted(folder: &Folder, name: &Name) -> Error {

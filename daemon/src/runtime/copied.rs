@@ -6,13 +6,13 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pageferry_files::{Key, Suspects};
+use pageferry_files::Key;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use procfs::process::{FDPermissions, MMPermissions, Process};
 
 use super::identity;
 
@@ -20,17 +20,17 @@ use super::identity;
 const LOOKS: usize = 3;
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 
-/// Files that a process may store to, and what it calls each.
-fn stores(pid: i32) -> Vec<(Key, PathBuf)> {
-    let Ok(process) = Process::new(pid) else {
-        return Vec::new();
-    };
-    let mut found = Vec::new();
+/// Adds files that a process may store to, and what it calls each: as many as can be read before
+/// something cannot, which is an error unless it has ended. One whose mappings change meanwhile is
+/// an error of the kind [`io::ErrorKind::Interrupted`].
+fn stores(pid: i32, found: &mut Vec<(Key, PathBuf)>) -> io::Result<()> {
+    let process = PathBuf::from(format!("/proc/{pid}"));
     let mut add = |link: PathBuf| {
-        // It may have been closed meanwhile: who closed it stores no more.
-        if let Ok(metadata) = fs::metadata(&link)
-            && metadata.is_file()
-        {
+        // Who has closed it meanwhile stores no more.
+        let Some(metadata) = unless_ended(fs::metadata(&link))? else {
+            return Ok(false);
+        };
+        if metadata.is_file() {
             let device = metadata.dev();
             let device = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
             // Numbers of devices have 12 and 20 bits.
@@ -38,28 +38,88 @@ fn stores(pid: i32) -> Vec<(Key, PathBuf)> {
             let inode = metadata.ino();
             found.push((Key { device, inode }, fs::read_link(&link).unwrap_or(link)));
         }
+        Ok::<_, io::Error>(true)
     };
-    for fd in process.fd().into_iter().flatten().flatten() {
-        if fd.mode().contains(FDPermissions::WRITE) {
-            add(PathBuf::from(format!("/proc/{pid}/fd/{}", fd.fd)));
+    for fd in unless_ended(fs::read_dir(process.join("fd")))?
+        .into_iter()
+        .flatten()
+    {
+        let Some(fd) = unless_ended(fd)? else {
+            continue;
+        };
+        let link = fd.path();
+        // The link's mode says how it was opened.
+        let opened = unless_ended(fs::symlink_metadata(&link))?;
+        if opened.is_some_and(|opened| opened.mode() & 0o200 != 0) {
+            add(link)?;
         }
     }
-    for map in process.maps().iter().flat_map(|maps| maps.iter()) {
-        // One that may not be written now may be later.
-        if map.perms.contains(MMPermissions::SHARED) && map.inode != 0 {
-            let (from, to) = map.address;
-            add(PathBuf::from(format!(
-                "/proc/{pid}/map_files/{from:x}-{to:x}"
-            )));
+    // Names in it need not be UTF-8.
+    let maps = unless_ended(fs::read(process.join("maps")))?.unwrap_or_default();
+    let mut is_changed = false;
+    for line in maps.split(|byte| *byte == b'\n') {
+        if let Some(range) = shared_mapping(line) {
+            is_changed |= !add(process.join("map_files").join(range))?;
         }
     }
-    found
+    match is_changed && process.exists() {
+        // It may be there as a part of another.
+        true => Err(io::Error::new(
+            io::ErrorKind::Interrupted,
+            format!("the mappings of process {pid} change"),
+        )),
+        false => Ok(()),
+    }
 }
 
-/// Files that these processes have open for writing, or mapped shared.
-pub fn suspects(pids: &[i32]) -> Suspects {
-    let of = |pid: &i32| stores(*pid).into_iter().map(|(key, _)| key);
-    Suspects(pids.iter().flat_map(of).collect())
+/// The range of a mapping of a file that may show stores there, as `map_files` has it.
+fn shared_mapping(line: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(line);
+    let mut fields = text.split_ascii_whitespace();
+    let (range, how) = (fields.next()?, fields.next()?);
+    let inode = fields.nth(2)?;
+    // One that may not be written now may be later.
+    if !how.ends_with('s') || inode == "0" {
+        return None;
+    }
+    let (from, to) = range.split_once('-')?;
+    let number = |text| u64::from_str_radix(text, 16).ok();
+    Some(format!("{:x}-{:x}", number(from)?, number(to)?))
+}
+
+/// None if what was read has ended, or is closed.
+fn unless_ended<T>(read: io::Result<T>) -> io::Result<Option<T>> {
+    let ended = [nix::libc::ENOENT, nix::libc::ESRCH];
+    match read {
+        Ok(read) => Ok(Some(read)),
+        Err(error)
+            if error
+                .raw_os_error()
+                .is_some_and(|code| ended.contains(&code)) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Files that these processes have open for writing, or mapped shared. An error if that cannot be
+/// told, though it was tried again.
+pub fn suspects(pids: &[i32]) -> io::Result<HashSet<Key>> {
+    let mut all = HashSet::new();
+    for pid in pids {
+        let mut found = Vec::new();
+        let mut looked = Ok(());
+        for _ in 0..LOOKS {
+            looked = stores(*pid, &mut found);
+            if looked.is_ok() {
+                break;
+            }
+        }
+        looked?;
+        all.extend(found.into_iter().map(|(key, _)| key));
+    }
+    Ok(all)
 }
 
 /// Refuses `folder` if a process that is not among `pids` may store to one of its files.
@@ -98,8 +158,11 @@ fn writers(files: &HashSet<Key>, pids: &[i32]) -> BTreeMap<i32, PathBuf> {
     let all = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let others = all.filter(|pid| *pid != own && !pids.contains(pid));
     let writers = others.filter_map(|pid| {
-        let mut written = stores(pid).into_iter();
-        let (_, path) = written.find(|(key, _)| files.contains(key))?;
+        let mut written = Vec::new();
+        if let Err(error) = stores(pid, &mut written) {
+            tracing::debug!(pid, "not all that it may write to is known: {error}");
+        }
+        let (_, path) = written.into_iter().find(|(key, _)| files.contains(key))?;
         let parents = identity::ancestors(pid);
         (!parents.iter().any(|parent| pids.contains(parent))).then_some((pid, path))
     });
@@ -110,6 +173,8 @@ fn writers(files: &HashSet<Key>, pids: &[i32]) -> BTreeMap<i32, PathBuf> {
 pub fn check_paths(copied: &[PathBuf], shared: &[PathBuf]) -> Result<(), Failure> {
     let touch = |one: &Path, other: &Path| one.starts_with(other) || other.starts_with(one);
     for (index, path) in copied.iter().enumerate() {
+        let hidden = pageferry_files::check_hidden(path);
+        hidden.map_err(|error| Failure::new(ErrorCode::FolderUnfit, error.to_string()))?;
         let mut others = copied[..index].iter().chain(shared);
         if let Some(other) = others.find(|other| touch(path, other)) {
             return Err(Failure::new(
@@ -139,10 +204,39 @@ mod tests {
             (&["/a", "/a"], &[]),
             (&["/a/b"], &["/a"]),
             (&["/a"], &["/a/b"]),
+            (&["/a/.pageferry-files/kept"], &[]),
         ] {
             let code = check(copied, shared).map_err(|failure| failure.code());
             assert_eq!(code, Err(ErrorCode::FolderUnfit));
         }
+    }
+
+    #[test]
+    fn a_shared_mapping_of_a_file_is_told_from_others() {
+        let range = |line: &[u8]| shared_mapping(line);
+        let file = b"7f00-8f00 r--s 00000000 fe:01 12   /srv/\xff\xfe (deleted)";
+        assert_eq!(range(file).as_deref(), Some("7f00-8f00"));
+        let padded = b"00400000-00401000 rw-s 00000000 fe:01 12 /a b";
+        assert_eq!(range(padded).as_deref(), Some("400000-401000"));
+        for other in [
+            &b"7f00-8f00 rw-p 00000000 fe:01 12 /srv/s"[..],
+            b"7f00-8f00 rw-s 00000000 00:00 0 ",
+            b"",
+        ] {
+            assert_eq!(range(other), None);
+        }
+    }
+
+    #[test]
+    fn who_has_ended_stores_to_nothing_and_what_cannot_be_read_is_an_error() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        child.wait().unwrap();
+        assert!(suspects(&[pid]).unwrap().is_empty());
+        let refused = io::Error::from_raw_os_error(nix::libc::EACCES);
+        assert!(unless_ended::<()>(Err(refused)).is_err());
+        let closed = io::Error::from_raw_os_error(nix::libc::ENOENT);
+        assert!(unless_ended::<()>(Err(closed)).unwrap().is_none());
     }
 
     #[test]
@@ -153,13 +247,15 @@ mod tests {
         let own = i32::try_from(std::process::id()).unwrap();
         let key = |path: &Path| {
             let metadata = fs::metadata(path).unwrap();
-            stores(own)
+            let mut found = Vec::new();
+            stores(own, &mut found).unwrap();
+            found
                 .into_iter()
                 .map(|(key, _)| key)
                 .find(|key| key.inode == metadata.ino())
         };
         let found = key(&path).expect("it is open");
-        assert!(suspects(&[own]).0.contains(&found));
+        assert!(suspects(&[own]).unwrap().contains(&found));
         let mut child = std::process::Command::new("sleep")
             .arg("1000")
             .stdout(file.try_clone().unwrap())

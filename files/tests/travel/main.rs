@@ -150,7 +150,7 @@ fn finds_a_store(parent: &str) -> bool {
     mapping[5] = 2;
     // Older than the ticks of any clock.
     std::thread::sleep(std::time::Duration::from_millis(150));
-    let suspects = Suspects(HashSet::from([key(&path)]));
+    let suspects = Suspects::look(|| Some(HashSet::from([key(&path)])));
     let mut source = Source::open(&nodes.here(), None).expect("a source");
     let mut staging = elsewhere.staging();
     send(&mut source, &mut staging, &suspects, false).expect("a difference");
@@ -189,6 +189,37 @@ fn what_has_not_changed_is_neither_read_nor_sent() {
     let third = send(&mut source, &mut staging, &none, true).expect("a difference");
     assert_same(&nodes.here(), &staging.tree_path());
     assert!(third.bytes < 2000, "{third:?}");
+}
+
+#[test]
+fn what_may_be_stored_to_since_the_look_is_compared_again() {
+    let nodes = Nodes::at(FILE_SYSTEMS[0]);
+    let path = nodes.here().join("file");
+    fs::write(&path, "one").expect("a file");
+    fs::write(nodes.here().join("other"), "one").expect("a file");
+    let pause = || std::thread::sleep(std::time::Duration::from_millis(250));
+    pause();
+    let mut source = Source::open(&nodes.here(), None).expect("a source");
+    let mut staging = nodes.staging();
+    let mut compared = |suspects: &Suspects, after: Option<&Suspects>| {
+        let report = send(&mut source, &mut staging, suspects, false).expect("a difference");
+        after.into_iter().for_each(|after| source.doubt(after));
+        report.compared
+    };
+    let early = Suspects::default();
+    pause();
+    fs::write(&path, "two").expect("written");
+    pause();
+    // It has been opened, written and perhaps kept since the look, however long ago that is.
+    assert_eq!(compared(&early, None), 2);
+    assert_eq!(compared(&early, None), 1);
+    assert_eq!(compared(&Suspects::default(), None), 1);
+    assert_eq!(compared(&Suspects::default(), None), 0);
+    // One that was found only after a difference, and where nobody could tell.
+    let later = Suspects::look(|| Some(HashSet::from([key(&path)])));
+    assert_eq!(compared(&Suspects::default(), Some(&later)), 0);
+    assert_eq!(compared(&Suspects::default(), None), 1);
+    assert_eq!(compared(&Suspects::look(|| None), None), 2);
 }
 
 #[test]
@@ -243,8 +274,8 @@ fn what_comes_is_put_and_a_way_back_costs_what_has_changed() {
     fs::write(nodes.there().join("7"), b"changed").expect("a file");
     fs::rename(nodes.there().join("8"), nodes.there().join("eight")).expect("a name");
     let record = b.recall(&nodes.there()).expect("a record");
-    assert!(a.has(&nodes.here(), &record.digest()));
-    assert!(!b.has(&nodes.there(), &record.digest()));
+    assert!(a.has(&nodes.here(), &record.digest()).is_some());
+    assert!(b.has(&nodes.there(), &record.digest()).is_none());
     let place = Keep::place(&nodes.here(), "n", 0);
     let base = Some(record.digest());
     let mut staging = stage(&a, &nodes.here(), &place, base).expect("a staging");
@@ -362,14 +393,61 @@ fn a_kept_folder_that_somebody_has_changed_is_not_built_upon() {
         .next()
         .expect("an entry");
     fs::write(kept.expect("an entry").path().join("tree/file"), b"other").expect("a file");
-    assert!(keep.has(&nodes.here(), &report.digest));
+    assert_eq!(keep.has(&nodes.here(), &report.digest), Some(report.totals));
     let place = Keep::place(&nodes.here(), "m", 0);
     let refused = stage(&keep, &nodes.here(), &place, Some(report.digest));
     assert_eq!(
         refused.map(drop).map_err(|error| error.kind()),
         Err(ErrorKind::Differs)
     );
-    assert!(!keep.has(&nodes.here(), &report.digest));
+    assert_eq!(keep.has(&nodes.here(), &report.digest), None);
+}
+
+#[test]
+fn a_kept_folder_with_a_name_outside_of_it_is_not_built_upon() {
+    let nodes = Nodes::at(FILE_SYSTEMS[0]);
+    let (here, other) = (nodes.here(), nodes.root.path().join("other"));
+    fs::write(here.join("file"), "mine").expect("a file");
+    fs::hard_link(here.join("file"), here.join("twin")).expect("a link");
+    let mut source = Source::open(&here, None).expect("a source");
+    let report = source.difference(&Suspects::default(), true, &mut |_| Ok(()));
+    let digest = report.expect("a difference").digest;
+    fs::hard_link(here.join("file"), &other).expect("a link");
+    let keep = nodes.keep("a");
+    keep.set_aside(&here, &digest).expect("aside");
+    assert_eq!(keep.has(&here, &digest), None);
+    // Whoever takes it in spite of that does not come to write.
+    let place = Keep::place(&here, "m", 0);
+    let staged = stage(&keep, &here, &place, Some(digest));
+    assert_eq!(
+        staged.map(drop).map_err(|error| error.kind()),
+        Err(ErrorKind::Unfit)
+    );
+    fs::remove_file(&other).expect("removed");
+    drop(fs::remove_dir(place.join("hold")));
+    Staging::open(&place, Some(digest)).expect("a staging");
+}
+
+#[test]
+fn what_is_kept_in_a_folder_does_not_travel_with_it() {
+    let nodes = Nodes::at(FILE_SYSTEMS[0]);
+    let hidden = nodes.here().join("inner").join(pageferry_files::HIDDEN);
+    fs::create_dir_all(&hidden).expect("a folder");
+    let looked = Source::open(&nodes.here(), None).expect("a source").look();
+    let refused = looked.expect_err("refused");
+    assert_eq!(refused.kind(), ErrorKind::Unfit);
+    assert!(
+        refused.to_string().contains("inner/.pageferry-files"),
+        "{refused}"
+    );
+    let come = |path: &Path| pageferry_files::may_come(path).map_err(|error| error.kind());
+    assert_eq!(come(&hidden.join("a")), Err(ErrorKind::Unfit));
+    assert_eq!(come(&hidden), Err(ErrorKind::Unfit));
+    fs::remove_dir(&hidden).expect("removed");
+    Source::open(&nodes.here(), None)
+        .expect("a source")
+        .look()
+        .expect("nothing hidden");
 }
 
 #[test]

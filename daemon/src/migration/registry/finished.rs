@@ -15,12 +15,14 @@ use pageferry_proto::migration::source::SourceMachine;
 use pageferry_proto::migration::target::{TargetMachine, answer};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::watch;
+use tokio::task::block_in_place;
 
 use super::{Entry, Registry, parse};
 use crate::migration::clock::Clock;
 use crate::migration::journal::remains::{ANSWERS_MAX, OUTCOMES_MAX, Remains};
 use crate::migration::journal::{FINISHED_MAX, JournalError};
 use crate::migration::progress::Progress;
+use crate::migration::source::folders::set_aside_left;
 use crate::migration::target::orphans;
 use crate::migration::text::{chain, internal};
 
@@ -186,6 +188,7 @@ impl Registry {
     pub(super) async fn clean_up(&self) {
         let is_known = |id| self.lock().contains_key(&id) || self.answers().contains(&id);
         orphans::clean_up(&self.inner.parts.target, is_known).await;
+        block_in_place(|| set_aside_left(&self.inner.parts.source.keep));
     }
 
     /// What is kept of migrations that are not listed any more, at most [`ANSWERS_LISTED_MAX`].

@@ -7,13 +7,14 @@
 //! end, or nothing of the folder is sent any more.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pageferry_files::{Digest, Error, Keep, Report, Source};
+use pageferry_files::{Digest, Error, Keep, Report, Source, Suspects};
 use pageferry_proto::id::{MigrationId, Round};
 use pageferry_proto::migration::policy::FilesReport;
 use pageferry_proto::migration::source::Wait;
@@ -63,10 +64,36 @@ struct Gone {
     digest: Option<Digest>,
 }
 
+/// Says which processes the workload has now.
+pub(super) type Members = Arc<dyn Fn() -> Result<Vec<i32>, Failure> + Send + Sync>;
+
 /// A difference that is being sent.
 struct Course {
-    pids: Vec<i32>,
+    members: Members,
     frozen: bool,
+}
+
+impl Course {
+    /// Files that the workload may store to, as of now: of one that runs all, if that cannot be
+    /// told.
+    fn suspects(&self) -> Result<Suspects, Failure> {
+        let mut failed = Ok(());
+        let suspects = Suspects::look(|| {
+            let pids = (self.members)()
+                .map_err(|failure| failed = Err(failure))
+                .ok()?;
+            let found = copied::suspects(&pids);
+            found.map_err(|error| failed = Err(unreadable(&error))).ok()
+        });
+        match failed {
+            Err(failure) if self.frozen => Err(failure),
+            Err(failure) => {
+                tracing::debug!("every file is compared: {failure}");
+                Ok(suspects)
+            }
+            Ok(()) => Ok(suspects),
+        }
+    }
 }
 
 impl Folders {
@@ -162,11 +189,11 @@ impl Folders {
         &mut self,
         data: &DataSender,
         round: Round,
-        pids: &[i32],
+        members: &Members,
         waits: &Waits,
     ) -> Result<FilesReport, Failure> {
         let first = std::mem::take(&mut self.is_first);
-        let (sent, look) = self.send(data, round, pids, false, waits).await?;
+        let (sent, look) = self.send(data, round, members, false, waits).await?;
         Ok(FilesReport {
             streams: count(&sent)?,
             sent_bytes: bytes(&sent),
@@ -183,13 +210,13 @@ impl Folders {
         &mut self,
         data: &DataSender,
         round: Round,
-        pids: &[i32],
+        members: &Members,
         waits: &Waits,
     ) -> Result<(u32, u64), Failure> {
         if self.all.is_empty() {
             return Ok((0, 0));
         }
-        let (sent, look) = self.send(data, round, pids, true, waits).await?;
+        let (sent, look) = self.send(data, round, members, true, waits).await?;
         for (folder, report) in self.all.iter_mut().zip(&sent) {
             folder.gone.digest = Some(report.digest);
             let (path, compared) = (folder.gone.path.display(), report.compared);
@@ -198,14 +225,8 @@ impl Folders {
         }
         let gone: Vec<&Gone> = self.all.iter().map(|folder| &folder.gone).collect();
         let note = serde_json::to_vec(&gone).map_err(|error| internal(&error))?;
-        let written = || {
-            self.note.parent().map_or(Ok(()), fs::create_dir_all)?;
-            fs::write(&self.note, note)
-        };
-        written().map_err(|error| {
-            let text = format!("cannot write {}: {error}", self.note.display());
-            Failure::new(ErrorCode::NodeUnfit, text)
-        })?;
+        let written = self.keep.write(&self.note, &note);
+        written.map_err(|error| failed(&error, ErrorCode::NodeUnfit))?;
         Ok((count(&sent)?, bytes(&sent)))
     }
 
@@ -213,7 +234,7 @@ impl Folders {
         &mut self,
         data: &DataSender,
         round: Round,
-        pids: &[i32],
+        members: &Members,
         frozen: bool,
         waits: &Waits,
     ) -> Result<(Vec<Report>, Duration), Failure> {
@@ -226,7 +247,7 @@ impl Folders {
             let folder = u32::try_from(index).map_err(|error| internal(&error))?;
             let header = FilesHeader { round, folder };
             let course = Course {
-                pids: pids.to_vec(),
+                members: Arc::clone(members),
                 frozen,
             };
             let sending = send(Arc::clone(source), data, header, course);
@@ -243,32 +264,83 @@ impl Folders {
         drop(fs::remove_file(&self.note));
     }
 
-    /// The workload runs elsewhere: its folders go aside. Once; succeeds when that is done.
+    /// The workload runs elsewhere: its folders go aside. Once; what cannot is tried again by
+    /// [`set_aside_left`].
     pub(super) fn set_aside(&mut self) {
-        for folder in std::mem::take(&mut self.all) {
-            let Gone {
-                path,
-                inode,
-                digest,
-            } = folder.gone;
-            // Without one the target never had it, and somebody else decides.
-            let Some(digest) = digest else { continue };
-            let here = fs::symlink_metadata(&path);
-            let here = here.map(|here| (here.dev(), here.ino()));
-            if here.ok() != Some(inode) {
-                tracing::warn!(path = %path.display(), "is not what has travelled, and stays");
-                continue;
-            }
-            match self.keep.set_aside(&path, &digest) {
-                Ok(()) => tracing::info!(path = %path.display(), "set aside"),
-                Err(error) => tracing::warn!(
-                    "a folder that has left is still here: {}",
-                    failed(&error, ErrorCode::FolderUnfit)
-                ),
+        let all = std::mem::take(&mut self.all);
+        let left = set_aside(&self.keep, all.into_iter().map(|folder| folder.gone));
+        if !left.is_empty() {
+            let written = serde_json::to_vec(&left).map_err(|error| internal(&error));
+            let written = written.and_then(|bytes| {
+                let written = self.keep.write(&self.note.with_extension(LEFT), &bytes);
+                written.map_err(|error| failed(&error, ErrorCode::NodeUnfit))
+            });
+            if let Err(failure) = written {
+                tracing::error!("it is not tried again to set folders aside: {failure}");
+                return;
             }
         }
         drop(fs::remove_file(&self.note));
     }
+}
+
+/// What a note is called of folders that should have gone aside.
+const LEFT: &str = "left";
+
+/// Sets aside what could not be when its workload had left. To be called when a daemon starts.
+pub fn set_aside_left(keep: &Keep) {
+    let entries = fs::read_dir(keep.state()).into_iter().flatten().flatten();
+    for note in entries.map(|entry| entry.path()) {
+        if note.extension().is_none_or(|extension| extension != LEFT) {
+            continue;
+        }
+        let noted = fs::read(&note).map_err(|error| internal(&error));
+        let noted = noted.and_then(|bytes| {
+            serde_json::from_slice::<Vec<Gone>>(&bytes).map_err(|error| internal(&error))
+        });
+        match noted.map(|noted| set_aside(keep, noted)) {
+            Ok(left) if left.is_empty() => drop(fs::remove_file(&note)),
+            // It is said which.
+            Ok(_) => {}
+            Err(failure) => {
+                tracing::error!("{} says which folders have left: {failure}", note.display());
+            }
+        }
+    }
+}
+
+/// Sets folders aside. Answers with those that are still where they were.
+fn set_aside(keep: &Keep, all: impl IntoIterator<Item = Gone>) -> Vec<Gone> {
+    let mut left = Vec::new();
+    for gone in all {
+        // Without one the target never had it, and somebody else decides.
+        let Some(digest) = gone.digest else { continue };
+        let path = gone.path.display();
+        let is_here = || {
+            let here = fs::symlink_metadata(&gone.path);
+            here.is_ok_and(|here| (here.dev(), here.ino()) == gone.inode)
+        };
+        if !is_here() {
+            tracing::warn!(%path, "is not what has travelled, and stays");
+            continue;
+        }
+        match keep.set_aside(&gone.path, &digest) {
+            Ok(()) => tracing::info!(%path, "set aside"),
+            Err(error) => {
+                let failure = failed(&error, ErrorCode::FolderUnfit);
+                if is_here() {
+                    tracing::error!(
+                        "{path} has left with its workload and is still here: do not start \
+                         anything from it; the next start of the daemon tries again: {failure}"
+                    );
+                    left.push(gone);
+                } else {
+                    tracing::warn!("{path} is set aside, but cannot be built upon: {failure}");
+                }
+            }
+        }
+    }
+    left
 }
 
 /// Where it is written down what is to go aside when a migration is over. It outlives a reboot: a
@@ -289,7 +361,7 @@ async fn send(
         let began = Instant::now();
         let mut waited = Duration::ZERO;
         let mut source = source.lock().unwrap_or_else(PoisonError::into_inner);
-        let suspects = copied::suspects(&course.pids);
+        let suspects = course.suspects()?;
         let mut sink = |frame: Vec<u8>| {
             let began = Instant::now();
             let taken = frames.blocking_send(frame);
@@ -299,7 +371,11 @@ async fn send(
         let report = source.difference(&suspects, course.frozen, &mut sink);
         drop(frames);
         let report = report.map_err(|error| failed(&error, ErrorCode::FolderUnfit))?;
-        copied::check_writers(source.path(), &source.files(), &course.pids)?;
+        if !course.frozen {
+            // Who has opened one since the look may have stored to it before it was read.
+            source.doubt(&course.suspects()?);
+        }
+        copied::check_writers(source.path(), &source.files(), &(course.members)()?)?;
         Ok::<_, Failure>((report, began.elapsed().saturating_sub(waited)))
     });
     let mut writer = data
@@ -319,10 +395,52 @@ async fn send(
     Ok(sent)
 }
 
+fn unreadable(error: &io::Error) -> Failure {
+    let text = format!("cannot tell which files the workload may write to: {error}");
+    Failure::new(ErrorCode::NodeUnfit, text)
+}
+
 fn count(sent: &[Report]) -> Result<u32, Failure> {
     u32::try_from(sent.len()).map_err(|error| internal(&error))
 }
 
 fn bytes(sent: &[Report]) -> u64 {
     sent.iter().map(|report| report.bytes).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_go_aside_does_so_when_a_daemon_starts() {
+        let root = tempfile::tempdir().expect("a folder");
+        let keep = Keep::new(root.path().join("state"));
+        let path = root.path().join("data");
+        fs::create_dir(&path).expect("a folder");
+        let here = fs::symlink_metadata(&path).expect("it is there");
+        let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
+        let gone = Gone {
+            path: path.clone(),
+            inode: (here.dev(), here.ino()),
+            digest: Some([7; 32]),
+        };
+        let bytes = serde_json::to_vec(&[gone]).expect("JSON");
+        keep.write(&note(&keep, id), &bytes).expect("a note");
+        // What is in the way of the folder that it goes to.
+        let hidden = root.path().join(pageferry_files::HIDDEN);
+        fs::write(&hidden, "").expect("a file");
+        Folders::recovered(keep.clone(), id).set_aside();
+        assert!(path.exists() && !note(&keep, id).exists());
+        set_aside_left(&keep);
+        assert!(path.exists());
+        fs::remove_file(&hidden).expect("removed");
+        set_aside_left(&keep);
+        assert!(!path.exists());
+        assert!(keep.has(&path, &[7; 32]).is_some());
+        // Another one that comes there is not touched.
+        fs::create_dir(&path).expect("a folder");
+        set_aside_left(&keep);
+        assert!(path.exists());
+    }
 }

@@ -13,7 +13,7 @@ mod delivered;
 pub mod dump;
 mod dumping;
 mod failure;
-mod folders;
+pub mod folders;
 mod images;
 mod locked;
 mod network;

@@ -185,7 +185,8 @@ impl Site {
             .sending
             .pages(&mut self.tracking, &pending, how, &self.waits);
         let data = self.sending.data()?;
-        let folders = self.folders.round(&data, round, &pids, &self.waits);
+        let members = self.workload.members();
+        let folders = self.folders.round(&data, round, &members, &self.waits);
         let ((sums, _), files) = tokio::try_join!(sending, folders)?;
         let sent = began.elapsed();
         syncing.ended(&self.waits).await?;

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criu_glue::repair;
@@ -22,6 +23,7 @@ use pageferry_sys::task::{threads, tracer};
 use tokio::task::block_in_place;
 
 use super::failure::{failed_to_track, freeze_failed};
+use super::folders::Members;
 use super::waits::Waits;
 use crate::migration::text::chain;
 use crate::runtime::identity::Anchor;
@@ -89,6 +91,12 @@ impl Workload {
         self.freezer
             .processes()
             .map_err(|error| freeze_failed(&error))
+    }
+
+    /// Says the same at any time, to whoever looks elsewhere.
+    pub(super) fn members(&self) -> Members {
+        let freezer = self.freezer.clone();
+        Arc::new(move || freezer.processes().map_err(|error| freeze_failed(&error)))
     }
 
     /// How many threads it has, as far as that can be told.

@@ -157,17 +157,8 @@ impl Folders {
             .collect();
         let note = self.shelf.note(self.id);
         let bytes = serde_json::to_vec(&noted).map_err(|error| internal(&error))?;
-        let written = || {
-            fs::create_dir_all(&self.shelf.state)?;
-            let new = note.with_extension("new");
-            fs::write(&new, &bytes)?;
-            fs::File::open(&new)?.sync_all()?;
-            fs::rename(&new, &note)
-        };
-        written().map_err(|error| {
-            let text = format!("cannot write {}: {error}", note.display());
-            Failure::new(ErrorCode::NodeUnfit, text)
-        })
+        let written = self.shelf.keep.write(&note, &bytes);
+        written.map_err(|error| failed(&error, ErrorCode::NodeUnfit))
     }
 
     /// Makes a place for each of them. Blocks.
@@ -181,15 +172,19 @@ impl Folders {
             let path = Path::new(&coming.path);
             let was_there = may_come(path).map_err(taken)?;
             let keep = &self.shelf.keep;
-            let kept = coming.base.filter(|base| keep.has(path, base));
-            if kept.is_none() {
-                // Several may come to one folder.
-                let parent = path.parent().unwrap_or(path).to_owned();
-                let totals = needed.entry(parent).or_default();
-                totals.entries = totals.entries.saturating_add(coming.entries);
-                totals.bytes = totals.bytes.saturating_add(coming.bytes);
-                admit(path, totals).map_err(taken)?;
-            }
+            let there = coming.base.and_then(|base| keep.has(path, &base));
+            let kept = coming.base.filter(|_| there.is_some());
+            let offered = Totals {
+                entries: coming.entries,
+                bytes: coming.bytes,
+            };
+            let missing = offered.without(there.unwrap_or_default());
+            // Several may come to one folder.
+            let parent = path.parent().unwrap_or(path).to_owned();
+            let totals = needed.entry(parent).or_default();
+            totals.entries = totals.entries.saturating_add(missing.entries);
+            totals.bytes = totals.bytes.saturating_add(missing.bytes);
+            admit(path, totals).map_err(taken)?;
             self.lock().push(Folder {
                 placed: Placed {
                     path: path.to_owned(),
@@ -321,19 +316,36 @@ impl Folders {
         drop(fs::remove_file(self.shelf.note(self.id)));
     }
 
+    /// Says that nothing of them is taken back, as somebody may use it yet.
+    pub fn stay(&self) {
+        for folder in self.lock().iter() {
+            tracing::error!(migration = %self.id, path = %folder.placed.path.display(),
+                "is left of a workload that could not be killed: remove it when that has ended");
+        }
+    }
+
     /// The workload does not run here: nothing of them stays. Blocks; succeeds when there is
     /// nothing.
     pub fn take_back(&self) -> Result<(), Failure> {
         let mut all = self.lock();
-        for folder in all.iter() {
+        let mut failures = Vec::new();
+        all.retain(|folder| {
             if let Some(staging) = &folder.staging {
                 // Whoever applies something ends first.
                 drop(gone(staging));
             }
             let undone = Keep::undo(&folder.placed);
-            undone.map_err(|error| failed(&error, ErrorCode::NodeUnfit))?;
+            undone.is_err_and(|error| {
+                let path = folder.placed.path.display();
+                let failure = failed(&error, ErrorCode::NodeUnfit);
+                failures.push(format!("{path}: {}", failure.text()));
+                true
+            })
+        });
+        if !failures.is_empty() {
+            let text = format!("folders that came are left: {}", failures.join("; "));
+            return Err(Failure::new(ErrorCode::NodeUnfit, text));
         }
-        all.clear();
         drop(fs::remove_file(self.shelf.note(self.id)));
         Ok(())
     }
@@ -366,4 +378,74 @@ fn malformed(why: &str) -> Failure {
 
 fn lost(error: &ReadStreamError) -> Failure {
     Failure::new(ErrorCode::PeerLost, chain(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where folders come to, and what is known of them.
+    fn node() -> (tempfile::TempDir, Shelf) {
+        let root = tempfile::tempdir().expect("a folder");
+        let shelf = Shelf::new(root.path().join("state"));
+        (root, shelf)
+    }
+
+    fn coming(path: &Path, bytes: u64, base: Option<Digest>) -> CopiedPath {
+        CopiedPath {
+            path: path.to_str().expect("UTF-8").to_owned(),
+            entries: 1,
+            bytes,
+            base,
+        }
+    }
+
+    #[test]
+    fn one_that_cannot_be_taken_back_leaves_no_other() {
+        let (root, shelf) = node();
+        let paths = ["one", "two"].map(|name| root.path().join(name));
+        let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
+        let folders = Folders::new(shelf.clone(), id);
+        let all = paths.each_ref().map(|path| coming(path, 0, None));
+        folders.prepare(&all).expect("room");
+        let places: Vec<PathBuf> = {
+            let all = folders.lock();
+            all.iter()
+                .map(|folder| folder.placed.place.clone())
+                .collect()
+        };
+        for (path, place) in paths.iter().zip(&places) {
+            fs::rename(place.join("tree"), path).expect("put");
+        }
+        let in_the_way = places[0].with_extension("undone");
+        fs::create_dir(&in_the_way).expect("a folder");
+        let failure = folders.take_back().expect_err("something is in the way");
+        assert!(failure.text().contains("/one"), "{failure}");
+        assert!(paths[0].exists() && !paths[1].exists());
+        // Whoever starts again finds it.
+        fs::remove_dir(&in_the_way).expect("removed");
+        Folders::new(shelf.clone(), id)
+            .take_back()
+            .expect("taken back");
+        assert!(!paths[0].exists() && !shelf.note(id).exists());
+    }
+
+    #[test]
+    fn what_is_missing_of_a_folder_that_is_kept_must_have_room() {
+        let (root, shelf) = node();
+        let path = root.path().join("data");
+        fs::create_dir(&path).expect("a folder");
+        let digest = [7; 32];
+        shelf.keep().set_aside(&path, &digest).expect("aside");
+        let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
+        let refused =
+            Folders::new(shelf.clone(), id).prepare(&[coming(&path, 1 << 60, Some(digest))]);
+        let code = refused.map_err(|failure| failure.code());
+        assert_eq!(code, Err(ErrorCode::DiskShort));
+        let folders = Folders::new(shelf, id);
+        folders
+            .prepare(&[coming(&path, 0, Some(digest))])
+            .expect("room");
+        assert_eq!(folders.kept(), [0]);
+    }
 }

@@ -207,7 +207,8 @@ impl Site {
             waits.on(Wait::Images, sending).await?
         };
         // CRIU has given files that were deleted a name again.
-        let folders = self.folders.last(&data, attempt.round, &pids, waits);
+        let members = workload.members();
+        let folders = self.folders.last(&data, attempt.round, &members, waits);
         let (digests, sums, (images, image_bytes), (), (files, file_bytes)) =
             tokio::try_join!(digests, last, images, synced, folders)?;
         let rest = Rest {

@@ -51,9 +51,16 @@ impl Site {
         });
         // Whoever is left: what is bound is bound in the node's namespace, and dangerous there.
         block_in_place(|| sweep(&self.directory));
+        let taken = block_in_place(|| match killed.is_err() && !self.freezer.is_empty() {
+            // Who is left may use them yet. It stays written down that they came.
+            true => {
+                self.intake.folders().stay();
+                Ok(())
+            }
+            false => self.intake.folders().take_back(),
+        });
         killed.map_err(|error| internal(&error))?;
         self.end_groups();
-        block_in_place(|| self.intake.folders().take_back())?;
         if let Some(network) = self.network.take() {
             network
                 .give_up()
@@ -62,7 +69,7 @@ impl Site {
         }
         self.clear();
         self.tidy();
-        Ok(())
+        taken
     }
 
     async fn discard_pager(&self, pager: &Pager) {
