@@ -389,8 +389,8 @@ impl Conversation {
         }
     }
 
-    /// Gives the client a response that says yes, whatever CRIU has said: the tree of `root` was let
-    /// go, and a client that heard no would end it. Once; nothing is said if nobody else has asked.
+    /// Gives the client a response that says yes, whatever CRIU has said: the tree of `root` was
+    /// let go, and a client that heard no would end it. Once, and only if somebody else has asked.
     ///
     /// # Errors
     /// [`TalkError::ClientClosed`] when nobody hears it.
