@@ -4,6 +4,7 @@
 //! one workload is ever taken by another, on whatever node they are.
 
 pub mod case;
+pub mod contained;
 pub mod container;
 pub mod containerd;
 pub mod launch;

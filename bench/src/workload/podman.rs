@@ -6,7 +6,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::container::{CLIENT, Container, Runtime, make_rootfs};
+use super::contained::{CLIENT, Container, Runtime, make_rootfs};
 use super::redis;
 use crate::lab::Lab;
 use crate::lab::node::Node;
