@@ -1,5 +1,5 @@
-//! What containers of all runtimes have in common: whose they are, and a root file system with Redis
-//! in it, made of the node image.
+//! What containers of all runtimes have in common: whose they are, and a root file system with
+//! Redis in it, made of the node image.
 
 use anyhow::Result;
 
