@@ -116,7 +116,7 @@ impl Keep {
             return None;
         }
         let folder = Folder::open(&tree_of(&kept(path))).ok()?;
-        let found = walk(&folder).ok()?;
+        let found = walk(&folder, None).ok()?;
         match named_elsewhere(&found) {
             Some(_) => None,
             None => Some(totals(&found)),
@@ -154,10 +154,32 @@ impl Keep {
         if staging.proven().is_none() {
             return Err(Error::unfit(&placed.path, "is not proven to be whole"));
         }
+        Self::put_ahead(placed)
+    }
+
+    /// Puts a folder where the workload has it before all has come into it: somebody looks for it
+    /// there, and does not use it. To be undone as what is put at the end.
+    pub fn put_ahead(placed: &Placed) -> Result<(), Error> {
         absent(&placed.path)?;
         // Over an empty folder, but over nothing else.
-        rename(&staging.tree_path(), &placed.path, RenameFlags::empty())?;
+        rename(&tree_of(&placed.place), &placed.path, RenameFlags::empty())?;
         sync_parent(&placed.path)
+    }
+
+    /// Checks that what was put ahead is proven, and is where it was put.
+    pub fn check_put(staging: &Staging, placed: &Placed) -> Result<(), Error> {
+        if staging.proven().is_none() {
+            return Err(Error::unfit(&placed.path, "is not proven to be whole"));
+        }
+        match inode_at(&placed.path) == placed.inode {
+            true => Ok(()),
+            false => Err(Error::unfit(&placed.path, "is another one now")),
+        }
+    }
+
+    /// What becomes the folder, in its place.
+    pub fn tree(place: &Path) -> PathBuf {
+        tree_of(place)
     }
 
     /// The workload has it for good: what it came through goes.
@@ -169,8 +191,7 @@ impl Keep {
 
     /// Takes back what was put, and whatever is left of it. Succeeds when there is nothing.
     pub fn undo(placed: &Placed) -> Result<(), Error> {
-        let here = fs::symlink_metadata(&placed.path).ok();
-        let here = here.map(|metadata| (metadata.dev(), metadata.ino()));
+        let here = inode_at(&placed.path);
         if here.is_some() && here == placed.inode {
             make_hidden(&placed.path)?;
             let aside = placed.place.with_extension("undone");
@@ -273,6 +294,12 @@ fn full(path: &Path, why: &str) -> Error {
         path: path.to_owned(),
         why: why.to_owned(),
     }
+}
+
+/// Which inode is at a path: its device and number.
+fn inode_at(path: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
 }
 
 /// Whether an empty folder is at `path`, where a folder is to come; something else must not be, and

@@ -1,15 +1,16 @@
 //! The target's half: a folder of its own, into which differences are applied, and which becomes
-//! the workload's when it is proven.
+//! the workload's when it is proven; or one that is there already, and that nobody uses yet.
 //!
 //! ```text
 //! <beside the path>/.pageferry-files/<name>/tree     what becomes the folder
 //!                                          /hold     files between two names, by their number
+//! <the folder>/.pageferry-files                      the same of one that is there, if need be:
+//!                                                    until the end of a difference
 //! ```
 //!
 //! Invariants: whatever comes, nothing outside of this is touched; what the tree says was read
-//! back;
-//! it is proven only if the last operation was an end with the digest of that tree, and all of it
-//! is on disk.
+//! back; it is proven only if the last operation was an end with the digest of that tree, and all
+//! of it is on disk.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
@@ -30,15 +31,19 @@ use crate::record::Record;
 use crate::source::{Source, Suspects};
 use crate::tree::{Digest, Kind, Meta, Node, NodeId, Tree};
 use crate::walk::{ELSEWHERE, Key};
+use crate::within::Within;
 use crate::{BLOCKS_MAX, ENTRIES_MAX};
 
 /// A folder that comes.
 #[derive(Debug)]
 pub struct Staging {
-    /// What both folders are in.
+    /// What both folders are in, or the folder itself.
     place: PathBuf,
     folder: Folder,
-    hold: Folder,
+    /// Made when the first file comes into it.
+    hold: Option<Folder>,
+    /// What is particular to a folder that was there.
+    within: Option<Within>,
     tree: Tree,
     places: HashMap<NodeId, Places>,
     /// Blocks of all files that hold something.
@@ -66,29 +71,48 @@ impl Staging {
     /// One that begins with what is at `place`: nothing, or what must be of this digest. That is
     /// read whole.
     pub fn open(place: &Path, base: Option<Digest>) -> Result<Self, Error> {
-        let Some(digest) = base else {
-            return Self::over(place, Tree::default());
-        };
-        let path = tree_of(place);
-        let mut source = Source::open(&path, None)?;
-        let report = source.difference(&Suspects::default(), true, &mut |_| Ok(()))?;
-        if report.digest != digest {
-            return Err(Error::Digest { path });
-        }
-        source.check_names()?;
-        let (tree, _) = source.record().into_parts();
-        Self::over(place, tree)
+        let folder = Folder::open(&tree_of(place))?;
+        let tree = base.map_or_else(
+            || Ok(Tree::default()),
+            |digest| read(&tree_of(place), digest),
+        );
+        let mut staging = Self::over(place, folder, tree?);
+        make_folder(&place.join("hold"))?;
+        staging.hold = Some(Folder::open(&place.join("hold"))?);
+        Ok(staging)
     }
 
-    fn over(place: &Path, tree: Tree) -> Result<Self, Error> {
-        make_folder(&place.join("hold"))?;
+    /// The same in a folder that is there, and has what nothing came for: that goes.
+    pub fn open_root(path: &Path, base: Option<Digest>) -> Result<Self, Error> {
+        let folder = Folder::open(path)?;
+        let (tree, within) = match base {
+            None => (Tree::default(), Within::of(&folder)?),
+            Some(digest) => (read(path, digest)?, Within::default()),
+        };
+        let mut staging = Self::over(path, folder, tree);
+        staging.within = Some(within);
+        Ok(staging)
+    }
+
+    /// The same in what an overlay shows, and what nothing came for stays: what comes is the upper
+    /// layer of another one over the same layers.
+    pub fn open_overlay(path: &Path) -> Result<Self, Error> {
+        let folder = Folder::open(path)?;
+        let within = Within::of_overlay(&folder)?;
+        let mut staging = Self::over(path, folder, Tree::default());
+        staging.within = Some(within);
+        Ok(staging)
+    }
+
+    fn over(place: &Path, folder: Folder, tree: Tree) -> Self {
         let mut places: HashMap<NodeId, Places> = HashMap::new();
         for (name, id) in &tree.names {
             places.entry(*id).or_default().names.insert(name.clone());
         }
-        Ok(Self {
-            folder: Folder::open(&tree_of(place))?,
-            hold: Folder::open(&place.join("hold"))?,
+        Self {
+            folder,
+            hold: None,
+            within: None,
             place: place.to_owned(),
             blocks: tree.blocks(),
             tree,
@@ -96,7 +120,7 @@ impl Staging {
             open: None,
             buffer: vec![0; BLOCK_BYTES],
             proven: None,
-        })
+        }
     }
 
     /// Which inode the folder is, wherever it is put: its device and number.
@@ -114,7 +138,7 @@ impl Staging {
 
     /// Where the folder is that becomes the workload's.
     pub fn tree_path(&self) -> PathBuf {
-        tree_of(&self.place)
+        self.folder.path().to_owned()
     }
 
     /// What it is, if the last difference was applied to its end and is on disk.
@@ -185,29 +209,42 @@ impl Staging {
             Some(id) if !name.is_root() => *id,
             Some(_) | None => return Err(Error::Malformed("what is removed is not there")),
         };
-        let is_folder = self.node(id)?.kind == Kind::Folder;
+        let kind = self.node(id)?.kind.clone();
         let path = self.folder.path_of(name);
         let places = self.places.get_mut(&id).ok_or(LOST)?;
         let is_last = places.names.len() == 1 && !places.is_held;
+        let is_held = is_last && keep && !kind.is_by_name();
+        let hold = match is_held {
+            true => Some(open_hold(&mut self.hold, &self.folder)?),
+            false => None,
+        };
         let (parent, component) = self
             .folder
             .parent(name)
             .map_err(Error::io("open the folder of", &path))?;
         let failed = Error::io("remove", &path);
-        if is_folder {
-            rustix::fs::unlinkat(parent, &component, AtFlags::REMOVEDIR).map_err(failed)?;
-            self.folder.forget_parent();
-        } else if is_last && keep {
-            let (held, flags) = (id.0.to_string(), RenameFlags::NOREPLACE);
-            rustix::fs::renameat_with(parent, &component, &self.hold, held, flags)
-                .map_err(failed)?;
-            places.is_held = true;
-        } else {
-            rustix::fs::unlinkat(parent, &component, AtFlags::empty()).map_err(failed)?;
+        match (&kind, &mut self.within, hold) {
+            (Kind::Folder, Some(within), _) => {
+                within.remove_folder(&mut self.folder, &self.tree, name)?;
+            }
+            (Kind::Folder, None, _) => {
+                rustix::fs::unlinkat(parent, &component, AtFlags::REMOVEDIR).map_err(failed)?;
+                self.folder.forget_parent();
+            }
+            // What it hid stays away: something else takes its place, or its folder goes.
+            (Kind::Whiteout, ..) => {}
+            (_, _, Some(hold)) => {
+                let (held, flags) = (id.0.to_string(), RenameFlags::NOREPLACE);
+                rustix::fs::renameat_with(parent, &component, hold, held, flags).map_err(failed)?;
+                places.is_held = true;
+            }
+            (_, _, None) => {
+                rustix::fs::unlinkat(parent, &component, AtFlags::empty()).map_err(failed)?;
+            }
         }
         places.names.remove(name);
         self.tree.names.remove(name);
-        if is_last && (is_folder || !keep) {
+        if is_last && !is_held {
             self.places.remove(&id);
             if let Some(node) = self.tree.nodes.remove(&id) {
                 self.blocks -= node.blocks.len() as u64;
@@ -242,9 +279,14 @@ impl Staging {
         if self.tree.nodes.contains_key(&id) || (name.is_root() && kind != Kind::Folder) {
             return Err(Error::Malformed("a node comes twice, or a folder is none"));
         }
+        let is_there = match &mut self.within {
+            Some(within) => within.make_way(&mut self.folder, &name, &kind)?,
+            None if kind == Kind::Whiteout => return Err(NO_LAYER),
+            // The folder itself was made with this.
+            None => name.is_root(),
+        };
         let path = self.folder.path_of(&name);
-        // The folder itself was made with this.
-        if !name.is_root() {
+        if !is_there {
             let (parent, component) = self
                 .folder
                 .parent(&name)
@@ -263,8 +305,11 @@ impl Staging {
 
     fn name(&mut self, name: Name, id: NodeId) -> Result<(), Error> {
         self.admit(&name)?;
-        if self.node(id)?.kind == Kind::Folder || name.is_root() {
+        if self.node(id)?.kind.is_by_name() || name.is_root() {
             return Err(Error::Malformed("a folder has two names"));
+        }
+        if let Some(within) = &mut self.within {
+            within.make_way(&mut self.folder, &name, &Kind::File)?;
         }
         let path = self.folder.path_of(&name);
         let places = self.places.get_mut(&id).ok_or(LOST)?;
@@ -272,8 +317,8 @@ impl Staging {
         if places.is_held {
             let (parent, component) = self.folder.parent(&name).map_err(failed())?;
             let (held, flags) = (id.0.to_string(), RenameFlags::NOREPLACE);
-            rustix::fs::renameat_with(&self.hold, held, parent, &component, flags)
-                .map_err(failed())?;
+            let hold = self.hold.as_ref().ok_or(LOST)?;
+            rustix::fs::renameat_with(hold, held, parent, &component, flags).map_err(failed())?;
             places.is_held = false;
         } else {
             let known = places.names.first().ok_or(LOST)?;
@@ -354,6 +399,46 @@ impl Staging {
     }
 
     fn describe(&mut self, id: NodeId, meta: &Meta) -> Result<(), Error> {
+        let node = self.node(id)?;
+        if node.kind == Kind::Whiteout {
+            return Err(Error::Malformed("what is not there has attributes"));
+        }
+        if meta.opaque && !node.meta.opaque {
+            self.hide(id)?;
+        }
+        self.set(id, meta)
+    }
+
+    /// Removes from a folder what nothing came for.
+    fn hide(&mut self, id: NodeId) -> Result<(), Error> {
+        let is_layer = self.within.as_ref().is_some_and(Within::is_overlay);
+        if !is_layer || self.node(id)?.kind != Kind::Folder {
+            return Err(NO_LAYER);
+        }
+        let places = self.places.get(&id).ok_or(LOST)?;
+        let name = places.names.first().cloned().unwrap_or_default();
+        let mut changed = Within::clear(&self.folder, &self.tree, &name)?;
+        changed.remove(&name);
+        self.set_again(changed)
+    }
+
+    /// Sets attributes of folders again, which removing something from them has changed.
+    fn set_again(&mut self, folders: impl IntoIterator<Item = Name>) -> Result<(), Error> {
+        for name in folders {
+            let Some(id) = self.tree.names.get(&name).copied() else {
+                continue;
+            };
+            let meta = self.node(id)?.meta.clone();
+            // Those of a new one are to come.
+            if meta != Meta::default() {
+                self.set(id, &meta)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets attributes of a node, and reads them back.
+    fn set(&mut self, id: NodeId, meta: &Meta) -> Result<(), Error> {
         let is_link = matches!(self.node(id)?.kind, Kind::Symlink(_));
         let path = self.path_of(id);
         let name = self
@@ -364,7 +449,10 @@ impl Staging {
         let found = self.located(id, |parent, component| {
             let look = || {
                 let stat = kernel::stat(parent, component)?;
-                kernel::meta(parent, component, &stat)
+                let found = kernel::meta(parent, component, &stat)?;
+                // That nothing else is in it was seen to before.
+                let opaque = meta.opaque;
+                Ok::<_, std::io::Error>(Meta { opaque, ..found })
             };
             let old = look()?;
             kernel::set_meta(parent, component, (is_link, &old), meta)?;
@@ -386,6 +474,14 @@ impl Staging {
         self.open = None;
         if self.places.values().any(|places| places.is_held) {
             return Err(Error::Malformed("a file has no name at the end"));
+        }
+        if let Some(within) = &mut self.within {
+            let mut changed = within.remove_others(&mut self.folder)?;
+            if self.hold.take().is_some() {
+                Within::remove_hold(&self.folder)?;
+                changed.insert(Name::default());
+            }
+            self.set_again(changed)?;
         }
         if self.tree.digest() != digest {
             return Err(Error::Digest {
@@ -421,7 +517,10 @@ impl Staging {
                 let (parent, component) = self.folder.parent(name)?;
                 act(parent, &component)
             }
-            Some(_) | None => act(self.hold.as_fd(), &OsString::from(id.0.to_string())),
+            Some(_) | None => {
+                let hold = self.hold.as_ref().ok_or(Errno::NOENT)?;
+                act(hold.as_fd(), &OsString::from(id.0.to_string()))
+            }
         }
     }
 
@@ -454,12 +553,35 @@ impl Staging {
     }
 }
 
+/// Where files are between two names; made in the folder itself if that was there before.
+fn open_hold<'a>(hold: &'a mut Option<Folder>, folder: &Folder) -> Result<&'a Folder, Error> {
+    if hold.is_none() {
+        *hold = Some(Within::make_hold(folder)?);
+    }
+    hold.as_ref().ok_or(LOST)
+}
+
+/// What is at `path`, which must be of this digest. It is read whole.
+fn read(path: &Path, digest: Digest) -> Result<Tree, Error> {
+    let mut source = Source::open(path, None)?;
+    let report = source.difference(&Suspects::default(), true, &mut |_| Ok(()))?;
+    if report.digest != digest {
+        return Err(Error::Digest {
+            path: path.to_owned(),
+        });
+    }
+    source.check_names()?;
+    let (tree, _) = source.record().into_parts();
+    Ok(tree)
+}
+
 /// The folder itself, of what is at `place`.
 pub(crate) fn tree_of(place: &Path) -> PathBuf {
     place.join("tree")
 }
 
 const LOST: Error = Error::Malformed("a node is not there");
+const NO_LAYER: Error = Error::Malformed("what only a layer has comes to none");
 
 /// Makes a folder that only root may enter.
 fn make_folder(path: &Path) -> Result<(), Error> {
@@ -483,6 +605,8 @@ fn make(parent: BorrowedFd<'_>, component: &OsString, kind: &Kind) -> rustix::io
         Kind::Socket => node(FileType::Socket, 0),
         Kind::Character { major, minor } => node(FileType::CharacterDevice, device(*major, *minor)),
         Kind::Block { major, minor } => node(FileType::BlockDevice, device(*major, *minor)),
+        // That is the overlay's to make.
+        Kind::Whiteout => Ok(()),
     }
 }
 
@@ -520,13 +644,21 @@ fn difference(found: &Meta, wanted: &Meta) -> String {
 
 /// Removes a staging, or whatever else is there.
 pub(crate) fn remove(place: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(place) {
-        Ok(()) => Ok(()),
+    let failed = |source| Error::Io {
+        what: "remove",
+        path: place.to_owned(),
+        source,
+    };
+    let (Some(parent), Some(name)) = (place.parent(), place.file_name()) else {
+        return Err(failed(Errno::INVAL.into()));
+    };
+    let parent = match fs::File::open(parent) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        opened => opened.map_err(failed)?,
+    };
+    // Not what is mounted in it.
+    match kernel::remove_all(parent.as_fd(), name) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(source) => Err(Error::Io {
-            what: "remove",
-            path: place.to_owned(),
-            source,
-        }),
+        removed => removed.map_err(failed),
     }
 }

@@ -33,8 +33,16 @@ pub enum Kind {
     Symlink(Box<[u8]>),
     Fifo,
     Socket,
-    Character { major: u32, minor: u32 },
-    Block { major: u32, minor: u32 },
+    Character {
+        major: u32,
+        minor: u32,
+    },
+    Block {
+        major: u32,
+        minor: u32,
+    },
+    /// Of a layer: nothing is there, whatever the layers below it have.
+    Whiteout,
 }
 
 /// Extended attributes by name.
@@ -48,8 +56,13 @@ pub struct Meta {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) modified: Moment,
+    /// Of a folder of a layer: it shows nothing of what the layers below it have there.
+    pub(crate) opaque: bool,
     pub(crate) xattrs: Xattrs,
 }
+
+/// What stands for that in the bytes of a mode.
+pub(crate) const OPAQUE: u32 = 1 << 16;
 
 /// A node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,7 +93,13 @@ impl Kind {
             Self::Socket => 5,
             Self::Character { .. } => 6,
             Self::Block { .. } => 7,
+            Self::Whiteout => 8,
         }
+    }
+
+    /// Whether it has one name, by which it is known: another inode there is the same.
+    pub(crate) const fn is_by_name(&self) -> bool {
+        matches!(self, Self::Folder | Self::Whiteout)
     }
 }
 
@@ -183,14 +202,15 @@ impl Kind {
                 bytes.extend(major.to_le_bytes());
                 bytes.extend(minor.to_le_bytes());
             }
-            Self::Folder | Self::File | Self::Fifo | Self::Socket => {}
+            Self::Folder | Self::File | Self::Fifo | Self::Socket | Self::Whiteout => {}
         }
     }
 }
 
 impl Meta {
     pub(crate) fn put_into(&self, bytes: &mut Vec<u8>) {
-        for number in [self.mode, self.uid, self.gid] {
+        let opaque = if self.opaque { OPAQUE } else { 0 };
+        for number in [self.mode | opaque, self.uid, self.gid] {
             bytes.extend(number.to_le_bytes());
         }
         bytes.extend(self.modified.seconds.to_le_bytes());
