@@ -22,8 +22,9 @@ use rustix::io::Errno;
 
 use crate::error::Error;
 use crate::kernel::Folder;
+use crate::make::remove;
 use crate::record::Record;
-use crate::staging::{Staging, remove, tree_of};
+use crate::staging::{Staging, tree_of};
 use crate::tree::Digest;
 use crate::walk::{Totals, named_elsewhere, totals, walk};
 

@@ -9,10 +9,9 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{OFlags, SeekFrom};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::block::{self, BLOCK_BYTES};
@@ -20,6 +19,7 @@ use crate::error::Error;
 use crate::kernel::{self, Folder};
 use crate::name::Name;
 use crate::op::{Frames, Op};
+use crate::read::{next_block, read_block};
 use crate::tree::{Digest, Kind, Meta, Moment, Node, NodeId, Tree};
 use crate::walk::{self, Found, Key, Stamp, Totals};
 use crate::{BLOCKS_MAX, record::Record};
@@ -574,37 +574,4 @@ fn is_passing(error: &io::Error) -> bool {
     ];
     let code = error.raw_os_error();
     code.is_some_and(|code| passing.contains(&Errno::from_raw_os_error(code)))
-}
-
-/// The next block from this one on that may hold something.
-fn next_block(file: &File, at: u64, size: u64) -> rustix::io::Result<Option<u64>> {
-    let from = at.saturating_mul(BLOCK_BYTES as u64);
-    if size <= from {
-        return Ok(None);
-    }
-    match rustix::fs::seek(file, SeekFrom::Data(from)) {
-        Ok(offset) if offset < size => Ok(Some(offset / BLOCK_BYTES as u64)),
-        Ok(_) | Err(Errno::NXIO) => Ok(None),
-        // It has no holes, or does not tell.
-        Err(Errno::INVAL) => Ok(Some(at)),
-        Err(error) => Err(error),
-    }
-}
-
-/// Reads a block; what a shrinking file lacks is zero.
-fn read_block(file: &File, buffer: &mut [u8], block: u64) -> io::Result<()> {
-    let mut done = 0;
-    while done < buffer.len() {
-        let offset = block * BLOCK_BYTES as u64 + done as u64;
-        match file.read_at(&mut buffer[done..], offset) {
-            Ok(0) => {
-                buffer[done..].fill(0);
-                break;
-            }
-            Ok(read) => done += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }

@@ -6,7 +6,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::contained::{CLIENT, Container, Runtime, make_rootfs};
+use super::contained::{CLIENT, Container, Plan, Runtime, make_rootfs};
 use super::redis;
 use crate::lab::Lab;
 use crate::lab::node::Node;
@@ -135,7 +135,7 @@ fn bring_image(lab: &Lab, first: &str) -> Result<()> {
     if exists.status.success() {
         return Ok(());
     }
-    make_rootfs(node, FILES)?;
+    make_rootfs(node, FILES, Plan::redis().programs)?;
     let script = format!(
         "tar -C {FILES}/rootfs -c . | podman import --quiet - {IMAGE} && \
          podman save --quiet --output {ARCHIVE} {IMAGE}"

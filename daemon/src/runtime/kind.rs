@@ -37,6 +37,7 @@ use super::podman::{self, Podman, PodmanError};
 use super::process::Process;
 use super::process::arrive::Arriving as ArrivingProcess;
 use super::process::describe::{self, Described};
+use super::rootfs::RootPlace;
 
 /// A workload at its source, as the journal keeps it, too.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -309,6 +310,14 @@ impl Arriving {
             Self::Container(container) => container.check(description),
             Self::Containerd(container) => container.check(description),
             Self::Podman(container) => container.check(description),
+        }
+    }
+
+    /// Where its root file system comes to, if that travels.
+    pub fn root_place(&self) -> Result<Option<RootPlace>, Failure> {
+        match self {
+            Self::Container(container) => container.root_place(),
+            Self::Process(_) | Self::Containerd(_) | Self::Podman(_) => Ok(None),
         }
     }
 

@@ -8,7 +8,8 @@
 //! of them [`locks`], those that both nodes share [`shared`], and [`mounts`] are those of a
 //! namespace of its own.
 //! States in which it cannot be dumped for a moment are [`passing`], and connections that would be
-//! torn apart [`loopback`]. Objects of the kernel that its processes share are [`ipc`]. What may
+//! torn apart [`loopback`]. Root file systems that travel are [`rootfs`].
+//! Objects of the kernel that its processes share are [`ipc`]. What may
 //! hang is done [`detached`].
 //! Nothing here knows the links or the pages.
 
@@ -30,4 +31,5 @@ pub mod oci;
 pub mod passing;
 pub mod podman;
 pub mod process;
+pub mod rootfs;
 pub mod shared;

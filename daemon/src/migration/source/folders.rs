@@ -9,7 +9,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use pageferry_proto::id::{MigrationId, Round};
 use pageferry_proto::migration::policy::FilesReport;
 use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::copied::{COPIED_PATHS_MAX, CopiedPath, FilesHeader};
+use pageferry_proto::wire::copied::{COPIED_PATHS_MAX, CopiedForm, CopiedPath, FilesHeader};
 use pageferry_proto::wire::stream::StreamKind;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -30,6 +30,7 @@ use crate::migration::folders::failed;
 use crate::migration::text::internal;
 use crate::net::stream::DataSender;
 use crate::runtime::copied;
+use crate::runtime::rootfs::{self, RootFiles};
 
 /// Frames that wait for the network: at most 4 MiB.
 const FRAMES_MAX: usize = 8;
@@ -96,46 +97,71 @@ impl Course {
     }
 }
 
+impl Folder {
+    /// Opens what is at `root`, and goes aside with `path`; with it comes what the target is told.
+    fn open(
+        keep: &Keep,
+        (path, root): (&Path, &Path),
+        (name, form): (String, CopiedForm),
+        pids: &[i32],
+    ) -> Result<(Self, CopiedPath), Failure> {
+        let unfit = |error: Error| failed(&error, ErrorCode::FolderUnfit);
+        let record = keep.recall(path);
+        let base = record.as_ref().map(pageferry_files::Record::digest);
+        let source = Source::open(root, record).map_err(unfit)?;
+        let (totals, files) = source.look().map_err(unfit)?;
+        copied::check_writers(root, &files, pids)?;
+        let metadata = fs::symlink_metadata(path).map_err(|error| internal(&error))?;
+        let told = CopiedPath {
+            path: name,
+            form,
+            entries: totals.entries,
+            bytes: totals.bytes,
+            base,
+        };
+        let folder = Self {
+            gone: Gone {
+                path: path.to_owned(),
+                inode: (metadata.dev(), metadata.ino()),
+                digest: None,
+            },
+            source: Some(Arc::new(Mutex::new(source))),
+            has_base: base.is_some(),
+        };
+        Ok((folder, told))
+    }
+}
+
 impl Folders {
-    /// Opens folders at these paths; with them comes what the target is told. Nothing is changed.
+    /// Opens folders at these paths, and a container's own; with them comes what the target is
+    /// told. Nothing is changed.
     pub(super) fn open(
         keep: Keep,
         id: MigrationId,
-        paths: &[PathBuf],
+        (paths, root): (&[PathBuf], Option<&RootFiles>),
         pids: &[i32],
     ) -> Result<(Self, Vec<CopiedPath>), Failure> {
-        if COPIED_PATHS_MAX < paths.len() {
+        if COPIED_PATHS_MAX < paths.len() + usize::from(root.is_some()) {
             let text = format!("more than {COPIED_PATHS_MAX} folders are to travel");
             return Err(Failure::new(ErrorCode::Limit, text));
         }
-        let unfit = |error: Error| failed(&error, ErrorCode::FolderUnfit);
         let (mut all, mut told) = (Vec::new(), Vec::new());
+        let mut add = |(folder, tells)| {
+            all.push(folder);
+            told.push(tells);
+        };
         for path in paths {
             let Some(name) = path.to_str() else {
                 let text = format!("the name of {} is not UTF-8", path.display());
                 return Err(Failure::new(ErrorCode::FolderUnfit, text));
             };
-            let record = keep.recall(path);
-            let base = record.as_ref().map(pageferry_files::Record::digest);
-            let source = Source::open(path, record).map_err(unfit)?;
-            let (totals, files) = source.look().map_err(unfit)?;
-            copied::check_writers(path, &files, pids)?;
-            let metadata = fs::symlink_metadata(path).map_err(|error| internal(&error))?;
-            told.push(CopiedPath {
-                path: name.to_owned(),
-                entries: totals.entries,
-                bytes: totals.bytes,
-                base,
-            });
-            all.push(Folder {
-                gone: Gone {
-                    path: path.clone(),
-                    inode: (metadata.dev(), metadata.ino()),
-                    digest: None,
-                },
-                source: Some(Arc::new(Mutex::new(source))),
-                has_base: base.is_some(),
-            });
+            let form = (name.to_owned(), CopiedForm::Folder);
+            add(Folder::open(&keep, (path, path), form, pids)?);
+        }
+        if let Some(RootFiles::Bundle { bundle, root }) = root {
+            let like = rootfs::folder_of(bundle).map_err(|error| internal(&error))?;
+            let form = (String::new(), CopiedForm::Root(like));
+            add(Folder::open(&keep, (bundle, root), form, pids)?);
         }
         let folders = Self {
             note: note(&keep, id),

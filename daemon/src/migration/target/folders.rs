@@ -1,5 +1,6 @@
 //! Folders that come with a workload: applied beside where they are to be, put there before it is
-//! restored, and taken back if it does not run here.
+//! restored, and taken back if it does not run here. The bundle of a container is put there ahead,
+//! since its runtime is started long before the restore, and filled where it is.
 //!
 //! Invariants: what is made is written down before, where a reboot does not reach it; nothing is
 //! put that is not proven; what was put is taken back by its inode, so that nothing else ever is.
@@ -11,13 +12,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pageferry_files::{Digest, Error, Keep, Placed, Staging, Totals, admit, may_come};
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::copied::{CopiedPath, FilesHeader};
+use pageferry_proto::wire::copied::{BundleFolder, CopiedForm, CopiedPath, FilesHeader};
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 
 use crate::migration::folders::failed;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{ReadStreamError, StreamReader};
+use crate::runtime::rootfs::{Bundle, RootPlace};
 
 /// What the node keeps of folders, and where it writes down which are coming.
 #[derive(Clone, Debug)]
@@ -37,6 +39,8 @@ pub struct Folders {
 #[derive(Clone, Debug)]
 struct Folder {
     placed: Placed,
+    /// It is put before anything comes, and filled where it is.
+    ahead: bool,
     /// What this node has kept of it, and begins with.
     kept: Option<Digest>,
     /// None of one that a dead daemon has begun.
@@ -51,6 +55,11 @@ enum Stage {
         place: PathBuf,
         base: Option<Digest>,
     },
+    /// The same of one that is applied where it is.
+    Ahead {
+        root: PathBuf,
+        base: Option<Digest>,
+    },
     Open(Box<Staging>),
     /// It is the workload's, or taken back.
     Gone,
@@ -59,12 +68,17 @@ enum Stage {
 impl Stage {
     /// Opens it if it is not.
     fn open(&mut self) -> Result<&mut Staging, Error> {
-        if let Self::Claimed { place, base } = self {
-            *self = Self::Open(Box::new(Staging::open(place, *base)?));
+        let opened = match self {
+            Self::Claimed { place, base } => Some(Staging::open(place, *base)?),
+            Self::Ahead { root, base } => Some(Staging::open_root(root, *base)?),
+            Self::Open(_) | Self::Gone => None,
+        };
+        if let Some(staging) = opened {
+            *self = Self::Open(Box::new(staging));
         }
         match self {
             Self::Open(staging) => Ok(staging),
-            Self::Claimed { .. } | Self::Gone => Err(Error::Cut),
+            Self::Claimed { .. } | Self::Ahead { .. } | Self::Gone => Err(Error::Cut),
         }
     }
 }
@@ -76,6 +90,8 @@ struct Noted {
     place: PathBuf,
     inode: Option<(u64, u64)>,
     was_there: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    ahead: bool,
 }
 
 impl Shelf {
@@ -96,8 +112,8 @@ impl Shelf {
         self.state.join(format!("{id}.coming"))
     }
 
-    /// Removes what migrations that are not known have left on its way. They have put nothing: what
-    /// is put has a record before.
+    /// Removes what migrations that are not known have left on its way. They have put nothing but
+    /// ahead: what is put has a record before.
     pub fn clean_up(&self, is_known: impl Fn(MigrationId) -> bool) {
         let entries = fs::read_dir(&self.state).into_iter().flatten().flatten();
         for entry in entries {
@@ -112,9 +128,9 @@ impl Shelf {
                 continue;
             };
             let left = Folders::new(self.clone(), id);
-            left.lock()
-                .iter_mut()
-                .for_each(|folder| folder.placed.inode = None);
+            for folder in left.lock().iter_mut().filter(|folder| !folder.ahead) {
+                folder.placed.inode = None;
+            }
             if let Err(failure) = left.take_back() {
                 tracing::warn!(migration = %id, "a folder is left of its beginning: {failure}");
             }
@@ -134,6 +150,7 @@ impl Folders {
                 inode: noted.inode,
                 was_there: noted.was_there,
             },
+            ahead: noted.ahead,
             kept: None,
             staging: None,
         };
@@ -150,26 +167,24 @@ impl Folders {
     }
 
     fn write_down(&self) -> Result<(), Failure> {
-        let noted: Vec<Noted> = self
-            .lock()
-            .iter()
-            .map(|folder| Noted::of(&folder.placed))
-            .collect();
+        let noted: Vec<Noted> = self.lock().iter().map(Noted::of).collect();
         let note = self.shelf.note(self.id);
         let bytes = serde_json::to_vec(&noted).map_err(|error| internal(&error))?;
         let written = self.shelf.keep.write(&note, &bytes);
         written.map_err(|error| failed(&error, ErrorCode::NodeUnfit))
     }
 
-    /// Makes a place for each of them. Blocks.
-    pub fn prepare(&self, copied: &[CopiedPath]) -> Result<(), Failure> {
+    /// Makes a place for each of them; that of a container's own is `root`. Blocks.
+    pub fn prepare(&self, copied: &[CopiedPath], root: Option<&RootPlace>) -> Result<(), Failure> {
+        check_forms(copied, root)?;
         if copied.is_empty() {
             return Ok(());
         }
         let taken = |error: Error| failed(&error, ErrorCode::PathTaken);
         let mut needed = std::collections::BTreeMap::<PathBuf, Totals>::new();
         for (index, coming) in copied.iter().enumerate() {
-            let path = Path::new(&coming.path);
+            let bundle = bundle_of(coming, root);
+            let path = bundle.map_or(Path::new(&coming.path), |(bundle, _)| &bundle.path);
             let was_there = may_come(path).map_err(taken)?;
             let keep = &self.shelf.keep;
             let there = coming.base.and_then(|base| keep.has(path, &base));
@@ -192,6 +207,7 @@ impl Folders {
                     inode: None,
                     was_there,
                 },
+                ahead: bundle.is_some(),
                 kept,
                 staging: None,
             });
@@ -201,14 +217,14 @@ impl Folders {
         for folder in self.lock().iter_mut() {
             let Placed { path, place, .. } = &folder.placed;
             let claimed = keep.claim(path, place, folder.kept.is_some());
-            let stage = Stage::Claimed {
-                place: place.clone(),
-                base: folder.kept,
-            };
             folder.placed.inode = Some(claimed.map_err(taken)?);
+        }
+        self.write_down()?;
+        for (folder, coming) in self.lock().iter_mut().zip(copied) {
+            let stage = folder.stage(bundle_of(coming, root))?;
             folder.staging = Some(Arc::new(Mutex::new(stage)));
         }
-        self.write_down()
+        Ok(())
     }
 
     /// Which of them this node has as the offer says.
@@ -289,9 +305,10 @@ impl Folders {
         for folder in self.lock().iter() {
             let staging = folder.staging.as_ref().ok_or_else(no_staging)?;
             let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
-            let put = staging
-                .open()
-                .and_then(|staging| Keep::put(staging, &folder.placed));
+            let put = staging.open().and_then(|staging| match folder.ahead {
+                true => Keep::check_put(staging, &folder.placed),
+                false => Keep::put(staging, &folder.placed),
+            });
             put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
             tracing::info!(migration = %self.id, path = %folder.placed.path.display(), "put");
         }
@@ -306,7 +323,7 @@ impl Folders {
             let staging = folder.staging.as_ref().map(gone);
             let remembered = match staging {
                 Some(Stage::Open(mut staging)) => self.shelf.keep.remember(path, &staging.record()),
-                Some(Stage::Claimed { .. } | Stage::Gone) | None => Ok(()),
+                Some(Stage::Claimed { .. } | Stage::Ahead { .. } | Stage::Gone) | None => Ok(()),
             };
             if let Err(error) = remembered.and_then(|()| Keep::settle(&folder.placed)) {
                 let failure = failed(&error, ErrorCode::NodeUnfit);
@@ -351,9 +368,55 @@ impl Folders {
     }
 }
 
+impl Folder {
+    /// Where it is applied. A bundle is put where it is to be.
+    fn stage(&self, bundle: Option<(&Bundle, BundleFolder)>) -> Result<Stage, Failure> {
+        let (place, base) = (self.placed.place.clone(), self.kept);
+        let Some((bundle, like)) = bundle else {
+            return Ok(Stage::Claimed { place, base });
+        };
+        bundle.make_in(&Keep::tree(&place), like).map_err(|error| {
+            let text = format!("the bundle {}: {error}", bundle.path.display());
+            Failure::new(ErrorCode::NodeUnfit, text)
+        })?;
+        let put = Keep::put_ahead(&self.placed);
+        put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
+        let root = bundle.root();
+        Ok(Stage::Ahead { root, base })
+    }
+}
+
+/// The bundle that something that comes is of, if it is.
+fn bundle_of<'a>(
+    coming: &CopiedPath,
+    root: Option<&'a RootPlace>,
+) -> Option<(&'a Bundle, BundleFolder)> {
+    match (coming.form, root) {
+        (CopiedForm::Root(like), Some(RootPlace::Bundle(bundle))) => Some((bundle, like)),
+        (CopiedForm::Folder | CopiedForm::Root(_) | CopiedForm::Layer, _) => None,
+    }
+}
+
+/// Checks that what comes as a container's own is what it has here, once.
+fn check_forms(copied: &[CopiedPath], root: Option<&RootPlace>) -> Result<(), Failure> {
+    let own = copied.iter().map(|coming| coming.form);
+    let own: Vec<_> = own.filter(|form| *form != CopiedForm::Folder).collect();
+    match (&own[..], root) {
+        ([], None) | ([CopiedForm::Root(_)], Some(RootPlace::Bundle(_))) => Ok(()),
+        ([], Some(_)) => Err(malformed(
+            "the container comes without its root file system",
+        )),
+        _ => Err(malformed(
+            "what comes with a container is none of what it has here",
+        )),
+    }
+}
+
 impl Noted {
-    fn of(placed: &Placed) -> Self {
+    fn of(folder: &Folder) -> Self {
+        let placed = &folder.placed;
         Self {
+            ahead: folder.ahead,
             path: placed.path.clone(),
             place: placed.place.clone(),
             inode: placed.inode,
@@ -394,6 +457,7 @@ mod tests {
     fn coming(path: &Path, bytes: u64, base: Option<Digest>) -> CopiedPath {
         CopiedPath {
             path: path.to_str().expect("UTF-8").to_owned(),
+            form: CopiedForm::Folder,
             entries: 1,
             bytes,
             base,
@@ -407,7 +471,7 @@ mod tests {
         let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
         let folders = Folders::new(shelf.clone(), id);
         let all = paths.each_ref().map(|path| coming(path, 0, None));
-        folders.prepare(&all).expect("room");
+        folders.prepare(&all, None).expect("room");
         let places: Vec<PathBuf> = {
             let all = folders.lock();
             all.iter()
@@ -439,12 +503,12 @@ mod tests {
         shelf.keep().set_aside(&path, &digest).expect("aside");
         let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
         let refused =
-            Folders::new(shelf.clone(), id).prepare(&[coming(&path, 1 << 60, Some(digest))]);
+            Folders::new(shelf.clone(), id).prepare(&[coming(&path, 1 << 60, Some(digest))], None);
         let code = refused.map_err(|failure| failure.code());
         assert_eq!(code, Err(ErrorCode::DiskShort));
         let folders = Folders::new(shelf, id);
         folders
-            .prepare(&[coming(&path, 0, Some(digest))])
+            .prepare(&[coming(&path, 0, Some(digest))], None)
             .expect("room");
         assert_eq!(folders.kept(), [0]);
     }

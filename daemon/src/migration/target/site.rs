@@ -276,7 +276,9 @@ impl Site {
         // Files may be on storage that does not answer.
         detached::done("check", move || kind.check(&described)).await??;
         self.admit(offer)?;
-        block_in_place(|| self.intake.folders().prepare(&description.copied))?;
+        let root = arriving.root_place()?;
+        let folders = self.intake.folders();
+        block_in_place(|| folders.prepare(&description.copied, root.as_ref()))?;
         if offer.policy.verify {
             // No page comes before the offer is accepted.
             self.intake.store().keep_digests();

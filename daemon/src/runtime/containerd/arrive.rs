@@ -16,7 +16,7 @@ use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescripti
 use pageferry_proto::wire::description::WorkloadDescription;
 
 use super::{ask, check, kept_in, refuse_others};
-use crate::runtime::oci::arrive::{Leaves, Restore, check_node, prepare};
+use crate::runtime::oci::arrive::{Leaves, Restore, check_node, prepare, refuse_writable};
 use crate::runtime::oci::spec::Spec;
 
 /// What stands for the runtime here: it asks containerd, and ends when the container runs.
@@ -73,7 +73,9 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks, for as long as containerd takes to answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         check_node(description)?;
-        Spec::parse(&self.config)?.check(None)?;
+        let spec = Spec::parse(&self.config)?;
+        spec.check(None)?;
+        refuse_writable(&spec)?;
         let unfit = |text: String| Err(Failure::new(ErrorCode::NodeUnfit, text));
         let program = beside(PROGRAM);
         if !program.is_file() {

@@ -105,9 +105,9 @@ impl Containerd {
         self.container.root()
     }
 
-    /// What it is made of; as [`OfRuntime::describe`].
+    /// What it is made of; as [`OfRuntime::describe_with`].
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
-        let mut described = self.container.describe(pids, shared)?;
+        let mut described = self.container.describe_with((pids, shared), None, None)?;
         // They are the image's, which has the same digest; and they are nowhere yet.
         described.description.files.clear();
         if let Some(container) = &mut described.description.container {

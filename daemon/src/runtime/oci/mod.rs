@@ -10,8 +10,9 @@
 //! its container runs on as it was; no folder of the runtime is deleted while a root file system is
 //! bound in it.
 //!
-//! Absent, and refused by name ([`spec`], [`state`]): a root file system that is written to,
-//! volumes, terminals, pipes as standard streams, hooks, namespaces that are shared.
+//! A root file system that is written to travels with its bundle ([`rootfs`](super::rootfs)).
+//! Absent, and refused by name ([`spec`], [`state`]): volumes, terminals, pipes as standard streams,
+//! hooks, namespaces that are shared.
 
 mod alone;
 pub mod arrive;
@@ -40,6 +41,7 @@ use serde::{Deserialize, Serialize};
 use super::identity::{self, Identity};
 use super::passing::Passing;
 use super::process::describe::{self, Described};
+use super::rootfs::RootFiles;
 use habits::{BoundIn, Runtime};
 use spec::{Engine, Spec};
 use state::State;
@@ -49,6 +51,10 @@ pub const BOUND: &str = "criu-root";
 
 /// What it says when something goes wrong, in the migration's folder.
 const OUTPUT: &str = "runtime.log";
+
+/// Why a container of an engine does not move.
+pub const WRITABLE: &str = "the container may write to its root file system, which is not moved \
+    yet: make it read-only and give it a tmpfs for what it writes";
 
 /// How long `checkpoint` may take to delete its container, if it lives: it has ended, unless
 /// the daemon that started it has.
@@ -173,15 +179,19 @@ impl Container {
     /// What it is made of: the tree of `pids`, the root first. Blocks, for a few milliseconds if
     /// its storage answers.
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
-        self.describe_with(pids, shared, None)
+        let spec = Spec::parse(&read_config(&self.bundle)?)?;
+        let root = || RootFiles::in_bundle(&self.bundle, spec.named_root());
+        let root = spec.is_writable().then(root).transpose()?;
+        self.describe_with((pids, shared), None, root)
     }
 
-    /// As [`Container::describe`], of one that is an engine's.
+    /// As [`Container::describe`], of one that is an engine's; with the root file system if that is
+    /// to travel.
     pub fn describe_with(
         &self,
-        pids: &[i32],
-        shared: &[PathBuf],
+        (pids, shared): (&[i32], &[PathBuf]),
         engine: Option<&Engine>,
+        root: Option<RootFiles>,
     ) -> Result<Described, Failure> {
         if let Some(path) = shared.first() {
             return Err(Failure::new(
@@ -195,12 +205,23 @@ impl Container {
             ));
         }
         let config = read_config(&self.bundle)?;
-        Spec::parse(&config)?.check(engine)?;
+        let spec = Spec::parse(&config)?;
+        spec.check(engine)?;
+        if spec.is_writable() && root.is_none() {
+            return Err(Failure::new(ErrorCode::UnsupportedWorkload, WRITABLE));
+        }
         let pipes = engine.map_or(&[][..], |engine| &engine.pipes);
-        let mut described = describe::describe(self.root, (pids, pipes), shared)?;
+        // Where the node has it.
+        let mounts = describe::mounts(self.root)?;
+        let here = mounts.and_then(|mounts| mounts.node_path(Path::new("/")));
+        let here: Vec<PathBuf> = here.into_iter().filter(|_| root.is_some()).collect();
+        let mut described = describe::describe(self.root, (pids, pipes), &here)?;
+        described.root_files = root;
+        let comes = |path: &str| here.iter().any(|here| Path::new(path).starts_with(here));
         let description = &mut described.description;
         // The runtime mounts them, by the same configuration.
         description.mounts.clear();
+        description.files.retain(|file| !comes(&file.path));
         description.container = Some(ContainerDescription {
             bundle: self.bundle.to_string_lossy().into_owned(),
             config,

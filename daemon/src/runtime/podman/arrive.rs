@@ -62,7 +62,9 @@ impl Arriving {
             folders: folders(&self.podman.id, bundle),
             ..Engine::default()
         };
-        Spec::parse(&self.container.config)?.check(Some(&engine))?;
+        let spec = Spec::parse(&self.container.config)?;
+        spec.check(Some(&engine))?;
+        arrive::refuse_writable(&spec)?;
         archive::check(&self.podman.archive, self.podman.id.as_str()).map_err(|why| {
             let text = format!("what podman has of the container {}: {why}", self.name);
             Failure::new(ErrorCode::UnsupportedWorkload, text)

@@ -109,7 +109,9 @@ impl Podman {
             folders: folders(&self.id.0, self.container.bundle()),
             pipes: state.pipes(),
         };
-        let mut described = self.container.describe_with(pids, shared, Some(&engine))?;
+        let mut described = self
+            .container
+            .describe_with((pids, shared), Some(&engine), None)?;
         // They are of its image, which has the same id at the target or is not there.
         described.description.files.clear();
         Ok(described)
