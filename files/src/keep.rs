@@ -152,9 +152,7 @@ impl Keep {
     /// Puts a folder that is proven where the workload has it. To be undone by [`Keep::undo`] with
     /// what was written down before.
     pub fn put(staging: &Staging, placed: &Placed) -> Result<(), Error> {
-        if staging.proven().is_none() {
-            return Err(Error::unfit(&placed.path, "is not proven to be whole"));
-        }
+        staging.check_proven()?;
         Self::put_ahead(placed)
     }
 
@@ -169,9 +167,7 @@ impl Keep {
 
     /// Checks that what was put ahead is proven, and is where it was put.
     pub fn check_put(staging: &Staging, placed: &Placed) -> Result<(), Error> {
-        if staging.proven().is_none() {
-            return Err(Error::unfit(&placed.path, "is not proven to be whole"));
-        }
+        staging.check_proven()?;
         match inode_at(&placed.path) == placed.inode {
             true => Ok(()),
             false => Err(Error::unfit(&placed.path, "is another one now")),
@@ -268,7 +264,11 @@ impl Keep {
 
 /// Whether so much has room where `path` is to be; if not, what is missing.
 pub fn admit(path: &Path, totals: &Totals) -> Result<(), Error> {
-    let parent = path.parent().unwrap_or(path);
+    admit_in(path.parent().unwrap_or(path), totals)
+}
+
+/// The same where something comes into a folder that is there.
+pub fn admit_in(parent: &Path, totals: &Totals) -> Result<(), Error> {
     let found = rustix::fs::statvfs(parent).map_err(Error::io("ask for the room at", parent))?;
     let free = found.f_bavail.saturating_mul(found.f_frsize);
     let entries = totals.entries.saturating_mul(ENTRY_BYTES);

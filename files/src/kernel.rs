@@ -184,23 +184,13 @@ pub fn kind(stat: &Statx) -> Option<Kind> {
     })
 }
 
-/// What is said of an entry, with its extended attributes.
-pub fn meta(folder: impl AsFd, component: &OsStr, stat: &Statx) -> io::Result<Meta> {
-    described(folder, component, stat, None)
-}
-
-/// The same of an entry of a layer of an overlay: as the overlay shows it.
-pub fn meta_of_layer(folder: impl AsFd, component: &OsStr, stat: &Statx) -> io::Result<Meta> {
-    let mut opaque = false;
-    let meta = described(folder, component, stat, Some(&mut opaque))?;
-    Ok(Meta { opaque, ..meta })
-}
-
-fn described(
+/// What is said of an entry, with its extended attributes; of one of a layer as its overlay shows
+/// them.
+pub fn meta(
     folder: impl AsFd,
     component: &OsStr,
     stat: &Statx,
-    opaque: Option<&mut bool>,
+    is_of_layer: bool,
 ) -> io::Result<Meta> {
     let is_link = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Symlink;
     Ok(Meta {
@@ -212,9 +202,13 @@ fn described(
         uid: stat.stx_uid,
         gid: stat.stx_gid,
         modified: modified(stat),
-        opaque: false,
-        xattrs: xattr::read(&by_descriptor(folder, component), opaque)?,
+        xattrs: xattr::read(&by_descriptor(folder, component), is_of_layer)?,
     })
+}
+
+/// Whether a folder of a layer shows nothing of what the layers below have.
+pub fn is_opaque(folder: impl AsFd, component: &OsStr) -> bool {
+    xattr::is_opaque(&by_descriptor(folder, component))
 }
 
 /// When it was last written.
@@ -388,7 +382,7 @@ mod tests {
         let set = |name: &str, mode| {
             let component = OsStr::new(name);
             let stat = stat(&folder, component).expect("it is there");
-            let old = meta(&folder, component, &stat).expect("what it has");
+            let old = meta(&folder, component, &stat, false).expect("what it has");
             let new = Meta {
                 mode,
                 ..old.clone()

@@ -52,7 +52,9 @@ mod within;
 mod xattr;
 
 pub use error::{Error, ErrorKind};
-pub use keep::{CACHED_MAX, HIDDEN, Keep, Placed, admit, check_hidden, may_come, remove_all};
+pub use keep::{
+    CACHED_MAX, HIDDEN, Keep, Placed, admit, admit_in, check_hidden, may_come, remove_all,
+};
 pub use name::Name;
 pub use record::Record;
 pub use source::{Report, Source, Suspects};

@@ -33,7 +33,7 @@ pub(crate) fn make(
     let node = |kind, device| rustix::fs::mknodat(parent, component, kind, mode, device);
     let device = |major: u32, minor: u32| rustix::fs::makedev(major, minor);
     match kind {
-        Kind::Folder => rustix::fs::mkdirat(parent, component, Mode::RWXU),
+        Kind::Folder | Kind::Opaque => rustix::fs::mkdirat(parent, component, Mode::RWXU),
         Kind::File => node(FileType::RegularFile, 0),
         Kind::Symlink(target) => rustix::fs::symlinkat(&**target, parent, component),
         Kind::Fifo => node(FileType::Fifo, 0),

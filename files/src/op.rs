@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use crate::block::{self, BLOCK_BYTES};
 use crate::error::Error;
 use crate::name::Name;
-use crate::tree::{DIGEST_BYTES, Digest, Kind, Meta, Moment, NodeId, OPAQUE, put_bytes};
+use crate::tree::{DIGEST_BYTES, Digest, Kind, Meta, Moment, NodeId, put_bytes};
 use crate::{COMPONENT_BYTES_MAX, FILE_BYTES_MAX, FRAME_BYTES_MAX, NAME_BYTES_MAX};
 use crate::{DEPTH_MAX, XATTR_BYTES_MAX};
 
@@ -233,13 +233,13 @@ impl<'a> Taker<'a> {
                 minor: self.u32()?,
             },
             8 => Kind::Whiteout,
+            9 => Kind::Opaque,
             _ => return Err(Error::Malformed("a node is of no kind")),
         })
     }
 
     pub fn meta(&mut self) -> Result<Meta, Error> {
         let (mode, uid, gid) = (self.u32()?, self.u32()?, self.u32()?);
-        let (opaque, mode) = (mode & OPAQUE != 0, mode & !OPAQUE);
         let modified = Moment {
             seconds: self.array().map(i64::from_le_bytes)?,
             nanos: self.u32()?,
@@ -263,7 +263,6 @@ impl<'a> Taker<'a> {
             uid,
             gid,
             modified,
-            opaque,
             xattrs,
         })
     }

@@ -172,7 +172,7 @@ impl Source {
     }
 
     /// Refuses it if something in it has a name elsewhere too.
-    pub(crate) fn check_names(&self) -> Result<(), Error> {
+    pub fn check_names(&self) -> Result<(), Error> {
         let found = self.walk()?;
         self.check_names_of(&found)
     }
@@ -246,7 +246,7 @@ impl Source {
             self.check_layer(&course.found)?;
         }
         self.add(&mut course, &mut frames)?;
-        let is_folder = |found: &Found| found.kind == Kind::Folder;
+        let is_folder = |found: &Found| found.kind.is_folder();
         let mut done = HashSet::new();
         for folders in [false, true] {
             let names: Vec<Name> = course.ids.keys().cloned().collect();
@@ -279,13 +279,16 @@ impl Source {
         self.ids.retain(|key, _| present.contains(key));
         let mut claimed: HashSet<NodeId> = self.ids.values().copied().collect();
         let mut ids = BTreeMap::new();
+        // Folders that come, or come as something else: the target has nothing in them.
+        let mut anew = BTreeSet::new();
         for (name, found) in found {
             let key = found.identity();
+            let is_anew = anew.contains(&name.split().0);
             let by_name = self.tree.names.get(name).copied();
-            let by_name = by_name.filter(|id| self.is(*id, found));
+            let by_name = by_name.filter(|id| self.is(*id, found) && !is_anew);
             let known = match found.kind {
                 // Whose it was does not matter: it has nothing but metadata, if that.
-                Kind::Folder | Kind::Whiteout => by_name,
+                Kind::Folder | Kind::Whiteout | Kind::Opaque => by_name,
                 _ => self.ids.get(&key).copied().filter(|id| self.is(*id, found)),
             };
             let id = known.unwrap_or_else(|| {
@@ -299,6 +302,9 @@ impl Source {
                 self.seen.remove(&id);
                 id
             });
+            if found.kind.is_folder() && known.is_none() {
+                anew.insert(name.clone());
+            }
             if !found.kind.is_by_name() {
                 claimed.insert(id);
                 self.ids.insert(key, id);
@@ -323,10 +329,7 @@ impl Source {
 
     fn remove(&mut self, course: &mut Course<'_>, frames: &mut Frames<'_>) -> Result<(), Error> {
         let stays: HashSet<NodeId> = course.ids.values().copied().collect();
-        let gone = self.tree.names.iter();
-        let gone = gone.filter(|(name, id)| course.ids.get(*name) != Some(*id));
-        let gone: Vec<(Name, NodeId)> = gone.map(|(name, id)| (name.clone(), *id)).collect();
-        for (name, id) in gone.into_iter().rev() {
+        for (name, id) in self.gone(course).into_iter().rev() {
             let keep = stays.contains(&id);
             if !name.is_root() {
                 frames.put(&Op::Remove {
@@ -342,6 +345,28 @@ impl Source {
         self.tree.nodes.retain(|id, _| stays.contains(id));
         self.seen.retain(|id, _| stays.contains(id));
         Ok(())
+    }
+
+    /// What goes, the highest first: names of something else now, and all that is in a folder that
+    /// is.
+    fn gone(&self, course: &Course<'_>) -> Vec<(Name, NodeId)> {
+        let (mut gone, mut folders) = (Vec::new(), HashSet::new());
+        for (name, id) in &self.tree.names {
+            let is_within = !name.is_root() && folders.contains(&name.split().0);
+            if !is_within && course.ids.get(name) == Some(id) {
+                continue;
+            }
+            if self
+                .tree
+                .nodes
+                .get(id)
+                .is_some_and(|node| node.kind.is_folder())
+            {
+                folders.insert(name.clone());
+            }
+            gone.push((name.clone(), *id));
+        }
+        gone
     }
 
     fn is_whiteout(&self, id: NodeId) -> bool {
@@ -414,7 +439,7 @@ impl Source {
             return Ok(());
         }
         let (stamp, is_file) = (found.stamp(), found.kind == Kind::File);
-        let is_touched = found.kind == Kind::Folder && course.touched.contains(name);
+        let is_touched = found.kind.is_folder() && course.touched.contains(name);
         let may_be_stored_to = || found.shown.is_none_or(|shown| course.suspects.has(&shown));
         let is_suspect = is_file && (!self.tells || may_be_stored_to());
         let is_known = self.seen.get(&id) == Some(&stamp);
@@ -437,10 +462,7 @@ impl Source {
         let described = self.folder.parent(name).map_err(io::Error::from);
         let described = described.and_then(|(parent, component)| {
             // The walk's, so that what came later is seen by the next.
-            match self.overlay {
-                None => kernel::meta(parent, &component, &stat),
-                Some(_) => kernel::meta_of_layer(parent, &component, &stat),
-            }
+            kernel::meta(parent, &component, &stat, self.overlay.is_some())
         });
         let meta = match described {
             Ok(meta) => meta,

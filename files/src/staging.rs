@@ -32,7 +32,7 @@ use crate::record::Record;
 use crate::source::{Source, Suspects};
 use crate::tree::{Digest, Kind, Meta, Node, NodeId, Tree};
 use crate::walk::{ELSEWHERE, Key};
-use crate::within::Within;
+use crate::within::{NO_LAYER, Within};
 use crate::{BLOCKS_MAX, ENTRIES_MAX};
 
 /// A folder that comes.
@@ -147,6 +147,14 @@ impl Staging {
         self.proven
     }
 
+    /// Fails unless that is so.
+    pub fn check_proven(&self) -> Result<(), Error> {
+        match self.proven {
+            Some(_) => Ok(()),
+            None => Err(Error::unfit(&self.place, "is not proven to be whole")),
+        }
+    }
+
     /// What the other node has, for a way back. The folder may be in use: an entry that has gone is
     /// one of which it is not known what it was here.
     pub fn record(&mut self) -> Record {
@@ -225,10 +233,10 @@ impl Staging {
             .map_err(Error::io("open the folder of", &path))?;
         let failed = Error::io("remove", &path);
         match (&kind, &mut self.within, hold) {
-            (Kind::Folder, Some(within), _) => {
+            (Kind::Folder | Kind::Opaque, Some(within), _) => {
                 within.remove_folder(&mut self.folder, &self.tree, name)?;
             }
-            (Kind::Folder, None, _) => {
+            (Kind::Folder | Kind::Opaque, None, _) => {
                 rustix::fs::unlinkat(parent, &component, AtFlags::REMOVEDIR).map_err(failed)?;
                 self.folder.forget_parent();
             }
@@ -268,7 +276,7 @@ impl Staging {
         }
         let parent = self.tree.names.get(&name.split().0);
         let parent = parent.and_then(|id| self.tree.nodes.get(id));
-        let is_folder = parent.is_some_and(|node| node.kind == Kind::Folder);
+        let is_folder = parent.is_some_and(|node| node.kind.is_folder());
         match name.is_root() || is_folder {
             true => Ok(()),
             false => Err(Error::Malformed("what comes is in no folder")),
@@ -282,7 +290,7 @@ impl Staging {
         }
         let is_there = match &mut self.within {
             Some(within) => within.make_way(&mut self.folder, &name, &kind)?,
-            None if kind == Kind::Whiteout => return Err(NO_LAYER),
+            None if matches!(kind, Kind::Whiteout | Kind::Opaque) => return Err(NO_LAYER),
             // The folder itself was made with this.
             None => name.is_root(),
         };
@@ -400,27 +408,10 @@ impl Staging {
     }
 
     fn describe(&mut self, id: NodeId, meta: &Meta) -> Result<(), Error> {
-        let node = self.node(id)?;
-        if node.kind == Kind::Whiteout {
+        if self.node(id)?.kind == Kind::Whiteout {
             return Err(Error::Malformed("what is not there has attributes"));
         }
-        if meta.opaque && !node.meta.opaque {
-            self.hide(id)?;
-        }
         self.set(id, meta)
-    }
-
-    /// Removes from a folder what nothing came for.
-    fn hide(&mut self, id: NodeId) -> Result<(), Error> {
-        let is_layer = self.within.as_ref().is_some_and(Within::is_overlay);
-        if !is_layer || self.node(id)?.kind != Kind::Folder {
-            return Err(NO_LAYER);
-        }
-        let places = self.places.get(&id).ok_or(LOST)?;
-        let name = places.names.first().cloned().unwrap_or_default();
-        let mut changed = Within::clear(&self.folder, &self.tree, &name)?;
-        changed.remove(&name);
-        self.set_again(changed)
     }
 
     /// Sets attributes of folders again, which removing something from them has changed.
@@ -450,10 +441,7 @@ impl Staging {
         let found = self.located(id, |parent, component| {
             let look = || {
                 let stat = kernel::stat(parent, component)?;
-                let found = kernel::meta(parent, component, &stat)?;
-                // That nothing else is in it was seen to before.
-                let opaque = meta.opaque;
-                Ok::<_, std::io::Error>(Meta { opaque, ..found })
+                kernel::meta(parent, component, &stat, false)
             };
             let old = look()?;
             kernel::set_meta(parent, component, (is_link, &old), meta)?;
@@ -582,4 +570,3 @@ pub(crate) fn tree_of(place: &Path) -> PathBuf {
 }
 
 const LOST: Error = Error::Malformed("a node is not there");
-const NO_LAYER: Error = Error::Malformed("what only a layer has comes to none");

@@ -43,6 +43,8 @@ pub enum Kind {
     },
     /// Of a layer: nothing is there, whatever the layers below it have.
     Whiteout,
+    /// Of a layer: a folder that shows nothing of what the layers below it have there.
+    Opaque,
 }
 
 /// Extended attributes by name.
@@ -56,13 +58,8 @@ pub struct Meta {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) modified: Moment,
-    /// Of a folder of a layer: it shows nothing of what the layers below it have there.
-    pub(crate) opaque: bool,
     pub(crate) xattrs: Xattrs,
 }
-
-/// What stands for that in the bytes of a mode.
-pub(crate) const OPAQUE: u32 = 1 << 16;
 
 /// A node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,12 +91,18 @@ impl Kind {
             Self::Character { .. } => 6,
             Self::Block { .. } => 7,
             Self::Whiteout => 8,
+            Self::Opaque => 9,
         }
     }
 
     /// Whether it has one name, by which it is known: another inode there is the same.
     pub(crate) const fn is_by_name(&self) -> bool {
-        matches!(self, Self::Folder | Self::Whiteout)
+        self.is_folder() || matches!(self, Self::Whiteout)
+    }
+
+    /// Whether something may be in it.
+    pub(crate) const fn is_folder(&self) -> bool {
+        matches!(self, Self::Folder | Self::Opaque)
     }
 }
 
@@ -202,15 +205,14 @@ impl Kind {
                 bytes.extend(major.to_le_bytes());
                 bytes.extend(minor.to_le_bytes());
             }
-            Self::Folder | Self::File | Self::Fifo | Self::Socket | Self::Whiteout => {}
+            _ => {}
         }
     }
 }
 
 impl Meta {
     pub(crate) fn put_into(&self, bytes: &mut Vec<u8>) {
-        let opaque = if self.opaque { OPAQUE } else { 0 };
-        for number in [self.mode | opaque, self.uid, self.gid] {
+        for number in [self.mode, self.uid, self.gid] {
             bytes.extend(number.to_le_bytes());
         }
         bytes.extend(self.modified.seconds.to_le_bytes());

@@ -76,15 +76,16 @@ impl Found {
         (self.key, self.kind.tag())
     }
 
-    /// It is an entry of the upper layer of an overlay, which has what `shown` is in its place.
-    fn is_of_layer(&mut self, shown: Option<&OwnedFd>, component: &OsStr) {
-        let whiteout = Kind::Character { major: 0, minor: 0 };
-        if self.kind == whiteout {
-            self.kind = Kind::Whiteout;
-        }
-        if self.kind == Kind::File {
-            let shown = shown.and_then(|shown| kernel::stat(shown, component).ok());
-            self.shown = shown.map(|stat| Key::of(&stat));
+    /// It is an entry of a folder of the upper layer of an overlay, which has another in its place.
+    fn is_of_layer(&mut self, (folder, shown): (&OwnedFd, Option<&OwnedFd>), component: &OsStr) {
+        match self.kind {
+            Kind::Character { major: 0, minor: 0 } => self.kind = Kind::Whiteout,
+            Kind::Folder if kernel::is_opaque(folder, component) => self.kind = Kind::Opaque,
+            Kind::File => {
+                let shown = shown.and_then(|shown| kernel::stat(shown, component).ok());
+                self.shown = shown.map(|stat| Key::of(&stat));
+            }
+            _ => {}
         }
     }
 
@@ -144,7 +145,8 @@ pub(crate) fn walk(
             if overlay.is_some()
                 && let Some(found) = all.get_mut(&child)
             {
-                found.is_of_layer(shown.as_ref(), OsStr::from_bytes(component));
+                let folders = (&opened, shown.as_ref());
+                found.is_of_layer(folders, OsStr::from_bytes(component));
             }
         }
     }

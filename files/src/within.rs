@@ -7,8 +7,6 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
 
 use rustix::fs::{AtFlags, Mode};
 use rustix::io::Errno;
@@ -40,17 +38,18 @@ impl Within {
 
     /// Of what an overlay shows.
     pub(crate) fn of_overlay(folder: &Folder) -> Result<Self, Error> {
-        if !folder.is_overlay()? {
-            return Err(Error::unfit(folder.path(), "is no overlay"));
+        let root = kernel::stat(folder, ".".as_ref());
+        let root = root.map_err(Error::io("look at", folder.path()))?;
+        if !folder.is_overlay()? || !kernel::is_mount(&root) {
+            return Err(Error::unfit(
+                folder.path(),
+                "is not where an overlay is mounted",
+            ));
         }
         Ok(Self {
             others: BTreeSet::new(),
             is_overlay: true,
         })
-    }
-
-    pub(crate) const fn is_overlay(&self) -> bool {
-        self.is_overlay
     }
 
     /// Removes what is there where something of this kind comes, for which nothing has come yet.
@@ -62,8 +61,8 @@ impl Within {
         name: &Name,
         kind: &Kind,
     ) -> Result<bool, Error> {
-        if *kind == Kind::Whiteout && !self.is_overlay {
-            return Err(Error::Malformed("what only a layer has comes to none"));
+        if matches!(kind, Kind::Whiteout | Kind::Opaque) && !self.is_overlay {
+            return Err(NO_LAYER);
         }
         if name.is_root() {
             return Ok(true);
@@ -138,46 +137,6 @@ impl Within {
             .retain(|other| other != name && !other.as_bytes().starts_with(inside.as_bytes()));
     }
 
-    /// Removes from a folder of an overlay what nothing came for, and from those in it. Answers
-    /// with the folders that had something.
-    pub(crate) fn clear(
-        folder: &Folder,
-        tree: &Tree,
-        name: &Name,
-    ) -> Result<BTreeSet<Name>, Error> {
-        let mut changed = BTreeSet::new();
-        let mut folders = vec![name.clone()];
-        while let Some(name) = folders.pop() {
-            let path = folder.path_of(&name);
-            let opened = folder
-                .folder_at(&name)
-                .map_err(Error::io("open", path.clone()))?;
-            let entries = kernel::entries(&opened).map_err(Error::io("read", path.clone()))?;
-            for component in entries {
-                if name.is_root() && component == HIDDEN {
-                    continue;
-                }
-                let child = name.child(component.as_bytes()).ok();
-                let known = child.as_ref().and_then(|child| tree.names.get(child));
-                let known = known.and_then(|id| tree.nodes.get(id));
-                match (known.map(|node| &node.kind), child) {
-                    (Some(Kind::Folder), Some(child)) => folders.push(child),
-                    (Some(_), _) => {}
-                    (None, _) => {
-                        let removed = kernel::remove_all(opened.as_fd(), &component);
-                        removed.map_err(|source| Error::Io {
-                            what: "remove",
-                            path: path.join(&component),
-                            source,
-                        })?;
-                        changed.insert(name.clone());
-                    }
-                }
-            }
-        }
-        Ok(changed)
-    }
-
     /// Removes what nothing came for to the end. Answers with the folders that had something.
     pub(crate) fn remove_others(&mut self, folder: &mut Folder) -> Result<BTreeSet<Name>, Error> {
         let mut changed = BTreeSet::new();
@@ -210,6 +169,8 @@ impl Within {
         removed.map_err(Error::io("remove", folder.path().join(HIDDEN)))
     }
 }
+
+pub(crate) const NO_LAYER: Error = Error::Malformed("what only a layer has comes to none");
 
 /// What was where something comes.
 enum Way {

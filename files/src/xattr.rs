@@ -42,18 +42,11 @@ const WITHIN: &[u8] = b"overlay.";
 /// to another overlay, and flags of inodes, which do not travel.
 const SHOWS_NOTHING: [&[u8]; 2] = [b"trusted.overlay.upper", b"trusted.overlay.protattr"];
 
-/// What an overlay shows of an attribute of its layer.
-#[derive(Debug, PartialEq, Eq)]
-enum Shown<'a> {
-    As(Cow<'a, [u8]>),
-    /// Nothing of what the layers below have there.
-    Opaque,
-    Not,
-}
+/// What says that a folder shows nothing of what the layers below have, and how.
+const OPAQUE: (&str, &[u8]) = ("trusted.overlay.opaque", b"y");
 
-/// Those of the entry at `path`, whose last component is not followed. With `opaque` it is one of a
-/// layer, and that is set if it hides what is below it.
-pub fn read(path: &Path, mut opaque: Option<&mut bool>) -> io::Result<Xattrs> {
+/// Those of the entry at `path`, whose last component is not followed.
+pub fn read(path: &Path, is_of_layer: bool) -> io::Result<Xattrs> {
     let mut found = Xattrs::new();
     let names = names(path)?;
     let mut bytes = 0;
@@ -70,15 +63,11 @@ pub fn read(path: &Path, mut opaque: Option<&mut bool>) -> io::Result<Xattrs> {
             Err(Errno::NODATA | Errno::OPNOTSUPP) => continue,
             Err(error) => return Err(error.into()),
         }
-        let shown = match &mut opaque {
-            None => plain(Cow::Borrowed(name))?,
-            Some(opaque) => {
-                let shown = of_layer(name, &value)?;
-                **opaque |= shown == Shown::Opaque;
-                shown
-            }
+        let shown = match is_of_layer {
+            true => of_layer(name, &value)?,
+            false => plain(Cow::Borrowed(name))?,
         };
-        let Shown::As(name) = shown else { continue };
+        let Some(name) = shown else { continue };
         bytes += name.len() + value.len();
         if XATTR_BYTES_MAX < bytes {
             return Err(io::Error::other(format!(
@@ -105,31 +94,35 @@ fn names(path: &Path) -> io::Result<Vec<u8>> {
     }
 }
 
-fn plain(name: Cow<'_, [u8]>) -> io::Result<Shown<'_>> {
+/// Whether a folder of a layer shows nothing of what the layers below have.
+pub fn is_opaque(path: &Path) -> bool {
+    let mut value = [0; 2];
+    let read = rustix::fs::lgetxattr(path, OPAQUE.0, &mut value[..]);
+    read.is_ok_and(|read| value[..read] == *OPAQUE.1)
+}
+
+/// The name of an attribute that travels.
+fn plain(name: Cow<'_, [u8]>) -> io::Result<Option<Cow<'_, [u8]>>> {
     if LEADS_ELSEWHERE.contains(&&*name) {
         return Err(io::Error::other(format!(
             "the overlay has it elsewhere ({}): mount it with metacopy=off,redirect_dir=off",
             String::from_utf8_lossy(&name)
         )));
     }
-    Ok(match STAYS_HERE.contains(&&*name) {
-        true => Shown::Not,
-        false => Shown::As(name),
-    })
+    Ok(Some(name).filter(|name| !STAYS_HERE.contains(&&**name)))
 }
 
-fn of_layer<'a>(name: &'a [u8], value: &[u8]) -> io::Result<Shown<'a>> {
+/// The same, by which an overlay shows an attribute of its layer.
+fn of_layer<'a>(name: &'a [u8], value: &[u8]) -> io::Result<Option<Cow<'a, [u8]>>> {
     let Some(own) = name.strip_prefix(OVERLAY) else {
         return plain(Cow::Borrowed(name));
     };
     if let Some(within) = own.strip_prefix(WITHIN) {
         return plain(Cow::Owned([OVERLAY, within].concat()));
     }
-    if own == b"opaque" && value == b"y" {
-        return Ok(Shown::Opaque);
-    }
-    if SHOWS_NOTHING.contains(&name) || plain(Cow::Borrowed(name))? == Shown::Not {
-        return Ok(Shown::Not);
+    let is_opaque = (name, value) == (OPAQUE.0.as_bytes(), OPAQUE.1);
+    if is_opaque || SHOWS_NOTHING.contains(&name) || plain(Cow::Borrowed(name))?.is_none() {
+        return Ok(None);
     }
     Err(io::Error::other(format!(
         "the overlay keeps something in its attribute {} that is not known here",
@@ -145,14 +138,13 @@ mod tests {
     fn a_layer_has_the_attributes_that_its_overlay_shows() {
         let of = |name: &'static str, value: &str| match of_layer(name.as_bytes(), value.as_bytes())
         {
-            Ok(Shown::As(name)) => String::from_utf8_lossy(&name).into_owned(),
-            Ok(Shown::Opaque) => "opaque".to_owned(),
-            Ok(Shown::Not) => "not".to_owned(),
+            Ok(Some(name)) => String::from_utf8_lossy(&name).into_owned(),
+            Ok(None) => "not".to_owned(),
             Err(error) => format!("refused: {error}"),
         };
         assert_eq!(of("user.mine", "1"), "user.mine");
         assert_eq!(of("security.capability", "1"), "security.capability");
-        assert_eq!(of("trusted.overlay.opaque", "y"), "opaque");
+        assert_eq!(of("trusted.overlay.opaque", "y"), "not");
         assert_eq!(
             of("trusted.overlay.overlay.opaque", "y"),
             "trusted.overlay.opaque"

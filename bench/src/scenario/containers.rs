@@ -23,11 +23,15 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     if only == Some(CONTAINERD) {
         return containerd::moves(settings, report);
     }
+    if only == Some(CONTAINERD_FILES) {
+        return container_files::run_containerd(settings, report);
+    }
     let Some((case, runtimes)) = case(only) else {
         let runtimes = Runtime::ALL.map(Runtime::name);
         bail!(
             "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {runtimes:?}, those \
-             with -{FAULTS}, -{FILES} or -{FEW} behind them, and {CONTAINERD:?}",
+             with -{FAULTS}, -{FILES} or -{FEW} behind them, {CONTAINERD:?} and \
+             {CONTAINERD_FILES:?}",
             only.unwrap_or_default()
         );
     };
@@ -69,7 +73,7 @@ fn case(only: Option<&str>) -> Option<(Case, Vec<Runtime>)> {
         None => return Some((Case::Moves, all)),
         Some(FEW) => return Some((Case::Few, all)),
         Some(FAULTS) => return Some((Case::Faults, all)),
-        Some(FILES) => return Some((Case::Files, vec![Runtime::Runc, Runtime::Crun])),
+        Some(FILES) => return Some((Case::Files, all)),
         Some(name) => name,
     };
     let (name, case) = match name.rsplit_once('-') {
@@ -137,6 +141,7 @@ const FAULTS: &str = "faults";
 const FILES: &str = "files";
 /// Containerd's.
 const CONTAINERD: &str = "containerd";
+const CONTAINERD_FILES: &str = "containerd-files";
 const MOVES: usize = 10;
 const MOVES_FEW: usize = 2;
 /// Values alone; Redis needs a quarter more for them.

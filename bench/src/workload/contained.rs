@@ -46,8 +46,17 @@ impl Plan {
         Self {
             name: "writer",
             arguments: writer::plan(options).arguments,
-            programs: &[writer::PROGRAM, "/bin/echo"],
-            greets: &["/bin/echo", "PONG"],
+            programs: &[
+                writer::PROGRAM,
+                "/bin/sh",
+                "/bin/chmod",
+                "/bin/ln",
+                "/bin/mkdir",
+                "/bin/mv",
+                "/bin/rm",
+                "/bin/touch",
+            ],
+            greets: &["/bin/sh", "-c", "echo PONG"],
             greeting: "PONG",
             writes: true,
         }
@@ -117,7 +126,10 @@ pub const SERVER: &str = "/usr/bin/redis-server";
 pub const CLIENT: &str = "/usr/bin/redis-cli";
 /// Programs are the arguments. Files are at the paths they have in the image.
 const MAKE: &str = "\
-mkdir -p rootfs/proc rootfs/sys rootfs/dev rootfs/etc rootfs/tmp
+mkdir -p rootfs/proc rootfs/sys rootfs/dev rootfs/etc rootfs/tmp rootfs/opt/dir/inner
+for file in etc/deleted etc/kept etc/moved opt/dir/one opt/dir/inner/two; do
+  echo $file >rootfs/$file
+done
 for program in \"$@\"; do
   real=$(readlink -f $program)
   mkdir -p rootfs$(dirname $program)

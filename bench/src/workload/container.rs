@@ -3,6 +3,8 @@
 //! Its bundle is made of the node image: the programs, and the libraries that they are linked to.
 //! If the root file system is read-only, it is at every node by the same path.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
@@ -37,7 +39,7 @@ pub fn start_with(lab: &mut Lab, runtime: Runtime, at: &str, plan: &Plan) -> Res
     let number = lab.next_workload()?;
     let id = format!("{}-{number}", plan.name);
     let (container, pid) = match runtime {
-        Runtime::Podman => podman::start(lab, &id, at)?,
+        Runtime::Podman => podman::start(lab, plan, &id, at)?,
         Runtime::Crun | Runtime::Runc => start_bundle(lab, (runtime, plan), &id, at)?,
     };
     let workload = Workload {
@@ -106,6 +108,9 @@ pub fn check_here(node: &Node, container: &Container, pid: i32) -> Result<()> {
 
 /// As [`check_here`], of one with something else in it.
 pub fn check_here_as(node: &Node, container: &Container, pid: i32, plan: &Plan) -> Result<()> {
+    if container.runtime == Runtime::Podman {
+        return podman::check_here_as(node, container, pid, plan);
+    }
     let (id, name) = (&container.id, container.name());
     let state = state(node, container)?;
     let is_running = state["status"] == "running" && state["pid"] == pid;
@@ -134,6 +139,20 @@ pub fn check_here_as(node: &Node, container: &Container, pid: i32, plan: &Plan) 
         "{name} is in other cgroups than its own: {cgroups}"
     );
     Ok(())
+}
+
+/// Has a shell in the container do something.
+pub fn shell(node: &Node, container: &Container, script: &str) -> Result<()> {
+    let exec = ["exec", &container.id, "/bin/sh", "-ec", script];
+    ask(node, container, &exec).map(drop)
+}
+
+/// Where a node has the root file system of a container.
+pub fn root_at(node: &Node, container: &Container) -> Result<PathBuf> {
+    Ok(match container.runtime {
+        Runtime::Podman => node.path(podman::root_of(node, container)?),
+        Runtime::Crun | Runtime::Runc => node.path(format!("{}/rootfs", bundle(&container.id))),
+    })
 }
 
 fn ask(node: &Node, container: &Container, arguments: &[&str]) -> Result<String> {

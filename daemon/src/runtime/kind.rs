@@ -317,7 +317,18 @@ impl Arriving {
     pub fn root_place(&self) -> Result<Option<RootPlace>, Failure> {
         match self {
             Self::Container(container) => container.root_place(),
-            Self::Process(_) | Self::Containerd(_) | Self::Podman(_) => Ok(None),
+            Self::Containerd(container) => container.root_place(),
+            Self::Podman(container) => container.root_place(),
+            Self::Process(_) => Ok(None),
+        }
+    }
+
+    /// The overlay that its engine has mounted for it, once its runtime waits.
+    pub fn overlay(&self) -> Result<Option<PathBuf>, Failure> {
+        match self {
+            Self::Containerd(container) => Ok(Some(container.overlay())),
+            Self::Podman(container) => container.overlay().map(Some),
+            Self::Process(_) | Self::Container(_) => Ok(None),
         }
     }
 

@@ -21,6 +21,13 @@ pub enum RootFiles {
         /// The root file system.
         root: PathBuf,
     },
+    /// The upper layer of an overlay, which its engine removes.
+    Layer {
+        /// The folder of the layer.
+        upper: PathBuf,
+        /// Where the overlay is mounted.
+        overlay: PathBuf,
+    },
 }
 
 /// One at its target.
@@ -28,6 +35,8 @@ pub enum RootFiles {
 pub enum RootPlace {
     /// In a bundle, which is made for it.
     Bundle(Bundle),
+    /// An overlay, which its engine mounts for it.
+    Overlay,
 }
 
 /// A bundle that is made.

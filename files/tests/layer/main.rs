@@ -207,9 +207,11 @@ fn a_folder_hides_what_is_below_it_from_one_moment_to_the_next() {
         let folder = fs::File::open(path).expect("a folder");
         folder.set_modified(old()).expect("a time");
     };
-    follows(
+    let overlays = follows(
         image,
         &[
+            &|root| fs::create_dir(root.join("new")).expect("a folder"),
+            &|root| fs::rename(root.join("new"), root.join("newer")).expect("renamed"),
             // It is known, with what is below it, and some of that has been changed.
             &|root| fs::write(root.join("etc/inner/mine"), "mine").expect("a file"),
             &|root| fs::write(root.join("etc/inner/deep/two"), "changed").expect("a file"),
@@ -221,10 +223,12 @@ fn a_folder_hides_what_is_below_it_from_one_moment_to_the_next() {
                 age(&root.join("etc/inner/deep"));
             },
             &|root| fs::write(root.join("etc/inner/one"), "new").expect("a file"),
-            // And goes elsewhere.
-            &|root| fs::rename(root.join("etc"), root.join("moved")).expect("renamed"),
         ],
     );
+    // It is one of the upper layer alone, at both: it can be renamed.
+    for root in [overlays.here(), overlays.there()] {
+        fs::rename(root.join("etc"), root.join("moved")).expect("renamed");
+    }
 }
 
 #[test]

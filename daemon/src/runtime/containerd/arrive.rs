@@ -15,9 +15,10 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescription};
 use pageferry_proto::wire::description::WorkloadDescription;
 
-use super::{ask, check, kept_in, refuse_others};
-use crate::runtime::oci::arrive::{Leaves, Restore, check_node, prepare, refuse_writable};
+use super::{ask, check, kept_in, mounted, refuse_others};
+use crate::runtime::oci::arrive::{Leaves, Restore, check_node, prepare};
 use crate::runtime::oci::spec::Spec;
+use crate::runtime::rootfs::RootPlace;
 
 /// What stands for the runtime here: it asks containerd, and ends when the container runs.
 const PROGRAM: &str = "pageferry-containerd";
@@ -73,9 +74,7 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks, for as long as containerd takes to answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         check_node(description)?;
-        let spec = Spec::parse(&self.config)?;
-        spec.check(None)?;
-        refuse_writable(&spec)?;
+        Spec::parse(&self.config)?.check(None)?;
         let unfit = |text: String| Err(Failure::new(ErrorCode::NodeUnfit, text));
         let program = beside(PROGRAM);
         if !program.is_file() {
@@ -150,6 +149,17 @@ impl Arriving {
             )),
             Some(_) => Ok(()),
         }
+    }
+
+    /// Where what it has written comes to, if it writes.
+    pub fn root_place(&self) -> Result<Option<RootPlace>, Failure> {
+        let spec = Spec::parse(&self.config)?;
+        Ok(spec.is_writable().then_some(RootPlace::Overlay))
+    }
+
+    /// Where its shim has mounted its root file system.
+    pub fn overlay(&self) -> PathBuf {
+        mounted(&self.namespace, self.id.as_str())
     }
 
     /// How containerd is asked for it. Makes what that needs in `directory`, which is the

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::habits::Runtime;
 use super::spec::Spec;
-use super::{BOUND, OUTPUT, WRITABLE, bound_in, read_config};
+use super::{BOUND, OUTPUT, bound_in, read_config};
 use crate::runtime::rootfs::{self, Bundle, RootPlace};
 use crate::runtime::{cpu, files};
 
@@ -218,14 +218,6 @@ pub fn check_node(description: &WorkloadDescription) -> Result<(), Failure> {
     match &description.cpu {
         Some(source) => cpu::read().check(source),
         None => Ok(()),
-    }
-}
-
-/// Refuses a container of an engine that writes to its root file system.
-pub fn refuse_writable(spec: &Spec) -> Result<(), Failure> {
-    match spec.is_writable() {
-        true => Err(Failure::new(ErrorCode::UnsupportedWorkload, WRITABLE)),
-        false => Ok(()),
     }
 }
 

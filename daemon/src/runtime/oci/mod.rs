@@ -52,10 +52,6 @@ pub const BOUND: &str = "criu-root";
 /// What it says when something goes wrong, in the migration's folder.
 const OUTPUT: &str = "runtime.log";
 
-/// Why a container of an engine does not move.
-pub const WRITABLE: &str = "the container may write to its root file system, which is not moved \
-    yet: make it read-only and give it a tmpfs for what it writes";
-
 /// How long `checkpoint` may take to delete its container, if it lives: it has ended, unless
 /// the daemon that started it has.
 const GONE_MAX: Duration = Duration::from_millis(500);
@@ -179,19 +175,18 @@ impl Container {
     /// What it is made of: the tree of `pids`, the root first. Blocks, for a few milliseconds if
     /// its storage answers.
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
-        let spec = Spec::parse(&read_config(&self.bundle)?)?;
-        let root = || RootFiles::in_bundle(&self.bundle, spec.named_root());
-        let root = spec.is_writable().then(root).transpose()?;
-        self.describe_with((pids, shared), None, root)
+        self.describe_with((pids, shared), None, |spec| {
+            RootFiles::in_bundle(&self.bundle, spec.named_root())
+        })
     }
 
-    /// As [`Container::describe`], of one that is an engine's; with the root file system if that is
-    /// to travel.
+    /// As [`Container::describe`], of one that is an engine's; `root` finds its root file system, if
+    /// it writes to that.
     pub fn describe_with(
         &self,
         (pids, shared): (&[i32], &[PathBuf]),
         engine: Option<&Engine>,
-        root: Option<RootFiles>,
+        root: impl FnOnce(&Spec) -> Result<RootFiles, Failure>,
     ) -> Result<Described, Failure> {
         if let Some(path) = shared.first() {
             return Err(Failure::new(
@@ -207,9 +202,7 @@ impl Container {
         let config = read_config(&self.bundle)?;
         let spec = Spec::parse(&config)?;
         spec.check(engine)?;
-        if spec.is_writable() && root.is_none() {
-            return Err(Failure::new(ErrorCode::UnsupportedWorkload, WRITABLE));
-        }
+        let root = spec.is_writable().then(|| root(&spec)).transpose()?;
         let pipes = engine.map_or(&[][..], |engine| &engine.pipes);
         // Where the node has it.
         let mounts = describe::mounts(self.root)?;
@@ -386,7 +379,8 @@ fn bound_in((runtime, id): (Runtime, &str), bundle: &Path) -> PathBuf {
     }
 }
 
-fn read_config(bundle: &Path) -> Result<Vec<u8>, Failure> {
+/// The `config.json` of a bundle.
+pub fn read_config(bundle: &Path) -> Result<Vec<u8>, Failure> {
     let path = bundle.join("config.json");
     let failed = |text: String| {
         let text = format!("{}: {text}", path.display());

@@ -111,7 +111,9 @@ impl Podman {
         };
         let mut described = self
             .container
-            .describe_with((pids, shared), Some(&engine), None)?;
+            .describe_with((pids, shared), Some(&engine), |_| {
+                Inspected::of(&self.id.0)?.layer()
+            })?;
         // They are of its image, which has the same id at the target or is not there.
         described.description.files.clear();
         Ok(described)
