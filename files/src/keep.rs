@@ -303,6 +303,15 @@ fn inode_at(path: &Path) -> Option<(u64, u64)> {
     Some((metadata.dev(), metadata.ino()))
 }
 
+/// Refuses a folder that could not go aside.
+pub fn may_leave(path: &Path) -> Result<(), Error> {
+    let folder = Folder::open(path)?;
+    match folder.is_mount()? {
+        true => Err(Error::unfit(path, "is a mount, and could not be put aside")),
+        false => check_hidden(path),
+    }
+}
+
 /// Whether an empty folder is at `path`, where a folder is to come; something else must not be, and
 /// the folder that it comes to must.
 pub fn may_come(path: &Path) -> Result<bool, Error> {

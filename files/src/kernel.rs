@@ -134,6 +134,12 @@ impl Folder {
         Ok(u64::try_from(found.f_type).is_ok_and(|kind| kind == OVERLAYFS))
     }
 
+    /// Whether it is where something is mounted.
+    pub fn is_mount(&self) -> Result<bool, Error> {
+        let stat = stat_of(&self.fd).map_err(Error::io("look at", &self.path))?;
+        Ok(is_mount(&stat))
+    }
+
     /// Opens a folder in it.
     pub fn inner(&self, component: &OsStr) -> Result<Self, Error> {
         let path = self.path.join(component);

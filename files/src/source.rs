@@ -111,9 +111,7 @@ impl Source {
     /// Of a folder at an absolute path, of which the target has nothing, or what a record says.
     pub fn open(path: &Path, base: Option<Record>) -> Result<Self, Error> {
         let folder = Folder::open(path)?;
-        let root = kernel::stat(&folder, ".".as_ref());
-        let root = root.map_err(Error::io("look at", path))?;
-        if kernel::is_mount(&root) {
+        if folder.is_mount()? {
             return Err(Error::unfit(
                 path,
                 "is a mount, and could not be put aside: name a folder in it",

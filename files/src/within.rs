@@ -38,9 +38,7 @@ impl Within {
 
     /// Of what an overlay shows.
     pub(crate) fn of_overlay(folder: &Folder) -> Result<Self, Error> {
-        let root = kernel::stat(folder, ".".as_ref());
-        let root = root.map_err(Error::io("look at", folder.path()))?;
-        if !folder.is_overlay()? || !kernel::is_mount(&root) {
+        if !folder.is_overlay()? || !folder.is_mount()? {
             return Err(Error::unfit(
                 folder.path(),
                 "is not where an overlay is mounted",

@@ -35,18 +35,32 @@ use crate::writer::case::FILES;
 use crate::writer::case::files::FOLDER;
 use crate::writer::options::Options;
 
-/// Moves a container of `runtime` there and back.
+/// Moves a container of `runtime` there and back, and kills.
 pub fn run(settings: &Settings, runtime: Runtime, report: &mut Report) -> Result<()> {
     let mut lab = settings.lab_with(&container::LAYER, 2)?;
     for node in &lab.nodes {
         make_disk(node)?;
     }
-    let (session, plan) = start(&mut lab, runtime)?;
-    moves(&lab, session, (runtime.name(), &plan), report)?;
+    run_in(&mut lab, Whose::Runtime(runtime), report)
+}
+
+/// The same of a container of containerd.
+pub fn run_containerd(settings: &Settings, report: &mut Report) -> Result<()> {
+    let mut lab = settings.lab_with(&containerd::LAYER, 2)?;
+    let engines = lab.nodes.iter().map(Engine::start);
+    let _engines = engines.collect::<Result<Vec<_>>>()?;
+    let (_, plan) = writer_plan();
+    containerd::bring_image(&lab, &plan)?;
+    run_in(&mut lab, Whose::Containerd, report)
+}
+
+fn run_in(lab: &mut Lab, whose: Whose, report: &mut Report) -> Result<()> {
+    let (session, plan) = whose.start(lab)?;
+    moves(lab, session, (whose.name(), &plan), report)?;
     let mut seen = 0;
     for kill in &KILLS {
-        let came = kill.come(&mut lab, runtime, report);
-        match came.with_context(|| format!("{} {kill:?}", runtime.name())) {
+        let came = kill.come(lab, whose, report);
+        match came.with_context(|| format!("{} {kill:?}", whose.name())) {
             Ok(hit) => seen += usize::from(hit),
             Err(error) => {
                 report.fail(format!("{error:#}"));
@@ -62,19 +76,47 @@ pub fn run(settings: &Settings, runtime: Runtime, report: &mut Report) -> Result
     Ok(())
 }
 
-/// The same of a container of containerd; nobody is killed.
-pub fn run_containerd(settings: &Settings, report: &mut Report) -> Result<()> {
-    let mut lab = settings.lab_with(&containerd::LAYER, 2)?;
-    let _engines = lab
-        .nodes
-        .iter()
-        .map(Engine::start)
-        .collect::<Result<Vec<_>>>()?;
-    let (options, plan) = writer_plan();
-    containerd::bring_image(&lab, &plan)?;
-    let workload = containerd::start_with(&mut lab, "a", &containerd::RESTARTED, &plan)?;
-    let session = watch(&lab, workload, &options)?;
-    moves(&lab, session, ("containerd", &plan), report)
+/// Who runs it.
+#[derive(Clone, Copy, Debug)]
+enum Whose {
+    Runtime(Runtime),
+    Containerd,
+}
+
+impl Whose {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Runtime(runtime) => runtime.name(),
+            Self::Containerd => "containerd",
+        }
+    }
+
+    /// The program that asks CRIU.
+    const fn program(self) -> &'static str {
+        match self {
+            Self::Runtime(runtime) => runtime.program(),
+            Self::Containerd => "runc",
+        }
+    }
+
+    /// Starts a writer in a container at node a.
+    fn start(self, lab: &mut Lab) -> Result<(WriterSession, Plan)> {
+        let (options, plan) = writer_plan();
+        let workload = match self {
+            Self::Runtime(runtime) => container::start_with(lab, runtime, "a", &plan)?,
+            Self::Containerd => containerd::start_with(lab, "a", &containerd::RESTARTED, &plan)?,
+        };
+        let client = writer::connect(lab, &workload, &options)?;
+        let session = WriterSession::watch(lab, &Pageferry, "a", (workload, client))?;
+        Ok((session, plan))
+    }
+}
+
+fn writer_plan() -> (Options, Plan) {
+    let mut options = Options::new(MEMORY);
+    FILES.name.clone_into(&mut options.case);
+    let plan = Plan::writer(&options);
+    (options, plan)
 }
 
 /// Changes what it does not write, moves it, and compares.
@@ -167,10 +209,8 @@ enum Who {
 
 impl Kill {
     /// Moves a container and kills; whether the moment was met.
-    fn come(&self, lab: &mut Lab, runtime: Runtime, report: &mut Report) -> Result<bool> {
-        let (mut session, plan) = start(lab, runtime)?;
-        let container = session.workload.container.clone();
-        let container = container.context("it was started as a container")?;
+    fn come(&self, lab: &mut Lab, whose: Whose, report: &mut Report) -> Result<bool> {
+        let (mut session, plan) = whose.start(lab)?;
         let name = session.workload.name();
         let migration = Migration::start(lab.node("a")?, &name, "b", &MoveOptions::default())?;
         let hit = wait_for_phase(lab, &name, self.at)?.is_some();
@@ -183,7 +223,7 @@ impl Kill {
                     continue;
                 }
                 Who::Pager => "pageferry-pager",
-                Who::Runtime => runtime.program(),
+                Who::Runtime => whose.program(),
             };
             signal_first(lab, node, command, Signal::SIGKILL)?;
         }
@@ -193,8 +233,10 @@ impl Kill {
         let (here, gone) = (lab.node(&session.at)?, lab.node(left)?);
         check_here(here, &session.workload, &plan)?;
         check_gone(gone, &session.workload)?;
-        let bundle = container::bundle(&container.id);
-        ensure!(!gone.path(&bundle).exists(), "{bundle} is at {left} too");
+        if let Some(container) = &session.workload.container {
+            let bundle = container::bundle(&container.id);
+            ensure!(!gone.path(&bundle).exists(), "{bundle} is at {left} too");
+        }
         let hidden = format!("{BUNDLES}/.pageferry-files");
         ensure!(
             left == "a" || !gone.path(&hidden).exists(),
@@ -255,26 +297,6 @@ const WRITER: &str = "lab-writer";
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 /// Some last for milliseconds.
 const MISSED_MAX: usize = 3;
-
-/// Starts a writer in a container at node a.
-fn start(lab: &mut Lab, runtime: Runtime) -> Result<(WriterSession, Plan)> {
-    let (options, plan) = writer_plan();
-    let workload = container::start_with(lab, runtime, "a", &plan)?;
-    let session = watch(lab, workload, &options)?;
-    Ok((session, plan))
-}
-
-fn writer_plan() -> (Options, Plan) {
-    let mut options = Options::new(MEMORY);
-    FILES.name.clone_into(&mut options.case);
-    let plan = Plan::writer(&options);
-    (options, plan)
-}
-
-fn watch(lab: &Lab, workload: Workload, options: &Options) -> Result<WriterSession> {
-    let client = writer::connect(lab, &workload, options)?;
-    WriterSession::watch(lab, &Pageferry, "a", (workload, client))
-}
 
 /// Gives a node a disk of its own for bundles.
 fn make_disk(node: &Node) -> Result<()> {

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pageferry_files::{Digest, Error, Keep, Report, Source, Suspects};
+use pageferry_files::{Digest, Error, Keep, Report, Source, Suspects, may_leave};
 use pageferry_proto::id::{MigrationId, Round};
 use pageferry_proto::migration::policy::FilesReport;
 use pageferry_proto::migration::source::Wait;
@@ -197,6 +197,8 @@ impl Folders {
         }
         match root {
             Some(RootFiles::Bundle { bundle, root }) => {
+                let unfit = |error: Error| failed(&error, ErrorCode::FolderUnfit);
+                may_leave(bundle).map_err(unfit)?;
                 let like = rootfs::folder_of(bundle).map_err(|error| internal(&error))?;
                 let form = (String::new(), CopiedForm::Root(like));
                 add(Folder::open(&keep, (bundle, root), form, pids)?);

@@ -27,9 +27,8 @@ fn one_that_cannot_be_taken_back_leaves_no_other() {
     folders.prepare(&all, None).expect("room");
     let places: Vec<PathBuf> = {
         let all = folders.lock();
-        all.iter()
-            .map(|folder| folder.placed.place.clone())
-            .collect()
+        let placed = all.iter().filter_map(|folder| folder.placed.as_ref());
+        placed.map(|placed| placed.place.clone()).collect()
     };
     for (path, place) in paths.iter().zip(&places) {
         fs::rename(place.join("tree"), path).expect("put");
@@ -64,4 +63,144 @@ fn what_is_missing_of_a_folder_that_is_kept_must_have_room() {
         .prepare(&[coming(&path, 0, Some(digest))], None)
         .expect("room");
     assert_eq!(folders.kept(), [0]);
+}
+
+const LIKE: BundleFolder = BundleFolder {
+    mode: 0o710,
+    uid: 0,
+    gid: 0,
+};
+
+/// A bundle that comes, and where.
+fn bundle(path: PathBuf) -> (CopiedPath, RootPlace) {
+    let coming = CopiedPath {
+        path: String::new(),
+        form: CopiedForm::Root(LIKE),
+        ..coming(&path, 0, None)
+    };
+    let bundle = Bundle {
+        path,
+        config: b"{}".to_vec(),
+        root: "rootfs".into(),
+    };
+    (coming, RootPlace::Bundle(bundle))
+}
+
+fn ids() -> [MigrationId; 2] {
+    [
+        "0123456789abcdef0123456789abcdef",
+        "0123456789abcdef0123456789abcde0",
+    ]
+    .map(|id| id.parse().expect("an id"))
+}
+
+#[test]
+fn a_bundle_is_there_before_anything_comes_and_goes_by_its_inode() {
+    let (root, shelf) = node();
+    let path = root.path().join("web");
+    let (coming, place) = bundle(path.clone());
+    let [id, other] = ids();
+    let come = |id| {
+        let folders = Folders::new(shelf.clone(), id);
+        let prepared = folders.prepare(std::slice::from_ref(&coming), Some(&place));
+        prepared.map(|()| folders)
+    };
+    let folders = come(id).expect("room");
+    assert_eq!(
+        fs::read(path.join("config.json")).expect("it is there"),
+        b"{}"
+    );
+    assert!(path.join("rootfs").is_dir());
+    let mode = fs::metadata(&path).expect("it is there").mode() & 0o7777;
+    assert_eq!(mode, LIKE.mode);
+    let unproven = folders.put().expect_err("nothing has come");
+    assert!(unproven.text().contains("not proven"), "{unproven}");
+    let taken = come(other).map(drop).map_err(|failure| failure.code());
+    assert_eq!(taken, Err(ErrorCode::PathTaken));
+    Folders::new(shelf.clone(), other)
+        .take_back()
+        .expect("nothing of it");
+    assert!(path.exists());
+    drop(folders);
+    // A daemon that starts again knows of no such migration, or of this one.
+    shelf.clean_up(|known| known == id);
+    assert!(path.exists());
+    shelf.clean_up(|_| false);
+    assert!(!path.exists() && !root.path().join(pageferry_files::HIDDEN).exists());
+    let folders = come(id).expect("room");
+    let aside = path.with_extension("aside");
+    fs::rename(&path, &aside).expect("renamed");
+    fs::create_dir(&path).expect("a folder of somebody else");
+    folders.take_back().expect("taken back");
+    assert!(path.exists() && aside.exists());
+}
+
+#[test]
+fn what_is_bound_in_a_bundle_is_let_go_before_that_is_removed() {
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+    use pageferry_sys::bound;
+
+    let (root, shelf) = node();
+    let (path, files) = (root.path().join("web"), root.path().join("files"));
+    let (coming, place) = bundle(path.clone());
+    let folders = Folders::new(shelf, ids()[0]);
+    folders.prepare(&[coming], Some(&place)).expect("room");
+    fs::create_dir(&files).expect("a folder");
+    fs::write(files.join("kept"), "").expect("a file");
+    let runtimes = path.join("criu-root");
+    fs::create_dir(&runtimes).expect("a folder");
+    // In a mount namespace of this thread, whose mounts nobody else sees.
+    unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).expect("needs root");
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("needs root");
+    mount(Some(&files), &runtimes, none, MsFlags::MS_BIND, none).expect("needs root");
+    let failure = folders.take_back().expect_err("something is bound");
+    assert!(failure.text().contains("/web"), "{failure}");
+    assert!(files.join("kept").exists());
+    // It is no bundle any more, wherever it is.
+    assert!(!path.exists());
+    let hidden = root.path().join(pageferry_files::HIDDEN);
+    let left = fs::read_dir(&hidden)
+        .expect("a folder")
+        .flatten()
+        .map(|entry| entry.path());
+    let left: Vec<PathBuf> = left
+        .filter(|path| path.join("criu-root").exists())
+        .collect();
+    bound::release(&left[0], "criu-root").expect("unmounted");
+    folders.take_back().expect("taken back");
+    assert!(files.join("kept").exists() && !hidden.exists());
+}
+
+#[test]
+fn what_comes_as_a_containers_own_is_what_it_has_here() {
+    let (root, shelf) = node();
+    let (own, place) = bundle(root.path().join("web"));
+    let layer = CopiedPath {
+        form: CopiedForm::Layer,
+        ..own.clone()
+    };
+    let folder = coming(&root.path().join("data"), 0, None);
+    let refused = |copied: &[CopiedPath], place: Option<&RootPlace>| {
+        let folders = Folders::new(shelf.clone(), ids()[0]);
+        let code = folders
+            .prepare(copied, place)
+            .map_err(|failure| failure.code());
+        assert_eq!(code, Err(ErrorCode::Malformed));
+    };
+    refused(&[], Some(&place));
+    refused(std::slice::from_ref(&folder), Some(&RootPlace::Overlay));
+    refused(std::slice::from_ref(&own), None);
+    refused(std::slice::from_ref(&layer), Some(&place));
+    refused(&[own.clone(), own.clone()], Some(&place));
+    refused(&[own], Some(&RootPlace::Overlay));
+    let folders = Folders::new(shelf.clone(), ids()[0]);
+    folders
+        .prepare(&[layer], Some(&RootPlace::Overlay))
+        .expect("one to come");
+    // It is mounted nowhere.
+    let found = folders.found(root.path()).map_err(|failure| failure.code());
+    assert_eq!(found, Err(ErrorCode::NodeUnfit));
+    folders.take_back().expect("nothing of it");
 }

@@ -197,12 +197,11 @@ impl Site {
         let anchor = Anchor::new(root).map_err(|_| ended(root))?;
         let tree = block_in_place(|| Tree::read(root)).map_err(|error| unreadable(&error))?;
         let pids = tree.pids();
-        let (storage, locks) = find_storage(root, &asked.shared).await?;
+        let (storage, locks) = find_storage(root, asked).await?;
         // Before files are opened: that would break the lease of one that is leased, and a message
         // queue would be taken for one.
         let ipc = block_in_place(|| look_at_ipc(root, &node, asked.force_ipc))?;
         check_locks(&locks, &pids).await?;
-        check_paths(&asked.copied, &asked.shared)?;
         let described = describe(&kind, &pids, &storage, &asked.copied).await?;
         let trackable = |pid: &i32| check_trackable(*pid, root, &node.support);
         block_in_place(|| pids.iter().try_for_each(trackable))?;
@@ -363,8 +362,9 @@ async fn looking<T: Send + 'static>(
     detached::within("survey", (&what, SURVEY_MAX), look).await
 }
 
-async fn find_storage(root: i32, declared: &[PathBuf]) -> Result<(Storage, Locks), Failure> {
-    let declared = declared.to_vec();
+async fn find_storage(root: i32, asked: &Asked) -> Result<(Storage, Locks), Failure> {
+    check_paths(&asked.copied, &asked.shared)?;
+    let declared = asked.shared.clone();
     looking(root, move || {
         let storage = Storage::find(&declared)?;
         let locks = Locks::on(&storage, mounts(root)?);

@@ -4,8 +4,9 @@
 //! and found again by the migration's id, which is in the name of all that is made for it.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use pageferry_cgroup::freezer::CgroupError;
 use pageferry_proto::wire::code::Failure;
 use tokio::task::block_in_place;
 
@@ -23,6 +24,9 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long pager and watcher may take to end when they have nothing to hold: the watcher looks
 /// twice a second.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often it is tried to remove a cgroup in which somebody is.
+const REMOVE_POLL: Duration = Duration::from_millis(50);
 
 /// How often it is looked whether a workload that is frozen for good has been killed.
 const EMPTY_POLL: Duration = Duration::from_millis(500);
@@ -43,12 +47,7 @@ impl Site {
                 return Ok(());
             }
             self.freezer.kill(KILL_TIMEOUT)?;
-            // A runtime may have left cgroups below it.
-            sweep(&self.directory);
-            match self.freezer.exists() {
-                true => self.freezer.remove(),
-                false => Ok(()),
-            }
+            self.remove_freezer()
         });
         // Whoever is left: what is bound is bound in the node's namespace, and dangerous there.
         block_in_place(|| sweep(&self.directory));
@@ -71,6 +70,22 @@ impl Site {
         self.clear();
         self.tidy();
         taken
+    }
+
+    /// Removes the workload's cgroup, and what a runtime has left below it: a process of its own may
+    /// be there yet, which ends with it.
+    fn remove_freezer(&self) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + END_TIMEOUT;
+        loop {
+            sweep(&self.directory);
+            if !self.freezer.exists() {
+                return Ok(());
+            }
+            match self.freezer.remove() {
+                Err(_) if Instant::now() < deadline => std::thread::sleep(REMOVE_POLL),
+                removed => return removed,
+            }
+        }
     }
 
     async fn discard_pager(&self, pager: &Pager) {
