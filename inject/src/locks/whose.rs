@@ -20,11 +20,7 @@ const END_MAX: Duration = Duration::from_secs(10);
 
 /// A descriptor of process `pid` of the frozen cgroup `freezer`. None if it has ended: what started
 /// at another time than `started` is a stranger.
-fn find(
-    pid: i32,
-    started: Option<u64>,
-    freezer: &Freezer,
-) -> Result<Option<OwnedFd>, InjectError> {
+fn find(pid: i32, started: Option<u64>, freezer: &Freezer) -> Result<Option<OwnedFd>, InjectError> {
     let Some(pidfd) = open(pid, started)? else {
         return Ok(None);
     };
