@@ -16,7 +16,7 @@ use crate::workload::{container, redis};
 
 /// One move under the first row of the load, of a bare tree or of a container.
 pub fn demo(settings: &Settings, report: &mut Report) -> Result<()> {
-    let (mut lab, workload) = match settings.container {
+    let (lab, workload) = match settings.container {
         None => {
             let mut lab = settings.lab(2)?;
             let tree = redis::start(&mut lab, "a", &redis::plan())?;
