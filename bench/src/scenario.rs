@@ -9,6 +9,7 @@ pub mod baseline;
 pub mod capture;
 pub mod cases;
 pub mod container_faults;
+pub mod container_files;
 pub mod containerd;
 pub mod containers;
 pub mod direct;

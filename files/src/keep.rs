@@ -22,8 +22,9 @@ use rustix::io::Errno;
 
 use crate::error::Error;
 use crate::kernel::Folder;
+use crate::make::remove;
 use crate::record::Record;
-use crate::staging::{Staging, remove, tree_of};
+use crate::staging::{Staging, tree_of};
 use crate::tree::Digest;
 use crate::walk::{Totals, named_elsewhere, totals, walk};
 
@@ -116,7 +117,7 @@ impl Keep {
             return None;
         }
         let folder = Folder::open(&tree_of(&kept(path))).ok()?;
-        let found = walk(&folder).ok()?;
+        let found = walk(&folder, None).ok()?;
         match named_elsewhere(&found) {
             Some(_) => None,
             None => Some(totals(&found)),
@@ -151,13 +152,31 @@ impl Keep {
     /// Puts a folder that is proven where the workload has it. To be undone by [`Keep::undo`] with
     /// what was written down before.
     pub fn put(staging: &Staging, placed: &Placed) -> Result<(), Error> {
-        if staging.proven().is_none() {
-            return Err(Error::unfit(&placed.path, "is not proven to be whole"));
-        }
+        staging.check_proven()?;
+        Self::put_ahead(placed)
+    }
+
+    /// Puts a folder where the workload has it before all has come into it: somebody looks for it
+    /// there, and does not use it. To be undone as what is put at the end.
+    pub fn put_ahead(placed: &Placed) -> Result<(), Error> {
         absent(&placed.path)?;
         // Over an empty folder, but over nothing else.
-        rename(&staging.tree_path(), &placed.path, RenameFlags::empty())?;
+        rename(&tree_of(&placed.place), &placed.path, RenameFlags::empty())?;
         sync_parent(&placed.path)
+    }
+
+    /// Checks that what was put ahead is proven, and is where it was put.
+    pub fn check_put(staging: &Staging, placed: &Placed) -> Result<(), Error> {
+        staging.check_proven()?;
+        match inode_at(&placed.path) == placed.inode {
+            true => Ok(()),
+            false => Err(Error::unfit(&placed.path, "is another one now")),
+        }
+    }
+
+    /// What becomes the folder, in its place.
+    pub fn tree(place: &Path) -> PathBuf {
+        tree_of(place)
     }
 
     /// The workload has it for good: what it came through goes.
@@ -169,8 +188,7 @@ impl Keep {
 
     /// Takes back what was put, and whatever is left of it. Succeeds when there is nothing.
     pub fn undo(placed: &Placed) -> Result<(), Error> {
-        let here = fs::symlink_metadata(&placed.path).ok();
-        let here = here.map(|metadata| (metadata.dev(), metadata.ino()));
+        let here = inode_at(&placed.path);
         if here.is_some() && here == placed.inode {
             make_hidden(&placed.path)?;
             let aside = placed.place.with_extension("undone");
@@ -246,7 +264,11 @@ impl Keep {
 
 /// Whether so much has room where `path` is to be; if not, what is missing.
 pub fn admit(path: &Path, totals: &Totals) -> Result<(), Error> {
-    let parent = path.parent().unwrap_or(path);
+    admit_in(path.parent().unwrap_or(path), totals)
+}
+
+/// The same where something comes into a folder that is there.
+pub fn admit_in(parent: &Path, totals: &Totals) -> Result<(), Error> {
     let found = rustix::fs::statvfs(parent).map_err(Error::io("ask for the room at", parent))?;
     let free = found.f_bavail.saturating_mul(found.f_frsize);
     let entries = totals.entries.saturating_mul(ENTRY_BYTES);
@@ -273,6 +295,12 @@ fn full(path: &Path, why: &str) -> Error {
         path: path.to_owned(),
         why: why.to_owned(),
     }
+}
+
+/// Which inode is at a path: its device and number.
+fn inode_at(path: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
 }
 
 /// Whether an empty folder is at `path`, where a folder is to come; something else must not be, and

@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Statx, StatxAttributes, StatxFlags,
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Statx, StatxAttributes, StatxFlags,
 };
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::XATTR_BYTES_MAX;
 use crate::error::Error;
 use crate::name::Name;
-use crate::tree::{Kind, Meta, Moment, Xattrs};
+use crate::tree::{Kind, Meta, Moment};
+use crate::xattr;
 
 /// How paths are resolved: beneath the folder, and through nothing that leads elsewhere.
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH
@@ -25,31 +25,14 @@ const BENEATH: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_MAGICLINKS)
     .union(ResolveFlags::NO_XDEV);
 
-/// Attributes that say where an overlay has what it lacks: they mean nothing elsewhere.
-const LEADS_ELSEWHERE: [&[u8]; 4] = [
-    b"trusted.overlay.metacopy",
-    b"trusted.overlay.redirect",
-    b"user.overlay.metacopy",
-    b"user.overlay.redirect",
-];
-
-/// Attributes of an overlay that only speed it up at the node that has made them.
-const STAYS_HERE: [&[u8]; 8] = [
-    b"trusted.overlay.impure",
-    b"trusted.overlay.nlink",
-    b"trusted.overlay.origin",
-    b"trusted.overlay.uuid",
-    b"user.overlay.impure",
-    b"user.overlay.nlink",
-    b"user.overlay.origin",
-    b"user.overlay.uuid",
-];
-
 /// File systems that note the first store to a page through a mapping in the file's times, however
 /// often it was written back before: ext2 to 4, xfs, btrfs, f2fs, and overlays, which say what the
 /// file system beneath says. Of an overlay over something else a store may be missed: whoever makes
 /// a [`Folder`] of one has its upper layer.
 const TELLS: [u64; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
+
+/// What an overlay says it is.
+const OVERLAYFS: u64 = 0x794c_7630;
 
 /// An open folder.
 #[derive(Debug)]
@@ -140,9 +123,27 @@ impl Folder {
         Ok((fd, component))
     }
 
-    /// To be called before a folder may go, or take another place.
+    /// To be called when a folder may have gone, or taken another place, and before one does.
     pub fn forget_parent(&mut self) {
         self.parent = None;
+    }
+
+    /// Whether it is what an overlay shows.
+    pub fn is_overlay(&self) -> Result<bool, Error> {
+        let found = rustix::fs::fstatfs(&self.fd).map_err(Error::io("ask for", &self.path))?;
+        Ok(u64::try_from(found.f_type).is_ok_and(|kind| kind == OVERLAYFS))
+    }
+
+    /// Opens a folder in it.
+    pub fn inner(&self, component: &OsStr) -> Result<Self, Error> {
+        let path = self.path.join(component);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = rustix::fs::openat2(&self.fd, component, flags, Mode::empty(), BENEATH);
+        Ok(Self {
+            fd: opened.map_err(Error::io("open", &path))?,
+            path,
+            parent: None,
+        })
     }
 
     /// Makes all of its file system that was written durable.
@@ -183,8 +184,14 @@ pub fn kind(stat: &Statx) -> Option<Kind> {
     })
 }
 
-/// What is said of an entry, with its extended attributes.
-pub fn meta(folder: impl AsFd, component: &OsStr, stat: &Statx) -> io::Result<Meta> {
+/// What is said of an entry, with its extended attributes; of one of a layer as its overlay shows
+/// them.
+pub fn meta(
+    folder: impl AsFd,
+    component: &OsStr,
+    stat: &Statx,
+    is_of_layer: bool,
+) -> io::Result<Meta> {
     let is_link = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Symlink;
     Ok(Meta {
         mode: if is_link {
@@ -195,8 +202,13 @@ pub fn meta(folder: impl AsFd, component: &OsStr, stat: &Statx) -> io::Result<Me
         uid: stat.stx_uid,
         gid: stat.stx_gid,
         modified: modified(stat),
-        xattrs: xattrs(folder, component)?,
+        xattrs: xattr::read(&by_descriptor(folder, component), is_of_layer)?,
     })
+}
+
+/// Whether a folder of a layer shows nothing of what the layers below have.
+pub fn is_opaque(folder: impl AsFd, component: &OsStr) -> bool {
+    xattr::is_opaque(&by_descriptor(folder, component))
 }
 
 /// When it was last written.
@@ -240,56 +252,6 @@ fn by_descriptor(folder: impl AsFd, component: &OsStr) -> PathBuf {
     Path::new("/proc/self/fd")
         .join(fd.to_string())
         .join(component)
-}
-
-/// Extended attributes that travel.
-fn xattrs(folder: impl AsFd, component: &OsStr) -> io::Result<Xattrs> {
-    let path = by_descriptor(folder, component);
-    let mut found = Xattrs::new();
-    let mut names = Vec::with_capacity(4096);
-    loop {
-        names.clear();
-        match rustix::fs::llistxattr(&path, rustix::buffer::spare_capacity(&mut names)) {
-            Ok(_) => break,
-            Err(Errno::OPNOTSUPP) => return Ok(found),
-            Err(Errno::RANGE) if names.capacity() < XATTR_BYTES_MAX => {
-                names.reserve(XATTR_BYTES_MAX);
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    let mut bytes = 0;
-    let mut value = Vec::with_capacity(XATTR_BYTES_MAX);
-    for name in names
-        .split(|byte| *byte == 0)
-        .filter(|name| !name.is_empty())
-    {
-        if LEADS_ELSEWHERE.contains(&name) {
-            return Err(io::Error::other(format!(
-                "the overlay has it elsewhere ({}): mount it with metacopy=off,redirect_dir=off",
-                String::from_utf8_lossy(name)
-            )));
-        }
-        if STAYS_HERE.contains(&name) {
-            continue;
-        }
-        value.clear();
-        let at = OsStr::from_bytes(name);
-        match rustix::fs::lgetxattr(&path, at, rustix::buffer::spare_capacity(&mut value)) {
-            Ok(_) => {}
-            // Gone meanwhile, or told to nobody.
-            Err(Errno::NODATA | Errno::OPNOTSUPP) => continue,
-            Err(error) => return Err(error.into()),
-        }
-        bytes += name.len() + value.len();
-        if XATTR_BYTES_MAX < bytes {
-            return Err(io::Error::other(format!(
-                "it has more than {XATTR_BYTES_MAX} bytes of extended attributes"
-            )));
-        }
-        found.insert(name.into(), value.as_slice().into());
-    }
-    Ok(found)
 }
 
 /// Makes the metadata of an entry this, of which it has `old` attributes.
@@ -339,6 +301,49 @@ pub fn set_meta(
     rustix::fs::utimensat(folder, component, &times, AtFlags::SYMLINK_NOFOLLOW)
 }
 
+/// Removes an entry of an open folder with all that is in it: no symbolic link is followed, and no
+/// mount entered.
+pub fn remove_all(folder: BorrowedFd<'_>, component: &OsStr) -> io::Result<()> {
+    remove_below(folder, component, 0)
+}
+
+fn remove_below(folder: BorrowedFd<'_>, component: &OsStr, depth: usize) -> io::Result<()> {
+    let stat = stat(folder, component)?;
+    if is_mount(&stat) {
+        return Err(Errno::BUSY.into());
+    }
+    if kind(&stat) != Some(Kind::Folder) {
+        return Ok(rustix::fs::unlinkat(folder, component, AtFlags::empty())?);
+    }
+    if REMOVED_DEPTH_MAX <= depth {
+        return Err(io::Error::other(format!(
+            "it has folders more than {REMOVED_DEPTH_MAX} deep"
+        )));
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let opened = rustix::fs::openat2(folder, component, flags, Mode::empty(), BENEATH)?;
+    for name in entries(&opened)? {
+        remove_below(opened.as_fd(), &name, depth + 1)?;
+    }
+    Ok(rustix::fs::unlinkat(folder, component, AtFlags::REMOVEDIR)?)
+}
+
+/// Most folders within each other that are removed; each is held open.
+const REMOVED_DEPTH_MAX: usize = 512;
+
+/// What is in an open folder.
+pub fn entries(folder: impl AsFd) -> rustix::io::Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push(OsStr::from_bytes(name).to_owned());
+        }
+    }
+    Ok(names)
+}
+
 /// Changes the mode of an entry, and of nothing that it leads to.
 fn chmod(folder: impl AsFd, component: &OsStr, mode: Mode) -> rustix::io::Result<()> {
     // Opened so, a device or a pipe does not notice, but `fchmod` refuses it.
@@ -377,7 +382,7 @@ mod tests {
         let set = |name: &str, mode| {
             let component = OsStr::new(name);
             let stat = stat(&folder, component).expect("it is there");
-            let old = meta(&folder, component, &stat).expect("what it has");
+            let old = meta(&folder, component, &stat, false).expect("what it has");
             let new = Meta {
                 mode,
                 ..old.clone()

@@ -3,9 +3,10 @@
 //!
 //! ```text
 //!  SOURCE                                              TARGET
-//!  walk ─► Source::difference ─► frames of ops ══════► Staging::apply ─► Staging::put
-//!          against the tree that                       into a folder of its own; what it
-//!          the target has                              has written it reads back
+//!  walk ─► Source::difference ─► frames of ops ══════► Staging::apply ─► Keep::put
+//!          against the tree that                       into a folder of its own, or one that
+//!          the target has                              is there; what it has written it reads
+//!                                                      back
 //!          └─► digest of the tree ───────────────────► must be that of its own tree
 //! ```
 //!
@@ -21,6 +22,9 @@
 //!   compared, every time.
 //! - **Nothing outside the folder is reached.** No symbolic link is followed and no mount entered,
 //!   at either side, whatever the other says: the kernel resolves each path beneath an open folder.
+//! - **Of an overlay its upper layer travels**, and another overlay over the same layers shows the
+//!   same then: it is changed through what it shows. What hides something below is absence there;
+//!   what only the overlay that made it understands never travels, or is refused.
 //! - **A difference that has begun is sent to its end**, or the migration ends: the source takes
 //!   what it has encoded for what the target has.
 //! - **What is proven has been read.** The target's tree has the metadata and the bytes that its
@@ -35,16 +39,22 @@ mod block;
 mod error;
 mod keep;
 mod kernel;
+mod make;
 mod name;
 mod op;
+mod read;
 mod record;
 mod source;
 mod staging;
 mod tree;
 mod walk;
+mod within;
+mod xattr;
 
 pub use error::{Error, ErrorKind};
-pub use keep::{CACHED_MAX, HIDDEN, Keep, Placed, admit, check_hidden, may_come, remove_all};
+pub use keep::{
+    CACHED_MAX, HIDDEN, Keep, Placed, admit, admit_in, check_hidden, may_come, remove_all,
+};
 pub use name::Name;
 pub use record::Record;
 pub use source::{Report, Source, Suspects};

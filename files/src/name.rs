@@ -65,6 +65,15 @@ impl Name {
         }
     }
 
+    /// Where the names begin, in their order, of what is in this folder; each begins with this.
+    /// That of the root is empty, as all names are in it.
+    pub fn inside(&self) -> Self {
+        match self.is_root() {
+            true => Self::default(),
+            false => Self([&self.0, &b"/"[..]].concat().into()),
+        }
+    }
+
     /// Its bytes.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0

@@ -232,6 +232,8 @@ impl<'a> Taker<'a> {
                 major: self.u32()?,
                 minor: self.u32()?,
             },
+            8 => Kind::Whiteout,
+            9 => Kind::Opaque,
             _ => return Err(Error::Malformed("a node is of no kind")),
         })
     }

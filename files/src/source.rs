@@ -9,10 +9,9 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{OFlags, SeekFrom};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::block::{self, BLOCK_BYTES};
@@ -20,6 +19,7 @@ use crate::error::Error;
 use crate::kernel::{self, Folder};
 use crate::name::Name;
 use crate::op::{Frames, Op};
+use crate::read::{next_block, read_block};
 use crate::tree::{Digest, Kind, Meta, Moment, Node, NodeId, Tree};
 use crate::walk::{self, Found, Key, Stamp, Totals};
 use crate::{BLOCKS_MAX, record::Record};
@@ -60,6 +60,12 @@ impl Default for Suspects {
 #[derive(Debug)]
 pub struct Source {
     folder: Folder,
+    /// What it is the upper layer of, as processes see that; none of a plain folder.
+    overlay: Option<Folder>,
+    /// Whiteouts that the target has had, and that have gone: what replaces one goes on to hide.
+    lifted: BTreeSet<Name>,
+    /// Files by what processes see of them.
+    shown: HashMap<Key, NodeId>,
     /// What the target has.
     tree: Tree,
     /// Which node an inode is, with its kind: the number may be used again.
@@ -113,16 +119,39 @@ impl Source {
                 "is a mount, and could not be put aside: name a folder in it",
             ));
         }
-        let tells = folder.tells()?;
         let (tree, ids) = base.map_or_else(Default::default, Record::into_parts);
         Ok(Self {
+            tells: folder.tells()?,
             folder,
+            overlay: None,
+            lifted: BTreeSet::new(),
+            shown: HashMap::new(),
             next: tree.nodes.len() as u64,
             tree,
             ids,
             seen: HashMap::new(),
-            tells,
         })
+    }
+
+    /// Of the upper layer of an overlay, which is mounted at `overlay`: what it shows there of this
+    /// is to be shown by another one over the same layers, of which the target has nothing yet.
+    pub fn open_layer(path: &Path, overlay: &Path) -> Result<Self, Error> {
+        let folder = Folder::open(path)?;
+        Ok(Self {
+            tells: folder.tells()?,
+            folder,
+            overlay: Some(Folder::open(overlay)?),
+            lifted: BTreeSet::new(),
+            shown: HashMap::new(),
+            next: 0,
+            tree: Tree::default(),
+            ids: HashMap::new(),
+            seen: HashMap::new(),
+        })
+    }
+
+    fn walk(&self) -> Result<BTreeMap<Name, Found>, Error> {
+        walk::walk(&self.folder, self.overlay.as_ref())
     }
 
     /// Forgets what the target has, which turned out not to be so.
@@ -130,20 +159,26 @@ impl Source {
         self.tree = Tree::default();
         self.ids.clear();
         self.seen.clear();
+        self.shown.clear();
         self.next = 0;
     }
 
     /// What is in it, and which inodes those are.
     pub fn look(&self) -> Result<(Totals, HashSet<Key>), Error> {
-        let found = walk::walk(&self.folder)?;
+        let found = self.walk()?;
         let files = found.values().filter(|found| found.kind == Kind::File);
-        Ok((walk::totals(&found), files.map(|found| found.key).collect()))
+        let keys = files.flat_map(|found| [Some(found.key), found.shown]);
+        Ok((walk::totals(&found), keys.flatten().collect()))
     }
 
     /// Refuses it if something in it has a name elsewhere too.
-    pub(crate) fn check_names(&self) -> Result<(), Error> {
-        let found = walk::walk(&self.folder)?;
-        match walk::named_elsewhere(&found) {
+    pub fn check_names(&self) -> Result<(), Error> {
+        let found = self.walk()?;
+        self.check_names_of(&found)
+    }
+
+    fn check_names_of(&self, found: &BTreeMap<Name, Found>) -> Result<(), Error> {
+        match walk::named_elsewhere(found) {
             Some(name) => Err(Error::unfit(self.folder.path_of(name), walk::ELSEWHERE)),
             None => Ok(()),
         }
@@ -155,7 +190,8 @@ impl Source {
             .ids
             .keys()
             .filter(|(_, kind)| *kind == Kind::File.tag());
-        files.map(|(key, _)| *key).collect()
+        let files = files.map(|(key, _)| key);
+        files.chain(self.shown.keys()).copied().collect()
     }
 
     /// Where it is.
@@ -175,7 +211,7 @@ impl Source {
 
     /// Has those of a difference compared once more by the next, which were suspect after it only.
     pub fn doubt(&mut self, suspects: &Suspects) {
-        let doubted = self.ids.iter().filter(|((key, _), _)| suspects.has(key));
+        let doubted = self.shown.iter().filter(|(key, _)| suspects.has(key));
         for (_, id) in doubted {
             self.seen.remove(id);
         }
@@ -189,7 +225,9 @@ impl Source {
         frozen: bool,
         sink: &mut dyn FnMut(Vec<u8>) -> Result<(), Error>,
     ) -> Result<Report, Error> {
-        let found = walk::walk(&self.folder)?;
+        // Another may be there now.
+        self.folder.forget_parent();
+        let found = self.walk()?;
         let mut course = Course {
             report: Report {
                 totals: walk::totals(&found),
@@ -204,8 +242,11 @@ impl Source {
         };
         let mut frames = Frames::new(sink);
         self.remove(&mut course, &mut frames)?;
+        if frozen {
+            self.check_layer(&course.found)?;
+        }
         self.add(&mut course, &mut frames)?;
-        let is_folder = |found: &Found| found.kind == Kind::Folder;
+        let is_folder = |found: &Found| found.kind.is_folder();
         let mut done = HashSet::new();
         for folders in [false, true] {
             let names: Vec<Name> = course.ids.keys().cloned().collect();
@@ -234,16 +275,20 @@ impl Source {
     /// had, which a program may have replaced by a copy.
     fn identify(&mut self, found: &BTreeMap<Name, Found>) -> BTreeMap<Name, NodeId> {
         let present: HashSet<(Key, u8)> = found.values().map(Found::identity).collect();
+        self.shown.clear();
         self.ids.retain(|key, _| present.contains(key));
         let mut claimed: HashSet<NodeId> = self.ids.values().copied().collect();
         let mut ids = BTreeMap::new();
+        // Folders that come, or come as something else: the target has nothing in them.
+        let mut anew = BTreeSet::new();
         for (name, found) in found {
             let key = found.identity();
+            let is_anew = anew.contains(&name.split().0);
             let by_name = self.tree.names.get(name).copied();
-            let by_name = by_name.filter(|id| self.is(*id, found));
+            let by_name = by_name.filter(|id| self.is(*id, found) && !is_anew);
             let known = match found.kind {
-                // Whose it was does not matter: it has nothing but metadata.
-                Kind::Folder => by_name,
+                // Whose it was does not matter: it has nothing but metadata, if that.
+                Kind::Folder | Kind::Whiteout | Kind::Opaque => by_name,
                 _ => self.ids.get(&key).copied().filter(|id| self.is(*id, found)),
             };
             let id = known.unwrap_or_else(|| {
@@ -257,9 +302,15 @@ impl Source {
                 self.seen.remove(&id);
                 id
             });
-            if found.kind != Kind::Folder {
+            if found.kind.is_folder() && known.is_none() {
+                anew.insert(name.clone());
+            }
+            if !found.kind.is_by_name() {
                 claimed.insert(id);
                 self.ids.insert(key, id);
+            }
+            if let Some(shown) = found.shown.filter(|_| found.kind == Kind::File) {
+                self.shown.insert(shown, id);
             }
             ids.insert(name.clone(), id);
         }
@@ -271,17 +322,14 @@ impl Source {
         let kind = match self.tree.nodes.get(&id) {
             Some(node) => &node.kind,
             // One that has been given this id a moment ago.
-            None => return found.kind != Kind::Folder,
+            None => return !found.kind.is_by_name(),
         };
         *kind == found.kind
     }
 
     fn remove(&mut self, course: &mut Course<'_>, frames: &mut Frames<'_>) -> Result<(), Error> {
         let stays: HashSet<NodeId> = course.ids.values().copied().collect();
-        let gone = self.tree.names.iter();
-        let gone = gone.filter(|(name, id)| course.ids.get(*name) != Some(*id));
-        let gone: Vec<(Name, NodeId)> = gone.map(|(name, id)| (name.clone(), *id)).collect();
-        for (name, id) in gone.into_iter().rev() {
+        for (name, id) in self.gone(course).into_iter().rev() {
             let keep = stays.contains(&id);
             if !name.is_root() {
                 frames.put(&Op::Remove {
@@ -290,10 +338,61 @@ impl Source {
                 })?;
                 course.touched.insert(name.split().0);
             }
-            self.tree.names.remove(&name);
+            if self.tree.names.remove(&name).is_some() && self.is_whiteout(id) {
+                self.lifted.insert(name);
+            }
         }
         self.tree.nodes.retain(|id, _| stays.contains(id));
         self.seen.retain(|id, _| stays.contains(id));
+        Ok(())
+    }
+
+    /// What goes, the highest first: names of something else now, and all that is in a folder that
+    /// is.
+    fn gone(&self, course: &Course<'_>) -> Vec<(Name, NodeId)> {
+        let (mut gone, mut folders) = (Vec::new(), HashSet::new());
+        for (name, id) in &self.tree.names {
+            let is_within = !name.is_root() && folders.contains(&name.split().0);
+            if !is_within && course.ids.get(name) == Some(id) {
+                continue;
+            }
+            if self
+                .tree
+                .nodes
+                .get(id)
+                .is_some_and(|node| node.kind.is_folder())
+            {
+                folders.insert(name.clone());
+            }
+            gone.push((name.clone(), *id));
+        }
+        gone
+    }
+
+    fn is_whiteout(&self, id: NodeId) -> bool {
+        let node = self.tree.nodes.get(&id);
+        node.is_some_and(|node| node.kind == Kind::Whiteout)
+    }
+
+    /// Of a layer to which nobody writes any more: whether it alone says what its overlay shows.
+    fn check_layer(&self, found: &BTreeMap<Name, Found>) -> Result<(), Error> {
+        let Some(overlay) = &self.overlay else {
+            return Ok(());
+        };
+        // An index of hard links has another name of what it shows elsewhere, too.
+        self.check_names_of(found)?;
+        // The target has removed what they hid.
+        let lifted = self.lifted.iter().filter(|name| !found.contains_key(*name));
+        for name in lifted {
+            let (parent, component) = name.split();
+            let shown = overlay.folder_at(&parent);
+            if shown.is_ok_and(|parent| kernel::stat(parent, component).is_ok()) {
+                return Err(Error::unfit(
+                    overlay.path_of(name),
+                    "is shown again, which its overlay had hidden: somebody has changed its layers",
+                ));
+            }
+        }
         Ok(())
     }
 
@@ -336,9 +435,13 @@ impl Source {
         let Some(found) = course.found.get(name) else {
             return Ok(());
         };
+        if found.kind == Kind::Whiteout {
+            return Ok(());
+        }
         let (stamp, is_file) = (found.stamp(), found.kind == Kind::File);
-        let is_touched = found.kind == Kind::Folder && course.touched.contains(name);
-        let is_suspect = is_file && (!self.tells || course.suspects.has(&found.key));
+        let is_touched = found.kind.is_folder() && course.touched.contains(name);
+        let may_be_stored_to = || found.shown.is_none_or(|shown| course.suspects.has(&shown));
+        let is_suspect = is_file && (!self.tells || may_be_stored_to());
         let is_known = self.seen.get(&id) == Some(&stamp);
         if is_known && !is_suspect && !is_touched {
             return Ok(());
@@ -359,7 +462,7 @@ impl Source {
         let described = self.folder.parent(name).map_err(io::Error::from);
         let described = described.and_then(|(parent, component)| {
             // The walk's, so that what came later is seen by the next.
-            kernel::meta(parent, &component, &stat)
+            kernel::meta(parent, &component, &stat, self.overlay.is_some())
         });
         let meta = match described {
             Ok(meta) => meta,
@@ -493,37 +596,4 @@ fn is_passing(error: &io::Error) -> bool {
     ];
     let code = error.raw_os_error();
     code.is_some_and(|code| passing.contains(&Errno::from_raw_os_error(code)))
-}
-
-/// The next block from this one on that may hold something.
-fn next_block(file: &File, at: u64, size: u64) -> rustix::io::Result<Option<u64>> {
-    let from = at.saturating_mul(BLOCK_BYTES as u64);
-    if size <= from {
-        return Ok(None);
-    }
-    match rustix::fs::seek(file, SeekFrom::Data(from)) {
-        Ok(offset) if offset < size => Ok(Some(offset / BLOCK_BYTES as u64)),
-        Ok(_) | Err(Errno::NXIO) => Ok(None),
-        // It has no holes, or does not tell.
-        Err(Errno::INVAL) => Ok(Some(at)),
-        Err(error) => Err(error),
-    }
-}
-
-/// Reads a block; what a shrinking file lacks is zero.
-fn read_block(file: &File, buffer: &mut [u8], block: u64) -> io::Result<()> {
-    let mut done = 0;
-    while done < buffer.len() {
-        let offset = block * BLOCK_BYTES as u64 + done as u64;
-        match file.read_at(&mut buffer[done..], offset) {
-            Ok(0) => {
-                buffer[done..].fill(0);
-                break;
-            }
-            Ok(read) => done += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }

@@ -1,44 +1,50 @@
 //! The target's half: a folder of its own, into which differences are applied, and which becomes
-//! the workload's when it is proven.
+//! the workload's when it is proven; or one that is there already, and that nobody uses yet.
 //!
 //! ```text
 //! <beside the path>/.pageferry-files/<name>/tree     what becomes the folder
 //!                                          /hold     files between two names, by their number
+//! <the folder>/.pageferry-files                      the same of one that is there, if need be:
+//!                                                    until the end of a difference
 //! ```
 //!
 //! Invariants: whatever comes, nothing outside of this is touched; what the tree says was read
-//! back;
-//! it is proven only if the last operation was an end with the digest of that tree, and all of it
-//! is on disk.
+//! back; it is proven only if the last operation was an end with the digest of that tree, and all
+//! of it is on disk.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder, File};
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use crate::block::{self, BLOCK_BYTES};
 use crate::error::Error;
 use crate::kernel::{self, Folder};
+use crate::make::{difference, make, make_folder, punch};
 use crate::name::Name;
 use crate::op::{FRAME_HEADER_BYTES, Op, Taker, frame};
 use crate::record::Record;
 use crate::source::{Source, Suspects};
 use crate::tree::{Digest, Kind, Meta, Node, NodeId, Tree};
 use crate::walk::{ELSEWHERE, Key};
+use crate::within::{NO_LAYER, Within};
 use crate::{BLOCKS_MAX, ENTRIES_MAX};
 
 /// A folder that comes.
 #[derive(Debug)]
 pub struct Staging {
-    /// What both folders are in.
+    /// What both folders are in, or the folder itself.
     place: PathBuf,
     folder: Folder,
-    hold: Folder,
+    /// Made when the first file comes into it.
+    hold: Option<Folder>,
+    /// What is particular to a folder that was there.
+    within: Option<Within>,
     tree: Tree,
     places: HashMap<NodeId, Places>,
     /// Blocks of all files that hold something.
@@ -66,29 +72,48 @@ impl Staging {
     /// One that begins with what is at `place`: nothing, or what must be of this digest. That is
     /// read whole.
     pub fn open(place: &Path, base: Option<Digest>) -> Result<Self, Error> {
-        let Some(digest) = base else {
-            return Self::over(place, Tree::default());
-        };
-        let path = tree_of(place);
-        let mut source = Source::open(&path, None)?;
-        let report = source.difference(&Suspects::default(), true, &mut |_| Ok(()))?;
-        if report.digest != digest {
-            return Err(Error::Digest { path });
-        }
-        source.check_names()?;
-        let (tree, _) = source.record().into_parts();
-        Self::over(place, tree)
+        let folder = Folder::open(&tree_of(place))?;
+        let tree = base.map_or_else(
+            || Ok(Tree::default()),
+            |digest| read(&tree_of(place), digest),
+        );
+        let mut staging = Self::over(place, folder, tree?);
+        make_folder(&place.join("hold"))?;
+        staging.hold = Some(Folder::open(&place.join("hold"))?);
+        Ok(staging)
     }
 
-    fn over(place: &Path, tree: Tree) -> Result<Self, Error> {
-        make_folder(&place.join("hold"))?;
+    /// The same in a folder that is there, and has what nothing came for: that goes.
+    pub fn open_root(path: &Path, base: Option<Digest>) -> Result<Self, Error> {
+        let folder = Folder::open(path)?;
+        let (tree, within) = match base {
+            None => (Tree::default(), Within::of(&folder)?),
+            Some(digest) => (read(path, digest)?, Within::default()),
+        };
+        let mut staging = Self::over(path, folder, tree);
+        staging.within = Some(within);
+        Ok(staging)
+    }
+
+    /// The same in what an overlay shows, and what nothing came for stays: what comes is the upper
+    /// layer of another one over the same layers.
+    pub fn open_overlay(path: &Path) -> Result<Self, Error> {
+        let folder = Folder::open(path)?;
+        let within = Within::of_overlay(&folder)?;
+        let mut staging = Self::over(path, folder, Tree::default());
+        staging.within = Some(within);
+        Ok(staging)
+    }
+
+    fn over(place: &Path, folder: Folder, tree: Tree) -> Self {
         let mut places: HashMap<NodeId, Places> = HashMap::new();
         for (name, id) in &tree.names {
             places.entry(*id).or_default().names.insert(name.clone());
         }
-        Ok(Self {
-            folder: Folder::open(&tree_of(place))?,
-            hold: Folder::open(&place.join("hold"))?,
+        Self {
+            folder,
+            hold: None,
+            within: None,
             place: place.to_owned(),
             blocks: tree.blocks(),
             tree,
@@ -96,7 +121,7 @@ impl Staging {
             open: None,
             buffer: vec![0; BLOCK_BYTES],
             proven: None,
-        })
+        }
     }
 
     /// Which inode the folder is, wherever it is put: its device and number.
@@ -114,12 +139,20 @@ impl Staging {
 
     /// Where the folder is that becomes the workload's.
     pub fn tree_path(&self) -> PathBuf {
-        tree_of(&self.place)
+        self.folder.path().to_owned()
     }
 
     /// What it is, if the last difference was applied to its end and is on disk.
     pub const fn proven(&self) -> Option<Digest> {
         self.proven
+    }
+
+    /// Fails unless that is so.
+    pub fn check_proven(&self) -> Result<(), Error> {
+        match self.proven {
+            Some(_) => Ok(()),
+            None => Err(Error::unfit(&self.place, "is not proven to be whole")),
+        }
     }
 
     /// What the other node has, for a way back. The folder may be in use: an entry that has gone is
@@ -185,29 +218,42 @@ impl Staging {
             Some(id) if !name.is_root() => *id,
             Some(_) | None => return Err(Error::Malformed("what is removed is not there")),
         };
-        let is_folder = self.node(id)?.kind == Kind::Folder;
+        let kind = self.node(id)?.kind.clone();
         let path = self.folder.path_of(name);
         let places = self.places.get_mut(&id).ok_or(LOST)?;
         let is_last = places.names.len() == 1 && !places.is_held;
+        let is_held = is_last && keep && !kind.is_by_name();
+        let hold = match is_held {
+            true => Some(open_hold(&mut self.hold, &self.folder)?),
+            false => None,
+        };
         let (parent, component) = self
             .folder
             .parent(name)
             .map_err(Error::io("open the folder of", &path))?;
         let failed = Error::io("remove", &path);
-        if is_folder {
-            rustix::fs::unlinkat(parent, &component, AtFlags::REMOVEDIR).map_err(failed)?;
-            self.folder.forget_parent();
-        } else if is_last && keep {
-            let (held, flags) = (id.0.to_string(), RenameFlags::NOREPLACE);
-            rustix::fs::renameat_with(parent, &component, &self.hold, held, flags)
-                .map_err(failed)?;
-            places.is_held = true;
-        } else {
-            rustix::fs::unlinkat(parent, &component, AtFlags::empty()).map_err(failed)?;
+        match (&kind, &mut self.within, hold) {
+            (Kind::Folder | Kind::Opaque, Some(within), _) => {
+                within.remove_folder(&mut self.folder, &self.tree, name)?;
+            }
+            (Kind::Folder | Kind::Opaque, None, _) => {
+                rustix::fs::unlinkat(parent, &component, AtFlags::REMOVEDIR).map_err(failed)?;
+                self.folder.forget_parent();
+            }
+            // What it hid stays away: something else takes its place, or its folder goes.
+            (Kind::Whiteout, ..) => {}
+            (_, _, Some(hold)) => {
+                let (held, flags) = (id.0.to_string(), RenameFlags::NOREPLACE);
+                rustix::fs::renameat_with(parent, &component, hold, held, flags).map_err(failed)?;
+                places.is_held = true;
+            }
+            (_, _, None) => {
+                rustix::fs::unlinkat(parent, &component, AtFlags::empty()).map_err(failed)?;
+            }
         }
         places.names.remove(name);
         self.tree.names.remove(name);
-        if is_last && (is_folder || !keep) {
+        if is_last && !is_held {
             self.places.remove(&id);
             if let Some(node) = self.tree.nodes.remove(&id) {
                 self.blocks -= node.blocks.len() as u64;
@@ -230,7 +276,7 @@ impl Staging {
         }
         let parent = self.tree.names.get(&name.split().0);
         let parent = parent.and_then(|id| self.tree.nodes.get(id));
-        let is_folder = parent.is_some_and(|node| node.kind == Kind::Folder);
+        let is_folder = parent.is_some_and(|node| node.kind.is_folder());
         match name.is_root() || is_folder {
             true => Ok(()),
             false => Err(Error::Malformed("what comes is in no folder")),
@@ -242,9 +288,14 @@ impl Staging {
         if self.tree.nodes.contains_key(&id) || (name.is_root() && kind != Kind::Folder) {
             return Err(Error::Malformed("a node comes twice, or a folder is none"));
         }
+        let is_there = match &mut self.within {
+            Some(within) => within.make_way(&mut self.folder, &name, &kind)?,
+            None if matches!(kind, Kind::Whiteout | Kind::Opaque) => return Err(NO_LAYER),
+            // The folder itself was made with this.
+            None => name.is_root(),
+        };
         let path = self.folder.path_of(&name);
-        // The folder itself was made with this.
-        if !name.is_root() {
+        if !is_there {
             let (parent, component) = self
                 .folder
                 .parent(&name)
@@ -263,8 +314,11 @@ impl Staging {
 
     fn name(&mut self, name: Name, id: NodeId) -> Result<(), Error> {
         self.admit(&name)?;
-        if self.node(id)?.kind == Kind::Folder || name.is_root() {
+        if self.node(id)?.kind.is_by_name() || name.is_root() {
             return Err(Error::Malformed("a folder has two names"));
+        }
+        if let Some(within) = &mut self.within {
+            within.make_way(&mut self.folder, &name, &Kind::File)?;
         }
         let path = self.folder.path_of(&name);
         let places = self.places.get_mut(&id).ok_or(LOST)?;
@@ -272,8 +326,8 @@ impl Staging {
         if places.is_held {
             let (parent, component) = self.folder.parent(&name).map_err(failed())?;
             let (held, flags) = (id.0.to_string(), RenameFlags::NOREPLACE);
-            rustix::fs::renameat_with(&self.hold, held, parent, &component, flags)
-                .map_err(failed())?;
+            let hold = self.hold.as_ref().ok_or(LOST)?;
+            rustix::fs::renameat_with(hold, held, parent, &component, flags).map_err(failed())?;
             places.is_held = false;
         } else {
             let known = places.names.first().ok_or(LOST)?;
@@ -354,6 +408,29 @@ impl Staging {
     }
 
     fn describe(&mut self, id: NodeId, meta: &Meta) -> Result<(), Error> {
+        if self.node(id)?.kind == Kind::Whiteout {
+            return Err(Error::Malformed("what is not there has attributes"));
+        }
+        self.set(id, meta)
+    }
+
+    /// Sets attributes of folders again, which removing something from them has changed.
+    fn set_again(&mut self, folders: impl IntoIterator<Item = Name>) -> Result<(), Error> {
+        for name in folders {
+            let Some(id) = self.tree.names.get(&name).copied() else {
+                continue;
+            };
+            let meta = self.node(id)?.meta.clone();
+            // Those of a new one are to come.
+            if meta != Meta::default() {
+                self.set(id, &meta)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets attributes of a node, and reads them back.
+    fn set(&mut self, id: NodeId, meta: &Meta) -> Result<(), Error> {
         let is_link = matches!(self.node(id)?.kind, Kind::Symlink(_));
         let path = self.path_of(id);
         let name = self
@@ -364,7 +441,7 @@ impl Staging {
         let found = self.located(id, |parent, component| {
             let look = || {
                 let stat = kernel::stat(parent, component)?;
-                kernel::meta(parent, component, &stat)
+                kernel::meta(parent, component, &stat, false)
             };
             let old = look()?;
             kernel::set_meta(parent, component, (is_link, &old), meta)?;
@@ -386,6 +463,14 @@ impl Staging {
         self.open = None;
         if self.places.values().any(|places| places.is_held) {
             return Err(Error::Malformed("a file has no name at the end"));
+        }
+        if let Some(within) = &mut self.within {
+            let mut changed = within.remove_others(&mut self.folder)?;
+            if self.hold.take().is_some() {
+                Within::remove_hold(&self.folder)?;
+                changed.insert(Name::default());
+            }
+            self.set_again(changed)?;
         }
         if self.tree.digest() != digest {
             return Err(Error::Digest {
@@ -421,7 +506,10 @@ impl Staging {
                 let (parent, component) = self.folder.parent(name)?;
                 act(parent, &component)
             }
-            Some(_) | None => act(self.hold.as_fd(), &OsString::from(id.0.to_string())),
+            Some(_) | None => {
+                let hold = self.hold.as_ref().ok_or(Errno::NOENT)?;
+                act(hold.as_fd(), &OsString::from(id.0.to_string()))
+            }
         }
     }
 
@@ -454,79 +542,31 @@ impl Staging {
     }
 }
 
+/// Where files are between two names; made in the folder itself if that was there before.
+fn open_hold<'a>(hold: &'a mut Option<Folder>, folder: &Folder) -> Result<&'a Folder, Error> {
+    if hold.is_none() {
+        *hold = Some(Within::make_hold(folder)?);
+    }
+    hold.as_ref().ok_or(LOST)
+}
+
+/// What is at `path`, which must be of this digest. It is read whole.
+fn read(path: &Path, digest: Digest) -> Result<Tree, Error> {
+    let mut source = Source::open(path, None)?;
+    let report = source.difference(&Suspects::default(), true, &mut |_| Ok(()))?;
+    if report.digest != digest {
+        return Err(Error::Digest {
+            path: path.to_owned(),
+        });
+    }
+    source.check_names()?;
+    let (tree, _) = source.record().into_parts();
+    Ok(tree)
+}
+
 /// The folder itself, of what is at `place`.
 pub(crate) fn tree_of(place: &Path) -> PathBuf {
     place.join("tree")
 }
 
 const LOST: Error = Error::Malformed("a node is not there");
-
-/// Makes a folder that only root may enter.
-fn make_folder(path: &Path) -> Result<(), Error> {
-    let made = DirBuilder::new().mode(0o700).create(path);
-    made.map_err(|source| Error::Io {
-        what: "make",
-        path: path.to_owned(),
-        source,
-    })
-}
-
-fn make(parent: BorrowedFd<'_>, component: &OsString, kind: &Kind) -> rustix::io::Result<()> {
-    let mode = Mode::RUSR | Mode::WUSR;
-    let node = |kind, device| rustix::fs::mknodat(parent, component, kind, mode, device);
-    let device = |major: u32, minor: u32| rustix::fs::makedev(major, minor);
-    match kind {
-        Kind::Folder => rustix::fs::mkdirat(parent, component, Mode::RWXU),
-        Kind::File => node(FileType::RegularFile, 0),
-        Kind::Symlink(target) => rustix::fs::symlinkat(&**target, parent, component),
-        Kind::Fifo => node(FileType::Fifo, 0),
-        Kind::Socket => node(FileType::Socket, 0),
-        Kind::Character { major, minor } => node(FileType::CharacterDevice, device(*major, *minor)),
-        Kind::Block { major, minor } => node(FileType::BlockDevice, device(*major, *minor)),
-    }
-}
-
-/// Makes a hole, or where there are none zeroes.
-fn punch(file: &File, offset: u64, length: usize) -> std::io::Result<()> {
-    let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match rustix::fs::fallocate(file, how, offset, length as u64) {
-        Err(Errno::OPNOTSUPP) => file.write_all_at(&vec![0; length], offset),
-        punched => punched.map_err(Into::into),
-    }
-}
-
-/// What of an entry is not as it should be.
-fn difference(found: &Meta, wanted: &Meta) -> String {
-    let (had, has) = (wanted, found);
-    if (had.uid, had.gid) != (has.uid, has.gid) {
-        return format!(
-            "it is of {}:{}, not {}:{}",
-            has.uid, has.gid, had.uid, had.gid
-        );
-    }
-    if had.mode != has.mode {
-        return format!("its mode is {:o}, not {:o}", has.mode, had.mode);
-    }
-    if had.modified != has.modified {
-        return "its file system does not keep times as exactly".to_owned();
-    }
-    let names = had.xattrs.keys().chain(has.xattrs.keys());
-    let mut odd = names.filter(|name| had.xattrs.get(*name) != has.xattrs.get(*name));
-    let name = odd
-        .next()
-        .map(|name| String::from_utf8_lossy(name).into_owned());
-    format!("its attribute {} differs", name.unwrap_or_default())
-}
-
-/// Removes a staging, or whatever else is there.
-pub(crate) fn remove(place: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(place) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(source) => Err(Error::Io {
-            what: "remove",
-            path: place.to_owned(),
-            source,
-        }),
-    }
-}

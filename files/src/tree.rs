@@ -33,8 +33,18 @@ pub enum Kind {
     Symlink(Box<[u8]>),
     Fifo,
     Socket,
-    Character { major: u32, minor: u32 },
-    Block { major: u32, minor: u32 },
+    Character {
+        major: u32,
+        minor: u32,
+    },
+    Block {
+        major: u32,
+        minor: u32,
+    },
+    /// Of a layer: nothing is there, whatever the layers below it have.
+    Whiteout,
+    /// Of a layer: a folder that shows nothing of what the layers below it have there.
+    Opaque,
 }
 
 /// Extended attributes by name.
@@ -80,7 +90,19 @@ impl Kind {
             Self::Socket => 5,
             Self::Character { .. } => 6,
             Self::Block { .. } => 7,
+            Self::Whiteout => 8,
+            Self::Opaque => 9,
         }
+    }
+
+    /// Whether it has one name, by which it is known: another inode there is the same.
+    pub(crate) const fn is_by_name(&self) -> bool {
+        self.is_folder() || matches!(self, Self::Whiteout)
+    }
+
+    /// Whether something may be in it.
+    pub(crate) const fn is_folder(&self) -> bool {
+        matches!(self, Self::Folder | Self::Opaque)
     }
 }
 
@@ -183,7 +205,7 @@ impl Kind {
                 bytes.extend(major.to_le_bytes());
                 bytes.extend(minor.to_le_bytes());
             }
-            Self::Folder | Self::File | Self::Fifo | Self::Socket => {}
+            _ => {}
         }
     }
 }

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 
-use rustix::fs::{Dir, Statx};
+use rustix::fs::Statx;
 use rustix::io::Errno;
 
 use crate::error::Error;
@@ -28,6 +28,8 @@ pub struct Key {
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) key: Key,
+    /// Which inode processes see there: of a file of a layer that of the overlay, if it shows it.
+    pub(crate) shown: Option<Key>,
     pub(crate) kind: Kind,
     pub(crate) stat: Statx,
 }
@@ -74,6 +76,19 @@ impl Found {
         (self.key, self.kind.tag())
     }
 
+    /// It is an entry of a folder of the upper layer of an overlay, which has another in its place.
+    fn is_of_layer(&mut self, (folder, shown): (&OwnedFd, Option<&OwnedFd>), component: &OsStr) {
+        match self.kind {
+            Kind::Character { major: 0, minor: 0 } => self.kind = Kind::Whiteout,
+            Kind::Folder if kernel::is_opaque(folder, component) => self.kind = Kind::Opaque,
+            Kind::File => {
+                let shown = shown.and_then(|shown| kernel::stat(shown, component).ok());
+                self.shown = shown.map(|stat| Key::of(&stat));
+            }
+            _ => {}
+        }
+    }
+
     pub(crate) fn stamp(&self) -> Stamp {
         Stamp {
             changed: kernel::changed(&self.stat),
@@ -83,8 +98,12 @@ impl Found {
     }
 }
 
-/// All entries. What comes or goes meanwhile may be among them or not.
-pub(crate) fn walk(folder: &Folder) -> Result<BTreeMap<Name, Found>, Error> {
+/// All entries. What comes or goes meanwhile may be among them or not. With `overlay` the folder is
+/// the upper layer of that.
+pub(crate) fn walk(
+    folder: &Folder,
+    overlay: Option<&Folder>,
+) -> Result<BTreeMap<Name, Found>, Error> {
     let mut all = BTreeMap::new();
     let root = kernel::stat(folder, OsStr::new("."));
     let root = root.map_err(Error::io("look at", folder.path()))?;
@@ -97,14 +116,10 @@ pub(crate) fn walk(folder: &Folder) -> Result<BTreeMap<Name, Found>, Error> {
             Err(Errno::XDEV) => return Err(mounted(folder, &name)),
             opened => opened.map_err(Error::io("open", folder.path_of(&name)))?,
         };
-        let unreadable = |name: &Name| Error::io("read", folder.path_of(name));
-        let entries = Dir::read_from(&opened).map_err(unreadable(&name))?;
-        for entry in entries {
-            let entry = entry.map_err(unreadable(&name))?;
-            let component = entry.file_name().to_bytes();
-            if component == b"." || component == b".." {
-                continue;
-            }
+        let shown = overlay.and_then(|overlay| overlay.folder_at(&name).ok());
+        let entries = kernel::entries(&opened).map_err(Error::io("read", folder.path_of(&name)))?;
+        for component in entries {
+            let component = component.as_bytes();
             if component == HIDDEN.as_bytes() {
                 return Err(Error::unfit(
                     folder.path_of(&name).join(HIDDEN),
@@ -123,8 +138,15 @@ pub(crate) fn walk(folder: &Folder) -> Result<BTreeMap<Name, Found>, Error> {
             if kernel::is_mount(&stat) {
                 return Err(mounted(folder, &child));
             }
-            if insert(&mut all, folder, child.clone(), &stat, Some(&opened))? {
-                folders.push((child, depth + 1));
+            let is_folder = insert(&mut all, folder, child.clone(), &stat, Some(&opened))?;
+            if is_folder {
+                folders.push((child.clone(), depth + 1));
+            }
+            if overlay.is_some()
+                && let Some(found) = all.get_mut(&child)
+            {
+                let folders = (&opened, shown.as_ref());
+                found.is_of_layer(folders, OsStr::from_bytes(component));
             }
         }
     }
@@ -164,8 +186,13 @@ fn insert(
     }
     let is_folder = kind == Kind::Folder;
     let key = Key::of(stat);
-    let stat = *stat;
-    all.insert(name, Found { key, kind, stat });
+    let found = Found {
+        key,
+        shown: Some(key),
+        kind,
+        stat: *stat,
+    };
+    all.insert(name, found);
     Ok(is_folder)
 }
 
@@ -176,7 +203,7 @@ pub(crate) const ELSEWHERE: &str = "has a name outside of the folder, where a st
 /// there.
 pub(crate) fn named_elsewhere(all: &BTreeMap<Name, Found>) -> Option<&Name> {
     let mut names = HashMap::<Key, u32>::new();
-    let others = || all.iter().filter(|(_, found)| found.kind != Kind::Folder);
+    let others = || all.iter().filter(|(_, found)| !found.kind.is_by_name());
     for (_, found) in others() {
         *names.entry(found.key).or_default() += 1;
     }

@@ -24,10 +24,15 @@ pub fn start(
     let mut plan = writer::plan(options);
     change(&mut plan);
     let workload = Workload::start(lab, node, &plan)?;
+    let client = connect(lab, &workload, options)?;
+    Ok((workload, client))
+}
+
+/// Waits until a writer that was started has its memory and answers.
+pub fn connect(lab: &Lab, workload: &Workload, options: &Options) -> Result<WriterClient> {
     let gib = options.memory >> 30;
     let time_max = START_TIME_MAX + START_TIME_PER_GIB * u32::try_from(gib).unwrap_or(u32::MAX);
-    let client = WriterClient::connect(&lab.client.net, &workload, time_max)?;
-    Ok((workload, client))
+    WriterClient::connect(&lab.client.net, workload, time_max)
 }
 
 /// One connection to a writer.

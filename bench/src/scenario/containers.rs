@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use super::report::Report;
 use super::session::Session;
 use super::settings::Settings;
-use super::{container_faults, containerd};
+use super::{container_faults, container_files, containerd};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
@@ -23,11 +23,15 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     if only == Some(CONTAINERD) {
         return containerd::moves(settings, report);
     }
+    if only == Some(CONTAINERD_FILES) {
+        return container_files::run_containerd(settings, report);
+    }
     let Some((case, runtimes)) = case(only) else {
         let runtimes = Runtime::ALL.map(Runtime::name);
         bail!(
-            "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {runtimes:?}, those with \
-             -{FAULTS} or -{FEW} behind them, and {CONTAINERD:?}",
+            "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {runtimes:?}, those \
+             with -{FAULTS}, -{FILES} or -{FEW} behind them, {CONTAINERD:?} and \
+             {CONTAINERD_FILES:?}",
             only.unwrap_or_default()
         );
     };
@@ -37,6 +41,10 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         Case::Faults => {
             let mut all = runtimes.into_iter();
             return all.try_for_each(|runtime| container_faults::run(settings, runtime, report));
+        }
+        Case::Files => {
+            let mut all = runtimes.into_iter();
+            return all.try_for_each(|runtime| container_files::run(settings, runtime, report));
         }
     };
     let dataset = Dataset::first_row(bytes);
@@ -65,10 +73,12 @@ fn case(only: Option<&str>) -> Option<(Case, Vec<Runtime>)> {
         None => return Some((Case::Moves, all)),
         Some(FEW) => return Some((Case::Few, all)),
         Some(FAULTS) => return Some((Case::Faults, all)),
+        Some(FILES) => return Some((Case::Files, all)),
         Some(name) => name,
     };
     let (name, case) = match name.rsplit_once('-') {
         Some((name, FAULTS)) => (name, Case::Faults),
+        Some((name, FILES)) => (name, Case::Files),
         Some((name, FEW)) => (name, Case::Few),
         _ => (name, Case::Moves),
     };
@@ -120,14 +130,18 @@ enum Case {
     Moves,
     Few,
     Faults,
+    Files,
 }
 
 /// The case that a test runs.
 const FEW: &str = "few";
 /// Kills at the gates.
 const FAULTS: &str = "faults";
+/// Files in their root file systems.
+const FILES: &str = "files";
 /// Containerd's.
 const CONTAINERD: &str = "containerd";
+const CONTAINERD_FILES: &str = "containerd-files";
 const MOVES: usize = 10;
 const MOVES_FEW: usize = 2;
 /// Values alone; Redis needs a quarter more for them.

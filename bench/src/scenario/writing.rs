@@ -38,7 +38,17 @@ impl WriterSession {
         options: &Options,
         change: impl FnOnce(&mut WorkloadPlan),
     ) -> Result<Self> {
-        let (workload, mut client) = writer::start(lab, at, options, change)?;
+        let (workload, client) = writer::start(lab, at, options, change)?;
+        Self::watch(lab, mover, at, (workload, client))
+    }
+
+    /// Of one that runs already.
+    pub fn watch(
+        lab: &Lab,
+        mover: &'static dyn Mover,
+        at: &str,
+        (workload, mut client): (Workload, WriterClient),
+    ) -> Result<Self> {
         client.verify().context("before any move")?;
         let prober = Prober::writer(&lab.client.net, workload.link.address)?;
         Ok(Self {

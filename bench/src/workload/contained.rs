@@ -1,15 +1,66 @@
-//! What containers of all runtimes have in common: whose they are, and a root file system with
-//! Redis in it, made of the node image.
+//! What containers of all runtimes have in common: whose they are, what runs in them, and a root
+//! file system made of the node image.
 
 use anyhow::Result;
 
+use super::{redis, writer};
 use crate::lab::node::Node;
+use crate::writer::options::Options;
 
 /// A container, and whose it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Container {
     pub runtime: Runtime,
     pub id: String,
+}
+
+/// What runs in a container.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Of containers, before their number.
+    pub name: &'static str,
+    pub arguments: Vec<String>,
+    /// All that its root file system has, besides what they are linked to.
+    pub programs: &'static [&'static str],
+    /// One that says so if it can be started in the container.
+    pub greets: &'static [&'static str],
+    pub greeting: &'static str,
+    /// It may write to its root file system.
+    pub writes: bool,
+}
+
+impl Plan {
+    pub fn redis() -> Self {
+        Self {
+            name: "redis",
+            arguments: redis::plan().arguments,
+            programs: &[SERVER, CLIENT],
+            greets: &[CLIENT, "ping"],
+            greeting: "PONG",
+            writes: false,
+        }
+    }
+
+    /// A writer, which also writes files.
+    pub fn writer(options: &Options) -> Self {
+        Self {
+            name: "writer",
+            arguments: writer::plan(options).arguments,
+            programs: &[
+                writer::PROGRAM,
+                "/bin/sh",
+                "/bin/chmod",
+                "/bin/ln",
+                "/bin/mkdir",
+                "/bin/mv",
+                "/bin/rm",
+                "/bin/touch",
+            ],
+            greets: &["/bin/sh", "-c", "echo PONG"],
+            greeting: "PONG",
+            writes: true,
+        }
+    }
 }
 
 /// Who runs containers.
@@ -62,10 +113,11 @@ impl Container {
 }
 
 /// Makes `rootfs` in a folder of a node, of the programs and what they are linked to.
-pub fn make_rootfs(node: &Node, folder: &str) -> Result<()> {
+pub fn make_rootfs(node: &Node, folder: &str, programs: &[&str]) -> Result<()> {
     let script = format!("mkdir -p {folder}/rootfs && cd {folder} && {MAKE}");
     node.command("sh")?
-        .args(["-ec", &script, "sh", SERVER, CLIENT])
+        .args(["-ec", &script, "sh"])
+        .args(programs)
         .run()
         .map(drop)
 }
@@ -74,7 +126,10 @@ pub const SERVER: &str = "/usr/bin/redis-server";
 pub const CLIENT: &str = "/usr/bin/redis-cli";
 /// Programs are the arguments. Files are at the paths they have in the image.
 const MAKE: &str = "\
-mkdir -p rootfs/proc rootfs/sys rootfs/dev rootfs/etc rootfs/tmp
+mkdir -p rootfs/proc rootfs/sys rootfs/dev rootfs/etc rootfs/tmp rootfs/opt/dir/inner
+for file in etc/deleted etc/kept etc/moved opt/dir/one opt/dir/inner/two; do
+  echo $file >rootfs/$file
+done
 for program in \"$@\"; do
   real=$(readlink -f $program)
   mkdir -p rootfs$(dirname $program)

@@ -1,14 +1,15 @@
-//! Redis in a container of an OCI runtime: started, looked at and ended by the runtime's own
-//! commands.
+//! A container of an OCI runtime: started, looked at and ended by the runtime's own commands.
 //!
-//! Its bundle is at every node by the same path, made of the node image: the program, and the
-//! libraries that it is linked to. The root file system is read-only.
+//! Its bundle is made of the node image: the programs, and the libraries that they are linked to.
+//! If the root file system is read-only, it is at every node by the same path.
+
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::contained::{CLIENT, SERVER, make_rootfs};
-pub use super::contained::{Container, Runtime};
+use super::contained::make_rootfs;
+pub use super::contained::{Container, Plan, Runtime};
 use super::{Workload, podman, redis};
 use crate::lab::Lab;
 use crate::lab::layer::LayerPlan;
@@ -28,11 +29,18 @@ pub const LAYER: LayerPlan = LayerPlan {
 
 /// Starts Redis in a container at a node, and waits until it listens.
 pub fn start(lab: &mut Lab, runtime: Runtime, at: &str) -> Result<Workload> {
+    let workload = start_with(lab, runtime, at, &Plan::redis())?;
+    workload.wait_until_it_listens(lab, redis::PORT)?;
+    Ok(workload)
+}
+
+/// Starts a container at a node, with a link.
+pub fn start_with(lab: &mut Lab, runtime: Runtime, at: &str, plan: &Plan) -> Result<Workload> {
     let number = lab.next_workload()?;
-    let id = format!("redis-{number}");
+    let id = format!("{}-{number}", plan.name);
     let (container, pid) = match runtime {
-        Runtime::Podman => podman::start(lab, &id, at)?,
-        Runtime::Crun | Runtime::Runc => start_bundle(lab, runtime, &id, at)?,
+        Runtime::Podman => podman::start(lab, plan, &id, at)?,
+        Runtime::Crun | Runtime::Runc => start_bundle(lab, (runtime, plan), &id, at)?,
     };
     let workload = Workload {
         number,
@@ -45,14 +53,23 @@ pub fn start(lab: &mut Lab, runtime: Runtime, at: &str) -> Result<Workload> {
     let inner = node.network_of(workload.pid)?;
     workload.link.create(node, &inner)?;
     workload.link.open(node)?;
-    workload.wait_until_it_listens(lab, redis::PORT)?;
     Ok(workload)
 }
 
-fn start_bundle(lab: &Lab, runtime: Runtime, id: &str, at: &str) -> Result<(Container, i32)> {
-    let bundle = format!("{BUNDLES}/{id}");
-    for node in &lab.nodes {
-        make_bundle(node, id, &bundle)
+fn start_bundle(
+    lab: &Lab,
+    (runtime, plan): (Runtime, &Plan),
+    id: &str,
+    at: &str,
+) -> Result<(Container, i32)> {
+    let bundle = bundle(id);
+    // One that is written to comes along.
+    let nodes = lab
+        .nodes
+        .iter()
+        .filter(|node| !plan.writes || node.name() == at);
+    for node in nodes {
+        make_bundle(node, (id, plan), &bundle)
             .with_context(|| format!("making a bundle at node {}", node.name()))?;
     }
     let node = lab.node(at)?;
@@ -86,6 +103,14 @@ pub fn check_here(node: &Node, container: &Container, pid: i32) -> Result<()> {
     if container.runtime == Runtime::Podman {
         return podman::check_here(node, container, pid);
     }
+    check_here_as(node, container, pid, &Plan::redis())
+}
+
+/// As [`check_here`], of one with something else in it.
+pub fn check_here_as(node: &Node, container: &Container, pid: i32, plan: &Plan) -> Result<()> {
+    if container.runtime == Runtime::Podman {
+        return podman::check_here_as(node, container, pid, plan);
+    }
     let (id, name) = (&container.id, container.name());
     let state = state(node, container)?;
     let is_running = state["status"] == "running" && state["pid"] == pid;
@@ -98,8 +123,13 @@ pub fn check_here(node: &Node, container: &Container, pid: i32) -> Result<()> {
         listed.lines().any(|line| line == id),
         "{name} is not listed"
     );
-    let pong = ask(node, container, &["exec", id, CLIENT, "ping"])?;
-    ensure!(pong.trim() == "PONG", "redis-cli in {name} says {pong:?}");
+    let exec = [&["exec", id][..], plan.greets].concat();
+    let said = ask(node, container, &exec)?;
+    ensure!(
+        said.trim() == plan.greeting,
+        "{:?} in {name} says {said:?}",
+        plan.greets
+    );
     let cgroups = node
         .command("cat")?
         .arg(format!("/proc/{pid}/cgroup"))
@@ -109,6 +139,20 @@ pub fn check_here(node: &Node, container: &Container, pid: i32) -> Result<()> {
         "{name} is in other cgroups than its own: {cgroups}"
     );
     Ok(())
+}
+
+/// Has a shell in the container do something.
+pub fn shell(node: &Node, container: &Container, script: &str) -> Result<()> {
+    let exec = ["exec", &container.id, "/bin/sh", "-ec", script];
+    ask(node, container, &exec).map(drop)
+}
+
+/// Where a node has the root file system of a container.
+pub fn root_at(node: &Node, container: &Container) -> Result<PathBuf> {
+    Ok(match container.runtime {
+        Runtime::Podman => node.path(podman::root_of(node, container)?),
+        Runtime::Crun | Runtime::Runc => node.path(format!("{}/rootfs", bundle(&container.id))),
+    })
 }
 
 fn ask(node: &Node, container: &Container, arguments: &[&str]) -> Result<String> {
@@ -140,7 +184,7 @@ pub fn check_whole(node: &Node, container: &Container) -> Result<()> {
         // Its root file system is made of an image, and unmade.
         return Ok(());
     }
-    for program in [SERVER, CLIENT] {
+    for program in Plan::redis().programs {
         let path = node.path(format!("{BUNDLES}/{}/rootfs{program}", container.id));
         ensure!(
             path.is_file(),
@@ -184,8 +228,13 @@ pub fn delete(lab: &Lab, container: &Container) -> Result<()> {
     Ok(())
 }
 
-fn make_bundle(node: &Node, id: &str, bundle: &str) -> Result<()> {
-    make_rootfs(node, bundle)?;
+/// Where the bundle of a container is.
+pub fn bundle(id: &str) -> String {
+    format!("{BUNDLES}/{id}")
+}
+
+fn make_bundle(node: &Node, (id, plan): (&str, &Plan), bundle: &str) -> Result<()> {
+    make_rootfs(node, bundle, plan.programs)?;
     node.command("sh")?
         .args([
             "-ec",
@@ -195,8 +244,8 @@ fn make_bundle(node: &Node, id: &str, bundle: &str) -> Result<()> {
     let spec = std::fs::read_to_string(node.path(format!("{bundle}/config.json")));
     let mut spec: Value = serde_json::from_str(&spec.context("reading what runc spec made")?)?;
     spec["process"]["terminal"] = false.into();
-    spec["process"]["args"] = redis::plan().arguments.into();
-    spec["root"]["readonly"] = true.into();
+    spec["process"]["args"] = plan.arguments.clone().into();
+    spec["root"]["readonly"] = (!plan.writes).into();
     spec["hostname"] = id.into();
     spec["linux"]["cgroupsPath"] = format!("/{id}").into();
     let own = ["pid", "network", "ipc", "uts", "mount"];
@@ -205,6 +254,7 @@ fn make_bundle(node: &Node, id: &str, bundle: &str) -> Result<()> {
     std::fs::write(path, serde_json::to_vec_pretty(&spec)?).context("writing config.json")
 }
 
-const BUNDLES: &str = "/srv/bundles";
+/// Where bundles are.
+pub const BUNDLES: &str = "/srv/bundles";
 /// Ten seconds.
 const POLLS: usize = 2_000;

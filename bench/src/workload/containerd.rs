@@ -1,14 +1,15 @@
-//! Redis in a container of containerd: started, looked at and ended by `ctr`, containerd's own
-//! client.
+//! A container of containerd: started, looked at and ended by `ctr`, containerd's own client.
 //!
-//! Each node has a containerd of its own, and the image from the layer of the nodes, so that both
-//! have it by the same digest.
+//! Each node has a containerd of its own, and the image of Redis from the layer of the nodes, so
+//! that both have it by the same digest. Others are made at the first node, and imported at each.
 
+use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use super::contained::{CLIENT, Plan, SERVER};
 use super::{Workload, redis};
 use crate::lab::Lab;
 use crate::lab::layer::LayerPlan;
@@ -99,15 +100,45 @@ impl Drop for Engine {
 
 /// Starts Redis in a container at a node, and waits until it listens.
 pub fn start(lab: &mut Lab, at: &str, more: &[&str]) -> Result<Workload> {
+    let workload = start_with(lab, at, more, &Plan::redis())?;
+    workload.wait_until_it_listens(lab, redis::PORT)?;
+    Ok(workload)
+}
+
+/// Makes the image of a plan at the first node, and imports it at all.
+pub fn bring_image(lab: &Lab, plan: &Plan) -> Result<()> {
+    let file = format!("/srv/shared/{}.oci.tar", plan.name);
+    let first = lab.nodes.first().context("a lab has nodes")?;
+    let make = first.command("sh")?.args(["-ec", IMAGE_SCRIPT]);
+    make.env("IMAGE", &image(plan))
+        .env("FILE", &file)
+        .env("PROGRAMS", &plan.programs.join(" "))
+        .run()
+        .context("making the image")?;
+    for node in &lab.nodes {
+        let import = ["images", "import", "--snapshotter", SNAPSHOTTER, &file];
+        ctr(node, &import).context("importing the image")?;
+    }
+    Ok(())
+}
+
+/// What the image of a plan is called.
+fn image(plan: &Plan) -> String {
+    format!("localhost/{}:1", plan.name)
+}
+
+/// Starts a container at a node, with a link.
+pub fn start_with(lab: &mut Lab, at: &str, more: &[&str], plan: &Plan) -> Result<Workload> {
     let number = lab.next_workload()?;
-    let id = format!("redis-{number}");
+    let id = format!("{}-{number}", plan.name);
     let node = lab.node(at)?;
-    let arguments = redis::plan().arguments;
-    let mut run = vec!["run", "--detach", "--null-io", "--read-only"];
+    let image = image(plan);
+    let mut run = vec!["run", "--detach", "--null-io"];
+    run.extend((!plan.writes).then_some("--read-only"));
     run.extend(["--snapshotter", SNAPSHOTTER]);
     run.extend(more);
-    run.extend([IMAGE, &id]);
-    run.extend(arguments.iter().map(String::as_str));
+    run.extend([image.as_str(), &id]);
+    run.extend(plan.arguments.iter().map(String::as_str));
     ctr(node, &run).with_context(|| format!("starting the container {id} at node {at}"))?;
     let workload = Workload {
         number,
@@ -119,8 +150,30 @@ pub fn start(lab: &mut Lab, at: &str, more: &[&str]) -> Result<Workload> {
     let inner = node.network_of(workload.pid)?;
     workload.link.create(node, &inner)?;
     workload.link.open(node)?;
-    workload.wait_until_it_listens(lab, redis::PORT)?;
     Ok(workload)
+}
+
+/// Has a shell in the container do something.
+pub fn shell(node: &Node, id: &str, script: &str) -> Result<()> {
+    let script = format!("PATH=/bin; {script}");
+    let exec = [
+        "tasks",
+        "exec",
+        "--exec-id",
+        "shell",
+        id,
+        "/bin/sh",
+        "-ec",
+        &script,
+    ];
+    ctr(node, &exec).map(drop)
+}
+
+/// Where a node has the root file system of a container.
+pub fn root_at(node: &Node, id: &str) -> PathBuf {
+    node.path(format!(
+        "/run/containerd/io.containerd.runtime.v2.task/default/{id}/rootfs"
+    ))
 }
 
 /// The pid and the state of a task, if containerd has one.
@@ -142,14 +195,27 @@ fn task(node: &Node, id: &str) -> Result<Option<(i32, String)>> {
 /// Whether the containerd of this node has the container for its own: it lists it as running, and
 /// starts a command in it, and its shim is the parent.
 pub fn check_here(node: &Node, id: &str, pid: i32) -> Result<()> {
+    check_here_as(node, id, pid, &Plan::redis())
+}
+
+/// The same of one with something else in it.
+pub fn check_here_as(node: &Node, id: &str, pid: i32, plan: &Plan) -> Result<()> {
     let task = task(node, id)?;
     ensure!(
         task == Some((pid, "RUNNING".to_owned())),
         "containerd says of {id}, whose process is {pid}: {task:?}"
     );
-    let exec = ["tasks", "exec", "--exec-id", "ping", id, CLIENT, "ping"];
-    let pong = ctr(node, &exec)?;
-    ensure!(pong.trim() == "PONG", "redis-cli in {id} says {pong:?}");
+    let exec = [
+        &["tasks", "exec", "--exec-id", "greet", id][..],
+        plan.greets,
+    ]
+    .concat();
+    let said = ctr(node, &exec)?;
+    ensure!(
+        said.trim() == plan.greeting,
+        "{:?} in {id} says {said:?}",
+        plan.greets
+    );
     ctr(node, &["tasks", "pause", id])?;
     ctr(node, &["tasks", "resume", id])?;
     let info = ctr(node, &["containers", "info", id])?;
@@ -241,8 +307,6 @@ pub fn ctr(node: &Node, arguments: &[&str]) -> Result<String> {
 pub const RESTARTED: [&str; 2] = ["--label", "containerd.io/restart.status=running"];
 /// The label goes away.
 const NOT_RESTARTED: &str = "containerd.io/restart.status=";
-const SERVER: &str = "/usr/bin/redis-server";
-const CLIENT: &str = "/usr/bin/redis-cli";
 const SNAPSHOTTER: &str = "overlayfs";
 /// Where containerd keeps images and snapshots: an overlay has none of its own on top.
 const STORE: &str = "/var/lib/containerd";

@@ -1,13 +1,12 @@
-//! Redis in a container of podman: started, looked at and ended by podman's own commands.
+//! A container of podman: started, looked at and ended by podman's own commands.
 //!
-//! Its image is made at the first node and loaded at the others, so that it has one id. The root
-//! file system is read-only, the network a veth of the lab's, and podman keeps the log.
+//! Its image is made at the first node and loaded at the others, so that it has one id. The network
+//! is a veth of the lab's, and podman keeps the log.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::contained::{CLIENT, Container, Runtime, make_rootfs};
-use super::redis;
+use super::contained::{CLIENT, Container, Plan, Runtime, make_rootfs};
 use crate::lab::Lab;
 use crate::lab::node::Node;
 
@@ -19,7 +18,7 @@ pub const SETTINGS: (&str, &str) = (
 );
 
 /// Starts it at a node.
-pub fn start(lab: &Lab, name: &str, at: &str) -> Result<(Container, i32)> {
+pub fn start(lab: &Lab, plan: &Plan, name: &str, at: &str) -> Result<(Container, i32)> {
     for node in &lab.nodes {
         // An overlay on the overlay of the node's own root cannot be mounted.
         let script = format!(
@@ -27,14 +26,15 @@ pub fn start(lab: &Lab, name: &str, at: &str) -> Result<(Container, i32)> {
         );
         node.command("sh")?.args(["-ec", &script]).run()?;
     }
-    bring_image(lab, at)?;
+    bring_image(lab, plan, at)?;
     let node = lab.node(at)?;
-    let arguments = redis::plan().arguments;
     let run = ["run", "--detach", "--name", name, "--network", "none"];
+    let read_only = format!("--read-only={}", !plan.writes);
+    let image = image(plan);
     let run = run
         .into_iter()
-        .chain(["--read-only", "--restart", POLICY_NAME, IMAGE]);
-    let started = podman(node)?.args(run).args(&arguments).run();
+        .chain([&read_only, "--restart", POLICY_NAME, &image]);
+    let started = podman(node)?.args(run).args(&plan.arguments).run();
     started.with_context(|| format!("starting the container {name} at node {at}"))?;
     let container = Container {
         runtime: Runtime::Podman,
@@ -49,6 +49,22 @@ pub fn start(lab: &Lab, name: &str, at: &str) -> Result<(Container, i32)> {
 /// Whether podman of this node has the container for its own: it runs, a command can be started in
 /// it, what it prints is logged, and it would be started again.
 pub fn check_here(node: &Node, container: &Container, pid: i32) -> Result<()> {
+    check_here_as(node, container, pid, &Plan::redis())?;
+    let name = &container.id;
+    let mark = format!("mark-of-{pid}");
+    let log = ["redis.log(redis.LOG_WARNING, ARGV[1])", "0", &mark];
+    let exec = ["exec", name, CLIENT, "EVAL"].into_iter().chain(log);
+    podman(node)?.args(exec).run()?;
+    wait_until(|| {
+        let logs = podman(node)?.args(["logs", name]).output()?;
+        let logs = [logs.stdout, logs.stderr].concat();
+        Ok(String::from_utf8_lossy(&logs).contains(&mark))
+    })
+    .with_context(|| format!("podman has no {mark} in the log of {name}"))
+}
+
+/// The same of one with something else in it, but for its log.
+pub fn check_here_as(node: &Node, container: &Container, pid: i32, plan: &Plan) -> Result<()> {
     let name = &container.id;
     let told = inspect(node, container)?;
     let is_running = told["State"]["Status"] == "running" && told["State"]["Pid"] == pid;
@@ -59,22 +75,15 @@ pub fn check_here(node: &Node, container: &Container, pid: i32) -> Result<()> {
     );
     let policy = &told["HostConfig"]["RestartPolicy"]["Name"];
     ensure!(policy == POLICY_NAME, "the policy of {name} is {policy}");
-    let exec = |arguments: &[&str]| {
-        let exec = ["exec", name, CLIENT].into_iter();
-        podman(node)?
-            .args(exec.chain(arguments.iter().copied()))
-            .run()
-    };
-    let pong = exec(&["ping"])?;
-    ensure!(pong.trim() == "PONG", "redis-cli in {name} says {pong:?}");
-    let mark = format!("mark-of-{pid}");
-    exec(&["EVAL", "redis.log(redis.LOG_WARNING, ARGV[1])", "0", &mark])?;
-    wait_until(|| {
-        let logs = podman(node)?.args(["logs", name]).output()?;
-        let logs = [logs.stdout, logs.stderr].concat();
-        Ok(String::from_utf8_lossy(&logs).contains(&mark))
-    })
-    .with_context(|| format!("podman has no {mark} in the log of {name}"))?;
+    let exec = ["exec", name]
+        .into_iter()
+        .chain(plan.greets.iter().copied());
+    let said = podman(node)?.args(exec).run()?;
+    ensure!(
+        said.trim() == plan.greeting,
+        "{:?} in {name} says {said:?}",
+        plan.greets
+    );
     let id = told["Id"].as_str().unwrap_or_default();
     let cgroups = node
         .command("cat")?
@@ -128,17 +137,32 @@ fn inspect(node: &Node, container: &Container) -> Result<Value> {
     Ok(all[0].take())
 }
 
+/// Where podman of a node has the root file system of a container mounted.
+pub fn root_of(node: &Node, container: &Container) -> Result<String> {
+    let told = inspect(node, container)?;
+    let data = &told["GraphDriver"]["Data"];
+    let merged = data["MergedDir"].as_str().map(str::to_owned);
+    merged.with_context(|| format!("podman has no overlay for {}: {data}", container.id))
+}
+
+/// What the image of a plan is called.
+fn image(plan: &Plan) -> String {
+    format!("localhost/{}:lab", plan.name)
+}
+
 /// The image at every node, with one id.
-fn bring_image(lab: &Lab, first: &str) -> Result<()> {
+fn bring_image(lab: &Lab, plan: &Plan, first: &str) -> Result<()> {
     let node = lab.node(first)?;
-    let exists = podman(node)?.args(["image", "exists", IMAGE]).output()?;
+    let (image, archive) = (image(plan), format!("/srv/shared/{}.tar", plan.name));
+    let exists = podman(node)?.args(["image", "exists", &image]).output()?;
     if exists.status.success() {
         return Ok(());
     }
-    make_rootfs(node, FILES)?;
+    let files = format!("/srv/image-{}", plan.name);
+    make_rootfs(node, &files, plan.programs)?;
     let script = format!(
-        "tar -C {FILES}/rootfs -c . | podman import --quiet - {IMAGE} && \
-         podman save --quiet --output {ARCHIVE} {IMAGE}"
+        "tar -C {files}/rootfs -c . | podman import --quiet - {image} && \
+         podman save --quiet --output {archive} {image}"
     );
     node.command("sh")?
         .args(["-ec", &script])
@@ -146,7 +170,7 @@ fn bring_image(lab: &Lab, first: &str) -> Result<()> {
         .run()
         .with_context(|| format!("making an image at node {first}"))?;
     for other in lab.nodes.iter().filter(|node| node.name() != first) {
-        let load = ["load", "--quiet", "--input", ARCHIVE];
+        let load = ["load", "--quiet", "--input", &archive];
         podman(other)?
             .args(load)
             .run()
@@ -172,9 +196,6 @@ fn wait_until(mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
 /// Else it warns of cgroups of version 1 each time.
 const QUIET: (&str, &str) = ("PODMAN_IGNORE_CGROUPSV1_WARNING", "1");
 const STORE: &str = "/var/lib/containers";
-const FILES: &str = "/srv/image";
-const IMAGE: &str = "localhost/redis:lab";
-const ARCHIVE: &str = "/srv/shared/redis.tar";
 /// When podman starts it again: whenever it ends.
 const POLICY_NAME: &str = "always";
 const POLLS: u32 = 50;

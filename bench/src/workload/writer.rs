@@ -5,7 +5,7 @@ use crate::writer::options::Options;
 
 /// How the lab starts a writer.
 pub fn plan(options: &Options) -> WorkloadPlan {
-    let mut arguments = vec!["/usr/local/bin/lab-writer".to_owned()];
+    let mut arguments = vec![PROGRAM.to_owned()];
     arguments.extend(options.arguments());
     WorkloadPlan {
         name: "writer".to_owned(),
@@ -14,3 +14,6 @@ pub fn plan(options: &Options) -> WorkloadPlan {
         uid: None,
     }
 }
+
+/// Where nodes have it.
+pub const PROGRAM: &str = "/usr/local/bin/lab-writer";

@@ -37,6 +37,7 @@ use super::podman::{self, Podman, PodmanError};
 use super::process::Process;
 use super::process::arrive::Arriving as ArrivingProcess;
 use super::process::describe::{self, Described};
+use super::rootfs::RootPlace;
 
 /// A workload at its source, as the journal keeps it, too.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -309,6 +310,25 @@ impl Arriving {
             Self::Container(container) => container.check(description),
             Self::Containerd(container) => container.check(description),
             Self::Podman(container) => container.check(description),
+        }
+    }
+
+    /// Where its root file system comes to, if that travels.
+    pub fn root_place(&self) -> Result<Option<RootPlace>, Failure> {
+        match self {
+            Self::Container(container) => container.root_place(),
+            Self::Containerd(container) => container.root_place(),
+            Self::Podman(container) => container.root_place(),
+            Self::Process(_) => Ok(None),
+        }
+    }
+
+    /// The overlay that its engine has mounted for it, once its runtime waits.
+    pub fn overlay(&self) -> Result<Option<PathBuf>, Failure> {
+        match self {
+            Self::Containerd(container) => Ok(Some(container.overlay())),
+            Self::Podman(container) => container.overlay().map(Some),
+            Self::Process(_) | Self::Container(_) => Ok(None),
         }
     }
 

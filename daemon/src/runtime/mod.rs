@@ -8,7 +8,9 @@
 //! of them [`locks`], those that both nodes share [`shared`], and [`mounts`] are those of a
 //! namespace of its own.
 //! States in which it cannot be dumped for a moment are [`passing`], and connections that would be
-//! torn apart [`loopback`]. Objects of the kernel that its processes share are [`ipc`]. What may
+//! torn apart [`loopback`]. Root file systems that travel are [`rootfs`], those
+//! of engines [`layer`].
+//! Objects of the kernel that its processes share are [`ipc`]. What may
 //! hang is done [`detached`].
 //! Nothing here knows the links or the pages.
 
@@ -21,6 +23,7 @@ pub mod files;
 pub mod identity;
 pub mod ipc;
 pub mod kind;
+pub mod layer;
 pub mod limits;
 pub mod locks;
 pub mod loopback;
@@ -30,4 +33,5 @@ pub mod oci;
 pub mod passing;
 pub mod podman;
 pub mod process;
+pub mod rootfs;
 pub mod shared;

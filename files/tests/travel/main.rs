@@ -192,6 +192,28 @@ fn what_has_not_changed_is_neither_read_nor_sent() {
 }
 
 #[test]
+fn a_folder_that_is_another_by_the_same_name_is_looked_at() {
+    let nodes = Nodes::at(FILE_SYSTEMS[0]);
+    let (folder, aside) = (nodes.here().join("folder"), nodes.here().join("aside"));
+    let (mut source, mut staging) = (
+        Source::open(&nodes.here(), None).expect("a source"),
+        nodes.staging(),
+    );
+    for number in 0..3 {
+        drop(fs::rename(&folder, &aside));
+        fs::create_dir(&folder).expect("a folder");
+        fs::write(folder.join("file"), "bytes").expect("a file");
+        let name = format!("user.number{number}");
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(folder.join("file"), name, b"1", flags).expect("an attribute");
+        let sent = send(&mut source, &mut staging, &Suspects::default(), true);
+        sent.expect("a difference");
+        assert_same(&nodes.here(), &staging.tree_path());
+        drop(fs::remove_dir_all(&aside));
+    }
+}
+
+#[test]
 fn what_may_be_stored_to_since_the_look_is_compared_again() {
     let nodes = Nodes::at(FILE_SYSTEMS[0]);
     let path = nodes.here().join("file");

@@ -16,14 +16,39 @@ pub const FILES_BYTES_MAX: u64 = 16 << 40;
 /// A folder that travels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CopiedPath {
-    /// Where it is at the source, and is to be at the target; absolute.
+    /// Where it is at the source, and is to be at the target; absolute. Empty for what is the
+    /// container's own.
     pub path: String,
+    /// What it is.
+    pub form: CopiedForm,
     /// How many entries it has.
     pub entries: u64,
     /// What its files take on disk, in bytes.
     pub bytes: u64,
     /// What the target had of it when it left there, if it did.
     pub base: Option<[u8; 32]>,
+}
+
+/// What a folder that travels is to the workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopiedForm {
+    /// One that was named.
+    Folder,
+    /// The root file system of a container, whole; with it the folder that its bundle is.
+    Root(BundleFolder),
+    /// What a container has written over the layers of its image: the upper layer of an overlay.
+    Layer,
+}
+
+/// What is said of the folder of a bundle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BundleFolder {
+    /// Its permissions.
+    pub mode: u32,
+    /// Its owner.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
 }
 
 /// What precedes a difference on its stream.
@@ -59,7 +84,16 @@ impl FilesHeader {
 
 impl From<&CopiedPath> for schema::CopiedPath {
     fn from(copied: &CopiedPath) -> Self {
+        let (form, bundle) = match copied.form {
+            CopiedForm::Folder => (schema::CopiedForm::Folder, None),
+            CopiedForm::Root(bundle) => (schema::CopiedForm::Root, Some(bundle)),
+            CopiedForm::Layer => (schema::CopiedForm::Layer, None),
+        };
         Self {
+            form: form.into(),
+            mode: bundle.map_or(0, |bundle| bundle.mode),
+            uid: bundle.map_or(0, |bundle| bundle.uid),
+            gid: bundle.map_or(0, |bundle| bundle.gid),
             path: copied.path.clone(),
             entries: copied.entries,
             bytes: copied.bytes,
@@ -72,12 +106,12 @@ impl TryFrom<schema::CopiedPath> for CopiedPath {
     type Error = ControlError;
 
     fn try_from(wire: schema::CopiedPath) -> Result<Self, ControlError> {
+        let form = form(&wire)?;
         let parts = wire.path.strip_prefix('/').unwrap_or_default();
         // What is beside it is called by its name.
-        if parts.split('/').any(|part| matches!(part, "" | "." | "..")) {
-            return Err(missing("copied path"));
-        }
-        if wire.path.contains('\0') {
+        let is_odd = parts.split('/').any(|part| matches!(part, "" | "." | ".."));
+        let is_path = !is_odd && !wire.path.contains('\0');
+        if is_path != (form == CopiedForm::Folder) || (!is_path && !wire.path.is_empty()) {
             return Err(missing("copied path"));
         }
         short("copied path", wire.path.len(), PATH_BYTES_MAX)?;
@@ -90,10 +124,75 @@ impl TryFrom<schema::CopiedPath> for CopiedPath {
             })?),
         };
         Ok(Self {
+            form,
             path: wire.path,
             entries: wire.entries,
             bytes: wire.bytes,
             base,
         })
+    }
+}
+
+fn form(wire: &schema::CopiedPath) -> Result<CopiedForm, ControlError> {
+    let invalid = |field, value: i64| Err(ControlError::Invalid { field, value });
+    let bundle = BundleFolder {
+        mode: wire.mode,
+        uid: wire.uid,
+        gid: wire.gid,
+    };
+    if 0o7777 < bundle.mode || bundle.uid == u32::MAX || bundle.gid == u32::MAX {
+        return invalid("copied.mode", bundle.mode.into());
+    }
+    Ok(match schema::CopiedForm::try_from(wire.form) {
+        Ok(schema::CopiedForm::Folder) => CopiedForm::Folder,
+        Ok(schema::CopiedForm::Root) => CopiedForm::Root(bundle),
+        Ok(schema::CopiedForm::Layer) => CopiedForm::Layer,
+        Err(_) => return invalid("copied.form", wire.form.into()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_the_containers_own_has_no_path() {
+        let read = |path: &str, form: i32, mode: u32| {
+            let wire = schema::CopiedPath {
+                path: path.to_owned(),
+                form,
+                mode,
+                ..schema::CopiedPath::default()
+            };
+            CopiedPath::try_from(wire).map(|copied| copied.form)
+        };
+        assert_eq!(read("/srv/data", 0, 0), Ok(CopiedForm::Folder));
+        assert_eq!(read("", 2, 0), Ok(CopiedForm::Layer));
+        let bundle = BundleFolder {
+            mode: 0o700,
+            uid: 0,
+            gid: 0,
+        };
+        assert_eq!(read("", 1, 0o700), Ok(CopiedForm::Root(bundle)));
+        let copied = CopiedPath {
+            path: String::new(),
+            form: CopiedForm::Root(bundle),
+            entries: 5,
+            bytes: 6,
+            base: Some([7; 32]),
+        };
+        let wire = schema::CopiedPath::from(&copied);
+        assert_eq!(CopiedPath::try_from(wire), Ok(copied));
+        for (path, form) in [
+            ("/srv/data", 1),
+            ("/srv/data", 2),
+            ("", 0),
+            ("a", 0),
+            ("a", 2),
+        ] {
+            assert!(read(path, form, 0).is_err(), "{path} {form}");
+        }
+        assert!(read("/srv/../data", 0, 0).is_err());
+        assert!(read("", 3, 0).is_err() && read("", 1, 0o10_000).is_err());
     }
 }

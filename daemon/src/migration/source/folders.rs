@@ -9,7 +9,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use pageferry_proto::id::{MigrationId, Round};
 use pageferry_proto::migration::policy::FilesReport;
 use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::copied::{COPIED_PATHS_MAX, CopiedPath, FilesHeader};
+use pageferry_proto::wire::copied::{COPIED_PATHS_MAX, CopiedForm, CopiedPath, FilesHeader};
 use pageferry_proto::wire::stream::StreamKind;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -30,6 +30,10 @@ use crate::migration::folders::failed;
 use crate::migration::text::internal;
 use crate::net::stream::DataSender;
 use crate::runtime::copied;
+use crate::runtime::rootfs::{self, RootFiles};
+
+/// How often it is looked whether all names of a layer's files are in it.
+const LOOKS: usize = 3;
 
 /// Frames that wait for the network: at most 4 MiB.
 const FRAMES_MAX: usize = 8;
@@ -47,7 +51,8 @@ pub(super) struct Folders {
 
 #[derive(Debug)]
 struct Folder {
-    gone: Gone,
+    /// What goes aside; none of a layer, which its engine removes.
+    gone: Option<Gone>,
     /// None of one that a dead daemon has sent.
     source: Option<Arc<Mutex<Source>>>,
     /// It begins with what the target says it has.
@@ -96,46 +101,110 @@ impl Course {
     }
 }
 
+impl Folder {
+    /// Opens what is at `root`, and goes aside with `path`; with it comes what the target is told.
+    fn open(
+        keep: &Keep,
+        (path, root): (&Path, &Path),
+        (name, form): (String, CopiedForm),
+        pids: &[i32],
+    ) -> Result<(Self, CopiedPath), Failure> {
+        let unfit = |error: Error| failed(&error, ErrorCode::FolderUnfit);
+        let record = keep.recall(path);
+        let base = record.as_ref().map(pageferry_files::Record::digest);
+        let source = Source::open(root, record).map_err(unfit)?;
+        let (totals, files) = source.look().map_err(unfit)?;
+        copied::check_writers(root, &files, pids)?;
+        let metadata = fs::symlink_metadata(path).map_err(|error| internal(&error))?;
+        let told = CopiedPath {
+            path: name,
+            form,
+            entries: totals.entries,
+            bytes: totals.bytes,
+            base,
+        };
+        let folder = Self {
+            gone: Some(Gone {
+                path: path.to_owned(),
+                inode: (metadata.dev(), metadata.ino()),
+                digest: None,
+            }),
+            source: Some(Arc::new(Mutex::new(source))),
+            has_base: base.is_some(),
+        };
+        Ok((folder, told))
+    }
+
+    /// The same of the upper layer of an overlay.
+    fn open_layer(
+        (upper, overlay): (&Path, &Path),
+        pids: &[i32],
+    ) -> Result<(Self, CopiedPath), Failure> {
+        let unfit = |error: Error| failed(&error, ErrorCode::FolderUnfit);
+        let source = Source::open_layer(upper, overlay).map_err(unfit)?;
+        let (totals, files) = source.look().map_err(unfit)?;
+        // A name that comes or goes meanwhile is missing for a moment.
+        let mut checked = source.check_names();
+        for _ in 1..LOOKS {
+            if checked.is_ok() {
+                break;
+            }
+            checked = source.check_names();
+        }
+        checked.map_err(unfit)?;
+        copied::check_writers(overlay, &files, pids)?;
+        let told = CopiedPath {
+            path: String::new(),
+            form: CopiedForm::Layer,
+            entries: totals.entries,
+            bytes: totals.bytes,
+            base: None,
+        };
+        let folder = Self {
+            gone: None,
+            source: Some(Arc::new(Mutex::new(source))),
+            has_base: false,
+        };
+        Ok((folder, told))
+    }
+}
+
 impl Folders {
-    /// Opens folders at these paths; with them comes what the target is told. Nothing is changed.
+    /// Opens folders at these paths, and a container's own; with them comes what the target is
+    /// told. Nothing is changed.
     pub(super) fn open(
         keep: Keep,
         id: MigrationId,
-        paths: &[PathBuf],
+        (paths, root): (&[PathBuf], Option<&RootFiles>),
         pids: &[i32],
     ) -> Result<(Self, Vec<CopiedPath>), Failure> {
-        if COPIED_PATHS_MAX < paths.len() {
+        if COPIED_PATHS_MAX < paths.len() + usize::from(root.is_some()) {
             let text = format!("more than {COPIED_PATHS_MAX} folders are to travel");
             return Err(Failure::new(ErrorCode::Limit, text));
         }
-        let unfit = |error: Error| failed(&error, ErrorCode::FolderUnfit);
         let (mut all, mut told) = (Vec::new(), Vec::new());
+        let mut add = |(folder, tells)| {
+            all.push(folder);
+            told.push(tells);
+        };
         for path in paths {
             let Some(name) = path.to_str() else {
                 let text = format!("the name of {} is not UTF-8", path.display());
                 return Err(Failure::new(ErrorCode::FolderUnfit, text));
             };
-            let record = keep.recall(path);
-            let base = record.as_ref().map(pageferry_files::Record::digest);
-            let source = Source::open(path, record).map_err(unfit)?;
-            let (totals, files) = source.look().map_err(unfit)?;
-            copied::check_writers(path, &files, pids)?;
-            let metadata = fs::symlink_metadata(path).map_err(|error| internal(&error))?;
-            told.push(CopiedPath {
-                path: name.to_owned(),
-                entries: totals.entries,
-                bytes: totals.bytes,
-                base,
-            });
-            all.push(Folder {
-                gone: Gone {
-                    path: path.clone(),
-                    inode: (metadata.dev(), metadata.ino()),
-                    digest: None,
-                },
-                source: Some(Arc::new(Mutex::new(source))),
-                has_base: base.is_some(),
-            });
+            let form = (name.to_owned(), CopiedForm::Folder);
+            add(Folder::open(&keep, (path, path), form, pids)?);
+        }
+        match root {
+            Some(RootFiles::Bundle { bundle, root }) => {
+                let like = rootfs::folder_of(bundle).map_err(|error| internal(&error))?;
+                let form = (String::new(), CopiedForm::Root(like));
+                add(Folder::open(&keep, (bundle, root), form, pids)?);
+            }
+            Some(RootFiles::Layer { upper, overlay }) => {
+                add(Folder::open_layer((upper, overlay), pids)?);
+            }
+            None => {}
         }
         let folders = Self {
             note: note(&keep, id),
@@ -152,7 +221,7 @@ impl Folders {
         let noted = fs::read(&note).ok();
         let noted = noted.and_then(|bytes| serde_json::from_slice::<Vec<Gone>>(&bytes).ok());
         let all = noted.into_iter().flatten().map(|gone| Folder {
-            gone,
+            gone: Some(gone),
             source: None,
             has_base: false,
         });
@@ -217,13 +286,18 @@ impl Folders {
             return Ok((0, 0));
         }
         let (sent, look) = self.send(data, round, members, true, waits).await?;
-        for (folder, report) in self.all.iter_mut().zip(&sent) {
-            folder.gone.digest = Some(report.digest);
-            let (path, compared) = (folder.gone.path.display(), report.compared);
-            tracing::info!(%round, %path, bytes = report.bytes, compared, read = report.read,
+        for (index, (folder, report)) in self.all.iter_mut().zip(&sent).enumerate() {
+            let mut path = None;
+            if let Some(gone) = &mut folder.gone {
+                gone.digest = Some(report.digest);
+                path = Some(gone.path.display());
+            }
+            let (path, compared) = (path.map(tracing::field::display), report.compared);
+            tracing::info!(%round, index, path, bytes = report.bytes, compared, read = report.read,
                 ?look, "last difference of a folder sent");
         }
-        let gone: Vec<&Gone> = self.all.iter().map(|folder| &folder.gone).collect();
+        let gone = self.all.iter().filter_map(|folder| folder.gone.as_ref());
+        let gone: Vec<&Gone> = gone.collect();
         let note = serde_json::to_vec(&gone).map_err(|error| internal(&error))?;
         let written = self.keep.write(&self.note, &note);
         written.map_err(|error| failed(&error, ErrorCode::NodeUnfit))?;
@@ -264,11 +338,19 @@ impl Folders {
         drop(fs::remove_file(&self.note));
     }
 
+    /// Nothing is sent any more. An engine cannot unmount what is open here.
+    pub(super) fn close(&mut self) {
+        for folder in &mut self.all {
+            folder.source = None;
+        }
+    }
+
     /// The workload runs elsewhere: its folders go aside. Once; what cannot is tried again by
     /// [`set_aside_left`].
     pub(super) fn set_aside(&mut self) {
         let all = std::mem::take(&mut self.all);
-        let left = set_aside(&self.keep, all.into_iter().map(|folder| folder.gone));
+        let gone = all.into_iter().filter_map(|folder| folder.gone);
+        let left = set_aside(&self.keep, gone);
         if !left.is_empty() {
             let written = serde_json::to_vec(&left).map_err(|error| internal(&error));
             let written = written.and_then(|bytes| {

@@ -293,6 +293,7 @@ impl Site {
 
     /// Ends the frozen copy: it runs elsewhere now.
     pub async fn release(&mut self) -> Result<(), Failure> {
+        self.folders.close();
         // First the links: whatever the dying sockets say reaches nobody.
         if let Some(gate) = self.network.ports.gate()? {
             gate.delete().await?;

@@ -1,23 +1,27 @@
 //! Folders that come with a workload: applied beside where they are to be, put there before it is
-//! restored, and taken back if it does not run here.
+//! restored, and taken back if it does not run here. The bundle of a container is put there ahead,
+//! since its runtime is started long before the restore, and filled where it is; what has been
+//! written over an image comes to the overlay that the engine has mounted by then, and goes with it.
 //!
 //! Invariants: what is made is written down before, where a reboot does not reach it; nothing is
 //! put that is not proven; what was put is taken back by its inode, so that nothing else ever is.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pageferry_files::{Digest, Error, Keep, Placed, Staging, Totals, admit, may_come};
+use pageferry_files::{Digest, Error, Keep, Placed, Staging, Totals, admit, admit_in, may_come};
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::copied::{CopiedPath, FilesHeader};
+use pageferry_proto::wire::copied::{BundleFolder, CopiedForm, CopiedPath, FilesHeader};
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 
 use crate::migration::folders::failed;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{ReadStreamError, StreamReader};
+use crate::runtime::rootfs::{Bundle, RootPlace};
 
 /// What the node keeps of folders, and where it writes down which are coming.
 #[derive(Clone, Debug)]
@@ -36,7 +40,10 @@ pub struct Folders {
 
 #[derive(Clone, Debug)]
 struct Folder {
-    placed: Placed,
+    /// None of what comes to an overlay of an engine.
+    placed: Option<Placed>,
+    /// It is put before anything comes, and filled where it is.
+    ahead: bool,
     /// What this node has kept of it, and begins with.
     kept: Option<Digest>,
     /// None of one that a dead daemon has begun.
@@ -51,6 +58,15 @@ enum Stage {
         place: PathBuf,
         base: Option<Digest>,
     },
+    /// The same of one that is applied where it is.
+    Ahead {
+        root: PathBuf,
+        base: Option<Digest>,
+    },
+    /// It comes to an overlay that is not mounted yet, and has so much.
+    Awaited(Totals),
+    /// It comes to this one.
+    Overlay(PathBuf),
     Open(Box<Staging>),
     /// It is the workload's, or taken back.
     Gone,
@@ -59,12 +75,18 @@ enum Stage {
 impl Stage {
     /// Opens it if it is not.
     fn open(&mut self) -> Result<&mut Staging, Error> {
-        if let Self::Claimed { place, base } = self {
-            *self = Self::Open(Box::new(Staging::open(place, *base)?));
+        let opened = match self {
+            Self::Claimed { place, base } => Some(Staging::open(place, *base)?),
+            Self::Ahead { root, base } => Some(Staging::open_root(root, *base)?),
+            Self::Overlay(path) => Some(Staging::open_overlay(path)?),
+            Self::Awaited(_) | Self::Open(_) | Self::Gone => None,
+        };
+        if let Some(staging) = opened {
+            *self = Self::Open(Box::new(staging));
         }
         match self {
             Self::Open(staging) => Ok(staging),
-            Self::Claimed { .. } | Self::Gone => Err(Error::Cut),
+            _ => Err(Error::Cut),
         }
     }
 }
@@ -76,6 +98,8 @@ struct Noted {
     place: PathBuf,
     inode: Option<(u64, u64)>,
     was_there: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    ahead: bool,
 }
 
 impl Shelf {
@@ -96,8 +120,8 @@ impl Shelf {
         self.state.join(format!("{id}.coming"))
     }
 
-    /// Removes what migrations that are not known have left on its way. They have put nothing: what
-    /// is put has a record before.
+    /// Removes what migrations that are not known have left on its way. They have put nothing but
+    /// ahead: what is put has a record before.
     pub fn clean_up(&self, is_known: impl Fn(MigrationId) -> bool) {
         let entries = fs::read_dir(&self.state).into_iter().flatten().flatten();
         for entry in entries {
@@ -112,9 +136,11 @@ impl Shelf {
                 continue;
             };
             let left = Folders::new(self.clone(), id);
-            left.lock()
-                .iter_mut()
-                .for_each(|folder| folder.placed.inode = None);
+            for folder in left.lock().iter_mut().filter(|folder| !folder.ahead) {
+                if let Some(placed) = &mut folder.placed {
+                    placed.inode = None;
+                }
+            }
             if let Err(failure) = left.take_back() {
                 tracing::warn!(migration = %id, "a folder is left of its beginning: {failure}");
             }
@@ -128,12 +154,13 @@ impl Folders {
         let noted = fs::read(shelf.note(id)).ok();
         let noted = noted.and_then(|bytes| serde_json::from_slice::<Vec<Noted>>(&bytes).ok());
         let folder = |noted: Noted| Folder {
-            placed: Placed {
+            placed: Some(Placed {
                 path: noted.path,
                 place: noted.place,
                 inode: noted.inode,
                 was_there: noted.was_there,
-            },
+            }),
+            ahead: noted.ahead,
             kept: None,
             staging: None,
         };
@@ -150,34 +177,63 @@ impl Folders {
     }
 
     fn write_down(&self) -> Result<(), Failure> {
-        let noted: Vec<Noted> = self
-            .lock()
-            .iter()
-            .map(|folder| Noted::of(&folder.placed))
-            .collect();
+        let noted: Vec<Noted> = self.lock().iter().filter_map(Noted::of).collect();
         let note = self.shelf.note(self.id);
         let bytes = serde_json::to_vec(&noted).map_err(|error| internal(&error))?;
         let written = self.shelf.keep.write(&note, &bytes);
         written.map_err(|error| failed(&error, ErrorCode::NodeUnfit))
     }
 
-    /// Makes a place for each of them. Blocks.
-    pub fn prepare(&self, copied: &[CopiedPath]) -> Result<(), Failure> {
+    /// Makes a place for each of them; that of a container's own is `root`. Blocks.
+    pub fn prepare(&self, copied: &[CopiedPath], root: Option<&RootPlace>) -> Result<(), Failure> {
+        check_forms(copied, root)?;
         if copied.is_empty() {
             return Ok(());
         }
+        self.plan(copied, root)?;
+        self.write_down()?;
+        let taken = |error: Error| failed(&error, ErrorCode::PathTaken);
+        let keep = &self.shelf.keep;
+        for folder in self.lock().iter_mut() {
+            if let Some(placed) = &mut folder.placed {
+                let claimed = keep.claim(&placed.path, &placed.place, folder.kept.is_some());
+                placed.inode = Some(claimed.map_err(taken)?);
+            }
+        }
+        self.write_down()?;
+        for (folder, coming) in self.lock().iter_mut().zip(copied) {
+            if let Some(placed) = &folder.placed {
+                let stage = stage((placed, folder.kept), bundle_of(coming, root))?;
+                folder.staging = Some(Arc::new(Mutex::new(stage)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Says where each of them comes to, if it may come there.
+    fn plan(&self, copied: &[CopiedPath], root: Option<&RootPlace>) -> Result<(), Failure> {
         let taken = |error: Error| failed(&error, ErrorCode::PathTaken);
         let mut needed = std::collections::BTreeMap::<PathBuf, Totals>::new();
         for (index, coming) in copied.iter().enumerate() {
-            let path = Path::new(&coming.path);
-            let was_there = may_come(path).map_err(taken)?;
-            let keep = &self.shelf.keep;
-            let there = coming.base.and_then(|base| keep.has(path, &base));
-            let kept = coming.base.filter(|_| there.is_some());
             let offered = Totals {
                 entries: coming.entries,
                 bytes: coming.bytes,
             };
+            if coming.form == CopiedForm::Layer {
+                self.lock().push(Folder {
+                    placed: None,
+                    ahead: false,
+                    kept: None,
+                    staging: Some(Arc::new(Mutex::new(Stage::Awaited(offered)))),
+                });
+                continue;
+            }
+            let bundle = bundle_of(coming, root);
+            let path = bundle.map_or(Path::new(&coming.path), |(bundle, _)| &bundle.path);
+            let was_there = may_come(path).map_err(taken)?;
+            let keep = &self.shelf.keep;
+            let there = coming.base.and_then(|base| keep.has(path, &base));
+            let kept = coming.base.filter(|_| there.is_some());
             let missing = offered.without(there.unwrap_or_default());
             // Several may come to one folder.
             let parent = path.parent().unwrap_or(path).to_owned();
@@ -186,29 +242,66 @@ impl Folders {
             totals.bytes = totals.bytes.saturating_add(missing.bytes);
             admit(path, totals).map_err(taken)?;
             self.lock().push(Folder {
-                placed: Placed {
+                placed: Some(Placed {
                     path: path.to_owned(),
                     place: Keep::place(path, &self.id.to_string(), index),
                     inode: None,
                     was_there,
-                },
+                }),
+                ahead: bundle.is_some(),
                 kept,
                 staging: None,
             });
         }
-        self.write_down()?;
-        let keep = &self.shelf.keep;
-        for folder in self.lock().iter_mut() {
-            let Placed { path, place, .. } = &folder.placed;
-            let claimed = keep.claim(path, place, folder.kept.is_some());
-            let stage = Stage::Claimed {
-                place: place.clone(),
-                base: folder.kept,
-            };
-            folder.placed.inode = Some(claimed.map_err(taken)?);
-            folder.staging = Some(Arc::new(Mutex::new(stage)));
+        Ok(())
+    }
+
+    /// The overlay is mounted that a layer comes to. Before anything comes.
+    pub fn found(&self, overlay: &Path) -> Result<(), Failure> {
+        let unfit = |error: Error| failed(&error, ErrorCode::NodeUnfit);
+        for stage in self.layers() {
+            let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Stage::Awaited(totals) = &*stage {
+                admit_in(overlay, totals).map_err(unfit)?;
+                *stage = Stage::Overlay(overlay.to_owned());
+                // It may be none.
+                stage.open().map_err(unfit)?;
+            }
         }
-        self.write_down()
+        Ok(())
+    }
+
+    /// The workload is restored: checks that an overlay is the one that has what came. A runtime
+    /// that had died was started again, by an engine that makes another one then.
+    pub fn check_restored(&self) -> Result<(), Failure> {
+        for stage in self.layers() {
+            let Stage::Open(staging) = gone(&stage) else {
+                return Err(no_staging());
+            };
+            let had = staging.inode();
+            let had = had.map_err(|error| failed(&error, ErrorCode::NodeUnfit))?;
+            let has = fs::symlink_metadata(staging.place());
+            let has = has.map_err(|error| internal(&error))?;
+            if had != (has.dev(), has.ino()) {
+                let text = "the engine has made the container anew since its files came";
+                return Err(Failure::new(ErrorCode::RuntimeFailed, text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes what is open of overlays, which an engine could not unmount.
+    pub fn close(&self) {
+        for stage in self.layers() {
+            drop(gone(&stage));
+        }
+    }
+
+    /// Those that come to an overlay.
+    fn layers(&self) -> Vec<Arc<Mutex<Stage>>> {
+        let all = self.lock();
+        let layers = all.iter().filter(|folder| folder.placed.is_none());
+        layers.filter_map(|folder| folder.staging.clone()).collect()
     }
 
     /// Which of them this node has as the offer says.
@@ -289,11 +382,15 @@ impl Folders {
         for folder in self.lock().iter() {
             let staging = folder.staging.as_ref().ok_or_else(no_staging)?;
             let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
-            let put = staging
-                .open()
-                .and_then(|staging| Keep::put(staging, &folder.placed));
+            let put = staging.open().and_then(|staging| match &folder.placed {
+                Some(placed) if folder.ahead => Keep::check_put(staging, placed),
+                Some(placed) => Keep::put(staging, placed),
+                None => staging.check_proven(),
+            });
             put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
-            tracing::info!(migration = %self.id, path = %folder.placed.path.display(), "put");
+            if let Some(placed) = &folder.placed {
+                tracing::info!(migration = %self.id, path = %placed.path.display(), "put");
+            }
         }
         Ok(())
     }
@@ -302,13 +399,16 @@ impl Folders {
     pub fn settle(&self) {
         let all = std::mem::take(&mut *self.lock());
         for folder in all {
-            let path = &folder.placed.path;
             let staging = folder.staging.as_ref().map(gone);
-            let remembered = match staging {
-                Some(Stage::Open(mut staging)) => self.shelf.keep.remember(path, &staging.record()),
-                Some(Stage::Claimed { .. } | Stage::Gone) | None => Ok(()),
+            let Some(placed) = &folder.placed else {
+                continue;
             };
-            if let Err(error) = remembered.and_then(|()| Keep::settle(&folder.placed)) {
+            let keep = &self.shelf.keep;
+            let remembered = match staging {
+                Some(Stage::Open(mut staging)) => keep.remember(&placed.path, &staging.record()),
+                _ => Ok(()),
+            };
+            if let Err(error) = remembered.and_then(|()| Keep::settle(placed)) {
                 let failure = failed(&error, ErrorCode::NodeUnfit);
                 tracing::warn!(migration = %self.id, "of a folder that came: {failure}");
             }
@@ -318,8 +418,12 @@ impl Folders {
 
     /// Says that nothing of them is taken back, as somebody may use it yet.
     pub fn stay(&self) {
-        for folder in self.lock().iter() {
-            tracing::error!(migration = %self.id, path = %folder.placed.path.display(),
+        for placed in self
+            .lock()
+            .iter()
+            .filter_map(|folder| folder.placed.as_ref())
+        {
+            tracing::error!(migration = %self.id, path = %placed.path.display(),
                 "is left of a workload that could not be killed: remove it when that has ended");
         }
     }
@@ -334,9 +438,12 @@ impl Folders {
                 // Whoever applies something ends first.
                 drop(gone(staging));
             }
-            let undone = Keep::undo(&folder.placed);
+            let Some(placed) = &folder.placed else {
+                return false;
+            };
+            let undone = Keep::undo(placed);
             undone.is_err_and(|error| {
-                let path = folder.placed.path.display();
+                let path = placed.path.display();
                 let failure = failed(&error, ErrorCode::NodeUnfit);
                 failures.push(format!("{path}: {}", failure.text()));
                 true
@@ -351,14 +458,64 @@ impl Folders {
     }
 }
 
+/// Where something is applied. A bundle is put where it is to be.
+fn stage(
+    (placed, base): (&Placed, Option<Digest>),
+    bundle: Option<(&Bundle, BundleFolder)>,
+) -> Result<Stage, Failure> {
+    let place = placed.place.clone();
+    let Some((bundle, like)) = bundle else {
+        return Ok(Stage::Claimed { place, base });
+    };
+    let made = bundle.make_in(&Keep::tree(&place), like);
+    made.map_err(|error| {
+        let text = format!("the bundle {}: {error}", bundle.path.display());
+        Failure::new(ErrorCode::NodeUnfit, text)
+    })?;
+    let put = Keep::put_ahead(placed);
+    put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
+    let root = bundle.root();
+    Ok(Stage::Ahead { root, base })
+}
+
+/// The bundle that something that comes is of, if it is.
+fn bundle_of<'a>(
+    coming: &CopiedPath,
+    root: Option<&'a RootPlace>,
+) -> Option<(&'a Bundle, BundleFolder)> {
+    match (coming.form, root) {
+        (CopiedForm::Root(like), Some(RootPlace::Bundle(bundle))) => Some((bundle, like)),
+        _ => None,
+    }
+}
+
+/// Checks that what comes as a container's own is what it has here, once.
+fn check_forms(copied: &[CopiedPath], root: Option<&RootPlace>) -> Result<(), Failure> {
+    let own = copied.iter().map(|coming| coming.form);
+    let own: Vec<_> = own.filter(|form| *form != CopiedForm::Folder).collect();
+    match (&own[..], root) {
+        ([], None)
+        | ([CopiedForm::Root(_)], Some(RootPlace::Bundle(_)))
+        | ([CopiedForm::Layer], Some(RootPlace::Overlay)) => Ok(()),
+        ([], Some(_)) => Err(malformed(
+            "the container comes without its root file system",
+        )),
+        _ => Err(malformed(
+            "what comes with a container is none of what it has here",
+        )),
+    }
+}
+
 impl Noted {
-    fn of(placed: &Placed) -> Self {
-        Self {
+    fn of(folder: &Folder) -> Option<Self> {
+        let placed = folder.placed.as_ref()?;
+        Some(Self {
+            ahead: folder.ahead,
             path: placed.path.clone(),
             place: placed.place.clone(),
             inode: placed.inode,
             was_there: placed.was_there,
-        }
+        })
     }
 }
 
@@ -381,71 +538,5 @@ fn lost(error: &ReadStreamError) -> Failure {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Where folders come to, and what is known of them.
-    fn node() -> (tempfile::TempDir, Shelf) {
-        let root = tempfile::tempdir().expect("a folder");
-        let shelf = Shelf::new(root.path().join("state"));
-        (root, shelf)
-    }
-
-    fn coming(path: &Path, bytes: u64, base: Option<Digest>) -> CopiedPath {
-        CopiedPath {
-            path: path.to_str().expect("UTF-8").to_owned(),
-            entries: 1,
-            bytes,
-            base,
-        }
-    }
-
-    #[test]
-    fn one_that_cannot_be_taken_back_leaves_no_other() {
-        let (root, shelf) = node();
-        let paths = ["one", "two"].map(|name| root.path().join(name));
-        let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
-        let folders = Folders::new(shelf.clone(), id);
-        let all = paths.each_ref().map(|path| coming(path, 0, None));
-        folders.prepare(&all).expect("room");
-        let places: Vec<PathBuf> = {
-            let all = folders.lock();
-            all.iter()
-                .map(|folder| folder.placed.place.clone())
-                .collect()
-        };
-        for (path, place) in paths.iter().zip(&places) {
-            fs::rename(place.join("tree"), path).expect("put");
-        }
-        let in_the_way = places[0].with_extension("undone");
-        fs::create_dir(&in_the_way).expect("a folder");
-        let failure = folders.take_back().expect_err("something is in the way");
-        assert!(failure.text().contains("/one"), "{failure}");
-        assert!(paths[0].exists() && !paths[1].exists());
-        // Whoever starts again finds it.
-        fs::remove_dir(&in_the_way).expect("removed");
-        Folders::new(shelf.clone(), id)
-            .take_back()
-            .expect("taken back");
-        assert!(!paths[0].exists() && !shelf.note(id).exists());
-    }
-
-    #[test]
-    fn what_is_missing_of_a_folder_that_is_kept_must_have_room() {
-        let (root, shelf) = node();
-        let path = root.path().join("data");
-        fs::create_dir(&path).expect("a folder");
-        let digest = [7; 32];
-        shelf.keep().set_aside(&path, &digest).expect("aside");
-        let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
-        let refused =
-            Folders::new(shelf.clone(), id).prepare(&[coming(&path, 1 << 60, Some(digest))]);
-        let code = refused.map_err(|failure| failure.code());
-        assert_eq!(code, Err(ErrorCode::DiskShort));
-        let folders = Folders::new(shelf, id);
-        folders
-            .prepare(&[coming(&path, 0, Some(digest))])
-            .expect("room");
-        assert_eq!(folders.kept(), [0]);
-    }
-}
+#[path = "folders_tests.rs"]
+mod tests;

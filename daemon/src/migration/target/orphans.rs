@@ -39,7 +39,9 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
         }
     }
     block_in_place(settle_left);
-    block_in_place(|| node.shelf.clean_up(&is_known));
+    // What is left here may be used yet.
+    let is_left = |id: MigrationId| node.migrations.join(id.to_string()).exists();
+    block_in_place(|| node.shelf.clean_up(|id| is_known(id) || is_left(id)));
     for (name, freezer) in node.freezers.made() {
         // Pagers and watchers have a cgroup each, whose name goes on behind the id.
         let id = name.split('.').next().unwrap_or_default().parse();

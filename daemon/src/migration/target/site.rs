@@ -6,6 +6,7 @@
 //! was recovered can let go or discard what a dead daemon has prepared, since the pager that holds
 //! the workload has outlived it.
 
+mod files;
 mod run;
 mod undo;
 
@@ -47,6 +48,7 @@ use crate::runtime::limits::{self, Stage};
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::oci::BOUND;
 use crate::runtime::oci::arrive::{Restore, made_for, note_again};
+use crate::runtime::rootfs::RootPlace;
 use crate::runtime::shared::lengths;
 pub use run::LetGoError;
 
@@ -276,7 +278,9 @@ impl Site {
         // Files may be on storage that does not answer.
         detached::done("check", move || kind.check(&described)).await??;
         self.admit(offer)?;
-        block_in_place(|| self.intake.folders().prepare(&description.copied))?;
+        let root = arriving.root_place()?;
+        let folders = self.intake.folders();
+        block_in_place(|| folders.prepare(&description.copied, root.as_ref()))?;
         if offer.policy.verify {
             // No page comes before the offer is accepted.
             self.intake.store().keep_digests();
@@ -312,6 +316,9 @@ impl Site {
         }
         self.make_groups()?;
         self.start_pager().await?;
+        if root == Some(RootPlace::Overlay) {
+            block_in_place(|| self.find_overlay())?;
+        }
         self.state()
     }
 
@@ -456,6 +463,7 @@ impl Site {
             .await
             .map_err(pager_failed)?;
         self.root_pid = Some(restored.root_pid);
+        block_in_place(|| self.intake.folders().check_restored())?;
         if restored.freezer_id != self.freezer.id() {
             let path = self.freezer.path().to_owned();
             self.freezer = Freezer::again(path, restored.freezer_id);

@@ -15,9 +15,10 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescription};
 use pageferry_proto::wire::description::WorkloadDescription;
 
-use super::{ask, check, kept_in, refuse_others};
+use super::{ask, check, kept_in, mounted, refuse_others};
 use crate::runtime::oci::arrive::{Leaves, Restore, check_node, prepare};
 use crate::runtime::oci::spec::Spec;
+use crate::runtime::rootfs::RootPlace;
 
 /// What stands for the runtime here: it asks containerd, and ends when the container runs.
 const PROGRAM: &str = "pageferry-containerd";
@@ -148,6 +149,17 @@ impl Arriving {
             )),
             Some(_) => Ok(()),
         }
+    }
+
+    /// Where what it has written comes to, if it writes.
+    pub fn root_place(&self) -> Result<Option<RootPlace>, Failure> {
+        let spec = Spec::parse(&self.config)?;
+        Ok(spec.is_writable().then_some(RootPlace::Overlay))
+    }
+
+    /// Where its shim has mounted its root file system.
+    pub fn overlay(&self) -> PathBuf {
+        mounted(&self.namespace, self.id.as_str())
     }
 
     /// How containerd is asked for it. Makes what that needs in `directory`, which is the

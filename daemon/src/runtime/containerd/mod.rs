@@ -27,6 +27,7 @@ use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescripti
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::layer;
 use super::oci::Container as OfRuntime;
 use super::oci::checkpoint::{Checkpoint, CheckpointError};
 use super::oci::habits::Runtime;
@@ -34,6 +35,9 @@ use super::process::describe::Described;
 
 /// Where containerd has runc keep the containers of a namespace, by its name.
 const ROOT: &str = "/run/containerd/runc";
+
+/// Where its shims have the bundles of a namespace, by its name.
+const TASKS: &str = "/run/containerd/io.containerd.runtime.v2.task";
 
 /// Namespaces of those who start their containers again, and what they are.
 const OTHERS: [(&str, &str); 2] = [("moby", "Docker"), ("k8s.io", "the kubelet of Kubernetes")];
@@ -102,9 +106,11 @@ impl Containerd {
         &self.container
     }
 
-    /// What it is made of; as [`OfRuntime::describe`].
+    /// What it is made of; as [`OfRuntime::describe_with`].
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
-        let mut described = self.container.describe(pids, shared)?;
+        let mut described = self.container.describe_with((pids, shared), None, |spec| {
+            layer::find(&spec.root(self.container.bundle()), None)
+        })?;
         // They are the image's, which has the same digest; and they are nowhere yet.
         described.description.files.clear();
         if let Some(container) = &mut described.description.container {
@@ -200,6 +206,11 @@ impl Containerd {
     ) -> Result<T, ClientError> {
         pageferry_containerd::with((SOCKET.as_ref(), &self.namespace), limit, work)
     }
+}
+
+/// Where the shim of a container has its root file system mounted.
+fn mounted(namespace: &str, id: &str) -> PathBuf {
+    Path::new(TASKS).join(namespace).join(id).join("rootfs")
 }
 
 /// The folder in which containerd has runc keep the containers of a namespace.

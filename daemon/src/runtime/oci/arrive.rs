@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use pageferry_cgroup::freezer::{Freezer, FreezerRoot};
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_cgroup::identity::FolderId;
+use pageferry_files::may_come;
 use pageferry_proto::id::ContainerId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::ContainerDescription;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::habits::Runtime;
 use super::spec::Spec;
 use super::{BOUND, OUTPUT, bound_in, read_config};
+use crate::runtime::rootfs::{self, Bundle, RootPlace};
 use crate::runtime::{cpu, files};
 
 /// A container that comes.
@@ -128,12 +130,38 @@ impl Arriving {
             )
         };
         // Also a source that refuses less than this node is not followed.
-        Spec::parse(&self.container.config)?.check(None)?;
+        let spec = Spec::parse(&self.container.config)?;
+        spec.check(None)?;
+        if spec.is_writable() {
+            // It comes with its root file system, which is never put over another.
+            let taken = |error: pageferry_files::Error| {
+                Failure::new(
+                    ErrorCode::PathTaken,
+                    format!("the bundle of the container: {error}"),
+                )
+            };
+            rootfs::within(bundle, spec.named_root())?;
+            return may_come(bundle).map(drop).map_err(taken);
+        }
         let here = read_config(bundle).map_err(|failure| differs(failure.text()))?;
         if here != self.container.config {
             return Err(differs("its config.json is another one"));
         }
         Ok(())
+    }
+
+    /// The bundle that is made for it, if its root file system comes with it.
+    pub fn root_place(&self) -> Result<Option<RootPlace>, Failure> {
+        let spec = Spec::parse(&self.container.config)?;
+        if !spec.is_writable() {
+            return Ok(None);
+        }
+        let path = PathBuf::from(&self.container.bundle);
+        Ok(Some(RootPlace::Bundle(Bundle {
+            root: rootfs::within(&path, spec.named_root())?,
+            path,
+            config: self.container.config.clone(),
+        })))
     }
 
     /// Namespaces that are made for it before it is restored: CRIU makes the others.
@@ -421,10 +449,20 @@ mod tests {
                 .text()
                 .contains("config.json is another one")
         );
-        // What no source of this build offers.
+        // One that is written to comes, to no other.
         let writable = CONFIG.replace("true", "false");
         fs::write(bundle.path().join("config.json"), &writable).unwrap();
-        assert_eq!(refused(&writable).code(), ErrorCode::UnsupportedWorkload);
+        assert_eq!(refused(&writable).code(), ErrorCode::PathTaken);
+        fs::remove_file(bundle.path().join("config.json")).unwrap();
+        check(&writable).unwrap();
+        let elsewhere = writable.replace("rootfs", "/srv/rootfs");
+        assert_eq!(refused(&elsewhere).code(), ErrorCode::UnsupportedWorkload);
+        let place = arriving(bundle.path(), &writable).root_place().unwrap();
+        let Some(RootPlace::Bundle(made)) = place else {
+            panic!("nothing is made");
+        };
+        assert_eq!(made.root(), bundle.path().join("rootfs"));
+        assert_eq!(arriving(bundle.path(), CONFIG).root_place().unwrap(), None);
     }
 
     #[test]

@@ -61,7 +61,7 @@ fn read(text: &[u8], id: &str) -> Result<State, Failure> {
         is_systemds: written.systemd_cgroup,
         root_files: written.rootfs,
         // What it says of these is in `config.json`.
-        is_writable: false,
+        is_writable: None,
         limits: None,
     })
 }

@@ -10,8 +10,9 @@
 //! its container runs on as it was; no folder of the runtime is deleted while a root file system is
 //! bound in it.
 //!
-//! Absent, and refused by name ([`spec`], [`state`]): a root file system that is written to,
-//! volumes, terminals, pipes as standard streams, hooks, namespaces that are shared.
+//! A root file system that is written to travels with its bundle ([`rootfs`](super::rootfs)).
+//! Absent, and refused by name ([`spec`], [`state`]): volumes, terminals, pipes as standard streams,
+//! hooks, namespaces that are shared.
 
 mod alone;
 pub mod arrive;
@@ -40,6 +41,7 @@ use serde::{Deserialize, Serialize};
 use super::identity::{self, Identity};
 use super::passing::Passing;
 use super::process::describe::{self, Described};
+use super::rootfs::RootFiles;
 use habits::{BoundIn, Runtime};
 use spec::{Engine, Spec};
 use state::State;
@@ -173,15 +175,18 @@ impl Container {
     /// What it is made of: the tree of `pids`, the root first. Blocks, for a few milliseconds if
     /// its storage answers.
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
-        self.describe_with(pids, shared, None)
+        self.describe_with((pids, shared), None, |spec| {
+            RootFiles::in_bundle(&self.bundle, spec.named_root())
+        })
     }
 
-    /// As [`Container::describe`], of one that is an engine's.
+    /// As [`Container::describe`], of one that is an engine's; `root` finds its root file system, if
+    /// it writes to that.
     pub fn describe_with(
         &self,
-        pids: &[i32],
-        shared: &[PathBuf],
+        (pids, shared): (&[i32], &[PathBuf]),
         engine: Option<&Engine>,
+        root: impl FnOnce(&Spec) -> Result<RootFiles, Failure>,
     ) -> Result<Described, Failure> {
         if let Some(path) = shared.first() {
             return Err(Failure::new(
@@ -195,12 +200,21 @@ impl Container {
             ));
         }
         let config = read_config(&self.bundle)?;
-        Spec::parse(&config)?.check(engine)?;
+        let spec = Spec::parse(&config)?;
+        spec.check(engine)?;
+        let root = spec.is_writable().then(|| root(&spec)).transpose()?;
         let pipes = engine.map_or(&[][..], |engine| &engine.pipes);
-        let mut described = describe::describe(self.root, (pids, pipes), shared)?;
+        // Where the node has it.
+        let mounts = describe::mounts(self.root)?;
+        let here = mounts.and_then(|mounts| mounts.node_path(Path::new("/")));
+        let here: Vec<PathBuf> = here.into_iter().filter(|_| root.is_some()).collect();
+        let mut described = describe::describe(self.root, (pids, pipes), &here)?;
+        described.root_files = root;
+        let comes = |path: &str| here.iter().any(|here| Path::new(path).starts_with(here));
         let description = &mut described.description;
         // The runtime mounts them, by the same configuration.
         description.mounts.clear();
+        description.files.retain(|file| !comes(&file.path));
         description.container = Some(ContainerDescription {
             bundle: self.bundle.to_string_lossy().into_owned(),
             config,
@@ -365,7 +379,8 @@ fn bound_in((runtime, id): (Runtime, &str), bundle: &Path) -> PathBuf {
     }
 }
 
-fn read_config(bundle: &Path) -> Result<Vec<u8>, Failure> {
+/// The `config.json` of a bundle.
+pub fn read_config(bundle: &Path) -> Result<Vec<u8>, Failure> {
     let path = bundle.join("config.json");
     let failed = |text: String| {
         let text = format!("{}: {text}", path.display());

@@ -99,7 +99,7 @@ fn read(text: &[u8], id: &str) -> Result<State, Failure> {
         is_rootless: config.rootless_euid,
         is_systemds: cgroups.systemd,
         root_files: config.rootfs,
-        is_writable: !config.readonlyfs,
+        is_writable: Some(!config.readonlyfs),
         limits: Some(cgroups.into()),
     })
 }
@@ -135,8 +135,8 @@ mod tests {
         assert!(rootless.text().contains("rootless"), "{rootless}");
         let systemd = refused(json!({"cgroups": {"Systemd": true}, "readonlyfs": true}));
         assert!(systemd.text().contains("systemd"), "{systemd}");
-        let writable = refused(json!({"readonlyfs": false}));
-        assert!(writable.text().contains("may write"), "{writable}");
+        let writes = state(["/dev/null"; 3], json!({"readonlyfs": false})).is_writable;
+        assert_eq!((writes, piped.is_writable), (Some(true), Some(false)));
         let limits = json!({"memory": 5, "pids_limit": 9, "cpuset_cpus": "0"});
         let limits = state(["/dev/null"; 3], json!({"cgroups": limits}))
             .limits

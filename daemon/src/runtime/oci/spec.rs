@@ -179,6 +179,16 @@ impl Spec {
         bundle.join(&self.root.path)
     }
 
+    /// What that is called in the configuration.
+    pub fn named_root(&self) -> &Path {
+        &self.root.path
+    }
+
+    /// Whether it may write to that.
+    pub const fn is_writable(&self) -> bool {
+        !self.root.readonly
+    }
+
     /// Its limits.
     pub fn limits(&self) -> Limits {
         let Resources { memory, cpu, pids } = &self.linux.resources;
@@ -213,12 +223,6 @@ impl Spec {
                 ErrorCode::StdioUnfit,
                 "the container has a terminal (process.terminal), which is not moved yet",
             ));
-        }
-        if !self.root.readonly {
-            return refused(
-                "may write to its root file system, which is not moved yet: make it read-only \
-                 (root.readonly) and give it a tmpfs for what it writes",
-            );
         }
         let folders = engine.map_or(&[][..], |engine| &engine.folders);
         let is_made = |mount: &&Mount| {
@@ -330,10 +334,6 @@ mod tests {
             .unwrap();
         let terminal = refused(|spec| spec["process"]["terminal"] = true.into());
         assert!(terminal.starts_with("stdio-unfit") && terminal.contains("terminal"));
-        let root = refused(|spec| spec["root"]["readonly"] = false.into());
-        assert!(root.contains("root.readonly"), "{root}");
-        let root = refused(|spec| drop(spec["root"].as_object_mut().unwrap().remove("readonly")));
-        assert!(root.contains("root.readonly"), "{root}");
         for mount in [
             json!({"destination": "/data", "type": "none", "options": ["rbind", "rw"]}),
             json!({"destination": "/data", "type": "tmpfs", "options": ["bind"]}),
@@ -352,6 +352,19 @@ mod tests {
         assert!(managed.contains("one of libpod"), "{managed}");
         let shared = refused(|spec| spec["linux"]["rootfsPropagation"] = "rshared".into());
         assert!(shared.contains("rootfsPropagation"), "{shared}");
+    }
+
+    #[test]
+    fn a_root_file_system_is_writable_unless_it_says_otherwise() {
+        let is_writable = |root: Value| {
+            let mut spec = spec();
+            spec["root"] = root;
+            let parsed = Spec::parse(spec.to_string().as_bytes()).unwrap();
+            parsed.is_writable()
+        };
+        assert!(!is_writable(json!({"path": "rootfs", "readonly": true})));
+        assert!(is_writable(json!({"path": "rootfs", "readonly": false})));
+        assert!(is_writable(json!({"path": "rootfs"})));
     }
 
     #[test]

@@ -25,8 +25,8 @@ pub struct State {
     pub is_systemds: bool,
     /// Its root file system; may be a path in the bundle.
     pub root_files: PathBuf,
-    /// It may write to that, if its runtime says so.
-    pub is_writable: bool,
+    /// Whether it may write to that, if its runtime says so.
+    pub is_writable: Option<bool>,
     /// Its limits, if its runtime has written them down.
     pub limits: Option<Limits>,
 }
@@ -41,12 +41,6 @@ impl State {
     /// Refuses a container that was made as none is moved.
     pub fn check_maker(&self) -> Result<(), Failure> {
         let refused = |text: &str| Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
-        if self.is_writable {
-            return refused(
-                "the container was started with a root file system that it may write to, which is \
-                 not moved yet",
-            );
-        }
         if self.is_rootless {
             return refused("the container is a rootless one, which is not moved");
         }
@@ -91,6 +85,16 @@ impl State {
                  that was changed since it was started",
                 self.root_files.display()
             ));
+        }
+        if self
+            .is_writable
+            .is_some_and(|writes| writes != spec.is_writable())
+        {
+            return refused(
+                "whether the container may write to its root file system was changed in its \
+                 config.json (root.readonly) since it was started"
+                    .to_owned(),
+            );
         }
         let limits = self.limits.as_ref();
         match limits.and_then(|limits| limits.other_than(&spec.limits())) {
@@ -141,6 +145,15 @@ mod tests {
             state.check_against(&spec, bundle.path())
         };
         check("rootfs".into(), None).unwrap();
+        for (writes, is_same) in [(true, true), (false, false)] {
+            let state = State {
+                root_files: "rootfs".into(),
+                is_writable: Some(writes),
+                ..State::default()
+            };
+            let checked = state.check_against(&spec, bundle.path());
+            assert_eq!(checked.is_ok(), is_same, "{checked:?}");
+        }
         let set = Limits {
             memory: 5,
             pids: 9,

@@ -4,7 +4,7 @@
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_proto::id::ContainerId;
@@ -17,7 +17,9 @@ use super::command::{podman_at_once, told};
 use super::{MANAGER, NEVER, PROGRAM, archive, folders};
 use crate::runtime::oci::arrive::{self, Restore};
 use crate::runtime::oci::habits::Runtime;
+use crate::runtime::oci::read_config;
 use crate::runtime::oci::spec::{Engine, Spec};
+use crate::runtime::rootfs::RootPlace;
 
 /// Who restores it.
 const RUNTIME: Runtime = Runtime::Crun;
@@ -62,7 +64,8 @@ impl Arriving {
             folders: folders(&self.podman.id, bundle),
             ..Engine::default()
         };
-        Spec::parse(&self.container.config)?.check(Some(&engine))?;
+        let spec = Spec::parse(&self.container.config)?;
+        spec.check(Some(&engine))?;
         archive::check(&self.podman.archive, self.podman.id.as_str()).map_err(|why| {
             let text = format!("what podman has of the container {}: {why}", self.name);
             Failure::new(ErrorCode::UnsupportedWorkload, text)
@@ -111,6 +114,18 @@ impl Arriving {
             ));
         }
         Ok(())
+    }
+
+    /// Where what it has written comes to, if it writes.
+    pub fn root_place(&self) -> Result<Option<RootPlace>, Failure> {
+        let spec = Spec::parse(&self.container.config)?;
+        Ok(spec.is_writable().then_some(RootPlace::Overlay))
+    }
+
+    /// Where podman has mounted its root file system: in what it has written for its runtime.
+    pub fn overlay(&self) -> Result<PathBuf, Failure> {
+        let here = read_config(Path::new(&self.container.bundle))?;
+        Ok(Spec::parse(&here)?.named_root().to_owned())
     }
 
     /// Namespaces that are made for it before it is restored.

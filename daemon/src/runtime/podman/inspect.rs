@@ -9,7 +9,9 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::command::{CommandError, podman_at_once, told};
+use crate::runtime::layer;
 use crate::runtime::oci::habits::Runtime;
+use crate::runtime::rootfs::RootFiles;
 
 /// The label by which a unit of systemd that runs a container names itself.
 const UNIT: &str = "PODMAN_SYSTEMD_UNIT";
@@ -34,6 +36,8 @@ pub struct Inspected {
     dependencies: Option<Vec<String>>,
     host_config: HostConfig,
     config: Config,
+    #[serde(default)]
+    graph_driver: GraphDriver,
     /// The same, read.
     #[serde(skip)]
     container: Option<ContainerId>,
@@ -59,6 +63,14 @@ struct HostConfig {
     #[serde(default)]
     network_mode: String,
     restart_policy: Restart,
+}
+
+/// Where its root file system is.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct GraphDriver {
+    name: String,
+    data: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -144,6 +156,22 @@ impl Inspected {
                 format!(
                     "podman runs the container with {:?}: only containers of crun are moved",
                     self.runtime
+                ),
+            )),
+        }
+    }
+
+    /// What it has written over its image.
+    pub fn layer(&self) -> Result<RootFiles, Failure> {
+        let driver = &self.graph_driver;
+        let data = |name: &str| driver.data.as_ref()?.get(name).map(Path::new);
+        match (&*driver.name, data("MergedDir"), data("UpperDir")) {
+            ("overlay", Some(merged), Some(upper)) => layer::find(merged, Some(upper)),
+            (other, ..) => Err(Failure::new(
+                ErrorCode::UnsupportedWorkload,
+                format!(
+                    "podman keeps what the container writes by its driver {other:?}: only by \
+                     \"overlay\" it is moved"
                 ),
             )),
         }
@@ -268,6 +296,19 @@ mod tests {
         assert!(refused(|one| one["Pod"] = "0c".into()).contains("pod"));
         let health = refused(|one| one["Config"]["Healthcheck"] = json!({"Test": ["CMD"]}));
         assert!(health.contains("health check"), "{health}");
+    }
+
+    #[test]
+    fn what_it_writes_is_in_an_overlay_or_it_is_refused_by_its_driver() {
+        let refused = |driver: Value| {
+            let one = inspected(|one| one["GraphDriver"] = driver);
+            one.layer().unwrap_err().to_string()
+        };
+        let vfs = refused(json!({"Name": "vfs", "Data": null}));
+        assert!(vfs.contains("\"vfs\""), "{vfs}");
+        let data = json!({"MergedDir": "/no/such/mount", "UpperDir": "/upper"});
+        let gone = refused(json!({"Name": "overlay", "Data": data}));
+        assert!(gone.contains("/no/such/mount"), "{gone}");
     }
 
     #[test]

@@ -106,7 +106,11 @@ impl Podman {
             folders: folders(&self.id.0, self.container.bundle()),
             pipes: state.pipes(),
         };
-        let mut described = self.container.describe_with(pids, shared, Some(&engine))?;
+        let mut described = self
+            .container
+            .describe_with((pids, shared), Some(&engine), |_| {
+                Inspected::of(&self.id.0)?.layer()
+            })?;
         // They are of its image, which has the same id at the target or is not there.
         described.description.files.clear();
         Ok(described)

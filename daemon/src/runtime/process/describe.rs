@@ -19,6 +19,7 @@ use crate::runtime::files::Descriptors;
 use crate::runtime::identity;
 use crate::runtime::loopback;
 use crate::runtime::mounts::Mounts;
+use crate::runtime::rootfs::RootFiles;
 
 /// Threads in one tree; the description of one must fit a control message.
 pub const TASKS_MAX: usize = 16_384;
@@ -32,6 +33,8 @@ pub struct Described {
     pub own: Vec<NamespaceKind>,
     /// What it sees, if it has a mount namespace of its own.
     pub mounts: Option<Mounts>,
+    /// The root file system, if it is a container's that travels.
+    pub root_files: Option<RootFiles>,
 }
 
 /// Looks at the tree of `pids`, `root` first. Blocks for a few milliseconds.
@@ -105,6 +108,7 @@ pub fn describe(
         description,
         own,
         mounts,
+        root_files: None,
     })
 }
 

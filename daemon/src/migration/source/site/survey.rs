@@ -41,6 +41,7 @@ use crate::runtime::kind::Kind;
 use crate::runtime::limits;
 use crate::runtime::locks::Locks;
 use crate::runtime::process::describe::{Described, mounts};
+use crate::runtime::rootfs::RootFiles;
 use crate::runtime::shared::{self, Storage};
 
 /// How often it is looked for locks, and how long between two looks.
@@ -163,11 +164,11 @@ async fn add_folders(
     description: &mut WorkloadDescription,
     node: &SourceNode,
     id: MigrationId,
-    (asked, pids): (&Asked, &[i32]),
+    (asked, root, pids): (&Asked, Option<RootFiles>, &[i32]),
 ) -> Result<Folders, Failure> {
     let (keep, paths) = (node.keep.clone(), asked.copied.clone());
     let members = pids.to_vec();
-    let opening = move || Folders::open(keep, id, &paths, &members);
+    let opening = move || Folders::open(keep, id, (&paths, root.as_ref()), &members);
     let (folders, copied) = looking(description.root_pid, opening).await?;
     description.copied = copied;
     Ok(folders)
@@ -212,7 +213,8 @@ impl Site {
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
         let (kept, shared) = looking(root, move || Kept::open(storage)).await?;
         description.shared = shared;
-        let folders = add_folders(&mut description, &node, id, (asked, &pids)).await?;
+        let travels = (asked, described.root_files, &*pids);
+        let folders = add_folders(&mut description, &node, id, travels).await?;
         let ports = if described.own.contains(&NamespaceKind::Net) {
             add_network(&mut description, root).await?
         } else {

@@ -150,13 +150,6 @@ impl Site {
         }
     }
 
-    /// Folders that came with it are its own now. In the background: it takes as long as there are
-    /// files.
-    fn settle_folders(&self) {
-        let folders = self.intake.folders().clone();
-        tokio::task::spawn_blocking(move || folders.settle());
-    }
-
     /// Repeats the announcements in the background.
     fn announce_again(&self) {
         let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) else {

@@ -31,6 +31,7 @@ impl Site {
     /// Undoes everything down to nothing, from wherever [`Site::prepare`] or [`Site::restore`] were
     /// cut off.
     pub async fn discard(&mut self) -> Result<(), Failure> {
+        block_in_place(|| self.intake.folders().close());
         if let Some(pager) = self.pager.take() {
             self.discard_pager(&pager).await;
         }
