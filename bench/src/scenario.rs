@@ -43,6 +43,8 @@ pub struct Scenario {
     run: fn(&Settings, &mut Report) -> Result<()>,
 }
 
+const DEMO: &str = "demo";
+
 /// All scenarios, in the order in which they make sense.
 pub const ALL: [Scenario; 16] = [
     Scenario {
@@ -58,8 +60,8 @@ pub const ALL: [Scenario; 16] = [
         run: baseline::run,
     },
     Scenario {
-        name: "demo",
-        summary: "one move of Redis with 512 MiB under write load",
+        name: DEMO,
+        summary: "one move of Redis with 512 MiB under write load, or of its --container",
         cases: false,
         run: redis::demo,
     },
@@ -152,6 +154,9 @@ impl Scenario {
     pub fn run(&self, settings: &Settings, json: Option<&Path>) -> Result<bool> {
         if settings.only.is_some() && !self.cases {
             bail!("{} has no cases: leave out --only", self.name);
+        }
+        if settings.container.is_some() && self.name != DEMO {
+            bail!("{} has no --container: that is for {DEMO}", self.name);
         }
         let mut report = Report::new(self.name);
         if let Err(error) = (self.run)(settings, &mut report) {

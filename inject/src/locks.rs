@@ -62,7 +62,7 @@ pub struct FileLock {
 }
 
 /// The kinds of file locks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LockKind {
     /// `flock`: of the open file, on all of it.
@@ -258,15 +258,18 @@ pub struct Taken {
 pub fn let_go_frozen(locks: &[FileLock], freezer: &Freezer) -> Result<Vec<i32>, InjectError> {
     let mut ended = Vec::new();
     for (pid, locks) in by_process(locks) {
-        let Some(pidfd) = whose::find(pid, locks[0].started, freezer)? else {
-            ended.push(pid);
-            continue;
-        };
-        let own = let_go_open(locks, pidfd.as_fd())?;
-        if !own.is_empty() {
-            frozen::with_thread((pid, pidfd.as_fd()), freezer, |thread| {
+        let process = (pid, locks[0].started);
+        let let_go = whose::unless_ended(process, freezer, |pidfd| {
+            let own = let_go_open(locks, pidfd)?;
+            if own.is_empty() {
+                return Ok(());
+            }
+            frozen::with_thread((pid, pidfd), freezer, |thread| {
                 own.iter().try_for_each(|lock| lock.let_go(thread))
-            })?;
+            })
+        })?;
+        if let_go.is_none() {
+            ended.push(pid);
         }
     }
     Ok(ended)
@@ -297,14 +300,18 @@ pub fn take_frozen(locks: &[FileLock], freezer: &Freezer) -> Result<Taken, Injec
     let mut ended = Vec::new();
     let missing = all_or_none(
         locks,
-        |pid, locks| match whose::find(pid, locks[0].started, freezer)? {
-            Some(pidfd) => frozen::with_thread((pid, pidfd.as_fd()), freezer, |thread| {
-                take_each(locks, thread)
-            }),
-            None => {
-                ended.push(pid);
-                Ok(None)
-            }
+        |pid, locks| {
+            let process = (pid, locks[0].started);
+            let taken = whose::unless_ended(process, freezer, |pidfd| {
+                frozen::with_thread((pid, pidfd), freezer, |thread| take_each(locks, thread))
+            })?;
+            taken.map_or_else(
+                || {
+                    ended.push(pid);
+                    Ok(None)
+                },
+                Ok,
+            )
         },
         || let_go_frozen(locks, freezer).map(drop),
     )?;

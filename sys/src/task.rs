@@ -102,10 +102,24 @@ pub fn threads(pid: i32) -> io::Result<Vec<i32>> {
 
 /// When process `pid` started, in clock ticks since boot: with the pid, its identity.
 pub fn start_time(pid: i32) -> io::Result<u64> {
+    stat_field(pid, 22)
+}
+
+/// Whether task `tid` is on its way to its end, by a signal that ends all of its process. From then
+/// on the signal is no longer pending, and there may be milliseconds until it counts as ended, in
+/// which what it has open is gone already (`PF_SIGNALED` of `include/linux/sched.h`, which
+/// `get_signal` sets; field 9 of `stat`). False if it cannot be read.
+pub fn is_ending(tid: i32) -> bool {
+    const PF_SIGNALED: u64 = 0x400;
+    stat_field(tid, 9).is_ok_and(|flags| flags & PF_SIGNALED != 0)
+}
+
+/// A number of `/proc/PID/stat`, counted from one as proc(5) does; from the third.
+fn stat_field(pid: i32, number: usize) -> io::Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name, in parentheses, may hold spaces and parentheses; the start is field 22.
+    // The name, in parentheses, may hold spaces and parentheses.
     let rest = text.rsplit_once(") ").map(|(_, rest)| rest);
-    let field = rest.and_then(|rest| rest.split(' ').nth(22 - 3));
+    let field = rest.and_then(|rest| rest.split(' ').nth(number - 3));
     field
         .and_then(|value| value.parse().ok())
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unknown form of stat"))
@@ -129,7 +143,7 @@ mod tests {
         assert_eq!(status.ids.first(), Some(&pid));
         assert!(threads(pid).unwrap().contains(&pid));
         assert!(0 < start_time(pid).unwrap());
-        assert!(!has_ended(pid) && tracer(pid).is_none());
+        assert!(!has_ended(pid) && !is_ending(pid) && tracer(pid).is_none());
     }
 
     #[test]
@@ -145,6 +159,25 @@ mod tests {
         assert_eq!(Status::read(pid).unwrap().state, b'Z');
         child.wait().unwrap();
         assert!(Status::read(pid).is_err() && has_ended(pid));
+    }
+
+    #[test]
+    fn who_was_killed_is_told_from_who_has_ended_by_itself() {
+        let mut ended = std::process::Command::new("true").spawn().unwrap();
+        let mut killed = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        killed.kill().unwrap();
+        let pids = [&ended, &killed].map(|child| child.id().cast_signed());
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while !pids.iter().all(|pid| has_ended(*pid)) {
+            assert!(std::time::Instant::now() < deadline, "they do not end");
+            std::thread::yield_now();
+        }
+        assert_eq!(pids.map(is_ending), [false, true]);
+        ended.wait().unwrap();
+        killed.wait().unwrap();
     }
 
     #[test]

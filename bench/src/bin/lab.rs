@@ -14,6 +14,7 @@ use pageferry_bench::mover::pageferry::Pageferry;
 use pageferry_bench::mover::stock_criu::StockCriu;
 use pageferry_bench::scenario;
 use pageferry_bench::scenario::settings::Settings;
+use pageferry_bench::workload::container::Runtime;
 use pageferry_bench::workload::{WorkloadPlan, launch, nginx, redis};
 use pageferry_bench::writer::options::Options;
 
@@ -84,6 +85,10 @@ enum Command {
         /// between them.
         #[arg(long)]
         only: Option<String>,
+        /// Of `demo`, move a container instead of a bare tree: of runc, or of crun or podman.
+        #[arg(long, value_name = "RUNTIME", num_args = 0..=1, default_missing_value = "runc",
+              value_parser = runtime)]
+        container: Option<Runtime>,
     },
     /// Name the scenarios.
     List,
@@ -103,6 +108,13 @@ enum Kind {
     Nginx,
     Redis,
     Writer,
+}
+
+fn runtime(name: &str) -> Result<Runtime, String> {
+    Runtime::of(name).ok_or_else(|| {
+        let names = Runtime::ALL.map(Runtime::name).join(", ");
+        format!("it is one of {names}")
+    })
 }
 
 fn main() -> ExitCode {
@@ -152,6 +164,7 @@ fn run(command: Command) -> Result<ExitCode> {
             keep,
             baseline,
             only,
+            container,
         } => {
             let Some(scenario) = scenario::find(&scenario) else {
                 bail!("no scenario is called {scenario:?} (lab list)")
@@ -163,6 +176,7 @@ fn run(command: Command) -> Result<ExitCode> {
                     keep,
                     mover,
                     only,
+                    container,
                 },
                 json.as_deref(),
             )?;

@@ -12,17 +12,35 @@ use crate::lab::Lab;
 use crate::measure::Meter;
 use crate::mover::pageferry::{Migration, SETTLE_TIME_MAX, wait_settled};
 use crate::mover::{MoveOptions, Mover};
+use crate::workload::{container, redis};
 
-/// One move under the first row of the load.
+/// One move under the first row of the load, of a bare tree or of a container.
 pub fn demo(settings: &Settings, report: &mut Report) -> Result<()> {
-    let mut lab = settings.lab(2)?;
+    let (lab, workload) = match settings.container {
+        None => {
+            let mut lab = settings.lab(2)?;
+            let tree = redis::start(&mut lab, "a", &redis::plan())?;
+            (lab, tree)
+        }
+        Some(runtime) => {
+            settings.need_pageferry("stock CRIU moves no containers here")?;
+            let mut lab = settings.lab_with(&container::LAYER, 2)?;
+            let held = container::start(&mut lab, runtime, "a")?;
+            (lab, held)
+        }
+    };
     let meter = Meter::start(&lab)?;
     let dataset = Dataset::first_row(DEMO_BYTES);
     let load = LoadPlan::first_row();
-    let mut session = Session::start(&mut lab, settings.mover, "a", dataset, load)?;
+    let mut session = Session::watch(&lab, settings.mover, "a", workload, dataset, load)?;
     session.wait_for_writes(WRITES_AROUND)?;
     if session.move_to(&lab, "b", &MoveOptions::default(), report)? {
         session.wait_for_writes(WRITES_AROUND)?;
+        if let Some(moved) = &session.workload.container {
+            container::check_here(lab.node("b")?, moved, session.workload.pid)?;
+            container::check_gone(lab.node("a")?, moved)?;
+            report.figure("container", moved.name());
+        }
     }
     session.finish(report)?;
     report.figure_usage(&meter.finish());

@@ -6,6 +6,7 @@ use crate::lab::layer::LayerPlan;
 use crate::lab::network::Link;
 use crate::lab::{Lab, LabOptions};
 use crate::mover::Mover;
+use crate::workload::container::Runtime;
 
 /// What the command line may change about a scenario.
 #[derive(Clone, Debug)]
@@ -18,6 +19,8 @@ pub struct Settings {
     pub mover: &'static dyn Mover,
     /// Of a scenario with cases, only this one.
     pub only: Option<String>,
+    /// Move a container of this runtime.
+    pub container: Option<Runtime>,
 }
 
 impl Settings {

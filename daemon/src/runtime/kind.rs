@@ -129,8 +129,8 @@ impl Kind {
         match self {
             Self::Process(process) => process.root(),
             Self::Container(container) => container.root(),
-            Self::Containerd(container) => container.root(),
-            Self::Podman(container) => container.root(),
+            Self::Containerd(engine) => engine.container().root(),
+            Self::Podman(engine) => engine.container().root(),
         }
     }
 
@@ -169,8 +169,8 @@ impl Kind {
         match self {
             Self::Process(process) => process.place(freezers, pids, &id.to_string()),
             Self::Container(container) => container.place(freezers, pids),
-            Self::Containerd(container) => container.place(freezers, pids),
-            Self::Podman(container) => container.place(freezers, pids),
+            Self::Containerd(engine) => engine.container().place(freezers, pids),
+            Self::Podman(engine) => engine.container().place(freezers, pids),
         }
     }
 
@@ -183,8 +183,8 @@ impl Kind {
         match self {
             Self::Process(process) => process.enter(freezer, tree),
             Self::Container(container) => container.enter(freezer, tree),
-            Self::Containerd(container) => container.enter(freezer, tree),
-            Self::Podman(container) => container.enter(freezer, tree),
+            Self::Containerd(engine) => engine.container().enter(freezer, tree),
+            Self::Podman(engine) => engine.container().enter(freezer, tree),
         }
     }
 
@@ -195,8 +195,8 @@ impl Kind {
             // Nobody has a reason to be in a cgroup of ours.
             Self::Process(_) => Ok(None),
             Self::Container(container) => container.stranger(freezer, threads),
-            Self::Containerd(container) => container.stranger(freezer, threads),
-            Self::Podman(container) => container.stranger(freezer, threads),
+            Self::Containerd(engine) => engine.container().stranger(freezer, threads),
+            Self::Podman(engine) => engine.container().stranger(freezer, threads),
         }
     }
 
@@ -213,8 +213,8 @@ impl Kind {
         match self {
             Self::Process(process) => process.open_namespaces(own),
             Self::Container(container) => container.open_namespaces(),
-            Self::Containerd(container) => container.open_namespaces(),
-            Self::Podman(container) => container.open_namespaces(),
+            Self::Containerd(engine) => engine.container().open_namespaces(),
+            Self::Podman(engine) => engine.container().open_namespaces(),
         }
     }
 

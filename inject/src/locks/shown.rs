@@ -2,13 +2,17 @@
 //!
 //! Invariant: a line that is not understood is an error, never no lock.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 
 use super::LockKind;
 
+/// How often the kernel is asked for two answers that agree.
+const ASKED_MAX: usize = 4;
+
 /// A lock as the kernel shows it, of any process.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Shown {
     /// Its kind.
     pub kind: ShownKind,
@@ -27,7 +31,7 @@ pub struct Shown {
 }
 
 /// What the kernel calls a lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ShownKind {
     /// A lock that a process could take again, or waits for. File systems with a server have a
     /// record lock checked (`ACCESS`) before they ask for it: who waits then waits for one.
@@ -37,9 +41,26 @@ pub enum ShownKind {
 }
 
 impl Shown {
-    /// All of them that this process can see.
+    /// All of them that this process can see, each once. The kernel shows them in pieces of a page,
+    /// between which others take locks and let go: one that stays may be seen twice then, or never.
+    /// So it is asked until two answers agree, and where locks change all the time, all that was
+    /// seen is told: rather one too many.
     pub fn all() -> io::Result<Vec<Self>> {
-        let text = fs::read_to_string("/proc/locks")?;
+        let mut all = BTreeSet::new();
+        let mut last = None;
+        for _ in 0..ASKED_MAX {
+            let text = fs::read_to_string("/proc/locks")?;
+            let now: BTreeSet<_> = Self::parse_all(&text)?.into_iter().collect();
+            if last.as_ref() == Some(&now) {
+                return Ok(now.into_iter().collect());
+            }
+            all.extend(now.iter().cloned());
+            last = Some(now);
+        }
+        Ok(all.into_iter().collect())
+    }
+
+    fn parse_all(text: &str) -> io::Result<Vec<Self>> {
         let parsed = text.lines().map(|line| {
             Self::parse(line).ok_or_else(|| unreadable(&format!("line {line:?} of /proc/locks")))
         });

@@ -20,11 +20,7 @@ const END_MAX: Duration = Duration::from_secs(10);
 
 /// A descriptor of process `pid` of the frozen cgroup `freezer`. None if it has ended: what started
 /// at another time than `started` is a stranger.
-pub(super) fn find(
-    pid: i32,
-    started: Option<u64>,
-    freezer: &Freezer,
-) -> Result<Option<OwnedFd>, InjectError> {
+fn find(pid: i32, started: Option<u64>, freezer: &Freezer) -> Result<Option<OwnedFd>, InjectError> {
     let Some(pidfd) = open(pid, started)? else {
         return Ok(None);
     };
@@ -33,10 +29,7 @@ pub(super) fn find(
     if !ptrace::is_alive(pidfd.as_fd()) {
         return Ok(None);
     }
-    if !is_here && started.is_some() {
-        return Err(InjectError::Elsewhere { pid });
-    }
-    if !is_here {
+    if !is_here && started.is_none() {
         // A list without the start of its processes: it can only be a stranger.
         return Ok(None);
     }
@@ -44,7 +37,30 @@ pub(super) fn find(
         see_off(pid, pidfd.as_fd(), freezer)?;
         return Ok(None);
     }
+    if !is_here {
+        return Err(InjectError::Elsewhere { pid });
+    }
     Ok(Some(pidfd))
+}
+
+/// Makes `calls` with process `pid` of the frozen cgroup `freezer`. None if it has ended, also if
+/// that was in the middle of them: who is killed meanwhile is seen to its end.
+pub(super) fn unless_ended<T>(
+    (pid, started): (i32, Option<u64>),
+    freezer: &Freezer,
+    calls: impl FnOnce(BorrowedFd<'_>) -> Result<T, InjectError>,
+) -> Result<Option<T>, InjectError> {
+    let Some(pidfd) = find(pid, started, freezer)? else {
+        return Ok(None);
+    };
+    match calls(pidfd.as_fd()) {
+        Ok(done) => Ok(Some(done)),
+        // Why the calls failed is what is told if it is still there.
+        Err(error) => match find(pid, started, freezer) {
+            Ok(None) => Ok(None),
+            _ => Err(error),
+        },
+    }
 }
 
 /// Whether it has ended, or is being killed.
@@ -79,9 +95,12 @@ fn open(pid: i32, started: Option<u64>) -> Result<Option<OwnedFd>, InjectError> 
     Ok((is_it && ptrace::is_alive(pidfd.as_fd())).then_some(pidfd))
 }
 
-/// Whether all of a process is being killed: SIGKILL is pending for each of its threads at once.
+/// Whether all of a process is being killed: SIGKILL is pending for each of its threads at once,
+/// until they come to it.
 fn is_killed(pid: i32) -> bool {
-    let killed = |tid: &i32| task::Status::read(*tid).is_ok_and(|status| status.killed);
+    let killed = |tid: &i32| {
+        task::Status::read(*tid).is_ok_and(|status| status.killed) || task::is_ending(*tid)
+    };
     let threads = task::threads(pid).unwrap_or_default();
     threads.iter().any(killed)
 }

@@ -13,14 +13,12 @@
 
 pub mod arrive;
 
-use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use criu_glue::options::DumpOptions;
 use criu_glue::rpc::{Conversation, SwrkConfig};
-use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerRoot};
+use pageferry_cgroup::freezer::{CgroupError, Freezer};
 use pageferry_containerd::{Client, ClientError, Container, RUNTIME, SOCKET, labels, leave};
 use pageferry_oci::INSTALLED;
 use pageferry_proto::id::ContainerId;
@@ -33,7 +31,6 @@ use super::layer;
 use super::oci::Container as OfRuntime;
 use super::oci::checkpoint::{Checkpoint, CheckpointError};
 use super::oci::habits::Runtime;
-use super::passing::Passing;
 use super::process::describe::Described;
 
 /// Where containerd has runc keep the containers of a namespace, by its name.
@@ -104,9 +101,9 @@ impl Containerd {
         })
     }
 
-    /// The pid of its root in this node's pid namespace.
-    pub const fn root(&self) -> i32 {
-        self.container.root()
+    /// What its runtime has of it.
+    pub const fn container(&self) -> &OfRuntime {
+        &self.container
     }
 
     /// What it is made of; as [`OfRuntime::describe_with`].
@@ -161,30 +158,6 @@ impl Containerd {
             snapshot_parent: snapshot.parent,
         });
         Ok(())
-    }
-
-    /// The cgroup that holds the tree of `pids`; as [`OfRuntime::place`].
-    pub fn place(&self, freezers: &FreezerRoot, pids: &[i32]) -> Result<Freezer, Failure> {
-        self.container.place(freezers, pids)
-    }
-
-    /// As [`OfRuntime::enter`].
-    pub fn enter(
-        &self,
-        freezer: &Freezer,
-        tree: impl FnMut() -> io::Result<Vec<i32>>,
-    ) -> Result<(), CgroupError> {
-        self.container.enter(freezer, tree)
-    }
-
-    /// As [`OfRuntime::open_namespaces`].
-    pub fn open_namespaces(&self) -> Result<Vec<OwnedFd>, Failure> {
-        self.container.open_namespaces()
-    }
-
-    /// As [`OfRuntime::stranger`].
-    pub fn stranger(&self, freezer: &Freezer, threads: &[i32]) -> Result<Option<Passing>, Failure> {
-        self.container.stranger(freezer, threads)
     }
 
     /// Has its runtime ask for a dump; as [`Checkpoint::start`]. containerd does not start it again

@@ -109,7 +109,7 @@ pub async fn export(
     let exported = async {
         let asked = process.asks(&gate, criu, ASK_MAX).await?;
         let pid = asked.request().options().and_then(|options| options.pid);
-        if pid != Some(podman.root()) {
+        if pid != Some(podman.container.root()) {
             return Err(ExportError::Other(pid));
         }
         let inventory = images.join(INVENTORY);

@@ -21,13 +21,11 @@ mod export;
 mod inspect;
 
 use std::fs;
-use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use criu_glue::options::DumpOptions;
 use criu_glue::rpc::{Conversation, SwrkConfig};
-use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerRoot};
+use pageferry_cgroup::freezer::{CgroupError, Freezer};
 use pageferry_proto::id::ContainerId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::PodmanDescription;
@@ -37,7 +35,6 @@ use thiserror::Error;
 use super::oci::Container;
 use super::oci::checkpoint::{Checkpoint, CheckpointError};
 use super::oci::spec::Engine;
-use super::passing::Passing;
 use super::process::describe::Described;
 use command::{CommandError, podman, podman_at_once, told};
 use export::ExportError;
@@ -95,9 +92,9 @@ impl Podman {
         })
     }
 
-    /// The pid of its root in this node's pid namespace.
-    pub const fn root(&self) -> i32 {
-        self.container.root()
+    /// What its runtime has of it.
+    pub const fn container(&self) -> &Container {
+        &self.container
     }
 
     /// What it is made of: the tree of `pids`, the root first. Blocks, for a few milliseconds if
@@ -144,30 +141,6 @@ impl Podman {
             restart: self.restart.clone(),
             archive,
         })
-    }
-
-    /// The cgroup that holds the tree of `pids`, and nothing else: the runtime has made it.
-    pub fn place(&self, freezers: &FreezerRoot, pids: &[i32]) -> Result<Freezer, Failure> {
-        self.container.place(freezers, pids)
-    }
-
-    /// Sees to it that the tree is in its cgroup, and nobody else; `tree` tells who is in it.
-    pub fn enter(
-        &self,
-        freezer: &Freezer,
-        tree: impl FnMut() -> io::Result<Vec<i32>>,
-    ) -> Result<(), CgroupError> {
-        self.container.enter(freezer, tree)
-    }
-
-    /// Who is in its frozen cgroup, and none of the `threads` of its tree.
-    pub fn stranger(&self, freezer: &Freezer, threads: &[i32]) -> Result<Option<Passing>, Failure> {
-        self.container.stranger(freezer, threads)
-    }
-
-    /// Namespaces that CRIU is started in to dump it.
-    pub fn open_namespaces(&self) -> Result<Vec<OwnedFd>, Failure> {
-        self.container.open_namespaces()
     }
 
     /// Has the runtime ask for a dump, and podman start nothing again meanwhile.
