@@ -8,7 +8,7 @@ use pageferry_proto::id::Round;
 use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine, SourceOffer};
 use pageferry_proto::migration::timer::Time;
 use pageferry_proto::wire::control::{Message, Offer, SourceMessage, TargetMessage};
-use pageferry_proto::wire::copied::{CopiedPath, FilesHeader};
+use pageferry_proto::wire::copied::{CopiedForm, CopiedPath, FilesHeader};
 use pageferry_proto::wire::frame;
 use rig::*;
 
@@ -63,6 +63,7 @@ fn an_offer_says_which_folders_travel_and_the_answer_which_of_them_are_kept() {
     let mut travelling = offer();
     travelling.description.copied = vec![CopiedPath {
         path: "/srv/a".to_owned(),
+        form: CopiedForm::Folder,
         entries: 5,
         bytes: 300,
         base: Some([7; 32]),
@@ -97,6 +98,7 @@ fn a_folder_that_travels_has_a_path_that_leads_nowhere_else() {
             .iter()
             .map(|path| CopiedPath {
                 path: (*path).to_owned(),
+                form: CopiedForm::Folder,
                 entries: 5,
                 bytes: 300,
                 base: None,
