@@ -22,8 +22,10 @@ pub mod redis;
 pub mod report;
 pub mod session;
 pub mod settings;
+pub mod shapes;
 pub mod stop_and_copy;
 pub mod traced;
+pub mod volumes;
 pub mod writing;
 
 use std::path::Path;

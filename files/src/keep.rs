@@ -1,8 +1,10 @@
 //! Where folders are that are not the workload's: on their way in, or kept because it has left.
 //!
 //! ```text
-//! <path's folder>/.pageferry-files/            root alone may enter; goes with what is in it
+//! <path's folder>/.pageferry-files/            root alone may enter; goes with what is in it;
+//!                                              of a volume of an engine one folder further up
 //!     in-<migration>-<index>/tree, hold        on its way here
+//!                            /empty             until then at the path, if somebody looks there
 //!     kept-<hash of the path>/tree             what has left: a way back costs what has changed
 //! <state>/<hash of the path>.kept              the digest of that
 //! <state>/<hash of the path>.record            what the node has that the workload came from
@@ -27,6 +29,9 @@ use crate::record::Record;
 use crate::staging::{Staging, tree_of};
 use crate::tree::Digest;
 use crate::walk::{Totals, named_elsewhere, totals, walk};
+
+/// What an empty folder is called before it is put in the place of one that comes.
+const STAND_IN: &str = "empty";
 
 /// The folder beside a path that has what is not the workload's.
 pub const HIDDEN: &str = ".pageferry-files";
@@ -57,6 +62,8 @@ pub struct Placed {
     pub inode: Option<(u64, u64)>,
     /// An empty folder was there before.
     pub was_there: bool,
+    /// Device and inode of the empty folder that stands there until it comes, if one does.
+    pub stand_in: Option<(u64, u64)>,
 }
 
 impl Keep {
@@ -140,13 +147,34 @@ impl Keep {
         } else {
             Staging::make(place)?;
         }
-        let tree = tree_of(place);
-        let metadata = fs::symlink_metadata(&tree).map_err(|source| Error::Io {
-            what: "look at",
-            path: tree,
+        inode_of(&tree_of(place))
+    }
+
+    /// The empty folder for whoever looks for the folder before it comes: the one that was there,
+    /// or one that is made in the place, which is claimed. Answers with its inode, device and
+    /// number.
+    pub fn stand_in(placed: &Placed) -> Result<(u64, u64), Error> {
+        if placed.was_there {
+            return inode_of(&placed.path);
+        }
+        let stand_in = placed.place.join(STAND_IN);
+        let made = DirBuilder::new().mode(0o700).create(&stand_in);
+        made.map_err(|source| Error::Io {
+            what: "make",
+            path: stand_in.clone(),
             source,
         })?;
-        Ok((metadata.dev(), metadata.ino()))
+        inode_of(&stand_in)
+    }
+
+    /// Puts the empty folder where the folder is to be, once what it is known by is written down.
+    pub fn put_stand_in(placed: &Placed) -> Result<(), Error> {
+        if placed.was_there || placed.stand_in.is_none() {
+            return Ok(());
+        }
+        let stand_in = placed.place.join(STAND_IN);
+        rename(&stand_in, &placed.path, RenameFlags::NOREPLACE)?;
+        sync_parent(&placed.path)
     }
 
     /// Puts a folder that is proven where the workload has it. To be undone by [`Keep::undo`] with
@@ -159,9 +187,16 @@ impl Keep {
     /// Puts a folder where the workload has it before all has come into it: somebody looks for it
     /// there, and does not use it. To be undone as what is put at the end.
     pub fn put_ahead(placed: &Placed) -> Result<(), Error> {
-        absent(&placed.path)?;
-        // Over an empty folder, but over nothing else.
-        rename(&tree_of(&placed.place), &placed.path, RenameFlags::empty())?;
+        let here = inode_at(&placed.path);
+        let how = if here.is_some() && here == placed.stand_in {
+            // What has come into it meanwhile goes with the place.
+            RenameFlags::EXCHANGE
+        } else {
+            absent(&placed.path)?;
+            // Over an empty folder, but over nothing else.
+            RenameFlags::empty()
+        };
+        rename(&tree_of(&placed.place), &placed.path, how)?;
         sync_parent(&placed.path)
     }
 
@@ -189,7 +224,8 @@ impl Keep {
     /// Takes back what was put, and whatever is left of it. Succeeds when there is nothing.
     pub fn undo(placed: &Placed) -> Result<(), Error> {
         let here = inode_at(&placed.path);
-        if here.is_some() && here == placed.inode {
+        let is_stand_in = here == placed.stand_in && !placed.was_there;
+        if here.is_some() && (is_stand_in || here == placed.inode) {
             make_hidden(&placed.path)?;
             let aside = placed.place.with_extension("undone");
             rename(&placed.path, &aside, RenameFlags::NOREPLACE)?;
@@ -349,8 +385,27 @@ fn absent(path: &Path) -> Result<bool, Error> {
     }
 }
 
+fn inode_of(path: &Path) -> Result<(u64, u64), Error> {
+    let metadata = fs::symlink_metadata(path).map_err(|source| Error::Io {
+        what: "look at",
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// What engines call the folder with what is in a volume; that above is removed with the volume.
+const OF_VOLUMES: &str = "_data";
+
 fn hidden(path: &Path) -> PathBuf {
-    path.parent().unwrap_or(path).join(HIDDEN)
+    let above = path.parent().unwrap_or(path);
+    let device = |path: &Path| fs::symlink_metadata(path).map(|found| found.dev()).ok();
+    match above.parent() {
+        Some(volumes) if path.ends_with(OF_VOLUMES) && device(volumes) == device(above) => {
+            volumes.join(HIDDEN)
+        }
+        _ => above.join(HIDDEN),
+    }
 }
 
 fn kept(path: &Path) -> PathBuf {

@@ -20,17 +20,26 @@ const STACK_MAX: usize = 16;
 /// What cannot be unmounted: nobody may delete the folder then.
 pub fn release(folder: &Path, name: &str) -> io::Result<()> {
     let bound = folder.join(name);
+    unmount(&bound)?;
+    for folder in [&bound, folder] {
+        // With anything in it, it is no leftover.
+        drop(fs::remove_dir(folder));
+    }
+    Ok(())
+}
+
+/// Unmounts all that is mounted at a path. One that is not there is no error.
+///
+/// # Errors
+/// What cannot be unmounted.
+pub fn unmount(path: &Path) -> io::Result<()> {
     for _ in 0..STACK_MAX {
-        match umount2(&bound, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => {}
             // Nothing is mounted there, or it is not there.
             Err(Errno::EINVAL | Errno::ENOENT) => break,
             Err(error) => return Err(error.into()),
         }
-    }
-    for folder in [&bound, folder] {
-        // With anything in it, it is no leftover.
-        drop(fs::remove_dir(folder));
     }
     Ok(())
 }

@@ -18,6 +18,11 @@ struct Nginx {
 
 pub fn start(lab: &mut Lab, node: &str) -> Result<Box<dyn App>> {
     let workload = nginx::start(lab, node)?;
+    watch(lab, workload)
+}
+
+/// Asks an nginx that has just been started.
+pub fn watch(lab: &Lab, workload: Workload) -> Result<Box<dyn App>> {
     let target = SocketAddr::from((workload.link.address, nginx::PORT));
     let requests = Requests::start(&lab.client.net, target, CONNECTIONS_PER_SECOND)?;
     Ok(Box::new(Nginx { workload, requests }))

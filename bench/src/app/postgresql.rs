@@ -29,29 +29,39 @@ struct Postgresql {
 
 pub fn start(lab: &mut Lab, node: &str) -> Result<Box<dyn App>> {
     let home = Home::make(lab, "postgresql", "postgres")?;
-    let programs = programs(lab)?;
     let data = format!("{}/data", home.path);
+    // Files on the shared storage, not in the node's /dev/shm.
+    let settings = "dynamic_shared_memory_type = mmap\n";
+    start_as(lab, home, (&data, settings), |lab, uid, program| {
+        let plan = WorkloadPlan {
+            name: "postgresql".to_owned(),
+            arguments: vec![program, "-D".to_owned(), data.clone()],
+            own_pid_mnt: false,
+            uid: Some(uid),
+        };
+        Workload::start(lab, node, &plan)
+    })
+}
+
+/// Starts it with its files in the folder `data` of node a, and `settings` besides its own.
+/// `launch` starts the program as a user.
+pub fn start_as(
+    lab: &mut Lab,
+    home: Home,
+    (data, settings): (&str, &str),
+    launch: impl FnOnce(&mut Lab, u32, String) -> Result<Workload>,
+) -> Result<Box<dyn App>> {
+    let programs = programs(lab)?;
     home.command(lab, &format!("{programs}/initdb"))?
-        .args([
-            "-D",
-            &data,
-            "--auth=trust",
-            "--no-locale",
-            "--encoding=UTF8",
-        ])
+        .args(["-D", data, "--auth=trust", "--no-locale", "--encoding=UTF8"])
         .args(["--username=postgres", "--no-sync"])
         .run()?;
-    let folder = home.on_host.join("data");
-    fs::write(folder.join("postgresql.conf"), SETTINGS).context("configuring PostgreSQL")?;
+    let folder = lab.node("a")?.path(data);
+    let settings = format!("{SETTINGS}{settings}");
+    fs::write(folder.join("postgresql.conf"), settings).context("configuring PostgreSQL")?;
     fs::write(folder.join("pg_hba.conf"), "host all all 0.0.0.0/0 trust\n")
         .context("configuring PostgreSQL")?;
-    let plan = WorkloadPlan {
-        name: "postgresql".to_owned(),
-        arguments: vec![format!("{programs}/postgres"), "-D".to_owned(), data],
-        own_pid_mnt: false,
-        uid: Some(home.uid),
-    };
-    let workload = Workload::start(lab, node, &plan)?;
+    let workload = launch(lab, home.uid, format!("{programs}/postgres"))?;
     workload.wait_until_it_listens(lab, PORT)?;
     let initialise = ["-i", "-q", "-s", SCALE, "postgres"];
     client(lab, &workload, "pgbench")?.args(initialise).run()?;
@@ -71,7 +81,7 @@ pub fn start(lab: &mut Lab, node: &str) -> Result<Box<dyn App>> {
 }
 
 /// Where the node has the programs of the server: a folder that its version names.
-fn programs(lab: &Lab) -> Result<String> {
+pub fn programs(lab: &Lab) -> Result<String> {
     let versions = "/usr/lib/postgresql";
     let found = fs::read_dir(lab.node("a")?.path(versions)).context("looking for PostgreSQL")?;
     let version = found
@@ -260,8 +270,6 @@ unix_socket_directories = ''
 max_connections = 20
 shared_buffers = 32MB
 huge_pages = off
-# Files on the shared storage, not in the node's /dev/shm.
-dynamic_shared_memory_type = mmap
 ";
 const SUMS: &str = "SELECT count(*), sum(delta), \
     (SELECT sum(abalance) FROM pgbench_accounts), \

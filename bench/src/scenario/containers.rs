@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use super::report::Report;
 use super::session::Session;
 use super::settings::Settings;
-use super::{container_faults, container_files, containerd};
+use super::{container_faults, container_files, containerd, shapes, volumes};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
@@ -23,6 +23,15 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     if only == Some(CONTAINERD) {
         return containerd::moves(settings, report);
     }
+    if let Some(shapes) = shapes_of(only) {
+        return shapes::run(settings, shapes, report);
+    }
+    if only == Some(PODMAN_VOLUME) {
+        let mut lab = settings.lab_with(&container::LAYER, 2)?;
+        let said = volumes::of_podman(&mut lab, report)?;
+        println!("{PODMAN_VOLUME}: {said}");
+        return Ok(());
+    }
     if only == Some(CONTAINERD_FILES) {
         return container_files::run_containerd(settings, report);
     }
@@ -30,8 +39,9 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         let runtimes = Runtime::ALL.map(Runtime::name);
         bail!(
             "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {runtimes:?}, those \
-             with -{FAULTS}, -{FILES} or -{FEW} behind them, {CONTAINERD:?} and \
-             {CONTAINERD_FILES:?}",
+             with -{FAULTS}, -{FILES} or -{FEW} behind them, {CONTAINERD:?}, {CONTAINERD_FILES:?}, \
+             {PODMAN_VOLUME:?}, and {SHAPES:?} and each of them by its name, also with crun- \
+             before it",
             only.unwrap_or_default()
         );
     };
@@ -65,6 +75,19 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         of_runtime(settings, &mut lab, runtime, (moves, dataset), report)?;
     }
     Ok(())
+}
+
+/// Whose shapes are asked for, and which of them.
+fn shapes_of(only: Option<&str>) -> Option<(Runtime, Option<&str>)> {
+    let (runtime, name) = match only?.strip_prefix("crun-") {
+        Some(name) => (Runtime::Crun, name),
+        None => (Runtime::Runc, only?),
+    };
+    match name {
+        SHAPES => Some((runtime, None)),
+        name if shapes::has(name) => Some((runtime, Some(name))),
+        _ => None,
+    }
 }
 
 fn case(only: Option<&str>) -> Option<(Case, Vec<Runtime>)> {
@@ -139,6 +162,10 @@ const FEW: &str = "few";
 const FAULTS: &str = "faults";
 /// Files in their root file systems.
 const FILES: &str = "files";
+/// Of all that people run.
+const SHAPES: &str = "shapes";
+/// A volume that podman has by its name.
+const PODMAN_VOLUME: &str = "podman-volume";
 /// Containerd's.
 const CONTAINERD: &str = "containerd";
 const CONTAINERD_FILES: &str = "containerd-files";

@@ -57,7 +57,7 @@ struct Case {
 
 /// What a node has at the folder's parent.
 #[derive(Clone, Copy, Debug)]
-enum Disk {
+pub enum Disk {
     /// The machine's own.
     Own,
     /// A tmpfs, and at node b one of so many MiB.
@@ -98,7 +98,7 @@ const CASES: [Case; 6] = [
 ];
 
 /// Gives a node a disk of its own, where the other has another.
-fn make_disk(node: &Node, disk: Disk) -> Result<()> {
+pub fn make_disk(node: &Node, disk: Disk) -> Result<()> {
     let run = |words: &[&str]| node.command(words[0])?.args(&words[1..]).run().map(drop);
     run(&["mkdir", "-p", DISK])?;
     match disk {
@@ -114,7 +114,7 @@ fn make_disk(node: &Node, disk: Disk) -> Result<()> {
     }
 }
 
-fn remove_disk(node: &Node) -> Result<()> {
+pub fn remove_disk(node: &Node) -> Result<()> {
     let clean = "rm -rf /srv/disk/* /srv/disk/.pageferry-files; umount /srv/disk";
     node.command("sh")?.args(["-c", clean]).run().map(drop)
 }
@@ -308,5 +308,5 @@ fn describe(folder: &Path, name: &str) -> Result<BTreeMap<&'static str, i64>> {
 }
 
 /// Where the folder is in.
-const DISK: &str = "/srv/disk";
+pub const DISK: &str = "/srv/disk";
 const MEMORY: usize = 1 << 20; // 1 MiB: little beside the files

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::contained::make_rootfs;
-pub use super::contained::{Container, Plan, Runtime};
+pub use super::contained::{CLIENT, Container, Plan, Runtime, SERVER};
 use super::{Workload, podman, redis};
 use crate::lab::Lab;
 use crate::lab::layer::LayerPlan;
@@ -27,6 +27,12 @@ pub const LAYER: LayerPlan = LayerPlan {
     script: "",
 };
 
+/// A path of the node, as a mount of a container.
+pub fn bind(source: &str, destination: &str) -> Value {
+    let options = ["rbind", "rprivate", "rw"];
+    json!({"destination": destination, "source": source, "type": "bind", "options": options})
+}
+
 /// Starts Redis in a container at a node, and waits until it listens.
 pub fn start(lab: &mut Lab, runtime: Runtime, at: &str) -> Result<Workload> {
     let workload = start_with(lab, runtime, at, &Plan::redis())?;
@@ -42,6 +48,16 @@ pub fn start_with(lab: &mut Lab, runtime: Runtime, at: &str, plan: &Plan) -> Res
         Runtime::Podman => podman::start(lab, plan, &id, at)?,
         Runtime::Crun | Runtime::Runc => start_bundle(lab, (runtime, plan), &id, at)?,
     };
+    linked(lab, number, (container, pid), at)
+}
+
+/// A container that was started at a node with this root, with its link open.
+pub fn linked(
+    lab: &Lab,
+    number: usize,
+    (container, pid): (Container, i32),
+    at: &str,
+) -> Result<Workload> {
     let workload = Workload {
         number,
         pid,
@@ -74,8 +90,13 @@ fn start_bundle(
     }
     let node = lab.node(at)?;
     let program = runtime.name();
+    let console = match plan.has_terminal() {
+        true => format!("--console-socket {CONSOLE}"),
+        false => String::new(),
+    };
     let script = format!(
-        "exec {program} run --detach --bundle {bundle} {id} <&- >/dev/null 2>&1 0</dev/null"
+        "exec {program} run --detach {console} --bundle {bundle} {id} <&- >/dev/null 2>&1 \
+         0</dev/null"
     );
     node.command("sh")?
         .args(["-c", &script])
@@ -111,6 +132,19 @@ pub fn check_here_as(node: &Node, container: &Container, pid: i32, plan: &Plan) 
     if container.runtime == Runtime::Podman {
         return podman::check_here_as(node, container, pid, plan);
     }
+    check_listed(node, container, pid)?;
+    let exec = [&["exec", &*container.id][..], plan.greets].concat();
+    let (said, name) = (ask(node, container, &exec)?, container.name());
+    ensure!(
+        said.trim() == plan.greeting,
+        "{:?} in {name} says {said:?}",
+        plan.greets
+    );
+    Ok(())
+}
+
+/// Whether the runtime of this node lists it as running, in its own cgroups.
+pub fn check_listed(node: &Node, container: &Container, pid: i32) -> Result<()> {
     let (id, name) = (&container.id, container.name());
     let state = state(node, container)?;
     let is_running = state["status"] == "running" && state["pid"] == pid;
@@ -122,13 +156,6 @@ pub fn check_here_as(node: &Node, container: &Container, pid: i32, plan: &Plan) 
     ensure!(
         listed.lines().any(|line| line == id),
         "{name} is not listed"
-    );
-    let exec = [&["exec", id][..], plan.greets].concat();
-    let said = ask(node, container, &exec)?;
-    ensure!(
-        said.trim() == plan.greeting,
-        "{:?} in {name} says {said:?}",
-        plan.greets
     );
     let cgroups = node
         .command("cat")?
@@ -155,7 +182,8 @@ pub fn root_at(node: &Node, container: &Container) -> Result<PathBuf> {
     })
 }
 
-fn ask(node: &Node, container: &Container, arguments: &[&str]) -> Result<String> {
+/// Has the runtime of a node do something.
+pub fn ask(node: &Node, container: &Container, arguments: &[&str]) -> Result<String> {
     node.command(container.runtime.name())?
         .args(arguments)
         .run()
@@ -234,7 +262,7 @@ pub fn bundle(id: &str) -> String {
 }
 
 fn make_bundle(node: &Node, (id, plan): (&str, &Plan), bundle: &str) -> Result<()> {
-    make_rootfs(node, bundle, plan.programs)?;
+    make_rootfs(node, bundle, &plan.programs)?;
     node.command("sh")?
         .args([
             "-ec",
@@ -250,10 +278,18 @@ fn make_bundle(node: &Node, (id, plan): (&str, &Plan), bundle: &str) -> Result<(
     spec["linux"]["cgroupsPath"] = format!("/{id}").into();
     let own = ["pid", "network", "ipc", "uts", "mount"];
     spec["linux"]["namespaces"] = own.map(|kind| json!({ "type": kind })).to_vec().into();
+    plan.apply(&mut spec)?;
+    for mount in &plan.mounts {
+        let place = mount["destination"].as_str().unwrap_or_default();
+        let place = node.path(format!("{bundle}/rootfs{place}"));
+        std::fs::create_dir_all(place).context("making a place for a mount")?;
+    }
     let path = node.path(format!("{bundle}/config.json"));
     std::fs::write(path, serde_json::to_vec_pretty(&spec)?).context("writing config.json")
 }
 
+/// Where a runtime hands on the terminal of a container that has one.
+pub const CONSOLE: &str = "/run/console.sock";
 /// Where bundles are.
 pub const BUNDLES: &str = "/srv/bundles";
 /// Ten seconds.

@@ -8,10 +8,15 @@ use anyhow::{Context, Result};
 
 use super::{Workload, WorkloadPlan};
 use crate::lab::Lab;
-use crate::lab::init::SHARED;
 
 /// Where it listens.
 pub const PORT: u16 = 80;
+
+/// The program.
+pub const PROGRAM: &str = "/usr/sbin/nginx";
+
+/// What it serves, and how it is configured: on the storage that nodes share.
+pub const FOLDER: &str = "/srv/shared/nginx";
 
 /// Bytes of the file that it serves.
 pub const BLOB_BYTES: usize = 48 << 10; // 48 KiB
@@ -29,22 +34,31 @@ pub fn echo(number: u64) -> String {
 
 /// Starts it at a node and waits until it listens.
 pub fn start(lab: &mut Lab, node: &str) -> Result<Workload> {
+    start_as(lab, |lab, arguments| {
+        let plan = WorkloadPlan {
+            name: "nginx".to_owned(),
+            arguments,
+            own_pid_mnt: false,
+            uid: None,
+        };
+        Workload::start(lab, node, &plan)
+    })
+}
+
+/// As [`start`]; `launch` starts it with its arguments, where [`FOLDER`] is as at the node.
+pub fn start_as(
+    lab: &mut Lab,
+    launch: impl FnOnce(&mut Lab, Vec<String>) -> Result<Workload>,
+) -> Result<Workload> {
     let shared = lab.folder.shared();
     let folder = shared.join("nginx");
     fs::create_dir_all(&folder).context("creating nginx's folder")?;
     let blob: Vec<u8> = (0..BLOB_BYTES).map(blob_byte).collect();
     fs::write(folder.join("blob"), blob).context("writing what nginx serves")?;
     fs::write(folder.join("nginx.conf"), configuration()).context("configuring nginx")?;
-    let configuration = format!("{SHARED}/nginx/nginx.conf");
-    let plan = WorkloadPlan {
-        name: "nginx".to_owned(),
-        arguments: ["/usr/sbin/nginx", "-c", &configuration]
-            .map(str::to_owned)
-            .to_vec(),
-        own_pid_mnt: false,
-        uid: None,
-    };
-    let workload = Workload::start(lab, node, &plan)?;
+    let configuration = format!("{FOLDER}/nginx.conf");
+    let arguments = [PROGRAM, "-c", &configuration];
+    let workload = launch(lab, arguments.map(str::to_owned).to_vec())?;
     workload.wait_until_it_listens(lab, PORT)?;
     Ok(workload)
 }
@@ -58,7 +72,7 @@ fn configuration() -> String {
          user www-data;
          worker_processes 2;
          error_log /dev/null;
-         pid {SHARED}/nginx/pid;
+         pid {FOLDER}/pid;
          events {{ worker_connections 8192; }}
          http {{
              access_log off;
@@ -67,7 +81,7 @@ fn configuration() -> String {
              server {{
                  listen {PORT} backlog=1024;
                  location /echo/ {{ return 200 \"{line}\"; }}
-                 location = /blob {{ root {SHARED}/nginx; }}
+                 location = /blob {{ root {FOLDER}; }}
              }}
          }}
         "

@@ -19,6 +19,12 @@ pub const SETTINGS: (&str, &str) = (
 
 /// Starts it at a node.
 pub fn start(lab: &Lab, plan: &Plan, name: &str, at: &str) -> Result<(Container, i32)> {
+    prepare(lab, plan, at)?;
+    run(lab, plan, (name, at), &[])
+}
+
+/// Sees to it that podman of every node has its image, which is made at one.
+pub fn prepare(lab: &Lab, plan: &Plan, at: &str) -> Result<()> {
     for node in &lab.nodes {
         // An overlay on the overlay of the node's own root cannot be mounted.
         let script = format!(
@@ -26,14 +32,25 @@ pub fn start(lab: &Lab, plan: &Plan, name: &str, at: &str) -> Result<(Container,
         );
         node.command("sh")?.args(["-ec", &script]).run()?;
     }
-    bring_image(lab, plan, at)?;
+    bring_image(lab, plan, at)
+}
+
+/// Starts it of its image, with more options.
+pub fn run(
+    lab: &Lab,
+    plan: &Plan,
+    (name, at): (&str, &str),
+    options: &[&str],
+) -> Result<(Container, i32)> {
     let node = lab.node(at)?;
     let run = ["run", "--detach", "--name", name, "--network", "none"];
     let read_only = format!("--read-only={}", !plan.writes);
     let image = image(plan);
     let run = run
         .into_iter()
-        .chain([&read_only, "--restart", POLICY_NAME, &image]);
+        .chain([&read_only, "--restart", POLICY_NAME])
+        .chain(options.iter().copied())
+        .chain([&*image]);
     let started = podman(node)?.args(run).args(&plan.arguments).run();
     started.with_context(|| format!("starting the container {name} at node {at}"))?;
     let container = Container {
@@ -159,7 +176,7 @@ fn bring_image(lab: &Lab, plan: &Plan, first: &str) -> Result<()> {
         return Ok(());
     }
     let files = format!("/srv/image-{}", plan.name);
-    make_rootfs(node, &files, plan.programs)?;
+    make_rootfs(node, &files, &plan.programs)?;
     let script = format!(
         "tar -C {files}/rootfs -c . | podman import --quiet - {image} && \
          podman save --quiet --output {archive} {image}"
@@ -179,7 +196,8 @@ fn bring_image(lab: &Lab, plan: &Plan, first: &str) -> Result<()> {
     Ok(())
 }
 
-fn podman(node: &Node) -> Result<crate::lab::inside::Inside> {
+/// A command of podman of a node.
+pub fn podman(node: &Node) -> Result<crate::lab::inside::Inside> {
     Ok(node.command("podman")?.env(QUIET.0, QUIET.1))
 }
 

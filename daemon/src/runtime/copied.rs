@@ -15,6 +15,7 @@ use pageferry_files::Key;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
 use super::identity;
+use super::mounts::mounted_elsewhere;
 
 /// How often it is looked for writers before one is believed, and how long between two looks.
 const LOOKS: usize = 3;
@@ -150,6 +151,25 @@ pub fn check_writers(folder: &Path, files: &HashSet<Key>, pids: &[i32]) -> Resul
     ))
 }
 
+/// Refuses `folder` if a process that is not among `pids` has it mounted for itself, as containers
+/// do: it would go on with what is left of it. Takes longer the more of those there are.
+pub fn check_mounted(folder: &Path, pids: &[i32]) -> Result<(), Failure> {
+    let Some((pid, place)) = mounted_elsewhere(folder, pids)? else {
+        return Ok(());
+    };
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    Err(Failure::new(
+        ErrorCode::FolderUnfit,
+        format!(
+            "process {pid} ({}), which does not move, has {} mounted at {}: end it, or its \
+             container",
+            name.trim_end(),
+            folder.display(),
+            place.display()
+        ),
+    ))
+}
+
 /// Processes outside of the tree of `pids` that may store to one of these files, and what each
 /// calls that.
 fn writers(files: &HashSet<Key>, pids: &[i32]) -> BTreeMap<i32, PathBuf> {
@@ -237,6 +257,36 @@ mod tests {
         assert!(unless_ended::<()>(Err(refused)).is_err());
         let closed = io::Error::from_raw_os_error(nix::libc::ENOENT);
         assert!(unless_ended::<()>(Err(closed)).unwrap().is_none());
+    }
+
+    #[test]
+    fn who_has_a_folder_mounted_for_himself_is_found() {
+        let root = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(root.path()).unwrap();
+        let [folder, place] = ["data", "place"].map(|name| root.join(name));
+        fs::create_dir_all(folder.join("sub")).unwrap();
+        fs::create_dir(&place).unwrap();
+        let script = "mount --bind $0/data/sub $0/place && echo ready && exec sleep 1000";
+        let mut child = std::process::Command::new("unshare")
+            .args(["--mount", "sh", "-c", script])
+            .arg(&root)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let mut ready = String::new();
+        let mut told = std::io::BufReader::new(child.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut told, &mut ready).unwrap();
+        let found = check_mounted(&folder, &[]);
+        let [inside, other] =
+            [(&folder, pid), (&place, 0)].map(|(path, pid)| check_mounted(path, &[pid]));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(ready.trim(), "ready");
+        let found = found.unwrap_err();
+        assert_eq!(found.code(), ErrorCode::FolderUnfit);
+        assert!(found.text().contains(&*place.to_string_lossy()), "{found}");
+        assert_eq!((inside, other), (Ok(()), Ok(())));
     }
 
     #[test]

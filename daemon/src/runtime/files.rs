@@ -12,7 +12,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::description::{FileDescription, FileUse};
+use pageferry_proto::wire::description::{FileDescription, FileUse, WorkloadDescription};
 use procfs::process::{FDTarget, MMPermissions, MMapPath, Process};
 
 use super::build_id;
@@ -315,6 +315,16 @@ pub fn check(file: &FileDescription, root: &Path, is_shared: bool) -> Result<(),
         return differs("another build of the same size".to_owned());
     }
     Ok(())
+}
+
+/// Compares all files of the description with what this node has.
+pub fn check_all(description: &WorkloadDescription) -> Result<(), Failure> {
+    let shared = description.shared.iter();
+    let shared: Vec<_> = shared.map(|shared| PathBuf::from(&shared.path)).collect();
+    description.files.iter().try_for_each(|file| {
+        let is_shared = is_shared(Path::new(&file.path), &shared);
+        check(file, Path::new("/"), is_shared)
+    })
 }
 
 /// What helps against a file that is written, in the cases that people meet.

@@ -20,6 +20,7 @@ use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerRoot};
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_proto::id::{MigrationId, WorkloadName};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::container::VolumeDescription;
 use pageferry_proto::wire::description::WorkloadDescription;
 use pageferry_sys::namespace::NamespaceKind;
 use serde::{Deserialize, Serialize};
@@ -145,16 +146,30 @@ impl Kind {
         }
     }
 
+    /// Folders of its engine that it has for its own, and that travel with it.
+    pub fn folders(&self) -> Vec<PathBuf> {
+        match self {
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) => Vec::new(),
+            Self::Podman(container) => container.folders(),
+        }
+    }
+
     /// What its engine has of it, for the target: nothing of it stops for that. `directory` is the
     /// migration's.
     pub async fn export(
         &self,
         description: &mut WorkloadDescription,
-        (criu, stand_in): (&Path, &Path),
+        programs: (&Path, &Path),
         directory: &Path,
     ) -> Result<(), Failure> {
         if let (Self::Podman(podman), Some(container)) = (self, &mut description.container) {
-            container.podman = Some(podman.export(criu, stand_in, directory).await?);
+            let copied = description
+                .copied
+                .iter()
+                .map(|copied| PathBuf::from(&copied.path));
+            let copied: Vec<PathBuf> = copied.collect();
+            let exported = podman.export(programs, directory, &copied).await?;
+            container.podman = Some(exported);
         }
         Ok(())
     }
@@ -341,6 +356,23 @@ impl Arriving {
         }
     }
 
+    /// Volumes that its engine has, and that are to be made before what is in them comes.
+    pub fn volumes(&self) -> &[VolumeDescription] {
+        match self {
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) => &[],
+            Self::Podman(container) => container.volumes(),
+        }
+    }
+
+    /// Whether folders that travel must be seen at their paths before they have come: a runtime
+    /// looks at what it binds when it is started.
+    pub const fn looks_for_folders(&self) -> bool {
+        match self {
+            Self::Process(_) => false,
+            Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => true,
+        }
+    }
+
     /// Checks once more, when its tasks are known for good.
     pub fn check_tasks(&self, tasks: &[i32]) -> Result<(), Failure> {
         match self {
@@ -374,6 +406,16 @@ impl Asker {
             Self::Container(checkpoint) => checkpoint.ended().await,
         }
     }
+}
+
+/// Has an engine make a volume for what comes. Blocks.
+pub fn make_volume(volume: &VolumeDescription) -> Result<(), Failure> {
+    podman::volume::make(volume)
+}
+
+/// Has it remove one again. Blocks; says why it does not.
+pub fn remove_volume(name: &str) -> Result<(), String> {
+    podman::volume::remove(name)
 }
 
 /// Removes what is left of an arrival that did not come to its end. Nobody of it may be

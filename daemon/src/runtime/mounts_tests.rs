@@ -15,7 +15,7 @@ fn seen(text: &str) -> Vec<Seen> {
 }
 
 fn classify(workload: &str) -> Result<Mounts, Failure> {
-    Mounts::classify(&seen(workload), &seen(NODE))
+    Mounts::classify(&seen(workload), &seen(NODE), &[])
 }
 
 /// Mounts are read anew in the freeze.
@@ -29,7 +29,7 @@ fn a_server_that_does_not_answer_does_not_hold_who_reads_the_mounts() {
     let silent = Silent::begin(&fuse);
     let (tell, told) = std::sync::mpsc::channel();
     let reading = std::thread::spawn(move || {
-        let mounts = Mounts::classify(&seen(&workload), &seen(&node));
+        let mounts = Mounts::classify(&seen(&workload), &seen(&node), &[]);
         tell.send(mounts.map(|mounts| mounts.mounts.len()))
             .expect("somebody waits");
     });
@@ -125,6 +125,21 @@ fn a_root_of_its_own_is_found_at_the_node() {
 }
 
 #[test]
+fn what_the_node_has_twice_is_called_as_its_operator_calls_it() {
+    let node = format!("{NODE}    29 20 8:17 / /d rw,relatime - ext4 /dev/sdb1 rw\n");
+    let workload = format!("{CLONED}    47 40 8:17 /redis /data rw - ext4 /dev/sdb1 rw\n");
+    let place = |named: &[&str]| {
+        let named: Vec<PathBuf> = named.iter().map(PathBuf::from).collect();
+        let mounts = Mounts::classify(&seen(&workload), &seen(&node), &named).expect("it moves");
+        assert!(mounts.bound().any(|path| path == Path::new("/data")));
+        mounts.node_path(Path::new("/data/x"))
+    };
+    assert_eq!(place(&[]), Some(PathBuf::from("/d/redis/x")));
+    let named = place(&["/srv/big disk/redis"]);
+    assert_eq!(named, Some(PathBuf::from("/srv/big disk/redis/x")));
+}
+
+#[test]
 fn keys_of_a_dump_are_those_of_its_restore() {
     let mounts = classify(CLONED).expect("it moves");
     let described = mounts.describe().expect("names are UTF-8");
@@ -198,7 +213,7 @@ fn a_root_that_is_a_tmpfs_of_its_own_is_refused() {
 fn this_programs_own_mounts_are_all_the_nodes() {
     let pid = i32::try_from(std::process::id()).expect("a pid");
     // Where tests run in a container, its mounts may propagate: then they are refused, by name.
-    match Mounts::read(pid) {
+    match Mounts::read(pid, &[]) {
         Ok(mounts) => {
             let described = mounts.describe().expect("names are UTF-8");
             check(&described).expect("they are here");

@@ -324,6 +324,7 @@ fn put(staging: &mut Staging, path: &Path) -> Placed {
         place: staging.place().to_owned(),
         inode: Some(staging.inode().expect("an inode")),
         was_there: false,
+        stand_in: None,
     };
     Keep::put(staging, &placed).expect("put");
     placed
@@ -354,6 +355,30 @@ fn what_was_put_is_taken_back_and_what_another_has_put_is_not() {
             .join(pageferry_files::HIDDEN)
             .exists()
     );
+}
+
+#[test]
+fn a_folder_takes_the_place_of_the_one_that_stands_in_for_it() {
+    let nodes = Nodes::at(FILE_SYSTEMS[0]);
+    fs::write(nodes.here().join("file"), b"bytes").expect("a file");
+    let mut source = Source::open(&nodes.here(), None).expect("a source");
+    let mut staging = nodes.staging();
+    let mut placed = Placed {
+        path: nodes.there(),
+        place: staging.place().to_owned(),
+        inode: Some(staging.inode().expect("an inode")),
+        was_there: false,
+        stand_in: None,
+    };
+    placed.stand_in = Some(Keep::stand_in(&placed).expect("made"));
+    Keep::put_stand_in(&placed).expect("put");
+    // Whoever looks for it may make something in it.
+    fs::create_dir(nodes.there().join("place")).expect("a folder");
+    send(&mut source, &mut staging, &Suspects::default(), true).expect("a difference");
+    Keep::put(&staging, &placed).expect("put");
+    assert_same(&nodes.here(), &nodes.there());
+    Keep::undo(&placed).expect("undone");
+    assert!(!nodes.there().exists() && !placed.place.exists());
 }
 
 #[test]
@@ -393,6 +418,7 @@ fn nothing_but_what_was_sent_is_proven() {
         place: staging.place().to_owned(),
         inode: None,
         was_there: false,
+        stand_in: None,
     };
     assert!(Keep::put(&staging, &placed).is_err());
 }

@@ -1,7 +1,10 @@
 //! What a workload is to the container runtime that runs it.
 
+use std::collections::BTreeMap;
+
 use crate::id::ContainerId;
 use crate::wire::control::{ControlError, missing, short};
+use crate::wire::copied::COPIED_PATHS_MAX;
 use crate::wire::description::PATH_BYTES_MAX;
 use crate::wire::schema;
 
@@ -51,7 +54,27 @@ pub struct PodmanDescription {
     pub restart: String,
     /// What `podman container restore --import` reads, without pages.
     pub archive: Vec<u8>,
+    /// Its named volumes, which the target makes.
+    pub volumes: Vec<VolumeDescription>,
 }
+
+/// A named volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeDescription {
+    /// As the engine calls it.
+    pub name: String,
+    /// Where its contents are, at both nodes; absolute.
+    pub path: String,
+    /// What its owner says of it.
+    pub labels: BTreeMap<String, String>,
+    /// How its driver was told to make it.
+    pub options: BTreeMap<String, String>,
+}
+
+/// Longest name of a volume, in bytes: it is that of a folder.
+pub const VOLUME_NAME_BYTES_MAX: usize = 255;
+/// Most bytes of all labels and options of a volume.
+pub const VOLUME_BYTES_MAX: usize = 16 << 10; // 16 KiB
 
 /// Longest archive, in bytes: two configurations, and what tar adds.
 pub const ARCHIVE_BYTES_MAX: usize = 512 << 10; // 512 KiB
@@ -87,7 +110,47 @@ impl From<&PodmanDescription> for schema::Podman {
             image: podman.image.to_string(),
             restart: podman.restart.clone(),
             archive: podman.archive.clone(),
+            volumes: podman.volumes.iter().map(Into::into).collect(),
         }
+    }
+}
+
+impl From<&VolumeDescription> for schema::Volume {
+    fn from(volume: &VolumeDescription) -> Self {
+        let map = |map: &BTreeMap<String, String>| map.clone().into_iter().collect();
+        Self {
+            name: volume.name.clone(),
+            path: volume.path.clone(),
+            labels: map(&volume.labels),
+            options: map(&volume.options),
+        }
+    }
+}
+
+impl TryFrom<schema::Volume> for VolumeDescription {
+    type Error = ControlError;
+
+    fn try_from(wire: schema::Volume) -> Result<Self, ControlError> {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+        let first = wire.name.as_bytes().first();
+        let is_named = first.is_some_and(u8::is_ascii_alphanumeric);
+        if !is_named || !wire.name.bytes().all(plain) {
+            return Err(missing("volume.name"));
+        }
+        if !wire.path.starts_with('/') {
+            return Err(missing("volume.path"));
+        }
+        short("volume.name", wire.name.len(), VOLUME_NAME_BYTES_MAX)?;
+        short("volume.path", wire.path.len(), PATH_BYTES_MAX)?;
+        let all = wire.labels.iter().chain(&wire.options);
+        let bytes = all.map(|(key, value)| key.len() + value.len()).sum();
+        short("volume.labels", bytes, VOLUME_BYTES_MAX)?;
+        Ok(Self {
+            name: wire.name,
+            path: wire.path,
+            labels: wire.labels.into_iter().collect(),
+            options: wire.options.into_iter().collect(),
+        })
     }
 }
 
@@ -125,6 +188,13 @@ impl TryFrom<schema::Podman> for PodmanDescription {
             RESTART_BYTES_MAX,
         )?;
         short(
+            "container.podman.volumes",
+            wire.volumes.len(),
+            COPIED_PATHS_MAX,
+        )?;
+        let volumes = wire.volumes.into_iter().map(TryInto::try_into);
+        let volumes = volumes.collect::<Result<_, _>>()?;
+        short(
             "container.podman.archive",
             wire.archive.len(),
             ARCHIVE_BYTES_MAX,
@@ -134,6 +204,7 @@ impl TryFrom<schema::Podman> for PodmanDescription {
             image: id("container.podman.image", wire.image)?,
             restart: wire.restart,
             archive: wire.archive,
+            volumes,
         })
     }
 }
@@ -195,6 +266,11 @@ mod tests {
                 image: "0b".to_owned(),
                 restart: "on-failure:3".to_owned(),
                 archive: vec![0; 2],
+                volumes: vec![schema::Volume {
+                    name: "data".to_owned(),
+                    path: "/v/data/_data".to_owned(),
+                    ..schema::Volume::default()
+                }],
             };
             change(&mut wire);
             PodmanDescription::try_from(wire)

@@ -115,6 +115,7 @@ impl Folder {
         let source = Source::open(root, record).map_err(unfit)?;
         let (totals, files) = source.look().map_err(unfit)?;
         copied::check_writers(root, &files, pids)?;
+        copied::check_mounted(root, pids)?;
         let metadata = fs::symlink_metadata(path).map_err(|error| internal(&error))?;
         let told = CopiedPath {
             path: name,
@@ -458,6 +459,7 @@ async fn send(
         if !course.frozen {
             // Who has opened one since the look may have stored to it before it was read.
             source.doubt(&course.suspects()?);
+            copied::check_mounted(source.path(), &(course.members)()?)?;
         }
         copied::check_writers(source.path(), &source.files(), &(course.members)()?)?;
         Ok::<_, Failure>((report, began.elapsed().saturating_sub(waited)))

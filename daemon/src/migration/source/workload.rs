@@ -239,7 +239,7 @@ impl Workload {
         let Some(surveyed) = &self.mounts else {
             return Ok(());
         };
-        let now = block_in_place(|| Mounts::read(self.root()))?;
+        let now = block_in_place(|| surveyed.read_again(self.root()))?;
         if now == *surveyed {
             // What is in them may be more by now.
             return block_in_place(|| surveyed.check_contents(self.root()));

@@ -14,10 +14,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pageferry_files::{Digest, Error, Keep, Placed, Staging, Totals, admit, admit_in, may_come};
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::container::VolumeDescription;
 use pageferry_proto::wire::copied::{BundleFolder, CopiedForm, CopiedPath, FilesHeader};
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 
+use super::volumes::Volumes;
 use crate::migration::folders::failed;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{ReadStreamError, StreamReader};
@@ -98,9 +100,14 @@ struct Noted {
     place: PathBuf,
     inode: Option<(u64, u64)>,
     was_there: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    stand_in: Option<(u64, u64)>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     ahead: bool,
 }
+
+/// What a note of volumes is called.
+const VOLUMES: &str = "volumes";
 
 impl Shelf {
     /// With its notes in the folder `state`, which need not be there.
@@ -131,7 +138,7 @@ impl Shelf {
                 .and_then(|name| name.to_str()?.parse().ok());
             let is_note = path
                 .extension()
-                .is_some_and(|extension| extension == "coming");
+                .is_some_and(|extension| extension == "coming" || extension == VOLUMES);
             let Some(id) = name.filter(|id| is_note && !is_known(*id)) else {
                 continue;
             };
@@ -159,6 +166,7 @@ impl Folders {
                 place: noted.place,
                 inode: noted.inode,
                 was_there: noted.was_there,
+                stand_in: noted.stand_in,
             }),
             ahead: noted.ahead,
             kept: None,
@@ -184,8 +192,14 @@ impl Folders {
         written.map_err(|error| failed(&error, ErrorCode::NodeUnfit))
     }
 
-    /// Makes a place for each of them; that of a container's own is `root`. Blocks.
-    pub fn prepare(&self, copied: &[CopiedPath], root: Option<&RootPlace>) -> Result<(), Failure> {
+    /// Makes a place for each of them; that of a container's own is `root`. If somebody looks where
+    /// others are to be before they come, an empty folder is there from now on. Blocks.
+    pub fn prepare(
+        &self,
+        copied: &[CopiedPath],
+        root: Option<&RootPlace>,
+        are_looked_for: bool,
+    ) -> Result<(), Failure> {
         check_forms(copied, root)?;
         if copied.is_empty() {
             return Ok(());
@@ -198,9 +212,19 @@ impl Folders {
             if let Some(placed) = &mut folder.placed {
                 let claimed = keep.claim(&placed.path, &placed.place, folder.kept.is_some());
                 placed.inode = Some(claimed.map_err(taken)?);
+                if are_looked_for && !folder.ahead {
+                    placed.stand_in = Some(Keep::stand_in(placed).map_err(taken)?);
+                }
             }
         }
         self.write_down()?;
+        for placed in self
+            .lock()
+            .iter()
+            .filter_map(|folder| folder.placed.as_ref())
+        {
+            Keep::put_stand_in(placed).map_err(taken)?;
+        }
         for (folder, coming) in self.lock().iter_mut().zip(copied) {
             if let Some(placed) = &folder.placed {
                 let stage = stage((placed, folder.kept), bundle_of(coming, root))?;
@@ -208,6 +232,16 @@ impl Folders {
             }
         }
         Ok(())
+    }
+
+    /// Has volumes made that some of them are. Blocks.
+    pub fn make_volumes(&self, volumes: &[VolumeDescription]) -> Result<(), Failure> {
+        self.volumes().make(volumes)
+    }
+
+    fn volumes(&self) -> Volumes {
+        let note = self.shelf.state.join(format!("{}.{VOLUMES}", self.id));
+        Volumes::new(self.shelf.keep(), note)
     }
 
     /// Says where each of them comes to, if it may come there.
@@ -247,6 +281,7 @@ impl Folders {
                     place: Keep::place(path, &self.id.to_string(), index),
                     inode: None,
                     was_there,
+                    stand_in: None,
                 }),
                 ahead: bundle.is_some(),
                 kept,
@@ -414,6 +449,7 @@ impl Folders {
             }
         }
         drop(fs::remove_file(self.shelf.note(self.id)));
+        self.volumes().settle();
     }
 
     /// Says that nothing of them is taken back, as somebody may use it yet.
@@ -454,7 +490,7 @@ impl Folders {
             return Err(Failure::new(ErrorCode::NodeUnfit, text));
         }
         drop(fs::remove_file(self.shelf.note(self.id)));
-        Ok(())
+        self.volumes().take_back()
     }
 }
 
@@ -515,6 +551,7 @@ impl Noted {
             place: placed.place.clone(),
             inode: placed.inode,
             was_there: placed.was_there,
+            stand_in: placed.stand_in,
         })
     }
 }

@@ -24,7 +24,7 @@ fn one_that_cannot_be_taken_back_leaves_no_other() {
     let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
     let folders = Folders::new(shelf.clone(), id);
     let all = paths.each_ref().map(|path| coming(path, 0, None));
-    folders.prepare(&all, None).expect("room");
+    folders.prepare(&all, None, false).expect("room");
     let places: Vec<PathBuf> = {
         let all = folders.lock();
         let placed = all.iter().filter_map(|folder| folder.placed.as_ref());
@@ -47,6 +47,28 @@ fn one_that_cannot_be_taken_back_leaves_no_other() {
 }
 
 #[test]
+fn an_empty_folder_is_there_for_who_looks_and_goes_with_the_rest() {
+    let (root, shelf) = node();
+    let paths = ["one", "two"].map(|name| root.path().join(name));
+    fs::create_dir(&paths[1]).expect("a folder");
+    let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
+    let all = paths.each_ref().map(|path| coming(path, 0, None));
+    let folders = Folders::new(shelf.clone(), id);
+    folders.prepare(&all, None, true).expect("room");
+    assert!(paths[0].is_dir() && paths[1].is_dir());
+    // Also by whoever finds the note alone.
+    Folders::new(shelf.clone(), id).take_back().expect("back");
+    assert!(!paths[0].exists() && paths[1].is_dir());
+    let folders = Folders::new(shelf.clone(), id);
+    folders.prepare(&all, None, true).expect("room");
+    // What somebody has put there since is his.
+    fs::rename(&paths[0], root.path().join("aside")).expect("renamed");
+    fs::create_dir(&paths[0]).expect("a folder");
+    shelf.clean_up(|_| false);
+    assert!(paths[0].is_dir() && paths[1].is_dir() && !shelf.note(id).exists());
+}
+
+#[test]
 fn what_is_missing_of_a_folder_that_is_kept_must_have_room() {
     let (root, shelf) = node();
     let path = root.path().join("data");
@@ -54,13 +76,16 @@ fn what_is_missing_of_a_folder_that_is_kept_must_have_room() {
     let digest = [7; 32];
     shelf.keep().set_aside(&path, &digest).expect("aside");
     let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
-    let refused =
-        Folders::new(shelf.clone(), id).prepare(&[coming(&path, 1 << 60, Some(digest))], None);
+    let refused = Folders::new(shelf.clone(), id).prepare(
+        &[coming(&path, 1 << 60, Some(digest))],
+        None,
+        false,
+    );
     let code = refused.map_err(|failure| failure.code());
     assert_eq!(code, Err(ErrorCode::DiskShort));
     let folders = Folders::new(shelf, id);
     folders
-        .prepare(&[coming(&path, 0, Some(digest))], None)
+        .prepare(&[coming(&path, 0, Some(digest))], None, false)
         .expect("room");
     assert_eq!(folders.kept(), [0]);
 }
@@ -102,7 +127,7 @@ fn a_bundle_is_there_before_anything_comes_and_goes_by_its_inode() {
     let [id, other] = ids();
     let come = |id| {
         let folders = Folders::new(shelf.clone(), id);
-        let prepared = folders.prepare(std::slice::from_ref(&coming), Some(&place));
+        let prepared = folders.prepare(std::slice::from_ref(&coming), Some(&place), true);
         prepared.map(|()| folders)
     };
     let folders = come(id).expect("room");
@@ -145,7 +170,9 @@ fn what_is_bound_in_a_bundle_is_let_go_before_that_is_removed() {
     let (path, files) = (root.path().join("web"), root.path().join("files"));
     let (coming, place) = bundle(path.clone());
     let folders = Folders::new(shelf, ids()[0]);
-    folders.prepare(&[coming], Some(&place)).expect("room");
+    folders
+        .prepare(&[coming], Some(&place), true)
+        .expect("room");
     fs::create_dir(&files).expect("a folder");
     fs::write(files.join("kept"), "").expect("a file");
     let runtimes = path.join("criu-root");
@@ -185,7 +212,7 @@ fn what_comes_as_a_containers_own_is_what_it_has_here() {
     let refused = |copied: &[CopiedPath], place: Option<&RootPlace>| {
         let folders = Folders::new(shelf.clone(), ids()[0]);
         let code = folders
-            .prepare(copied, place)
+            .prepare(copied, place, true)
             .map_err(|failure| failure.code());
         assert_eq!(code, Err(ErrorCode::Malformed));
     };
@@ -197,7 +224,7 @@ fn what_comes_as_a_containers_own_is_what_it_has_here() {
     refused(&[own], Some(&RootPlace::Overlay));
     let folders = Folders::new(shelf.clone(), ids()[0]);
     folders
-        .prepare(&[layer], Some(&RootPlace::Overlay))
+        .prepare(&[layer], Some(&RootPlace::Overlay), true)
         .expect("one to come");
     // It is mounted nowhere.
     let found = folders.found(root.path()).map_err(|failure| failure.code());

@@ -279,8 +279,7 @@ impl Site {
         detached::done("check", move || kind.check(&described)).await??;
         self.admit(offer)?;
         let root = arriving.root_place()?;
-        let folders = self.intake.folders();
-        block_in_place(|| folders.prepare(&description.copied, root.as_ref()))?;
+        block_in_place(|| self.make_places(&arriving, (&description.copied, root.as_ref())))?;
         if offer.policy.verify {
             // No page comes before the offer is accepted.
             self.intake.store().keep_digests();

@@ -16,8 +16,9 @@ use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescripti
 use pageferry_proto::wire::description::WorkloadDescription;
 
 use super::{ask, check, kept_in, mounted, refuse_others};
-use crate::runtime::oci::arrive::{Leaves, Restore, check_node, prepare};
+use crate::runtime::oci::arrive::{Leaves, Restore, check_node, check_spec, prepare};
 use crate::runtime::oci::spec::Spec;
+use crate::runtime::oci::volumes::Named;
 use crate::runtime::rootfs::RootPlace;
 
 /// What stands for the runtime here: it asks containerd, and ends when the container runs.
@@ -31,7 +32,7 @@ const SETTLE_MAX: Duration = Duration::from_secs(30);
 pub struct Arriving {
     namespace: String,
     id: ContainerId,
-    config: Vec<u8>,
+    described: ContainerDescription,
     containerd: ContainerdDescription,
     container: Container,
 }
@@ -45,18 +46,15 @@ impl Arriving {
         let refused = |text: String| Failure::new(ErrorCode::UnsupportedWorkload, text);
         let namespace = namespace.to_string();
         refuse_others(&namespace)?;
-        let Some(ContainerDescription {
-            config,
-            containerd: Some(containerd),
-            ..
-        }) = description.container.clone()
-        else {
+        let described = description.container.clone();
+        let containerd = described.as_ref().and_then(|has| has.containerd.clone());
+        let (Some(described), Some(containerd)) = (described, containerd) else {
             return Err(refused(format!(
                 "the offer does not say what the container {id} is to containerd"
             )));
         };
         let (record, spec_type) = (&containerd.record, &containerd.spec_type);
-        let container = Container::join(record, spec_type, config.clone())
+        let container = Container::join(record, spec_type, described.config.clone())
             .map_err(|error| refused(format!("the record of {id} cannot be read: {error}")))?;
         if container.id() != id.to_string() {
             return Err(refused(format!("the record of {id} is that of another")));
@@ -65,7 +63,7 @@ impl Arriving {
         Ok(Self {
             namespace,
             id: id.clone(),
-            config,
+            described,
             containerd,
             container,
         })
@@ -74,7 +72,7 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks, for as long as containerd takes to answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         check_node(description)?;
-        Spec::parse(&self.config)?.check(None)?;
+        check_spec(&self.described, None, &Named::of(description))?;
         let unfit = |text: String| Err(Failure::new(ErrorCode::NodeUnfit, text));
         let program = beside(PROGRAM);
         if !program.is_file() {
@@ -153,7 +151,7 @@ impl Arriving {
 
     /// Where what it has written comes to, if it writes.
     pub fn root_place(&self) -> Result<Option<RootPlace>, Failure> {
-        let spec = Spec::parse(&self.config)?;
+        let spec = Spec::parse(&self.described.config)?;
         Ok(spec.is_writable().then_some(RootPlace::Overlay))
     }
 
@@ -166,11 +164,13 @@ impl Arriving {
     /// migration's.
     pub fn restore(&self, directory: &Path) -> io::Result<Restore> {
         let state = kept_in(&self.namespace).join(self.id.to_string());
+        let spec = Spec::parse(&self.described.config).map_err(io::Error::other)?;
         let leaves = Leaves {
             folder: state.clone(),
             bound_in: state.clone(),
             state: state.join("state.json"),
             paths: Vec::new(),
+            volumes: spec.places(Path::new(&self.described.bundle)),
         };
         let images = prepare(directory, &leaves)?;
         let migration = directory.file_name().unwrap_or_default();

@@ -31,6 +31,7 @@ use super::layer;
 use super::oci::Container as OfRuntime;
 use super::oci::checkpoint::{Checkpoint, CheckpointError};
 use super::oci::habits::Runtime;
+use super::oci::spec::{Engine, Spec};
 use super::process::describe::Described;
 
 /// Where containerd has runc keep the containers of a namespace, by its name.
@@ -107,12 +108,17 @@ impl Containerd {
     }
 
     /// What it is made of; as [`OfRuntime::describe_with`].
-    pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
-        let mut described = self.container.describe_with((pids, shared), None, |spec| {
-            layer::find(&spec.root(self.container.bundle()), None)
-        })?;
-        // They are the image's, which has the same digest; and they are nowhere yet.
-        described.description.files.clear();
+    pub fn describe(&self, pids: &[i32], named: &[PathBuf]) -> Result<Described, Failure> {
+        // What is not bound is the image's, which has the same digest; and it is nowhere yet.
+        let engine = Engine {
+            has_image: true,
+            ..Engine::default()
+        };
+        let layer = |spec: &Spec| layer::find(&spec.root(self.container.bundle()), None);
+        let described = self
+            .container
+            .describe_with((pids, named), Some(&engine), layer);
+        let mut described = described?;
         if let Some(container) = &mut described.description.container {
             self.add(container)?;
         }

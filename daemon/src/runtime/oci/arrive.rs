@@ -18,10 +18,11 @@ use pageferry_sys::namespace::NamespaceKind;
 use serde::{Deserialize, Serialize};
 
 use super::habits::Runtime;
-use super::spec::Spec;
+use super::spec::{Around, Engine, Spec};
+use super::volumes::Named;
 use super::{BOUND, OUTPUT, bound_in, read_config};
 use crate::runtime::rootfs::{self, Bundle, RootPlace};
-use crate::runtime::{cpu, files};
+use crate::runtime::{cpu, files, shared};
 
 /// A container that comes.
 #[derive(Clone, Debug)]
@@ -66,6 +67,10 @@ pub struct Leaves {
     pub state: PathBuf,
     /// Files, and folders if they are empty, in the order in which they are removed.
     pub paths: Vec<PathBuf>,
+    /// Its root file system, and where in it volumes are: a runtime may bind them there for a
+    /// moment, in the node's own namespace.
+    #[serde(default)]
+    pub volumes: (PathBuf, Vec<PathBuf>),
 }
 
 /// What may be left when the runtime, and whoever started it, were killed while it restored; in a
@@ -111,13 +116,11 @@ impl Arriving {
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         check_node(description)?;
         check_free(self.runtime, &self.id)?;
-        self.check_bundle()?;
-        let root = Path::new("/");
-        let mut all = description.files.iter();
-        all.try_for_each(|file| files::check(file, root, false))
+        self.check_bundle(&Named::of(description))?;
+        files::check_all(description)
     }
 
-    fn check_bundle(&self) -> Result<(), Failure> {
+    fn check_bundle(&self, named: &Named) -> Result<(), Failure> {
         let bundle = Path::new(&self.container.bundle);
         let differs = |why: &str| {
             Failure::new(
@@ -130,8 +133,8 @@ impl Arriving {
             )
         };
         // Also a source that refuses less than this node is not followed.
+        check_spec(&self.container, None, named)?;
         let spec = Spec::parse(&self.container.config)?;
-        spec.check(None)?;
         if spec.is_writable() {
             // It comes with its root file system, which is never put over another.
             let taken = |error: pageferry_files::Error| {
@@ -200,7 +203,8 @@ impl Arriving {
     }
 }
 
-/// Refuses what no container has that is moved, and a processor that it cannot go on with.
+/// Refuses what no container has that is moved, storage that is not the same here, and a processor
+/// that it cannot go on with.
 pub fn check_node(description: &WorkloadDescription) -> Result<(), Failure> {
     let own = [
         Namespaces::NET,
@@ -209,16 +213,35 @@ pub fn check_node(description: &WorkloadDescription) -> Result<(), Failure> {
         Namespaces::PID,
     ];
     let own = own.into_iter().fold(Namespaces::MNT, Namespaces::with);
-    if description.own_namespaces != own || !description.shared.is_empty() {
+    if description.own_namespaces != own {
         return Err(Failure::new(
             ErrorCode::UnsupportedWorkload,
-            "a container has namespaces of its own, and nothing shared with its node",
+            "a container has namespaces of its own",
         ));
     }
+    shared::check_all(description)?;
     match &description.cpu {
         Some(source) => cpu::read().check(source),
         None => Ok(()),
     }
+}
+
+/// Refuses what the configuration has that is not moved yet, and what it binds that neither comes
+/// nor is here.
+pub fn check_spec(
+    container: &ContainerDescription,
+    engine: Option<&Engine>,
+    named: &Named,
+) -> Result<(), Failure> {
+    let all = named.all();
+    let around = Around {
+        bundle: Path::new(&container.bundle),
+        engine,
+        named: &all,
+    };
+    let spec = Spec::parse(&container.config)?;
+    spec.check(&around)?;
+    named.check_here(&spec, &around)
 }
 
 /// Refuses a container of which the runtime has something already.
@@ -251,7 +274,8 @@ pub fn made(
     let below = cgroup.trim_start_matches('/');
     let cgroups = hierarchies.iter().map(|all| all.point.join(below));
     let cgroups: Vec<PathBuf> = cgroups.collect();
-    let leaves = leaves((runtime, id), Path::new(&container.bundle), &cgroups);
+    let mut leaves = leaves((runtime, id), Path::new(&container.bundle), &cgroups);
+    leaves.volumes = spec.places(Path::new(&container.bundle));
     note(directory, &leaves)?;
     let joined = match runtime.habits().enters {
         true => Vec::new(),
@@ -309,6 +333,7 @@ fn leaves((runtime, id): (Runtime, &str), bundle: &Path, cgroups: &[PathBuf]) ->
         bound_in: bound_in((runtime, id), bundle),
         state: runtime.state(id),
         paths,
+        volumes: <(PathBuf, Vec<PathBuf>)>::default(),
     }
 }
 
@@ -388,11 +413,30 @@ pub fn sweep(directory: &Path) {
             deleted with it", leaves.bound_in.display());
     }
     if is_ours {
+        release_volumes(&leaves.volumes);
         bound::remove_unless(&leaves.state, &leaves.paths);
     }
     for (cgroup, _) in note.cgroups.iter().filter(|(path, id)| id.is_at(path)) {
         // With anybody in it, it is no leftover.
         drop(fs::remove_dir(cgroup));
+    }
+}
+
+/// Unmounts what is bound in a root file system. Whoever deletes that would delete it, too.
+fn release_volumes((root, places): &(PathBuf, Vec<PathBuf>)) {
+    let Ok(root) = fs::canonicalize(root) else {
+        return;
+    };
+    for place in places {
+        // What is in it may lead anywhere.
+        let here = fs::canonicalize(place).ok();
+        let Some(here) = here.filter(|here| here.starts_with(&root) && *here != root) else {
+            continue;
+        };
+        if let Err(error) = bound::unmount(&here) {
+            tracing::error!(%error, "{} has a volume bound in it, which is deleted with the root \
+                file system of a container", here.display());
+        }
     }
 }
 
@@ -438,7 +482,7 @@ mod tests {
     #[test]
     fn the_bundle_must_be_here_and_say_the_same() {
         let bundle = tempfile::tempdir().unwrap();
-        let check = |config| arriving(bundle.path(), config).check_bundle();
+        let check = |config| arriving(bundle.path(), config).check_bundle(&Named::default());
         let refused = |config| check(config).expect_err("refused");
         assert_eq!(refused(CONFIG).code(), ErrorCode::FileDiffers);
         fs::write(bundle.path().join("config.json"), CONFIG).unwrap();

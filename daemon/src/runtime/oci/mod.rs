@@ -11,8 +11,8 @@
 //! bound in it.
 //!
 //! A root file system that is written to travels with its bundle ([`rootfs`](super::rootfs)).
-//! Absent, and refused by name ([`spec`], [`state`]): volumes, terminals, pipes as standard streams,
-//! hooks, namespaces that are shared.
+//! Absent, and refused by name ([`spec`], [`state`]): volumes that are not named, terminals, pipes
+//! as standard streams, hooks, namespaces that are shared.
 
 mod alone;
 pub mod arrive;
@@ -22,6 +22,7 @@ pub mod habits;
 mod runc;
 pub mod spec;
 pub mod state;
+pub mod volumes;
 
 use std::fs;
 use std::io;
@@ -43,7 +44,7 @@ use super::passing::Passing;
 use super::process::describe::{self, Described};
 use super::rootfs::RootFiles;
 use habits::{BoundIn, Runtime};
-use spec::{Engine, Spec};
+use spec::{Around, Engine, Spec};
 use state::State;
 
 /// What a runtime calls the place to which it binds the root file system while it restores.
@@ -172,10 +173,10 @@ impl Container {
         &self.bundle
     }
 
-    /// What it is made of: the tree of `pids`, the root first. Blocks, for a few milliseconds if
-    /// its storage answers.
-    pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
-        self.describe_with((pids, shared), None, |spec| {
+    /// What it is made of: the tree of `pids`, the root first; `named` are paths that travel along,
+    /// or that both nodes share. Blocks, for a few milliseconds if its storage answers.
+    pub fn describe(&self, pids: &[i32], named: &[PathBuf]) -> Result<Described, Failure> {
+        self.describe_with((pids, named), None, |spec| {
             RootFiles::in_bundle(&self.bundle, spec.named_root())
         })
     }
@@ -184,34 +185,36 @@ impl Container {
     /// it writes to that.
     pub fn describe_with(
         &self,
-        (pids, shared): (&[i32], &[PathBuf]),
+        (pids, named): (&[i32], &[PathBuf]),
         engine: Option<&Engine>,
         root: impl FnOnce(&Spec) -> Result<RootFiles, Failure>,
     ) -> Result<Described, Failure> {
-        if let Some(path) = shared.first() {
-            return Err(Failure::new(
-                ErrorCode::UnsupportedWorkload,
-                format!(
-                    "{} cannot be shared with the container {}: what is mounted into containers \
-                     is not moved yet",
-                    path.display(),
-                    self.id
-                ),
-            ));
-        }
         let config = read_config(&self.bundle)?;
         let spec = Spec::parse(&config)?;
-        spec.check(engine)?;
+        let around = Around {
+            bundle: &self.bundle,
+            engine,
+            named,
+        };
+        spec.check(&around)?;
         let root = spec.is_writable().then(|| root(&spec)).transpose()?;
         let pipes = engine.map_or(&[][..], |engine| &engine.pipes);
         // Where the node has it.
-        let mounts = describe::mounts(self.root)?;
+        let mounts = describe::mounts(self.root, named)?;
         let here = mounts.and_then(|mounts| mounts.node_path(Path::new("/")));
         let here: Vec<PathBuf> = here.into_iter().filter(|_| root.is_some()).collect();
-        let mut described = describe::describe(self.root, (pids, pipes), &here)?;
+        let travels: Vec<PathBuf> = named.iter().chain(&here).cloned().collect();
+        let mut described = describe::describe(self.root, (pids, pipes), &travels)?;
         described.root_files = root;
+        if let Some(mounts) = &described.mounts {
+            volumes::check_seen((self.root, mounts), &spec, &around)?;
+        }
         let comes = |path: &str| here.iter().any(|here| Path::new(path).starts_with(here));
         let description = &mut described.description;
+        if engine.is_some_and(|engine| engine.has_image) {
+            // All others are of its image, which has the same id at the target or is not there.
+            volumes::retain_bound(description, &spec.binds(&around));
+        }
         // The runtime mounts them, by the same configuration.
         description.mounts.clear();
         description.files.retain(|file| !comes(&file.path));

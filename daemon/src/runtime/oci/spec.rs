@@ -48,6 +48,28 @@ pub struct Engine {
     pub folders: Vec<PathBuf>,
     /// Pipes that it holds the other ends of.
     pub pipes: Vec<u64>,
+    /// The root file system is of an image, and at a path of the engine's.
+    pub has_image: bool,
+}
+
+/// What is known of a container beside its configuration.
+#[derive(Clone, Copy, Debug)]
+pub struct Around<'a> {
+    /// The folder of its bundle.
+    pub bundle: &'a Path,
+    /// Who has it, if that is not its runtime alone.
+    pub engine: Option<&'a Engine>,
+    /// Paths that travel along, or that both nodes share: what is below them may be bound.
+    pub named: &'a [PathBuf],
+}
+
+/// A path of the node that is bound into a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bind {
+    /// What.
+    pub source: PathBuf,
+    /// Where the container has it.
+    pub destination: PathBuf,
 }
 
 #[derive(Debug, Deserialize)]
@@ -205,8 +227,38 @@ impl Spec {
         }
     }
 
+    /// What of the node is bound into it, but for what its engine makes again.
+    pub fn binds(&self, around: &Around<'_>) -> Vec<Bind> {
+        let folders = around.engine.map_or(&[][..], |engine| &engine.folders);
+        let is_made = |mount: &&Mount| folders.iter().any(|made| mount.source.starts_with(made));
+        let binds = self.mounts.iter().filter(|mount| mount.is_bind());
+        let bind = |mount: &Mount| Bind {
+            source: around.bundle.join(&mount.source),
+            destination: Path::new("/").join(&mount.destination),
+        };
+        binds.filter(|mount| !is_made(mount)).map(bind).collect()
+    }
+
+    /// Its root file system, and where in it is what is bound.
+    pub fn places(&self, bundle: &Path) -> (PathBuf, Vec<PathBuf>) {
+        let root = self.root(bundle);
+        let around = Around {
+            bundle,
+            engine: None,
+            named: &[],
+        };
+        let binds = self.binds(&around).into_iter();
+        let place = |bind: Bind| {
+            let below = bind.destination.strip_prefix("/").map(Path::to_owned);
+            root.join(below.unwrap_or(bind.destination))
+        };
+        let places = binds.map(place).collect();
+        (root, places)
+    }
+
     /// Refuses what is not moved yet, by its name.
-    pub fn check(&self, engine: Option<&Engine>) -> Result<(), Failure> {
+    pub fn check(&self, around: &Around<'_>) -> Result<(), Failure> {
+        let engine = around.engine;
         let refused = |text: &str| {
             let text = format!("the container {text}");
             Err(Failure::new(ErrorCode::UnsupportedWorkload, text))
@@ -224,21 +276,7 @@ impl Spec {
                 "the container has a terminal (process.terminal), which is not moved yet",
             ));
         }
-        let folders = engine.map_or(&[][..], |engine| &engine.folders);
-        let is_made = |mount: &&Mount| {
-            let mut folders = folders.iter();
-            folders.any(|folder| mount.source.starts_with(folder))
-        };
-        for mount in self.mounts.iter().filter(|mount| !is_made(mount)) {
-            let binds = |option: &String| option == "bind" || option == "rbind";
-            if mount.options.iter().any(binds) || !MOUNTED.contains(&&*mount.kind) {
-                return refused(&format!(
-                    "has {} mounted, which is a folder or a file system of the node: volumes are \
-                     not moved yet",
-                    mount.destination
-                ));
-            }
-        }
+        self.check_mounts(around)?;
         if let Some((name, _)) = self
             .hooks
             .iter()
@@ -263,6 +301,50 @@ impl Spec {
         }
         if self.linux.rootfs_propagation.contains("shared") {
             return refused("passes its mounts on to the node (linux.rootfsPropagation)");
+        }
+        Ok(())
+    }
+
+    fn check_mounts(&self, around: &Around<'_>) -> Result<(), Failure> {
+        let refused = |text: String| Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
+        let others = self.mounts.iter().filter(|mount| !mount.is_bind());
+        let mut unknown = others.filter(|mount| !MOUNTED.contains(&&*mount.kind));
+        if let Some(mount) = unknown.next() {
+            return refused(format!(
+                "the container has {} mounted, which is a file system of the node ({}): that is \
+                 not moved yet",
+                mount.destination, mount.kind
+            ));
+        }
+        let binds = self.binds(around);
+        for Bind {
+            source,
+            destination,
+        } in &binds
+        {
+            let (what, place) = (source.display(), destination.display());
+            let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
+            if !source.components().all(plain) {
+                return refused(format!("the container has {what} bound, by no plain path"));
+            }
+            if !around.named.iter().any(|named| source.starts_with(named)) {
+                return refused(format!(
+                    "the container has {place} mounted, which is {what} of the node: name that \
+                     with --copy to have it travel along, or with --shared if both nodes have the \
+                     same storage there"
+                ));
+            }
+            let is_within = |mount: &&Mount| {
+                let other = Path::new(&mount.destination);
+                other.starts_with(destination) && other != destination
+            };
+            if let Some(within) = self.mounts.iter().find(is_within) {
+                return refused(format!(
+                    "the container has {} mounted within {place}, which is {what} of the node: \
+                     mounts within volumes are not moved yet",
+                    within.destination
+                ));
+            }
         }
         Ok(())
     }
@@ -298,10 +380,25 @@ impl Spec {
     }
 }
 
+impl Mount {
+    fn is_bind(&self) -> bool {
+        let binds = |option: &String| option == "bind" || option == "rbind";
+        self.kind == "bind" || self.options.iter().any(binds)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
+
+    fn around<'a>(engine: Option<&'a Engine>, named: &'a [PathBuf]) -> Around<'a> {
+        Around {
+            bundle: Path::new("/srv/web"),
+            engine,
+            named,
+        }
+    }
 
     fn spec() -> Value {
         json!({
@@ -323,14 +420,15 @@ mod tests {
         let mut spec = spec();
         change(&mut spec);
         let parsed = Spec::parse(spec.to_string().as_bytes()).unwrap();
-        parsed.check(None).expect_err("refused").to_string()
+        let checked = parsed.check(&around(None, &[]));
+        checked.expect_err("refused").to_string()
     }
 
     #[test]
     fn what_is_not_moved_yet_is_refused_by_its_name() {
         Spec::parse(spec().to_string().as_bytes())
             .unwrap()
-            .check(None)
+            .check(&around(None, &[]))
             .unwrap();
         let terminal = refused(|spec| spec["process"]["terminal"] = true.into());
         assert!(terminal.starts_with("stdio-unfit") && terminal.contains("terminal"));
@@ -352,6 +450,51 @@ mod tests {
         assert!(managed.contains("one of libpod"), "{managed}");
         let shared = refused(|spec| spec["linux"]["rootfsPropagation"] = "rshared".into());
         assert!(shared.contains("rootfsPropagation"), "{shared}");
+    }
+
+    #[test]
+    fn what_is_bound_is_below_a_path_that_is_named() {
+        let check = |source: &str, named: &str| {
+            let mut spec = spec();
+            let data = json!({"destination": "/data", "type": "none", "source": source,
+                "options": ["rbind", "rw"]});
+            spec["mounts"].as_array_mut().unwrap().push(data);
+            let parsed = Spec::parse(spec.to_string().as_bytes()).unwrap();
+            let named = [PathBuf::from(named)];
+            let checked = parsed.check(&around(None, &named));
+            checked.map_err(|refused| refused.to_string())
+        };
+        check("/srv/data", "/srv/data").unwrap();
+        check("/srv/data/sub", "/srv/data").unwrap();
+        check("data", "/srv/web/data").unwrap();
+        let other = check("/srv/data2", "/srv/data").unwrap_err();
+        assert!(
+            other.contains("--copy") && other.contains("/srv/data2"),
+            "{other}"
+        );
+        let up = check("/srv/data/../x", "/srv/data").unwrap_err();
+        assert!(up.contains("no plain path"), "{up}");
+        let within = refused(|spec| {
+            let all = spec["mounts"].as_array_mut().unwrap();
+            let bind = ["bind"];
+            all.push(json!({"destination": "/dev/x", "source": "/s", "options": bind}));
+        });
+        assert!(within.contains("/dev/x mounted"), "{within}");
+    }
+
+    #[test]
+    fn nothing_is_mounted_within_a_volume() {
+        let mut spec = spec();
+        let all = spec["mounts"].as_array_mut().unwrap();
+        all.push(json!({"destination": "/data", "source": "/s", "options": ["bind"]}));
+        all.push(json!({"destination": "/data/tmp", "type": "tmpfs"}));
+        let parsed = Spec::parse(spec.to_string().as_bytes()).unwrap();
+        let named = [PathBuf::from("/s")];
+        let within = parsed.check(&around(None, &named)).unwrap_err();
+        assert!(
+            within.text().contains("/data/tmp mounted within /data"),
+            "{within}"
+        );
     }
 
     #[test]
@@ -412,7 +555,7 @@ mod tests {
             spec["mounts"].as_array_mut().unwrap().push(hosts);
             let parsed = Spec::parse(spec.to_string().as_bytes()).unwrap();
             parsed
-                .check(Some(&engine))
+                .check(&around(Some(&engine), &[]))
                 .map_err(|refused| refused.to_string())
         };
         check("/store/web/hosts", "libpod").unwrap();

@@ -9,16 +9,19 @@ use std::path::{Path, PathBuf};
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_proto::id::ContainerId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::container::{ContainerDescription, PodmanDescription};
+use pageferry_proto::wire::container::{
+    ContainerDescription, PodmanDescription, VolumeDescription,
+};
 use pageferry_proto::wire::description::WorkloadDescription;
 use pageferry_sys::namespace::NamespaceKind;
 
 use super::command::{podman_at_once, told};
-use super::{MANAGER, NEVER, PROGRAM, archive, folders};
+use super::{MANAGER, NEVER, PROGRAM, archive, folders, volume};
 use crate::runtime::oci::arrive::{self, Restore};
 use crate::runtime::oci::habits::Runtime;
 use crate::runtime::oci::read_config;
 use crate::runtime::oci::spec::{Engine, Spec};
+use crate::runtime::oci::volumes::Named;
 use crate::runtime::rootfs::RootPlace;
 
 /// Who restores it.
@@ -64,8 +67,8 @@ impl Arriving {
             folders: folders(&self.podman.id, bundle),
             ..Engine::default()
         };
+        arrive::check_spec(&self.container, Some(&engine), &Named::of(description))?;
         let spec = Spec::parse(&self.container.config)?;
-        spec.check(Some(&engine))?;
         archive::check(&self.podman.archive, self.podman.id.as_str()).map_err(|why| {
             let text = format!("what podman has of the container {}: {why}", self.name);
             Failure::new(ErrorCode::UnsupportedWorkload, text)
@@ -79,6 +82,8 @@ impl Arriving {
                 ));
             }
         }
+        let mut volumes = self.podman.volumes.iter();
+        volumes.try_for_each(volume::check_free)?;
         let image = self.podman.image.as_str();
         if !has(["image", "exists", image]) {
             return Err(Failure::new(
@@ -114,6 +119,11 @@ impl Arriving {
             ));
         }
         Ok(())
+    }
+
+    /// Volumes that are made for it.
+    pub fn volumes(&self) -> &[VolumeDescription] {
+        &self.podman.volumes
     }
 
     /// Where what it has written comes to, if it writes.

@@ -45,8 +45,8 @@ pub enum CommandError {
 }
 
 /// Runs one; what it prints.
-pub async fn podman<const N: usize>(arguments: [&str; N]) -> Result<String, CommandError> {
-    let what = arguments.first().copied().unwrap_or_default().to_owned();
+pub async fn podman(arguments: Vec<String>) -> Result<String, CommandError> {
+    let what = arguments.first().cloned().unwrap_or_default();
     let mut command = Command::new(PROGRAM);
     command
         .args(arguments)
@@ -61,14 +61,18 @@ pub async fn podman<const N: usize>(arguments: [&str; N]) -> Result<String, Comm
 
 /// As [`podman`], for whoever may block.
 pub fn podman_at_once<const N: usize>(arguments: [&str; N]) -> Result<String, CommandError> {
-    let what = arguments.first().copied().unwrap_or_default().to_owned();
+    podman_with(arguments.map(str::to_owned).to_vec())
+}
+
+/// As [`podman_at_once`].
+pub fn podman_with(arguments: Vec<String>) -> Result<String, CommandError> {
+    let what = arguments.first().cloned().unwrap_or_default();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     let runtime = runtime.map_err(|source| CommandError::Io { what, source })?;
-    let arguments = arguments.map(str::to_owned);
     // Not on a thread of another runtime, which would not allow it.
-    let run = move || runtime.block_on(podman(arguments.each_ref().map(String::as_str)));
+    let run = move || runtime.block_on(podman(arguments));
     let ran = std::thread::Builder::new()
         .name(PROGRAM.to_owned())
         .spawn(run);

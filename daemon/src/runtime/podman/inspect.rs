@@ -1,6 +1,6 @@
 //! What podman says of a container, and what of that is not moved yet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use pageferry_proto::id::ContainerId;
@@ -9,12 +9,16 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::command::{CommandError, podman_at_once, told};
+use super::volume::Volume;
 use crate::runtime::layer;
 use crate::runtime::oci::habits::Runtime;
 use crate::runtime::rootfs::RootFiles;
 
 /// The label by which a unit of systemd that runs a container names itself.
 const UNIT: &str = "PODMAN_SYSTEMD_UNIT";
+
+/// The kind of a mount that is a named volume.
+const VOLUME: &str = "volume";
 
 /// One of `podman container inspect`.
 #[derive(Debug, Deserialize)]
@@ -49,9 +53,14 @@ struct State {
     status: String,
 }
 
+/// What is mounted into it, but for what podman makes itself.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Mount {
+    #[serde(rename = "Type")]
+    kind: String,
+    #[serde(default)]
+    name: String,
     destination: String,
 }
 
@@ -202,10 +211,12 @@ impl Inspected {
         if self.dependencies.iter().flatten().next().is_some() {
             return refused("shares namespaces with another container".to_owned());
         }
-        if let Some(volume) = self.mounts.iter().flatten().next() {
+        // What is bound stands in the specification, and must be named.
+        let moved = |mount: &&Mount| ["bind", VOLUME].contains(&&*mount.kind);
+        if let Some(mount) = self.mounts.iter().flatten().find(|mount| !moved(mount)) {
             return refused(format!(
-                "has {} mounted: volumes are not moved yet",
-                volume.destination
+                "has {} mounted, which is a mount of the kind {}: that is not moved yet",
+                mount.destination, mount.kind
             ));
         }
         if self.host_config.cgroup_manager != "cgroupfs" {
@@ -231,6 +242,17 @@ impl Inspected {
             return refused("has a health check, which podman runs in it".to_owned());
         }
         Ok(())
+    }
+
+    /// Its named volumes, if all of them can move.
+    pub fn volumes(&self) -> Result<Vec<Volume>, Failure> {
+        let mounts = self.mounts.iter().flatten();
+        let names: BTreeSet<&str> = mounts
+            .filter(|mount| mount.kind == VOLUME)
+            .map(|mount| &*mount.name)
+            .collect();
+        let volume = |name: &str| Volume::of(name, self.id().as_str());
+        names.into_iter().map(volume).collect()
     }
 
     /// Refuses standard streams that podman does not make again: they are pipes to its monitor, or
@@ -287,8 +309,9 @@ mod tests {
         );
         let unit = refused(|one| one["Config"]["Labels"] = json!({UNIT: "web.service"}));
         assert!(unit.contains("web.service"), "{unit}");
-        let volume = refused(|one| one["Mounts"] = json!([{"Destination": "/data"}]));
-        assert!(volume.contains("/data mounted"), "{volume}");
+        let image = json!([{"Type": "image", "Destination": "/data"}]);
+        let image = refused(|one| one["Mounts"] = image);
+        assert!(image.contains("/data mounted"), "{image}");
         let manager = refused(|one| one["HostConfig"]["CgroupManager"] = "systemd".into());
         assert!(manager.contains("cgroup_manager"), "{manager}");
         let network = refused(|one| one["HostConfig"]["NetworkMode"] = "bridge".into());

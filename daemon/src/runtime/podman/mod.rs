@@ -19,6 +19,7 @@ pub mod arrive;
 mod command;
 mod export;
 mod inspect;
+pub mod volume;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -34,11 +35,12 @@ use thiserror::Error;
 
 use super::oci::Container;
 use super::oci::checkpoint::{Checkpoint, CheckpointError};
-use super::oci::spec::Engine;
+use super::oci::spec::{Engine, Spec};
 use super::process::describe::Described;
 use command::{CommandError, podman, podman_at_once, told};
 use export::ExportError;
 use inspect::Inspected;
+use volume::Volume;
 
 /// The engine; looked up in `PATH`.
 const PROGRAM: &str = "podman";
@@ -57,6 +59,9 @@ pub struct Podman {
     image: ContainerName,
     /// Its policy, as `--restart` has it; it is [`NEVER`] in podman's books while we dump.
     restart: String,
+    /// Its named volumes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    volumes: Vec<Volume>,
 }
 
 /// A name in the journal.
@@ -89,7 +94,14 @@ impl Podman {
             id: ContainerName(inspected.id().clone()),
             image: ContainerName(inspected.image()?),
             restart: inspected.restart(),
+            volumes: inspected.volumes()?,
         })
+    }
+
+    /// Where what is in its volumes is.
+    pub fn folders(&self) -> Vec<PathBuf> {
+        let paths = self.volumes.iter().map(Volume::path);
+        paths.map(Path::to_owned).collect()
     }
 
     /// What its runtime has of it.
@@ -99,31 +111,28 @@ impl Podman {
 
     /// What it is made of: the tree of `pids`, the root first. Blocks, for a few milliseconds if
     /// its storage answers.
-    pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
+    pub fn describe(&self, pids: &[i32], named: &[PathBuf]) -> Result<Described, Failure> {
         let (_, state) = Container::read(self.container.runtime(), &self.id.0)?;
         let engine = Engine {
             manager: MANAGER,
             folders: folders(&self.id.0, self.container.bundle()),
             pipes: state.pipes(),
+            has_image: true,
         };
-        let mut described = self
-            .container
-            .describe_with((pids, shared), Some(&engine), |_| {
-                Inspected::of(&self.id.0)?.layer()
-            })?;
-        // They are of its image, which has the same id at the target or is not there.
-        described.description.files.clear();
-        Ok(described)
+        let layer = |_: &Spec| Inspected::of(&self.id.0)?.layer();
+        self.container
+            .describe_with((pids, named), Some(&engine), layer)
     }
 
     /// What podman is to import at the target. `directory` is the migration's, `stand_in` what the
-    /// runtime is to find as CRIU.
+    /// runtime is to find as CRIU; `copied` are folders that travel.
     pub async fn export(
         &self,
-        criu: &Path,
-        stand_in: &Path,
+        (criu, stand_in): (&Path, &Path),
         directory: &Path,
+        copied: &[PathBuf],
     ) -> Result<PodmanDescription, Failure> {
+        let travels = |volume: &&Volume| copied.iter().any(|path| path == volume.path());
         let folder = directory.join("export");
         let exported = export::export(self, (criu, stand_in), &folder).await;
         drop(fs::remove_dir_all(&folder));
@@ -140,6 +149,12 @@ impl Podman {
             image: self.image.0.clone(),
             restart: self.restart.clone(),
             archive,
+            volumes: self
+                .volumes
+                .iter()
+                .filter(travels)
+                .map(Volume::describe)
+                .collect(),
         })
     }
 
@@ -151,7 +166,8 @@ impl Podman {
         directory: &Path,
     ) -> Result<(Conversation, Checkpoint), PodmanError> {
         if self.starts_again() {
-            let off = podman(["update", "--restart", NEVER, self.id.as_str()]).await;
+            let off = ["update", "--restart", NEVER, self.id.as_str()].map(str::to_owned);
+            let off = podman(off.to_vec()).await;
             off.map_err(PodmanError::Policy)?;
         }
         let started = Checkpoint::start(&self.container, dump, stand_in, directory).await?;
@@ -178,6 +194,7 @@ impl Podman {
             tracing::warn!(container = self.id.as_str(), %error,
                 "podman lists a container that has moved away");
         }
+        self.volumes.iter().for_each(Volume::release);
         released
     }
 

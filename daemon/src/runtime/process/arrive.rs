@@ -3,7 +3,7 @@
 use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
@@ -43,8 +43,8 @@ impl Arriving {
             cpu::read().check(source)?;
         }
         mounts::check(&description.mounts)?;
-        check_shared(description)?;
-        check_files(description)?;
+        shared::check_all(description)?;
+        files::check_all(description)?;
         check_folder(description)?;
         // Empty with a pid namespace of its own.
         check_pids(&description.pids)
@@ -68,25 +68,6 @@ impl Arriving {
         }
         Ok(())
     }
-}
-
-fn check_shared(description: &WorkloadDescription) -> Result<(), Failure> {
-    let here = shared::boot_id().map_err(|error| {
-        let text = format!("the boot id of the target cannot be read: {error}");
-        Failure::new(ErrorCode::NodeUnfit, text)
-    })?;
-    let boot_ids = [description.boot_id, here];
-    let mut paths = description.shared.iter();
-    paths.try_for_each(|path| shared::check(path, boot_ids))
-}
-
-fn check_files(description: &WorkloadDescription) -> Result<(), Failure> {
-    let shared = description.shared.iter();
-    let shared: Vec<_> = shared.map(|shared| PathBuf::from(&shared.path)).collect();
-    description.files.iter().try_for_each(|file| {
-        let is_shared = files::is_shared(Path::new(&file.path), &shared);
-        files::check(file, Path::new("/"), is_shared)
-    })
 }
 
 /// CRIU opens the working directory of the root again, in the freeze.

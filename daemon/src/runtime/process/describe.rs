@@ -40,10 +40,9 @@ pub struct Described {
 /// Looks at the tree of `pids`, `root` first. Blocks for a few milliseconds.
 ///
 /// Of `pipes` somebody who is not in the tree has the other end, and somebody has at the target.
-/// `storage` are paths the operator says both nodes share. Links, routes, the addresses spaces go
-/// by, the proofs of what is shared, the kernel's boot id, the processor and CRIU's version are
-/// left for the caller, who
-/// knows them.
+/// `storage` are paths the operator says both nodes share, or that travel along. Links, routes,
+/// the addresses spaces go by, the proofs of what is shared, the kernel's boot id, the processor
+/// and CRIU's version are left for the caller, who knows them.
 pub fn describe(
     root: i32,
     (pids, pipes): (&[i32], &[u64]),
@@ -59,7 +58,7 @@ pub fn describe(
     refuse_ourselves(root)?;
     let own = own_namespaces(root)?;
     check_members(root, pids, &own)?;
-    let mounts = own_mounts(root, &own)?;
+    let mounts = own_mounts(root, &own, storage)?;
     let mut descriptors = Descriptors::of(pids, mounts.clone());
     let (spaces, tasks) = members(pids, storage, &mut descriptors)?;
     descriptors.check_pipes(pipes)?;
@@ -112,9 +111,10 @@ pub fn describe(
     })
 }
 
-/// The mounts of a namespace of its own that the root of a tree sees, if it has one.
-pub fn mounts(root: i32) -> Result<Option<Mounts>, Failure> {
-    own_mounts(root, &own_namespaces(root)?)
+/// The mounts of a namespace of its own that the root of a tree sees, if it has one; `named` are
+/// paths that the operator names.
+pub fn mounts(root: i32, named: &[PathBuf]) -> Result<Option<Mounts>, Failure> {
+    own_mounts(root, &own_namespaces(root)?, named)
 }
 
 /// The spaces and all tasks of the tree; what they have open goes to `descriptors`.
@@ -267,7 +267,11 @@ fn check_members(root: i32, pids: &[i32], own: &[NamespaceKind]) -> Result<(), F
     }
 }
 
-fn own_mounts(root: i32, own: &[NamespaceKind]) -> Result<Option<Mounts>, Failure> {
+fn own_mounts(
+    root: i32,
+    own: &[NamespaceKind],
+    named: &[PathBuf],
+) -> Result<Option<Mounts>, Failure> {
     if !own.contains(&NamespaceKind::Mount) {
         return Ok(None);
     }
@@ -282,7 +286,7 @@ fn own_mounts(root: i32, own: &[NamespaceKind]) -> Result<Option<Mounts>, Failur
             ),
         ));
     }
-    let mounts = Mounts::read(root)?;
+    let mounts = Mounts::read(root, named)?;
     mounts.check_contents(root)?;
     Ok(Some(mounts))
 }

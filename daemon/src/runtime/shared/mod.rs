@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::description::WorkloadDescription;
 use pageferry_proto::wire::shared::{SHARED_PATHS_MAX, SharedPath};
 use procfs::process::Process;
 
@@ -178,6 +179,17 @@ impl Storage {
         let offered = self.places.iter();
         offered.map(|place| offer(&place.path, markers)).collect()
     }
+}
+
+/// Checks at the target that all that is declared is the same storage here; blocks as [`check`].
+pub fn check_all(description: &WorkloadDescription) -> Result<(), Failure> {
+    let here = boot_id().map_err(|error| {
+        let text = format!("the boot id of the target cannot be read: {error}");
+        Failure::new(ErrorCode::NodeUnfit, text)
+    })?;
+    let boot_ids = [description.boot_id, here];
+    let mut paths = description.shared.iter();
+    paths.try_for_each(|path| check(path, boot_ids))
 }
 
 /// Checks at the target that a declared path is the same storage here.

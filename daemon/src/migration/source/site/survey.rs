@@ -164,14 +164,24 @@ async fn add_folders(
     description: &mut WorkloadDescription,
     node: &SourceNode,
     id: MigrationId,
-    (asked, root, pids): (&Asked, Option<RootFiles>, &[i32]),
+    (paths, root, pids): (Vec<PathBuf>, Option<RootFiles>, &[i32]),
 ) -> Result<Folders, Failure> {
-    let (keep, paths) = (node.keep.clone(), asked.copied.clone());
+    let keep = node.keep.clone();
     let members = pids.to_vec();
     let opening = move || Folders::open(keep, id, (&paths, root.as_ref()), &members);
     let (folders, copied) = looking(description.root_pid, opening).await?;
     description.copied = copied;
     Ok(folders)
+}
+
+/// Folders that travel: those that were named, and what its engine has for it alone.
+fn travelling(kind: &Kind, asked: &Asked) -> Result<Vec<PathBuf>, Failure> {
+    let named = asked.copied.iter().chain(&asked.shared);
+    let is_named = |path: &PathBuf| named.clone().any(|named| path.starts_with(named));
+    let mut all = asked.copied.clone();
+    all.extend(kind.folders().into_iter().filter(|path| !is_named(path)));
+    check_paths(&all, &asked.shared)?;
+    Ok(all)
 }
 
 /// What its processes share by way of the kernel, if all of that can move.
@@ -202,7 +212,8 @@ impl Site {
         // queue would be taken for one.
         let ipc = block_in_place(|| look_at_ipc(root, &node, asked.force_ipc))?;
         check_locks(&locks, &pids).await?;
-        let described = describe(&kind, &pids, &storage, &asked.copied).await?;
+        let copied = travelling(&kind, asked)?;
+        let described = describe(&kind, &pids, &storage, &copied).await?;
         let trackable = |pid: &i32| check_trackable(*pid, root, &node.support);
         block_in_place(|| pids.iter().try_for_each(trackable))?;
         let mut description = described.description;
@@ -212,7 +223,7 @@ impl Site {
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
         let (kept, shared) = looking(root, move || Kept::open(storage)).await?;
         description.shared = shared;
-        let travels = (asked, described.root_files, &*pids);
+        let travels = (copied, described.root_files, &*pids);
         let folders = add_folders(&mut description, &node, id, travels).await?;
         let ports = if described.own.contains(&NamespaceKind::Net) {
             add_network(&mut description, root).await?
@@ -363,11 +374,10 @@ async fn looking<T: Send + 'static>(
 }
 
 async fn find_storage(root: i32, asked: &Asked) -> Result<(Storage, Locks), Failure> {
-    check_paths(&asked.copied, &asked.shared)?;
     let declared = asked.shared.clone();
     looking(root, move || {
         let storage = Storage::find(&declared)?;
-        let locks = Locks::on(&storage, mounts(root)?);
+        let locks = Locks::on(&storage, mounts(root, storage.paths())?);
         Ok((storage, locks))
     })
     .await

@@ -1,11 +1,24 @@
 //! Files that come with a workload to its place.
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::copied::CopiedPath;
 
 use super::Site;
 use crate::runtime::kind::Arriving;
+use crate::runtime::rootfs::RootPlace;
 
 impl Site {
+    /// Makes places for folders that come, and the volumes that some of them are.
+    pub(super) fn make_places(
+        &self,
+        arriving: &Arriving,
+        (copied, root): (&[CopiedPath], Option<&RootPlace>),
+    ) -> Result<(), Failure> {
+        let folders = self.intake.folders();
+        folders.make_volumes(arriving.volumes())?;
+        folders.prepare(copied, root, arriving.looks_for_folders())
+    }
+
     /// An engine has mounted what its container's files come to, by when its runtime waits.
     pub(super) fn find_overlay(&self) -> Result<(), Failure> {
         let overlay = self.arriving.as_ref().map(Arriving::overlay).transpose()?;
