@@ -11,13 +11,15 @@
 //! ```
 //!
 //! Invariants: nothing is put over something that is there; what was put and is not the workload's
-//! for good is told from others by its inode; there are at most [`CACHED_MAX`] kept folders.
+//! for good is told from others by its inode and when that was made; of what somebody else has put
+//! into an empty folder nothing is removed; there are at most [`CACHED_MAX`] kept folders.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
@@ -51,6 +53,10 @@ pub struct Keep {
     state: PathBuf,
 }
 
+/// What a folder is known by: its device, its number, and when it was made, in nanoseconds, or 0
+/// where that is not known. Numbers come again, at once on some file systems.
+pub type Identity = (u64, u64, u64);
+
 /// A folder that has been put where the workload has it, or may have been.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placed {
@@ -58,12 +64,13 @@ pub struct Placed {
     pub path: PathBuf,
     /// Where it comes from.
     pub place: PathBuf,
-    /// Device and inode, once it is there.
-    pub inode: Option<(u64, u64)>,
+    /// What it is known by, once it is there.
+    pub inode: Option<Identity>,
     /// An empty folder was there before.
     pub was_there: bool,
-    /// Device and inode of the empty folder that stands there until it comes, if one does.
-    pub stand_in: Option<(u64, u64)>,
+    /// What the empty folder is known by that stands there until it comes, if one does. One that
+    /// was there before is nobody's: it was made for what comes, and what comes into it goes.
+    pub stand_in: Option<Identity>,
 }
 
 impl Keep {
@@ -150,9 +157,9 @@ impl Keep {
         hidden(path).join(format!("in-{migration}-{index}"))
     }
 
-    /// Makes a place with what is kept, or with nothing. Answers with the inode, device and number,
-    /// of what becomes the folder.
-    pub fn claim(&self, path: &Path, place: &Path, is_kept: bool) -> Result<(u64, u64), Error> {
+    /// Makes a place with what is kept, or with nothing. Answers with what that is known
+    /// by which becomes the folder.
+    pub fn claim(&self, path: &Path, place: &Path, is_kept: bool) -> Result<Identity, Error> {
         make_hidden(path)?;
         if is_kept {
             // Whatever becomes of it, it is not what the note says any more.
@@ -161,15 +168,15 @@ impl Keep {
         } else {
             Staging::make(place)?;
         }
-        inode_of(&tree_of(place))
+        identity_of(&tree_of(place))
     }
 
     /// The empty folder for whoever looks for the folder before it comes: the one that was there,
-    /// or one that is made in the place, which is claimed. Answers with its inode, device and
-    /// number.
-    pub fn stand_in(placed: &Placed) -> Result<(u64, u64), Error> {
+    /// which must be nobody's, or one that is made in the place, which is claimed. Answers with what
+    /// it is known by.
+    pub fn stand_in(placed: &Placed) -> Result<Identity, Error> {
         if placed.was_there {
-            return inode_of(&placed.path);
+            return identity_of(&placed.path);
         }
         let stand_in = placed.place.join(STAND_IN);
         let made = DirBuilder::new().mode(0o700).create(&stand_in);
@@ -178,7 +185,7 @@ impl Keep {
             path: stand_in.clone(),
             source,
         })?;
-        inode_of(&stand_in)
+        identity_of(&stand_in)
     }
 
     /// Puts the empty folder where the folder is to be, once what it is known by is written down.
@@ -201,11 +208,15 @@ impl Keep {
     /// Puts a folder where the workload has it before all has come into it: somebody looks for it
     /// there, and does not use it. To be undone as what is put at the end.
     pub fn put_ahead(placed: &Placed) -> Result<(), Error> {
-        let here = inode_at(&placed.path);
-        let how = if here.is_some() && here == placed.stand_in {
-            // What has come into it meanwhile goes with the place.
+        let here = identity_at(&placed.path);
+        let how = if placed.was_there && here.is_some() && here == placed.stand_in {
+            // What its engine has put into it meanwhile goes with the place.
             RenameFlags::EXCHANGE
         } else {
+            if here.is_some() && here == placed.stand_in {
+                // Whoever looked for it may have made places to mount at.
+                remove_empty(&placed.path);
+            }
             absent(&placed.path)?;
             // Over an empty folder, but over nothing else.
             RenameFlags::empty()
@@ -217,7 +228,7 @@ impl Keep {
     /// Checks that what was put ahead is proven, and is where it was put.
     pub fn check_put(staging: &Staging, placed: &Placed) -> Result<(), Error> {
         staging.check_proven()?;
-        match inode_at(&placed.path) == placed.inode {
+        match identity_at(&placed.path) == placed.inode {
             true => Ok(()),
             false => Err(Error::unfit(&placed.path, "is another one now")),
         }
@@ -237,9 +248,12 @@ impl Keep {
 
     /// Takes back what was put, and whatever is left of it. Succeeds when there is nothing.
     pub fn undo(placed: &Placed) -> Result<(), Error> {
-        let here = inode_at(&placed.path);
-        let is_stand_in = here == placed.stand_in && !placed.was_there;
-        if here.is_some() && (is_stand_in || here == placed.inode) {
+        let here = identity_at(&placed.path);
+        let mut is_left = false;
+        if here.is_some() && here == placed.stand_in && !placed.was_there {
+            remove_empty(&placed.path);
+            is_left = identity_at(&placed.path) == here;
+        } else if here.is_some() && here == placed.inode {
             make_hidden(&placed.path)?;
             let aside = placed.place.with_extension("undone");
             rename(&placed.path, &aside, RenameFlags::NOREPLACE)?;
@@ -251,7 +265,14 @@ impl Keep {
         remove(&placed.place)?;
         remove(&placed.place.with_extension("undone"))?;
         tidy(&placed.path);
-        Ok(())
+        match is_left {
+            false => Ok(()),
+            true => Err(Error::unfit(
+                &placed.path,
+                "was made for what has not come, and is not empty: remove it when it is certain \
+                 that nobody needs what is in it",
+            )),
+        }
     }
 
     /// The workload has left: what it had here is kept, in place of what was kept before.
@@ -347,10 +368,9 @@ fn full(path: &Path, why: &str) -> Error {
     }
 }
 
-/// Which inode is at a path: its device and number.
-fn inode_at(path: &Path) -> Option<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path).ok()?;
-    Some((metadata.dev(), metadata.ino()))
+/// What is at a path, if anything is.
+fn identity_at(path: &Path) -> Option<Identity> {
+    identity_of(path).ok()
 }
 
 /// Refuses a folder that could not go aside.
@@ -399,13 +419,17 @@ fn absent(path: &Path) -> Result<bool, Error> {
     }
 }
 
-fn inode_of(path: &Path) -> Result<(u64, u64), Error> {
+/// What that is known by which is at a path.
+pub fn identity_of(path: &Path) -> Result<Identity, Error> {
     let metadata = fs::symlink_metadata(path).map_err(|source| Error::Io {
         what: "look at",
         path: path.to_owned(),
         source,
     })?;
-    Ok((metadata.dev(), metadata.ino()))
+    let made = metadata.created().ok();
+    let since = made.and_then(|made| made.duration_since(UNIX_EPOCH).ok());
+    let since = since.and_then(|since| u64::try_from(since.as_nanos()).ok());
+    Ok((metadata.dev(), metadata.ino(), since.unwrap_or(0)))
 }
 
 /// What engines call the folder with what is in a volume; that above is removed with the volume.
@@ -414,10 +438,10 @@ const OF_VOLUMES: &str = "_data";
 fn hidden(path: &Path) -> PathBuf {
     let above = path.parent().unwrap_or(path);
     let device = |path: &Path| fs::symlink_metadata(path).map(|found| found.dev()).ok();
+    // One that its engine has removed was no mount.
+    let is_with = |volumes: &Path| device(above).is_none_or(|here| device(volumes) == Some(here));
     match above.parent() {
-        Some(volumes) if path.ends_with(OF_VOLUMES) && device(volumes) == device(above) => {
-            volumes.join(HIDDEN)
-        }
+        Some(volumes) if path.ends_with(OF_VOLUMES) && is_with(volumes) => volumes.join(HIDDEN),
         _ => above.join(HIDDEN),
     }
 }
@@ -455,6 +479,16 @@ fn make_hidden(path: &Path) -> Result<(), Error> {
             "is not a folder that root alone may enter: remove it",
         )),
     }
+}
+
+/// Removes a folder if nothing but empty folders is in it; else those.
+fn remove_empty(path: &Path) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_empty(&entry.path());
+        }
+    }
+    drop(fs::remove_dir(path));
 }
 
 /// Removes the hidden folder if nothing is in it.

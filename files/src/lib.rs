@@ -53,8 +53,8 @@ mod xattr;
 
 pub use error::{Error, ErrorKind};
 pub use keep::{
-    CACHED_MAX, HIDDEN, Keep, Placed, admit, admit_in, check_hidden, may_come, may_leave,
-    remove_all,
+    CACHED_MAX, HIDDEN, Identity, Keep, Placed, admit, admit_in, check_hidden, identity_of,
+    may_come, may_leave, remove_all,
 };
 pub use name::Name;
 pub use record::Record;

@@ -34,6 +34,7 @@ use super::oci::habits::Runtime;
 use super::oci::{self, Container};
 use super::passing::Passing;
 use super::podman::arrive::Arriving as ArrivingPodman;
+pub use super::podman::volume::Made as MadeVolume;
 use super::podman::{self, Podman, PodmanError};
 use super::process::Process;
 use super::process::arrive::Arriving as ArrivingProcess;
@@ -154,6 +155,14 @@ impl Kind {
         }
     }
 
+    /// Of its engine's folders only those are its own from now on that are of `copied`.
+    pub fn keep_folders(&mut self, copied: &[PathBuf]) {
+        match self {
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) => {}
+            Self::Podman(container) => container.keep_volumes(copied),
+        }
+    }
+
     /// What its engine has of it, for the target: nothing of it stops for that. `directory` is the
     /// migration's.
     pub async fn export(
@@ -163,12 +172,7 @@ impl Kind {
         directory: &Path,
     ) -> Result<(), Failure> {
         if let (Self::Podman(podman), Some(container)) = (self, &mut description.container) {
-            let copied = description
-                .copied
-                .iter()
-                .map(|copied| PathBuf::from(&copied.path));
-            let copied: Vec<PathBuf> = copied.collect();
-            let exported = podman.export(programs, directory, &copied).await?;
+            let exported = podman.export(programs, directory).await?;
             container.podman = Some(exported);
         }
         Ok(())
@@ -409,13 +413,13 @@ impl Asker {
 }
 
 /// Has an engine make a volume for what comes. Blocks.
-pub fn make_volume(volume: &VolumeDescription) -> Result<(), Failure> {
+pub fn make_volume(volume: &VolumeDescription) -> Result<MadeVolume, Failure> {
     podman::volume::make(volume)
 }
 
-/// Has it remove one again. Blocks; says why it does not.
-pub fn remove_volume(name: &str) -> Result<(), String> {
-    podman::volume::remove(name)
+/// Has it remove one again that is still the same, and empty. Blocks; says why it does not.
+pub fn remove_volume(volume: &MadeVolume) -> Result<(), String> {
+    podman::volume::take_back(volume)
 }
 
 /// Removes what is left of an arrival that did not come to its end. Nobody of it may be

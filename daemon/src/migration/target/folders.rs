@@ -13,7 +13,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pageferry_files::{Digest, Error, Keep, Placed, Staging, Totals, admit, admit_in, may_come};
+use pageferry_files::{
+    Digest, Error, Identity, Keep, Placed, Staging, Totals, admit, admit_in, may_come,
+};
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::VolumeDescription;
@@ -21,6 +23,7 @@ use pageferry_proto::wire::copied::{BundleFolder, CopiedForm, CopiedPath, FilesH
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 
+use super::stage::{Stage, gone, stage};
 use super::volumes::Volumes;
 use crate::migration::folders::failed;
 use crate::migration::text::{chain, internal};
@@ -40,6 +43,7 @@ pub struct Folders {
     shelf: Shelf,
     id: MigrationId,
     all: Arc<Mutex<Vec<Folder>>>,
+    volumes: Volumes,
 }
 
 #[derive(Clone, Debug)]
@@ -56,56 +60,15 @@ struct Folder {
     staging: Option<Arc<Mutex<Stage>>>,
 }
 
-/// Where a folder is applied.
-#[derive(Debug)]
-enum Stage {
-    /// Nothing has come, and what is kept has not been read.
-    Claimed {
-        place: PathBuf,
-        base: Option<Digest>,
-    },
-    /// The same of one that is applied where it is.
-    Ahead {
-        root: PathBuf,
-        base: Option<Digest>,
-    },
-    /// It comes to an overlay that is not mounted yet, and has so much.
-    Awaited(Totals),
-    /// It comes to this one.
-    Overlay(PathBuf),
-    Open(Box<Staging>),
-    /// It is the workload's, or taken back.
-    Gone,
-}
-
-impl Stage {
-    /// Opens it if it is not.
-    fn open(&mut self) -> Result<&mut Staging, Error> {
-        let opened = match self {
-            Self::Claimed { place, base } => Some(Staging::open(place, *base)?),
-            Self::Ahead { root, base } => Some(Staging::open_root(root, *base)?),
-            Self::Overlay(path) => Some(Staging::open_overlay(path)?),
-            Self::Awaited(_) | Self::Open(_) | Self::Gone => None,
-        };
-        if let Some(staging) = opened {
-            *self = Self::Open(Box::new(staging));
-        }
-        match self {
-            Self::Open(staging) => Ok(staging),
-            _ => Err(Error::Cut),
-        }
-    }
-}
-
 /// As it is written down.
 #[derive(Debug, Serialize, Deserialize)]
 struct Noted {
     path: PathBuf,
     place: PathBuf,
-    inode: Option<(u64, u64)>,
+    inode: Option<Identity>,
     was_there: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    stand_in: Option<(u64, u64)>,
+    stand_in: Option<Identity>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     ahead: bool,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -180,7 +143,9 @@ impl Folders {
             staging: None,
         };
         let all = noted.into_iter().flatten().map(folder).collect();
+        let volumes = shelf.state.join(format!("{id}.{VOLUMES}"));
         Self {
+            volumes: Volumes::new(shelf.keep(), volumes),
             shelf,
             id,
             all: Arc::new(Mutex::new(all)),
@@ -219,7 +184,9 @@ impl Folders {
             if let Some(placed) = &mut folder.placed {
                 let claimed = keep.claim(&placed.path, &placed.place, folder.kept.is_some());
                 placed.inode = Some(claimed.map_err(taken)?);
-                if are_looked_for && !folder.ahead {
+                // An empty folder of somebody's stays his until something is put over it.
+                let is_free = !placed.was_there || self.volumes.has(&placed.path);
+                if are_looked_for && !folder.ahead && is_free {
                     placed.stand_in = Some(Keep::stand_in(placed).map_err(taken)?);
                 }
             }
@@ -243,12 +210,7 @@ impl Folders {
 
     /// Has volumes made that some of them are. Blocks.
     pub fn make_volumes(&self, volumes: &[VolumeDescription]) -> Result<(), Failure> {
-        self.volumes().make(volumes)
-    }
-
-    fn volumes(&self) -> Volumes {
-        let note = self.shelf.state.join(format!("{}.{VOLUMES}", self.id));
-        Volumes::new(self.shelf.keep(), note)
+        self.volumes.make(volumes)
     }
 
     /// Says where each of them comes to, if it may come there.
@@ -458,13 +420,14 @@ impl Folders {
             }
         }
         self.forget();
-        self.volumes().settle();
+        self.volumes.settle();
     }
 
     /// The workload may run from now on: whoever finds them written down takes nothing back of
     /// them. Durable if it succeeds. Who has put them knows their inodes yet, and takes them back
     /// if nothing has run.
     pub fn hand_over(&self) -> Result<(), Failure> {
+        self.volumes.hand_over()?;
         let mut is_written = true;
         for folder in self.lock().iter_mut() {
             let has_inode = folder.placed.as_ref().is_some_and(|at| at.inode.is_some());
@@ -538,28 +501,8 @@ impl Folders {
             return Err(Failure::new(ErrorCode::NodeUnfit, text));
         }
         self.forget();
-        self.volumes().take_back()
+        self.volumes.take_back()
     }
-}
-
-/// Where something is applied. A bundle is put where it is to be.
-fn stage(
-    (placed, base): (&Placed, Option<Digest>),
-    bundle: Option<(&Bundle, BundleFolder)>,
-) -> Result<Stage, Failure> {
-    let place = placed.place.clone();
-    let Some((bundle, like)) = bundle else {
-        return Ok(Stage::Claimed { place, base });
-    };
-    let made = bundle.make_in(&Keep::tree(&place), like);
-    made.map_err(|error| {
-        let text = format!("the bundle {}: {error}", bundle.path.display());
-        Failure::new(ErrorCode::NodeUnfit, text)
-    })?;
-    let put = Keep::put_ahead(placed);
-    put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
-    let root = bundle.root();
-    Ok(Stage::Ahead { root, base })
 }
 
 /// The bundle that something that comes is of, if it is.
@@ -600,15 +543,9 @@ impl Noted {
             place: placed.place.clone(),
             inode: placed.inode.filter(|_| !folder.may_run),
             was_there: placed.was_there,
-            stand_in: placed.stand_in,
+            stand_in: placed.stand_in.filter(|_| !folder.may_run),
         })
     }
-}
-
-/// What it was until now.
-fn gone(stage: &Arc<Mutex<Stage>>) -> Stage {
-    let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
-    std::mem::replace(&mut *stage, Stage::Gone)
 }
 
 fn no_staging() -> Failure {

@@ -56,9 +56,34 @@ fn an_empty_folder_is_there_for_who_looks_and_goes_with_the_rest() {
     let folders = Folders::new(shelf.clone(), id);
     folders.prepare(&all, None, true).expect("room");
     assert!(paths[0].is_dir() && paths[1].is_dir());
+    let stand_ins = |folders: &Folders| -> Vec<bool> {
+        let all = folders.lock();
+        let placed = all.iter().filter_map(|folder| folder.placed.as_ref());
+        placed.map(|placed| placed.stand_in.is_some()).collect()
+    };
+    assert_eq!(stand_ins(&folders), [true, false]);
+    // What somebody puts into one that was there before is his.
+    fs::write(paths[1].join("mine"), "").expect("a file");
     // Also by whoever finds the note alone.
     Folders::new(shelf.clone(), id).take_back().expect("back");
-    assert!(!paths[0].exists() && paths[1].is_dir());
+    assert!(!paths[0].exists() && paths[1].join("mine").exists());
+    fs::remove_file(paths[1].join("mine")).expect("removed");
+    // It is nobody's if it is that of a volume which was made for what comes.
+    let note = shelf.state.join(format!("{id}.{VOLUMES}"));
+    let made = serde_json::json!([
+        {"name": "data", "path": paths[1], "created": "2026", "folder": [1, 2, 3]},
+    ]);
+    fs::write(&note, made.to_string()).expect("a note");
+    let folders = Folders::new(shelf.clone(), id);
+    folders.prepare(&all, None, true).expect("room");
+    assert_eq!(stand_ins(&folders), [true, true]);
+    folders.hand_over().expect("written down");
+    assert!(!note.exists());
+    assert_eq!(stand_ins(&Folders::new(shelf.clone(), id)), [false, false]);
+    drop(folders);
+    fs::remove_dir(&paths[0]).expect("an empty folder");
+    fs::remove_file(shelf.note(id)).expect("a note");
+    fs::remove_dir_all(root.path().join(pageferry_files::HIDDEN)).expect("hidden");
     let folders = Folders::new(shelf.clone(), id);
     folders.prepare(&all, None, true).expect("room");
     // What somebody has put there since is his.

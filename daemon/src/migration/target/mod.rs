@@ -15,6 +15,7 @@ mod locked;
 mod network;
 pub mod orphans;
 pub mod site;
+mod stage;
 mod volumes;
 
 use std::collections::VecDeque;

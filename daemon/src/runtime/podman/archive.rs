@@ -12,6 +12,10 @@ use tar::{Archive, Builder, Entry, EntryType};
 /// The entry: podman's own record.
 const CONFIG: &str = "config.dump";
 
+/// Its named volumes there, and what each is called.
+const VOLUMES: &str = "namedVolumes";
+const VOLUME_NAME: &str = "volumeName";
+
 /// When it is started again, and how often.
 const POLICY: [&str; 2] = ["restart_policy", "restart_retries"];
 
@@ -37,22 +41,26 @@ pub fn without_policy(archive: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 /// Whether it is an archive of the container `id`, without a policy, and nothing in it leads
-/// elsewhere; else what is wrong with it.
-pub fn check(archive: &[u8], id: &str) -> Result<(), String> {
-    let mut configs = 0;
+/// elsewhere; else what is wrong with it. Answers with the names of the volumes that it has.
+pub fn check(archive: &[u8], id: &str) -> Result<Vec<String>, String> {
+    let mut configs = Vec::new();
     let mut archive = Archive::new(archive);
     let entries = archive.entries().map_err(|error| error.to_string())?;
     for entry in entries {
-        configs += usize::from(check_entry(entry, id)?);
+        configs.extend(check_entry(entry, id)?);
     }
-    match configs {
-        1 => Ok(()),
-        other => Err(format!("{CONFIG} is in it {other} times")),
+    let times = configs.len();
+    match (configs.pop(), times) {
+        (Some(volumes), 1) => Ok(volumes),
+        _ => Err(format!("{CONFIG} is in it {times} times")),
     }
 }
 
-/// Whether it is the one.
-fn check_entry(entry: io::Result<Entry<'_, &[u8]>>, id: &str) -> Result<bool, String> {
+/// The names of the volumes, if it is the one that has them.
+fn check_entry(
+    entry: io::Result<Entry<'_, &[u8]>>,
+    id: &str,
+) -> Result<Option<Vec<String>>, String> {
     let text = |error: io::Error| error.to_string();
     let mut entry = entry.map_err(text)?;
     let path = entry.path().map_err(text)?.into_owned();
@@ -62,7 +70,7 @@ fn check_entry(entry: io::Result<Entry<'_, &[u8]>>, id: &str) -> Result<bool, St
         return Err(format!("{} is not what podman writes", path.display()));
     }
     if !is_config(&path) {
-        return Ok(false);
+        return Ok(None);
     }
     let mut bytes = Vec::new();
     entry.read_to_end(&mut bytes).map_err(text)?;
@@ -73,8 +81,19 @@ fn check_entry(entry: io::Result<Entry<'_, &[u8]>>, id: &str) -> Result<bool, St
     }
     match POLICY.iter().find(|name| config.contains_key(**name)) {
         Some(name) => Err(format!("{CONFIG} has a {name}, which comes beside it")),
-        None => Ok(true),
+        None => volumes(&config).map(Some),
     }
+}
+
+fn volumes(config: &Map<String, Value>) -> Result<Vec<String>, String> {
+    let all = match config.get(VOLUMES) {
+        None | Some(Value::Null) => &[][..],
+        Some(Value::Array(all)) => all,
+        Some(_) => return Err(format!("{CONFIG} has {VOLUMES} that are none")),
+    };
+    let name = |volume: &Value| volume.get(VOLUME_NAME)?.as_str().map(str::to_owned);
+    let names = all.iter().map(name).collect::<Option<Vec<_>>>();
+    names.ok_or_else(|| format!("{CONFIG} has {VOLUMES} without a name"))
 }
 
 fn is_config(path: &Path) -> bool {
@@ -131,6 +150,13 @@ mod tests {
                 .unwrap_err()
                 .contains("2 times")
         );
+        let with = |volumes: Value| archive(&[(CONFIG, json!({"id": "a1", VOLUMES: volumes}))]);
+        let named = check(&with(json!([{VOLUME_NAME: "data", "dest": "/data"}])), "a1");
+        assert_eq!(named, Ok(vec!["data".to_owned()]));
+        assert_eq!(check(&with(Value::Null), "a1"), Ok(Vec::new()));
+        for odd in [json!({"data": {}}), json!([{"dest": "/data"}])] {
+            assert!(check(&with(odd), "a1").unwrap_err().contains(VOLUMES));
+        }
         let linked = check(&archive_of_link(), "a1").unwrap_err();
         assert!(linked.contains("not what podman writes"), "{linked}");
     }

@@ -15,12 +15,12 @@ use pageferry_proto::wire::container::{
 use pageferry_proto::wire::description::WorkloadDescription;
 use pageferry_sys::namespace::NamespaceKind;
 
-use super::command::{podman_at_once, told};
+use super::command::{podman_at_once, podman_has, told};
 use super::{MANAGER, NEVER, PROGRAM, archive, folders, volume};
 use crate::runtime::oci::arrive::{self, Restore};
 use crate::runtime::oci::habits::Runtime;
 use crate::runtime::oci::read_config;
-use crate::runtime::oci::spec::{Engine, Spec};
+use crate::runtime::oci::spec::{Around, Bind, Engine, Spec};
 use crate::runtime::oci::volumes::Named;
 use crate::runtime::rootfs::RootPlace;
 
@@ -72,23 +72,28 @@ impl Arriving {
         };
         arrive::check_spec(&self.container, Some(&engine), &Named::of(description))?;
         let spec = Spec::parse(&self.container.config)?;
-        archive::check(&self.podman.archive, self.podman.id.as_str()).map_err(|why| {
+        let checked = archive::check(&self.podman.archive, self.podman.id.as_str());
+        let volumes = checked.map_err(|why| {
             let text = format!("what podman has of the container {}: {why}", self.name);
             Failure::new(ErrorCode::UnsupportedWorkload, text)
         })?;
         self.check_podman(bundle)?;
         for name in [self.name.as_str(), self.podman.id.as_str()] {
-            if has(["container", "exists", name]) {
+            if has(["container", "exists", name])? {
                 return Err(Failure::new(
                     ErrorCode::NameTaken,
                     format!("podman has a container {name} at the target already: remove it first"),
                 ));
             }
         }
-        let mut volumes = self.podman.volumes.iter();
-        volumes.try_for_each(volume::check_free)?;
+        let around = Around {
+            bundle,
+            engine: Some(&engine),
+            named: &[],
+        };
+        self.check_volumes(&volumes, &spec.binds(&around), description)?;
         let image = self.podman.image.as_str();
-        if !has(["image", "exists", image]) {
+        if !has(["image", "exists", image])? {
             return Err(Failure::new(
                 ErrorCode::FileDiffers,
                 format!(
@@ -98,6 +103,27 @@ impl Arriving {
             ));
         }
         Ok(())
+    }
+
+    /// Checks that each of `volumes`, which are those that podman's import looks for, comes or is
+    /// here: it would make one that is not, and make what it finds there its own.
+    fn check_volumes(
+        &self,
+        volumes: &[String],
+        binds: &[Bind],
+        description: &WorkloadDescription,
+    ) -> Result<(), Failure> {
+        let copied = description.copied.iter();
+        let copied: Vec<&str> = copied.map(|copied| copied.path.as_str()).collect();
+        for coming in &self.podman.volumes {
+            volume::check_offered(coming, volumes, &copied)?;
+            volume::check_free(coming)?;
+        }
+        let is_coming = |name: &String| self.podman.volumes.iter().any(|has| has.name == *name);
+        let here = volumes.iter().filter(|name| !is_coming(name));
+        let sources: Vec<&Path> = binds.iter().map(|bind| &*bind.source).collect();
+        here.into_iter()
+            .try_for_each(|name| volume::check_shared(name, &sources))
     }
 
     fn check_podman(&self, bundle: &Path) -> Result<(), Failure> {
@@ -183,8 +209,8 @@ impl Arriving {
 }
 
 /// Whether podman says yes.
-fn has<const N: usize>(question: [&str; N]) -> bool {
-    podman_at_once(question).is_ok()
+fn has<const N: usize>(question: [&str; N]) -> Result<bool, Failure> {
+    podman_has(question).map_err(|error| Failure::new(ErrorCode::NodeUnfit, told(&error)))
 }
 
 /// Removes what podman has of a container that was to come, and never ran. Nobody of it may be

@@ -14,6 +14,9 @@ use super::PROGRAM;
 /// How long one may take. It waits for locks of the container, which its other commands hold.
 const COMMAND_MAX: Duration = Duration::from_secs(30);
 
+/// How one ends that says no.
+const NO: i32 = 1;
+
 /// Why a command has not done what it was to do.
 #[derive(Debug, Error)]
 pub enum CommandError {
@@ -85,6 +88,20 @@ pub fn podman_with(arguments: Vec<String>) -> Result<String, CommandError> {
     }
 }
 
+/// Whether podman has what is asked for: its answer is how the command ends, and any other end is
+/// none.
+pub fn podman_has<const N: usize>(question: [&str; N]) -> Result<bool, CommandError> {
+    answer(podman_at_once(question))
+}
+
+fn answer(ended: Result<String, CommandError>) -> Result<bool, CommandError> {
+    match ended {
+        Ok(_) => Ok(true),
+        Err(CommandError::Failed { status, .. }) if status.code() == Some(NO) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// An error with its causes.
 pub fn told(error: &dyn StdError) -> String {
     let mut texts = vec![error.to_string()];
@@ -107,4 +124,30 @@ fn printed(what: String, output: &Output) -> Result<String, CommandError> {
         status: output.status,
         said: last.unwrap_or_default().trim().to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn only_one_way_to_end_says_no() {
+        let ended = |raw: i32| {
+            let output = Output {
+                status: ExitStatus::from_raw(raw),
+                stdout: Vec::new(),
+                stderr: b"why\n".to_vec(),
+            };
+            answer(printed("volume".to_owned(), &output))
+        };
+        assert!(ended(0).unwrap());
+        assert!(!ended(1 << 8).unwrap());
+        // It could not look, or was killed.
+        for raw in [125 << 8, 9] {
+            assert!(ended(raw).unwrap_err().to_string().contains("why"));
+        }
+        let what = "volume".to_owned();
+        answer(Err(CommandError::Late { what })).unwrap_err();
+    }
 }

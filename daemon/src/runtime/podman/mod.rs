@@ -59,7 +59,7 @@ pub struct Podman {
     image: ContainerName,
     /// Its policy, as `--restart` has it; it is [`NEVER`] in podman's books while we dump.
     restart: String,
-    /// Its named volumes.
+    /// Its named volumes, which travel.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     volumes: Vec<Volume>,
 }
@@ -98,6 +98,12 @@ impl Podman {
         })
     }
 
+    /// Of its volumes those leave with it that are of `copied`: the others are on storage that the
+    /// nodes share, or nobody's.
+    pub fn keep_volumes(&mut self, copied: &[PathBuf]) {
+        volume::retain(&mut self.volumes, copied);
+    }
+
     /// Where what is in its volumes is.
     pub fn folders(&self) -> Vec<PathBuf> {
         let paths = self.volumes.iter().map(Volume::path);
@@ -125,14 +131,12 @@ impl Podman {
     }
 
     /// What podman is to import at the target. `directory` is the migration's, `stand_in` what the
-    /// runtime is to find as CRIU; `copied` are folders that travel.
+    /// runtime is to find as CRIU.
     pub async fn export(
         &self,
         (criu, stand_in): (&Path, &Path),
         directory: &Path,
-        copied: &[PathBuf],
     ) -> Result<PodmanDescription, Failure> {
-        let travels = |volume: &&Volume| copied.iter().any(|path| path == volume.path());
         let folder = directory.join("export");
         let exported = export::export(self, (criu, stand_in), &folder).await;
         drop(fs::remove_dir_all(&folder));
@@ -149,12 +153,7 @@ impl Podman {
             image: self.image.0.clone(),
             restart: self.restart.clone(),
             archive,
-            volumes: self
-                .volumes
-                .iter()
-                .filter(travels)
-                .map(Volume::describe)
-                .collect(),
+            volumes: self.volumes.iter().map(Volume::describe).collect(),
         })
     }
 

@@ -213,6 +213,7 @@ impl Site {
         let ipc = block_in_place(|| look_at_ipc(root, &node, asked.force_ipc))?;
         check_locks(&locks, &pids).await?;
         let copied = travelling(&kind, asked)?;
+        kind.keep_folders(&copied);
         let described = describe(&kind, &pids, &storage, &copied).await?;
         let trackable = |pid: &i32| check_trackable(*pid, root, &node.support);
         block_in_place(|| pids.iter().try_for_each(trackable))?;

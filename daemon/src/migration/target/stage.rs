@@ -1,0 +1,78 @@
+//! Where something that comes is applied, from its claim to its end.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pageferry_files::{Digest, Error, Keep, Placed, Staging, Totals};
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::copied::BundleFolder;
+
+use crate::migration::folders::failed;
+use crate::runtime::rootfs::Bundle;
+
+/// Where a folder is applied.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// Nothing has come, and what is kept has not been read.
+    Claimed {
+        place: PathBuf,
+        base: Option<Digest>,
+    },
+    /// The same of one that is applied where it is.
+    Ahead {
+        root: PathBuf,
+        base: Option<Digest>,
+    },
+    /// It comes to an overlay that is not mounted yet, and has so much.
+    Awaited(Totals),
+    /// It comes to this one.
+    Overlay(PathBuf),
+    Open(Box<Staging>),
+    /// It is the workload's, or taken back.
+    Gone,
+}
+
+impl Stage {
+    /// Opens it if it is not.
+    pub(super) fn open(&mut self) -> Result<&mut Staging, Error> {
+        let opened = match self {
+            Self::Claimed { place, base } => Some(Staging::open(place, *base)?),
+            Self::Ahead { root, base } => Some(Staging::open_root(root, *base)?),
+            Self::Overlay(path) => Some(Staging::open_overlay(path)?),
+            Self::Awaited(_) | Self::Open(_) | Self::Gone => None,
+        };
+        if let Some(staging) = opened {
+            *self = Self::Open(Box::new(staging));
+        }
+        match self {
+            Self::Open(staging) => Ok(staging),
+            _ => Err(Error::Cut),
+        }
+    }
+}
+
+/// Where something is applied. A bundle is put where it is to be.
+pub(super) fn stage(
+    (placed, base): (&Placed, Option<Digest>),
+    bundle: Option<(&Bundle, BundleFolder)>,
+) -> Result<Stage, Failure> {
+    let place = placed.place.clone();
+    let Some((bundle, like)) = bundle else {
+        return Ok(Stage::Claimed { place, base });
+    };
+    let made = bundle.make_in(&Keep::tree(&place), like);
+    made.map_err(|error| {
+        let text = format!("the bundle {}: {error}", bundle.path.display());
+        Failure::new(ErrorCode::NodeUnfit, text)
+    })?;
+    let put = Keep::put_ahead(placed);
+    put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
+    let root = bundle.root();
+    Ok(Stage::Ahead { root, base })
+}
+
+/// What it was until now.
+pub(super) fn gone(stage: &Arc<Mutex<Stage>>) -> Stage {
+    let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
+    std::mem::replace(&mut *stage, Stage::Gone)
+}
