@@ -18,12 +18,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::statvfs;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::{MOUNTS_MAX, MountDescription};
-use procfs::process::{MountInfo, MountOptFields, Process};
+use procfs::FromRead;
+use procfs::process::{MountInfo, MountInfos, MountOptFields, Process};
 
 /// Bytes in all tmpfs of a workload: CRIU packs them with tar and gzip in the freeze, at about
 /// 0.3 GB/s, and 0.03 GB/s of what does not compress.
@@ -277,6 +279,37 @@ impl Mounts {
         let top = topmost(&seen, path)?.id;
         self.mounts.iter().find(|mount| mount.seen.id == top)
     }
+}
+
+/// A mount of the node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mounted {
+    /// Its number, which may come again when it is gone.
+    pub id: i32,
+    /// Of its file system.
+    pub device: String,
+}
+
+/// The mount that a path of this thread's namespace is on, and those at that very path, the one on
+/// top last.
+pub fn mounted_at(path: &Path) -> io::Result<(Mounted, Vec<Mounted>)> {
+    let listed = MountInfos::from_file("/proc/thread-self/mountinfo").map_err(io::Error::other)?;
+    let node: Vec<Seen> = listed.into_iter().map(Seen::from).collect();
+    let all: Vec<&Seen> = node.iter().collect();
+    let of = |seen: &Seen| Mounted {
+        id: seen.id,
+        device: seen.device.clone(),
+    };
+    let top = topmost(&all, path).ok_or_else(|| io::Error::other("no mounts are listed"))?;
+    // Each is mounted on the one that was there before it.
+    let mut at: Vec<&Seen> = Vec::new();
+    let mut next = (top.path == path).then_some(top);
+    while let Some(mount) = next.filter(|mount| at.iter().all(|known| known.id != mount.id)) {
+        at.push(mount);
+        let below = all.iter().find(|below| below.id == mount.parent);
+        next = below.copied().filter(|below| below.path == path);
+    }
+    Ok((of(top), at.into_iter().rev().map(of).collect()))
 }
 
 /// A process that is none of `pids` and in a mount namespace of its own, in which something of

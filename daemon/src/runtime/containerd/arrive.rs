@@ -17,6 +17,7 @@ use pageferry_proto::wire::description::WorkloadDescription;
 
 use super::{ask, check, kept_in, mounted, refuse_others};
 use crate::runtime::oci::arrive::{Leaves, Restore, check_node, check_spec, prepare};
+use crate::runtime::oci::binds::Binds;
 use crate::runtime::oci::spec::Spec;
 use crate::runtime::oci::volumes::Named;
 use crate::runtime::rootfs::RootPlace;
@@ -170,7 +171,7 @@ impl Arriving {
             bound_in: state.clone(),
             state: state.join("state.json"),
             paths: Vec::new(),
-            volumes: spec.places(Path::new(&self.described.bundle)),
+            volumes: Binds::look(&spec, Path::new(&self.described.bundle))?,
         };
         let images = prepare(directory, &leaves)?;
         let migration = directory.file_name().unwrap_or_default();

@@ -17,6 +17,7 @@ use pageferry_sys::bound;
 use pageferry_sys::namespace::NamespaceKind;
 use serde::{Deserialize, Serialize};
 
+use super::binds::Binds;
 use super::habits::Runtime;
 use super::spec::{Around, Engine, Spec};
 use super::volumes::Named;
@@ -67,10 +68,9 @@ pub struct Leaves {
     pub state: PathBuf,
     /// Files, and folders if they are empty, in the order in which they are removed.
     pub paths: Vec<PathBuf>,
-    /// Its root file system, and where in it volumes are: a runtime may bind them there for a
-    /// moment, in the node's own namespace.
+    /// What it may bind into its root file system for a moment.
     #[serde(default)]
-    pub volumes: (PathBuf, Vec<PathBuf>),
+    pub volumes: Binds,
 }
 
 /// What may be left when the runtime, and whoever started it, were killed while it restored; in a
@@ -275,7 +275,7 @@ pub fn made(
     let cgroups = hierarchies.iter().map(|all| all.point.join(below));
     let cgroups: Vec<PathBuf> = cgroups.collect();
     let mut leaves = leaves((runtime, id), Path::new(&container.bundle), &cgroups);
-    leaves.volumes = spec.places(Path::new(&container.bundle));
+    leaves.volumes = Binds::look(&spec, Path::new(&container.bundle))?;
     note(directory, &leaves)?;
     let joined = match runtime.habits().enters {
         true => Vec::new(),
@@ -333,7 +333,7 @@ fn leaves((runtime, id): (Runtime, &str), bundle: &Path, cgroups: &[PathBuf]) ->
         bound_in: bound_in((runtime, id), bundle),
         state: runtime.state(id),
         paths,
-        volumes: <(PathBuf, Vec<PathBuf>)>::default(),
+        volumes: Binds::default(),
     }
 }
 
@@ -425,28 +425,10 @@ pub fn leave(directory: &Path) {
 }
 
 fn release(leaves: &Leaves) {
-    release_volumes(&leaves.volumes);
+    leaves.volumes.release();
     if let Err(error) = bound::release(&leaves.bound_in, BOUND) {
         tracing::error!(%error, "{} has the root file system of a container bound in it, which is \
             deleted with it", leaves.bound_in.display());
-    }
-}
-
-/// Unmounts what is bound in a root file system. Whoever deletes that would delete it, too.
-fn release_volumes((root, places): &(PathBuf, Vec<PathBuf>)) {
-    let Ok(root) = fs::canonicalize(root) else {
-        return;
-    };
-    for place in places {
-        // What is in it may lead anywhere.
-        let here = fs::canonicalize(place).ok();
-        let Some(here) = here.filter(|here| here.starts_with(&root) && *here != root) else {
-            continue;
-        };
-        if let Err(error) = bound::unmount(&here) {
-            tracing::error!(%error, "{} has a volume bound in it, which is deleted with the root \
-                file system of a container", here.display());
-        }
     }
 }
 

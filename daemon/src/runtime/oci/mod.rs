@@ -16,6 +16,7 @@
 
 mod alone;
 pub mod arrive;
+pub mod binds;
 pub mod checkpoint;
 mod crun;
 pub mod habits;

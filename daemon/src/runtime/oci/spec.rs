@@ -239,8 +239,8 @@ impl Spec {
         binds.filter(|mount| !is_made(mount)).map(bind).collect()
     }
 
-    /// Its root file system, and where in it is what is bound.
-    pub fn places(&self, bundle: &Path) -> (PathBuf, Vec<PathBuf>) {
+    /// Its root file system; and what is bound, with where in that it is.
+    pub fn places(&self, bundle: &Path) -> (PathBuf, Vec<(PathBuf, PathBuf)>) {
         let root = self.root(bundle);
         let around = Around {
             bundle,
@@ -250,7 +250,7 @@ impl Spec {
         let binds = self.binds(&around).into_iter();
         let place = |bind: Bind| {
             let below = bind.destination.strip_prefix("/").map(Path::to_owned);
-            root.join(below.unwrap_or(bind.destination))
+            (bind.source, root.join(below.unwrap_or(bind.destination)))
         };
         let places = binds.map(place).collect();
         (root, places)
