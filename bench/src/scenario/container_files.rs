@@ -4,9 +4,9 @@
 //! Then whoever takes part is killed: the container runs at one node, with all its files, and
 //! nothing of it is at the other.
 //!
-//! The writer knows every file of its own by heart. What it does not write is changed between moves,
-//! files of the image too, and compared entry by entry: with what it was before the move, and of a
-//! bundle with what has stayed at the source, which is the tree as it was in the freeze.
+//! The writer knows every file of its own by heart. What it does not write is changed between
+//! moves, files of the image too, and compared entry by entry: with what it was before the move, and
+//! of a bundle with what has stayed at the source, which is the tree as it was in the freeze.
 
 use std::collections::BTreeMap;
 use std::fs;
