@@ -5,8 +5,8 @@
 //! nothing of it is at the other.
 //!
 //! The writer knows every file of its own by heart. What it does not write is changed between
-//! moves, files of the image too, and compared entry by entry: with what it was before the move, and
-//! of a bundle with what has stayed at the source, which is the tree as it was in the freeze.
+//! moves, files of the image too, and compared entry by entry: with what it was before the move,
+//! and of a bundle with what has stayed at the source, which is the tree as it was in the freeze.
 
 use std::collections::BTreeMap;
 use std::fs;
