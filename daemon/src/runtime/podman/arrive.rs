@@ -68,7 +68,6 @@ impl Arriving {
             ..Engine::default()
         };
         arrive::check_spec(&self.container, Some(&engine), &Named::of(description))?;
-        let spec = Spec::parse(&self.container.config)?;
         archive::check(&self.podman.archive, self.podman.id.as_str()).map_err(|why| {
             let text = format!("what podman has of the container {}: {why}", self.name);
             Failure::new(ErrorCode::UnsupportedWorkload, text)
