@@ -112,6 +112,13 @@ fn containers_move_there_and_back_as_their_runtimes_own() {
     check(&["containers", "--only", "few"], 8);
 }
 
+/// A container writes to its root file system, and to files of its image, and is moved there and
+/// back; and whoever takes part is killed.
+#[test]
+fn a_container_moves_with_what_it_has_written() {
+    check(&["containers", "--only", "crun-files"], 4);
+}
+
 /// A folder that is written, mapped, renamed, linked and stamped moves with its workload, there and
 /// back, and what the target has no room for stays where it was.
 #[test]
