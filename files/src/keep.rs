@@ -104,6 +104,20 @@ impl Keep {
         write().map_err(failed)
     }
 
+    /// Removes a note in its folder for good. One that is not there is gone.
+    pub fn forget(&self, path: &Path) -> Result<(), Error> {
+        let removed = match fs::remove_file(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => File::open(&self.state).and_then(|folder| folder.sync_all()),
+        };
+        removed.map_err(|source| Error::Io {
+            what: "remove",
+            path: path.to_owned(),
+            source,
+        })
+    }
+
     /// What the node has that the workload came from, if it did. One that cannot be read is none:
     /// everything is sent then.
     pub fn recall(&self, path: &Path) -> Option<Record> {

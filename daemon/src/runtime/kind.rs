@@ -427,6 +427,18 @@ pub fn sweep(directory: &Path) {
     containerd::arrive::settle(directory);
 }
 
+/// What has come runs: whoever made it removes it from now on, and nobody else.
+pub fn runs(directory: &Path) {
+    podman::arrive::runs(directory);
+}
+
+/// Lets go of what a killed runtime has bound. What an engine has of a workload that may have run
+/// stays: it may be the only one, with what that has written last. Blocks.
+pub fn leave(directory: &Path) {
+    oci::arrive::leave(directory);
+    podman::arrive::leave(directory);
+}
+
 /// Sees to it that whoever made what has come knows that it runs.
 pub fn settle(directory: &Path) {
     containerd::arrive::settle(directory);

@@ -2,18 +2,21 @@
 //! and that it comes to an end.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use pageferry::migration::progress::Progress;
 use pageferry::migration::registry::Registry;
+use pageferry::migration::target::folders::Folders;
 use pageferry::migration::target::site::Site;
 use pageferry::net::lanes::{self, Listener};
+use pageferry::runtime::rootfs::{Bundle, RootPlace};
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::migration::handoff::{RESEND, Side};
 use pageferry_proto::migration::record::{DriverState, Entry};
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::wire::code::ErrorCode;
 use pageferry_proto::wire::control::{SourceMessage, TargetMessage};
+use pageferry_proto::wire::copied::{BundleFolder, CopiedForm, CopiedPath};
 
 use crate::node::{ANY_PORT, DEADLINE, Node, Sleeper, name, status, until};
 use crate::{GENERATION, id, ran};
@@ -254,4 +257,121 @@ async fn the_folder_of_a_workload_that_runs_here_goes_when_the_end_is_on_disk() 
     assert_eq!(known.status.phase, Phase::Done);
     until("its folder is gone", || !folder.exists()).await;
     assert_eq!(freezer.processes().unwrap(), [workload.pid()]);
+}
+
+/// A container that came with its bundle to `bundle`; what is noted of it, and what a runtime that
+/// was killed would have left, which goes with what never ran.
+fn container(node: &Node, of: MigrationId, bundle: &Path) -> PathBuf {
+    let own = CopiedPath {
+        path: String::new(),
+        form: CopiedForm::Root(BundleFolder {
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+        }),
+        entries: 1,
+        bytes: 0,
+        base: None,
+    };
+    let place = RootPlace::Bundle(Bundle {
+        path: bundle.to_owned(),
+        config: b"{}".to_vec(),
+        root: "rootfs".into(),
+    });
+    let folders = Folders::new(node.target().shelf, of);
+    folders.prepare(&[own], Some(&place)).unwrap();
+    let folder = node.migration_folder(of);
+    fs::create_dir(&folder).unwrap();
+    let left = folder.join("left");
+    fs::write(&left, "").unwrap();
+    let note = format!(
+        r#"{{"leaves":{{"folder":"/gone/web","bound_in":"/gone/web","state":"/gone/web/status",
+            "paths":["{}"]}},"made":null,"cgroups":[]}}"#,
+        left.display()
+    );
+    fs::write(folder.join("container.json"), note).unwrap();
+    fs::write(folder.join("podman"), "0123").unwrap();
+    left
+}
+
+async fn recovered(node: &Node, of: MigrationId) -> Site {
+    let gone = node.freezer("gone");
+    let entries = held(gone.path(), &this_boot(), true);
+    let Entry::Ready(ready) = &entries[1] else {
+        panic!("no ready");
+    };
+    let site = Site::recover(node.target(), of, &ready.state).await;
+    site.unwrap()
+}
+
+fn noted(node: &Node, of: MigrationId) -> bool {
+    let state = node.target().shelf.keep().state().to_owned();
+    state.join(format!("{of}.coming")).exists()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_container_has_that_runs_is_its_own_when_the_end_is_written() {
+    let node = Node::new();
+    let root = tempfile::tempdir().unwrap();
+    let bundle = root.path().join("web");
+    container(&node, id(9), &bundle);
+    fs::write(node.migration_folder(id(9)).join("filled"), FILL_REPORT).unwrap();
+    let mut site = recovered(&node, id(9)).await;
+    site.let_go().await.unwrap();
+    assert!(!node.migration_folder(id(9)).join("podman").exists());
+    site.filled().await.unwrap();
+    assert!(!noted(&node, id(9)));
+    node.target().shelf.clean_up(|_| false);
+    assert!(bundle.join("rootfs").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_container_has_written_outlives_the_loss_of_its_memory() {
+    let node = Node::new();
+    let root = tempfile::tempdir().unwrap();
+    let bundle = root.path().join("web");
+    let left = container(&node, id(10), &bundle);
+    let remains = node.migration_folder(id(10)).join("fill-lost");
+    fs::write(remains, "the pager died").unwrap();
+    let mut site = recovered(&node, id(10)).await;
+    site.let_go().await.unwrap_err();
+    site.emptied().await;
+    assert!(left.exists() && bundle.join("rootfs").exists() && !noted(&node, id(10)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_container_has_stays_when_an_operator_ends_what_could_not_be_let_go() {
+    let node = Node::new();
+    let root = tempfile::tempdir().unwrap();
+    let bundle = root.path().join("web");
+    container(&node, id(11), &bundle);
+    let mut site = recovered(&node, id(11)).await;
+    site.let_go().await.unwrap_err();
+    site.discard().await.unwrap();
+    assert!(bundle.join("rootfs").exists());
+    // Also when nobody knows of it any more.
+    node.target().shelf.clean_up(|_| false);
+    assert!(bundle.join("rootfs").exists());
+    // Of what has never run nothing stays.
+    let (other, of) = (root.path().join("other"), id(12));
+    let left = container(&node, of, &other);
+    let mut site = recovered(&node, of).await;
+    site.discard().await.unwrap();
+    assert!(!other.exists() && !left.exists() && !noted(&node, of));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_runs_and_is_in_no_journal_keeps_what_its_runtime_has() {
+    let node = Node::new();
+    let root = tempfile::tempdir().unwrap();
+    let left = container(&node, id(13), &root.path().join("web"));
+    let elsewhere = root.path().join("left");
+    fs::rename(&left, &elsewhere).unwrap();
+    let note = node.migration_folder(id(13)).join("container.json");
+    let text = fs::read_to_string(&note).unwrap();
+    let (from, to) = (left.to_str().unwrap(), elsewhere.to_str().unwrap());
+    fs::write(&note, text.replace(from, to)).unwrap();
+    fs::write(node.migration_folder(id(13)).join("filled"), FILL_REPORT).unwrap();
+    let _registry = node.start(node.endpoint("b", &[])).await;
+    assert!(elsewhere.exists() && !node.migration_folder(id(13)).exists());
 }

@@ -6,6 +6,8 @@
 //!
 //! Invariants: what is made is written down before, where a reboot does not reach it; nothing is
 //! put that is not proven; what was put is taken back by its inode, so that nothing else ever is.
+//! From before the workload may run no inode is written down any more: whoever starts again takes
+//! nothing back that may be in use, whatever becomes of the note.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -47,6 +49,8 @@ struct Folder {
     placed: Option<Placed>,
     /// It is put before anything comes, and filled where it is.
     ahead: bool,
+    /// The workload may run, or have run.
+    may_run: bool,
     /// What this node has kept of it, and begins with.
     kept: Option<Digest>,
     /// None of one that a dead daemon has begun.
@@ -105,6 +109,8 @@ struct Noted {
     stand_in: Option<(u64, u64)>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     ahead: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    may_run: bool,
 }
 
 /// What a note of volumes is called.
@@ -170,6 +176,7 @@ impl Folders {
                 stand_in: noted.stand_in,
             }),
             ahead: noted.ahead,
+            may_run: noted.may_run,
             kept: None,
             staging: None,
         };
@@ -258,6 +265,7 @@ impl Folders {
                 self.lock().push(Folder {
                     placed: None,
                     ahead: false,
+                    may_run: false,
                     kept: None,
                     staging: Some(Arc::new(Mutex::new(Stage::Awaited(offered)))),
                 });
@@ -285,6 +293,7 @@ impl Folders {
                     stand_in: None,
                 }),
                 ahead: bundle.is_some(),
+                may_run: false,
                 kept,
                 staging: None,
             });
@@ -449,26 +458,59 @@ impl Folders {
                 tracing::warn!(migration = %self.id, "of a folder that came: {failure}");
             }
         }
-        drop(fs::remove_file(self.shelf.note(self.id)));
+        self.forget();
         self.volumes().settle();
     }
 
-    /// Says that nothing of them is taken back, as somebody may use it yet.
-    pub fn stay(&self) {
+    /// The workload may run from now on: whoever finds them written down takes nothing back of
+    /// them. Durable if it succeeds. Who has put them knows their inodes yet, and takes them back
+    /// if nothing has run.
+    pub fn hand_over(&self) -> Result<(), Failure> {
+        let mut is_written = true;
+        for folder in self.lock().iter_mut() {
+            let has_inode = folder.placed.as_ref().is_some_and(|at| at.inode.is_some());
+            is_written &= folder.may_run || !has_inode;
+            folder.may_run = true;
+        }
+        if is_written {
+            return Ok(());
+        }
+        let written = self.write_down();
+        if written.is_err() {
+            for folder in self.lock().iter_mut() {
+                folder.may_run = false;
+            }
+        }
+        written
+    }
+
+    /// Nothing of them is taken back, as `why` says; also not by who starts again.
+    pub fn stay(&self, why: &str) {
+        if let Err(failure) = self.hand_over() {
+            tracing::error!(migration = %self.id, "a note of folders is not changed: {failure}");
+        }
         for placed in self
             .lock()
             .iter()
             .filter_map(|folder| folder.placed.as_ref())
         {
             tracing::error!(migration = %self.id, path = %placed.path.display(),
-                "is left of a workload that could not be killed: remove it when that has ended");
+                "is left {why}: remove it when it is certain that nobody needs it");
+        }
+    }
+
+    fn forget(&self) {
+        if let Err(error) = self.shelf.keep.forget(&self.shelf.note(self.id)) {
+            let failure = failed(&error, ErrorCode::NodeUnfit);
+            tracing::warn!(migration = %self.id, "of a note of folders: {failure}");
         }
     }
 
     /// The workload does not run here: nothing of them stays. Blocks; succeeds when there is
     /// nothing.
     pub fn take_back(&self) -> Result<(), Failure> {
-        let mut all = self.lock();
+        // Whoever says that they stay does not wait for this.
+        let mut all = self.lock().clone();
         let mut failures = Vec::new();
         all.retain(|folder| {
             if let Some(staging) = &folder.staging {
@@ -478,6 +520,11 @@ impl Folders {
             let Some(placed) = &folder.placed else {
                 return false;
             };
+            if folder.may_run && placed.inode.is_none() && placed.path.exists() {
+                tracing::error!(migration = %self.id, path = %placed.path.display(),
+                    "is left of a workload that did not run here: which folder was its own was \
+                     not written down any more; remove it");
+            }
             let undone = Keep::undo(placed);
             undone.is_err_and(|error| {
                 let path = placed.path.display();
@@ -486,11 +533,12 @@ impl Folders {
                 true
             })
         });
+        *self.lock() = all;
         if !failures.is_empty() {
             let text = format!("folders that came are left: {}", failures.join("; "));
             return Err(Failure::new(ErrorCode::NodeUnfit, text));
         }
-        drop(fs::remove_file(self.shelf.note(self.id)));
+        self.forget();
         self.volumes().take_back()
     }
 }
@@ -548,11 +596,12 @@ impl Noted {
         let placed = folder.placed.as_ref()?;
         Some(Self {
             ahead: folder.ahead,
+            may_run: folder.may_run,
             path: placed.path.clone(),
             place: placed.place.clone(),
-            inode: placed.inode,
+            inode: placed.inode.filter(|_| !folder.may_run),
             was_there: placed.was_there,
-            stand_in: placed.stand_in,
+            stand_in: placed.stand_in.filter(|_| !folder.may_run),
         })
     }
 }

@@ -161,6 +161,40 @@ fn a_bundle_is_there_before_anything_comes_and_goes_by_its_inode() {
 }
 
 #[test]
+fn what_may_run_is_taken_back_by_nobody_but_who_knows_that_it_never_ran() {
+    let (root, shelf) = node();
+    let path = root.path().join("web");
+    let (coming, place) = bundle(path.clone());
+    let [id, _] = ids();
+    let begun = || {
+        let folders = Folders::new(shelf.clone(), id);
+        let prepared = folders.prepare(std::slice::from_ref(&coming), Some(&place));
+        prepared.expect("room");
+        folders.hand_over().expect("written down");
+        folders
+    };
+    let folders = begun();
+    // As a power cut may leave it: what was removed of the notes is there again.
+    let note = fs::read(shelf.note(id)).expect("a note");
+    Folders::new(shelf.clone(), id)
+        .take_back()
+        .expect("nothing that is known");
+    assert!(path.join("rootfs").is_dir() && !shelf.note(id).exists());
+    fs::write(shelf.note(id), &note).expect("a note");
+    shelf.clean_up(|_| false);
+    assert!(path.join("rootfs").is_dir() && !shelf.note(id).exists());
+    // Who has let it go, and hears that it never ran.
+    folders.take_back().expect("taken back");
+    assert!(!path.exists());
+    // Who cannot tell what is left of it.
+    let folders = begun();
+    folders.stay("of a test");
+    drop(folders);
+    shelf.clean_up(|_| false);
+    assert!(path.join("rootfs").is_dir() && !shelf.note(id).exists());
+}
+
+#[test]
 fn what_is_bound_in_a_bundle_is_let_go_before_that_is_removed() {
     use nix::mount::{MsFlags, mount};
     use nix::sched::{CloneFlags, unshare};

@@ -15,7 +15,7 @@ use tokio::task::block_in_place;
 
 use super::site::TargetNode;
 use crate::migration::text::chain;
-use crate::runtime::kind::{settle_left, sweep};
+use crate::runtime::kind::{leave, settle_left, sweep};
 
 /// How long a pager that was told to end may take.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
@@ -29,9 +29,12 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
         }
         let directory = node.migrations.join(id.to_string());
         match end_pager(&directory).await {
-            Ok(()) => {
-                tracing::info!(migration = %id, "removing what was left of its beginning");
-                block_in_place(|| sweep(&directory));
+            Ok(has_run) => {
+                tracing::info!(migration = %id, has_run, "removing what was left of it");
+                block_in_place(|| match has_run {
+                    true => leave(&directory),
+                    false => sweep(&directory),
+                });
                 drop(fs::remove_dir_all(&directory));
             }
             Err(why) => tracing::warn!(migration = %id, folder = %directory.display(),
@@ -58,13 +61,15 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
     }
 }
 
-/// Ends a pager that holds nothing; says why not if it may hold something.
-async fn end_pager(directory: &Path) -> Result<(), String> {
+/// Ends a pager that holds nothing; says why not if it may hold something. Answers whether its
+/// workload has run.
+async fn end_pager(directory: &Path) -> Result<bool, String> {
     let Ok((pager, _notices)) = PagerClient::connect(directory) else {
         return match Remains::read(directory) {
             // What it says must be found for as long as the workload is frozen.
             Ok(Remains::FillLost(line)) => Err(line),
-            Ok(Remains::Filled(_) | Remains::RestoreLost(_) | Remains::Nothing) => Ok(()),
+            Ok(Remains::Filled(_)) => Ok(true),
+            Ok(Remains::RestoreLost(_) | Remains::Nothing) => Ok(false),
             Err(error) => Err(error.to_string()),
         };
     };
@@ -72,7 +77,8 @@ async fn end_pager(directory: &Path) -> Result<(), String> {
     if status.state != State::Idle {
         return Err(format!("its pager is {:?}", status.state));
     }
-    pager.discard().await.map_err(|error| chain(&error))
+    let discarded = pager.discard().await.map_err(|error| chain(&error));
+    discarded.map(|()| false)
 }
 
 fn folders(migrations: &Path) -> Vec<MigrationId> {

@@ -31,7 +31,7 @@ use pageferry_proto::wire::needs::ResourceLimits;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
-use tokio::task::block_in_place;
+use tokio::task::{JoinHandle, block_in_place};
 
 use super::admission::{Ledger, Promise};
 use super::cut_off;
@@ -41,8 +41,6 @@ use super::intake::Intake;
 use super::locked;
 use super::network::{Network, NetworkState};
 use crate::migration::text::{chain, internal, network_unfit};
-use crate::runtime::detached;
-use crate::runtime::identity;
 use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
 use crate::runtime::mounts::external_at_restore;
@@ -50,6 +48,7 @@ use crate::runtime::oci::BOUND;
 use crate::runtime::oci::arrive::{Restore, made_for, note_again};
 use crate::runtime::rootfs::RootPlace;
 use crate::runtime::shared::lengths;
+use crate::runtime::{detached, identity};
 pub use run::LetGoError;
 
 /// Most address spaces of a workload; each has a memory file.
@@ -141,6 +140,10 @@ pub struct Site {
     root_pid: Option<i32>,
     pager: Option<Pager>,
     intake: Arc<Intake>,
+    /// Whoever makes its folders its own.
+    settling: Option<JoinHandle<()>>,
+    /// It was tried to let it go, and it is not known that nothing ran.
+    may_have_run: bool,
     /// It was made in a boot before this one: no process of it is left.
     is_of_another_boot: bool,
     /// Until it has all its memory, or is gone. What a recovered one needs is taken already.
@@ -172,6 +175,8 @@ impl Site {
             root_pid: None,
             pager: None,
             intake: Arc::new(intake),
+            settling: None,
+            may_have_run: false,
             is_of_another_boot: false,
             promise: None,
             restore_time: None,
@@ -202,6 +207,8 @@ impl Site {
             limits: ResourceLimits::default(),
             root_pid: None,
             pager: None,
+            settling: None,
+            may_have_run: false,
             is_of_another_boot: false,
             promise: None,
             restore_time: None,
@@ -265,8 +272,7 @@ impl Site {
             return Err(Failure::new(
                 ErrorCode::NodeUnfit,
                 format!(
-                    "the source's criu {} is newer than the target's {}: \
-                     images may not be readable",
+                    "the source's criu {} is newer than the target's {}: images may not be readable",
                     version_text(description.criu_version),
                     version_text(self.node.criu_version)
                 ),

@@ -403,16 +403,9 @@ pub fn sweep(directory: &Path) {
         return;
     };
     let leaves = &note.leaves;
-    let is_ours = match note.made {
-        Some(made) => made.is_at(&leaves.folder),
-        // It has not come to its request. It is no container yet; that of somebody else is.
-        None => !leaves.state.exists(),
-    };
-    if is_ours && let Err(error) = bound::release(&leaves.bound_in, BOUND) {
-        tracing::error!(%error, "{} has the root file system of a container bound in it, which is \
-            deleted with it", leaves.bound_in.display());
-    }
+    let is_ours = note.is_ours();
     if is_ours {
+        release(leaves);
         release_volumes(&leaves.volumes);
         bound::remove_unless(&leaves.state, &leaves.paths);
     }
@@ -440,7 +433,32 @@ fn release_volumes((root, places): &(PathBuf, Vec<PathBuf>)) {
     }
 }
 
+/// Lets go of the root file system that a runtime has bound, of a container that may have run, and
+/// that nobody is in any more. All else is its runtime's.
+pub fn leave(directory: &Path) {
+    if let Ok(note) = Note::read(directory)
+        && note.is_ours()
+    {
+        release(&note.leaves);
+    }
+}
+
+fn release(leaves: &Leaves) {
+    if let Err(error) = bound::release(&leaves.bound_in, BOUND) {
+        tracing::error!(%error, "{} has the root file system of a container bound in it, which is \
+            deleted with it", leaves.bound_in.display());
+    }
+}
+
 impl Note {
+    fn is_ours(&self) -> bool {
+        match self.made {
+            Some(made) => made.is_at(&self.leaves.folder),
+            // It has not come to its request. It is no container yet; that of somebody else is.
+            None => !self.leaves.state.exists(),
+        }
+    }
+
     fn read(directory: &Path) -> io::Result<Self> {
         let text = fs::read(directory.join(NOTE))?;
         Ok(serde_json::from_slice(&text)?)

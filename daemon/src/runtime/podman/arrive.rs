@@ -1,7 +1,7 @@
 //! A container of podman at its target: its name is free, its image is here, and podman's import
 //! makes it.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,9 @@ const RUNTIME: Runtime = Runtime::Crun;
 
 /// Where its id is, in the migration's folder, from before podman is asked.
 const NOTE: &str = "podman";
+
+/// What that is called when it runs, or has run: it is podman's then.
+const RAN: &str = "podman-ran";
 
 /// What podman imports, in the migration's folder.
 const ARCHIVE: &str = "container.tar";
@@ -186,7 +189,7 @@ fn has<const N: usize>(question: [&str; N]) -> bool {
 /// Removes what podman has of a container that was to come, and never ran. Nobody of it may be
 /// left, and no root file system bound.
 pub fn sweep(directory: &Path) {
-    let Ok(id) = std::fs::read_to_string(directory.join(NOTE)) else {
+    let Ok(id) = fs::read_to_string(directory.join(NOTE)) else {
         return;
     };
     if RUNTIME.state(&id).exists() {
@@ -194,5 +197,53 @@ pub fn sweep(directory: &Path) {
     }
     if let Err(error) = podman_at_once(["rm", "--ignore", &id]) {
         tracing::warn!(container = id, %error, "podman lists a container that has not come");
+    }
+}
+
+/// One that has come runs: from here on nobody has podman remove it, and what it has written, by
+/// what is noted here.
+pub fn runs(directory: &Path) {
+    let renamed = fs::rename(directory.join(NOTE), directory.join(RAN));
+    if let Err(error) = renamed.or_else(none) {
+        tracing::error!(%error, "{} says that a container has not run, which has",
+            directory.join(NOTE).display());
+    }
+}
+
+/// Says that podman has one that may have run, and has ended.
+pub fn leave(directory: &Path) {
+    let id = [NOTE, RAN].map(|name| fs::read_to_string(directory.join(name)));
+    if let Some(id) = id.into_iter().find_map(Result::ok) {
+        tracing::warn!(
+            container = id,
+            "podman keeps a container that may have run here, with what \
+            it has written: remove it when it is certain that nobody needs it"
+        );
+    }
+}
+
+fn none(error: io::Error) -> io::Result<()> {
+    match error.kind() {
+        io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_runs_is_not_removed_by_what_was_noted_before() {
+        let folder = tempfile::tempdir().unwrap();
+        runs(folder.path());
+        fs::write(folder.path().join(NOTE), "0123").unwrap();
+        runs(folder.path());
+        runs(folder.path());
+        assert!(!folder.path().join(NOTE).exists());
+        let kept = fs::read_to_string(folder.path().join(RAN)).unwrap();
+        assert_eq!(kept, "0123");
+        leave(folder.path());
+        assert!(folder.path().join(RAN).exists());
     }
 }

@@ -1,11 +1,16 @@
 //! Files that come with a workload to its place.
 
+use std::time::Duration;
+
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::copied::CopiedPath;
 
 use super::Site;
 use crate::runtime::kind::Arriving;
 use crate::runtime::rootfs::RootPlace;
+
+/// How long the end of a migration waits until what its folders came through is gone.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Site {
     /// Makes places for folders that come, and the volumes that some of them are.
@@ -33,8 +38,24 @@ impl Site {
 
     /// Folders that came with it are its own now. In the background: it takes as long as there are
     /// files.
-    pub(super) fn settle_folders(&self) {
+    pub(super) fn settle_folders(&mut self) {
         let folders = self.intake.folders().clone();
-        tokio::task::spawn_blocking(move || folders.settle());
+        let settling = tokio::task::spawn_blocking(move || folders.settle());
+        // Once it is begun there is nothing for a second one.
+        self.settling.get_or_insert(settling);
+    }
+
+    /// Waits for that.
+    pub(super) async fn folders_settled(&mut self) {
+        let Some(settling) = self.settling.take() else {
+            return;
+        };
+        match tokio::time::timeout(SETTLE_TIMEOUT, settling).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(migration = %self.id, "settling folders: {error}"),
+            Err(_) => tracing::warn!(migration = %self.id,
+                "folders that came are not settled within {SETTLE_TIMEOUT:?}: does their storage \
+                 answer?"),
+        }
     }
 }

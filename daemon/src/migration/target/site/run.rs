@@ -13,7 +13,7 @@ use tokio::task::block_in_place;
 
 use super::{Network, Pager, Site, no_pager, pager_failed};
 use crate::migration::text::{chain, internal, network_unfit};
-use crate::runtime::kind::settle;
+use crate::runtime::kind::{runs, settle};
 
 /// How long a pager may take to let a tree go, or to undo it instead: five seconds for CRIU to give
 /// up, ten for its tasks to die, and then it says that they do not.
@@ -50,6 +50,19 @@ impl Site {
     /// Attaches the network and lets the workload run. Only when `Running` is durable; doing it
     /// again does no harm.
     pub async fn let_go(&mut self) -> Result<(), LetGoError> {
+        // A daemon before this one may have come as far as that.
+        self.may_have_run = true;
+        let went = self.go().await;
+        match &went {
+            // An engine's container is not ours to remove any more.
+            Ok(()) => block_in_place(|| runs(&self.directory)),
+            Err(LetGoError::NeverRan(_)) => self.may_have_run = false,
+            Err(LetGoError::Lost(_) | LetGoError::Unclear(_)) => {}
+        }
+        went
+    }
+
+    async fn go(&mut self) -> Result<(), LetGoError> {
         let Some(Pager { client, .. }) = &self.pager else {
             return self.without_pager();
         };
@@ -58,6 +71,7 @@ impl Site {
         if never_ran(client).await? != PagerState::Discarding {
             self.attach().await?;
         }
+        block_in_place(|| self.intake.folders().hand_over())?;
         let attached = began.elapsed();
         let Some(Pager { client, .. }) = &self.pager else {
             return Err(no_pager().into());
@@ -131,7 +145,7 @@ impl Site {
     }
 
     /// What an ended pager has left says whether the workload runs.
-    fn without_pager(&self) -> Result<(), LetGoError> {
+    fn without_pager(&mut self) -> Result<(), LetGoError> {
         let remains = Remains::read(&self.directory).map_err(|error| internal(&error))?;
         match remains {
             Remains::Filled(_) => {
@@ -184,6 +198,7 @@ impl Site {
             }
         }
         block_in_place(|| settle(&self.directory));
+        self.folders_settled().await;
         self.clear();
         Ok(())
     }

@@ -12,7 +12,7 @@ use tokio::task::block_in_place;
 
 use super::{Pager, Site};
 use crate::migration::text::{chain, internal, network_unfit};
-use crate::runtime::kind::sweep;
+use crate::runtime::kind::{leave, sweep};
 
 /// How long a pager may take to undo a restore: five seconds for CRIU to give up, ten for its tasks
 /// to die. One that takes longer is killed, and its watcher, and this, kill what is left.
@@ -30,6 +30,9 @@ const REMOVE_POLL: Duration = Duration::from_millis(50);
 
 /// How often it is looked whether a workload that is frozen for good has been killed.
 const EMPTY_POLL: Duration = Duration::from_millis(500);
+
+/// Why something of a workload is left, which may have what it wrote last.
+const MAY_HAVE_RUN: &str = "of a workload that may have run here";
 
 impl Site {
     /// Undoes everything down to nothing, from wherever [`Site::prepare`] or [`Site::restore`] were
@@ -50,14 +53,17 @@ impl Site {
             self.remove_freezer()
         });
         // Whoever is left: what is bound is bound in the node's namespace, and dangerous there.
-        block_in_place(|| sweep(&self.directory));
-        let taken = block_in_place(|| match killed.is_err() && !self.freezer.is_empty() {
-            // Who is left may use them yet. It stays written down that they came.
-            true => {
-                self.intake.folders().stay();
+        block_in_place(|| self.sweep());
+        let why = match killed.is_err() && !self.freezer.is_empty() {
+            true => Some("of a workload that could not be killed"),
+            false => self.may_have_run.then_some(MAY_HAVE_RUN),
+        };
+        let taken = block_in_place(|| match why {
+            Some(why) => {
+                self.intake.folders().stay(why);
                 Ok(())
             }
-            false => self.intake.folders().take_back(),
+            None => self.intake.folders().take_back(),
         });
         killed.map_err(|error| internal(&error))?;
         self.end_groups();
@@ -77,7 +83,7 @@ impl Site {
     fn remove_freezer(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + END_TIMEOUT;
         loop {
-            sweep(&self.directory);
+            self.sweep();
             if !self.freezer.exists() {
                 return Ok(());
             }
@@ -112,9 +118,23 @@ impl Site {
         if let Err(error) = self.freezer.remove() {
             tracing::warn!(migration = %self.id, "its cgroup is left: {}", chain(&error));
         }
-        block_in_place(|| sweep(&self.directory));
+        block_in_place(|| {
+            leave(&self.directory);
+            self.intake.folders().stay(MAY_HAVE_RUN);
+        });
+        self.settle_folders();
+        self.folders_settled().await;
         self.end_groups();
         self.clear();
+    }
+
+    /// Removes what was made for a workload that never ran. Of one that may have run nothing may go
+    /// that it has written.
+    fn sweep(&self) {
+        match self.may_have_run {
+            true => leave(&self.directory),
+            false => sweep(&self.directory),
+        }
     }
 
     /// The workload has all its memory, or nothing of it is left. What proves that stays: the
