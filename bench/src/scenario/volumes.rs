@@ -17,7 +17,7 @@ use crate::lab::node::Node;
 use crate::mover::MoveOptions;
 use crate::mover::pageferry::{Migration, Pageferry, SETTLE_TIME_MAX, wait_settled};
 use crate::workload::container::{self, Container, Plan, Runtime};
-use crate::workload::containerd::{self, Engine};
+use crate::workload::containerd;
 use crate::workload::podman;
 use crate::writer::case::files::FOLDER;
 use crate::writer::case::{FILES, FILES_MANY, Kind};
@@ -121,8 +121,7 @@ pub fn of_podman(lab: &mut Lab, report: &mut Report) -> Result<String> {
 
 /// A folder of the node in a container of containerd, there and back.
 pub fn of_containerd(lab: &mut Lab, report: &mut Report) -> Result<String> {
-    let engines = lab.nodes.iter().map(Engine::start);
-    let _engines = engines.collect::<Result<Vec<_>>>()?;
+    let _engines = containerd::start_engines(lab)?;
     let plan = plan(&FILES);
     containerd::bring_image(lab, &plan)?;
     for node in &lab.nodes {
