@@ -46,8 +46,8 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         bail!(
             "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {runtimes:?}, those \
              with -{FAULTS}, -{FILES} or -{FEW} behind them, {CONTAINERD:?}, {CONTAINERD_FILES:?}, \
-             {PODMAN_VOLUME:?}, {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its name, \
-             also with crun- before it",
+             {PODMAN_VOLUME:?}, {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its \
+             name, also with crun- before it",
             only.unwrap_or_default()
         );
     };
