@@ -6,6 +6,7 @@
 //! stay; after a SIGKILL the next `lab` command finds the leftovers by cgroup and removes them.
 
 pub mod cgroup;
+pub mod containerd;
 pub mod daemon;
 pub mod image;
 pub mod init;
@@ -40,6 +41,8 @@ pub struct LabOptions {
     pub daemons: bool,
     /// What nodes have besides the node image, made when it is first asked for.
     pub layer: Option<&'static LayerPlan>,
+    /// A folder that lies over all of that: programs that were not installed.
+    pub programs: Option<PathBuf>,
     /// Leave it up when this process ends.
     pub keep: bool,
 }
@@ -74,11 +77,15 @@ impl Lab {
         if let Some(plan) = options.layer {
             layers.insert(0, layer::ensure_layer(&layers[0], plan)?);
         }
+        if let Some(programs) = &options.programs {
+            layers.insert(0, programs.clone());
+        }
         folder.clear_logs()?;
         let mut state = State {
             kept: options.keep,
             link: options.link.to_string(),
             daemons: options.daemons,
+            programs: options.programs.clone(),
             hierarchies: cgroup::hierarchies()?,
             ..State::default()
         };
@@ -173,6 +180,22 @@ impl Lab {
     /// Whether moves are pageferry's or those of stock CRIU.
     pub fn has_daemons(&self) -> bool {
         self.state.daemons
+    }
+
+    /// The folder that lies over the nodes' image and layer, if any.
+    pub fn programs(&self) -> Option<&Path> {
+        self.state.programs.as_deref()
+    }
+
+    /// Leaves it up when the value is dropped.
+    pub fn keep(&mut self) -> Result<()> {
+        self.state.kept = true;
+        self.folder.store(&self.state)
+    }
+
+    /// Cgroups of the lab that are no node's, made when they are first asked for.
+    pub fn cgroups(&self, name: &str) -> Result<Vec<PathBuf>> {
+        cgroup::create(&self.state.hierarchies, name)
     }
 
     pub fn link(&self) -> &str {

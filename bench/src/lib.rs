@@ -7,6 +7,7 @@
 pub mod app;
 pub mod cases;
 pub mod client;
+pub mod cluster;
 pub mod content;
 pub mod lab;
 pub mod measure;

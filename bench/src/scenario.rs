@@ -15,16 +15,19 @@ pub mod containers;
 pub mod direct;
 pub mod faults;
 pub mod files;
+pub mod kubernetes;
 pub mod locks;
 pub mod memory;
 pub mod nginx;
 pub mod redis;
 pub mod report;
+pub mod resources;
 pub mod session;
 pub mod settings;
 pub mod shapes;
 pub mod stop_and_copy;
 pub mod traced;
+pub mod traces;
 pub mod volumes;
 pub mod writing;
 
@@ -48,7 +51,7 @@ pub struct Scenario {
 const DEMO: &str = "demo";
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 16] = [
+pub const ALL: [Scenario; 17] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -138,6 +141,12 @@ pub const ALL: [Scenario; 16] = [
         summary: "10 moves of Redis in containers of runc, crun and podman, and of a bare tree",
         cases: true,
         run: containers::run,
+    },
+    Scenario {
+        name: "kubernetes",
+        summary: "a Kubernetes cluster, a pod at one node, its client at the other, nothing left",
+        cases: false,
+        run: kubernetes::run,
     },
     Scenario {
         name: "capture",

@@ -296,6 +296,21 @@ ip -n web route add default via 10.90.0.1";
 /// The network namespace of the workload, and the one that was made.
 const INODES: &str = "stat -L -c %i /proc/10000/ns/net /run/netns/web";
 
+/// It is built from source, which takes twenty minutes of processor time.
+#[test]
+#[ignore = "builds Kubernetes, if the cache does not have it"]
+fn a_cluster_of_kubernetes_comes_up_serves_and_leaves_nothing() {
+    check(&["kubernetes"], 0);
+    let _turn = turn();
+    done(&["up", "--kubernetes", "--bare", "--nodes", "3"]);
+    let nodes = done(&["kubectl", "get", "nodes", "--output", "name"]);
+    assert_eq!(nodes, "node/node-a\nnode/node-b\nnode/node-c\n");
+    let status = done(&["status"]);
+    assert_eq!(status.matches(" Ready ").count(), 3, "{status}");
+    done(&["down"]);
+    assert_clean();
+}
+
 #[test]
 fn what_a_killed_lab_left_is_cleaned_up() {
     let _turn = turn();

@@ -16,13 +16,15 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("lab", &["sys"]),
     ("measure", &["lab"]),
     ("workload", &["cases", "lab", "sys", "writer"]),
+    ("cluster", &["lab", "sys", "workload"]),
     ("client", &["content", "lab", "workload", "writer"]),
     ("app", &["client", "content", "lab", "workload"]),
     ("mover", &["lab", "sys", "workload"]),
     (
         "scenario",
         &[
-            "app", "client", "content", "lab", "measure", "mover", "sys", "workload", "writer",
+            "app", "client", "cluster", "content", "lab", "measure", "mover", "sys", "workload",
+            "writer",
         ],
     ),
 ];

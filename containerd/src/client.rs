@@ -406,10 +406,7 @@ impl Client {
             let deleted = found(deleted, || format!("asked to delete the task of {id}"));
             match deleted {
                 // Its shim has not heard yet that its process has ended.
-                Err(error)
-                    if error.code() == Some(Code::FailedPrecondition)
-                        && Instant::now() < deadline =>
-                {
+                Err(error) if is_running_yet(&error) && Instant::now() < deadline => {
                     sleep(STOP_POLL).await;
                 }
                 deleted => return deleted.map(drop),
@@ -518,5 +515,35 @@ fn found<T>(
     }
 }
 
+/// Whether a task is not deleted because containerd has not heard yet that its process has ended:
+/// containerd looks, or its shim does, whose runtime may find the process where the kernel is
+/// about to end it. The shim's answer has no code of its own.
+fn is_running_yet(error: &ClientError) -> bool {
+    let ClientError::Refused { status, .. } = error else {
+        return false;
+    };
+    status.code() == Code::FailedPrecondition
+        || status.message().contains("cannot delete a running process")
+}
+
 /// How often it is looked whether a task has stopped.
 const STOP_POLL: Duration = Duration::from_millis(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_whose_end_is_not_heard_yet_is_asked_for_again() {
+        let refused = |code, text: &str| ClientError::Refused {
+            what: "asked to delete the task of web".to_owned(),
+            status: Box::new(Status::new(code, text)),
+        };
+        let shim = "failed to delete task: cannot delete a running process";
+        assert!(is_running_yet(&refused(Code::Unknown, shim)));
+        let own = "task must be stopped before deletion: running";
+        assert!(is_running_yet(&refused(Code::FailedPrecondition, own)));
+        assert!(!is_running_yet(&refused(Code::Unknown, "shim is gone")));
+        assert!(!is_running_yet(&ClientError::Late { limit: STOP_POLL }));
+    }
+}

@@ -7,6 +7,8 @@ use anyhow::{Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use pageferry_bench::app::layer::LAYER;
 use pageferry_bench::client::writer;
+use pageferry_bench::cluster::{self, Cluster, laps::Laps};
+use pageferry_bench::lab::inside::Inside;
 use pageferry_bench::lab::network::Link;
 use pageferry_bench::lab::{self, Lab, LabOptions};
 use pageferry_bench::mover::Mover;
@@ -42,6 +44,15 @@ enum Command {
         /// With the applications of the scenario `apps`.
         #[arg(long)]
         apps: bool,
+        /// As a Kubernetes cluster, whose nodes are node-a, node-b, …
+        #[arg(long, conflicts_with = "apps")]
+        kubernetes: bool,
+    },
+    /// Run kubectl in the cluster of the lab that is up, as its administrator.
+    #[command(disable_help_flag = true)]
+    Kubectl {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
     /// Run a command in a node of the lab that is up.
     Exec {
@@ -134,16 +145,14 @@ fn run(command: Command) -> Result<ExitCode> {
             link,
             bare,
             apps,
-        } => {
-            let lab = Lab::up(&LabOptions {
-                nodes,
-                link,
-                daemons: !bare,
-                layer: apps.then_some(&LAYER),
-                keep: true,
-            })?;
-            print_status(&lab);
-            Ok(ExitCode::SUCCESS)
+            kubernetes,
+        } => match kubernetes {
+            true => up_with_kubernetes(nodes, link, !bare),
+            false => up(nodes, link, !bare, apps),
+        },
+        Command::Kubectl { arguments } => {
+            let kubectl = cluster::kubectl(&Lab::attach()?)?;
+            run_in_front(kubectl.command()?.args(arguments))
         }
         Command::Exec { node, command } => exec(&node, &command),
         Command::Start {
@@ -198,11 +207,37 @@ fn run(command: Command) -> Result<ExitCode> {
     }
 }
 
+fn up(nodes: usize, link: Link, daemons: bool, apps: bool) -> Result<ExitCode> {
+    let lab = Lab::up(&LabOptions {
+        nodes,
+        link,
+        daemons,
+        layer: apps.then_some(&LAYER),
+        programs: None,
+        keep: true,
+    })?;
+    print_status(&lab);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn up_with_kubernetes(nodes: usize, link: Link, daemons: bool) -> Result<ExitCode> {
+    let mut laps = Laps::start();
+    let mut lab = Lab::up(&cluster::lab_options(nodes, link, daemons)?)?;
+    laps.lap("nodes are up");
+    Cluster::up(&lab, &mut laps)?;
+    lab.keep()?;
+    print_status(&lab);
+    Ok(ExitCode::SUCCESS)
+}
+
 fn exec(node: &str, command: &[String]) -> Result<ExitCode> {
     let lab = Lab::attach()?;
-    let command = lab.node(node)?.command(&command[0])?.args(&command[1..]);
-    let command = command.stdin(Stdio::inherit());
-    let status = command.spawn()?.wait()?;
+    run_in_front(lab.node(node)?.command(&command[0])?.args(&command[1..]))
+}
+
+/// Runs a command with the input and output of this one.
+fn run_in_front(command: Inside) -> Result<ExitCode> {
+    let status = command.stdin(Stdio::inherit()).spawn()?.wait()?;
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
@@ -249,5 +284,12 @@ fn print_status(lab: &Lab) {
             node.address(),
             names.join(" ")
         );
+    }
+    if cluster::is_in(lab) {
+        let said = cluster::kubectl(lab).and_then(|kubectl| kubectl.run(&["get", "nodes"]));
+        match said {
+            Ok(nodes) => print!("Kubernetes (lab kubectl):\n{nodes}"),
+            Err(error) => println!("Kubernetes does not answer: {error:#}"),
+        }
     }
 }

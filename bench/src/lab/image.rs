@@ -2,7 +2,7 @@
 //!
 //! Invariants: a folder with the final name is complete (built under another name, then renamed),
 //! its name is a hash of everything that went into it, and nobody writes into it (nodes put an
-//! overlay on top). Two builders at once wait for each other on a lock file.
+//! overlay on top). Two builders at once wait for each other on a lock file for each kind.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -25,8 +25,9 @@ pub fn ensure_image() -> Result<PathBuf> {
 }
 
 /// The folder `KIND-HASH` of the cache. When there is none, `build` makes it in the folder that it
-/// is given, and returns which folder below is to be kept.
-pub(super) fn cached(
+/// is given, with the log that it is given, and returns which folder below is to be kept. Others
+/// who want one of that kind wait.
+pub fn cached(
     kind: &str,
     hash: u64,
     build: impl FnOnce(&Path, &Path) -> Result<PathBuf>,
@@ -37,7 +38,7 @@ pub(super) fn cached(
         return Ok(complete);
     }
     fs::create_dir_all(&cache).with_context(|| format!("creating {}", cache.display()))?;
-    let lock = cache.join("image.lock");
+    let lock = cache.join(format!("{kind}.lock"));
     let file = File::create(&lock).with_context(|| format!("creating {}", lock.display()))?;
     let _lock = Flock::lock(file, FlockArg::LockExclusive)
         .map_err(|(_, error)| error)

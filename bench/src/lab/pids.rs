@@ -11,7 +11,7 @@ pub fn of_workload(number: usize) -> i32 {
 
 /// Whether a process that leads a session is the root of a workload, by its pid.
 pub fn is_of_workload(pid: i32) -> bool {
-    WORKLOADS_FIRST <= pid
+    (WORKLOADS_FIRST..ABOVE).contains(&pid)
 }
 
 /// Where node `index` of `nodes` begins to count. Where pid namespaces have a `pid_max` of their

@@ -23,6 +23,9 @@ pub struct State {
     pub link: String,
     /// Whether each node has a pageferryd.
     pub daemons: bool,
+    /// What lies over the nodes' image and layer.
+    #[serde(default)]
+    pub programs: Option<PathBuf>,
     pub hierarchies: Vec<Hierarchy>,
     pub nodes: Vec<NodeRecord>,
     /// Holders of the switch's and the client's network namespaces.
@@ -62,6 +65,11 @@ impl RunFolder {
     /// Storage that the nodes share.
     pub fn shared(&self) -> PathBuf {
         self.path.join("shared")
+    }
+
+    /// What a cluster of Kubernetes has.
+    pub fn kubernetes(&self) -> PathBuf {
+        self.path.join("kubernetes")
     }
 
     /// Takes the lock that makes labs exclusive. It lasts as long as the returned value.
@@ -127,7 +135,12 @@ impl RunFolder {
         let hierarchies = cgroup::hierarchies()?;
         cgroup::remove_all(&hierarchies)?;
         // Mounts, links and namespaces went with the last process that was in them.
-        for folder in [self.layer(), self.scratch(), self.shared()] {
+        for folder in [
+            self.layer(),
+            self.scratch(),
+            self.shared(),
+            self.kubernetes(),
+        ] {
             remove_if_there(&folder)?;
         }
         match fs::remove_file(self.state_path()) {

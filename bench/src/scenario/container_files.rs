@@ -4,9 +4,9 @@
 //! Then whoever takes part is killed: the container runs at one node, with all its files, and
 //! nothing of it is at the other.
 //!
-//! The writer knows every file of its own by heart. What it does not write is changed between moves,
-//! files of the image too, and compared entry by entry: with what it was before the move, and of a
-//! bundle with what has stayed at the source, which is the tree as it was in the freeze.
+//! The writer knows every file of its own by heart. What it does not write is changed between
+//! moves, files of the image too, and compared entry by entry: with what it was before the move,
+//! and of a bundle with what has stayed at the source, which is the tree as it was in the freeze.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,7 +30,7 @@ use crate::mover::MoveOptions;
 use crate::mover::pageferry::{Migration, Pageferry, SETTLE_TIME_MAX, wait_settled};
 use crate::workload::Workload;
 use crate::workload::container::{self, BUNDLES, Plan, Runtime};
-use crate::workload::containerd::{self, Engine};
+use crate::workload::containerd;
 use crate::writer::case::FILES;
 use crate::writer::case::files::FOLDER;
 use crate::writer::options::Options;
@@ -47,8 +47,7 @@ pub fn run(settings: &Settings, runtime: Runtime, report: &mut Report) -> Result
 /// The same of a container of containerd.
 pub fn run_containerd(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut lab = settings.lab_with(&containerd::LAYER, 2)?;
-    let engines = lab.nodes.iter().map(Engine::start);
-    let _engines = engines.collect::<Result<Vec<_>>>()?;
+    let _engines = containerd::start_engines(&lab)?;
     let (_, plan) = writer_plan();
     containerd::bring_image(&lab, &plan)?;
     run_in(&mut lab, Whose::Containerd, report)

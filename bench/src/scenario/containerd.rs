@@ -8,14 +8,13 @@ use super::report::Report;
 use super::session::Session;
 use super::settings::Settings;
 use crate::client::load::{Dataset, LoadPlan};
-use crate::lab::Lab;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
-use crate::workload::containerd::{self, Engine, LAYER};
+use crate::workload::containerd::{self, LAYER};
 
 /// The moves.
 pub fn moves(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut lab = settings.lab_with(&LAYER, 2)?;
-    let _engines = engines(&lab)?;
+    let _engines = containerd::start_engines(&lab)?;
     let held = containerd::start(&mut lab, "a", &containerd::RESTARTED)?;
     let id = held.containerd.clone().context("it is in a container")?;
     // What is looked at after each move is so before the first.
@@ -48,11 +47,6 @@ pub fn moves(settings: &Settings, report: &mut Report) -> Result<()> {
         containerd::check_whole(node)?;
     }
     workload.kill(&lab)
-}
-
-/// A containerd at each node.
-fn engines(lab: &Lab) -> Result<Vec<Engine>> {
-    lab.nodes.iter().map(Engine::start).collect()
 }
 
 const MOVES: usize = 4;

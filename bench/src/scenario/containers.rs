@@ -32,6 +32,12 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         println!("{PODMAN_VOLUME}: {said}");
         return Ok(());
     }
+    if only == Some(CONTAINERD_VOLUME) {
+        let mut lab = settings.lab_with(&crate::workload::containerd::LAYER, 2)?;
+        let said = volumes::of_containerd(&mut lab, report)?;
+        println!("{CONTAINERD_VOLUME}: {said}");
+        return Ok(());
+    }
     if only == Some(CONTAINERD_FILES) {
         return container_files::run_containerd(settings, report);
     }
@@ -40,8 +46,8 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         bail!(
             "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {runtimes:?}, those \
              with -{FAULTS}, -{FILES} or -{FEW} behind them, {CONTAINERD:?}, {CONTAINERD_FILES:?}, \
-             {PODMAN_VOLUME:?}, and {SHAPES:?} and each of them by its name, also with crun- \
-             before it",
+             {PODMAN_VOLUME:?}, {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its \
+             name, also with crun- before it",
             only.unwrap_or_default()
         );
     };
@@ -166,6 +172,8 @@ const FILES: &str = "files";
 const SHAPES: &str = "shapes";
 /// A volume that podman has by its name.
 const PODMAN_VOLUME: &str = "podman-volume";
+/// A folder that is bound into one of containerd.
+const CONTAINERD_VOLUME: &str = "containerd-volume";
 /// Containerd's.
 const CONTAINERD: &str = "containerd";
 const CONTAINERD_FILES: &str = "containerd-files";

@@ -40,6 +40,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         link,
         daemons: true,
         layer: None,
+        programs: None,
         keep: settings.keep,
     };
     let mut lab = Lab::up(&options)?;

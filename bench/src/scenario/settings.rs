@@ -51,6 +51,7 @@ impl Settings {
             link,
             daemons: mover.needs_daemons(),
             layer,
+            programs: None,
             keep: self.keep,
         })
     }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::faults::wait_for_phase;
-use super::files::DISK;
+use super::files::{DISK, Disk, make_disk};
 use super::report::Report;
 use super::writing::WriterSession;
 use crate::client::resp::ANSWER_TIME_MAX;
@@ -17,6 +17,7 @@ use crate::lab::node::Node;
 use crate::mover::MoveOptions;
 use crate::mover::pageferry::{Migration, Pageferry, SETTLE_TIME_MAX, wait_settled};
 use crate::workload::container::{self, Container, Plan, Runtime};
+use crate::workload::containerd;
 use crate::workload::podman;
 use crate::writer::case::files::FOLDER;
 use crate::writer::case::{FILES, FILES_MANY, Kind};
@@ -118,6 +119,27 @@ pub fn of_podman(lab: &mut Lab, report: &mut Report) -> Result<String> {
     Ok(format!("MiB on the wire and ms of downtime: {said:?}"))
 }
 
+/// A folder of the node in a container of containerd, there and back.
+pub fn of_containerd(lab: &mut Lab, report: &mut Report) -> Result<String> {
+    let _engines = containerd::start_engines(lab)?;
+    let plan = plan(&FILES);
+    containerd::bring_image(lab, &plan)?;
+    for node in &lab.nodes {
+        make_disk(node, Disk::Own)?;
+    }
+    lab.node("a")?
+        .command("mkdir")?
+        .args(["-p", SOURCE])
+        .run()?;
+    let mount = format!("type=bind,src={SOURCE},dst={FOLDER},options=rbind:rw");
+    let held = containerd::start_with(lab, "a", &["--mount", &mount], &plan)?;
+    let client = WriterClient::connect(&lab.client.net, &held, FILL_MAX)?;
+    let mut session = WriterSession::watch(lab, &Pageferry, "a", (held, client))?;
+    let said = there_and_back(lab, &mut session, (&flags(), SOURCE), report)?;
+    session.finish(lab, report)?;
+    Ok(format!("MiB on the wire and ms of downtime: {said:?}"))
+}
+
 /// What podman of a node says of a volume.
 fn inspect(node: &Node, volume: &str) -> Result<Value> {
     let printed = podman::podman(node)?
@@ -174,8 +196,11 @@ fn there_and_back(
         );
         wait_settled(lab, SETTLE_TIME_MAX)?;
         check_place(lab, session, path)?;
-        let container = of(session)?;
-        container::check_gone(lab.node(&from)?, container)?;
+        let left = lab.node(&from)?;
+        match &session.workload.containerd {
+            Some(id) => containerd::check_gone(left, id)?,
+            None => container::check_gone(left, of(session)?)?,
+        }
         let last = report.moves.last().context("a move")?;
         said.push((last.wire_bytes >> 20, last.downtime_ms));
     }

@@ -230,6 +230,7 @@ pub fn rate(settings: &Settings, report: &mut Report) -> Result<()> {
             link: link.clone(),
             daemons: settings.mover.needs_daemons(),
             layer: None,
+            programs: None,
             keep,
         };
         let mut lab = Lab::up(&options)?;

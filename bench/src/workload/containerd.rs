@@ -4,98 +4,36 @@
 //! that both have it by the same digest. Others are made at the first node, and imported at each.
 
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use super::contained::{CLIENT, Plan, SERVER};
 use super::{Workload, redis};
 use crate::lab::Lab;
+use crate::lab::containerd::{Engine, SNAPSHOTTER, ctr, import};
 use crate::lab::layer::LayerPlan;
 use crate::lab::network::WorkloadLink;
 use crate::lab::node::Node;
 
-/// The layer of the nodes with containerd, and the image.
+/// The layer of the nodes with containerd, plugins for networks of pods, and the image.
 pub const LAYER: LayerPlan = LayerPlan {
     name: "containerd",
-    packages: &["containerd"],
+    packages: &["containerd", "containernetworking-plugins"],
     files: &[(CONFIG, CONFIG_TEXT)],
     script: IMAGE_SCRIPT,
 };
 
-/// The containerd of a node; it ends with this value.
-#[derive(Debug)]
-pub struct Engine {
-    node: String,
-    child: Child,
-}
-
-impl Engine {
-    /// Starts the containerd of a node, with the image.
-    pub fn start(node: &Node) -> Result<Self> {
-        let mounts = format!("mkdir -p {STORE} && mount -t tmpfs tmpfs {STORE}");
-        node.command("sh")?.args(["-ec", &mounts]).run()?;
-        let engine = Self::run(node)?;
-        let import = ["images", "import", "--snapshotter", SNAPSHOTTER, IMAGE_FILE];
-        ctr(node, &import).context("importing the image")?;
+/// Starts the containerd of each node, with the image and with what moves need.
+pub fn start_engines(lab: &Lab) -> Result<Vec<Engine>> {
+    let start = |node| -> Result<Engine> {
+        let engine = Engine::start(node, CONFIG, &lab.folder.logs())?;
+        import(node, NAMESPACE, IMAGE_FILE)?;
         node.command("pageferry")?
             .args(["setup", "containerd"])
             .run()?;
         Ok(engine)
-    }
-
-    fn run(node: &Node) -> Result<Self> {
-        let script = format!("exec containerd --config {CONFIG} >>/run/containerd.log 2>&1");
-        let command = node.command("sh")?.args(["-c", &script]);
-        let child = command.stdin(Stdio::null()).spawn()?;
-        let engine = Self {
-            node: node.name().to_owned(),
-            child,
-        };
-        engine.wait(node)?;
-        Ok(engine)
-    }
-
-    fn wait(&self, node: &Node) -> Result<()> {
-        let deadline = Instant::now() + READY_TIME_MAX;
-        while !node
-            .command("ctr")?
-            .arg("version")
-            .output()?
-            .status
-            .success()
-        {
-            ensure!(
-                Instant::now() < deadline,
-                "containerd of node {} does not answer",
-                self.node
-            );
-            std::thread::sleep(READY_POLL);
-        }
-        Ok(())
-    }
-
-    /// `kill -9`, and a new one.
-    pub fn restart(&mut self, node: &Node) -> Result<()> {
-        self.kill()?;
-        *self = Self::run(node)?;
-        Ok(())
-    }
-
-    /// `kill -9`. Shims and containers go on.
-    pub fn kill(&mut self) -> Result<()> {
-        self.child.kill().context("killing containerd")?;
-        self.child.wait().context("reaping containerd")?;
-        Ok(())
-    }
-}
-
-impl Drop for Engine {
-    fn drop(&mut self) {
-        // It may have been killed, and its node is going down.
-        let _ = self.kill();
-    }
+    };
+    lab.nodes.iter().map(start).collect()
 }
 
 /// Starts Redis in a container at a node, and waits until it listens.
@@ -109,16 +47,23 @@ pub fn start(lab: &mut Lab, at: &str, more: &[&str]) -> Result<Workload> {
 pub fn bring_image(lab: &Lab, plan: &Plan) -> Result<()> {
     let file = format!("/srv/shared/{}.oci.tar", plan.name);
     let first = lab.nodes.first().context("a lab has nodes")?;
-    let make = first.command("sh")?.args(["-ec", IMAGE_SCRIPT]);
-    make.env("IMAGE", &image(plan))
-        .env("FILE", &file)
-        .env("PROGRAMS", &plan.programs.join(" "))
-        .run()
-        .context("making the image")?;
+    make_image(first, &image(plan), &file, &plan.programs)?;
     for node in &lab.nodes {
-        let import = ["images", "import", "--snapshotter", SNAPSHOTTER, &file];
-        ctr(node, &import).context("importing the image")?;
+        import(node, NAMESPACE, &file)?;
     }
+    Ok(())
+}
+
+/// Makes an image of programs that a node has, and the libraries that they are linked to, into a
+/// file there. The first one is what it runs.
+pub fn make_image(node: &Node, name: &str, file: &str, programs: &[String]) -> Result<()> {
+    node.command("sh")?
+        .args(["-ec", IMAGE_SCRIPT])
+        .env("IMAGE", name)
+        .env("FILE", file)
+        .env("PROGRAMS", &programs.join(" "))
+        .run()
+        .with_context(|| format!("making the image {name}"))?;
     Ok(())
 }
 
@@ -298,20 +243,15 @@ pub fn delete(lab: &Lab, id: &str) -> Result<()> {
     Ok(())
 }
 
-/// Has the containerd of a node do something.
-pub fn ctr(node: &Node, arguments: &[&str]) -> Result<String> {
-    node.command("ctr")?.args(arguments).run()
-}
-
 /// Has containerd's restart monitor keep it running.
 pub const RESTARTED: [&str; 2] = ["--label", "containerd.io/restart.status=running"];
 /// The label goes away.
 const NOT_RESTARTED: &str = "containerd.io/restart.status=";
-const SNAPSHOTTER: &str = "overlayfs";
-/// Where containerd keeps images and snapshots: an overlay has none of its own on top.
-const STORE: &str = "/var/lib/containerd";
+/// What `ctr` works in when it is not told.
+const NAMESPACE: &str = "default";
 const IMAGE: &str = "localhost/redis:1";
-const IMAGE_FILE: &str = "/srv/images/redis.tar";
+/// Where the layer has it.
+pub const IMAGE_FILE: &str = "/srv/images/redis.tar";
 const CONFIG: &str = "/etc/containerd/lab.toml";
 /// Without what serves Kubernetes.
 const CONFIG_TEXT: &str = "\
@@ -321,8 +261,6 @@ disabled_plugins = [\"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runt
 [plugins.\"io.containerd.internal.v1.restart\"]
 interval = \"200ms\"
 ";
-const READY_TIME_MAX: Duration = Duration::from_secs(20);
-const READY_POLL: Duration = Duration::from_millis(20);
 /// Ten seconds.
 const POLLS: usize = 2_000;
 

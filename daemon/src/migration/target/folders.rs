@@ -1,7 +1,8 @@
 //! Folders that come with a workload: applied beside where they are to be, put there before it is
 //! restored, and taken back if it does not run here. The bundle of a container is put there ahead,
 //! since its runtime is started long before the restore, and filled where it is; what has been
-//! written over an image comes to the overlay that the engine has mounted by then, and goes with it.
+//! written over an image comes to the overlay that the engine has mounted by then, and goes with
+//! that.
 //!
 //! Invariants: what is made is written down before, where a reboot does not reach it; nothing is
 //! put that is not proven; what was put is taken back by its inode, so that nothing else ever is.

@@ -182,8 +182,8 @@ impl Container {
         })
     }
 
-    /// As [`Container::describe`], of one that is an engine's; `root` finds its root file system, if
-    /// it writes to that.
+    /// As [`Container::describe`], of one that is an engine's; `root` finds its root file system,
+    /// if it writes to that.
     pub fn describe_with(
         &self,
         (pids, named): (&[i32], &[PathBuf]),

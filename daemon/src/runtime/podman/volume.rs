@@ -335,7 +335,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn volume(driver: &str, options: serde_json::Value) -> Result<Volume, Failure> {
+    fn volume(driver: &str, options: &serde_json::Value) -> Result<Volume, Failure> {
         let found = json!({
             "Name": "data", "Driver": driver, "Mountpoint": "/v/data/_data",
             "CreatedAt": "2026-11-29T12:00:00Z", "Labels": {"a": "b"}, "Options": options,
@@ -345,16 +345,16 @@ mod tests {
 
     #[test]
     fn a_volume_that_is_a_folder_moves_and_others_are_refused() {
-        let plain = volume(LOCAL, json!({})).unwrap();
+        let plain = volume(LOCAL, &json!({})).unwrap();
         assert_eq!(plain.path(), Path::new("/v/data/_data"));
         assert_eq!(plain.describe().labels["a"], "b");
-        volume(LOCAL, json!(null)).unwrap();
-        let mounted = volume(LOCAL, json!({"type": "nfs", "device": ":/x"})).unwrap_err();
+        volume(LOCAL, &json!(null)).unwrap();
+        let mounted = volume(LOCAL, &json!({"type": "nfs", "device": ":/x"})).unwrap_err();
         assert!(
             mounted.text().contains("is a mount (its option device)"),
             "{mounted}"
         );
-        let other = volume("sshfs", json!({})).unwrap_err();
+        let other = volume("sshfs", &json!({})).unwrap_err();
         assert!(other.text().contains("driver sshfs"), "{other}");
     }
 

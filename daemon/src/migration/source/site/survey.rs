@@ -127,13 +127,14 @@ mod as_text {
     }
 }
 
-/// What the workload needs of a node, and the limits it has here.
+/// What the workload needs of a node, its CRIU too, and the limits it has here.
 fn add_needs(
     description: &mut WorkloadDescription,
     node: &SourceNode,
     id: MigrationId,
     (pids, ipc): (&[i32], &Ipc),
 ) -> Result<(), Failure> {
+    description.criu_version = node.criu_version;
     let limited = limits::read(description.root_pid, &node.hierarchies);
     description.needs.shared_bytes = shared_bytes(pids) + ipc.unmapped_bytes()?;
     description.needs.limits = limited.limits;
@@ -218,7 +219,6 @@ impl Site {
         let trackable = |pid: &i32| check_trackable(*pid, root, &node.support);
         block_in_place(|| pids.iter().try_for_each(trackable))?;
         let mut description = described.description;
-        description.criu_version = node.criu_version;
         block_in_place(|| add_needs(&mut description, &node, id, (&pids, &ipc)))?;
         description.cpu = (!asked.force_cpu).then(cpu::read);
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;

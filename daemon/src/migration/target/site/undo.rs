@@ -78,8 +78,8 @@ impl Site {
         taken
     }
 
-    /// Removes the workload's cgroup, and what a runtime has left below it: a process of its own may
-    /// be there yet, which ends with it.
+    /// Removes the workload's cgroup, and what a runtime has left below it: a process of its own
+    /// may be there yet, which ends with it.
     fn remove_freezer(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + END_TIMEOUT;
         loop {

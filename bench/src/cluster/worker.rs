@@ -1,0 +1,205 @@
+//! What a node of the lab needs to be one of the cluster: containerd with images, a network of its
+//! own for pods, and a kubelet.
+
+use std::net::Ipv4Addr;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::build::{PAUSE_NAME, PROGRAMS};
+use super::certificates::{Authority, Subject, kubeconfig, write};
+use super::control::{Part, SERVICES, server_url};
+use crate::lab::Lab;
+use crate::lab::containerd::{self, Engine};
+use crate::lab::network::{self, CLIENT_ADDRESS};
+use crate::lab::node::Node;
+use crate::workload::containerd::{IMAGE_FILE, make_image};
+
+/// What the cluster calls a node of the lab.
+pub fn name(node: &Node) -> String {
+    format!("node-{}", node.name())
+}
+
+/// The addresses of a node's pods: its own number is in them.
+fn pods(node: &Node) -> String {
+    let [.., last] = node.address().octets();
+    format!("10.244.{last}.0/24")
+}
+
+/// Starts a node's containerd, and gives it the images.
+pub fn start_engine(lab: &Lab, node: &Node) -> Result<Engine> {
+    node.command("sh")?
+        .args(["-ec", PREPARE])
+        .run()
+        .with_context(|| format!("preparing node {}", node.name()))?;
+    write(&node.path(CNI_CONFIG), &cni_config(node))?;
+    write(&node.path(ENGINE_CONFIG), ENGINE_CONFIG_TEXT)?;
+    let engine = Engine::start(node, ENGINE_CONFIG, &lab.folder.logs())?;
+    let pause = format!("/{PROGRAMS}/{PAUSE_NAME}");
+    make_image(node, PAUSE_IMAGE, PAUSE_FILE, &[pause])?;
+    for file in [IMAGE_FILE, PAUSE_FILE] {
+        containerd::import(node, NAMESPACE, file)?;
+    }
+    Ok(engine)
+}
+
+/// Routes between the pods of all nodes, the client, and services.
+pub fn connect(lab: &Lab, service: Ipv4Addr) -> Result<()> {
+    let tools = lab.nodes.first().context("a lab has at least one node")?;
+    let to_pods = |but: Option<&Node>| -> String {
+        let others = lab.nodes.iter();
+        let others = others.filter(|node| but.is_none_or(|but| but.name() != node.name()));
+        let route = |node: &Node| format!("route add {} via {}\n", pods(node), node.address());
+        others.map(route).collect()
+    };
+    network::ip(tools, &lab.client.net, &[], |_| {
+        format!("addr add {service}/32 dev lo\n{}", to_pods(None))
+    })?;
+    for node in &lab.nodes {
+        let script = |_: &[String]| {
+            format!(
+                "route add {SERVICES} via {CLIENT_ADDRESS}\n{}",
+                to_pods(Some(node))
+            )
+        };
+        network::ip(tools, &node.namespaces.net, &[], script)?;
+    }
+    Ok(())
+}
+
+/// Starts the kubelet of a node, which brings the node into the cluster.
+pub fn start_kubelet(lab: &Lab, node: &Node, authority: &Authority) -> Result<Part> {
+    let folder = node.path(FOLDER);
+    let name = name(node);
+    write(&folder.join("ca.pem"), &authority.certificate)?;
+    let user = format!("system:node:{name}");
+    let identity = Subject {
+        name: &user,
+        group: Some("system:nodes"),
+        addresses: &[node.address()],
+        hosts: &[&name],
+    };
+    authority.issue(&identity)?.write(&folder, "node")?;
+    let config = kubeconfig(&server_url(), FOLDER.as_ref(), "node");
+    write(&folder.join("node.conf"), &config.to_string())?;
+    write(&folder.join("kubelet.json"), &kubelet_config(node))?;
+    let command = node.command("kubelet")?.args([
+        format!("--config={FOLDER}/kubelet.json"),
+        format!("--kubeconfig={FOLDER}/node.conf"),
+        format!("--hostname-override={name}"),
+        format!("--node-ip={}", node.address()),
+    ]);
+    let log = lab.folder.logs().join(node.name()).join("kubelet.log");
+    Part::start(&format!("the kubelet of {name}"), command, log)
+}
+
+fn kubelet_config(node: &Node) -> String {
+    // Nodes share a machine that others fill as well: nothing is evicted for that.
+    let never = "0%";
+    json!({
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "address": node.address(),
+        "authentication": {
+            "anonymous": {"enabled": false},
+            "webhook": {"enabled": true},
+            "x509": {"clientCAFile": format!("{FOLDER}/ca.pem")},
+        },
+        "authorization": {"mode": "Webhook"},
+        "tlsCertFile": format!("{FOLDER}/node.pem"),
+        "tlsPrivateKeyFile": format!("{FOLDER}/node.key"),
+        "readOnlyPort": 0,
+        "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
+        "cgroupDriver": "cgroupfs",
+        "failCgroupV1": false,
+        "failSwapOn": false,
+        "maxOpenFiles": 20_000,
+        "localStorageCapacityIsolation": false,
+        "enforceNodeAllocatable": [],
+        "evictionHard": {
+            "memory.available": never, "nodefs.available": never,
+            "nodefs.inodesFree": never, "imagefs.available": never,
+        },
+        "imageGCHighThresholdPercent": 100,
+        // Nodes have no name server.
+        "resolvConf": "",
+        "clusterDomain": "cluster.local",
+    })
+    .to_string()
+}
+
+/// A bridge of pods, and routes by way of the node: without address translation, so that pods and
+/// the client see each other's addresses.
+fn cni_config(node: &Node) -> String {
+    json!({
+        "cniVersion": "1.0.0",
+        "name": "lab",
+        "plugins": [{
+            "type": "bridge",
+            "bridge": "cni0",
+            "isGateway": true,
+            "hairpinMode": true,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": "/run/cni",
+                "ranges": [[{"subnet": pods(node)}]],
+                "routes": [{"dst": "0.0.0.0/0"}],
+            },
+        }],
+    })
+    .to_string()
+}
+
+/// Whether nothing is left at a node of what pods had there, but for the records that the kubelet
+/// has containerd keep of dead containers, for up to a minute.
+pub fn check_no_pods(node: &Node) -> Result<()> {
+    let script = format!(
+        "ctr --namespace {NAMESPACE} tasks list -q; \
+         find /run/netns /var/lib/kubelet/pods -mindepth 1; \
+         find /run/cni -name '*.*.*.*'; ip -o link show master cni0; \
+         find /sys/fs/cgroup -type d -name 'pod*'; \
+         grep -e /var/lib/kubelet/pods -e /run/containerd/io. /proc/mounts; true"
+    );
+    let output = node.command("sh")?.args(["-c", &script]).output()?;
+    let left = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    ensure!(left.is_empty(), "{} still has {left}", name(node));
+    Ok(())
+}
+
+/// What containerd has for the kubelet.
+pub const NAMESPACE: &str = "k8s.io";
+/// What holds the namespaces of pods.
+const PAUSE_IMAGE: &str = "localhost/pause:1";
+const PAUSE_FILE: &str = "/srv/images/pause.tar";
+const FOLDER: &str = "/etc/kubernetes";
+const CNI_CONFIG: &str = "/etc/cni/net.d/10-lab.conflist";
+const ENGINE_CONFIG: &str = "/etc/containerd/kubernetes.toml";
+const ENGINE_CONFIG_TEXT: &str = r#"version = 3
+oom_score = 0
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+sandbox = "localhost/pause:1"
+[plugins.'io.containerd.cri.v1.runtime']
+restrict_oom_score_adj = true
+disable_apparmor = true
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+bin_dirs = ["/usr/lib/cni"]
+conf_dir = "/etc/cni/net.d"
+"#;
+/// What the kubelet of a machine finds there. The tunables of the kernel that it sets are those of
+/// all of this machine: it gets files instead.
+const PREPARE: &str = "
+mount --make-rshared /
+mkdir -p /var/lib/kubelet /etc/cni/net.d /run/tunables
+mount -t tmpfs -o mode=755 tmpfs /var/lib/kubelet
+mknod /dev/kmsg c 1 11
+tr -d - </proc/sys/kernel/random/uuid >/etc/machine-id
+[ -e /etc/hosts ] || echo 127.0.0.1 localhost >/etc/hosts
+[ -e /etc/resolv.conf ] || touch /etc/resolv.conf
+for tunable in vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oops \
+    kernel/keys/root_maxkeys kernel/keys/root_maxbytes; do
+  file=/run/tunables/${tunable##*/}
+  cat /proc/sys/$tunable >$file
+  mount --bind $file /proc/sys/$tunable
+done
+echo 1 >/proc/sys/net/ipv4/ip_forward
+";

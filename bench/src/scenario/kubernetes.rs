@@ -1,0 +1,176 @@
+//! `kubernetes`: a cluster in the lab, a pod with Redis at one node, a client pod at the other, all
+//! that kubectl does with them; and then nothing of it is left.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::report::Report;
+use super::resources;
+use super::settings::Settings;
+use super::traces::Traces;
+use crate::cluster::laps::Laps;
+use crate::cluster::wait::until;
+use crate::cluster::{self, Cluster, worker};
+use crate::lab::Lab;
+use crate::lab::network::Link;
+use crate::mover::outcome::round;
+use crate::workload::redis;
+
+/// The scenario.
+pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
+    let mut laps = Laps::start();
+    let link = settings.link.clone().unwrap_or(Link::Unshaped);
+    let mut options = cluster::lab_options(NODES, link, settings.mover.needs_daemons())?;
+    options.keep = settings.keep;
+    laps.lap("programs are built, or found");
+    let before = Traces::now()?;
+    let lab = Lab::up(&options)?;
+    laps.lap("nodes are up");
+    let done = in_lab(&lab, &mut laps);
+    if let (Err(_), Ok(kubectl)) = (&done, cluster::kubectl(&lab)) {
+        // What went wrong is in the report; this is for who looks into it.
+        let _ = cluster::keep_state(&lab, &kubectl);
+    }
+    drop(lab);
+    if !settings.keep {
+        laps.lap("the lab is down");
+        for left in Traces::now()?.since(&before) {
+            report.fail(format!("the lab left {left}"));
+        }
+    }
+    for (what, took) in laps.taken() {
+        report.figure(&format!("{what}, s"), round(took.as_secs_f64()));
+    }
+    done
+}
+
+fn in_lab(lab: &Lab, laps: &mut Laps) -> Result<()> {
+    let cluster = Cluster::up(lab, laps)?;
+    let [here, there] = [&lab.nodes[0], &lab.nodes[1]];
+    cluster
+        .kubectl
+        .apply(&server(&worker::name(here)).to_string())?;
+    let address = wait_ready(&cluster, SERVER)?;
+    laps.lap("the pod of Redis is ready");
+    let client = client(&worker::name(there), &address);
+    cluster.kubectl.apply(&client.to_string())?;
+    let counted = until("the client pod counts", POD_TIME_MAX, || {
+        counted(&cluster).and_then(|counted| {
+            ensure!(COUNT <= counted, "it is at {counted}");
+            Ok(counted)
+        })
+    })?;
+    laps.lap("the client pod has counted across nodes, as its log says");
+    let get = ["exec", SERVER, "--", "redis-cli", "get", COUNTER];
+    let said = cluster.kubectl.run(&get)?;
+    let said: usize = said
+        .trim()
+        .parse()
+        .with_context(|| format!("Redis has {said:?}"))?;
+    ensure!(
+        counted <= said,
+        "the client was told {counted}, and Redis has {said}"
+    );
+    let log = cluster.kubectl.run(&["logs", SERVER])?;
+    ensure!(
+        log.contains("Ready to accept connections"),
+        "the log of Redis: {log}"
+    );
+    let ping = there
+        .command("redis-cli")?
+        .args(["-h", &address, "ping"])
+        .run()?;
+    ensure!(
+        ping.trim() == "PONG",
+        "Redis says {ping:?} to a process at another node"
+    );
+    laps.lap("exec, logs, and a process at the other node");
+    cluster
+        .kubectl
+        .run(&["delete", "pod", SERVER, CLIENT, "--timeout=60s"])?;
+    until("nothing is left of the pods", POD_TIME_MAX, || {
+        lab.nodes.iter().try_for_each(worker::check_no_pods)
+    })?;
+    laps.lap("the pods are deleted, and nothing of them is left");
+    resources::check(&cluster.kubectl)?;
+    laps.lap("pageferry's resources are taken, and wrong ones refused");
+    Ok(())
+}
+
+/// The address of a pod, when it is ready.
+fn wait_ready(cluster: &Cluster, name: &str) -> Result<String> {
+    until(&format!("the pod {name} is ready"), POD_TIME_MAX, || {
+        let pod = cluster.kubectl.json(&["get", "pod", name])?;
+        let status = &pod["status"];
+        let conditions = status["conditions"].as_array().into_iter().flatten();
+        let ready = conditions.filter(|one| one["type"] == "Ready" && one["status"] == "True");
+        ensure!(ready.count() == 1, "it is {}: {status}", status["phase"]);
+        let address = status["podIP"].as_str().context("it has no address")?;
+        Ok(address.to_owned())
+    })
+}
+
+/// How far the client pod has counted, which must be one after the other.
+fn counted(cluster: &Cluster) -> Result<usize> {
+    let log = cluster.kubectl.run(&["logs", CLIENT])?;
+    for (index, line) in log.lines().enumerate() {
+        ensure!(
+            line == (index + 1).to_string(),
+            "line {} of its log is {line:?}",
+            index + 1
+        );
+    }
+    Ok(log.lines().count())
+}
+
+fn server(node: &str) -> Value {
+    let mut pod = pod(SERVER, node, &redis::plan().arguments);
+    pod["spec"]["containers"][0]["readinessProbe"] =
+        json!({"tcpSocket": {"port": redis::PORT}, "periodSeconds": 1});
+    pod
+}
+
+fn client(node: &str, server: &str) -> Value {
+    let count = [
+        "redis-cli",
+        "-h",
+        server,
+        "-r",
+        "100000",
+        "-i",
+        "0.1",
+        "incr",
+        COUNTER,
+    ];
+    pod(CLIENT, node, &count.map(str::to_owned))
+}
+
+/// A bare pod with one container, which the scheduler puts to a node.
+fn pod(name: &str, node: &str, command: &[String]) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": {"app": name}},
+        "spec": {
+            "nodeSelector": {"kubernetes.io/hostname": node},
+            "terminationGracePeriodSeconds": 1,
+            "containers": [{
+                "name": "redis",
+                "image": "localhost/redis:1",
+                "imagePullPolicy": "Never",
+                "command": command,
+                "resources": {"requests": {"memory": "64Mi", "cpu": "50m"}},
+            }],
+        },
+    })
+}
+
+const NODES: usize = 2;
+const SERVER: &str = "redis";
+const CLIENT: &str = "client";
+const COUNTER: &str = "counter";
+/// So often the client must have been answered.
+const COUNT: usize = 10;
+const POD_TIME_MAX: Duration = Duration::from_secs(60);

@@ -1,0 +1,13 @@
+//! Kubernetes for pageferry.
+//!
+//! So far the resources alone: what a person or a controller writes to have a pod moved, and what
+//! is said of the move. Absent: controller, agent, and all that acts on them.
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "each column that is printed has the same attributes"
+)]
+
+pub mod manifest;
+pub mod migration;
+pub mod policy;
