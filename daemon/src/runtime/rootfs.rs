@@ -59,9 +59,8 @@ impl RootFiles {
             names.collect::<io::Result<Vec<_>>>()
         });
         let others = others.map_err(|error| unfit(format!("{}: {error}", bundle.display())))?;
-        let own = root.components().next().map(Component::as_os_str);
         let mut others = others.into_iter();
-        if let Some(other) = others.find(|name| name != CONFIG && Some(&**name) != own) {
+        if let Some(other) = others.find(|name| name != CONFIG && name != root.as_os_str()) {
             return Err(unfit(format!(
                 "the bundle {} has {} besides its {CONFIG} and its root file system, which would \
                  not come along: keep it elsewhere",
@@ -76,16 +75,15 @@ impl RootFiles {
     }
 }
 
-/// The path of a root file system in its bundle.
+/// The name of a root file system in its bundle: what is beside it there is all that is in that.
 pub fn within(bundle: &Path, named: &Path) -> Result<PathBuf, Failure> {
     let named = named.strip_prefix(bundle).unwrap_or(named);
     let mut parts = named.components();
-    let is_plain = parts.all(|part| matches!(part, Component::Normal(_)));
-    match is_plain && named.components().next().is_some() {
-        true => Ok(named.to_owned()),
-        false => Err(unfit(format!(
-            "the container may write to its root file system {}, which is not in its bundle {}: it \
-             cannot come along",
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(name)), None) => Ok(name.into()),
+        _ => Err(unfit(format!(
+            "the container may write to its root file system {}, which is not in its bundle {} by \
+             one name: it cannot come along",
             named.display(),
             bundle.display()
         ))),
@@ -139,20 +137,29 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         let path = bundle.path();
         fs::create_dir_all(path.join("files/rootfs")).unwrap();
+        fs::create_dir_all(path.join("files/backup")).unwrap();
         fs::write(path.join(CONFIG), "{}").unwrap();
         let found = |named: &str| RootFiles::in_bundle(path, Path::new(named));
         let own = Ok(RootFiles::Bundle {
             bundle: path.to_owned(),
-            root: path.join("files/rootfs"),
+            root: path.join("files"),
         });
-        assert_eq!(found("files/rootfs"), own);
-        assert_eq!(found(&path.join("files/rootfs").to_string_lossy()), own);
-        for outside in ["/srv/rootfs", "../rootfs", "files/../../rootfs", ".", ""] {
+        assert_eq!(found("files/"), own);
+        assert_eq!(found(&path.join("files").to_string_lossy()), own);
+        // What is beside it deeper down would go with the bundle, and not come along.
+        for outside in [
+            "files/rootfs",
+            "/srv/rootfs",
+            "../rootfs",
+            "files/../../rootfs",
+            ".",
+            "",
+        ] {
             let refused = found(outside).unwrap_err();
             assert!(refused.text().contains("not in its bundle"), "{refused}");
         }
         fs::write(path.join("notes"), "").unwrap();
-        let refused = found("files/rootfs").unwrap_err();
+        let refused = found("files").unwrap_err();
         assert!(refused.text().contains("has notes besides"), "{refused}");
     }
 
