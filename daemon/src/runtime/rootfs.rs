@@ -100,10 +100,19 @@ pub fn folder_of(bundle: &Path) -> io::Result<BundleFolder> {
     })
 }
 
+/// Gives a bundle the mode and the owner that it has at the other node.
+pub fn open_like(bundle: &Path, like: BundleFolder) -> io::Result<()> {
+    lchown(bundle, Some(like.uid), Some(like.gid))?;
+    fs::set_permissions(bundle, Permissions::from_mode(like.mode))?;
+    fs::File::open(bundle)?.sync_all()
+}
+
 impl Bundle {
     /// Makes what is in it, but for what comes, in `folder`, which becomes it; there may be what
-    /// was in it before.
-    pub fn make_in(&self, folder: &Path, like: BundleFolder) -> io::Result<()> {
+    /// was in it before. Root alone may enter it until [`open_like`].
+    pub fn make_in(&self, folder: &Path) -> io::Result<()> {
+        lchown(folder, Some(0), Some(0))?;
+        fs::set_permissions(folder, Permissions::from_mode(0o700))?;
         match fs::remove_file(folder.join(CONFIG)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -113,9 +122,15 @@ impl Bundle {
         let mut config = private.open(folder.join(CONFIG))?;
         config.write_all(&self.config)?;
         config.sync_all()?;
-        fs::create_dir_all(folder.join(&self.root))?;
-        lchown(folder, Some(like.uid), Some(like.gid))?;
-        fs::set_permissions(folder, Permissions::from_mode(like.mode))
+        let root = folder.join(&self.root);
+        match fs::create_dir(&root) {
+            // Not where a link leads to.
+            Err(error) if fs::symlink_metadata(&root).is_ok_and(|there| there.is_dir()) => {
+                tracing::debug!("{} is built upon: {error}", root.display());
+                Ok(())
+            }
+            made => made,
+        }
     }
 
     /// Where the root file system is.
@@ -130,6 +145,8 @@ fn unfit(text: String) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     #[test]
@@ -178,12 +195,20 @@ mod tests {
         };
         // What was kept may have another configuration.
         for _ in 0..2 {
-            bundle.make_in(folder.path(), like).unwrap();
+            bundle.make_in(folder.path()).unwrap();
+            let private = folder_of(folder.path()).unwrap();
+            assert_eq!((private.mode, private.uid, private.gid), (0o700, 0, 0));
+            open_like(folder.path(), like).unwrap();
             assert_eq!(folder_of(folder.path()).unwrap(), like);
             assert_eq!(fs::read(folder.path().join(CONFIG)).unwrap(), b"{}");
             assert!(folder.path().join("rootfs").is_dir());
             fs::write(folder.path().join(CONFIG), "other").unwrap();
         }
+        // What leads elsewhere is no root file system.
+        let elsewhere = tempfile::tempdir().unwrap();
+        fs::remove_dir(folder.path().join("rootfs")).unwrap();
+        symlink(elsewhere.path(), folder.path().join("rootfs")).unwrap();
+        bundle.make_in(folder.path()).unwrap_err();
         assert_eq!(bundle.root(), Path::new("/srv/web/rootfs"));
     }
 }

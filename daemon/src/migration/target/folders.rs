@@ -23,7 +23,7 @@ use tokio::task::spawn_blocking;
 use crate::migration::folders::failed;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{ReadStreamError, StreamReader};
-use crate::runtime::rootfs::{Bundle, RootPlace};
+use crate::runtime::rootfs::{Bundle, RootPlace, open_like};
 
 /// What the node keeps of folders, and where it writes down which are coming.
 #[derive(Clone, Debug)]
@@ -46,6 +46,8 @@ struct Folder {
     placed: Option<Placed>,
     /// It is put before anything comes, and filled where it is.
     ahead: bool,
+    /// What a bundle is made like when it has all.
+    like: Option<BundleFolder>,
     /// The workload may run, or have run.
     may_run: bool,
     /// What this node has kept of it, and begins with.
@@ -167,6 +169,7 @@ impl Folders {
                 was_there: noted.was_there,
             }),
             ahead: noted.ahead,
+            like: None,
             may_run: noted.may_run,
             kept: None,
             staging: None,
@@ -230,6 +233,7 @@ impl Folders {
                 self.lock().push(Folder {
                     placed: None,
                     ahead: false,
+                    like: None,
                     may_run: false,
                     kept: None,
                     staging: Some(Arc::new(Mutex::new(Stage::Awaited(offered)))),
@@ -257,6 +261,7 @@ impl Folders {
                     was_there,
                 }),
                 ahead: bundle.is_some(),
+                like: bundle.map(|(_, like)| like),
                 may_run: false,
                 kept,
                 staging: None,
@@ -397,6 +402,9 @@ impl Folders {
                 None => staging.check_proven(),
             });
             put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
+            if let (Some(placed), Some(like)) = (&folder.placed, folder.like) {
+                open_like(&placed.path, like).map_err(|error| internal(&error))?;
+            }
             if let Some(placed) = &folder.placed {
                 tracing::info!(migration = %self.id, path = %placed.path.display(), "put");
             }
@@ -512,10 +520,10 @@ fn stage(
     bundle: Option<(&Bundle, BundleFolder)>,
 ) -> Result<Stage, Failure> {
     let place = placed.place.clone();
-    let Some((bundle, like)) = bundle else {
+    let Some((bundle, _)) = bundle else {
         return Ok(Stage::Claimed { place, base });
     };
-    let made = bundle.make_in(&Keep::tree(&place), like);
+    let made = bundle.make_in(&Keep::tree(&place));
     made.map_err(|error| {
         let text = format!("the bundle {}: {error}", bundle.path.display());
         Failure::new(ErrorCode::NodeUnfit, text)

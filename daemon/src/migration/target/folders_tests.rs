@@ -1,3 +1,7 @@
+use std::os::unix::fs::MetadataExt;
+
+use pageferry_files::{Source, Suspects};
+
 use super::*;
 
 /// Where folders come to, and what is known of them.
@@ -86,6 +90,22 @@ fn bundle(path: PathBuf) -> (CopiedPath, RootPlace) {
     (coming, RootPlace::Bundle(bundle))
 }
 
+/// As if an empty folder had come, to its end.
+fn fill(folders: &Folders) {
+    let empty = tempfile::tempdir().expect("a folder");
+    let mut source = Source::open(empty.path(), None).expect("a folder");
+    let stage = folders.lock()[0].staging.clone().expect("a stage");
+    let mut stage = stage.lock().expect("not poisoned");
+    let staging = stage.open().expect("open");
+    let mut take = |frame: Vec<u8>| {
+        let (head, operations) = frame.split_at(8);
+        let (_, checksum) = Staging::frame(head.try_into().expect("8 bytes"))?;
+        staging.apply(operations, checksum).map(drop)
+    };
+    let sent = source.difference(&Suspects::default(), true, &mut take);
+    sent.expect("applied");
+}
+
 fn ids() -> [MigrationId; 2] {
     [
         "0123456789abcdef0123456789abcdef",
@@ -111,10 +131,14 @@ fn a_bundle_is_there_before_anything_comes_and_goes_by_its_inode() {
         b"{}"
     );
     assert!(path.join("rootfs").is_dir());
-    let mode = fs::metadata(&path).expect("it is there").mode() & 0o7777;
-    assert_eq!(mode, LIKE.mode);
+    let mode = || fs::metadata(&path).expect("it is there").mode() & 0o7777;
+    assert_eq!(mode(), 0o700);
     let unproven = folders.put().expect_err("nothing has come");
     assert!(unproven.text().contains("not proven"), "{unproven}");
+    assert_eq!(mode(), 0o700);
+    fill(&folders);
+    folders.put().expect("all has come");
+    assert_eq!(mode(), LIKE.mode);
     let taken = come(other).map(drop).map_err(|failure| failure.code());
     assert_eq!(taken, Err(ErrorCode::PathTaken));
     Folders::new(shelf.clone(), other)
