@@ -45,6 +45,7 @@ mod op;
 mod read;
 mod record;
 mod source;
+mod shown;
 mod staging;
 mod tree;
 mod walk;
@@ -59,6 +60,7 @@ pub use keep::{
 pub use name::Name;
 pub use record::Record;
 pub use source::{Report, Source, Suspects};
+pub use shown::Shown;
 pub use staging::Staging;
 pub use tree::{DIGEST_BYTES, Digest, Tree};
 pub use walk::{Key, Totals};

@@ -8,8 +8,9 @@
 //! From before the workload may run no inode is written down any more: whoever starts again takes
 //! nothing back that may be in use, whatever becomes of the note.
 
+mod stage;
+
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -20,6 +21,7 @@ use pageferry_proto::wire::copied::{BundleFolder, CopiedForm, CopiedPath, FilesH
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 
+use self::stage::{Stage, gone};
 use crate::migration::folders::failed;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{ReadStreamError, StreamReader};
@@ -54,47 +56,6 @@ struct Folder {
     kept: Option<Digest>,
     /// None of one that a dead daemon has begun.
     staging: Option<Arc<Mutex<Stage>>>,
-}
-
-/// Where a folder is applied.
-#[derive(Debug)]
-enum Stage {
-    /// Nothing has come, and what is kept has not been read.
-    Claimed {
-        place: PathBuf,
-        base: Option<Digest>,
-    },
-    /// The same of one that is applied where it is.
-    Ahead {
-        root: PathBuf,
-        base: Option<Digest>,
-    },
-    /// It comes to an overlay that is not mounted yet, and has so much.
-    Awaited(Totals),
-    /// It comes to this one.
-    Overlay(PathBuf),
-    Open(Box<Staging>),
-    /// It is the workload's, or taken back.
-    Gone,
-}
-
-impl Stage {
-    /// Opens it if it is not.
-    fn open(&mut self) -> Result<&mut Staging, Error> {
-        let opened = match self {
-            Self::Claimed { place, base } => Some(Staging::open(place, *base)?),
-            Self::Ahead { root, base } => Some(Staging::open_root(root, *base)?),
-            Self::Overlay(path) => Some(Staging::open_overlay(path)?),
-            Self::Awaited(_) | Self::Open(_) | Self::Gone => None,
-        };
-        if let Some(staging) = opened {
-            *self = Self::Open(Box::new(staging));
-        }
-        match self {
-            Self::Open(staging) => Ok(staging),
-            _ => Err(Error::Cut),
-        }
-    }
 }
 
 /// As it is written down.
@@ -289,14 +250,11 @@ impl Folders {
     /// that had died was started again, by an engine that makes another one then.
     pub fn check_restored(&self) -> Result<(), Failure> {
         for stage in self.layers() {
-            let Stage::Open(staging) = gone(&stage) else {
+            let Stage::Proven(shown) = gone(&stage) else {
                 return Err(no_staging());
             };
-            let had = staging.inode();
-            let had = had.map_err(|error| failed(&error, ErrorCode::NodeUnfit))?;
-            let has = fs::symlink_metadata(staging.place());
-            let has = has.map_err(|error| internal(&error))?;
-            if had != (has.dev(), has.ino()) {
+            let is_there = shown.is_there();
+            if !is_there.map_err(|error| failed(&error, ErrorCode::NodeUnfit))? {
                 let text = "the engine has made the container anew since its files came";
                 return Err(Failure::new(ErrorCode::RuntimeFailed, text));
             }
@@ -393,13 +351,19 @@ impl Folders {
 
     /// Puts all of them where the workload has them. Blocks.
     pub fn put(&self) -> Result<(), Failure> {
-        for folder in self.lock().iter() {
+        let all = self.lock().clone();
+        for folder in &all {
             let staging = folder.staging.as_ref().ok_or_else(no_staging)?;
-            let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
-            let put = staging.open().and_then(|staging| match &folder.placed {
+            let mut stage = staging.lock().unwrap_or_else(PoisonError::into_inner);
+            let put = stage.open().and_then(|staging| match &folder.placed {
                 Some(placed) if folder.ahead => Keep::check_put(staging, placed),
                 Some(placed) => Keep::put(staging, placed),
                 None => staging.check_proven(),
+            });
+            // An engine that undoes a restore could not unmount what is open here.
+            let put = put.and_then(|()| match &folder.placed {
+                Some(_) => Ok(()),
+                None => stage.prove(),
             });
             put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
             if let (Some(placed), Some(like)) = (&folder.placed, folder.like) {
@@ -574,12 +538,6 @@ impl Noted {
             was_there: placed.was_there,
         })
     }
-}
-
-/// What it was until now.
-fn gone(stage: &Arc<Mutex<Stage>>) -> Stage {
-    let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
-    std::mem::replace(&mut *stage, Stage::Gone)
 }
 
 fn no_staging() -> Failure {

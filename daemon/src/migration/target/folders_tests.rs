@@ -262,3 +262,56 @@ fn what_comes_as_a_containers_own_is_what_it_has_here() {
     assert_eq!(found, Err(ErrorCode::NodeUnfit));
     folders.take_back().expect("nothing of it");
 }
+
+/// As an engine does it: with nothing lazy about it.
+#[test]
+fn an_overlay_that_has_all_can_be_unmounted_and_another_one_is_told_from_it() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    use nix::sched::{CloneFlags, unshare};
+
+    let (root, shelf) = node();
+    let path = |name: &str| root.path().join(name);
+    unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).expect("needs root");
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("needs root");
+    // An upper layer is on no overlay.
+    fs::create_dir(path("disk")).expect("a folder");
+    let tmpfs = Some("tmpfs");
+    mount(tmpfs, &path("disk"), tmpfs, MsFlags::empty(), none).expect("needs root");
+    for name in ["disk/lower", "disk/upper", "disk/work", "merged"] {
+        fs::create_dir(path(name)).expect("a folder");
+    }
+    let disk = path("disk");
+    let disk = disk.display();
+    let layers = format!("lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work");
+    let overlay = || {
+        let kind = Some("overlay");
+        mount(kind, &path("merged"), kind, MsFlags::empty(), Some(&*layers)).expect("needs root");
+    };
+    let layer = CopiedPath {
+        form: CopiedForm::Layer,
+        ..coming(Path::new(""), 0, None)
+    };
+    let come = || {
+        let folders = Folders::new(shelf.clone(), ids()[0]);
+        let layer = std::slice::from_ref(&layer);
+        folders.prepare(layer, Some(&RootPlace::Overlay)).expect("room");
+        folders.found(&path("merged")).expect("it is there");
+        fill(&folders);
+        folders.put().expect("all has come");
+        folders
+    };
+    overlay();
+    let folders = come();
+    folders.check_restored().expect("the same");
+    let folders = {
+        drop(folders);
+        come()
+    };
+    umount2(&path("merged"), MntFlags::empty()).expect("nothing of it is open");
+    overlay();
+    let failure = folders.check_restored().expect_err("another one");
+    assert!(failure.text().contains("anew"), "{failure}");
+    umount2(&path("merged"), MntFlags::empty()).expect("nothing of it is open");
+    umount2(&path("disk"), MntFlags::MNT_DETACH).expect("ours");
+}
