@@ -315,3 +315,33 @@ fn an_overlay_that_has_all_can_be_unmounted_and_another_one_is_told_from_it() {
     umount2(&path("merged"), MntFlags::empty()).expect("nothing of it is open");
     umount2(&path("disk"), MntFlags::MNT_DETACH).expect("ours");
 }
+
+#[test]
+fn who_says_that_folders_stay_waits_for_nobody_who_applies_something() {
+    let (root, shelf) = node();
+    let path = root.path().join("web");
+    let (coming, place) = bundle(path.clone());
+    let folders = Folders::new(shelf, ids()[0]);
+    folders.prepare(&[coming], Some(&place)).expect("room");
+    // As one whose storage does not answer.
+    let stage = folders.lock()[0].staging.clone().expect("a stage");
+    let applying = stage.lock().expect("not poisoned");
+    let taking = {
+        let folders = folders.clone();
+        std::thread::spawn(move || folders.take_back())
+    };
+    let (said, heard) = std::sync::mpsc::channel();
+    let saying = folders.clone();
+    std::thread::spawn(move || {
+        // The other has begun.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        saying.stay("of a test");
+        drop(said.send(()));
+    });
+    let limit = std::time::Duration::from_secs(30);
+    heard.recv_timeout(limit).expect("it does not wait");
+    assert!(path.exists() && !taking.is_finished());
+    drop(applying);
+    taking.join().expect("no panic").expect("taken back");
+    assert!(!path.exists());
+}
