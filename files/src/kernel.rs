@@ -27,7 +27,7 @@ const BENEATH: ResolveFlags = ResolveFlags::BENEATH
 
 /// File systems that note the first store to a page through a mapping in the file's times, however
 /// often it was written back before: ext2 to 4, xfs, btrfs, f2fs. An overlay is none of them: all
-/// files are compared there. Of a layer the folder is opened that is the upper one, not the overlay.
+/// files are compared there. Of a layer the upper folder is opened, and not what the overlay shows.
 const TELLS: [u64; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
 
 /// What an overlay says it is.

@@ -54,7 +54,11 @@ fn upper_of(mounts: &[MountInfo], place: &Path) -> Result<PathBuf, Failure> {
         return refused("is the overlay of a user, which is not moved");
     }
     let elsewhere = ["metacopy", "redirect_dir", "index"];
-    let is_on = |name: &&&str| options.get(**name).is_some_and(|how| how.as_deref() == Some("on"));
+    let is_on = |name: &&&str| {
+        options
+            .get(**name)
+            .is_some_and(|how| how.as_deref() == Some("on"))
+    };
     if let Some(name) = elsewhere.iter().find(is_on) {
         return refused(&format!(
             "is an overlay with {name}=on, whose layer is nothing without what is below it: mount \

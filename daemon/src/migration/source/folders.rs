@@ -30,8 +30,8 @@ use crate::migration::folders::failed;
 use crate::migration::text::internal;
 use crate::net::stream::DataSender;
 use crate::runtime::oci::habits::Runtime;
-use crate::runtime::{copied, in_use};
 use crate::runtime::rootfs::{self, RootFiles};
+use crate::runtime::{copied, in_use};
 
 /// How often it is looked whether all names of a layer's files are in it.
 const LOOKS: usize = 3;

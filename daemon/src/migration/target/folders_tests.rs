@@ -286,7 +286,14 @@ fn an_overlay_that_has_all_can_be_unmounted_and_another_one_is_told_from_it() {
     let layers = format!("lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work");
     let overlay = || {
         let kind = Some("overlay");
-        mount(kind, &path("merged"), kind, MsFlags::empty(), Some(&*layers)).expect("needs root");
+        mount(
+            kind,
+            &path("merged"),
+            kind,
+            MsFlags::empty(),
+            Some(&*layers),
+        )
+        .expect("needs root");
     };
     let layer = CopiedPath {
         form: CopiedForm::Layer,
@@ -295,7 +302,9 @@ fn an_overlay_that_has_all_can_be_unmounted_and_another_one_is_told_from_it() {
     let come = || {
         let folders = Folders::new(shelf.clone(), ids()[0]);
         let layer = std::slice::from_ref(&layer);
-        folders.prepare(layer, Some(&RootPlace::Overlay)).expect("room");
+        folders
+            .prepare(layer, Some(&RootPlace::Overlay))
+            .expect("room");
         folders.found(&path("merged")).expect("it is there");
         fill(&folders);
         folders.put().expect("all has come");

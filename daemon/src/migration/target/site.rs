@@ -272,7 +272,7 @@ impl Site {
             return Err(Failure::new(
                 ErrorCode::NodeUnfit,
                 format!(
-                    "the source's criu {} is newer than the target's {}: images may not be readable",
+                    "the source's criu {} is newer than the target's {}: images may be unreadable",
                     version_text(description.criu_version),
                     version_text(self.node.criu_version)
                 ),

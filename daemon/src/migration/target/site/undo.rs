@@ -92,9 +92,14 @@ impl Site {
         let folders = self.intake.folders().clone();
         let taken = match why {
             Some(_) => Ok(()),
-            None => self.on_folders("take back", move || folders.take_back()).await,
+            None => {
+                self.on_folders("take back", move || folders.take_back())
+                    .await
+            }
         };
-        let late = taken.as_ref().is_err_and(|failure| failure.code() == ErrorCode::Timeout);
+        let late = taken
+            .as_ref()
+            .is_err_and(|failure| failure.code() == ErrorCode::Timeout);
         if let Some(why) = why.or(late.then_some(SILENT)) {
             block_in_place(|| self.intake.folders().stay(why));
         }
