@@ -26,9 +26,8 @@ const BENEATH: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_XDEV);
 
 /// File systems that note the first store to a page through a mapping in the file's times, however
-/// often it was written back before: ext2 to 4, xfs, btrfs, f2fs, and overlays, which say what the
-/// file system beneath says. Of an overlay over something else a store may be missed: whoever makes
-/// a [`Folder`] of one has its upper layer.
+/// often it was written back before: ext2 to 4, xfs, btrfs, f2fs. An overlay is none of them: all
+/// files are compared there. Of a layer the upper folder is opened, and not what the overlay shows.
 const TELLS: [u64; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
 
 /// What an overlay says it is.

@@ -44,6 +44,7 @@ mod name;
 mod op;
 mod read;
 mod record;
+mod shown;
 mod source;
 mod staging;
 mod tree;
@@ -58,6 +59,7 @@ pub use keep::{
 };
 pub use name::Name;
 pub use record::Record;
+pub use shown::Shown;
 pub use source::{Report, Source, Suspects};
 pub use staging::Staging;
 pub use tree::{DIGEST_BYTES, Digest, Tree};

@@ -29,6 +29,7 @@ use crate::make::{difference, make, make_folder, punch};
 use crate::name::Name;
 use crate::op::{FRAME_HEADER_BYTES, Op, Taker, frame};
 use crate::record::Record;
+use crate::shown::Shown;
 use crate::source::{Source, Suspects};
 use crate::tree::{Digest, Kind, Meta, Node, NodeId, Tree};
 use crate::walk::{ELSEWHERE, Key};
@@ -130,6 +131,11 @@ impl Staging {
         let stat = stat.map_err(Error::io("look at", &self.place))?;
         let device = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
         Ok((device, stat.stx_ino))
+    }
+
+    /// By which a mount is known, without anything of it open.
+    pub fn shown(&self) -> Result<Shown, Error> {
+        Shown::of(&self.folder)
     }
 
     /// Where both folders are.

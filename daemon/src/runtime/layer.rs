@@ -53,6 +53,18 @@ fn upper_of(mounts: &[MountInfo], place: &Path) -> Result<PathBuf, Failure> {
     if options.contains_key("userxattr") {
         return refused("is the overlay of a user, which is not moved");
     }
+    let elsewhere = ["metacopy", "redirect_dir", "index"];
+    let is_on = |name: &&&str| {
+        options
+            .get(**name)
+            .is_some_and(|how| how.as_deref() == Some("on"))
+    };
+    if let Some(name) = elsewhere.iter().find(is_on) {
+        return refused(&format!(
+            "is an overlay with {name}=on, whose layer is nothing without what is below it: mount \
+             it without (mountopt in storage.conf)"
+        ));
+    }
     let upper = options.get("upperdir").cloned().flatten();
     let upper = upper.unwrap_or_default();
     match upper.starts_with('/') && !upper.contains('\\') {
@@ -84,11 +96,17 @@ mod tests {
             "6 1 0:44 / /near rw - overlay overlay rw,lowerdir=l,upperdir=a/diff",
             "7 1 0:45 / /odd rw - overlay overlay rw,upperdir=/a\\\\,b",
             "8 1 0:46 / /below rw - overlay overlay ro,lowerdir=/l",
+            "9 1 0:47 / /meta rw - overlay overlay rw,upperdir=/u,redirect_dir=on,metacopy=on",
+            "10 1 0:48 / /index rw - overlay overlay rw,upperdir=/u,index=on",
+            "11 1 0:49 / /off rw - overlay overlay rw,upperdir=/u,index=off,redirect_dir=nofollow",
         ];
         let mounts = MountInfos::from_buf_read(lines.join("\n").as_bytes()).unwrap();
         let of = |place: &str| upper_of(&mounts.0, Path::new(place));
         assert_eq!(of("/m").unwrap(), Path::new("/store/a/diff"));
+        assert_eq!(of("/off").unwrap(), Path::new("/u"));
         for (place, why) in [
+            ("/meta", "metacopy=on"),
+            ("/index", "index=on"),
             ("/", "a mount of ext4"),
             ("/fuse", "fuse-overlayfs"),
             ("/user", "of a user"),

@@ -21,6 +21,7 @@ pub mod cpu;
 pub mod detached;
 pub mod files;
 pub mod identity;
+pub mod in_use;
 pub mod ipc;
 pub mod kind;
 pub mod layer;

@@ -59,9 +59,8 @@ impl RootFiles {
             names.collect::<io::Result<Vec<_>>>()
         });
         let others = others.map_err(|error| unfit(format!("{}: {error}", bundle.display())))?;
-        let own = root.components().next().map(Component::as_os_str);
         let mut others = others.into_iter();
-        if let Some(other) = others.find(|name| name != CONFIG && Some(&**name) != own) {
+        if let Some(other) = others.find(|name| name != CONFIG && name != root.as_os_str()) {
             return Err(unfit(format!(
                 "the bundle {} has {} besides its {CONFIG} and its root file system, which would \
                  not come along: keep it elsewhere",
@@ -76,16 +75,15 @@ impl RootFiles {
     }
 }
 
-/// The path of a root file system in its bundle.
+/// The name of a root file system in its bundle: what is beside it there is all that is in that.
 pub fn within(bundle: &Path, named: &Path) -> Result<PathBuf, Failure> {
     let named = named.strip_prefix(bundle).unwrap_or(named);
     let mut parts = named.components();
-    let is_plain = parts.all(|part| matches!(part, Component::Normal(_)));
-    match is_plain && named.components().next().is_some() {
-        true => Ok(named.to_owned()),
-        false => Err(unfit(format!(
-            "the container may write to its root file system {}, which is not in its bundle {}: it \
-             cannot come along",
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(name)), None) => Ok(name.into()),
+        _ => Err(unfit(format!(
+            "the container may write to its root file system {}, which is not in its bundle {} by \
+             one name: it cannot come along",
             named.display(),
             bundle.display()
         ))),
@@ -102,10 +100,19 @@ pub fn folder_of(bundle: &Path) -> io::Result<BundleFolder> {
     })
 }
 
+/// Gives a bundle the mode and the owner that it has at the other node.
+pub fn open_like(bundle: &Path, like: BundleFolder) -> io::Result<()> {
+    lchown(bundle, Some(like.uid), Some(like.gid))?;
+    fs::set_permissions(bundle, Permissions::from_mode(like.mode))?;
+    fs::File::open(bundle)?.sync_all()
+}
+
 impl Bundle {
     /// Makes what is in it, but for what comes, in `folder`, which becomes it; there may be what
-    /// was in it before.
-    pub fn make_in(&self, folder: &Path, like: BundleFolder) -> io::Result<()> {
+    /// was in it before. Root alone may enter it until [`open_like`].
+    pub fn make_in(&self, folder: &Path) -> io::Result<()> {
+        lchown(folder, Some(0), Some(0))?;
+        fs::set_permissions(folder, Permissions::from_mode(0o700))?;
         match fs::remove_file(folder.join(CONFIG)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -115,9 +122,15 @@ impl Bundle {
         let mut config = private.open(folder.join(CONFIG))?;
         config.write_all(&self.config)?;
         config.sync_all()?;
-        fs::create_dir_all(folder.join(&self.root))?;
-        lchown(folder, Some(like.uid), Some(like.gid))?;
-        fs::set_permissions(folder, Permissions::from_mode(like.mode))
+        let root = folder.join(&self.root);
+        match fs::create_dir(&root) {
+            // Not where a link leads to.
+            Err(error) if fs::symlink_metadata(&root).is_ok_and(|there| there.is_dir()) => {
+                tracing::debug!("{} is built upon: {error}", root.display());
+                Ok(())
+            }
+            made => made,
+        }
     }
 
     /// Where the root file system is.
@@ -132,6 +145,8 @@ fn unfit(text: String) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     #[test]
@@ -139,20 +154,29 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         let path = bundle.path();
         fs::create_dir_all(path.join("files/rootfs")).unwrap();
+        fs::create_dir_all(path.join("files/backup")).unwrap();
         fs::write(path.join(CONFIG), "{}").unwrap();
         let found = |named: &str| RootFiles::in_bundle(path, Path::new(named));
         let own = Ok(RootFiles::Bundle {
             bundle: path.to_owned(),
-            root: path.join("files/rootfs"),
+            root: path.join("files"),
         });
-        assert_eq!(found("files/rootfs"), own);
-        assert_eq!(found(&path.join("files/rootfs").to_string_lossy()), own);
-        for outside in ["/srv/rootfs", "../rootfs", "files/../../rootfs", ".", ""] {
+        assert_eq!(found("files/"), own);
+        assert_eq!(found(&path.join("files").to_string_lossy()), own);
+        // What is beside it deeper down would go with the bundle, and not come along.
+        for outside in [
+            "files/rootfs",
+            "/srv/rootfs",
+            "../rootfs",
+            "files/../../rootfs",
+            ".",
+            "",
+        ] {
             let refused = found(outside).unwrap_err();
             assert!(refused.text().contains("not in its bundle"), "{refused}");
         }
         fs::write(path.join("notes"), "").unwrap();
-        let refused = found("files/rootfs").unwrap_err();
+        let refused = found("files").unwrap_err();
         assert!(refused.text().contains("has notes besides"), "{refused}");
     }
 
@@ -171,12 +195,20 @@ mod tests {
         };
         // What was kept may have another configuration.
         for _ in 0..2 {
-            bundle.make_in(folder.path(), like).unwrap();
+            bundle.make_in(folder.path()).unwrap();
+            let private = folder_of(folder.path()).unwrap();
+            assert_eq!((private.mode, private.uid, private.gid), (0o700, 0, 0));
+            open_like(folder.path(), like).unwrap();
             assert_eq!(folder_of(folder.path()).unwrap(), like);
             assert_eq!(fs::read(folder.path().join(CONFIG)).unwrap(), b"{}");
             assert!(folder.path().join("rootfs").is_dir());
             fs::write(folder.path().join(CONFIG), "other").unwrap();
         }
+        // What leads elsewhere is no root file system.
+        let elsewhere = tempfile::tempdir().unwrap();
+        fs::remove_dir(folder.path().join("rootfs")).unwrap();
+        symlink(elsewhere.path(), folder.path().join("rootfs")).unwrap();
+        bundle.make_in(folder.path()).unwrap_err();
         assert_eq!(bundle.root(), Path::new("/srv/web/rootfs"));
     }
 }

@@ -29,8 +29,9 @@ use super::waits::Waits;
 use crate::migration::folders::failed;
 use crate::migration::text::internal;
 use crate::net::stream::DataSender;
-use crate::runtime::copied;
+use crate::runtime::oci::habits::Runtime;
 use crate::runtime::rootfs::{self, RootFiles};
+use crate::runtime::{copied, in_use};
 
 /// How often it is looked whether all names of a layer's files are in it.
 const LOOKS: usize = 3;
@@ -55,6 +56,8 @@ struct Folder {
     gone: Option<Gone>,
     /// None of one that a dead daemon has sent.
     source: Option<Arc<Mutex<Source>>>,
+    /// It goes aside with the bundle that it is in.
+    is_bundles: bool,
     /// It begins with what the target says it has.
     has_base: bool,
 }
@@ -75,6 +78,8 @@ pub(super) type Members = Arc<dyn Fn() -> Result<Vec<i32>, Failure> + Send + Syn
 /// A difference that is being sent.
 struct Course {
     members: Members,
+    /// What goes aside with it, if it is in a bundle.
+    bundle: Option<PathBuf>,
     frozen: bool,
 }
 
@@ -131,6 +136,7 @@ impl Folder {
                 digest: None,
             }),
             source: Some(Arc::new(Mutex::new(source))),
+            is_bundles: path != root,
             has_base: base.is_some(),
         };
         Ok((folder, told))
@@ -164,6 +170,7 @@ impl Folder {
         let folder = Self {
             gone: None,
             source: Some(Arc::new(Mutex::new(source))),
+            is_bundles: false,
             has_base: false,
         };
         Ok((folder, told))
@@ -200,6 +207,7 @@ impl Folders {
             Some(RootFiles::Bundle { bundle, root }) => {
                 let unfit = |error: Error| failed(&error, ErrorCode::FolderUnfit);
                 may_leave(bundle).map_err(unfit)?;
+                check_unused(bundle, pids)?;
                 let like = rootfs::folder_of(bundle).map_err(|error| internal(&error))?;
                 let form = (String::new(), CopiedForm::Root(like));
                 add(Folder::open(&keep, (bundle, root), form, pids)?);
@@ -226,6 +234,7 @@ impl Folders {
         let all = noted.into_iter().flatten().map(|gone| Folder {
             gone: Some(gone),
             source: None,
+            is_bundles: false,
             has_base: false,
         });
         Self {
@@ -317,6 +326,8 @@ impl Folders {
     ) -> Result<(Vec<Report>, Duration), Failure> {
         let (mut reports, mut look) = (Vec::new(), Duration::ZERO);
         for (index, folder) in self.all.iter().enumerate() {
+            let bundle = folder.gone.as_ref().filter(|_| folder.is_bundles);
+            let bundle = bundle.map(|gone| gone.path.clone());
             let Some(source) = &folder.source else {
                 let text = "a folder was being sent when the daemon was restarted";
                 return Err(Failure::new(ErrorCode::Restarted, text));
@@ -325,6 +336,7 @@ impl Folders {
             let header = FilesHeader { round, folder };
             let course = Course {
                 members: Arc::clone(members),
+                bundle,
                 frozen,
             };
             let sending = send(Arc::clone(source), data, header, course);
@@ -461,7 +473,11 @@ async fn send(
             source.doubt(&course.suspects()?);
             copied::check_mounted(source.path(), &(course.members)()?)?;
         }
-        copied::check_writers(source.path(), &source.files(), &(course.members)()?)?;
+        let pids = (course.members)()?;
+        copied::check_writers(source.path(), &source.files(), &pids)?;
+        if let Some(bundle) = course.bundle.as_ref().filter(|_| course.frozen) {
+            check_unused(bundle, &pids)?;
+        }
         Ok::<_, Failure>((report, began.elapsed().saturating_sub(waited)))
     });
     let mut writer = data
@@ -479,6 +495,12 @@ async fn send(
     let sent = finding.await.map_err(|error| internal(&error))??;
     writer.finish();
     Ok(sent)
+}
+
+/// Refuses a bundle that not only its container uses.
+fn check_unused(bundle: &Path, pids: &[i32]) -> Result<(), Failure> {
+    let runtimes = Runtime::ALL.map(|runtime| Path::new(runtime.root()));
+    in_use::check(bundle, pids, &runtimes)
 }
 
 fn unreadable(error: &io::Error) -> Failure {
@@ -528,5 +550,32 @@ mod tests {
         fs::create_dir(&path).expect("a folder");
         set_aside_left(&keep);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn a_bundle_does_not_leave_that_somebody_else_has_mounted() {
+        use nix::mount::{MsFlags, mount};
+        use nix::sched::{CloneFlags, unshare};
+
+        let root = tempfile::tempdir().expect("a folder");
+        let keep = Keep::new(root.path().join("state"));
+        let (bundle, elsewhere) = (root.path().join("web"), root.path().join("elsewhere"));
+        fs::create_dir_all(bundle.join("rootfs")).expect("a folder");
+        fs::create_dir(&elsewhere).expect("a folder");
+        let files = RootFiles::Bundle {
+            root: bundle.join("rootfs"),
+            bundle: bundle.clone(),
+        };
+        let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
+        let open = || Folders::open(keep.clone(), id, (&[], Some(&files)), &[]).map(drop);
+        open().expect("nobody uses it");
+        unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).expect("needs root");
+        let none: Option<&str> = None;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("needs root");
+        let from = bundle.join("rootfs");
+        mount(Some(&from), &elsewhere, none, MsFlags::MS_BIND, none).expect("needs root");
+        let refused = open().expect_err("it is mounted elsewhere");
+        assert_eq!(refused.code(), ErrorCode::FolderUnfit);
+        assert!(refused.text().contains("/elsewhere"), "{refused}");
     }
 }

@@ -8,9 +8,7 @@
 //! put that is not proven; what was put is taken back by its inode, so that nothing else ever is.
 //! From before the workload may run no inode is written down any more: whoever starts again takes
 //! nothing back that may be in use, whatever becomes of the note.
-
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -29,7 +27,7 @@ use super::volumes::Volumes;
 use crate::migration::folders::failed;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{ReadStreamError, StreamReader};
-use crate::runtime::rootfs::{Bundle, RootPlace};
+use crate::runtime::rootfs::{Bundle, RootPlace, open_like};
 
 /// What the node keeps of folders, and where it writes down which are coming.
 #[derive(Clone, Debug)]
@@ -53,6 +51,8 @@ struct Folder {
     placed: Option<Placed>,
     /// It is put before anything comes, and filled where it is.
     ahead: bool,
+    /// What a bundle is made like when it has all.
+    like: Option<BundleFolder>,
     /// The workload may run, or have run.
     may_run: bool,
     /// What this node has kept of it, and begins with.
@@ -139,6 +139,7 @@ impl Folders {
                 stand_in: noted.stand_in,
             }),
             ahead: noted.ahead,
+            like: None,
             may_run: noted.may_run,
             kept: None,
             staging: None,
@@ -227,6 +228,7 @@ impl Folders {
                 self.lock().push(Folder {
                     placed: None,
                     ahead: false,
+                    like: None,
                     may_run: false,
                     kept: None,
                     staging: Some(Arc::new(Mutex::new(Stage::Awaited(offered)))),
@@ -255,6 +257,7 @@ impl Folders {
                     stand_in: None,
                 }),
                 ahead: bundle.is_some(),
+                like: bundle.map(|(_, like)| like),
                 may_run: false,
                 kept,
                 staging: None,
@@ -282,14 +285,11 @@ impl Folders {
     /// that had died was started again, by an engine that makes another one then.
     pub fn check_restored(&self) -> Result<(), Failure> {
         for stage in self.layers() {
-            let Stage::Open(staging) = gone(&stage) else {
+            let Stage::Proven(shown) = gone(&stage) else {
                 return Err(no_staging());
             };
-            let had = staging.inode();
-            let had = had.map_err(|error| failed(&error, ErrorCode::NodeUnfit))?;
-            let has = fs::symlink_metadata(staging.place());
-            let has = has.map_err(|error| internal(&error))?;
-            if had != (has.dev(), has.ino()) {
+            let is_there = shown.is_there();
+            if !is_there.map_err(|error| failed(&error, ErrorCode::NodeUnfit))? {
                 let text = "the engine has made the container anew since its files came";
                 return Err(Failure::new(ErrorCode::RuntimeFailed, text));
             }
@@ -386,15 +386,24 @@ impl Folders {
 
     /// Puts all of them where the workload has them. Blocks.
     pub fn put(&self) -> Result<(), Failure> {
-        for folder in self.lock().iter() {
+        let all = self.lock().clone();
+        for folder in &all {
             let staging = folder.staging.as_ref().ok_or_else(no_staging)?;
-            let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
-            let put = staging.open().and_then(|staging| match &folder.placed {
+            let mut stage = staging.lock().unwrap_or_else(PoisonError::into_inner);
+            let put = stage.open().and_then(|staging| match &folder.placed {
                 Some(placed) if folder.ahead => Keep::check_put(staging, placed),
                 Some(placed) => Keep::put(staging, placed),
                 None => staging.check_proven(),
             });
+            // An engine that undoes a restore could not unmount what is open here.
+            let put = put.and_then(|()| match &folder.placed {
+                Some(_) => Ok(()),
+                None => stage.prove(),
+            });
             put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
+            if let (Some(placed), Some(like)) = (&folder.placed, folder.like) {
+                open_like(&placed.path, like).map_err(|error| internal(&error))?;
+            }
             if let Some(placed) = &folder.placed {
                 tracing::info!(migration = %self.id, path = %placed.path.display(), "put");
             }

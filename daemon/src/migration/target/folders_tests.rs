@@ -1,3 +1,7 @@
+use std::os::unix::fs::MetadataExt;
+
+use pageferry_files::{Source, Suspects};
+
 use super::*;
 
 /// Where folders come to, and what is known of them.
@@ -136,6 +140,22 @@ fn bundle(path: PathBuf) -> (CopiedPath, RootPlace) {
     (coming, RootPlace::Bundle(bundle))
 }
 
+/// As if an empty folder had come, to its end.
+fn fill(folders: &Folders) {
+    let empty = tempfile::tempdir().expect("a folder");
+    let mut source = Source::open(empty.path(), None).expect("a folder");
+    let stage = folders.lock()[0].staging.clone().expect("a stage");
+    let mut stage = stage.lock().expect("not poisoned");
+    let staging = stage.open().expect("open");
+    let mut take = |frame: Vec<u8>| {
+        let (head, operations) = frame.split_at(8);
+        let (_, checksum) = Staging::frame(head.try_into().expect("8 bytes"))?;
+        staging.apply(operations, checksum).map(drop)
+    };
+    let sent = source.difference(&Suspects::default(), true, &mut take);
+    sent.expect("applied");
+}
+
 fn ids() -> [MigrationId; 2] {
     [
         "0123456789abcdef0123456789abcdef",
@@ -161,10 +181,14 @@ fn a_bundle_is_there_before_anything_comes_and_goes_by_its_inode() {
         b"{}"
     );
     assert!(path.join("rootfs").is_dir());
-    let mode = fs::metadata(&path).expect("it is there").mode() & 0o7777;
-    assert_eq!(mode, LIKE.mode);
+    let mode = || fs::metadata(&path).expect("it is there").mode() & 0o7777;
+    assert_eq!(mode(), 0o700);
     let unproven = folders.put().expect_err("nothing has come");
     assert!(unproven.text().contains("not proven"), "{unproven}");
+    assert_eq!(mode(), 0o700);
+    fill(&folders);
+    folders.put().expect("all has come");
+    assert_eq!(mode(), LIKE.mode);
     let taken = come(other).map(drop).map_err(|failure| failure.code());
     assert_eq!(taken, Err(ErrorCode::PathTaken));
     Folders::new(shelf.clone(), other)
@@ -289,4 +313,96 @@ fn what_comes_as_a_containers_own_is_what_it_has_here() {
     let found = folders.found(root.path()).map_err(|failure| failure.code());
     assert_eq!(found, Err(ErrorCode::NodeUnfit));
     folders.take_back().expect("nothing of it");
+}
+
+/// As an engine does it: with nothing lazy about it.
+#[test]
+fn an_overlay_that_has_all_can_be_unmounted_and_another_one_is_told_from_it() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    use nix::sched::{CloneFlags, unshare};
+
+    let (root, shelf) = node();
+    let path = |name: &str| root.path().join(name);
+    unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).expect("needs root");
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("needs root");
+    // An upper layer is on no overlay.
+    fs::create_dir(path("disk")).expect("a folder");
+    let tmpfs = Some("tmpfs");
+    mount(tmpfs, &path("disk"), tmpfs, MsFlags::empty(), none).expect("needs root");
+    for name in ["disk/lower", "disk/upper", "disk/work", "merged"] {
+        fs::create_dir(path(name)).expect("a folder");
+    }
+    let disk = path("disk");
+    let disk = disk.display();
+    let layers = format!("lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work");
+    let overlay = || {
+        let kind = Some("overlay");
+        mount(
+            kind,
+            &path("merged"),
+            kind,
+            MsFlags::empty(),
+            Some(&*layers),
+        )
+        .expect("needs root");
+    };
+    let layer = CopiedPath {
+        form: CopiedForm::Layer,
+        ..coming(Path::new(""), 0, None)
+    };
+    let come = || {
+        let folders = Folders::new(shelf.clone(), ids()[0]);
+        let layer = std::slice::from_ref(&layer);
+        folders
+            .prepare(layer, Some(&RootPlace::Overlay))
+            .expect("room");
+        folders.found(&path("merged")).expect("it is there");
+        fill(&folders);
+        folders.put().expect("all has come");
+        folders
+    };
+    overlay();
+    let folders = come();
+    folders.check_restored().expect("the same");
+    let folders = {
+        drop(folders);
+        come()
+    };
+    umount2(&path("merged"), MntFlags::empty()).expect("nothing of it is open");
+    overlay();
+    let failure = folders.check_restored().expect_err("another one");
+    assert!(failure.text().contains("anew"), "{failure}");
+    umount2(&path("merged"), MntFlags::empty()).expect("nothing of it is open");
+    umount2(&path("disk"), MntFlags::MNT_DETACH).expect("ours");
+}
+
+#[test]
+fn who_says_that_folders_stay_waits_for_nobody_who_applies_something() {
+    let (root, shelf) = node();
+    let path = root.path().join("web");
+    let (coming, place) = bundle(path.clone());
+    let folders = Folders::new(shelf, ids()[0]);
+    folders.prepare(&[coming], Some(&place)).expect("room");
+    // As one whose storage does not answer.
+    let stage = folders.lock()[0].staging.clone().expect("a stage");
+    let applying = stage.lock().expect("not poisoned");
+    let taking = {
+        let folders = folders.clone();
+        std::thread::spawn(move || folders.take_back())
+    };
+    let (said, heard) = std::sync::mpsc::channel();
+    let saying = folders.clone();
+    std::thread::spawn(move || {
+        // The other has begun.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        saying.stay("of a test");
+        drop(said.send(()));
+    });
+    let limit = std::time::Duration::from_secs(30);
+    heard.recv_timeout(limit).expect("it does not wait");
+    assert!(path.exists() && !taking.is_finished());
+    drop(applying);
+    taking.join().expect("no panic").expect("taken back");
+    assert!(!path.exists());
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pageferry_files::{Digest, Error, Keep, Placed, Staging, Totals};
+use pageferry_files::{Digest, Error, Keep, Placed, Shown, Staging, Totals};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::copied::BundleFolder;
 
@@ -28,6 +28,8 @@ pub(super) enum Stage {
     /// It comes to this one.
     Overlay(PathBuf),
     Open(Box<Staging>),
+    /// All has come to an overlay, and nothing of it is open any more.
+    Proven(Shown),
     /// It is the workload's, or taken back.
     Gone,
 }
@@ -39,7 +41,7 @@ impl Stage {
             Self::Claimed { place, base } => Some(Staging::open(place, *base)?),
             Self::Ahead { root, base } => Some(Staging::open_root(root, *base)?),
             Self::Overlay(path) => Some(Staging::open_overlay(path)?),
-            Self::Awaited(_) | Self::Open(_) | Self::Gone => None,
+            Self::Awaited(_) | Self::Open(_) | Self::Proven(_) | Self::Gone => None,
         };
         if let Some(staging) = opened {
             *self = Self::Open(Box::new(staging));
@@ -49,6 +51,13 @@ impl Stage {
             _ => Err(Error::Cut),
         }
     }
+
+    /// All has come: keeps by which the overlay is known.
+    pub(super) fn prove(&mut self) -> Result<(), Error> {
+        let shown = self.open()?.shown()?;
+        *self = Self::Proven(shown);
+        Ok(())
+    }
 }
 
 /// Where something is applied. A bundle is put where it is to be.
@@ -57,10 +66,10 @@ pub(super) fn stage(
     bundle: Option<(&Bundle, BundleFolder)>,
 ) -> Result<Stage, Failure> {
     let place = placed.place.clone();
-    let Some((bundle, like)) = bundle else {
+    let Some((bundle, _)) = bundle else {
         return Ok(Stage::Claimed { place, base });
     };
-    let made = bundle.make_in(&Keep::tree(&place), like);
+    let made = bundle.make_in(&Keep::tree(&place));
     made.map_err(|error| {
         let text = format!("the bundle {}: {error}", bundle.path.display());
         Failure::new(ErrorCode::NodeUnfit, text)

@@ -3,6 +3,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -141,7 +142,7 @@ impl Arriving {
                  cgroup_manager = \"cgroupfs\" in containers.conf"
             ));
         }
-        if store.is_empty() || !bundle.starts_with(store) {
+        if !is_kept_in(store, self.podman.id.as_str(), bundle) {
             return unfit(format!(
                 "the target's podman has its containers in {store}, and the source's in {}",
                 bundle.display()
@@ -208,6 +209,20 @@ impl Arriving {
     }
 }
 
+/// Whether podman has this bundle for a container `id`, if it has containers in `store`: what is
+/// read there later is podman's own.
+fn is_kept_in(store: &str, id: &str, bundle: &Path) -> bool {
+    let within = bundle.strip_prefix(store).ok();
+    let parts: Vec<_> = within.into_iter().flatten().collect();
+    match parts[..] {
+        [driver, name, files] => {
+            let is_drivers = driver.as_bytes().ends_with(b"-containers");
+            !store.is_empty() && is_drivers && name == id && files == "userdata"
+        }
+        _ => false,
+    }
+}
+
 /// Whether podman says yes.
 fn has<const N: usize>(question: [&str; N]) -> Result<bool, Failure> {
     podman_has(question).map_err(|error| Failure::new(ErrorCode::NodeUnfit, told(&error)))
@@ -259,6 +274,24 @@ fn none(error: io::Error) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bundle_is_where_podman_has_that_of_this_container() {
+        let is_kept = |bundle: &str| is_kept_in("/store", "0123", Path::new(bundle));
+        assert!(is_kept("/store/overlay-containers/0123/userdata"));
+        for other in [
+            "/store",
+            "/store/overlay-containers/4567/userdata",
+            "/store/overlay/0123/userdata",
+            "/store/overlay-containers/0123/userdata/more",
+            "/store/overlay-containers/0123/../4567/userdata",
+            "/other/overlay-containers/0123/userdata",
+        ] {
+            assert!(!is_kept(other), "{other}");
+        }
+        let nowhere = Path::new("/overlay-containers/0123/userdata");
+        assert!(!is_kept_in("", "0123", nowhere));
+    }
 
     #[test]
     fn one_that_runs_is_not_removed_by_what_was_noted_before() {

@@ -13,6 +13,7 @@ use tokio::task::block_in_place;
 
 use super::{Network, Pager, Site, no_pager, pager_failed};
 use crate::migration::text::{chain, internal, network_unfit};
+use crate::runtime::detached;
 use crate::runtime::kind::{runs, settle};
 
 /// How long a pager may take to let a tree go, or to undo it instead: five seconds for CRIU to give
@@ -208,7 +209,11 @@ impl Site {
         let Some(pager) = &mut self.pager else {
             return std::future::pending().await;
         };
-        match pager.notices.recv().await {
+        let notice = pager.notices.recv().await;
+        // What is undone now may be unmounted. Nobody waits for whoever applies something yet.
+        let folders = self.intake.folders().clone();
+        drop(detached::begin("close", move || folders.close()));
+        match notice {
             Some(Notice::Failed { failure, .. }) => failure,
             // Nothing is filled before it runs, so whatever else is said, the pager is at its end.
             Some(Notice::Filled(_) | Notice::Lost) | None => {

@@ -7,11 +7,12 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use pageferry_cgroup::freezer::CgroupError;
-use pageferry_proto::wire::code::Failure;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::task::block_in_place;
 
 use super::{Pager, Site};
 use crate::migration::text::{chain, internal, network_unfit};
+use crate::runtime::detached;
 use crate::runtime::kind::{leave, sweep};
 
 /// How long a pager may take to undo a restore: five seconds for CRIU to give up, ten for its tasks
@@ -31,6 +32,12 @@ const REMOVE_POLL: Duration = Duration::from_millis(50);
 /// How often it is looked whether a workload that is frozen for good has been killed.
 const EMPTY_POLL: Duration = Duration::from_millis(500);
 
+/// How long it may take to close or remove folders that came: as long as there are files.
+const FOLDERS_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Why a folder is left whose storage does not answer.
+const SILENT: &str = "on storage that does not answer";
+
 /// Why something of a workload is left, which may have what it wrote last.
 const MAY_HAVE_RUN: &str = "of a workload that may have run here";
 
@@ -38,7 +45,14 @@ impl Site {
     /// Undoes everything down to nothing, from wherever [`Site::prepare`] or [`Site::restore`] were
     /// cut off.
     pub async fn discard(&mut self) -> Result<(), Failure> {
-        block_in_place(|| self.intake.folders().close());
+        let folders = self.intake.folders().clone();
+        let closed = self.on_folders("close", move || {
+            folders.close();
+            Ok(())
+        });
+        if let Err(failure) = closed.await {
+            tracing::warn!(migration = %self.id, "an overlay stays open: {failure}");
+        }
         if let Some(pager) = self.pager.take() {
             self.discard_pager(&pager).await;
         }
@@ -58,13 +72,7 @@ impl Site {
             true => Some("of a workload that could not be killed"),
             false => self.may_have_run.then_some(MAY_HAVE_RUN),
         };
-        let taken = block_in_place(|| match why {
-            Some(why) => {
-                self.intake.folders().stay(why);
-                Ok(())
-            }
-            None => self.intake.folders().take_back(),
-        });
+        let taken = self.take_back(why).await;
         killed.map_err(|error| internal(&error))?;
         self.end_groups();
         if let Some(network) = self.network.take() {
@@ -76,6 +84,36 @@ impl Site {
         self.clear();
         self.tidy();
         taken
+    }
+
+    /// Takes back what has come of folders, unless there is a reason why something of them may be
+    /// needed.
+    async fn take_back(&self, why: Option<&str>) -> Result<(), Failure> {
+        let folders = self.intake.folders().clone();
+        let taken = match why {
+            Some(_) => Ok(()),
+            None => {
+                self.on_folders("take back", move || folders.take_back())
+                    .await
+            }
+        };
+        let late = taken
+            .as_ref()
+            .is_err_and(|failure| failure.code() == ErrorCode::Timeout);
+        if let Some(why) = why.or(late.then_some(SILENT)) {
+            block_in_place(|| self.intake.folders().stay(why));
+        }
+        taken
+    }
+
+    /// Does something with folders that came. Their storage may not answer, also whoever writes to
+    /// it and is waited for.
+    async fn on_folders(
+        &self,
+        name: &'static str,
+        work: impl FnOnce() -> Result<(), Failure> + Send + 'static,
+    ) -> Result<(), Failure> {
+        detached::within(name, ("folders that came", FOLDERS_TIMEOUT), work).await
     }
 
     /// Removes the workload's cgroup, and what a runtime has left below it: a process of its own
