@@ -172,7 +172,7 @@ impl Keep {
     }
 
     /// The empty folder for whoever looks for the folder before it comes: the one that was there,
-    /// which must be nobody's, or one that is made in the place, which is claimed. Answers with what
+    /// which must be nobody's, or one that is made in the place, which is claimed. Says what
     /// it is known by.
     pub fn stand_in(placed: &Placed) -> Result<Identity, Error> {
         if placed.was_there {

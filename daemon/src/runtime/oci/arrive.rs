@@ -425,11 +425,11 @@ pub fn leave(directory: &Path) {
 }
 
 fn release(leaves: &Leaves) {
-    leaves.volumes.release();
     if let Err(error) = bound::release(&leaves.bound_in, BOUND) {
         tracing::error!(%error, "{} has the root file system of a container bound in it, which is \
             deleted with it", leaves.bound_in.display());
     }
+    leaves.volumes.release();
 }
 
 impl Note {

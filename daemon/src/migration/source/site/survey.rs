@@ -175,13 +175,15 @@ async fn add_folders(
     Ok(folders)
 }
 
-/// Folders that travel: those that were named, and what its engine has for it alone.
-fn travelling(kind: &Kind, asked: &Asked) -> Result<Vec<PathBuf>, Failure> {
+/// Folders that travel: those that were named, and what its engine has for it alone, which knows so
+/// from now on.
+fn travelling(kind: &mut Kind, asked: &Asked) -> Result<Vec<PathBuf>, Failure> {
     let named = asked.copied.iter().chain(&asked.shared);
     let is_named = |path: &PathBuf| named.clone().any(|named| path.starts_with(named));
     let mut all = asked.copied.clone();
     all.extend(kind.folders().into_iter().filter(|path| !is_named(path)));
     check_paths(&all, &asked.shared)?;
+    kind.keep_folders(&all);
     Ok(all)
 }
 
@@ -213,8 +215,7 @@ impl Site {
         // queue would be taken for one.
         let ipc = block_in_place(|| look_at_ipc(root, &node, asked.force_ipc))?;
         check_locks(&locks, &pids).await?;
-        let copied = travelling(&kind, asked)?;
-        kind.keep_folders(&copied);
+        let copied = travelling(&mut kind, asked)?;
         let described = describe(&kind, &pids, &storage, &copied).await?;
         let trackable = |pid: &i32| check_trackable(*pid, root, &node.support);
         block_in_place(|| pids.iter().try_for_each(trackable))?;
