@@ -355,7 +355,7 @@ fn an_overlay_that_has_all_can_be_unmounted_and_another_one_is_told_from_it() {
         let folders = Folders::new(shelf.clone(), ids()[0]);
         let layer = std::slice::from_ref(&layer);
         folders
-            .prepare(layer, Some(&RootPlace::Overlay))
+            .prepare(layer, Some(&RootPlace::Overlay), true)
             .expect("room");
         folders.found(&path("merged")).expect("it is there");
         fill(&folders);
@@ -383,7 +383,9 @@ fn who_says_that_folders_stay_waits_for_nobody_who_applies_something() {
     let path = root.path().join("web");
     let (coming, place) = bundle(path.clone());
     let folders = Folders::new(shelf, ids()[0]);
-    folders.prepare(&[coming], Some(&place)).expect("room");
+    folders
+        .prepare(&[coming], Some(&place), true)
+        .expect("room");
     // As one whose storage does not answer.
     let stage = folders.lock()[0].staging.clone().expect("a stage");
     let applying = stage.lock().expect("not poisoned");
@@ -397,7 +399,7 @@ fn who_says_that_folders_stay_waits_for_nobody_who_applies_something() {
         // The other has begun.
         std::thread::sleep(std::time::Duration::from_millis(200));
         saying.stay("of a test");
-        drop(said.send(()));
+        let _ = said.send(());
     });
     let limit = std::time::Duration::from_secs(30);
     heard.recv_timeout(limit).expect("it does not wait");

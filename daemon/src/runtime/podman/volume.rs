@@ -363,7 +363,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let at = |path: PathBuf| Volume {
             path,
-            ..volume(LOCAL, json!({})).unwrap()
+            ..volume(LOCAL, &json!({})).unwrap()
         };
         assert!(at(root.path().join("gone")).has_left().unwrap());
         assert!(!at(root.path().to_owned()).has_left().unwrap());
@@ -379,7 +379,7 @@ mod tests {
 
     #[test]
     fn a_volume_that_is_not_as_it_must_be_does_not_come() {
-        let mut offered = volume(LOCAL, json!({})).unwrap().describe();
+        let mut offered = volume(LOCAL, &json!({})).unwrap().describe();
         let (names, copied) = (["data".to_owned()], ["/v/data/_data"]);
         check_offered(&offered, &names, &copied).unwrap();
         let refused = |names: &[String], copied: &[&str]| {
