@@ -205,7 +205,7 @@ mod tests {
         check(&bundle, &[], &[]).unwrap();
         // Not of the daemon: as a shell of an operator.
         let mut shell = Command::new("setsid");
-        let script = "sleep 600 >/dev/null & echo $!";
+        let script = "sleep 600 >/dev/null 2>&1 & echo $!";
         let shell = shell.args(["sh", "-c", script]).current_dir(&inner);
         let said = String::from_utf8(shell.output().unwrap().stdout).unwrap();
         let pid: i32 = said.trim().parse().unwrap();
