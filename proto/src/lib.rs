@@ -9,9 +9,8 @@
 //! ([`migration::timer::Time`]), identities are made by the caller, and every input that came
 //! from a peer or from a disk is parsed into a type whose values are all legal.
 //!
-//! With the feature `sim` the crate also holds `sim`: both machines over a link that loses
-//! what is in flight, journals that survive crashes, and the oracles that say what must never
-//! happen.
+//! A crate beside it, `pageferry-sim`, has both machines over a link that loses what is in flight,
+//! journals that survive crashes, and the oracles that say what must never happen.
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -21,6 +20,4 @@ pub mod id;
 pub mod migration;
 pub mod page;
 pub mod set;
-#[cfg(feature = "sim")]
-pub mod sim;
 pub mod wire;

@@ -23,9 +23,10 @@ fn clauses_of_the_protocol() -> BTreeSet<String> {
 fn clauses_of_the_tests() -> BTreeSet<String> {
     let marker = concat!("// clause", ": ");
     let mut clauses = BTreeSet::new();
-    for file in sources(&root().join("src"))
-        .into_iter()
-        .chain(sources(&root().join("tests")))
+    let folders = ["src", "tests", "sim"];
+    for file in folders
+        .iter()
+        .flat_map(|folder| sources(&root().join(folder)))
     {
         let text = fs::read_to_string(&file).unwrap();
         let named = text

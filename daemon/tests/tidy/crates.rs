@@ -29,6 +29,12 @@ pub const CRATES: &[Crate] = &[
         tests_use: &[],
     },
     Crate {
+        folder: "proto/sim",
+        package: "pageferry-sim",
+        uses: &["pageferry-proto"],
+        tests_use: &[],
+    },
+    Crate {
         folder: "criu-glue",
         package: "criu-glue",
         uses: &["criu-gate", "criu-tracer"],

@@ -35,6 +35,9 @@
 //! connections at once, bytes that change on the way (checksums), and operators who declare a
 //! living side dead.
 
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
 mod attempt;
 mod course;
 mod deaths;

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use super::node::{Attempt, Images, Last, Stream};
 use super::world::World;
-use crate::id::Generation;
+use pageferry_proto::id::Generation;
 
 impl World {
     pub(super) fn last(&self, generation: Generation) -> Last {

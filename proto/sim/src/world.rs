@@ -13,21 +13,21 @@ use super::node::{
 };
 use super::oracle::Violation;
 use super::step::{Op, Step};
-use crate::id::{Incarnation, MigrationId, SpaceId, WorkloadName};
-use crate::migration::handoff::Side;
-use crate::migration::policy::{FROZEN_MAX_LEAST, Policy};
-use crate::migration::record::{DriverState, Entry};
-use crate::migration::source::{SourceEvent, SourceMachine, SourceOffer};
-use crate::migration::status::{Phase, Status};
-use crate::migration::target::{TargetEvent, TargetMachine, TargetOrigin};
-use crate::migration::timer::Time;
-use crate::wire::code::{ErrorCode, Failure};
-use crate::wire::control::Message;
-use crate::wire::description::{
+use pageferry_proto::id::{Incarnation, MigrationId, SpaceId, WorkloadName};
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::policy::{FROZEN_MAX_LEAST, Policy};
+use pageferry_proto::migration::record::{DriverState, Entry};
+use pageferry_proto::migration::source::{SourceEvent, SourceMachine, SourceOffer};
+use pageferry_proto::migration::status::{Phase, Status};
+use pageferry_proto::migration::target::{TargetEvent, TargetMachine, TargetOrigin};
+use pageferry_proto::migration::timer::Time;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::control::Message;
+use pageferry_proto::wire::description::{
     LinkAddress, LinkDescription, Namespaces, SpaceDescription, WorkloadDescription,
 };
-use crate::wire::frame;
-use crate::wire::needs::Needs;
+use pageferry_proto::wire::frame;
+use pageferry_proto::wire::needs::Needs;
 
 /// What a world begins with.
 #[derive(Clone, Copy, Debug)]

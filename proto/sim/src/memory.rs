@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::id::SpaceId;
-use crate::migration::ledger::HeldPages;
-use crate::page::{PageCount, PageIndex, PageRun};
-use crate::set::PageSet;
+use pageferry_proto::id::SpaceId;
+use pageferry_proto::migration::ledger::HeldPages;
+use pageferry_proto::page::{PageCount, PageIndex, PageRun};
+use pageferry_proto::set::PageSet;
 
 /// The version of every page that is live, per space.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

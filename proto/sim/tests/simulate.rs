@@ -1,4 +1,4 @@
-//! Random schedules with random faults, judged by the oracles of `pageferry_proto::sim`.
+//! Random schedules with random faults, judged by the oracles of `pageferry_sim`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -10,7 +10,7 @@ use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::source::RETRIES_MAX;
 use pageferry_proto::migration::status::Phase;
-use pageferry_proto::sim::{Op, Setup, Strayed, Survivor, Violation, World};
+use pageferry_sim::{Op, Setup, Strayed, Survivor, Violation, World};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 

@@ -10,8 +10,8 @@ use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::source::UNLOCK_TRIES_MAX;
 use pageferry_proto::migration::status::Phase;
-use pageferry_proto::sim::{Op, Setup, Step, Survivor, World};
 use pageferry_proto::wire::code::ErrorCode;
+use pageferry_sim::{Op, Setup, Step, Survivor, World};
 
 const SETUP: Setup = Setup {
     spaces: 2,

@@ -9,17 +9,17 @@ use super::memory::Memory;
 use super::node::{Attempt, Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload};
 use super::oracle::Violation;
 use super::world::{PAGE_DURATION, World, workload_gone};
-use crate::id::{Generation, Round, SpaceId};
-use crate::migration::handoff::Side;
-use crate::migration::ledger::{Arrival, Ledger, LedgerError};
-use crate::migration::policy::{FilesReport, RoundReport};
-use crate::migration::record::DriverState;
-use crate::migration::source::{FinalReport, RetryReport, SourceAction, SourceEvent};
-use crate::migration::target::{LET_GO_TRIES_MAX, TargetAction, TargetEvent};
-use crate::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
-use crate::set::PageSet;
-use crate::wire::code::{ErrorCode, Failure};
-use crate::wire::control::{Message, SourceMessage};
+use pageferry_proto::id::{Generation, Round, SpaceId};
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::ledger::{Arrival, Ledger, LedgerError};
+use pageferry_proto::migration::policy::{FilesReport, RoundReport};
+use pageferry_proto::migration::record::DriverState;
+use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceAction, SourceEvent};
+use pageferry_proto::migration::target::{LET_GO_TRIES_MAX, TargetAction, TargetEvent};
+use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
+use pageferry_proto::set::PageSet;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::control::{Message, SourceMessage};
 
 impl World {
     pub(super) fn at_source(&mut self, event: SourceEvent) {

@@ -2,8 +2,8 @@
 
 use super::node::Stream;
 use super::world::World;
-use crate::migration::handoff::Side;
-use crate::migration::status::Phase;
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::status::Phase;
 
 /// Something that is possible now and that nobody would call a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

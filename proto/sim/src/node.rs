@@ -5,12 +5,12 @@ use std::collections::{BTreeMap, VecDeque};
 use super::course::Taken;
 use super::journal::Journal;
 use super::memory::{Memory, TrackedMemory};
-use crate::id::{Generation, Round, SpaceId};
-use crate::migration::ledger::Ledger;
-use crate::migration::source::{SourceAction, SourceEvent, SourceMachine};
-use crate::migration::target::{TargetAction, TargetEvent, TargetMachine};
-use crate::migration::timer::Time;
-use crate::set::PageSet;
+use pageferry_proto::id::{Generation, Round, SpaceId};
+use pageferry_proto::migration::ledger::Ledger;
+use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine};
+use pageferry_proto::migration::target::{TargetAction, TargetEvent, TargetMachine};
+use pageferry_proto::migration::timer::Time;
+use pageferry_proto::set::PageSet;
 
 #[derive(Debug)]
 pub(super) struct SourceNode {

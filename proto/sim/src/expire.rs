@@ -1,8 +1,8 @@
 //! Journals that are removed because other migrations have ended since.
 
 use super::world::World;
-use crate::migration::source::SourceMachine;
-use crate::migration::target::{self, TargetMachine};
+use pageferry_proto::migration::source::SourceMachine;
+use pageferry_proto::migration::target::{self, TargetMachine};
 
 impl World {
     pub(super) fn expire_source(&mut self) {

@@ -2,10 +2,10 @@
 
 use super::node::{SourceJob, SourceWorkload, TargetJob, TargetWorkload};
 use super::world::World;
-use crate::migration::handoff::Side;
-use crate::migration::record::{Entry, Record};
-use crate::migration::source::SourceAction;
-use crate::wire::control::{SourceMessage, TargetMessage};
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::record::{Entry, Record};
+use pageferry_proto::migration::source::SourceAction;
+use pageferry_proto::wire::control::{SourceMessage, TargetMessage};
 
 /// An oracle's verdict, and how it came to that.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,6 +1,6 @@
 //! A disk that keeps what was fsynced, and may keep what was not, until the driver removes it.
 
-use crate::migration::record::Record;
+use pageferry_proto::migration::record::Record;
 
 /// The records of one node's journal, in the order they were written.
 #[derive(Clone, Debug, Default)]

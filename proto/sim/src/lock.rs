@@ -4,9 +4,9 @@
 use super::node::{SourceWorkload, TargetWorkload};
 use super::oracle::Violation;
 use super::world::World;
-use crate::migration::handoff::Side;
-use crate::migration::record::Entry;
-use crate::wire::code::{ErrorCode, Failure};
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::record::Entry;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
 
 /// Who has the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,13 +6,13 @@ use super::driver::retry;
 use super::node::Stream;
 use super::oracle::Violation;
 use super::world::World;
-use crate::id::{Generation, Round, SpaceId};
-use crate::migration::ledger::Ledger;
-use crate::migration::record::Entry;
-use crate::migration::source::SourceAction;
-use crate::page::PageCount;
-use crate::set::PageSet;
-use crate::wire::control::{SourceMessage, TargetMessage};
+use pageferry_proto::id::{Generation, Round, SpaceId};
+use pageferry_proto::migration::ledger::Ledger;
+use pageferry_proto::migration::record::Entry;
+use pageferry_proto::migration::source::SourceAction;
+use pageferry_proto::page::PageCount;
+use pageferry_proto::set::PageSet;
+use pageferry_proto::wire::control::{SourceMessage, TargetMessage};
 
 /// What the source has said and heard, all its daemons together.
 #[derive(Debug, Default)]

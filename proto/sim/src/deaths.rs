@@ -5,9 +5,9 @@ use super::memory::Memory;
 use super::node::{SourceJob, SourceWorkload, TargetWorkload};
 use super::oracle::Violation;
 use super::world::{World, workload_gone};
-use crate::migration::handoff::Side;
-use crate::migration::source::SourceEvent;
-use crate::migration::target::TargetEvent;
+use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::source::SourceEvent;
+use pageferry_proto::migration::target::TargetEvent;
 
 impl World {
     /// A process of the frozen copy dies, and with it goes what it had.
