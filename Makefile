@@ -12,10 +12,10 @@ build: tools
 demo: build
 	$(LAB) run demo $(ARGS)
 
-# The lab tests (bench/tests/lab.rs) need root and take turns, after all the others.
+# In one command: with other packages chosen, crates have other features and are built again. The
+# lab tests (bench/tests/lab.rs) need root, and take turns.
 test: build
-	$(CARGO) test --release --workspace --exclude pageferry-bench
-	$(CARGO) test --release --package pageferry-bench
+	$(CARGO) test --release --workspace
 
 clean:
 	-$(LAB) down

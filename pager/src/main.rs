@@ -27,6 +27,7 @@ struct Arguments {
 }
 
 fn main() -> anyhow::Result<()> {
+    pageferry_sys::panic::ends_the_process();
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_env("PAGEFERRY_LOG").unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt()

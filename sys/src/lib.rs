@@ -17,6 +17,7 @@ pub mod ipc;
 pub mod namespace;
 pub mod packet;
 pub mod pagemap;
+pub mod panic;
 pub mod priority;
 pub mod process_vm;
 pub mod ptrace;

@@ -7,9 +7,10 @@ use pageferry::args::DaemonArgs;
 use pageferry::config::Config;
 use pageferry::net::tls::Credentials;
 use pageferry::{node, telemetry};
-use pageferry_sys::heap;
+use pageferry_sys::{heap, panic};
 
 fn main() -> ExitCode {
+    panic::ends_the_process();
     heap::keep_little();
     let args = DaemonArgs::parse();
     // Images hold memory: whatever is created here is its owner's alone.
