@@ -115,16 +115,7 @@ impl Within {
         if next.is_some_and(|(next, _)| next.as_bytes().starts_with(inside.as_bytes())) {
             return Err(Error::Malformed("a folder goes before what is in it"));
         }
-        let path = folder.path_of(name);
-        let removed = folder.parent(name).map_err(io::Error::from);
-        let removed =
-            removed.and_then(|(parent, component)| kernel::remove_all(parent, &component));
-        folder.forget_parent();
-        removed.map_err(|source| Error::Io {
-            what: "remove",
-            path,
-            source,
-        })?;
+        remove_at(folder, name)?;
         self.forget(name);
         Ok(())
     }
@@ -139,16 +130,7 @@ impl Within {
     pub(crate) fn remove_others(&mut self, folder: &mut Folder) -> Result<BTreeSet<Name>, Error> {
         let mut changed = BTreeSet::new();
         for name in std::mem::take(&mut self.others).into_iter().rev() {
-            let path = folder.path_of(&name);
-            let removed = folder.parent(&name).map_err(io::Error::from);
-            let removed =
-                removed.and_then(|(parent, component)| kernel::remove_all(parent, &component));
-            folder.forget_parent();
-            removed.map_err(|source| Error::Io {
-                what: "remove",
-                path,
-                source,
-            })?;
+            remove_at(folder, &name)?;
             changed.insert(name.split().0);
         }
         Ok(changed)
@@ -166,6 +148,19 @@ impl Within {
         let removed = rustix::fs::unlinkat(folder, HIDDEN, AtFlags::REMOVEDIR);
         removed.map_err(Error::io("remove", folder.path().join(HIDDEN)))
     }
+}
+
+/// Removes what is there under a name, with all that is in it.
+fn remove_at(folder: &mut Folder, name: &Name) -> Result<(), Error> {
+    let path = folder.path_of(name);
+    let parent = folder.parent(name).map_err(io::Error::from);
+    let removed = parent.and_then(|(parent, component)| kernel::remove_all(parent, &component));
+    folder.forget_parent();
+    removed.map_err(|source| Error::Io {
+        what: "remove",
+        path,
+        source,
+    })
 }
 
 pub(crate) const NO_LAYER: Error = Error::Malformed("what only a layer has comes to none");

@@ -203,7 +203,8 @@ impl Folders {
         }
         for (folder, coming) in self.lock().iter_mut().zip(copied) {
             if let Some(placed) = &folder.placed {
-                let stage = stage((placed, folder.kept), bundle_of(coming, root))?;
+                let bundle = bundle_of(coming, root).map(|(bundle, _)| bundle);
+                let stage = stage((placed, folder.kept), bundle)?;
                 folder.staging = Some(Arc::new(Mutex::new(stage)));
             }
         }

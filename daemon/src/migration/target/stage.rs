@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry_files::{Digest, Error, Keep, Placed, Shown, Staging, Totals};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::copied::BundleFolder;
 
 use crate::migration::folders::failed;
 use crate::runtime::rootfs::Bundle;
@@ -63,10 +62,10 @@ impl Stage {
 /// Where something is applied. A bundle is put where it is to be.
 pub(super) fn stage(
     (placed, base): (&Placed, Option<Digest>),
-    bundle: Option<(&Bundle, BundleFolder)>,
+    bundle: Option<&Bundle>,
 ) -> Result<Stage, Failure> {
     let place = placed.place.clone();
-    let Some((bundle, _)) = bundle else {
+    let Some(bundle) = bundle else {
         return Ok(Stage::Claimed { place, base });
     };
     let made = bundle.make_in(&Keep::tree(&place));
