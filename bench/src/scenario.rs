@@ -10,7 +10,6 @@ pub mod capture;
 pub mod cases;
 pub mod container_faults;
 pub mod container_files;
-pub mod containerd;
 pub mod containers;
 pub mod direct;
 pub mod faults;
@@ -138,7 +137,7 @@ pub const ALL: [Scenario; 17] = [
     },
     Scenario {
         name: "containers",
-        summary: "10 moves of Redis in containers of runc, crun and podman, and of a bare tree",
+        summary: "10 moves of Redis as a bare tree, and in containers of runc, crun, podman, containerd",
         cases: true,
         run: containers::run,
     },

@@ -40,7 +40,7 @@ pub enum ClientError {
     #[error("containerd, {what}: {}", status.message())]
     Refused {
         what: String,
-        #[source]
+        /// Its text is in that of this error.
         status: Box<Status>,
     },
     #[error("containerd does not answer within {limit:?}")]

@@ -4,25 +4,23 @@
 //! At each node the container must be the runtime's own, and where it was nothing may be left of
 //! it.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use super::report::Report;
 use super::session::Session;
 use super::settings::Settings;
-use super::{container_faults, container_files, containerd, shapes, volumes};
+use super::{container_faults, container_files, shapes, volumes};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
 use crate::workload::container::{self, Runtime};
-use crate::workload::redis;
+use crate::workload::whose::Whose;
+use crate::workload::{containerd, redis};
 
 /// The scenario; its cases are the runtimes, a short one of all, and kills.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     settings.need_pageferry("containers are about what stock CRIU does not have")?;
     let only = settings.only.as_deref();
-    if only == Some(CONTAINERD) {
-        return containerd::moves(settings, report);
-    }
     if let Some(shapes) = shapes_of(only) {
         return shapes::run(settings, shapes, report);
     }
@@ -33,54 +31,71 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         return Ok(());
     }
     if only == Some(CONTAINERD_VOLUME) {
-        let mut lab = settings.lab_with(&crate::workload::containerd::LAYER, 2)?;
+        let mut lab = settings.lab_with(&containerd::LAYER, 2)?;
         let said = volumes::of_containerd(&mut lab, report)?;
         println!("{CONTAINERD_VOLUME}: {said}");
         return Ok(());
     }
-    if only == Some(CONTAINERD_FILES) {
-        return container_files::run_containerd(settings, report);
-    }
-    let Some((case, runtimes)) = case(only) else {
-        let runtimes = Runtime::ALL.map(Runtime::name);
+    let Some((case, all)) = case(only) else {
+        let owners = Whose::ALL.map(Whose::name);
         bail!(
-            "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {runtimes:?}, those \
-             with -{FAULTS}, -{FILES} or -{FEW} behind them, {CONTAINERD:?}, {CONTAINERD_FILES:?}, \
-             {PODMAN_VOLUME:?}, {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its \
-             name, also with crun- before it",
+            "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {owners:?}, those \
+             with -{FAULTS}, -{FILES} or -{FEW} behind them, {PODMAN_VOLUME:?}, \
+             {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its name, also with crun- \
+             before it",
             only.unwrap_or_default()
         );
     };
-    let (moves, bytes) = match case {
-        Case::Moves => (MOVES, BYTES),
-        Case::Few => (MOVES_FEW, BYTES_FEW),
-        Case::Faults => {
-            let mut all = runtimes.into_iter();
-            return all.try_for_each(|runtime| container_faults::run(settings, runtime, report));
-        }
-        Case::Files => {
-            let mut all = runtimes.into_iter();
-            return all.try_for_each(|runtime| container_files::run(settings, runtime, report));
-        }
-    };
-    let dataset = Dataset::first_row(bytes);
-    let mut lab = settings.lab_with(&container::LAYER, 2)?;
-    let earlier = report.moves.len();
-    let tree = redis::start(&mut lab, "a", &redis::plan())?;
-    let load = LoadPlan::first_row();
-    let mut session = Session::watch(&lab, settings.mover, "a", tree, dataset, load)?;
-    for _ in 0..moves {
-        session.move_on(&lab, report)?;
+    let mut all = all.into_iter();
+    match case {
+        Case::Moves => moves(settings, all.as_slice(), (MOVES, BYTES), report),
+        Case::Few => moves(settings, all.as_slice(), (MOVES_FEW, BYTES_FEW), report),
+        Case::Faults => all.try_for_each(|whose| container_faults::run(settings, whose, report)),
+        Case::Files => all.try_for_each(|whose| container_files::run(settings, whose, report)),
     }
-    session.finish(report)?.kill(&lab)?;
+}
+
+/// Moves a bare tree, and then the containers of each: those whose nodes have the same layer in one
+/// lab.
+fn moves(
+    settings: &Settings,
+    all: &[Whose],
+    (moves, bytes): (usize, u64),
+    report: &mut Report,
+) -> Result<()> {
+    let dataset = Dataset::first_row(bytes);
+    let labs = all.chunk_by(|one, next| one.layer().name == next.layer().name);
+    for (number, owners) in labs.enumerate() {
+        let mut lab = settings.lab_with(owners[0].layer(), 2)?;
+        if number == 0 {
+            of_tree(settings, &mut lab, (moves, dataset), report)?;
+        }
+        let _engines = owners[0].start_engines(&lab)?;
+        for whose in owners {
+            of_container(settings, &mut lab, *whose, (moves, dataset), report)?;
+        }
+    }
+    Ok(())
+}
+
+fn of_tree(
+    settings: &Settings,
+    lab: &mut Lab,
+    (moves, dataset): (usize, Dataset),
+    report: &mut Report,
+) -> Result<()> {
+    let earlier = report.moves.len();
+    let tree = redis::start(lab, "a", &redis::plan())?;
+    let load = LoadPlan::first_row();
+    let mut session = Session::watch(lab, settings.mover, "a", tree, dataset, load)?;
+    for _ in 0..moves {
+        session.move_on(lab, report)?;
+    }
+    session.finish(report)?.kill(lab)?;
     let moved = report.moves[earlier..].to_vec();
     report.figure_downtimes("bare tree", &moved);
     report.print_figures("bare tree");
-    settings.mover.wait_settled(&lab, SETTLE_TIME_MAX)?;
-    for runtime in runtimes {
-        of_runtime(settings, &mut lab, runtime, (moves, dataset), report)?;
-    }
-    Ok(())
+    settings.mover.wait_settled(lab, SETTLE_TIME_MAX)
 }
 
 /// Whose shapes are asked for, and which of them.
@@ -96,8 +111,8 @@ fn shapes_of(only: Option<&str>) -> Option<(Runtime, Option<&str>)> {
     }
 }
 
-fn case(only: Option<&str>) -> Option<(Case, Vec<Runtime>)> {
-    let all = Runtime::ALL.to_vec();
+fn case(only: Option<&str>) -> Option<(Case, Vec<Whose>)> {
+    let all = Whose::ALL.to_vec();
     let name = match only {
         None => return Some((Case::Moves, all)),
         Some(FEW) => return Some((Case::Few, all)),
@@ -111,22 +126,20 @@ fn case(only: Option<&str>) -> Option<(Case, Vec<Runtime>)> {
         Some((name, FEW)) => (name, Case::Few),
         _ => (name, Case::Moves),
     };
-    Runtime::of(name).map(|runtime| (case, vec![runtime]))
+    Whose::of(name).map(|whose| (case, vec![whose]))
 }
 
-fn of_runtime(
+fn of_container(
     settings: &Settings,
     lab: &mut Lab,
-    runtime: Runtime,
+    whose: Whose,
     (moves, dataset): (usize, Dataset),
     report: &mut Report,
 ) -> Result<()> {
     let earlier = report.moves.len();
-    let held = container::start(lab, runtime, "a")?;
-    let container = held
-        .container
-        .clone()
-        .context("it was started as a container")?;
+    let held = whose.start_redis(lab, "a")?;
+    // What is looked at after each move is so before the first.
+    held.is_here(lab.node("a")?)?;
     let load = LoadPlan::first_row();
     let mut session = Session::watch(lab, settings.mover, "a", held, dataset, load)?;
     for _ in 0..moves {
@@ -134,9 +147,9 @@ fn of_runtime(
         if !session.move_on(lab, report)? {
             break;
         }
-        let node = lab.node(&session.at)?;
-        let here = container::check_here(node, &container, session.workload.pid);
-        let gone = container::check_gone(lab.node(&from)?, &container);
+        settings.mover.wait_settled(lab, SETTLE_TIME_MAX)?;
+        let here = session.workload.is_here(lab.node(&session.at)?);
+        let gone = session.workload.is_gone(lab.node(&from)?);
         for wrong in [here, gone].into_iter().filter_map(Result::err) {
             report.fail(format!("{wrong:#}"));
         }
@@ -144,12 +157,13 @@ fn of_runtime(
     let at = session.at.clone();
     let workload = session.finish(report)?;
     let moved = report.moves[earlier..].to_vec();
-    report.figure_downtimes(runtime.name(), &moved);
-    report.print_figures(runtime.name());
+    report.figure_downtimes(whose.name(), &moved);
+    report.print_figures(whose.name());
     settings.mover.wait_settled(lab, SETTLE_TIME_MAX)?;
-    if let Err(error) = container::end(lab.node(&at)?, &container) {
+    if let Err(error) = workload.end(lab.node(&at)?) {
         report.fail(format!("{error:#}"));
     }
+    lab.nodes.iter().try_for_each(|node| workload.is_whole(node))?;
     workload.kill(lab)
 }
 
@@ -174,9 +188,6 @@ const SHAPES: &str = "shapes";
 const PODMAN_VOLUME: &str = "podman-volume";
 /// A folder that is bound into one of containerd.
 const CONTAINERD_VOLUME: &str = "containerd-volume";
-/// Containerd's.
-const CONTAINERD: &str = "containerd";
-const CONTAINERD_FILES: &str = "containerd-files";
 const MOVES: usize = 10;
 const MOVES_FEW: usize = 2;
 /// Values alone; Redis needs a quarter more for them.
