@@ -8,6 +8,8 @@ pub mod apps;
 pub mod baseline;
 pub mod capture;
 pub mod cases;
+pub mod container_disk;
+pub mod container_errors;
 pub mod container_faults;
 pub mod container_files;
 pub mod containers;

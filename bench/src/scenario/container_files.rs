@@ -70,7 +70,7 @@ fn run_in(lab: &mut Lab, whose: Whose, report: &mut Report) -> Result<()> {
 }
 
 /// Starts a writer in a container at node a.
-fn start(lab: &mut Lab, whose: Whose) -> Result<(WriterSession, Plan)> {
+pub(super) fn start(lab: &mut Lab, whose: Whose) -> Result<(WriterSession, Plan)> {
     let (options, plan) = writer_plan();
     let workload = whose.start(lab, "a", &plan)?;
     let client = writer::connect(lab, &workload, &options)?;
@@ -133,7 +133,7 @@ fn shell(node: &Node, workload: &Workload, script: &str) -> Result<()> {
     }
 }
 
-fn root_at(node: &Node, workload: &Workload) -> Result<PathBuf> {
+pub(super) fn root_at(node: &Node, workload: &Workload) -> Result<PathBuf> {
     match (&workload.container, &workload.containerd) {
         (Some(container), _) => container::root_at(node, container),
         (_, Some(id)) => Ok(containerd::root_at(node, id)),
@@ -249,7 +249,7 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 const MISSED_MAX: usize = 3;
 
 /// Gives a node a disk of its own for bundles.
-fn make_disk(node: &Node) -> Result<()> {
+pub(super) fn make_disk(node: &Node) -> Result<()> {
     let own = format!("{SHARED}/bundles-{}", node.name());
     let script = format!("mkdir -p {BUNDLES} {own} && mount --bind {own} {BUNDLES}");
     node.command("sh")?.args(["-ec", &script]).run().map(drop)

@@ -9,7 +9,9 @@ use anyhow::{Result, bail};
 use super::report::Report;
 use super::session::Session;
 use super::settings::Settings;
-use super::{container_faults, container_files, shapes, volumes};
+use super::{
+    container_disk, container_errors, container_faults, container_files, shapes, volumes,
+};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
@@ -39,8 +41,9 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let Some((case, all)) = case(only) else {
         let owners = Whose::ALL.map(Whose::name);
         bail!(
-            "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {owners:?}, those \
-             with -{FAULTS}, -{FILES} or -{FEW} behind them, {PODMAN_VOLUME:?}, \
+            "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {ERRORS:?}, \
+             {DISK:?}, {owners:?}, those with -{FAULTS}, -{FILES} or -{FEW} behind them, with \
+             -{ERRORS} but for podman, with -{DISK} of runc and crun; {PODMAN_VOLUME:?}, \
              {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its name, also with crun- \
              before it",
             only.unwrap_or_default()
@@ -52,6 +55,8 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         Case::Few => moves(settings, all.as_slice(), (MOVES_FEW, BYTES_FEW), report),
         Case::Faults => all.try_for_each(|whose| container_faults::run(settings, whose, report)),
         Case::Files => all.try_for_each(|whose| container_files::run(settings, whose, report)),
+        Case::Errors => all.try_for_each(|whose| container_errors::run(settings, whose, report)),
+        Case::Disk => all.try_for_each(|whose| container_disk::run(settings, whose, report)),
     }
 }
 
@@ -118,15 +123,21 @@ fn case(only: Option<&str>) -> Option<(Case, Vec<Whose>)> {
         Some(FEW) => return Some((Case::Few, all)),
         Some(FAULTS) => return Some((Case::Faults, all)),
         Some(FILES) => return Some((Case::Files, all)),
+        Some(ERRORS) => return Some((Case::Errors, Case::Errors.of(all))),
+        Some(DISK) => return Some((Case::Disk, vec![Whose::Runtime(Runtime::Runc)])),
         Some(name) => name,
     };
     let (name, case) = match name.rsplit_once('-') {
         Some((name, FAULTS)) => (name, Case::Faults),
         Some((name, FILES)) => (name, Case::Files),
         Some((name, FEW)) => (name, Case::Few),
+        Some((name, ERRORS)) => (name, Case::Errors),
+        Some((name, DISK)) => (name, Case::Disk),
         _ => (name, Case::Moves),
     };
-    Whose::of(name).map(|whose| (case, vec![whose]))
+    let owners = case.of(Whose::of(name).into_iter().collect());
+    owners.first()?;
+    Some((case, owners))
 }
 
 fn of_container(
@@ -174,6 +185,21 @@ enum Case {
     Few,
     Faults,
     Files,
+    Errors,
+    Disk,
+}
+
+impl Case {
+    /// Those of whom it is.
+    fn of(self, mut all: Vec<Whose>) -> Vec<Whose> {
+        all.retain(|whose| match (self, whose) {
+            (Self::Errors, whose) => *whose != Whose::Runtime(Runtime::Podman),
+            (Self::Disk, Whose::Runtime(runtime)) => *runtime != Runtime::Podman,
+            (Self::Disk, Whose::Containerd) => false,
+            (Self::Moves | Self::Few | Self::Faults | Self::Files, _) => true,
+        });
+        all
+    }
 }
 
 /// The case that a test runs.
@@ -182,6 +208,10 @@ const FEW: &str = "few";
 const FAULTS: &str = "faults";
 /// Files in their root file systems.
 const FILES: &str = "files";
+/// What a node may lack.
+const ERRORS: &str = "errors";
+/// A sparse file, and disks that are full.
+const DISK: &str = "disk";
 /// Of all that people run.
 const SHAPES: &str = "shapes";
 /// A volume that podman has by its name.

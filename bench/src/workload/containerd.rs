@@ -272,11 +272,11 @@ pub const RESTARTED: [&str; 2] = ["--label", "containerd.io/restart.status=runni
 /// The label goes away.
 const NOT_RESTARTED: &str = "containerd.io/restart.status=";
 /// Where `pageferry setup containerd` puts what shims start.
-const INSTALLED: &str = "/usr/local/lib/pageferry/pageferry-oci";
+pub const INSTALLED: &str = "/usr/local/lib/pageferry/pageferry-oci";
 pub const TRAPPED: &str = "/run/trapped";
 /// What `ctr` works in when it is not told.
 const NAMESPACE: &str = "default";
-const IMAGE: &str = "localhost/redis:1";
+pub const IMAGE: &str = "localhost/redis:1";
 /// Where the layer has it.
 pub const IMAGE_FILE: &str = "/srv/images/redis.tar";
 const CONFIG: &str = "/etc/containerd/lab.toml";

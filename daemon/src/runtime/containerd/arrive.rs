@@ -18,7 +18,9 @@ use pageferry_proto::wire::description::WorkloadDescription;
 use super::{ask, check, kept_in, mounted, owed, refuse_others};
 use crate::runtime::oci::arrive::{Leaves, Restore, check_node, check_spec, prepare};
 use crate::runtime::oci::binds::Binds;
+use crate::runtime::oci::habits::Runtime;
 use crate::runtime::oci::spec::Spec;
+use crate::runtime::oci::version;
 use crate::runtime::oci::volumes::Named;
 use crate::runtime::rootfs::RootPlace;
 
@@ -73,6 +75,7 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks, for as long as containerd takes to answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         check_node(description)?;
+        version::check(Runtime::Runc, &self.described.runtime_version)?;
         check_spec(&self.described, None, &Named::of(description))?;
         let unfit = |text: String| Err(Failure::new(ErrorCode::NodeUnfit, text));
         let program = beside(PROGRAM);
@@ -118,6 +121,10 @@ impl Arriving {
                 client.image(self.container.image()).await?,
                 client.snapshot((snapshotter, parent)).await?,
             ))
+        })
+        .map_err(|failure| {
+            let text = format!("at the target: {}", failure.text());
+            Failure::new(failure.code(), text)
         })?;
         if container.is_some() {
             return taken(format!(
