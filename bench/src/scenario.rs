@@ -50,6 +50,7 @@ pub struct Scenario {
 }
 
 const DEMO: &str = "demo";
+const CONTAINERS: &str = "containers";
 
 /// All scenarios, in the order in which they make sense.
 pub const ALL: [Scenario; 17] = [
@@ -138,7 +139,7 @@ pub const ALL: [Scenario; 17] = [
         run: files::run,
     },
     Scenario {
-        name: "containers",
+        name: CONTAINERS,
         summary: "10 moves of Redis as a bare tree, and in containers of runc, crun, podman, containerd",
         cases: true,
         run: containers::run,
@@ -162,6 +163,14 @@ pub fn find(name: &str) -> Option<&'static Scenario> {
 }
 
 impl Scenario {
+    /// What `--only` takes, and what that is; of those whose cases are not all called by one name.
+    pub fn named_cases(&self) -> &'static [(&'static str, &'static str)] {
+        match self.name {
+            CONTAINERS => &containers::CASES,
+            _ => &[],
+        }
+    }
+
     /// Runs it from start to clean-up and reports.
     pub fn run(&self, settings: &Settings, json: Option<&Path>) -> Result<bool> {
         if settings.only.is_some() && !self.cases {

@@ -199,6 +199,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::List => {
             for scenario in &scenario::ALL {
                 println!("{:<14} {}", scenario.name, scenario.summary);
+                let cases = scenario.named_cases().iter();
+                cases.for_each(|(name, what)| println!("  --only {name}: {what}"));
             }
             Ok(ExitCode::SUCCESS)
         }

@@ -22,7 +22,10 @@ use crate::workload::whose::Whose;
 
 /// Both, of containers whose bundles travel.
 pub fn run(settings: &Settings, whose: Whose, report: &mut Report) -> Result<()> {
-    let link = settings.link.clone().unwrap_or(Link::Shaped(LINK.to_owned()));
+    let link = settings
+        .link
+        .clone()
+        .unwrap_or(Link::Shaped(LINK.to_owned()));
     let settings = Settings {
         link: Some(link),
         ..settings.clone()
@@ -42,7 +45,10 @@ pub fn run(settings: &Settings, whose: Whose, report: &mut Report) -> Result<()>
             return Ok(());
         }
         take_disk(lab.node("b")?)?;
-        sh(lab.node("a")?, &format!("rm -rf {BUNDLES}/* {BUNDLES}/.pageferry-files"))?;
+        sh(
+            lab.node("a")?,
+            &format!("rm -rf {BUNDLES}/* {BUNDLES}/.pageferry-files"),
+        )?;
     }
     Ok(())
 }
@@ -109,7 +115,10 @@ fn sparse(
         let wire = report.moves.last().context("a move")?.wire_bytes;
         ensure!(wire < WIRE_MAX, "{wire} bytes on the wire");
         said.push(format!("{blocks} blocks, {} MiB on the wire", wire >> 20));
-        report.figure(&format!("{name}, 50 GiB sparse, blocks at {}", session.at), blocks);
+        report.figure(
+            &format!("{name}, 50 GiB sparse, blocks at {}", session.at),
+            blocks,
+        );
     }
     session.finish(lab, report)?;
     Ok(said.join("; and back "))
@@ -128,7 +137,11 @@ fn describe(path: &std::path::Path) -> Result<String> {
 /// Has a shell of the host do something to a file of a node.
 fn in_host(script: &str, path: &std::path::Path) -> Result<String> {
     let mut shell = std::process::Command::new("sh");
-    let output = shell.args(["-ec", script]).arg(path).output().context("starting sh")?;
+    let output = shell
+        .args(["-ec", script])
+        .arg(path)
+        .output()
+        .context("starting sh")?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{script}: {said}");
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())

@@ -9,9 +9,7 @@ use anyhow::{Result, bail};
 use super::report::Report;
 use super::session::Session;
 use super::settings::Settings;
-use super::{
-    container_disk, container_errors, container_faults, container_files, shapes, volumes,
-};
+use super::{container_disk, container_errors, container_faults, container_files, shapes, volumes};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
@@ -39,13 +37,9 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         return Ok(());
     }
     let Some((case, all)) = case(only) else {
-        let owners = Whose::ALL.map(Whose::name);
+        let cases: Vec<&str> = CASES.iter().map(|(name, _)| *name).collect();
         bail!(
-            "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {ERRORS:?}, \
-             {DISK:?}, {owners:?}, those with -{FAULTS}, -{FILES} or -{FEW} behind them, with \
-             -{ERRORS} but for podman, with -{DISK} of runc and crun; {PODMAN_VOLUME:?}, \
-             {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its name, also with crun- \
-             before it",
+            "containers has no case {:?}, only those of {cases:?} (lab list says what they are)",
             only.unwrap_or_default()
         );
     };
@@ -174,9 +168,42 @@ fn of_container(
     if let Err(error) = workload.end(lab.node(&at)?) {
         report.fail(format!("{error:#}"));
     }
-    lab.nodes.iter().try_for_each(|node| workload.is_whole(node))?;
+    lab.nodes
+        .iter()
+        .try_for_each(|node| workload.is_whole(node))?;
     workload.kill(lab)
 }
+
+/// Its cases, where OWNER is one of [`Whose::ALL`], and what they are.
+pub const CASES: [(&str, &str); 9] = [
+    (
+        "OWNER",
+        "10 moves of a bare tree, and of a container of theirs",
+    ),
+    ("few, OWNER-few", "2 moves each, of 64 MiB"),
+    (
+        "faults, OWNER-faults",
+        "kill -9 of whoever takes part, at each gate",
+    ),
+    (
+        "files, OWNER-files",
+        "a writable root file system, with kills",
+    ),
+    (
+        "errors, OWNER-errors",
+        "what a node lacks, not of podman: one error each, the source untouched",
+    ),
+    (
+        "disk, RUNTIME-disk",
+        "a sparse file and full disks, of runc or crun",
+    ),
+    ("shapes, crun-shapes", "containers as people run them"),
+    (
+        "NAME, crun-NAME",
+        "one of the shapes: hardened, nginx, postgresql, refused, volume, volume-killed",
+    ),
+    ("podman-volume, containerd-volume", "volumes of engines"),
+];
 
 /// What is done with the containers of a runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -87,7 +87,11 @@ pub fn forget(namespace: &str, id: &str) -> io::Result<()> {
 /// Tries again what [`tell`] has left. Blocks.
 pub fn settle_left() {
     for namespace in fs::read_dir(folder()).into_iter().flatten().flatten() {
-        for entry in fs::read_dir(namespace.path()).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(namespace.path())
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let _telling = TELLING.lock().unwrap_or_else(PoisonError::into_inner);
             let names = (namespace.file_name(), entry.file_name());
             let (Some(space), Some(id)) = (names.0.to_str(), names.1.to_str()) else {

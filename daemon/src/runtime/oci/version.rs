@@ -45,7 +45,9 @@ pub fn of(runtime: Runtime, whose: &str) -> Result<String, Failure> {
         io::ErrorKind::NotFound => unfit(format!(
             "{whose} has no {program} in the PATH of pageferryd: install it there"
         )),
-        _ => unfit(format!("{whose}'s {program} does not say its version: {error}")),
+        _ => unfit(format!(
+            "{whose}'s {program} does not say its version: {error}"
+        )),
     })?;
     let version = read(program, &said)
         .ok_or_else(|| unfit(format!("{whose}'s {program} says no version, but {said:?}")))?;
@@ -127,7 +129,13 @@ mod tests {
         assert_eq!(read("runc", runc).as_deref(), Some("1.3.3+ds1"));
         let crun = "crun version 1.21\ncommit: 10269840\n+SYSTEMD +CRIU +YAJL\n";
         assert_eq!(read("crun", crun).as_deref(), Some("1.21"));
-        for none in ["", "runc", "runc version", "runc version x", "crun version 1.21"] {
+        for none in [
+            "",
+            "runc",
+            "runc version",
+            "runc version x",
+            "crun version 1.21",
+        ] {
             assert_eq!(read("runc", none), None, "{none}");
         }
         let long = format!("runc version 1.{}", "0".repeat(VERSION_BYTES_MAX));
