@@ -140,7 +140,7 @@ pub const ALL: [Scenario; 17] = [
     },
     Scenario {
         name: CONTAINERS,
-        summary: "10 moves of Redis as a bare tree, and in containers of runc, crun, podman, containerd",
+        summary: "10 moves of Redis: a bare tree, containers of runc, crun, podman, containerd",
         cases: true,
         run: containers::run,
     },

@@ -1,4 +1,4 @@
-//! `containers --only RUNTIME-errors`: what a target, or a source, can lack for a container of runc,
+//! `containers --only OWNER-errors`: what a target, or a source, can lack for a container of runc,
 //! crun or containerd: its image, a runtime that is fit, that or the engine at all, its name.
 //!
 //! Each is one error that names what is wrong, before anything of the container stands still: it
