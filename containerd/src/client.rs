@@ -33,7 +33,7 @@ pub struct Client {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClientError {
-    #[error("cannot reach containerd at {socket}: {why}")]
+    #[error("cannot reach containerd at {socket}: {why}: is it running?")]
     Unreachable { socket: PathBuf, why: String },
     #[error("{0:?} is no namespace of containerd")]
     Namespace(String),
