@@ -123,6 +123,7 @@ fn all(whose: Whose, held: &Workload, target: &Node) -> Result<Vec<Wrong>> {
             let id = held.containerd.as_ref().context("a container")?;
             let server = [container::SERVER.to_owned()];
             containerd::make_image(target, IMAGE, OTHER_FILE, &server)?;
+            all.extend(of_image());
             all.extend(of_engine(id));
         }
         Whose::Runtime(Runtime::Podman) => bail!("podman's are not among these"),
@@ -227,20 +228,39 @@ fn of_bundle(runtime: Runtime, id: &str) -> Vec<Wrong> {
     ]
 }
 
-/// Of containerd.
-fn of_engine(id: &str) -> Vec<Wrong> {
-    let wrong = |what, code, (script, mend): (&str, &str), words: [&str; 2]| Wrong {
+/// Something at the target's containerd.
+fn at_engine(
+    what: &'static str,
+    code: &'static str,
+    (script, mend): (&str, &str),
+    words: [&str; 2],
+) -> Wrong {
+    Wrong {
         what,
         at: "b",
         how: How::Scripts(script.to_owned(), mend.to_owned()),
         code,
         words: words.map(str::to_owned).to_vec(),
-    };
+    }
+}
+
+/// Of containerd's images.
+fn of_image() -> Vec<Wrong> {
     let remove = format!("ctr images rm --sync {IMAGE}");
     let import = format!("ctr images import --snapshotter overlayfs {IMAGE_FILE}");
     let again = format!("{remove}; {import}");
     let packed = format!("{remove}; ctr images import --no-unpack {IMAGE_FILE}");
     let other = format!("ctr images import {OTHER_FILE}");
+    let wrong = |what, scripts, word| at_engine(what, "file-differs", scripts, [word, IMAGE]);
+    vec![
+        wrong("without its image", (&remove, &import), "no image"),
+        wrong("with another image", (&other, &again), "another image"),
+        wrong("with its image packed", (&packed, &again), "not unpacked"),
+    ]
+}
+
+/// Of containerd itself.
+fn of_engine(id: &str) -> Vec<Wrong> {
     let unset = format!("rm {INSTALLED}");
     let create = format!("ctr containers create --snapshotter overlayfs {IMAGE} {id}");
     let delete = format!("ctr containers delete {id}");
@@ -254,37 +274,19 @@ fn of_engine(id: &str) -> Vec<Wrong> {
         words: words.map(str::to_owned).to_vec(),
     };
     vec![
-        wrong(
-            "without its image",
-            "file-differs",
-            (&remove, &import),
-            ["no image", IMAGE],
-        ),
-        wrong(
-            "with another image",
-            "file-differs",
-            (&other, &again),
-            ["another image", IMAGE],
-        ),
-        wrong(
-            "with its image packed",
-            "file-differs",
-            (&packed, &again),
-            ["not unpacked", IMAGE],
-        ),
-        wrong(
+        at_engine(
             "without what its shim is to start",
             "node-unfit",
             (&unset, "pageferry setup containerd"),
             [INSTALLED, "pageferry setup containerd"],
         ),
-        wrong(
+        at_engine(
             "with its name taken",
             "name-taken",
             (&create, &delete),
             [id, "a container"],
         ),
-        wrong(
+        at_engine(
             "with its snapshot taken",
             "name-taken",
             (&prepare, &discard),
@@ -298,7 +300,7 @@ fn of_engine(id: &str) -> Vec<Wrong> {
         none(
             "with containerd out of reach at the source",
             "a",
-            ["cannot reach containerd", "containerd.sock"],
+            ["cannot reach containerd", "is it running?"],
         ),
     ]
 }
