@@ -8,9 +8,10 @@ pub mod apps;
 pub mod baseline;
 pub mod capture;
 pub mod cases;
+pub mod container_disk;
+pub mod container_errors;
 pub mod container_faults;
 pub mod container_files;
-pub mod containerd;
 pub mod containers;
 pub mod direct;
 pub mod faults;
@@ -49,6 +50,7 @@ pub struct Scenario {
 }
 
 const DEMO: &str = "demo";
+const CONTAINERS: &str = "containers";
 
 /// All scenarios, in the order in which they make sense.
 pub const ALL: [Scenario; 17] = [
@@ -137,8 +139,8 @@ pub const ALL: [Scenario; 17] = [
         run: files::run,
     },
     Scenario {
-        name: "containers",
-        summary: "10 moves of Redis in containers of runc, crun and podman, and of a bare tree",
+        name: CONTAINERS,
+        summary: "10 moves of Redis: a bare tree, containers of runc, crun, podman, containerd",
         cases: true,
         run: containers::run,
     },
@@ -161,6 +163,14 @@ pub fn find(name: &str) -> Option<&'static Scenario> {
 }
 
 impl Scenario {
+    /// What `--only` takes, and what that is; of those whose cases are not all called by one name.
+    pub fn named_cases(&self) -> &'static [(&'static str, &'static str)] {
+        match self.name {
+            CONTAINERS => &containers::CASES,
+            _ => &[],
+        }
+    }
+
     /// Runs it from start to clean-up and reports.
     pub fn run(&self, settings: &Settings, json: Option<&Path>) -> Result<bool> {
         if settings.only.is_some() && !self.cases {

@@ -11,6 +11,7 @@ pub mod launch;
 pub mod nginx;
 pub mod podman;
 pub mod redis;
+pub mod whose;
 pub mod writer;
 
 use std::fs;

@@ -106,10 +106,11 @@ fn a_web_server_moves_while_clients_connect_and_no_request_fails() {
     check(&["nginx", "--only", "few"], 4);
 }
 
-/// Redis as a bare tree, and in containers of runc, crun and podman, there and back each.
+/// Redis as a bare tree, and in containers of runc, crun, podman and containerd, there and back
+/// each.
 #[test]
 fn containers_move_there_and_back_as_their_runtimes_own() {
-    check(&["containers", "--only", "few"], 8);
+    check(&["containers", "--only", "few"], 10);
 }
 
 /// A container writes to its root file system, and to files of its image, and is moved there and
@@ -117,6 +118,19 @@ fn containers_move_there_and_back_as_their_runtimes_own() {
 #[test]
 fn a_container_moves_with_what_it_has_written() {
     check(&["containers", "--only", "crun-files"], 4);
+}
+
+/// A sparse file in a root file system, and a target's disk that is full from the beginning, or
+/// fills.
+#[test]
+fn a_container_moves_sparse_files_and_stays_where_the_other_disk_is_full() {
+    check(&["containers", "--only", "disk"], 3);
+}
+
+/// Images, runtimes and names that a target does not have, or has.
+#[test]
+fn a_container_that_cannot_come_is_refused_by_one_clear_error() {
+    check(&["containers", "--only", "containerd-errors"], 1);
 }
 
 /// A folder that is written, mapped, renamed, linked and stamped moves with its workload, there and

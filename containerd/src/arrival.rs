@@ -70,10 +70,22 @@ pub enum ArrivalError {
     },
 }
 
+/// What is known of a container that came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It has not run.
+    Waits,
+    /// It has run here.
+    Ran,
+    /// It may have run here, and has ended; or may run.
+    MayHaveRun,
+}
+
 /// One that nobody else works at.
 #[derive(Debug)]
 pub struct Held {
     arrival: Arrival,
+    fate: Fate,
     path: PathBuf,
     _lock: File,
 }
@@ -103,6 +115,12 @@ impl Root {
 /// What comes, in a migration's folder.
 const FILE: &str = "arrival.json";
 
+/// Files beside it that say more of what has become of it, the first one counts.
+const FATES: [(&str, Fate); 2] = [
+    ("arrival.ran", Fate::Ran),
+    ("arrival.may-have-run", Fate::MayHaveRun),
+];
+
 /// How long an attempt may take to end whose pager is gone.
 const LOCK_MAX: Duration = Duration::from_secs(12);
 
@@ -119,8 +137,25 @@ impl Arrival {
     /// When it is not kept.
     pub fn keep(folder: &Path, other: &Path) -> io::Result<()> {
         fs::create_dir_all(other)?;
+        // Before anybody reads it there.
+        for (name, _) in FATES.iter().filter(|(name, _)| folder.join(name).exists()) {
+            fs::write(other.join(name), "")?;
+        }
         match fs::hard_link(folder.join(FILE), other.join(FILE)) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Says in a migration's folder that what came with it has run, or may have; nothing where
+    /// nothing came, or has come to its end.
+    ///
+    /// # Errors
+    /// When it is not said.
+    pub fn mark(folder: &Path, fate: Fate) -> io::Result<()> {
+        let file = FATES.iter().find(|(_, known)| *known == fate);
+        match file {
+            Some((name, _)) if folder.join(FILE).exists() => fs::write(folder.join(name), ""),
             _ => Ok(()),
         }
     }
@@ -164,7 +199,9 @@ impl Arrival {
         let mut text = Vec::new();
         file.read_to_end(&mut text).map_err(failed)?;
         let arrival = serde_json::from_slice(&text);
+        let mut said = FATES.iter().filter(|(name, _)| folder.join(name).exists());
         Ok(Some(Held {
+            fate: said.next().map_or(Fate::Waits, |(_, fate)| *fate),
             arrival: arrival.map_err(|error| failed(error.into()))?,
             path,
             _lock: file,
@@ -231,7 +268,8 @@ impl Held {
     }
 
     /// Brings an attempt that did not come to its end to one: a container that runs is
-    /// containerd's, and of one that does not nothing is left.
+    /// containerd's, and of one that has not run nothing is left. One that may have run, and has
+    /// ended, stays, with what it has written.
     ///
     /// # Errors
     /// Why something stays as it was; this may be tried again then.
@@ -259,7 +297,18 @@ impl Held {
                 self.finish(client, id).await
             }
             _ => {
-                self.undo(client, id).await?;
+                match self.fate {
+                    Fate::Waits => self.undo(client, id).await?,
+                    // What it has written is nobody's to remove.
+                    Fate::Ran => {
+                        self.check_ended()?;
+                        labels::put_back(client, id).await?;
+                    }
+                    Fate::MayHaveRun => {
+                        self.check_ended()?;
+                        labels::let_go(client, id).await?;
+                    }
+                }
                 self.forget(id)
             }
         }
@@ -305,7 +354,12 @@ impl Held {
         fs::remove_file(&self.path).map_err(|source| ArrivalError::File {
             path: self.path.clone(),
             source,
-        })
+        })?;
+        for (name, _) in FATES {
+            // There is nothing any more that it is said of.
+            drop(fs::remove_file(self.path.with_file_name(name)));
+        }
+        Ok(())
     }
 
     fn namespace(&self) -> &str {
@@ -346,6 +400,27 @@ mod tests {
         assert!(matches!(other.try_lock(), Err(TryLockError::WouldBlock)));
         drop(held);
         other.try_lock().unwrap();
+    }
+
+    #[test]
+    fn what_has_become_of_it_is_said_where_it_is_kept_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let (here, there) = (folder.path().join("a"), folder.path().join("b"));
+        fs::create_dir(&here).unwrap();
+        // Of nothing there is nothing to say.
+        Arrival::mark(&here, Fate::Ran).unwrap();
+        assert_eq!(fs::read_dir(&here).unwrap().count(), 0);
+        arrival(&here).write(&here).unwrap();
+        let fate = |folder: &Path| Arrival::hold(folder).unwrap().unwrap().fate;
+        assert_eq!(fate(&here), Fate::Waits);
+        Arrival::mark(&here, Fate::MayHaveRun).unwrap();
+        assert_eq!(fate(&here), Fate::MayHaveRun);
+        Arrival::mark(&here, Fate::Ran).unwrap();
+        Arrival::keep(&here, &there).unwrap();
+        assert_eq!(fate(&there), Fate::Ran);
+        let held = Arrival::hold(&there).unwrap().unwrap();
+        held.forget("web").unwrap();
+        assert_eq!(fs::read_dir(&there).unwrap().count(), 0);
     }
 
     #[test]

@@ -33,14 +33,14 @@ pub struct Client {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClientError {
-    #[error("cannot reach containerd at {socket}: {why}")]
+    #[error("cannot reach containerd at {socket}: {why}: is it running?")]
     Unreachable { socket: PathBuf, why: String },
     #[error("{0:?} is no namespace of containerd")]
     Namespace(String),
     #[error("containerd, {what}: {}", status.message())]
     Refused {
         what: String,
-        #[source]
+        /// Its text is in that of this error.
         status: Box<Status>,
     },
     #[error("containerd does not answer within {limit:?}")]

@@ -18,7 +18,7 @@ mod client;
 pub mod labels;
 pub mod leave;
 
-pub use arrival::{Arrival, ArrivalError, Held};
+pub use arrival::{Arrival, ArrivalError, Fate, Held};
 pub use blocking::{block_on, with};
 pub use client::{Client, ClientError, Container, Snapshot, Task};
 

@@ -7,6 +7,7 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use criu_glue::probe::Capabilities;
@@ -28,7 +29,11 @@ use crate::migration::target::site::TargetNode;
 use crate::net::endpoint::{Endpoint, EndpointConfig};
 use crate::net::lanes::Listener;
 use crate::net::tls::Credentials;
-use crate::runtime::memory;
+use crate::runtime::kind::settle_left;
+use crate::runtime::{detached, memory};
+
+/// How often engines are told what they could not be told before.
+const SETTLE_EVERY: Duration = Duration::from_secs(1);
 
 /// Runs a daemon until it is told to stop by SIGTERM or SIGINT. Migrations under way are not waited
 /// for: their journals let the next daemon go on with them.
@@ -90,11 +95,24 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let served = api::serve(&config.api_socket(), control).context("opening the control socket")?;
     tracing::info!(node = %config.node, listen = %config.listen, peers = config.peers.len(),
         socket = %config.api_socket().display(), "ready");
-    accept_until_told_to_stop(listener, &registry).await?;
+    let settling = tokio::spawn(settle_what_is_left());
+    let told = accept_until_told_to_stop(listener, &registry).await;
+    settling.abort();
+    told?;
     tracing::info!("stopping");
     registry.give_up().await;
     served.stop().await;
     Ok(())
+}
+
+/// Tells engines, again and again, what they could not be told when it happened.
+async fn settle_what_is_left() {
+    loop {
+        tokio::time::sleep(SETTLE_EVERY).await;
+        if let Err(error) = detached::done("settle", settle_left).await {
+            tracing::warn!("{error}");
+        }
+    }
 }
 
 /// Where peers come, and from where they are met.

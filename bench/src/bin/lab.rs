@@ -16,7 +16,7 @@ use pageferry_bench::mover::pageferry::Pageferry;
 use pageferry_bench::mover::stock_criu::StockCriu;
 use pageferry_bench::scenario;
 use pageferry_bench::scenario::settings::Settings;
-use pageferry_bench::workload::container::Runtime;
+use pageferry_bench::workload::whose::Whose;
 use pageferry_bench::workload::{WorkloadPlan, launch, nginx, redis};
 use pageferry_bench::writer::options::Options;
 
@@ -96,10 +96,11 @@ enum Command {
         /// between them.
         #[arg(long)]
         only: Option<String>,
-        /// Of `demo`, move a container instead of a bare tree: of runc, or of crun or podman.
+        /// Of `demo`, move a container instead of a bare tree: of runc, or of crun, podman or
+        /// containerd.
         #[arg(long, value_name = "RUNTIME", num_args = 0..=1, default_missing_value = "runc",
-              value_parser = runtime)]
-        container: Option<Runtime>,
+              value_parser = whose)]
+        container: Option<Whose>,
     },
     /// Name the scenarios.
     List,
@@ -121,9 +122,9 @@ enum Kind {
     Writer,
 }
 
-fn runtime(name: &str) -> Result<Runtime, String> {
-    Runtime::of(name).ok_or_else(|| {
-        let names = Runtime::ALL.map(Runtime::name).join(", ");
+fn whose(name: &str) -> Result<Whose, String> {
+    Whose::of(name).ok_or_else(|| {
+        let names = Whose::ALL.map(Whose::name).join(", ");
         format!("it is one of {names}")
     })
 }
@@ -198,6 +199,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::List => {
             for scenario in &scenario::ALL {
                 println!("{:<14} {}", scenario.name, scenario.summary);
+                let cases = scenario.named_cases().iter();
+                cases.for_each(|(name, what)| println!("  --only {name}: {what}"));
             }
             Ok(ExitCode::SUCCESS)
         }

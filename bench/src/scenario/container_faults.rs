@@ -15,9 +15,13 @@ use super::session::Session;
 use super::settings::{Settings, other};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
+use crate::lab::containerd::Engine;
 use crate::mover::MoveOptions;
+use crate::mover::outcome::Outcome;
 use crate::mover::pageferry::{Migration, SETTLE_TIME_MAX, wait_settled};
-use crate::workload::container::{self, Runtime};
+use crate::workload::container::Runtime;
+use crate::workload::containerd::{TRAPPED, trap_wrapper, untrap_wrapper};
+use crate::workload::whose::Whose;
 
 /// Where a runtime waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +50,11 @@ enum Who {
     Runtime,
     /// By its command.
     Process(&'static str),
+    /// containerd, which is started again.
+    Engine,
+    /// What containerd's shim starts as the runtime, once, when it is to do this. It lives for
+    /// milliseconds, so another program stands in its place and dies as it would.
+    Wrapper(&'static str),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -65,6 +74,9 @@ const PODMAN: Who = Who::Process("podman");
 /// podman's: it keeps the log of a container, and starts its runtime.
 const MONITOR: Who = Who::Process("conmon");
 const PAGER: Who = Who::Process("pageferry-pager");
+/// What asks containerd for the container: the kernel keeps 15 bytes of a name.
+const ASKER: Who = Who::Process("pageferry-conta");
+const SHIM: Who = Who::Process("containerd-shim");
 
 const FAULTS: [Fault; 17] = [
     fault(Gate::Rounds, Side::Source, Who::Daemon),
@@ -93,26 +105,48 @@ const ENGINE_FAULTS: [Fault; 3] = [
     fault(Gate::PostRestore, Side::Target, MONITOR),
 ];
 
-/// All of them, of one container of `runtime` under load.
-pub fn run(settings: &Settings, runtime: Runtime, report: &mut Report) -> Result<()> {
-    let mut lab = settings.lab_with(&container::LAYER, 2)?;
-    let held = container::start(&mut lab, runtime, "a")?;
+/// Also in that of containerd. A shim that dies takes its container with it, so only one is killed
+/// whose container does not run yet.
+const CONTAINERD_FAULTS: [Fault; 15] = [
+    fault(Gate::Rounds, Side::Target, Who::Wrapper("create")),
+    fault(Gate::Rounds, Side::Target, Who::Wrapper("start")),
+    fault(Gate::Rounds, Side::Target, ASKER),
+    fault(Gate::PostRestore, Side::Target, ASKER),
+    fault(Gate::Committed, Side::Target, ASKER),
+    fault(Gate::Rounds, Side::Target, SHIM),
+    fault(Gate::PostRestore, Side::Target, SHIM),
+    fault(Gate::Rounds, Side::Source, Who::Engine),
+    fault(Gate::Rounds, Side::Target, Who::Engine),
+    fault(Gate::PostDump, Side::Source, Who::Engine),
+    fault(Gate::PostDump, Side::Target, Who::Engine),
+    fault(Gate::PostRestore, Side::Source, Who::Engine),
+    fault(Gate::PostRestore, Side::Target, Who::Engine),
+    fault(Gate::Committed, Side::Source, Who::Engine),
+    fault(Gate::Committed, Side::Target, Who::Engine),
+];
+
+/// All of them, of one container under load.
+pub fn run(settings: &Settings, whose: Whose, report: &mut Report) -> Result<()> {
+    let mut lab = settings.lab_with(whose.layer(), 2)?;
+    let mut engines = whose.start_engines(&lab)?;
+    let held = whose.start_redis(&mut lab, "a")?;
     let dataset = Dataset::first_row(BYTES);
     let load = LoadPlan::first_row();
     let mut session = Session::watch(&lab, settings.mover, "a", held, dataset, load)?;
-    let of_engine: &[Fault] = match runtime {
-        Runtime::Podman => &ENGINE_FAULTS,
-        Runtime::Crun | Runtime::Runc => &[],
+    let of_engine: &[Fault] = match whose {
+        Whose::Runtime(Runtime::Podman) => &ENGINE_FAULTS,
+        Whose::Runtime(Runtime::Crun | Runtime::Runc) => &[],
+        Whose::Containerd => &CONTAINERD_FAULTS,
     };
     for fault in FAULTS.iter().chain(of_engine) {
-        let came = fault.come(&mut lab, &mut session);
+        let came = fault.come(&mut lab, (whose, &mut engines), &mut session);
         match came {
             Ok(came) => {
                 let Fault { gate, side, who } = fault;
-                println!("{} {gate:?} {side:?} {who:?}: {came}", runtime.name());
+                println!("{} {gate:?} {side:?} {who:?}: {came}", whose.name());
             }
             Err(error) => {
-                report.fail(format!("{} {fault:?}: {error:#}", runtime.name()));
+                report.fail(format!("{} {fault:?}: {error:#}", whose.name()));
                 break;
             }
         }
@@ -127,9 +161,13 @@ pub fn run(settings: &Settings, runtime: Runtime, report: &mut Report) -> Result
 
 impl Fault {
     /// Tries until its gate was met; where the container runs then, and how the move ended.
-    fn come(&self, lab: &mut Lab, session: &mut Session) -> Result<String> {
+    fn come(&self, lab: &mut Lab, who: Owner<'_>, session: &mut Session) -> Result<String> {
+        let (whose, engines) = who;
         for _ in 0..TRIES {
-            let struck = self.strike(lab, session)?;
+            let struck = match self.who {
+                Who::Wrapper(verb) => strike_wrapper(lab, verb, session)?,
+                _ => self.strike(lab, (whose, engines), session)?,
+            };
             let where_it_runs = judge(lab, session)?;
             if let Some(ended) = struck {
                 return Ok(format!("{where_it_runs}; {ended}"));
@@ -139,14 +177,15 @@ impl Fault {
     }
 
     /// Begins a move and kills; how the move ended, if it came to the gate.
-    fn strike(&self, lab: &mut Lab, session: &mut Session) -> Result<Option<String>> {
+    fn strike(
+        &self,
+        lab: &mut Lab,
+        (whose, engines): Owner<'_>,
+        session: &mut Session,
+    ) -> Result<Option<String>> {
         let (from, to) = (session.at.clone(), other(&session.at));
         let name = session.workload.name();
-        let flags = MoveOptions {
-            timeout: Some("60s".to_owned()),
-            ..MoveOptions::default()
-        };
-        let migration = Migration::start(lab.node(&from)?, &name, to, &flags)?;
+        let migration = Migration::start(lab.node(&from)?, &name, to, &flags())?;
         let mut stopped = Stopped::default();
         if !self.come_to_gate(lab, &name, (&from, to), &mut stopped)? {
             drop(stopped);
@@ -158,43 +197,44 @@ impl Fault {
             Side::Source => from.as_str(),
             Side::Target => to,
         };
-        match self.who {
+        let command = match self.who {
             Who::Daemon => {
                 lab.daemon(node)?.kill()?;
                 drop(stopped);
                 lab.restart_daemon(node)?;
+                None
             }
-            Who::Runtime | Who::Process(_) => {
-                let command = self.command(session)?;
-                let struck = kill_first(lab, node, command)?;
+            Who::Engine => {
+                let all = lab.nodes.iter().zip(engines.iter_mut());
+                let (node, engine) = all
+                    .into_iter()
+                    .find(|(known, _)| known.name() == node)
+                    .context("its node has an engine")?;
+                engine.kill()?;
                 std::thread::sleep(NOTICE);
                 drop(stopped);
-                if let Struck::Missed = struck {
-                    migration.finish()?;
-                    wait_settled(lab, SETTLE_TIME_MAX)?;
-                    return Ok(None);
-                }
+                // Whoever needs it now does not find it.
+                std::thread::sleep(NOTICE);
+                engine.restart(node)?;
+                None
+            }
+            Who::Runtime => Some((whose.program(), stopped)),
+            Who::Process(command) => Some((command, stopped)),
+            Who::Wrapper(_) => bail!("it is not killed at a gate"),
+        };
+        if let Some((command, stopped)) = command {
+            let struck = kill_first(lab, node, command)?;
+            std::thread::sleep(NOTICE);
+            drop(stopped);
+            if let Struck::Missed = struck {
+                migration.finish()?;
+                wait_settled(lab, SETTLE_TIME_MAX)?;
+                return Ok(None);
             }
         }
         let outcome = migration.finish()?;
         wait_settled(lab, SETTLE_TIME_MAX)?;
-        Ok(Some(match outcome.error {
-            Some((code, text)) => format!("{code}: {text}"),
-            None => "moved".to_owned(),
-        }))
-    }
-
-    /// The command of the process that is killed.
-    fn command(&self, session: &Session) -> Result<&'static str> {
-        match self.who {
-            Who::Runtime => {
-                let container = session.workload.container.as_ref();
-                let container = container.context("it was started as a container")?;
-                Ok(container.runtime.program())
-            }
-            Who::Process(command) => Ok(command),
-            Who::Daemon => bail!("daemons are not killed by their command"),
-        }
+        Ok(Some(ended(outcome)))
     }
 
     /// Has it come to the gate, and stay there; false when that passed unseen.
@@ -236,6 +276,36 @@ impl Fault {
     }
 }
 
+/// Whose container it is, and the engines of all nodes.
+type Owner<'a> = (Whose, &'a mut [Engine]);
+
+fn flags() -> MoveOptions {
+    MoveOptions {
+        timeout: Some("60s".to_owned()),
+        ..MoveOptions::default()
+    }
+}
+
+fn ended(outcome: Outcome) -> String {
+    match outcome.error {
+        Some((code, text)) => format!("{code}: {text}"),
+        None => "moved".to_owned(),
+    }
+}
+
+/// Moves while the target's wrapper dies when it is first to do this; how the move ended, if it
+/// did die.
+fn strike_wrapper(lab: &mut Lab, verb: &str, session: &mut Session) -> Result<Option<String>> {
+    let (from, to) = (session.at.clone(), other(&session.at));
+    trap_wrapper(lab.node(to)?, verb)?;
+    let name = session.workload.name();
+    let outcome = Migration::start(lab.node(&from)?, &name, to, &flags())?.finish()?;
+    wait_settled(lab, SETTLE_TIME_MAX)?;
+    let has_died = lab.node(to)?.path(TRAPPED).exists();
+    untrap_wrapper(lab.node(to)?)?;
+    Ok(has_died.then(|| ended(outcome)))
+}
+
 /// Kills the first process of this name when it is there: what is to become CRIU is started while
 /// the first round is sent.
 fn kill_first(lab: &Lab, node: &str, command: &str) -> Result<Struck> {
@@ -250,8 +320,6 @@ fn kill_first(lab: &Lab, node: &str, command: &str) -> Result<Struck> {
 
 /// Where it runs, at one node and no other.
 fn judge(lab: &Lab, session: &mut Session) -> Result<String> {
-    let container = session.workload.container.clone();
-    let container = container.context("it was started as a container")?;
     session.wait_for_writes(WRITES_AROUND)?;
     let mut here = Vec::new();
     for node in &lab.nodes {
@@ -262,21 +330,32 @@ fn judge(lab: &Lab, session: &mut Session) -> Result<String> {
     let [(node, pid)] = here[..] else {
         bail!("it runs at {} nodes", here.len());
     };
-    container::check_here(node, &container, pid)?;
-    container::check_whole(node, &container)?;
-    let rest = lab.nodes.iter().filter(|other| other.name() != node.name());
-    for gone in rest {
-        container::check_gone(gone, &container)?;
-        container::check_whole(gone, &container)?;
-        ensure!(
-            !gone.has_frozen_cgroup(),
-            "node {} has a frozen cgroup",
-            gone.name()
-        );
-    }
     node.name().clone_into(&mut session.at);
     session.workload.pid = pid;
+    // An engine that was away hears of it when it is back.
+    let deadline = Instant::now() + TOLD_MAX;
+    while let Err(error) = is_right(lab, session) {
+        if deadline < Instant::now() {
+            return Err(error);
+        }
+        std::thread::sleep(NOTICE);
+    }
     Ok(format!("runs at {}", session.at))
+}
+
+/// Whether it is its owner's own where it runs, and nothing of it is at the other node.
+fn is_right(lab: &Lab, session: &Session) -> Result<()> {
+    for node in &lab.nodes {
+        session.workload.is_whole(node)?;
+        if node.name() == session.at {
+            session.workload.is_here(node)?;
+            continue;
+        }
+        session.workload.is_gone(node)?;
+        let name = node.name();
+        ensure!(!node.has_frozen_cgroup(), "node {name} has a frozen cgroup");
+    }
+    Ok(())
 }
 
 const BYTES: u64 = 64 << 20; // 64 MiB
@@ -287,3 +366,5 @@ const TRIES: usize = 5;
 const POLL: Duration = Duration::from_millis(1);
 /// What was killed is missed, what was stopped is waited for, and what is begun is there.
 const NOTICE: Duration = Duration::from_millis(300);
+/// How long it may take until an engine that was away has been told.
+const TOLD_MAX: Duration = Duration::from_secs(15);

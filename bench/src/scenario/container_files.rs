@@ -31,30 +31,24 @@ use crate::mover::pageferry::{Migration, Pageferry, SETTLE_TIME_MAX, wait_settle
 use crate::workload::Workload;
 use crate::workload::container::{self, BUNDLES, Plan, Runtime};
 use crate::workload::containerd;
+use crate::workload::whose::Whose;
 use crate::writer::case::FILES;
 use crate::writer::case::files::FOLDER;
 use crate::writer::options::Options;
 
-/// Moves a container of `runtime` there and back, and kills.
-pub fn run(settings: &Settings, runtime: Runtime, report: &mut Report) -> Result<()> {
-    let mut lab = settings.lab_with(&container::LAYER, 2)?;
-    for node in &lab.nodes {
-        make_disk(node)?;
+/// Moves a container there and back, and kills.
+pub fn run(settings: &Settings, whose: Whose, report: &mut Report) -> Result<()> {
+    let mut lab = settings.lab_with(whose.layer(), 2)?;
+    let _engines = whose.start_engines(&lab)?;
+    match whose {
+        Whose::Runtime(_) => lab.nodes.iter().try_for_each(make_disk)?,
+        Whose::Containerd => containerd::bring_image(&lab, &writer_plan().1)?,
     }
-    run_in(&mut lab, Whose::Runtime(runtime), report)
-}
-
-/// The same of a container of containerd.
-pub fn run_containerd(settings: &Settings, report: &mut Report) -> Result<()> {
-    let mut lab = settings.lab_with(&containerd::LAYER, 2)?;
-    let _engines = containerd::start_engines(&lab)?;
-    let (_, plan) = writer_plan();
-    containerd::bring_image(&lab, &plan)?;
-    run_in(&mut lab, Whose::Containerd, report)
+    run_in(&mut lab, whose, report)
 }
 
 fn run_in(lab: &mut Lab, whose: Whose, report: &mut Report) -> Result<()> {
-    let (session, plan) = whose.start(lab)?;
+    let (session, plan) = start(lab, whose)?;
     moves(lab, session, (whose.name(), &plan), report)?;
     let mut seen = 0;
     for kill in &KILLS {
@@ -75,40 +69,13 @@ fn run_in(lab: &mut Lab, whose: Whose, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// Who runs it.
-#[derive(Clone, Copy, Debug)]
-enum Whose {
-    Runtime(Runtime),
-    Containerd,
-}
-
-impl Whose {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Runtime(runtime) => runtime.name(),
-            Self::Containerd => "containerd",
-        }
-    }
-
-    /// The program that asks CRIU.
-    const fn program(self) -> &'static str {
-        match self {
-            Self::Runtime(runtime) => runtime.program(),
-            Self::Containerd => "runc",
-        }
-    }
-
-    /// Starts a writer in a container at node a.
-    fn start(self, lab: &mut Lab) -> Result<(WriterSession, Plan)> {
-        let (options, plan) = writer_plan();
-        let workload = match self {
-            Self::Runtime(runtime) => container::start_with(lab, runtime, "a", &plan)?,
-            Self::Containerd => containerd::start_with(lab, "a", &containerd::RESTARTED, &plan)?,
-        };
-        let client = writer::connect(lab, &workload, &options)?;
-        let session = WriterSession::watch(lab, &Pageferry, "a", (workload, client))?;
-        Ok((session, plan))
-    }
+/// Starts a writer in a container at node a.
+pub(super) fn start(lab: &mut Lab, whose: Whose) -> Result<(WriterSession, Plan)> {
+    let (options, plan) = writer_plan();
+    let workload = whose.start(lab, "a", &plan)?;
+    let client = writer::connect(lab, &workload, &options)?;
+    let session = WriterSession::watch(lab, &Pageferry, "a", (workload, client))?;
+    Ok((session, plan))
 }
 
 fn writer_plan() -> (Options, Plan) {
@@ -137,8 +104,8 @@ fn moves(
         }
         wait_settled(lab, SETTLE_TIME_MAX)?;
         let (here, there) = (lab.node(&session.at)?, lab.node(&from)?);
-        check_here(here, &session.workload, plan)?;
-        check_gone(there, &session.workload)?;
+        session.workload.is_here_as(here, plan)?;
+        session.workload.is_gone(there)?;
         compare(&before, &describe(&root_at(here, &session.workload)?)?)?;
         check_left(here, there, &session.workload)?;
         let entries = before.len();
@@ -166,26 +133,10 @@ fn shell(node: &Node, workload: &Workload, script: &str) -> Result<()> {
     }
 }
 
-fn root_at(node: &Node, workload: &Workload) -> Result<PathBuf> {
+pub(super) fn root_at(node: &Node, workload: &Workload) -> Result<PathBuf> {
     match (&workload.container, &workload.containerd) {
         (Some(container), _) => container::root_at(node, container),
         (_, Some(id)) => Ok(containerd::root_at(node, id)),
-        (None, None) => bail!("it is in no container"),
-    }
-}
-
-fn check_here(node: &Node, workload: &Workload, plan: &Plan) -> Result<()> {
-    match (&workload.container, &workload.containerd) {
-        (Some(container), _) => container::check_here_as(node, container, workload.pid, plan),
-        (_, Some(id)) => containerd::check_here_as(node, id, workload.pid, plan),
-        (None, None) => bail!("it is in no container"),
-    }
-}
-
-fn check_gone(node: &Node, workload: &Workload) -> Result<()> {
-    match (&workload.container, &workload.containerd) {
-        (Some(container), _) => container::check_gone(node, container),
-        (_, Some(id)) => containerd::check_gone(node, id),
         (None, None) => bail!("it is in no container"),
     }
 }
@@ -209,7 +160,7 @@ enum Who {
 impl Kill {
     /// Moves a container and kills; whether the moment was met.
     fn come(&self, lab: &mut Lab, whose: Whose, report: &mut Report) -> Result<bool> {
-        let (mut session, plan) = whose.start(lab)?;
+        let (mut session, plan) = start(lab, whose)?;
         let name = session.workload.name();
         let migration = Migration::start(lab.node("a")?, &name, "b", &MoveOptions::default())?;
         let hit = wait_for_phase(lab, &name, self.at)?.is_some();
@@ -230,8 +181,8 @@ impl Kill {
         wait_settled(lab, SETTLE_TIME_MAX)?;
         let left = settle(lab, &mut session)?;
         let (here, gone) = (lab.node(&session.at)?, lab.node(left)?);
-        check_here(here, &session.workload, &plan)?;
-        check_gone(gone, &session.workload)?;
+        session.workload.is_here_as(here, &plan)?;
+        session.workload.is_gone(gone)?;
         if let Some(container) = &session.workload.container {
             let bundle = container::bundle(&container.id);
             ensure!(!gone.path(&bundle).exists(), "{bundle} is at {left} too");
@@ -298,7 +249,7 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 const MISSED_MAX: usize = 3;
 
 /// Gives a node a disk of its own for bundles.
-fn make_disk(node: &Node) -> Result<()> {
+pub(super) fn make_disk(node: &Node) -> Result<()> {
     let own = format!("{SHARED}/bundles-{}", node.name());
     let script = format!("mkdir -p {BUNDLES} {own} && mount --bind {own} {BUNDLES}");
     node.command("sh")?.args(["-ec", &script]).run().map(drop)

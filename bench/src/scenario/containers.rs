@@ -4,25 +4,23 @@
 //! At each node the container must be the runtime's own, and where it was nothing may be left of
 //! it.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use super::report::Report;
 use super::session::Session;
 use super::settings::Settings;
-use super::{container_faults, container_files, containerd, shapes, volumes};
+use super::{container_disk, container_errors, container_faults, container_files, shapes, volumes};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
 use crate::workload::container::{self, Runtime};
-use crate::workload::redis;
+use crate::workload::whose::Whose;
+use crate::workload::{containerd, redis};
 
 /// The scenario; its cases are the runtimes, a short one of all, and kills.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     settings.need_pageferry("containers are about what stock CRIU does not have")?;
     let only = settings.only.as_deref();
-    if only == Some(CONTAINERD) {
-        return containerd::moves(settings, report);
-    }
     if let Some(shapes) = shapes_of(only) {
         return shapes::run(settings, shapes, report);
     }
@@ -33,54 +31,70 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         return Ok(());
     }
     if only == Some(CONTAINERD_VOLUME) {
-        let mut lab = settings.lab_with(&crate::workload::containerd::LAYER, 2)?;
+        let mut lab = settings.lab_with(&containerd::LAYER, 2)?;
         let said = volumes::of_containerd(&mut lab, report)?;
         println!("{CONTAINERD_VOLUME}: {said}");
         return Ok(());
     }
-    if only == Some(CONTAINERD_FILES) {
-        return container_files::run_containerd(settings, report);
-    }
-    let Some((case, runtimes)) = case(only) else {
-        let runtimes = Runtime::ALL.map(Runtime::name);
+    let Some((case, all)) = case(only) else {
+        let cases: Vec<&str> = CASES.iter().map(|(name, _)| *name).collect();
         bail!(
-            "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {runtimes:?}, those \
-             with -{FAULTS}, -{FILES} or -{FEW} behind them, {CONTAINERD:?}, {CONTAINERD_FILES:?}, \
-             {PODMAN_VOLUME:?}, {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its \
-             name, also with crun- before it",
+            "containers has no case {:?}, only those of {cases:?} (lab list says what they are)",
             only.unwrap_or_default()
         );
     };
-    let (moves, bytes) = match case {
-        Case::Moves => (MOVES, BYTES),
-        Case::Few => (MOVES_FEW, BYTES_FEW),
-        Case::Faults => {
-            let mut all = runtimes.into_iter();
-            return all.try_for_each(|runtime| container_faults::run(settings, runtime, report));
-        }
-        Case::Files => {
-            let mut all = runtimes.into_iter();
-            return all.try_for_each(|runtime| container_files::run(settings, runtime, report));
-        }
-    };
-    let dataset = Dataset::first_row(bytes);
-    let mut lab = settings.lab_with(&container::LAYER, 2)?;
-    let earlier = report.moves.len();
-    let tree = redis::start(&mut lab, "a", &redis::plan())?;
-    let load = LoadPlan::first_row();
-    let mut session = Session::watch(&lab, settings.mover, "a", tree, dataset, load)?;
-    for _ in 0..moves {
-        session.move_on(&lab, report)?;
+    let mut all = all.into_iter();
+    match case {
+        Case::Moves => moves(settings, all.as_slice(), (MOVES, BYTES), report),
+        Case::Few => moves(settings, all.as_slice(), (MOVES_FEW, BYTES_FEW), report),
+        Case::Faults => all.try_for_each(|whose| container_faults::run(settings, whose, report)),
+        Case::Files => all.try_for_each(|whose| container_files::run(settings, whose, report)),
+        Case::Errors => all.try_for_each(|whose| container_errors::run(settings, whose, report)),
+        Case::Disk => all.try_for_each(|whose| container_disk::run(settings, whose, report)),
     }
-    session.finish(report)?.kill(&lab)?;
+}
+
+/// Moves a bare tree, and then the containers of each: those whose nodes have the same layer in one
+/// lab.
+fn moves(
+    settings: &Settings,
+    all: &[Whose],
+    (moves, bytes): (usize, u64),
+    report: &mut Report,
+) -> Result<()> {
+    let dataset = Dataset::first_row(bytes);
+    let labs = all.chunk_by(|one, next| one.layer().name == next.layer().name);
+    for (number, owners) in labs.enumerate() {
+        let mut lab = settings.lab_with(owners[0].layer(), 2)?;
+        if number == 0 {
+            of_tree(settings, &mut lab, (moves, dataset), report)?;
+        }
+        let _engines = owners[0].start_engines(&lab)?;
+        for whose in owners {
+            of_container(settings, &mut lab, *whose, (moves, dataset), report)?;
+        }
+    }
+    Ok(())
+}
+
+fn of_tree(
+    settings: &Settings,
+    lab: &mut Lab,
+    (moves, dataset): (usize, Dataset),
+    report: &mut Report,
+) -> Result<()> {
+    let earlier = report.moves.len();
+    let tree = redis::start(lab, "a", &redis::plan())?;
+    let load = LoadPlan::first_row();
+    let mut session = Session::watch(lab, settings.mover, "a", tree, dataset, load)?;
+    for _ in 0..moves {
+        session.move_on(lab, report)?;
+    }
+    session.finish(report)?.kill(lab)?;
     let moved = report.moves[earlier..].to_vec();
     report.figure_downtimes("bare tree", &moved);
     report.print_figures("bare tree");
-    settings.mover.wait_settled(&lab, SETTLE_TIME_MAX)?;
-    for runtime in runtimes {
-        of_runtime(settings, &mut lab, runtime, (moves, dataset), report)?;
-    }
-    Ok(())
+    settings.mover.wait_settled(lab, SETTLE_TIME_MAX)
 }
 
 /// Whose shapes are asked for, and which of them.
@@ -96,37 +110,41 @@ fn shapes_of(only: Option<&str>) -> Option<(Runtime, Option<&str>)> {
     }
 }
 
-fn case(only: Option<&str>) -> Option<(Case, Vec<Runtime>)> {
-    let all = Runtime::ALL.to_vec();
+fn case(only: Option<&str>) -> Option<(Case, Vec<Whose>)> {
+    let all = Whose::ALL.to_vec();
     let name = match only {
         None => return Some((Case::Moves, all)),
         Some(FEW) => return Some((Case::Few, all)),
         Some(FAULTS) => return Some((Case::Faults, all)),
         Some(FILES) => return Some((Case::Files, all)),
+        Some(ERRORS) => return Some((Case::Errors, Case::Errors.of(all))),
+        Some(DISK) => return Some((Case::Disk, vec![Whose::Runtime(Runtime::Runc)])),
         Some(name) => name,
     };
     let (name, case) = match name.rsplit_once('-') {
         Some((name, FAULTS)) => (name, Case::Faults),
         Some((name, FILES)) => (name, Case::Files),
         Some((name, FEW)) => (name, Case::Few),
+        Some((name, ERRORS)) => (name, Case::Errors),
+        Some((name, DISK)) => (name, Case::Disk),
         _ => (name, Case::Moves),
     };
-    Runtime::of(name).map(|runtime| (case, vec![runtime]))
+    let owners = case.of(Whose::of(name).into_iter().collect());
+    owners.first()?;
+    Some((case, owners))
 }
 
-fn of_runtime(
+fn of_container(
     settings: &Settings,
     lab: &mut Lab,
-    runtime: Runtime,
+    whose: Whose,
     (moves, dataset): (usize, Dataset),
     report: &mut Report,
 ) -> Result<()> {
     let earlier = report.moves.len();
-    let held = container::start(lab, runtime, "a")?;
-    let container = held
-        .container
-        .clone()
-        .context("it was started as a container")?;
+    let held = whose.start_redis(lab, "a")?;
+    // What is looked at after each move is so before the first.
+    held.is_here(lab.node("a")?)?;
     let load = LoadPlan::first_row();
     let mut session = Session::watch(lab, settings.mover, "a", held, dataset, load)?;
     for _ in 0..moves {
@@ -134,9 +152,9 @@ fn of_runtime(
         if !session.move_on(lab, report)? {
             break;
         }
-        let node = lab.node(&session.at)?;
-        let here = container::check_here(node, &container, session.workload.pid);
-        let gone = container::check_gone(lab.node(&from)?, &container);
+        settings.mover.wait_settled(lab, SETTLE_TIME_MAX)?;
+        let here = session.workload.is_here(lab.node(&session.at)?);
+        let gone = session.workload.is_gone(lab.node(&from)?);
         for wrong in [here, gone].into_iter().filter_map(Result::err) {
             report.fail(format!("{wrong:#}"));
         }
@@ -144,14 +162,48 @@ fn of_runtime(
     let at = session.at.clone();
     let workload = session.finish(report)?;
     let moved = report.moves[earlier..].to_vec();
-    report.figure_downtimes(runtime.name(), &moved);
-    report.print_figures(runtime.name());
+    report.figure_downtimes(whose.name(), &moved);
+    report.print_figures(whose.name());
     settings.mover.wait_settled(lab, SETTLE_TIME_MAX)?;
-    if let Err(error) = container::end(lab.node(&at)?, &container) {
+    if let Err(error) = workload.end(lab.node(&at)?) {
         report.fail(format!("{error:#}"));
     }
+    lab.nodes
+        .iter()
+        .try_for_each(|node| workload.is_whole(node))?;
     workload.kill(lab)
 }
+
+/// Its cases, where OWNER is one of [`Whose::ALL`], and what they are.
+pub const CASES: [(&str, &str); 9] = [
+    (
+        "OWNER",
+        "10 moves of a bare tree, and of a container of theirs",
+    ),
+    ("few, OWNER-few", "2 moves each, of 64 MiB"),
+    (
+        "faults, OWNER-faults",
+        "kill -9 of whoever takes part, at each gate",
+    ),
+    (
+        "files, OWNER-files",
+        "a writable root file system, with kills",
+    ),
+    (
+        "errors, OWNER-errors",
+        "what a node lacks, not of podman: one error each, the source untouched",
+    ),
+    (
+        "disk, RUNTIME-disk",
+        "a sparse file and full disks, of runc or crun",
+    ),
+    ("shapes, crun-shapes", "containers as people run them"),
+    (
+        "NAME, crun-NAME",
+        "one of the shapes: hardened, nginx, postgresql, refused, volume, volume-killed",
+    ),
+    ("podman-volume, containerd-volume", "volumes of engines"),
+];
 
 /// What is done with the containers of a runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,6 +212,21 @@ enum Case {
     Few,
     Faults,
     Files,
+    Errors,
+    Disk,
+}
+
+impl Case {
+    /// Those of whom it is.
+    fn of(self, mut all: Vec<Whose>) -> Vec<Whose> {
+        all.retain(|whose| match (self, whose) {
+            (Self::Errors, whose) => *whose != Whose::Runtime(Runtime::Podman),
+            (Self::Disk, Whose::Runtime(runtime)) => *runtime != Runtime::Podman,
+            (Self::Disk, Whose::Containerd) => false,
+            (Self::Moves | Self::Few | Self::Faults | Self::Files, _) => true,
+        });
+        all
+    }
 }
 
 /// The case that a test runs.
@@ -168,15 +235,16 @@ const FEW: &str = "few";
 const FAULTS: &str = "faults";
 /// Files in their root file systems.
 const FILES: &str = "files";
+/// What a node may lack.
+const ERRORS: &str = "errors";
+/// A sparse file, and disks that are full.
+const DISK: &str = "disk";
 /// Of all that people run.
 const SHAPES: &str = "shapes";
 /// A volume that podman has by its name.
 const PODMAN_VOLUME: &str = "podman-volume";
 /// A folder that is bound into one of containerd.
 const CONTAINERD_VOLUME: &str = "containerd-volume";
-/// Containerd's.
-const CONTAINERD: &str = "containerd";
-const CONTAINERD_FILES: &str = "containerd-files";
 const MOVES: usize = 10;
 const MOVES_FEW: usize = 2;
 /// Values alone; Redis needs a quarter more for them.

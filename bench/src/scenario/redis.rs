@@ -12,7 +12,7 @@ use crate::lab::Lab;
 use crate::measure::Meter;
 use crate::mover::pageferry::{Migration, SETTLE_TIME_MAX, wait_settled};
 use crate::mover::{MoveOptions, Mover};
-use crate::workload::{container, redis};
+use crate::workload::redis;
 
 /// One move under the first row of the load, of a bare tree or of a container.
 pub fn demo(settings: &Settings, report: &mut Report) -> Result<()> {
@@ -22,10 +22,12 @@ pub fn demo(settings: &Settings, report: &mut Report) -> Result<()> {
             let tree = redis::start(&mut lab, "a", &redis::plan())?;
             (lab, tree)
         }
-        Some(runtime) => {
+        Some(whose) => {
             settings.need_pageferry("stock CRIU moves no containers here")?;
-            let mut lab = settings.lab_with(&container::LAYER, 2)?;
-            let held = container::start(&mut lab, runtime, "a")?;
+            let mut lab = settings.lab_with(whose.layer(), 2)?;
+            // They stay with the lab.
+            drop(whose.start_engines(&lab)?);
+            let held = whose.start_redis(&mut lab, "a")?;
             (lab, held)
         }
     };
@@ -36,10 +38,10 @@ pub fn demo(settings: &Settings, report: &mut Report) -> Result<()> {
     session.wait_for_writes(WRITES_AROUND)?;
     if session.move_to(&lab, "b", &MoveOptions::default(), report)? {
         session.wait_for_writes(WRITES_AROUND)?;
-        if let Some(moved) = &session.workload.container {
-            container::check_here(lab.node("b")?, moved, session.workload.pid)?;
-            container::check_gone(lab.node("a")?, moved)?;
-            report.figure("container", moved.name());
+        if settings.container.is_some() {
+            session.workload.is_here(lab.node("b")?)?;
+            session.workload.is_gone(lab.node("a")?)?;
+            report.figure("container", session.workload.name());
         }
     }
     session.finish(report)?;

@@ -6,7 +6,7 @@ use crate::lab::layer::LayerPlan;
 use crate::lab::network::Link;
 use crate::lab::{Lab, LabOptions};
 use crate::mover::Mover;
-use crate::workload::container::Runtime;
+use crate::workload::whose::Whose;
 
 /// What the command line may change about a scenario.
 #[derive(Clone, Debug)]
@@ -19,8 +19,8 @@ pub struct Settings {
     pub mover: &'static dyn Mover,
     /// Of a scenario with cases, only this one.
     pub only: Option<String>,
-    /// Move a container of this runtime.
-    pub container: Option<Runtime>,
+    /// Move a container, of theirs.
+    pub container: Option<Whose>,
 }
 
 impl Settings {

@@ -197,10 +197,7 @@ fn there_and_back(
         wait_settled(lab, SETTLE_TIME_MAX)?;
         check_place(lab, session, path)?;
         let left = lab.node(&from)?;
-        match &session.workload.containerd {
-            Some(id) => containerd::check_gone(left, id)?,
-            None => container::check_gone(left, of(session)?)?,
-        }
+        session.workload.is_gone(left)?;
         let last = report.moves.last().context("a move")?;
         said.push((last.wire_bytes >> 20, last.downtime_ms));
     }

@@ -161,6 +161,11 @@ pub fn check_here_as(node: &Node, id: &str, pid: i32, plan: &Plan) -> Result<()>
         "{:?} in {id} says {said:?}",
         plan.greets
     );
+    let metrics = ctr(node, &["tasks", "metrics", id])?;
+    ensure!(
+        metrics.contains("memory.usage"),
+        "containerd has no metrics of {id}: {metrics:?}"
+    );
     ctr(node, &["tasks", "pause", id])?;
     ctr(node, &["tasks", "resume", id])?;
     let info = ctr(node, &["containers", "info", id])?;
@@ -216,6 +221,25 @@ pub fn check_whole(node: &Node) -> Result<()> {
     Ok(())
 }
 
+/// Has what a node's shims start as the runtime die of a `kill -9` when it is first to do `verb`;
+/// [`TRAPPED`] is there once it has.
+pub fn trap_wrapper(node: &Node, verb: &str) -> Result<()> {
+    let script = format!(
+        "mv {INSTALLED} {INSTALLED}.real; cat >{INSTALLED} <<'END'\n#!/bin/sh\n\
+         for word; do\n\
+         if [ \"$word\" = {verb} ] && mkdir {TRAPPED} 2>/dev/null; then kill -9 $$; fi\n\
+         done\n\
+         exec {INSTALLED}.real \"$@\"\nEND\nchmod 755 {INSTALLED}"
+    );
+    node.command("sh")?.args(["-ec", &script]).run().map(drop)
+}
+
+/// Puts it back.
+pub fn untrap_wrapper(node: &Node) -> Result<()> {
+    let script = format!("mv {INSTALLED}.real {INSTALLED}; rm -rf {TRAPPED}");
+    node.command("sh")?.args(["-ec", &script]).run().map(drop)
+}
+
 /// Ends it as an operator would, and sees that nothing is left.
 pub fn end(node: &Node, id: &str) -> Result<()> {
     ctr(node, &["containers", "label", id, NOT_RESTARTED])?;
@@ -247,9 +271,12 @@ pub fn delete(lab: &Lab, id: &str) -> Result<()> {
 pub const RESTARTED: [&str; 2] = ["--label", "containerd.io/restart.status=running"];
 /// The label goes away.
 const NOT_RESTARTED: &str = "containerd.io/restart.status=";
+/// Where `pageferry setup containerd` puts what shims start.
+pub const INSTALLED: &str = "/usr/local/lib/pageferry/pageferry-oci";
+pub const TRAPPED: &str = "/run/trapped";
 /// What `ctr` works in when it is not told.
 const NAMESPACE: &str = "default";
-const IMAGE: &str = "localhost/redis:1";
+pub const IMAGE: &str = "localhost/redis:1";
 /// Where the layer has it.
 pub const IMAGE_FILE: &str = "/srv/images/redis.tar";
 const CONFIG: &str = "/etc/containerd/lab.toml";

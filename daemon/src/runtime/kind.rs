@@ -434,6 +434,7 @@ pub fn sweep(directory: &Path) {
 /// What has come runs: whoever made it removes it from now on, and nobody else.
 pub fn runs(directory: &Path) {
     podman::arrive::runs(directory);
+    containerd::arrive::runs(directory);
 }
 
 /// Lets go of what a killed runtime has bound. What an engine has of a workload that may have run
@@ -441,6 +442,7 @@ pub fn runs(directory: &Path) {
 pub fn leave(directory: &Path) {
     oci::arrive::leave(directory);
     podman::arrive::leave(directory);
+    containerd::arrive::leave(directory);
 }
 
 /// Sees to it that whoever made what has come knows that it runs.

@@ -19,11 +19,16 @@ pub struct ContainerDescription {
     pub bundle: String,
     /// The `config.json` in it.
     pub config: Vec<u8>,
+    /// The version of its runtime at the source, as that says it: `1.3.3`. Empty if it is not said.
+    pub runtime_version: String,
     /// What containerd has of it, if it is containerd's.
     pub containerd: Option<ContainerdDescription>,
     /// What podman has of it, if it is podman's.
     pub podman: Option<PodmanDescription>,
 }
+
+/// Longest version of a runtime, in bytes.
+pub const VERSION_BYTES_MAX: usize = 64;
 
 /// A container of containerd.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +91,7 @@ impl From<&ContainerDescription> for schema::Container {
         Self {
             bundle: container.bundle.clone(),
             config: container.config.clone(),
+            runtime_version: container.runtime_version.clone(),
             containerd: container.containerd.as_ref().map(Into::into),
             podman: container.podman.as_ref().map(Into::into),
         }
@@ -218,9 +224,15 @@ impl TryFrom<schema::Container> for ContainerDescription {
         }
         short("container.bundle", wire.bundle.len(), PATH_BYTES_MAX)?;
         short("container.config", wire.config.len(), CONFIG_BYTES_MAX)?;
+        short(
+            "container.runtime_version",
+            wire.runtime_version.len(),
+            VERSION_BYTES_MAX,
+        )?;
         Ok(Self {
             bundle: wire.bundle,
             config: wire.config,
+            runtime_version: wire.runtime_version,
             containerd: wire.containerd.map(TryInto::try_into).transpose()?,
             podman: wire.podman.map(TryInto::try_into).transpose()?,
         })
@@ -236,12 +248,16 @@ mod tests {
         let wire = |bundle: &str, length: usize| schema::Container {
             bundle: bundle.to_owned(),
             config: vec![b' '; length],
-            containerd: None,
-            podman: None,
+            ..schema::Container::default()
         };
         let read = |wire: schema::Container| ContainerDescription::try_from(wire).is_ok();
         assert!(read(wire("/b", CONFIG_BYTES_MAX)));
         assert!(!read(wire("/b", CONFIG_BYTES_MAX + 1)));
+        let from = |version: usize| schema::Container {
+            runtime_version: "1".repeat(version),
+            ..wire("/b", 2)
+        };
+        assert!(read(from(VERSION_BYTES_MAX)) && !read(from(VERSION_BYTES_MAX + 1)));
         assert!(!read(wire("b", 2)) && !read(wire("", 2)) && !read(wire("/a/../b", 2)));
     }
 

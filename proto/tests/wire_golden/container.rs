@@ -6,6 +6,7 @@ pub fn container() -> ContainerDescription {
     ContainerDescription {
         bundle: "/b".to_owned(),
         config: b"{}".to_vec(),
+        runtime_version: "1.3".to_owned(),
         containerd: Some(ContainerdDescription {
             record: vec![0x0a, 0x01, b'w'],
             spec_type: "s".to_owned(),

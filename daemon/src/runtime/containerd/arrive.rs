@@ -8,17 +8,19 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pageferry_containerd::{Arrival, Container, LOG, SOCKET};
+use pageferry_containerd::{Arrival, Container, Fate, LOG, SOCKET};
 use pageferry_oci::{INSTALLED, Orders};
 use pageferry_proto::id::ContainerId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescription};
 use pageferry_proto::wire::description::WorkloadDescription;
 
-use super::{ask, check, kept_in, mounted, refuse_others};
+use super::{ask, check, kept_in, mounted, owed, refuse_others};
 use crate::runtime::oci::arrive::{Leaves, Restore, check_node, check_spec, prepare};
 use crate::runtime::oci::binds::Binds;
+use crate::runtime::oci::habits::Runtime;
 use crate::runtime::oci::spec::Spec;
+use crate::runtime::oci::version;
 use crate::runtime::oci::volumes::Named;
 use crate::runtime::rootfs::RootPlace;
 
@@ -73,6 +75,7 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks, for as long as containerd takes to answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         check_node(description)?;
+        version::check(Runtime::Runc, &self.described.runtime_version)?;
         check_spec(&self.described, None, &Named::of(description))?;
         let unfit = |text: String| Err(Failure::new(ErrorCode::NodeUnfit, text));
         let program = beside(PROGRAM);
@@ -118,6 +121,10 @@ impl Arriving {
                 client.image(self.container.image()).await?,
                 client.snapshot((snapshotter, parent)).await?,
             ))
+        })
+        .map_err(|failure| {
+            let text = format!("at the target: {}", failure.text());
+            Failure::new(failure.code(), text)
         })?;
         if container.is_some() {
             return taken(format!(
@@ -203,6 +210,25 @@ impl Arriving {
     }
 }
 
+/// What has come runs: from here on nobody removes it.
+pub fn runs(directory: &Path) {
+    mark(directory, Fate::Ran);
+}
+
+/// Brings to an end what has come, may have run, and does not run: it stays, with what it has
+/// written, and is not started.
+pub fn leave(directory: &Path) {
+    mark(directory, Fate::MayHaveRun);
+    settle(directory);
+}
+
+fn mark(directory: &Path, fate: Fate) {
+    if let Err(error) = Arrival::mark(directory, fate) {
+        tracing::error!(%error, "{} says that a container has not run, which has, or may have",
+            directory.display());
+    }
+}
+
 /// Brings to an end what has come into a migration's folder and not to one: a container that runs
 /// is containerd's, and of one that does not nothing is left. What containerd does not do now is
 /// tried again by [`settle_left`].
@@ -212,19 +238,22 @@ pub fn settle(directory: &Path) {
         Some(held) => pageferry_containerd::block_on(SETTLE_MAX, async || held.settle().await),
     });
     let Err(error) = settled else { return };
-    tracing::warn!(folder = %directory.display(), error = chain(&error),
-        "containerd is asked later about a container that came, or did not");
     let name = directory.file_name().unwrap_or_default();
     let kept = left().join(name);
-    if directory != kept
-        && let Err(error) = Arrival::keep(directory, &kept)
-    {
+    if directory == kept {
+        tracing::debug!(folder = %directory.display(), error = chain(&error), "not yet");
+        return;
+    }
+    tracing::warn!(folder = %directory.display(), error = chain(&error),
+        "containerd is asked later about a container that came, or did not");
+    if let Err(error) = Arrival::keep(directory, &kept) {
         tracing::error!(%error, "what came cannot be kept in {}", kept.display());
     }
 }
 
-/// Tries again what [`settle`] has left.
+/// Tries again what [`settle`] has left, and what containerd was not told of those that have left.
 pub fn settle_left() {
+    owed::settle_left();
     for entry in fs::read_dir(left()).into_iter().flatten().flatten() {
         settle(&entry.path());
         // Unless it is still needed.

@@ -12,20 +12,23 @@
 //! containerd, who would start them again; images that the target does not have.
 
 pub mod arrive;
+mod owed;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use criu_glue::options::DumpOptions;
 use criu_glue::rpc::{Conversation, SwrkConfig};
 use pageferry_cgroup::freezer::{CgroupError, Freezer};
-use pageferry_containerd::{Client, ClientError, Container, RUNTIME, SOCKET, labels, leave};
+use pageferry_containerd::{Client, ClientError, Container, RUNTIME, SOCKET, labels};
 use pageferry_oci::INSTALLED;
 use pageferry_proto::id::ContainerId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescription};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use tokio::task::block_in_place;
 
 use super::layer;
 use super::oci::Container as OfRuntime;
@@ -33,6 +36,7 @@ use super::oci::checkpoint::{Checkpoint, CheckpointError};
 use super::oci::habits::Runtime;
 use super::oci::spec::{Engine, Spec};
 use super::process::describe::Described;
+use owed::Owed;
 
 /// Where containerd has runc keep the containers of a namespace, by its name.
 const ROOT: &str = "/run/containerd/runc";
@@ -45,9 +49,6 @@ const OTHERS: [(&str, &str); 2] = [("moby", "Docker"), ("k8s.io", "the kubelet o
 
 /// How long containerd may take to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
-
-/// How long it may take to delete what has moved away.
-const REMOVE_MAX: Duration = Duration::from_secs(20);
 
 /// A container at its source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +64,9 @@ pub enum AskError {
     /// It would be started again when it has moved away.
     #[error("the container would be restarted at the source")]
     Restart(#[from] ClientError),
+    /// What is owed of a move before this one may undo that.
+    #[error("what containerd is to be told of the container stays")]
+    Owed(#[from] io::Error),
     /// Its runtime does not.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -174,6 +178,7 @@ impl Containerd {
         stand_in: &Path,
         directory: &Path,
     ) -> Result<(Conversation, Checkpoint), AskError> {
+        block_in_place(|| owed::forget(&self.namespace, &self.id))?;
         let client = Client::connect(SOCKET.as_ref(), &self.namespace).await?;
         labels::put_aside(&client, &self.id).await?;
         Ok(Checkpoint::start(&self.container, how, stand_in, directory).await?)
@@ -181,36 +186,16 @@ impl Containerd {
 
     /// It stays here, and runs.
     pub fn give_back(&self) {
-        let back = self.call(ANSWER_MAX, async |client| {
-            labels::put_back(&client, &self.id).await
-        });
-        if let Err(error) = back {
-            tracing::error!(container = self.id, namespace = self.namespace, %error,
-                "containerd does not restart it as before");
-        }
+        owed::tell(Owed::Back, (&self.namespace, &self.id));
     }
 
     /// It runs elsewhere, and its tasks here are dead: containerd forgets it.
     pub fn release(&self, freezer: &Freezer) -> Result<(), CgroupError> {
         // Its shim has the runtime delete what a checkpoint that died has left.
         self.container.is_deleted();
-        let removed = self.call(REMOVE_MAX, async |client| {
-            leave::remove(&client, &self.id).await
-        });
-        if let Err(error) = removed {
-            tracing::error!(container = self.id, namespace = self.namespace, %error,
-                "containerd still lists a container that has moved away");
-        }
+        owed::tell(Owed::Gone, (&self.namespace, &self.id));
         // Nobody is in it, or this says so.
         freezer.remove()
-    }
-
-    fn call<T: Send>(
-        &self,
-        limit: Duration,
-        work: impl AsyncFnOnce(Client) -> Result<T, ClientError> + Send,
-    ) -> Result<T, ClientError> {
-        pageferry_containerd::with((SOCKET.as_ref(), &self.namespace), limit, work)
     }
 }
 

@@ -21,7 +21,7 @@ use super::binds::Binds;
 use super::habits::Runtime;
 use super::spec::{Around, Engine, Spec};
 use super::volumes::Named;
-use super::{BOUND, OUTPUT, bound_in, read_config};
+use super::{BOUND, OUTPUT, bound_in, read_config, version};
 use crate::runtime::rootfs::{self, Bundle, RootPlace};
 use crate::runtime::{cpu, files, shared};
 
@@ -115,6 +115,7 @@ impl Arriving {
     /// answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         check_node(description)?;
+        version::check(self.runtime, &self.container.runtime_version)?;
         check_free(self.runtime, &self.id)?;
         self.check_bundle(&Named::of(description))?;
         files::check_all(description)
@@ -473,6 +474,7 @@ mod tests {
             container: ContainerDescription {
                 bundle: bundle.to_string_lossy().into_owned(),
                 config: config.into(),
+                runtime_version: String::new(),
                 containerd: None,
                 podman: None,
             },

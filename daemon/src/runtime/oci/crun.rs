@@ -14,6 +14,7 @@ use super::state::{self, State};
 
 pub(super) const HABITS: Habits = Habits {
     program: "crun",
+    features: &["+CRIU"],
     root: "/run/crun",
     state: "status",
     read,

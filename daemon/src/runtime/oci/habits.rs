@@ -21,6 +21,8 @@ pub enum Runtime {
 pub struct Habits {
     /// Looked up in `PATH`.
     pub program: &'static str,
+    /// What it says of how it was built if it can be asked for what moves need.
+    pub features: &'static [&'static str],
     /// Where it keeps its containers, unless its caller has another place.
     pub root: &'static str,
     /// The file in a container's folder there that says that there is one.

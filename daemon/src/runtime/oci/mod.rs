@@ -23,6 +23,7 @@ pub mod habits;
 mod runc;
 pub mod spec;
 pub mod state;
+pub mod version;
 pub mod volumes;
 
 use std::fs;
@@ -222,6 +223,7 @@ impl Container {
         description.container = Some(ContainerDescription {
             bundle: self.bundle.to_string_lossy().into_owned(),
             config,
+            runtime_version: version::of(self.runtime, "the source")?,
             containerd: None,
             podman: None,
         });

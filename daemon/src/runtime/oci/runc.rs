@@ -11,6 +11,7 @@ use super::state::{self, State};
 
 pub(super) const HABITS: Habits = Habits {
     program: "runc",
+    features: &[],
     root: "/run/runc",
     state: "state.json",
     read,

@@ -20,9 +20,9 @@ use super::command::{podman_at_once, podman_has, told};
 use super::{MANAGER, NEVER, PROGRAM, archive, folders, volume};
 use crate::runtime::oci::arrive::{self, Restore};
 use crate::runtime::oci::habits::Runtime;
-use crate::runtime::oci::read_config;
 use crate::runtime::oci::spec::{Around, Bind, Engine, Spec};
 use crate::runtime::oci::volumes::Named;
+use crate::runtime::oci::{read_config, version};
 use crate::runtime::rootfs::RootPlace;
 
 /// Who restores it.
@@ -64,6 +64,7 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks, while podman answers.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         arrive::check_node(description)?;
+        version::check(RUNTIME, &self.container.runtime_version)?;
         arrive::check_free(RUNTIME, self.podman.id.as_str())?;
         let bundle = Path::new(&self.container.bundle);
         let engine = Engine {
