@@ -7,14 +7,17 @@
 
 use std::fs;
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 
-use pageferry_proto::wire::description::LinkDescription;
+use pageferry_proto::wire::description::{LinkAddress, LinkDescription};
+use pageferry_sys::namespace::{self, NamespaceKind};
 use rtnetlink::RouteMessageBuilder;
 
 use super::LinkError;
+use super::announce::announce;
 use super::describe::Network;
 use super::netlink::{Netlink, failed};
-use super::port::{Port, index_of};
+use super::port::{Port, index_of, mac_of};
 
 /// The addresses of `links` are behind `ports`, one of each.
 pub async fn lead_here(links: &[LinkDescription], ports: &[Port]) -> Result<(), LinkError> {
@@ -34,15 +37,43 @@ pub async fn lead_away(network: &Network, peer: IpAddr) -> Result<(), LinkError>
     let node = Netlink::open(None)?;
     for (link, port) in network.links.iter().zip(&network.ports) {
         answer_on(port.bridge());
-        for address in kept(link).filter(|address| address.is_ipv4() == peer.is_ipv4()) {
-            lead(&node, address, |route| {
+        let all = kept(link).filter(|address| address.is_ipv4() == peer.is_ipv4());
+        let addresses: Vec<IpAddr> = all.collect();
+        for address in &addresses {
+            lead(&node, *address, |route| {
                 let led = route.gateway(peer);
                 led.map_err(|error| LinkError::Unfit(format!("a route over {peer}: {error}")))
             })
             .await?;
         }
+        answer_for(&node, port.bridge(), &addresses).await?;
     }
     Ok(())
+}
+
+/// Tells the neighbours on a bridge that this node answers for addresses.
+async fn answer_for(
+    node: &Netlink,
+    bridge: &str,
+    addresses: &[IpAddr],
+) -> Result<(), LinkError> {
+    let io = |source| LinkError::Io {
+        action: "opening the node's own network",
+        source,
+    };
+    let own = namespace::open(std::process::id().cast_signed(), NamespaceKind::Net);
+    let own = own.map_err(io)?;
+    let link = LinkDescription {
+        name: bridge.to_owned(),
+        mac: mac_of(node, bridge).await?,
+        mtu: 0,
+        addresses: addresses
+            .iter()
+            .map(|ip| LinkAddress { ip: *ip, prefix: 0 })
+            .collect(),
+        bridge: None,
+    };
+    announce(own.as_fd(), &[link])
 }
 
 /// Addresses that others know it by.
@@ -72,8 +103,14 @@ async fn lead(
 /// Has the node answer on a bridge for addresses that are not there. Where that cannot be said,
 /// neighbours that believe an address to be theirs do not find it.
 fn answer_on(bridge: &str) {
-    let path = format!("/proc/sys/net/ipv4/conf/{bridge}/proxy_arp");
-    if let Err(error) = fs::write(&path, "1") {
-        tracing::warn!(%error, "{path}");
+    let tunables = [
+        (format!("/proc/sys/net/ipv4/conf/{bridge}/proxy_arp"), "1"),
+        // Others wait for up to 0.8 s, in case somebody else answers.
+        (format!("/proc/sys/net/ipv4/neigh/{bridge}/proxy_delay"), "0"),
+    ];
+    for (path, value) in tunables {
+        if let Err(error) = fs::write(&path, value) {
+            tracing::warn!(%error, "{path}");
+        }
     }
 }

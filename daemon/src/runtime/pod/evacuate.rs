@@ -111,8 +111,11 @@ impl Evacuation {
 
     /// Kills who is there, and takes all out.
     pub fn once(&self) -> io::Result<()> {
+        match fs::create_dir(&self.place) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
         let place = Freezer::at(self.place.clone());
-        place.make().map_err(io::Error::other)?;
         place.thaw().map_err(io::Error::other)?;
         for group in below(&self.cgroup)? {
             let held = Freezer::at(group.clone());
