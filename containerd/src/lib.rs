@@ -17,10 +17,12 @@ mod blocking;
 mod client;
 pub mod labels;
 pub mod leave;
+mod pod;
 
 pub use arrival::{Arrival, ArrivalError, Fate, Held};
 pub use blocking::{block_on, with};
 pub use client::{Client, ClientError, Container, Snapshot, Task};
+pub use pod::{PodArrival, PodError, PodOrder, PodRuntime};
 
 /// Where containerd listens unless it is told otherwise.
 pub const SOCKET: &str = "/run/containerd/containerd.sock";

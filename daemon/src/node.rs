@@ -29,8 +29,7 @@ use crate::migration::target::site::TargetNode;
 use crate::net::endpoint::{Endpoint, EndpointConfig};
 use crate::net::lanes::Listener;
 use crate::net::tls::Credentials;
-use crate::runtime::kind::settle_left;
-use crate::runtime::{detached, memory};
+use crate::runtime::{detached, kind, memory};
 
 /// How often engines are told what they could not be told before.
 const SETTLE_EVERY: Duration = Duration::from_secs(1);
@@ -51,6 +50,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let memory = memory_of(hierarchies.clone());
     let endpoint = Arc::new(endpoint_of(&config)?);
     let shelf = Shelf::new(config.folders_dir());
+    kind::go_on_ending();
     let journals = Journals::open(&config.journal_dir()).context("opening the journals")?;
     let registry = Registry::recover(RegistryParts {
         source: SourceNode {
@@ -109,7 +109,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 async fn settle_what_is_left() {
     loop {
         tokio::time::sleep(SETTLE_EVERY).await;
-        if let Err(error) = detached::done("settle", settle_left).await {
+        if let Err(error) = detached::done("settle", kind::settle_left).await {
             tracing::warn!("{error}");
         }
     }

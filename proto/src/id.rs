@@ -49,6 +49,8 @@ pub enum WorkloadName {
     },
     /// A container that crun runs for nobody else: `crun/ID`.
     Crun(ContainerId),
+    /// A pod of Kubernetes: `pod/UID`.
+    Pod(PodUid),
     /// A container of podman: `podman/NAME`.
     Podman(ContainerId),
     /// A process tree, named by the pid of its root in the node's pid namespace, which is at least
@@ -65,6 +67,8 @@ pub enum WorkloadKind {
     Containerd,
     /// A container of crun alone.
     Crun,
+    /// A pod of Kubernetes.
+    Pod,
     /// A container of podman.
     Podman,
     /// A bare process tree.
@@ -82,6 +86,10 @@ pub struct ContainerId(String);
 /// [`ContainerId`] is one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetworkName(String);
+
+/// What Kubernetes knows a pod by: a UUID in lower case, as the API server writes it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PodUid(String);
 
 /// Why a text or a number is not a name of one of the kinds in this module.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -107,6 +115,9 @@ pub enum IdError {
          letter or a digit"
     )]
     Network(String),
+    /// Not a UUID in lower case.
+    #[error("pod {0:?} is not a UID as the API server writes it, a UUID in lower case")]
+    PodUid(String),
     /// Not of the form that its kind has.
     #[error("workload {text:?} is not of the form {form}")]
     WorkloadForm {
@@ -320,6 +331,36 @@ impl FromStr for NetworkName {
     }
 }
 
+impl PodUid {
+    /// The UID as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for PodUid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for PodUid {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        let parts = text.split('-').map(str::len);
+        let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        let is_text = text.bytes().all(|byte| is_digit(byte) || byte == b'-');
+        match is_text && parts.eq(UUID_PARTS) {
+            true => Ok(Self(text.to_owned())),
+            false => Err(IdError::PodUid(text.to_owned())),
+        }
+    }
+}
+
+/// Digits of the parts of a UUID.
+const UUID_PARTS: [usize; 5] = [8, 4, 4, 4, 12];
+
 /// Whether a text can name a file, and nothing but a file of the folder it is looked for in.
 fn is_file_name(text: &str) -> bool {
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"_.+-".contains(&byte);
@@ -333,9 +374,10 @@ const NAME_BYTES_MAX: usize = 128;
 
 impl WorkloadKind {
     /// Every kind, in the order of their names.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Containerd,
         Self::Crun,
+        Self::Pod,
         Self::Podman,
         Self::Process,
         Self::Runc,
@@ -346,6 +388,7 @@ impl WorkloadKind {
         match self {
             Self::Containerd => "containerd",
             Self::Crun => "crun",
+            Self::Pod => "pod",
             Self::Podman => "podman",
             Self::Process => "process",
             Self::Runc => "runc",
@@ -365,6 +408,7 @@ impl WorkloadName {
         match self {
             Self::Containerd { .. } => WorkloadKind::Containerd,
             Self::Crun(_) => WorkloadKind::Crun,
+            Self::Pod(_) => WorkloadKind::Pod,
             Self::Podman(_) => WorkloadKind::Podman,
             Self::Process(_) => WorkloadKind::Process,
             Self::Runc(_) => WorkloadKind::Runc,
@@ -378,6 +422,7 @@ impl fmt::Display for WorkloadName {
         match self {
             Self::Containerd { namespace, id } => write!(f, "{kind}/{namespace}/{id}"),
             Self::Crun(name) | Self::Podman(name) | Self::Runc(name) => write!(f, "{kind}/{name}"),
+            Self::Pod(uid) => write!(f, "{kind}/{uid}"),
             Self::Process(pid) => write!(f, "{kind}/{pid}"),
         }
     }
@@ -404,6 +449,7 @@ impl FromStr for WorkloadName {
                 }),
             },
             WorkloadKind::Crun => name.parse().map(Self::Crun),
+            WorkloadKind::Pod => name.parse().map(Self::Pod),
             WorkloadKind::Podman => name.parse().map(Self::Podman),
             WorkloadKind::Process => match parse_pid(name) {
                 Some(pid) => Ok(Self::Process(pid)),
@@ -428,126 +474,5 @@ fn parse_pid(text: &str) -> Option<i32> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_migration_id_reads_what_it_prints() {
-        let id = MigrationId::new([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 0xff]);
-        assert_eq!(id.to_string(), "000102030405060708090a0b0c0d0eff");
-        assert_eq!(id.to_string().parse(), Ok(id));
-    }
-
-    #[test]
-    fn a_migration_id_takes_nothing_but_digits() {
-        for text in [
-            "",
-            "00",
-            "+0102030405060708090a0b0c0d0e0ff",
-            "zz0102030405060708090a0b0c0d0e",
-        ] {
-            assert_eq!(
-                text.parse::<MigrationId>(),
-                Err(IdError::MigrationId(text.to_owned()))
-            );
-        }
-    }
-
-    #[test]
-    fn zero_is_no_generation_and_no_round() {
-        assert_eq!(Generation::new(0), Err(IdError::GenerationZero));
-        assert_eq!(Round::new(0), Err(IdError::RoundZero));
-        assert_eq!(Generation::new(1), Ok(Generation::FIRST));
-        assert_eq!(Round::FIRST.next().number(), 2);
-    }
-
-    #[test]
-    fn a_node_name_is_a_lower_case_label() {
-        assert_eq!("node-7".parse::<NodeName>().unwrap().as_str(), "node-7");
-        for text in ["", "A", "a.b", "a_b", &"a".repeat(64)] {
-            assert_eq!(
-                text.parse::<NodeName>(),
-                Err(IdError::NodeName(text.to_owned()))
-            );
-        }
-    }
-
-    #[test]
-    fn a_workload_name_reads_what_it_prints() {
-        let texts = [
-            "containerd/k8s.io/6f1e",
-            "crun/web_1",
-            "podman/web",
-            "process/4711",
-            "runc/a.b+c-d",
-        ];
-        for (text, kind) in texts.into_iter().zip(WorkloadKind::ALL) {
-            let name: WorkloadName = text.parse().unwrap();
-            assert_eq!((name.kind(), name.to_string().as_str()), (kind, text));
-        }
-        assert_eq!("process/4711".parse(), Ok(WorkloadName::Process(4711)));
-    }
-
-    #[test]
-    fn a_pid_has_one_spelling() {
-        for text in [
-            "process/0",
-            "process/-1",
-            "process/+1",
-            "process/01",
-            "process/",
-            "process/9999999999",
-        ] {
-            assert_eq!(
-                text.parse::<WorkloadName>(),
-                Err(IdError::Pid(text.to_owned()))
-            );
-        }
-    }
-
-    #[test]
-    fn a_container_is_named_by_what_can_be_the_name_of_a_file() {
-        let long = "a".repeat(NAME_BYTES_MAX);
-        assert!(format!("podman/{long}").parse::<WorkloadName>().is_ok());
-        for name in [
-            "",
-            ".",
-            "..",
-            "-a",
-            "a/b",
-            "a b",
-            "\u{e4}",
-            &format!("{long}a"),
-        ] {
-            let refused = IdError::Container(name.to_owned());
-            assert_eq!(format!("runc/{name}").parse::<WorkloadName>(), Err(refused));
-        }
-        let refused = "containerd/web".parse::<WorkloadName>().unwrap_err();
-        let text = "workload \"containerd/web\" is not of the form containerd/NAMESPACE/ID";
-        assert_eq!(refused.to_string(), text);
-    }
-
-    #[test]
-    fn a_network_is_named_by_what_can_be_the_name_of_a_file() {
-        assert_eq!(
-            "cni-1.a".parse::<NetworkName>().unwrap().as_str(),
-            "cni-1.a"
-        );
-        for name in ["", "..", "a/b", "-a"] {
-            let refused = IdError::Network(name.to_owned());
-            assert_eq!(name.parse::<NetworkName>(), Err(refused));
-        }
-    }
-
-    #[test]
-    fn a_kind_that_is_none_is_refused_by_its_name() {
-        for (text, kind) in [("vm/web", "vm"), ("web", "web"), ("", "")] {
-            let refused = text.parse::<WorkloadName>().unwrap_err();
-            let expected = format!(
-                "workload {text:?} is of no known kind: {kind:?} is not one of containerd, crun, \
-                 podman, process, runc"
-            );
-            assert_eq!(refused.to_string(), expected);
-        }
-    }
-}
+#[path = "id_tests.rs"]
+mod tests;

@@ -7,6 +7,8 @@
 //! the workload has outlived it.
 
 mod files;
+mod network;
+mod pod;
 mod run;
 mod undo;
 
@@ -26,7 +28,7 @@ use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
-use pageferry_proto::wire::description::{LinkDescription, MountDescription, Namespaces};
+use pageferry_proto::wire::description::MountDescription;
 use pageferry_proto::wire::needs::ResourceLimits;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
@@ -49,6 +51,7 @@ use crate::runtime::oci::arrive::{Restore, made_for, note_again};
 use crate::runtime::rootfs::RootPlace;
 use crate::runtime::shared::lengths;
 use crate::runtime::{detached, identity};
+use pod::Pod;
 pub use run::LetGoError;
 
 /// Most address spaces of a workload; each has a memory file.
@@ -132,6 +135,8 @@ pub struct Site {
     mounts: Vec<MountDescription>,
     /// What is offered, once it is.
     arriving: Option<Arriving>,
+    /// What a pod is joined to, until it has the names and the rank that it is to have here.
+    pod: Option<Pod>,
     /// Who makes it and its cgroups, if that is not us.
     made_by: Option<Restore>,
     /// What its cgroups allowed it at the source, if they are ours.
@@ -170,6 +175,7 @@ impl Site {
             network: None,
             mounts: Vec::new(),
             arriving: None,
+            pod: None,
             made_by: None,
             limits: ResourceLimits::default(),
             root_pid: None,
@@ -203,6 +209,7 @@ impl Site {
             network: None,
             mounts: Vec::new(),
             arriving: None,
+            pod: None,
             made_by: None,
             limits: ResourceLimits::default(),
             root_pid: None,
@@ -311,6 +318,11 @@ impl Site {
                 )
             })?;
         }
+        if arriving.is_pod() {
+            self.pod = Some(Pod::of(&description.links));
+            self.arriving = Some(arriving);
+            return self.state();
+        }
         self.prepare_network(offer).await?;
         let made_by = arriving.made_by(&self.directory, &self.node.hierarchies);
         self.made_by = made_by.map_err(|error| internal(&error))?;
@@ -326,35 +338,6 @@ impl Site {
             block_in_place(|| self.find_overlay())?;
         }
         self.state()
-    }
-
-    /// Makes the workload's network, if it has one of its own, or joins what was made for it.
-    async fn prepare_network(&mut self, offer: &Offer) -> Result<(), Failure> {
-        let description = &offer.description;
-        if !description.own_namespaces.contains(Namespaces::NET) {
-            return match &offer.network {
-                None => Ok(()),
-                Some(name) => Err(Failure::new(
-                    ErrorCode::NetworkUnfit,
-                    format!("the workload has no network of its own that could be {name}"),
-                )),
-            };
-        }
-        let bridge = self.bridge(&description.links)?;
-        if let Some(name) = &offer.network {
-            let (network, net) = Network::join(name, description, &bridge).await?;
-            self.network = Some(network);
-            self.namespaces.push((NamespaceKind::Net, net));
-            return Ok(());
-        }
-        // What is begun is known from here on: it may be cut off.
-        self.network = Some(Network::begun(self.id, description, &bridge));
-        let net = self
-            .namespace(NamespaceKind::Net)
-            .ok_or_else(|| Failure::new(ErrorCode::Internal, "no network namespace was made"))?;
-        let made = Network::make(self.id, description, &bridge, net).await?;
-        self.network = Some(made);
-        Ok(())
     }
 
     /// Sets limits of the workload, of which those of processes and processor time hold only when
@@ -478,6 +461,7 @@ impl Site {
         }
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));
         self.limit(Stage::Restored)?;
+        block_in_place(|| self.settle_pod())?;
         tracing::info!(migration = %self.id, root = restored.root_pid,
             took = ?self.restore_time, "restored and held");
         self.state()
@@ -530,18 +514,6 @@ impl Site {
             .iter()
             .find(|(found, _)| *found == kind)
             .map(|(_, fd)| fd)
-    }
-
-    fn bridge(&self, links: &[LinkDescription]) -> Result<String, Failure> {
-        if links.is_empty() {
-            return Ok(String::new());
-        }
-        self.node.bridge.clone().ok_or_else(|| {
-            Failure::new(
-                ErrorCode::NetworkUnfit,
-                "the workload has network links, and the target has no bridge configured",
-            )
-        })
     }
 
     fn state(&self) -> Result<DriverState, Failure> {

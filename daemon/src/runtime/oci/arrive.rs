@@ -303,6 +303,13 @@ pub fn prepare(directory: &Path, leaves: &Leaves) -> io::Result<PathBuf> {
     streams(directory)
 }
 
+/// The same of a container whose standard streams were these at its source.
+pub fn prepare_with(directory: &Path, leaves: &Leaves, had: &[String]) -> io::Result<PathBuf> {
+    let images = prepare(directory, leaves)?;
+    fs::write(images.join(STREAMS.0), serde_json::to_vec(had)?)?;
+    Ok(images)
+}
+
 fn note(directory: &Path, leaves: &Leaves) -> io::Result<()> {
     let note = Note {
         leaves: leaves.clone(),
@@ -477,6 +484,7 @@ mod tests {
                 runtime_version: String::new(),
                 containerd: None,
                 podman: None,
+                pod: None,
             },
         }
     }

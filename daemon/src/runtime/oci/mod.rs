@@ -110,7 +110,8 @@ impl Container {
         Self::read_in((runtime, None), id)
     }
 
-    fn read_in(
+    /// The same of one that its runtime keeps elsewhere.
+    pub fn read_in(
         (runtime, kept_in): (Runtime, Option<PathBuf>),
         id: &ContainerId,
     ) -> Result<(Self, State), Failure> {
@@ -159,6 +160,11 @@ impl Container {
     /// The pid of its root in this node's pid namespace.
     pub const fn root(&self) -> i32 {
         self.root
+    }
+
+    /// What its runtime calls it.
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     /// Who runs it.
@@ -226,6 +232,7 @@ impl Container {
             runtime_version: version::of(self.runtime, "the source")?,
             containerd: None,
             podman: None,
+            pod: None,
         });
         Ok(described)
     }
