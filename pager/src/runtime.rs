@@ -10,7 +10,8 @@
 //! afterwards deletes the files. What it leaves there is unmounted, and folders are removed only
 //! if they are empty.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -97,6 +98,16 @@ impl Waiting {
             runtime.ended().await;
             return Err(error);
         }
+        let network = network_of(&asked).map_err(RestoreError::Network);
+        let namespaces = match network {
+            // Whichever comes last is the one that CRIU is in.
+            Ok(network) => namespaces.into_iter().chain(network).collect(),
+            Err(error) => {
+                drop(asked.call_off("its network cannot be entered").await);
+                runtime.ended().await;
+                return Err(error);
+            }
+        };
         let config = SwrkConfig {
             namespaces,
             // A huge page would be put where pages are missing.
@@ -332,6 +343,23 @@ fn check_cgroup(asked: &Asked, wanted: &RuntimeRequest) -> Result<(), RestoreErr
         }),
     }
 }
+
+/// The network namespace that the runtime has for the container, if it was given one: it is open in
+/// what is to become CRIU.
+fn network_of(asked: &Asked) -> io::Result<Option<OwnedFd>> {
+    let options = asked.request().options();
+    let mut inherited = options.into_iter().flat_map(|options| &options.inherit_fd);
+    let network = inherited.find(|inherited| inherited.key == NETWORK);
+    network
+        .map(|network| {
+            let path = format!("/proc/{}/fd/{}", asked.criu_pid(), network.fd);
+            File::open(path).map(OwnedFd::from)
+        })
+        .transpose()
+}
+
+/// How runtimes call a network namespace that is there already.
+const NETWORK: &str = "extRootNetNS";
 
 /// Has a process be where its runtime has made a place for the container.
 fn join(pid: i32, cgroup_procs: &[PathBuf]) -> Result<(), RestoreError> {

@@ -53,6 +53,7 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
         unsettled: status.unsettled,
         retries: status.retries,
         frozen_max_us: status.frozen_max.map(micros),
+        notes: progress.notes.clone(),
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Progress {
     pub successor: Option<MigrationId>,
     /// The workload's root in the target node's pid namespace, once it is known.
     pub pid_at_target: Option<i32>,
+    /// What the move takes from the workload's clients; at the source.
+    pub notes: Vec<String>,
     /// Read from a journal: what was counted and measured before is not known.
     pub recovered: bool,
 }
@@ -40,6 +42,7 @@ impl Progress {
             final_pages: None,
             successor: None,
             pid_at_target: None,
+            notes: Vec::new(),
             recovered: false,
         }
     }

@@ -56,6 +56,8 @@ pub struct PodmanDescription {
     pub archive: Vec<u8>,
     /// Its named volumes, which the target makes.
     pub volumes: Vec<VolumeDescription>,
+    /// It is in a network of podman's, whose bridge has a port that leads out of the source.
+    pub leads_out: bool,
 }
 
 /// A named volume.
@@ -111,6 +113,7 @@ impl From<&PodmanDescription> for schema::Podman {
             restart: podman.restart.clone(),
             archive: podman.archive.clone(),
             volumes: podman.volumes.iter().map(Into::into).collect(),
+            leads_out: podman.leads_out,
         }
     }
 }
@@ -205,6 +208,7 @@ impl TryFrom<schema::Podman> for PodmanDescription {
             restart: wire.restart,
             archive: wire.archive,
             volumes,
+            leads_out: wire.leads_out,
         })
     }
 }
@@ -271,6 +275,7 @@ mod tests {
                     path: "/v/data/_data".to_owned(),
                     ..schema::Volume::default()
                 }],
+                leads_out: true,
             };
             change(&mut wire);
             PodmanDescription::try_from(wire)

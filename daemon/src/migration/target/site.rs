@@ -7,6 +7,7 @@
 //! the workload has outlived it.
 
 mod files;
+mod network;
 mod run;
 mod undo;
 
@@ -26,7 +27,7 @@ use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
-use pageferry_proto::wire::description::{LinkDescription, MountDescription, Namespaces};
+use pageferry_proto::wire::description::MountDescription;
 use pageferry_proto::wire::needs::ResourceLimits;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
@@ -40,7 +41,9 @@ use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
 use super::locked;
 use super::network::{Network, NetworkState};
+use network::EngineNetwork;
 use crate::migration::text::{chain, internal, network_unfit};
+use crate::link::hold::Holds;
 use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
 use crate::runtime::mounts::external_at_restore;
@@ -81,6 +84,8 @@ pub struct TargetNode {
     pub hierarchies: Hierarchies,
     /// The bridge that links become ports of; without one only workloads without links may come.
     pub bridge: Option<String>,
+    /// Where engines attach links of workloads that do not run yet.
+    pub holds: Holds,
     /// What incoming workloads have been promised of this node's memory.
     pub memory: Ledger,
     /// Where folders are that come, and those that have left.
@@ -128,6 +133,8 @@ pub struct Site {
     namespaces: Vec<(NamespaceKind, OwnedFd)>,
     /// If it has one of its own.
     network: Option<Network>,
+    /// If its engine makes that.
+    engine_network: Option<EngineNetwork>,
     /// What CRIU binds into a mount namespace of the workload's own; the root first.
     mounts: Vec<MountDescription>,
     /// What is offered, once it is.
@@ -168,6 +175,7 @@ impl Site {
             directory,
             namespaces: Vec::new(),
             network: None,
+            engine_network: None,
             mounts: Vec::new(),
             arriving: None,
             made_by: None,
@@ -201,6 +209,7 @@ impl Site {
             id,
             namespaces: Vec::new(),
             network: None,
+            engine_network: None,
             mounts: Vec::new(),
             arriving: None,
             made_by: None,
@@ -311,7 +320,7 @@ impl Site {
                 )
             })?;
         }
-        self.prepare_network(offer).await?;
+        self.prepare_network(offer, &arriving).await?;
         let made_by = arriving.made_by(&self.directory, &self.node.hierarchies);
         self.made_by = made_by.map_err(|error| internal(&error))?;
         self.arriving = Some(arriving);
@@ -322,39 +331,11 @@ impl Site {
         }
         self.make_groups()?;
         self.start_pager().await?;
+        self.join_engine_network().await?;
         if root == Some(RootPlace::Overlay) {
             block_in_place(|| self.find_overlay())?;
         }
         self.state()
-    }
-
-    /// Makes the workload's network, if it has one of its own, or joins what was made for it.
-    async fn prepare_network(&mut self, offer: &Offer) -> Result<(), Failure> {
-        let description = &offer.description;
-        if !description.own_namespaces.contains(Namespaces::NET) {
-            return match &offer.network {
-                None => Ok(()),
-                Some(name) => Err(Failure::new(
-                    ErrorCode::NetworkUnfit,
-                    format!("the workload has no network of its own that could be {name}"),
-                )),
-            };
-        }
-        let bridge = self.bridge(&description.links)?;
-        if let Some(name) = &offer.network {
-            let (network, net) = Network::join(name, description, &bridge).await?;
-            self.network = Some(network);
-            self.namespaces.push((NamespaceKind::Net, net));
-            return Ok(());
-        }
-        // What is begun is known from here on: it may be cut off.
-        self.network = Some(Network::begun(self.id, description, &bridge));
-        let net = self
-            .namespace(NamespaceKind::Net)
-            .ok_or_else(|| Failure::new(ErrorCode::Internal, "no network namespace was made"))?;
-        let made = Network::make(self.id, description, &bridge, net).await?;
-        self.network = Some(made);
-        Ok(())
     }
 
     /// Sets limits of the workload, of which those of processes and processor time hold only when
@@ -475,6 +456,8 @@ impl Site {
             self.freezer = Freezer::again(path, restored.freezer_id);
             let noted = block_in_place(|| note_again(&self.directory));
             noted.map_err(|error| internal(&error))?;
+            // It has made another network, too.
+            self.join_engine_network().await?;
         }
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));
         self.limit(Stage::Restored)?;
@@ -530,18 +513,6 @@ impl Site {
             .iter()
             .find(|(found, _)| *found == kind)
             .map(|(_, fd)| fd)
-    }
-
-    fn bridge(&self, links: &[LinkDescription]) -> Result<String, Failure> {
-        if links.is_empty() {
-            return Ok(String::new());
-        }
-        self.node.bridge.clone().ok_or_else(|| {
-            Failure::new(
-                ErrorCode::NetworkUnfit,
-                "the workload has network links, and the target has no bridge configured",
-            )
-        })
     }
 
     fn state(&self) -> Result<DriverState, Failure> {

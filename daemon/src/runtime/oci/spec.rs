@@ -50,6 +50,8 @@ pub struct Engine {
     pub pipes: Vec<u64>,
     /// The root file system is of an image, and at a path of the engine's.
     pub has_image: bool,
+    /// It makes the container's network.
+    pub has_network: bool,
 }
 
 /// What is known of a container beside its configuration.
@@ -152,6 +154,8 @@ const MANAGER: &str = "io.container.manager";
 
 /// What every container has to itself here, as the specification calls it.
 const OWN: [&str; 5] = ["ipc", "mount", "network", "pid", "uts"];
+
+const NETWORK: &str = "network";
 
 /// File systems that a container mounts, and whose contents go along or are made by the kernel.
 const MOUNTED: [&str; 6] = ["cgroup", "devpts", "mqueue", "proc", "sysfs", "tmpfs"];
@@ -290,7 +294,7 @@ impl Spec {
         if !process.apparmor_profile.is_empty() || !process.selinux_label.is_empty() {
             return refused("has a profile of AppArmor or SELinux, which is not moved yet");
         }
-        self.check_namespaces()?;
+        self.check_namespaces(engine.is_some_and(|engine| engine.has_network))?;
         let cgroup = Path::new(&self.linux.cgroups_path);
         let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
         if !cgroup.is_absolute() || !cgroup.components().all(plain) {
@@ -349,7 +353,14 @@ impl Spec {
         Ok(())
     }
 
-    fn check_namespaces(&self) -> Result<(), Failure> {
+    /// The network namespace that it joins, if it is none of its own.
+    pub fn network(&self) -> Option<&Path> {
+        let mut namespaces = self.linux.namespaces.iter();
+        let network = namespaces.find(|namespace| namespace.kind == NETWORK)?;
+        (!network.path.is_empty()).then(|| Path::new(&network.path))
+    }
+
+    fn check_namespaces(&self, has_network: bool) -> Result<(), Failure> {
         let refused = |text: String| Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
         let namespaces = &self.linux.namespaces;
         for namespace in namespaces {
@@ -359,7 +370,7 @@ impl Spec {
                     "the container has a {kind} namespace of its own, which is not moved yet"
                 ));
             }
-            if !namespace.path.is_empty() {
+            if !namespace.path.is_empty() && !(has_network && kind == NETWORK) {
                 return refused(format!(
                     "the container is in the {kind} namespace {} of somebody else: that is not \
                      moved yet",

@@ -17,6 +17,7 @@ use pageferry_proto::wire::description::WorkloadDescription;
 use pageferry_sys::namespace::NamespaceKind;
 
 use super::command::{podman_at_once, podman_has, told};
+use super::network::{self, Attachment};
 use super::{MANAGER, NEVER, PROGRAM, archive, folders, volume};
 use crate::runtime::oci::arrive::{self, Restore};
 use crate::runtime::oci::habits::Runtime;
@@ -43,6 +44,8 @@ pub struct Arriving {
     name: ContainerId,
     container: ContainerDescription,
     podman: PodmanDescription,
+    /// What it has of a network of podman's, if it is in one.
+    network: Option<Attachment>,
 }
 
 impl Arriving {
@@ -54,10 +57,13 @@ impl Arriving {
             let text = format!("the offer does not say what podman has of the container {name}");
             return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
         };
+        let network = Attachment::exported(&podman.archive);
+        let network = network.map_err(|why| unreadable(name, &why))?;
         Ok(Self {
             name: name.clone(),
             container,
             podman,
+            network,
         })
     }
 
@@ -69,15 +75,13 @@ impl Arriving {
         let engine = Engine {
             manager: MANAGER,
             folders: folders(&self.podman.id, bundle),
+            has_network: self.network.is_some(),
             ..Engine::default()
         };
         arrive::check_spec(&self.container, Some(&engine), &Named::of(description))?;
         let spec = Spec::parse(&self.container.config)?;
         let checked = archive::check(&self.podman.archive, self.podman.id.as_str());
-        let volumes = checked.map_err(|why| {
-            let text = format!("what podman has of the container {}: {why}", self.name);
-            Failure::new(ErrorCode::UnsupportedWorkload, text)
-        })?;
+        let volumes = checked.map_err(|why| unreadable(&self.name, &why))?;
         self.check_podman(bundle)?;
         for name in [self.name.as_str(), self.podman.id.as_str()] {
             if has(["container", "exists", name])? {
@@ -103,7 +107,10 @@ impl Arriving {
                 ),
             ));
         }
-        Ok(())
+        match &self.network {
+            Some(network) => network.check(self.podman.leads_out),
+            None => Ok(()),
+        }
     }
 
     /// Checks that each of `volumes`, which are those that podman's import looks for, comes or is
@@ -169,8 +176,29 @@ impl Arriving {
     }
 
     /// Namespaces that are made for it before it is restored.
-    pub fn namespaces() -> Vec<NamespaceKind> {
-        vec![NamespaceKind::Net]
+    pub fn namespaces(&self) -> Vec<NamespaceKind> {
+        match self.network {
+            // podman's.
+            Some(_) => Vec::new(),
+            None => vec![NamespaceKind::Net],
+        }
+    }
+
+    /// Has podman attach its link to the bridge `hold` when it is restored; answers with the bridge
+    /// of its network, if it is in one of podman's. What that needs is made in `directory`, the
+    /// migration's. Blocks, while podman answers.
+    pub fn hold_network(&self, directory: &Path, hold: &str) -> Result<Option<String>, Failure> {
+        let network = self.network.as_ref();
+        network.map(|network| network.hold(directory, hold)).transpose()
+    }
+
+    /// The network namespace that podman has made for it, when its runtime waits.
+    pub fn network_path(&self) -> Result<PathBuf, Failure> {
+        let spec = Spec::parse(&read_config(Path::new(&self.container.bundle))?)?;
+        spec.network().map(Path::to_owned).ok_or_else(|| {
+            let text = format!("podman has made no network for the container {}", self.name);
+            Failure::new(ErrorCode::NetworkUnfit, text)
+        })
     }
 
     /// How podman is started to restore it. Makes what that needs in `directory`, which is the
@@ -187,10 +215,12 @@ impl Arriving {
         let container = (RUNTIME, id);
         let made = arrive::made(container, &self.container, hierarchies, directory)?;
         let archive = archive.to_string_lossy().into_owned();
-        let import = ["container", "restore", "--import", &archive];
-        let import = import
-            .into_iter()
-            .chain(["--ignore-rootfs", "--ignore-volumes"]);
+        let networks = network::held_in(directory);
+        let networks = networks.to_string_lossy();
+        let networks = ["--network-config-dir", &*networks];
+        let networks = networks.into_iter().filter(|_| self.network.is_some());
+        let import = networks.chain(["container", "restore", "--import", &archive]);
+        let import = import.chain(["--ignore-rootfs", "--ignore-volumes"]);
         let words = |words: &[&str]| words.iter().copied().map(str::to_owned).collect();
         let restart = &*self.podman.restart;
         let again = !restart.is_empty() && restart != NEVER;
@@ -221,6 +251,11 @@ fn is_kept_in(store: &str, id: &str, bundle: &Path) -> bool {
         }
         _ => false,
     }
+}
+
+fn unreadable(name: &ContainerId, why: &str) -> Failure {
+    let text = format!("what podman has of the container {name}: {why}");
+    Failure::new(ErrorCode::UnsupportedWorkload, text)
 }
 
 /// Whether podman says yes.
