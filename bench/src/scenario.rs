@@ -19,6 +19,7 @@ pub mod kubernetes;
 pub mod locks;
 pub mod memory;
 pub mod nginx;
+pub mod podman_bridge;
 pub mod redis;
 pub mod report;
 pub mod resources;

@@ -58,7 +58,7 @@ pub struct CgroupFiles {
 /// Runs a pager with its files in `directory`. To be called while the process has one thread.
 pub fn run(directory: &Path, cgroups: &CgroupFiles) -> Result<(), PagerError> {
     join(&cgroups.pager)?;
-    let network = shield()?;
+    let network = Arc::new(shield()?);
     let watcher = Watcher::start(directory, &cgroups.watcher).map_err(PagerError::Watcher)?;
     // Until the workload runs every millisecond is one that its clients wait for.
     let nice = priority::make_urgent();
@@ -72,7 +72,7 @@ pub fn run(directory: &Path, cgroups: &CgroupFiles) -> Result<(), PagerError> {
 async fn serve(
     directory: &Path,
     watcher: Arc<Watcher>,
-    network: OwnedFd,
+    network: Arc<OwnedFd>,
     nice: i32,
 ) -> Result<(), PagerError> {
     let listener = Listener::bind(&directory.join(SOCKET)).map_err(PagerError::Channel)?;
@@ -121,7 +121,7 @@ async fn receive(connection: Option<&Channel>) -> Option<(Ask, Vec<OwnedFd>)> {
 struct Desk {
     directory: PathBuf,
     watcher: Arc<Watcher>,
-    network: OwnedFd,
+    network: Arc<OwnedFd>,
     progress: mpsc::UnboundedSender<Progress>,
     connection: Option<Channel>,
     /// Questions that are answered later.
@@ -161,7 +161,7 @@ impl Desk {
     fn new(
         directory: &Path,
         watcher: Arc<Watcher>,
-        network: OwnedFd,
+        network: Arc<OwnedFd>,
         nice: i32,
         progress: mpsc::UnboundedSender<Progress>,
     ) -> Self {
@@ -330,7 +330,8 @@ impl Desk {
             Ok(divided) => divided,
             Err(error) => return no_network(&error),
         };
-        match make_ready(&request, namespaces, inherited).await {
+        let at = (namespaces, Arc::clone(&self.network));
+        match make_ready(&request, at, inherited).await {
             Ok(ready) => {
                 let criu_pid = ready.criu_pid();
                 self.criu = Some(Ahead::new(request, ready));
@@ -366,6 +367,7 @@ impl Desk {
             request,
             namespaces,
             inherited,
+            network: Arc::clone(&self.network),
             plan: std::mem::take(&mut self.plan),
             watcher: self.watcher.clone(),
             criu,

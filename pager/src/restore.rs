@@ -70,6 +70,8 @@ pub struct Job {
     pub namespaces: Vec<OwnedFd>,
     /// Descriptors CRIU gets, in the order of `request.inherit`.
     pub inherited: Vec<OwnedFd>,
+    /// The node's network namespace.
+    pub network: Arc<OwnedFd>,
     /// What is missing where.
     pub plan: Plan,
     /// Holds the descriptors, too.
@@ -233,7 +235,8 @@ impl Restore {
         let (ready, is_anew) = match job.criu {
             Some(ready) => (ready, false),
             None => {
-                let made = make_ready(&job.request, job.namespaces, job.inherited).await?;
+                let at = (job.namespaces, job.network);
+                let made = make_ready(&job.request, at, job.inherited).await?;
                 (made, true)
             }
         };

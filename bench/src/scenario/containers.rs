@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use super::report::Report;
 use super::session::Session;
 use super::settings::Settings;
-use super::{container_faults, container_files, containerd, shapes, volumes};
+use super::{container_faults, container_files, containerd, podman_bridge, shapes, volumes};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
@@ -25,6 +25,9 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     }
     if let Some(shapes) = shapes_of(only) {
         return shapes::run(settings, shapes, report);
+    }
+    if only == Some(PODMAN_BRIDGE) {
+        return podman_bridge::run(settings, report);
     }
     if only == Some(PODMAN_VOLUME) {
         let mut lab = settings.lab_with(&container::LAYER, 2)?;
@@ -46,7 +49,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         bail!(
             "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {runtimes:?}, those \
              with -{FAULTS}, -{FILES} or -{FEW} behind them, {CONTAINERD:?}, {CONTAINERD_FILES:?}, \
-             {PODMAN_VOLUME:?}, {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its \
+             {PODMAN_BRIDGE:?}, {PODMAN_VOLUME:?}, {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its \
              name, also with crun- before it",
             only.unwrap_or_default()
         );
@@ -170,6 +173,8 @@ const FAULTS: &str = "faults";
 const FILES: &str = "files";
 /// Of all that people run.
 const SHAPES: &str = "shapes";
+/// The network that podman gives.
+const PODMAN_BRIDGE: &str = "podman-bridge";
 /// A volume that podman has by its name.
 const PODMAN_VOLUME: &str = "podman-volume";
 /// A folder that is bound into one of containerd.

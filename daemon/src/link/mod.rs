@@ -16,6 +16,7 @@
 //! Absent: parking packets instead of dropping them; links that are not veths into a bridge.
 
 pub mod announce;
+pub mod conntrack;
 pub mod describe;
 pub mod hold;
 pub mod join;

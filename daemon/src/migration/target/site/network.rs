@@ -3,6 +3,8 @@
 //! An engine makes it while the workload runs elsewhere, and attaches it to the bridge that leads
 //! nowhere ([`crate::link::hold`]); from when its runtime waits it is one that is joined.
 
+use std::net::IpAddr;
+
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
 use pageferry_proto::wire::description::{
@@ -12,6 +14,7 @@ use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::task::block_in_place;
 
 use super::Site;
+use crate::link::conntrack;
 use crate::link::hold::{HOLD, Hold};
 use crate::migration::target::network::Network;
 use crate::migration::text::{chain, network_unfit};
@@ -46,6 +49,7 @@ impl Site {
                 )),
             };
         }
+        block_in_place(|| forget(description));
         let held = block_in_place(|| arriving.hold_network(&self.directory, HOLD))?;
         match (held, &offer.network) {
             (Some(bridge), None) => self.hold_network(description, bridge).await,
@@ -129,5 +133,16 @@ impl Site {
                 "the workload has network links, and the target has no bridge configured",
             )
         })
+    }
+}
+
+/// Has the node's firewall forget connections that the workload had when it was here before.
+fn forget(description: &WorkloadDescription) {
+    let addresses = description.links.iter().flat_map(|link| &link.addresses);
+    let addresses: Vec<IpAddr> = addresses.map(|address| address.ip).collect();
+    match conntrack::forget(&addresses) {
+        Ok(0) => {}
+        Ok(count) => tracing::debug!(count, "connections are forgotten, and followed anew"),
+        Err(error) => tracing::debug!(%error, "connections of the workload are not followed"),
     }
 }
