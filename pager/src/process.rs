@@ -37,7 +37,7 @@ use crate::restore::{self, Decision, Job, Progress};
 use crate::serve::Counters;
 use crate::shield::{join, shield};
 use crate::signals::Signals;
-use crate::start::make_ready;
+use crate::start::{At, make_ready};
 use crate::watcher::Watcher;
 
 /// How long a pager that holds nothing waits for its daemon to come back.
@@ -330,8 +330,7 @@ impl Desk {
             Ok(divided) => divided,
             Err(error) => return no_network(&error),
         };
-        let at = (namespaces, Arc::clone(&self.network));
-        match make_ready(&request, at, inherited).await {
+        match make_ready(&request, namespaces, inherited).await {
             Ok(ready) => {
                 let criu_pid = ready.criu_pid();
                 self.criu = Some(Ahead::new(request, ready));
@@ -347,12 +346,12 @@ impl Desk {
         &self,
         request: &RestoreRequest,
         mut fds: Vec<OwnedFd>,
-    ) -> io::Result<(Vec<OwnedFd>, Vec<OwnedFd>)> {
+    ) -> io::Result<(At, Vec<OwnedFd>)> {
         let inherited = fds.split_off(request.namespaces.len());
         if !request.namespaces.contains(&Namespace::Net) {
             fds.insert(0, self.network.try_clone()?);
         }
-        Ok((fds, inherited))
+        Ok(((fds, Arc::clone(&self.network)), inherited))
     }
 
     async fn start(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> io::Result<()> {
@@ -367,7 +366,6 @@ impl Desk {
             request,
             namespaces,
             inherited,
-            network: Arc::clone(&self.network),
             plan: std::mem::take(&mut self.plan),
             watcher: self.watcher.clone(),
             criu,

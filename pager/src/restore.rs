@@ -38,7 +38,7 @@ use crate::message::{Fault, FillReport, RestoreRequest, Restored};
 use crate::plan::Plan;
 use crate::runtime::Runtime;
 use crate::serve::{Counters, Server, Space};
-use crate::start::{LOG, make_ready, open, options};
+use crate::start::{At, LOG, make_ready, open, options};
 pub use crate::waits::Decision;
 use crate::waits::{discarded, locked};
 use crate::watcher::Watcher;
@@ -67,11 +67,9 @@ pub struct Job {
     /// How.
     pub request: RestoreRequest,
     /// Namespaces CRIU is started in.
-    pub namespaces: Vec<OwnedFd>,
+    pub namespaces: At,
     /// Descriptors CRIU gets, in the order of `request.inherit`.
     pub inherited: Vec<OwnedFd>,
-    /// The node's network namespace.
-    pub network: Arc<OwnedFd>,
     /// What is missing where.
     pub plan: Plan,
     /// Holds the descriptors, too.
@@ -235,8 +233,7 @@ impl Restore {
         let (ready, is_anew) = match job.criu {
             Some(ready) => (ready, false),
             None => {
-                let at = (job.namespaces, job.network);
-                let made = make_ready(&job.request, at, job.inherited).await?;
+                let made = make_ready(&job.request, job.namespaces, job.inherited).await?;
                 (made, true)
             }
         };

@@ -30,7 +30,7 @@ use tracing::warn;
 
 use crate::failure::RestoreError;
 use crate::message::{RestoreRequest, RuntimeRequest};
-use crate::start::open;
+use crate::start::{At, open};
 
 /// How long a runtime may take from its start to its request.
 const ASK_MAX: Duration = Duration::from_secs(20);
@@ -68,7 +68,7 @@ impl Waiting {
     pub async fn start(
         request: &RestoreRequest,
         wanted: &RuntimeRequest,
-        (namespaces, network): (Vec<OwnedFd>, Arc<OwnedFd>),
+        (namespaces, network): At,
     ) -> Result<Self, RestoreError> {
         // One that was started before, and has died, has left its own.
         drop(fs::remove_dir_all(&wanted.gate));

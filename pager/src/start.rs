@@ -20,10 +20,13 @@ pub const LOG: &str = "restore.log";
 /// What CRIU says before its log is open, in the work directory.
 pub const OUTPUT: &str = "criu.out";
 
-/// Starts what a restore begins with, which then waits. `network` is the node's.
+/// Namespaces that CRIU is started in, and the node's network, which engines work in.
+pub type At = (Vec<OwnedFd>, Arc<OwnedFd>);
+
+/// Starts what a restore begins with, which then waits.
 pub async fn make_ready(
     request: &RestoreRequest,
-    (namespaces, network): (Vec<OwnedFd>, Arc<OwnedFd>),
+    (namespaces, network): At,
     inherited: Vec<OwnedFd>,
 ) -> Result<Ready, RestoreError> {
     match &request.runtime {
