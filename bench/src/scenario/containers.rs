@@ -9,7 +9,9 @@ use anyhow::{Context, Result, bail};
 use super::report::Report;
 use super::session::Session;
 use super::settings::Settings;
-use super::{container_faults, container_files, containerd, podman_bridge, shapes, volumes};
+use super::{
+    container_faults, container_files, containerd, podman_bridge, podman_errors, shapes, volumes,
+};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
@@ -26,8 +28,11 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     if let Some(shapes) = shapes_of(only) {
         return shapes::run(settings, shapes, report);
     }
-    if only == Some(PODMAN_BRIDGE) {
-        return podman_bridge::run(settings, report);
+    match only {
+        Some(PODMAN_BRIDGE) => return podman_bridge::run(settings, report),
+        Some(PODMAN_BRIDGE_FAULTS) => return container_faults::run_bridged(settings, report),
+        Some(PODMAN_ERRORS) => return podman_errors::run(settings, report),
+        _ => {}
     }
     if only == Some(PODMAN_VOLUME) {
         let mut lab = settings.lab_with(&container::LAYER, 2)?;
@@ -49,8 +54,8 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         bail!(
             "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {runtimes:?}, those \
              with -{FAULTS}, -{FILES} or -{FEW} behind them, {CONTAINERD:?}, {CONTAINERD_FILES:?}, \
-             {PODMAN_BRIDGE:?}, {PODMAN_VOLUME:?}, {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its \
-             name, also with crun- before it",
+             {PODMAN_BRIDGE:?}, {PODMAN_BRIDGE_FAULTS:?}, {PODMAN_ERRORS:?}, {PODMAN_VOLUME:?}, \
+             {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its name, also with crun- before it",
             only.unwrap_or_default()
         );
     };
@@ -175,6 +180,9 @@ const FILES: &str = "files";
 const SHAPES: &str = "shapes";
 /// The network that podman gives.
 const PODMAN_BRIDGE: &str = "podman-bridge";
+const PODMAN_BRIDGE_FAULTS: &str = "podman-bridge-faults";
+/// What is missing at a target.
+const PODMAN_ERRORS: &str = "podman-errors";
 /// A volume that podman has by its name.
 const PODMAN_VOLUME: &str = "podman-volume";
 /// A folder that is bound into one of containerd.

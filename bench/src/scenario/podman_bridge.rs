@@ -55,7 +55,10 @@ fn refused(lab: &Lab, held: &Workload) -> Result<()> {
     let address = held.link.address.to_string();
     let other_port = format!("{PORT}:80");
     let takers = [
-        (vec!["--ip", &*address], format!("{address} of podman's network podman is taken")),
+        (
+            vec!["--ip", &*address],
+            format!("{address} of podman's network podman is taken"),
+        ),
         (
             vec!["--ip", "10.88.0.99", "--publish", &*other_port],
             format!("{PORT}/tcp, which cannot be had"),

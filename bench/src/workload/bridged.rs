@@ -96,7 +96,10 @@ pub fn check_gone(node: &Node, workload: &Workload) -> Result<()> {
 /// Whether the bridge that leads nowhere is gone again.
 fn check_hold(node: &Node) -> Result<()> {
     let listed = node.command("ls")?.arg("/sys/class/net").run()?;
-    ensure!(!listed.contains("pageferry"), "links that are left: {listed}");
+    ensure!(
+        !listed.contains("pageferry"),
+        "links that are left: {listed}"
+    );
     Ok(())
 }
 

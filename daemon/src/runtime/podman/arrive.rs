@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_proto::id::ContainerId;
@@ -83,6 +84,7 @@ impl Arriving {
         let checked = archive::check(&self.podman.archive, self.podman.id.as_str());
         let volumes = checked.map_err(|why| unreadable(&self.name, &why))?;
         self.check_podman(bundle)?;
+        check_runtime(RUNTIME.program())?;
         for name in [self.name.as_str(), self.podman.id.as_str()] {
             if has(["container", "exists", name])? {
                 return Err(Failure::new(
@@ -189,7 +191,9 @@ impl Arriving {
     /// migration's. Blocks, while podman answers.
     pub fn hold_network(&self, directory: &Path, hold: &str) -> Result<Option<String>, Failure> {
         let network = self.network.as_ref();
-        network.map(|network| network.hold(directory, hold)).transpose()
+        network
+            .map(|network| network.hold(directory, hold))
+            .transpose()
     }
 
     /// The network namespace that podman has made for it, when its runtime waits.
@@ -238,6 +242,40 @@ impl Arriving {
         })
     }
 }
+
+/// Whether the runtime that podman starts is there, and can restore.
+fn check_runtime(program: &str) -> Result<(), Failure> {
+    let unfit = |why: String| {
+        let text = format!("the target's {program} cannot restore the container: {why}");
+        Err(Failure::new(ErrorCode::NodeUnfit, text))
+    };
+    match Command::new(program).arg("--version").output() {
+        Ok(output) => match restores(&String::from_utf8_lossy(&output.stdout)) {
+            Ok(()) => Ok(()),
+            Err(why) => unfit(why),
+        },
+        Err(error) => unfit(error.to_string()),
+    }
+}
+
+/// Whether a crun that says this of its version restores, as we know it.
+fn restores(said: &str) -> Result<(), String> {
+    let first = said.lines().next().unwrap_or_default();
+    let version = first.split(' ').next_back().unwrap_or_default();
+    let major = version
+        .split('.')
+        .next()
+        .and_then(|text| text.parse::<u32>().ok());
+    let has_criu = said.split_whitespace().any(|word| word == "+CRIU");
+    match major {
+        Some(MAJOR) if has_criu => Ok(()),
+        Some(MAJOR) => Err(format!("{first} was built without CRIU")),
+        _ => Err(format!("{first:?} is no version {MAJOR} of it")),
+    }
+}
+
+/// The version of crun that is known to restore as we expect.
+const MAJOR: u32 = 1;
 
 /// Whether podman has this bundle for a container `id`, if it has containers in `store`: what is
 /// read there later is podman's own.
@@ -326,6 +364,19 @@ mod tests {
         }
         let nowhere = Path::new("/overlay-containers/0123/userdata");
         assert!(!is_kept_in("", "0123", nowhere));
+    }
+
+    #[test]
+    fn a_runtime_that_does_not_restore_is_refused_by_its_version() {
+        let said = |version: &str, has: &str| {
+            restores(&format!(
+                "crun version {version}\ncommit: 0\n+SYSTEMD {has} +YAJL\n"
+            ))
+        };
+        said("1.28", "+CRIU").unwrap();
+        assert!(said("1.28", "").unwrap_err().contains("without CRIU"));
+        assert!(said("0.17", "+CRIU").unwrap_err().contains("0.17"));
+        assert!(restores("").is_err());
     }
 
     #[test]
