@@ -84,7 +84,11 @@ pub fn forget(addresses: &[IpAddr]) -> io::Result<usize> {
 fn ask(socket: &OwnedFd, (kind, flags): (u16, u16), family: i32, rest: &[u8]) -> io::Result<()> {
     let length = HEADER + FAMILY + rest.len();
     let mut message = Vec::with_capacity(length);
-    message.extend(u32::try_from(length).map_err(io::Error::other)?.to_ne_bytes());
+    message.extend(
+        u32::try_from(length)
+            .map_err(io::Error::other)?
+            .to_ne_bytes(),
+    );
     message.extend(kind.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
     message.extend([0; 8]);
@@ -104,7 +108,9 @@ fn answers(socket: &OwnedFd, mut each: impl FnMut(&[u8])) -> io::Result<()> {
             match kind {
                 DONE => return Ok(()),
                 ERROR => {
-                    let number = message.first_chunk().map_or(0, |bytes| i32::from_ne_bytes(*bytes));
+                    let number = message
+                        .first_chunk()
+                        .map_or(0, |bytes| i32::from_ne_bytes(*bytes));
                     return match -number {
                         0 => Ok(()),
                         number => Err(io::Error::from_raw_os_error(number)),
@@ -133,10 +139,14 @@ fn named(message: &[u8], own: &[Vec<u8>]) -> Option<Vec<u8>> {
         .filter(|(kind, ..)| TUPLES.contains(kind))
         .flat_map(|(_, tuple, _)| Attributes(tuple).filter(|(kind, ..)| *kind == ADDRESSES))
         .flat_map(|(_, addresses, _)| Attributes(addresses));
-    addresses.any(|(_, bytes, _)| own.iter().any(|own| own == bytes)).then(|| {
-        let names = attributes.iter().filter(|(kind, ..)| NAMES.contains(kind));
-        names.flat_map(|(_, _, whole)| whole.iter().copied()).collect()
-    })
+    addresses
+        .any(|(_, bytes, _)| own.iter().any(|own| own == bytes))
+        .then(|| {
+            let names = attributes.iter().filter(|(kind, ..)| NAMES.contains(kind));
+            names
+                .flat_map(|(_, _, whole)| whole.iter().copied())
+                .collect()
+        })
 }
 
 /// Attributes one behind the other: the kind of each, what is in it, and all of it.
@@ -192,7 +202,8 @@ mod tests {
     #[test]
     fn nothing_is_known_of_an_address_that_nobody_has() {
         // For root alone; others have no answer either.
-        if let Ok(forgotten) = forget(&["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()])
+        if let Ok(forgotten) =
+            forget(&["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()])
         {
             assert_eq!(forgotten, 0);
         }

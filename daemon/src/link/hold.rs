@@ -94,10 +94,14 @@ async fn make() -> Result<(), LinkError> {
     remove().await?;
     let node = Netlink::open(None)?;
     let made = node.handle().link().add(LinkBridge::new(HOLD).build());
-    made.execute().await.map_err(failed("creating bridge", HOLD))?;
+    made.execute()
+        .await
+        .map_err(failed("creating bridge", HOLD))?;
     let [port, other] = PORT;
     let made = node.handle().link().add(LinkVeth::new(port, other).build());
-    made.execute().await.map_err(failed("creating link", port))?;
+    made.execute()
+        .await
+        .map_err(failed("creating link", port))?;
     let bridge = index_of(&node, HOLD).await?;
     let index = index_of(&node, port).await?;
     enslave(&node, index, bridge, port).await

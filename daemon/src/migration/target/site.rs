@@ -41,9 +41,8 @@ use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
 use super::locked;
 use super::network::{Network, NetworkState};
-use network::EngineNetwork;
-use crate::migration::text::{chain, internal, network_unfit};
 use crate::link::hold::Holds;
+use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
 use crate::runtime::mounts::external_at_restore;
@@ -52,6 +51,7 @@ use crate::runtime::oci::arrive::{Restore, made_for, note_again};
 use crate::runtime::rootfs::RootPlace;
 use crate::runtime::shared::lengths;
 use crate::runtime::{detached, identity};
+use network::EngineNetwork;
 pub use run::LetGoError;
 
 /// Most address spaces of a workload; each has a memory file.

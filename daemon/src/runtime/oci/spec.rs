@@ -370,7 +370,8 @@ impl Spec {
                     "the container has a {kind} namespace of its own, which is not moved yet"
                 ));
             }
-            if !namespace.path.is_empty() && !(has_network && kind == NETWORK) {
+            let is_made = has_network && kind == NETWORK;
+            if !namespace.path.is_empty() && !is_made {
                 return refused(format!(
                     "the container is in the {kind} namespace {} of somebody else: that is not \
                      moved yet",

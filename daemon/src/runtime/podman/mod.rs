@@ -125,7 +125,10 @@ impl Podman {
 
     /// What a move takes from its clients.
     pub fn notes(&self) -> Vec<String> {
-        self.network.as_ref().map(Networked::notes).unwrap_or_default()
+        self.network
+            .as_ref()
+            .map(Networked::notes)
+            .unwrap_or_default()
     }
 
     /// What its runtime has of it.

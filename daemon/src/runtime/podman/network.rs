@@ -249,7 +249,7 @@ impl Attachment {
         let folder = held_in(directory);
         let path = folder.join(format!("{}.json", network.name));
         let written = fs::create_dir_all(&folder)
-            .and_then(|()| Ok(fs::write(&path, serde_json::to_vec(&described)?)?));
+            .and_then(|()| fs::write(&path, serde_json::to_vec(&described)?));
         written.map_err(|error: io::Error| {
             let text = format!("writing {}: {error}", path.display());
             Failure::new(ErrorCode::Internal, text)
@@ -279,7 +279,9 @@ impl Network {
             other => Failure::new(ErrorCode::NodeUnfit, told(&other)),
         })?;
         Self::parse(&printed).map_err(|why| {
-            unfit(format!("what podman says of its network {name} cannot be read: {why}"))
+            unfit(format!(
+                "what podman says of its network {name} cannot be read: {why}"
+            ))
         })
     }
 
@@ -294,7 +296,10 @@ impl Network {
     /// Refuses what is not moved yet.
     fn check(&self) -> Result<(), Failure> {
         let refused = |why: String| {
-            let text = format!("podman's network {} {why}, which is not moved yet", self.name);
+            let text = format!(
+                "podman's network {} {why}, which is not moved yet",
+                self.name
+            );
             Err(unfit(text))
         };
         if self.driver != BRIDGE {
@@ -353,7 +358,9 @@ impl Published {
         let ip = match &*self.host_ip {
             "" => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             text => text.parse().map_err(|_| {
-                unfit(format!("the container publishes a port of {text:?}, which is no address"))
+                unfit(format!(
+                    "the container publishes a port of {text:?}, which is no address"
+                ))
             })?,
         };
         for port in self.host_port..self.host_port.saturating_add(self.range.max(1)) {
@@ -384,7 +391,9 @@ impl Prefix {
             IpAddr::V6(ip) => (ip.to_bits(), 128),
         };
         let ((own, width), (others, other_width)) = (bits(self.ip), bits(other.ip));
-        let mask = u128::MAX.checked_shl(128 - u32::from(self.length.min(128))).unwrap_or(0);
+        let mask = u128::MAX
+            .checked_shl(128 - u32::from(self.length.min(128)))
+            .unwrap_or(0);
         width == other_width && self.length == other.length && own & mask == others & mask
     }
 }
@@ -408,7 +417,11 @@ fn leads_out(bridge: &str) -> bool {
     let ports = fs::read_dir(Path::new(LINKS).join(bridge).join("brif"));
     let ports = ports.into_iter().flatten().flatten();
     let number = |link: &Path, name: &str| -> Option<u32> {
-        fs::read_to_string(link.join(name)).ok()?.trim().parse().ok()
+        fs::read_to_string(link.join(name))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
     };
     let links: Vec<PathBuf> = fs::read_dir(LINKS)
         .into_iter()
@@ -420,12 +433,10 @@ fn leads_out(bridge: &str) -> bool {
         let port = Path::new(LINKS).join(port.file_name());
         let (own, other) = (number(&port, "ifindex"), number(&port, "iflink"));
         // A vlan is on another link; the same number may be that of any link, if it is elsewhere.
-        let is_vlan = fs::read_to_string(port.join("uevent")).is_ok_and(|text| {
-            text.lines().any(|line| line == "DEVTYPE=vlan")
-        });
-        let is_end = |link: &PathBuf| {
-            number(link, "ifindex") == other && number(link, "iflink") == own
-        };
+        let is_vlan = fs::read_to_string(port.join("uevent"))
+            .is_ok_and(|text| text.lines().any(|line| line == "DEVTYPE=vlan"));
+        let is_end =
+            |link: &PathBuf| number(link, "ifindex") == other && number(link, "iflink") == own;
         own.is_some() && (own == other || is_vlan || links.iter().any(is_end))
     })
 }
@@ -477,10 +488,15 @@ mod tests {
         let refused = |change: fn(&mut Value)| network(change).check().unwrap_err().to_string();
         assert!(refused(|one| one["driver"] = "macvlan".into()).contains("\"macvlan\""));
         let ipam = refused(|one| one["ipam_options"]["driver"] = "dhcp".into());
-        assert!(ipam.starts_with("network-unfit") && ipam.contains("\"dhcp\""), "{ipam}");
+        assert!(
+            ipam.starts_with("network-unfit") && ipam.contains("\"dhcp\""),
+            "{ipam}"
+        );
         let vlan = refused(|one| one["options"] = json!({"mtu": "1400", "vlan": "7"}));
         assert!(vlan.contains("option vlan"), "{vlan}");
-        network(|one| one["options"] = json!({"mode": "unmanaged"})).check().unwrap();
+        network(|one| one["options"] = json!({"mode": "unmanaged"}))
+            .check()
+            .unwrap();
     }
 
     #[test]
@@ -494,8 +510,14 @@ mod tests {
         let gateway = network(|one| one["subnets"][0]["gateway"] = "10.88.0.9".into());
         assert!(gateway.check_subnets(&given("10.88.0.2/16")).is_err());
         here.check_free(&given("10.88.0.2/16")).unwrap();
-        let taken = here.check_free(&given("10.88.0.7/16")).unwrap_err().to_string();
-        assert!(taken.contains("10.88.0.7") && taken.contains("container db"), "{taken}");
+        let taken = here
+            .check_free(&given("10.88.0.7/16"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            taken.contains("10.88.0.7") && taken.contains("container db"),
+            "{taken}"
+        );
     }
 
     #[test]
@@ -510,7 +532,10 @@ mod tests {
             protocol: protocol.to_owned(),
         };
         let refused = published("tcp").check_free().unwrap_err().to_string();
-        assert!(refused.contains(&format!("127.0.0.1:{port}/tcp")), "{refused}");
+        assert!(
+            refused.contains(&format!("127.0.0.1:{port}/tcp")),
+            "{refused}"
+        );
         drop(taken);
         published("tcp").check_free().unwrap();
         published("sctp").check_free().unwrap();
@@ -549,6 +574,9 @@ mod tests {
         };
         assert!(networked(true, &[]).notes().is_empty());
         let notes = networked(false, &["0.0.0.0:8080->80/tcp"]).notes();
-        assert!(notes[0].contains("8080->80/tcp") && notes[1].contains("podman0"), "{notes:?}");
+        assert!(
+            notes[0].contains("8080->80/tcp") && notes[1].contains("podman0"),
+            "{notes:?}"
+        );
     }
 }

@@ -94,8 +94,8 @@ impl Site {
         Ok(())
     }
 
-    /// Finds what an engine has made, when its runtime waits, and takes it off the bridge that leads
-    /// nowhere: nothing of it is attached to anything then.
+    /// Finds what an engine has made, when its runtime waits, and takes it off the bridge that
+    /// leads nowhere: nothing of it is attached to anything then.
     pub(super) async fn join_engine_network(&mut self) -> Result<(), Failure> {
         let (Some(made), Some(arriving)) = (&self.engine_network, &self.arriving) else {
             return Ok(());
