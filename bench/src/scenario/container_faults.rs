@@ -106,7 +106,8 @@ const BRIDGE_FAULTS: [Fault; 8] = [
     fault(Gate::Committed, Side::Target, Who::Daemon),
 ];
 
-/// Kills while a container of podman's bridge moves: nothing of its network is left where it is not.
+/// Kills while a container of podman's bridge moves: nothing of its network is left where it is
+/// not.
 pub fn run_bridged(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut lab = settings.lab_with(&container::LAYER, 2)?;
     bridged::join_segment(&lab)?;

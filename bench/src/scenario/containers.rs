@@ -55,7 +55,8 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
             "containers has no case {:?}, only {FEW:?}, {FAULTS:?}, {FILES:?}, {runtimes:?}, those \
              with -{FAULTS}, -{FILES} or -{FEW} behind them, {CONTAINERD:?}, {CONTAINERD_FILES:?}, \
              {PODMAN_BRIDGE:?}, {PODMAN_BRIDGE_FAULTS:?}, {PODMAN_ERRORS:?}, {PODMAN_VOLUME:?}, \
-             {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its name, also with crun- before it",
+             {CONTAINERD_VOLUME:?}, and {SHAPES:?} and each of them by its name, also with crun- \
+             before it",
             only.unwrap_or_default()
         );
     };
