@@ -23,6 +23,8 @@ pub mod locks;
 pub mod memory;
 pub mod nginx;
 pub mod pods;
+pub mod podman_bridge;
+pub mod podman_errors;
 pub mod redis;
 pub mod report;
 pub mod resources;

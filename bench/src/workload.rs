@@ -3,6 +3,7 @@
 //! A workload has its number in the lab; pid, address and port follow from it, so that nothing of
 //! one workload is ever taken by another, on whatever node they are.
 
+pub mod bridged;
 pub mod case;
 pub mod contained;
 pub mod container;

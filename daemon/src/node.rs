@@ -20,6 +20,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api;
 use crate::config::Config;
+use crate::link::hold::Holds;
 use crate::migration::journal::Journals;
 use crate::migration::registry::{Registry, RegistryParts};
 use crate::migration::source::site::SourceNode;
@@ -77,6 +78,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             freezers,
             hierarchies,
             bridge: config.bridge.clone(),
+            holds: Holds::default(),
             memory,
             shelf,
             workers,

@@ -32,6 +32,9 @@ pub enum RestoreError {
         #[source]
         source: io::Error,
     },
+    /// What is to become CRIU has no network that can be entered.
+    #[error("cannot open the network that the container runtime has for the container")]
+    Network(#[source] io::Error),
     /// It has taken another cgroup for that of the container, and may kill all that is in there.
     #[error(
         "the container runtime restores into the cgroup {named:?} and not {wanted}: it must see \
@@ -135,9 +138,11 @@ impl RestoreError {
         match self {
             Self::Plan(_) | Self::Unplanned(_) | Self::Dead(_) => ErrorCode::LedgerIncomplete,
             Self::Locks { .. } => ErrorCode::Malformed,
-            Self::Cgroup(_) | Self::Directory { .. } | Self::Join { .. } | Self::Watcher(_) => {
-                ErrorCode::Internal
-            }
+            Self::Cgroup(_)
+            | Self::Directory { .. }
+            | Self::Join { .. }
+            | Self::Network(_)
+            | Self::Watcher(_) => ErrorCode::Internal,
             Self::Runtime(RuntimeError::Gate(_)) | Self::Gate(_) => ErrorCode::CriuFailed,
             Self::Runtime(_) | Self::RuntimeRefused => ErrorCode::RuntimeFailed,
             Self::OtherCgroup { .. } => ErrorCode::NodeUnfit,

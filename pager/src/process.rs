@@ -37,7 +37,7 @@ use crate::restore::{self, Decision, Job, Progress};
 use crate::serve::Counters;
 use crate::shield::{join, shield};
 use crate::signals::Signals;
-use crate::start::make_ready;
+use crate::start::{At, make_ready};
 use crate::watcher::Watcher;
 
 /// How long a pager that holds nothing waits for its daemon to come back.
@@ -58,7 +58,7 @@ pub struct CgroupFiles {
 /// Runs a pager with its files in `directory`. To be called while the process has one thread.
 pub fn run(directory: &Path, cgroups: &CgroupFiles) -> Result<(), PagerError> {
     join(&cgroups.pager)?;
-    let network = shield()?;
+    let network = Arc::new(shield()?);
     let watcher = Watcher::start(directory, &cgroups.watcher).map_err(PagerError::Watcher)?;
     // Until the workload runs every millisecond is one that its clients wait for.
     let nice = priority::make_urgent();
@@ -72,7 +72,7 @@ pub fn run(directory: &Path, cgroups: &CgroupFiles) -> Result<(), PagerError> {
 async fn serve(
     directory: &Path,
     watcher: Arc<Watcher>,
-    network: OwnedFd,
+    network: Arc<OwnedFd>,
     nice: i32,
 ) -> Result<(), PagerError> {
     let listener = Listener::bind(&directory.join(SOCKET)).map_err(PagerError::Channel)?;
@@ -121,7 +121,7 @@ async fn receive(connection: Option<&Channel>) -> Option<(Ask, Vec<OwnedFd>)> {
 struct Desk {
     directory: PathBuf,
     watcher: Arc<Watcher>,
-    network: OwnedFd,
+    network: Arc<OwnedFd>,
     progress: mpsc::UnboundedSender<Progress>,
     connection: Option<Channel>,
     /// Questions that are answered later.
@@ -161,7 +161,7 @@ impl Desk {
     fn new(
         directory: &Path,
         watcher: Arc<Watcher>,
-        network: OwnedFd,
+        network: Arc<OwnedFd>,
         nice: i32,
         progress: mpsc::UnboundedSender<Progress>,
     ) -> Self {
@@ -346,12 +346,12 @@ impl Desk {
         &self,
         request: &RestoreRequest,
         mut fds: Vec<OwnedFd>,
-    ) -> io::Result<(Vec<OwnedFd>, Vec<OwnedFd>)> {
+    ) -> io::Result<(At, Vec<OwnedFd>)> {
         let inherited = fds.split_off(request.namespaces.len());
         if !request.namespaces.contains(&Namespace::Net) {
             fds.insert(0, self.network.try_clone()?);
         }
-        Ok((fds, inherited))
+        Ok(((fds, Arc::clone(&self.network)), inherited))
     }
 
     async fn start(&mut self, request: RestoreRequest, fds: Vec<OwnedFd>) -> io::Result<()> {

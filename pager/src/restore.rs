@@ -38,7 +38,7 @@ use crate::message::{Fault, FillReport, RestoreRequest, Restored};
 use crate::plan::Plan;
 use crate::runtime::Runtime;
 use crate::serve::{Counters, Server, Space};
-use crate::start::{LOG, make_ready, open, options};
+use crate::start::{At, LOG, make_ready, open, options};
 pub use crate::waits::Decision;
 use crate::waits::{discarded, locked};
 use crate::watcher::Watcher;
@@ -67,7 +67,7 @@ pub struct Job {
     /// How.
     pub request: RestoreRequest,
     /// Namespaces CRIU is started in.
-    pub namespaces: Vec<OwnedFd>,
+    pub namespaces: At,
     /// Descriptors CRIU gets, in the order of `request.inherit`.
     pub inherited: Vec<OwnedFd>,
     /// What is missing where.

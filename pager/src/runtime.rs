@@ -10,10 +10,12 @@
 //! afterwards deletes the files. What it leaves there is unmounted, and folders are removed only
 //! if they are empty.
 
-use std::fs;
-use std::os::fd::OwnedFd;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use criu_glue::options::{LogLevel, ManageCgroups, NetworkLock};
@@ -21,13 +23,14 @@ use criu_glue::rpc::{self, Asked, Conversation, Gate, Patch, Summoned, SwrkConfi
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_cgroup::identity::FolderId;
 use pageferry_sys::bound;
+use pageferry_sys::namespace::{NamespaceKind, run_inside};
 use tokio::process::Command;
 use tokio::time::timeout;
 use tracing::warn;
 
 use crate::failure::RestoreError;
 use crate::message::{RestoreRequest, RuntimeRequest};
-use crate::start::open;
+use crate::start::{At, open};
 
 /// How long a runtime may take from its start to its request.
 const ASK_MAX: Duration = Duration::from_secs(20);
@@ -55,6 +58,8 @@ pub struct Runtime {
     made: Option<FolderId>,
     /// Who asks is another than whom we started, and lives on when that is killed.
     is_asked_by_another: bool,
+    /// The node's network namespace, which the pager is not in: an engine makes networks there.
+    network: Arc<OwnedFd>,
 }
 
 impl Waiting {
@@ -63,14 +68,17 @@ impl Waiting {
     pub async fn start(
         request: &RestoreRequest,
         wanted: &RuntimeRequest,
-        namespaces: Vec<OwnedFd>,
+        (namespaces, network): At,
     ) -> Result<Self, RestoreError> {
         // One that was started before, and has died, has left its own.
         drop(fs::remove_dir_all(&wanted.gate));
         let gate = Gate::bind(&wanted.gate, &wanted.stand_in).map_err(RestoreError::Gate)?;
         let (arguments, log) = (&wanted.arguments, wanted.log.clone());
         let process = match wanted.is_engine {
-            true => rpc::Runtime::start_engine(&gate, &wanted.program, arguments, log),
+            true => at_node(&network, || {
+                rpc::Runtime::start_engine(&gate, &wanted.program, arguments, log)
+            })
+            .map_err(RestoreError::Network)?,
             false => rpc::Runtime::start(&gate, &wanted.program, arguments, log),
         };
         let mut runtime = Runtime {
@@ -78,6 +86,7 @@ impl Waiting {
             wanted: wanted.clone(),
             made: None,
             is_asked_by_another: false,
+            network,
         };
         let asked = match runtime.process.asks(&gate, &request.criu, ASK_MAX).await {
             Ok(asked) => asked,
@@ -97,6 +106,16 @@ impl Waiting {
             runtime.ended().await;
             return Err(error);
         }
+        let network = network_of(&asked).map_err(RestoreError::Network);
+        let namespaces = match network {
+            // Whichever comes last is the one that CRIU is in.
+            Ok(network) => namespaces.into_iter().chain(network).collect(),
+            Err(error) => {
+                drop(asked.call_off("its network cannot be entered").await);
+                runtime.ended().await;
+                return Err(error);
+            }
+        };
         let config = SwrkConfig {
             namespaces,
             // A huge page would be put where pages are missing.
@@ -268,16 +287,31 @@ impl Runtime {
         command
             .args(arguments)
             .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
             .kill_on_drop(true);
-        let why = match timeout(END_MAX, command.output()).await {
-            Ok(Ok(output)) if output.status.success() => return,
-            Ok(Ok(output)) => String::from_utf8_lossy(&output.stderr).into_owned(),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("it has not ended within {END_MAX:?}"),
+        let why = match at_node(&self.network, || command.spawn()).flatten() {
+            Ok(child) => match timeout(END_MAX, child.wait_with_output()).await {
+                Ok(Ok(output)) if output.status.success() => return,
+                Ok(Ok(output)) => String::from_utf8_lossy(&output.stderr).into_owned(),
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => format!("it has not ended within {END_MAX:?}"),
+            },
+            Err(error) => error.to_string(),
         };
         warn!(command = arguments.join(" "), program = %self.wanted.program.display(),
             why = why.trim_end(), "the container runtime");
     }
+}
+
+/// Starts something in the node's network namespace.
+fn at_node<T: Send>(network: &OwnedFd, start: impl FnOnce() -> T + Send) -> io::Result<T> {
+    let runtime = tokio::runtime::Handle::current();
+    run_inside(&[(NamespaceKind::Net, network.as_fd())], || {
+        // What is started is waited for by the runtime, which a plain thread does not have.
+        let _entered = runtime.enter();
+        start()
+    })
 }
 
 /// Has whoever an engine has left running, to keep the container's log, leave the cgroups of the
@@ -332,6 +366,23 @@ fn check_cgroup(asked: &Asked, wanted: &RuntimeRequest) -> Result<(), RestoreErr
         }),
     }
 }
+
+/// The network namespace that the runtime has for the container, if it was given one: it is open in
+/// what is to become CRIU.
+fn network_of(asked: &Asked) -> io::Result<Option<OwnedFd>> {
+    let options = asked.request().options();
+    let mut inherited = options.into_iter().flat_map(|options| &options.inherit_fd);
+    let network = inherited.find(|inherited| inherited.key == NETWORK);
+    network
+        .map(|network| {
+            let path = format!("/proc/{}/fd/{}", asked.criu_pid(), network.fd);
+            File::open(path).map(OwnedFd::from)
+        })
+        .transpose()
+}
+
+/// How runtimes call a network namespace that is there already.
+const NETWORK: &str = "extRootNetNS";
 
 /// Has a process be where its runtime has made a place for the container.
 fn join(pid: i32, cgroup_procs: &[PathBuf]) -> Result<(), RestoreError> {

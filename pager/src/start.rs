@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use criu_glue::options::{Directories, InheritFd, JoinNamespace, Log, LogLevel, RestoreOptions};
 use criu_glue::rpc::{Conversation, StartError, SwrkConfig};
@@ -19,15 +20,18 @@ pub const LOG: &str = "restore.log";
 /// What CRIU says before its log is open, in the work directory.
 pub const OUTPUT: &str = "criu.out";
 
+/// Namespaces that CRIU is started in, and the node's network, which engines work in.
+pub type At = (Vec<OwnedFd>, Arc<OwnedFd>);
+
 /// Starts what a restore begins with, which then waits.
 pub async fn make_ready(
     request: &RestoreRequest,
-    namespaces: Vec<OwnedFd>,
+    (namespaces, network): At,
     inherited: Vec<OwnedFd>,
 ) -> Result<Ready, RestoreError> {
     match &request.runtime {
         Some(runtime) => {
-            let waiting = Waiting::start(request, runtime, namespaces).await;
+            let waiting = Waiting::start(request, runtime, (namespaces, network)).await;
             waiting.map(|waiting| Ready::Runtime(Box::new(waiting)))
         }
         None => start_criu(request, namespaces, inherited)

@@ -19,6 +19,7 @@ use crate::lab::containerd::Engine;
 use crate::mover::MoveOptions;
 use crate::mover::outcome::Outcome;
 use crate::mover::pageferry::{Migration, SETTLE_TIME_MAX, wait_settled};
+use crate::workload::bridged;
 use crate::workload::container::Runtime;
 use crate::workload::containerd::{TRAPPED, trap_wrapper, untrap_wrapper};
 use crate::workload::whose::Whose;
@@ -124,6 +125,43 @@ const CONTAINERD_FAULTS: [Fault; 15] = [
     fault(Gate::Committed, Side::Source, Who::Engine),
     fault(Gate::Committed, Side::Target, Who::Engine),
 ];
+
+/// Those that meet a network of podman's own.
+const BRIDGE_FAULTS: [Fault; 8] = [
+    fault(Gate::Rounds, Side::Target, Who::Daemon),
+    fault(Gate::Rounds, Side::Target, PODMAN),
+    fault(Gate::Rounds, Side::Target, MONITOR),
+    fault(Gate::PostDump, Side::Source, Who::Daemon),
+    fault(Gate::PostRestore, Side::Target, Who::Daemon),
+    fault(Gate::PostRestore, Side::Target, PAGER),
+    fault(Gate::Committed, Side::Source, Who::Daemon),
+    fault(Gate::Committed, Side::Target, Who::Daemon),
+];
+
+/// Kills while a container of podman's bridge moves: nothing of its network is left where it is
+/// not.
+pub fn run_bridged(settings: &Settings, report: &mut Report) -> Result<()> {
+    let whose = Whose::Runtime(Runtime::Podman);
+    let mut lab = settings.lab_with(whose.layer(), 2)?;
+    let mut engines = whose.start_engines(&lab)?;
+    bridged::join_segment(&lab)?;
+    let held = bridged::start(&mut lab, "a", &[])?;
+    let (dataset, load) = (Dataset::first_row(BYTES), LoadPlan::first_row());
+    let mut session = Session::watch(&lab, settings.mover, "a", held, dataset, load)?;
+    for fault in &BRIDGE_FAULTS {
+        let Fault { gate, side, who } = fault;
+        let what = || format!("podman-bridge {gate:?} {side:?} {who:?}");
+        let came = fault.come(&mut lab, (whose, &mut engines), &mut session);
+        let came = came.with_context(what)?;
+        let gone = lab.node(other(&session.at))?;
+        bridged::check_here(lab.node(&session.at)?, &session.workload).with_context(what)?;
+        bridged::check_gone(gone, &session.workload).with_context(what)?;
+        println!("{}: {came}", what());
+    }
+    ensure!(session.move_on(&lab, report)?, "it has not moved");
+    wait_settled(&lab, SETTLE_TIME_MAX)?;
+    session.finish(report)?.kill(&lab)
+}
 
 /// All of them, of one container under load.
 pub fn run(settings: &Settings, whose: Whose, report: &mut Report) -> Result<()> {

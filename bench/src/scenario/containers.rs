@@ -9,7 +9,10 @@ use anyhow::{Result, bail};
 use super::report::Report;
 use super::session::Session;
 use super::settings::Settings;
-use super::{container_disk, container_errors, container_faults, container_files, shapes, volumes};
+use super::{
+    container_disk, container_errors, container_faults, container_files, podman_bridge,
+    podman_errors, shapes, volumes,
+};
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
 use crate::mover::pageferry::SETTLE_TIME_MAX;
@@ -23,6 +26,12 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let only = settings.only.as_deref();
     if let Some(shapes) = shapes_of(only) {
         return shapes::run(settings, shapes, report);
+    }
+    match only {
+        Some(PODMAN_BRIDGE) => return podman_bridge::run(settings, report),
+        Some(PODMAN_BRIDGE_FAULTS) => return container_faults::run_bridged(settings, report),
+        Some(PODMAN_ERRORS) => return podman_errors::run(settings, report),
+        _ => {}
     }
     if only == Some(PODMAN_VOLUME) {
         let mut lab = settings.lab_with(&container::LAYER, 2)?;
@@ -175,7 +184,7 @@ fn of_container(
 }
 
 /// Its cases, where OWNER is one of [`Whose::ALL`], and what they are.
-pub const CASES: [(&str, &str); 9] = [
+pub const CASES: [(&str, &str); 12] = [
     (
         "OWNER",
         "10 moves of a bare tree, and of a container of theirs",
@@ -203,6 +212,9 @@ pub const CASES: [(&str, &str); 9] = [
         "one of the shapes: hardened, nginx, postgresql, refused, volume, volume-killed",
     ),
     ("podman-volume, containerd-volume", "volumes of engines"),
+    ("podman-bridge", "a container on the network that podman gives"),
+    ("podman-bridge-faults", "kill -9 while that is made"),
+    ("podman-errors", "what a node of podman lacks"),
 ];
 
 /// What is done with the containers of a runtime.
@@ -241,6 +253,11 @@ const ERRORS: &str = "errors";
 const DISK: &str = "disk";
 /// Of all that people run.
 const SHAPES: &str = "shapes";
+/// The network that podman gives.
+const PODMAN_BRIDGE: &str = "podman-bridge";
+const PODMAN_BRIDGE_FAULTS: &str = "podman-bridge-faults";
+/// What is missing at a target.
+const PODMAN_ERRORS: &str = "podman-errors";
 /// A volume that podman has by its name.
 const PODMAN_VOLUME: &str = "podman-volume";
 /// A folder that is bound into one of containerd.

@@ -42,8 +42,18 @@ pub fn run(
     (name, at): (&str, &str),
     options: &[&str],
 ) -> Result<(Container, i32)> {
+    run_in(lab, plan, (name, at), ("none", options))
+}
+
+/// The same in a network of podman's.
+pub fn run_in(
+    lab: &Lab,
+    plan: &Plan,
+    (name, at): (&str, &str),
+    (network, options): (&str, &[&str]),
+) -> Result<(Container, i32)> {
     let node = lab.node(at)?;
-    let run = ["run", "--detach", "--name", name, "--network", "none"];
+    let run = ["run", "--detach", "--name", name, "--network", network];
     let read_only = format!("--read-only={}", !plan.writes);
     let image = image(plan);
     let run = run

@@ -29,6 +29,13 @@ pub const PROGRAM: &str = "criu";
 /// The socket beside it.
 pub const SOCKET: &str = "gate";
 
+/// The name by which CRIU looks for whoever writes and reads what is in a tmpfs; the program goes
+/// by this name, too, in a folder of its own beside it.
+pub const TAR: &str = "tar";
+
+/// That folder.
+pub const TOOLS: &str = "tools";
+
 /// What the program says first; FD goes with it.
 pub const HELLO: &[u8] = b"swrk";
 

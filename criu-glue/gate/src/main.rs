@@ -1,6 +1,8 @@
-//! `pageferry-criu`, linked to as `criu`: see the library beside it.
+//! `pageferry-criu`, linked to as `criu`: see the library beside it. Linked to as `tar`, for the
+//! CRIU that it becomes: see [`tar`].
 
 mod sys;
+mod tar;
 
 use std::convert::Infallible;
 use std::env;
@@ -11,7 +13,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use criu_gate::{DESCRIPTORS_MAX, HELLO, Instructions, PACKET_MAX, PROGRAM, SOCKET, Value};
+use criu_gate::{DESCRIPTORS_MAX, HELLO, Instructions, PACKET_MAX, PROGRAM, SOCKET, TAR, Value};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
@@ -27,6 +29,11 @@ fn main() -> ExitCode {
 
 fn run() -> io::Result<Infallible> {
     let arguments: Vec<OsString> = env::args_os().collect();
+    if let Some((name, rest)) = arguments.split_first()
+        && name == TAR
+    {
+        return Err(tar::run(rest));
+    }
     let number = match &arguments[..] {
         [_, mode, number] if mode == "swrk" => number.to_str().and_then(|text| text.parse().ok()),
         _ => None,

@@ -9,7 +9,7 @@
 //! Invariant: no CRIU is started for a runtime that has not asked yet: until it has, it may still
 //! move what is to become CRIU to another cgroup.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -17,7 +17,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use criu_gate::{HELLO, Instructions, PROGRAM, SOCKET, Value};
+use criu_gate::{HELLO, Instructions, PROGRAM, SOCKET, TAR, TOOLS, Value};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
@@ -44,6 +44,8 @@ pub struct Asked {
     client: Client,
     request: ClientRequest,
     stand_in: StandIn,
+    /// Where CRIU looks first for what it starts.
+    tools: PathBuf,
 }
 
 /// A runtime that is kept waiting, and a CRIU that waits for its request.
@@ -99,6 +101,10 @@ impl Gate {
         fs::create_dir_all(folder).map_err(made(folder.to_owned()))?;
         let link = folder.join(PROGRAM);
         symlink(program, &link).map_err(made(link))?;
+        let tools = folder.join(TOOLS);
+        let tar = tools.join(TAR);
+        let linked = fs::create_dir(&tools).and_then(|()| symlink(program, &tar));
+        linked.map_err(made(tar))?;
         let path = folder.join(SOCKET);
         let listener = listener(&path).map_err(made(path))?;
         Ok(Self {
@@ -156,6 +162,7 @@ impl Gate {
             request: request.map_err(GateError::Client)?,
             client,
             stand_in: StandIn { channel, peer },
+            tools: self.folder.join(TOOLS),
         })
     }
 }
@@ -221,7 +228,7 @@ impl Asked {
         }
         let between = Conversation::between(self.client, peer);
         let (conversation, criu) = between.map_err(GateError::StandIn)?;
-        let sent = channel.send(&instructions(config, criu)).await;
+        let sent = channel.send(&instructions(config, criu, &self.tools)).await;
         sent.map_err(|error| GateError::StandIn(TalkError::Send(error)))?;
         Ok(Summoned {
             conversation,
@@ -261,14 +268,15 @@ impl Summoned {
 }
 
 /// What the stand-in is told.
-fn instructions(config: SwrkConfig, socket: OwnedFd) -> Packet {
+fn instructions(config: SwrkConfig, socket: OwnedFd, tools: &Path) -> Packet {
     let mut instructions = Instructions {
         program: config.criu.clone(),
         namespaces: config.namespaces.len(),
         huge_pages: config.huge_pages,
         environment: Vec::new(),
     };
-    let path = ("PATH".into(), swrk::search_path());
+    let path = [tools.as_os_str(), OsStr::new(":"), &swrk::search_path()];
+    let path = ("PATH".into(), path.into_iter().collect());
     let variables = std::iter::once(path).chain(config.variables());
     let text = |(name, value): (OsString, OsString)| (name, Value::Text(value));
     instructions.environment.extend(variables.map(text));

@@ -55,6 +55,7 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
         frozen_max_us: status.frozen_max.map(micros),
         holding: status.holding,
         waiting: progress.waiting,
+        notes: progress.notes.clone(),
     }
 }
 

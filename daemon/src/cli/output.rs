@@ -88,6 +88,8 @@ pub struct Moved {
     /// How often it stood still for a scan, before it was frozen.
     pauses: Option<u32>,
     longest_pause_ms: Option<f64>,
+    /// What the move takes from the workload's clients.
+    notes: Vec<String>,
     ok: bool,
     error: Option<ErrorObject>,
 }
@@ -197,6 +199,7 @@ impl Moved {
             retries: status.retries,
             pauses: status.pauses,
             longest_pause_ms: status.longest_pause_us.map(millis),
+            notes: status.notes.clone(),
             ok: status.moved,
             error: if status.moved { None } else { error(status) },
         }
@@ -270,6 +273,9 @@ pub fn summary(status: &Status) -> String {
         text += &format!("\n  shared storage synced in {:.1} ms", millis(synced));
     }
     text += &paused(status, "\n  ");
+    for note in &status.notes {
+        text += &format!("\n  {note}");
+    }
     // Only a workload with a pid namespace of its own is called something else there.
     if let Some(pid) = status.pid_at_target
         && *workload != format!("process/{pid}")

@@ -33,6 +33,7 @@ fn moved() -> Status {
         elapsed_us: Some(2_340_000),
         final_pages: Some(812),
         pid_at_target: Some(15_002),
+        notes: vec!["a port is lost".to_owned()],
         ..Status::default()
     }
 }
@@ -46,6 +47,7 @@ fn a_move_is_summed_up() {
           frozen inside CRIU 5.1 ms
           shared storage synced in 1.5 ms
           paused for scans: 7, longest 4.9 ms
+          a port is lost
           at b it is process/15002"]]
     .assert_eq(&summary(&moved()));
 }
@@ -53,7 +55,7 @@ fn a_move_is_summed_up() {
 #[test]
 fn the_json_of_a_move_keeps_its_names() {
     let json = serde_json::to_string(&Moved::of(&moved())).unwrap();
-    expect![[r#"{"id":"0123456789abcdef0123456789abcdef","workload":"process/4711","mode":"precopy","from":"a","to":"b","rounds":3,"memory_bytes":536870912,"wire_bytes":314572800,"downtime_ms":40.5,"parts_ms":{"freeze":0.8,"final_round":15.0,"restore":20.0,"commit":0.2,"handoff":4.5},"frozen_ms":5.1,"sync_ms":1.5,"restore_ms":20.0,"blackout_ms":null,"total_ms":2340.0,"final_pages":812,"dirty_pages_per_second":12000,"pid_at_target":15002,"retries":0,"pauses":7,"longest_pause_ms":4.9,"ok":true,"error":null}"#]]
+    expect![[r#"{"id":"0123456789abcdef0123456789abcdef","workload":"process/4711","mode":"precopy","from":"a","to":"b","rounds":3,"memory_bytes":536870912,"wire_bytes":314572800,"downtime_ms":40.5,"parts_ms":{"freeze":0.8,"final_round":15.0,"restore":20.0,"commit":0.2,"handoff":4.5},"frozen_ms":5.1,"sync_ms":1.5,"restore_ms":20.0,"blackout_ms":null,"total_ms":2340.0,"final_pages":812,"dirty_pages_per_second":12000,"pid_at_target":15002,"retries":0,"pauses":7,"longest_pause_ms":4.9,"notes":["a port is lost"],"ok":true,"error":null}"#]]
     .assert_eq(&json);
 }
 

@@ -16,6 +16,8 @@ pub struct Shown {
     /// What the last line said.
     phase: String,
     round: u32,
+    /// Notes were told.
+    is_noted: bool,
     /// When copying was seen to begin.
     copying_since: Option<Instant>,
 }
@@ -33,6 +35,7 @@ impl Shown {
             bar,
             phase: String::new(),
             round: 0,
+            is_noted: false,
             copying_since: None,
         }
     }
@@ -42,6 +45,12 @@ impl Shown {
         if status.round > 0 && self.copying_since.is_none() {
             self.copying_since = Some(Instant::now());
         }
+        if !self.is_noted && !status.notes.is_empty() {
+            self.is_noted = true;
+            for note in &status.notes {
+                self.tell(&format!("note: {note}"));
+            }
+        }
         if let Some(bar) = &self.bar {
             let sent = status.sent_bytes.unwrap_or(0);
             bar.set_length(status.memory_bytes.unwrap_or(0).max(sent));
@@ -49,12 +58,19 @@ impl Shown {
             bar.set_prefix(status.phase.clone());
             bar.set_message(self.message(status));
         } else if (self.phase != status.phase || self.round != status.round) && !status.r#final {
-            // How it ended whoever asked prints as the result. There is nobody to tell that stderr
-            // is closed.
-            drop(writeln!(io::stderr(), "{}", line(status)));
+            // How it ended whoever asked prints as the result.
+            self.tell(&line(status));
         }
         self.phase.clone_from(&status.phase);
         self.round = status.round;
+    }
+
+    fn tell(&self, line: &str) {
+        // There is nobody to tell that stderr is closed.
+        match &self.bar {
+            Some(bar) => bar.suspend(|| drop(writeln!(io::stderr(), "{line}"))),
+            None => drop(writeln!(io::stderr(), "{line}")),
+        }
     }
 
     /// Takes the bar away, so that a result can be printed.

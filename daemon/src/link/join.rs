@@ -49,7 +49,9 @@ impl JoinedNetwork {
             check_route(route, &found)?;
         }
         let addresses = links.iter().flat_map(|link| &link.addresses);
-        let wanted: Vec<IpAddr> = addresses.map(|address| address.ip).collect();
+        // Nobody on such a network could have one of the kernel's own making.
+        let wanted = addresses.map(|address| address.ip);
+        let wanted: Vec<IpAddr> = wanted.filter(|ip| !is_made_by_kernel(*ip)).collect();
         check_usable(&Netlink::open(Some(net.as_fd()))?, &wanted).await?;
         Ok(Self {
             ports: found.ports,

@@ -7,7 +7,8 @@
 //! the socket would otherwise answer the peer's segments with a reset.
 //!
 //! Instead, one that somebody else has made at the target, and attached to nothing, can be joined:
-//! then only its links' way onto the bridge is ours.
+//! then only its links' way onto the bridge is ours. An engine that attaches what it makes is shown
+//! a bridge that nobody else is on ([`hold`]).
 //!
 //! Invariants: of one workload, at most one node's port forwards; every change is undone by
 //! [`port::Port::open`] at the source, and at the target by dropping the namespace that was made,
@@ -15,7 +16,9 @@
 //! Absent: parking packets instead of dropping them; links that are not veths into a bridge.
 
 pub mod announce;
+pub mod conntrack;
 pub mod describe;
+pub mod hold;
 pub mod join;
 pub mod netlink;
 pub mod port;

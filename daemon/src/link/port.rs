@@ -179,7 +179,7 @@ impl Port {
 }
 
 /// This node's end of the veth `inside`, or why there is none.
-async fn other_end(
+pub(super) async fn other_end(
     node: &Netlink,
     inside: &LinkMessage,
 ) -> Result<Result<LinkMessage, &'static str>, LinkError> {
@@ -203,7 +203,7 @@ async fn other_end(
     Ok(found.ok_or("has its other end in another namespace"))
 }
 
-fn controller_of(message: &LinkMessage) -> Option<u32> {
+pub(super) fn controller_of(message: &LinkMessage) -> Option<u32> {
     message
         .attributes
         .iter()

@@ -26,6 +26,8 @@ pub struct Progress {
     pub pid_at_target: Option<i32>,
     /// What is to be restored has its place, and whoever restores it waits; at the target.
     pub waiting: bool,
+    /// What the move takes from the workload's clients; at the source.
+    pub notes: Vec<String>,
     /// Read from a journal: what was counted and measured before is not known.
     pub recovered: bool,
 }
@@ -43,6 +45,7 @@ impl Progress {
             successor: None,
             pid_at_target: None,
             waiting: false,
+            notes: Vec::new(),
             recovered: false,
         }
     }

@@ -293,9 +293,14 @@ impl Registry {
     ) {
         let (id, begun) = (machine.id(), journal.begun());
         let (recovered, root) = (origin.is_recovered(), site.root());
+        let notes = site.notes();
+        for note in &notes {
+            tracing::warn!(migration = %id, "{note}");
+        }
         let successor = origin.successor();
         let (status, watched) = watch::channel(Arc::new(Progress {
             successor,
+            notes,
             recovered,
             ..Progress::of(machine.status(clock.now()))
         }));

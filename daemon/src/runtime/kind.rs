@@ -329,6 +329,21 @@ impl Kind {
         }
     }
 
+    /// Whether its engine deletes its links when it has ended.
+    pub const fn has_engine_network(&self) -> bool {
+        matches!(self, Self::Podman(container) if container.has_network())
+    }
+
+    /// What a move takes from its clients, for people.
+    pub fn notes(&self) -> Vec<String> {
+        match self {
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Pod(_) => {
+                Vec::new()
+            }
+            Self::Podman(container) => container.notes(),
+        }
+    }
+
     /// It runs elsewhere, and its tasks here are dead: nothing else of it is to be left.
     pub fn release(&self, freezer: &Freezer, hierarchies: &Hierarchies) -> Result<(), CgroupError> {
         match self {
@@ -412,7 +427,25 @@ impl Arriving {
             Self::Container(_) | Self::Containerd(_) => ArrivingContainer::namespaces(),
             // They are those of its sandbox.
             Self::Pod(_) => Vec::new(),
-            Self::Podman(_) => ArrivingPodman::namespaces(),
+            Self::Podman(container) => container.namespaces(),
+        }
+    }
+
+    /// If its engine makes its network: has it attach the links to the bridge `hold`, and answers
+    /// with the bridge that they are to be on. What that needs is made in `directory`, the
+    /// migration's. Blocks, while the engine answers.
+    pub fn hold_network(&self, directory: &Path, hold: &str) -> Result<Option<String>, Failure> {
+        match self {
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Pod(_) => Ok(None),
+            Self::Podman(container) => container.hold_network(directory, hold),
+        }
+    }
+
+    /// The network namespace that its engine has made for it, once its runtime waits.
+    pub fn network_path(&self) -> Result<Option<PathBuf>, Failure> {
+        match self {
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Pod(_) => Ok(None),
+            Self::Podman(container) => container.network_path().map(Some),
         }
     }
 

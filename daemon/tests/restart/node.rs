@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use pageferry::cli::ca;
+use pageferry::link::hold::Holds;
 use pageferry::migration::journal::Journals;
 use pageferry::migration::progress::Progress;
 use pageferry::migration::registry::{Registry, RegistryParts};
@@ -132,6 +133,7 @@ impl Node {
             freezers: self.freezers.clone(),
             hierarchies: Hierarchies::detect().unwrap(),
             bridge: None,
+            holds: Holds::default(),
             memory: Ledger::new(|| Ok(Vec::new())),
             shelf: self.shelf(),
             workers: 1,

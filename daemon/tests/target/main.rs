@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::cli::ca;
+use pageferry::link::hold::Holds;
 use pageferry::migration::clock::Clock;
 use pageferry::migration::journal::Journals;
 use pageferry::migration::progress::Progress;
@@ -100,6 +101,7 @@ impl Target {
             freezers: freezers.clone(),
             hierarchies: hierarchies.clone(),
             bridge: None,
+            holds: Holds::default(),
             memory: Ledger::new(move || {
                 let limit = "this test".to_owned();
                 Ok(vec![Room {

@@ -54,6 +54,7 @@ const DAEMON: Modules = &[
         &[
             "api",
             "config",
+            "link",
             "migration",
             "net",
             "pageferry_cgroup",

@@ -80,6 +80,8 @@ pub struct PodmanDescription {
     pub archive: Vec<u8>,
     /// Its named volumes, which the target makes.
     pub volumes: Vec<VolumeDescription>,
+    /// It is in a network of podman's, whose bridge has a port that leads out of the source.
+    pub leads_out: bool,
 }
 
 /// A named volume.
@@ -148,6 +150,7 @@ impl From<&PodmanDescription> for schema::Podman {
             restart: podman.restart.clone(),
             archive: podman.archive.clone(),
             volumes: podman.volumes.iter().map(Into::into).collect(),
+            leads_out: podman.leads_out,
         }
     }
 }
@@ -268,6 +271,7 @@ impl TryFrom<schema::Podman> for PodmanDescription {
             restart: wire.restart,
             archive: wire.archive,
             volumes,
+            leads_out: wire.leads_out,
         })
     }
 }
@@ -361,6 +365,7 @@ mod tests {
                     path: "/v/data/_data".to_owned(),
                     ..schema::Volume::default()
                 }],
+                leads_out: true,
             };
             change(&mut wire);
             PodmanDescription::try_from(wire)

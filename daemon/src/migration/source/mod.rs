@@ -102,6 +102,8 @@ pub struct SourceDriver {
     /// The migration that was started in place of this one, before a restart.
     successor: Option<MigrationId>,
     recovered: bool,
+    /// What the move takes from the workload's clients.
+    notes: Vec<String>,
     /// The last status, if it is not to be seen before there is a successor.
     held_back: Option<Progress>,
     /// What the target said it is called there.
@@ -194,6 +196,7 @@ impl SourceDriver {
             machine: parts.machine,
             clock: parts.clock,
             sent: parts.site.sent(),
+            notes: parts.site.notes(),
             paused: parts.site.paused(),
             waits: parts.site.waits(),
             site: Some(Box::new(parts.site)),
@@ -284,6 +287,7 @@ impl SourceDriver {
             successor: self.successor,
             pid_at_target: self.pid_at_target,
             waiting: false,
+            notes: self.notes.clone(),
             recovered: self.recovered,
         };
         if repeat {

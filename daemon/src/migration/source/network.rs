@@ -183,6 +183,16 @@ impl Gate<'_> {
         opened.map_err(|error| network_unfit(&error))
     }
 
+    /// Sees to it that they are closed, for whoever deletes them: whatever a dying socket says
+    /// reaches nobody.
+    pub(super) async fn shut(&self) -> Result<(), Failure> {
+        for port in self.ports {
+            let closed = port.close(&self.netlink).await;
+            closed.map_err(|error| network_unfit(&error))?;
+        }
+        Ok(())
+    }
+
     /// Deletes them: whatever a dying socket says reaches nobody.
     pub(super) async fn delete(&self) -> Result<(), Failure> {
         for port in self.ports {

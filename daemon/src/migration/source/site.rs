@@ -151,6 +151,11 @@ impl Site {
         (self.dumping.held(), self.kept.synced())
     }
 
+    /// What the move takes from the workload's clients, for people.
+    pub fn notes(&self) -> Vec<String> {
+        self.workload.kind.notes()
+    }
+
     /// Tells how often it stood still for scans, and how long.
     pub fn paused(&self) -> Paused {
         self.tracking.paused()
@@ -314,7 +319,10 @@ impl Site {
         self.network.lead_away(&self.workload, self.peer).await;
         // First the links: whatever the dying sockets say reaches nobody.
         if let Some(gate) = self.network.ports.gate()? {
-            gate.delete().await?;
+            match self.workload.kind.has_engine_network() {
+                true => gate.shut().await?,
+                false => gate.delete().await?,
+            }
         }
         let ending = self.dumping.commit().await;
         self.workload.kill(&self.node.freezers)?;

@@ -12,7 +12,9 @@ use std::path::Path;
 
 use pageferry_proto::id::{MigrationId, NetworkName};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::description::{LinkAddress, LinkDescription, WorkloadDescription};
+use pageferry_proto::wire::description::{
+    LinkAddress, LinkDescription, RouteDescription, WorkloadDescription,
+};
 use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
 
@@ -92,10 +94,19 @@ impl Network {
         bridge: &str,
     ) -> Result<(Self, OwnedFd), Failure> {
         let net = open_named(name)?;
-        let (links, routes) = (&description.links, &description.routes);
-        let joined = JoinedNetwork::compare(&net, links, routes, bridge).await;
+        let wanted = (&*description.links, &*description.routes);
+        Ok((Self::compare(&net, wanted, bridge).await?, net))
+    }
+
+    /// One that somebody else has made, attached to nothing, with what the workload needs in it.
+    pub(super) async fn compare(
+        net: &OwnedFd,
+        (links, routes): (&[LinkDescription], &[RouteDescription]),
+        bridge: &str,
+    ) -> Result<Self, Failure> {
+        let joined = JoinedNetwork::compare(net, links, routes, bridge).await;
         let joined = joined.map_err(|error| network_unfit(&error))?;
-        Ok((Self::Joined(joined), net))
+        Ok(Self::Joined(joined))
     }
 
     /// Takes the network of a pod's sandbox from its neighbours, if it has what the workload needs.

@@ -42,6 +42,9 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
         }
     }
     block_in_place(settle_left);
+    if let Err(error) = node.holds.clean_up().await {
+        tracing::warn!("a bridge is left: {}", chain(&error));
+    }
     // What is left here may be used yet.
     let is_left = |id: MigrationId| node.migrations.join(id.to_string()).exists();
     block_in_place(|| node.shelf.clean_up(|id| is_known(id) || is_left(id)));

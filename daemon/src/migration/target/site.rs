@@ -42,6 +42,7 @@ use super::images::{Images, make_images_lazy};
 use super::intake::Intake;
 use super::locked;
 use super::network::{Network, NetworkState};
+use crate::link::hold::Holds;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
@@ -52,6 +53,7 @@ use crate::runtime::rootfs::RootPlace;
 use crate::runtime::shared::lengths;
 use crate::runtime::{detached, identity};
 use pod::Pod;
+use network::EngineNetwork;
 pub use run::LetGoError;
 
 /// Most address spaces of a workload; each has a memory file.
@@ -84,6 +86,8 @@ pub struct TargetNode {
     pub hierarchies: Hierarchies,
     /// The bridge that links become ports of; without one only workloads without links may come.
     pub bridge: Option<String>,
+    /// Where engines attach links of workloads that do not run yet.
+    pub holds: Holds,
     /// What incoming workloads have been promised of this node's memory.
     pub memory: Ledger,
     /// Where folders are that come, and those that have left.
@@ -131,6 +135,8 @@ pub struct Site {
     namespaces: Vec<(NamespaceKind, OwnedFd)>,
     /// If it has one of its own.
     network: Option<Network>,
+    /// If its engine makes that.
+    engine_network: Option<EngineNetwork>,
     /// What CRIU binds into a mount namespace of the workload's own; the root first.
     mounts: Vec<MountDescription>,
     /// What is offered, once it is.
@@ -173,6 +179,7 @@ impl Site {
             directory,
             namespaces: Vec::new(),
             network: None,
+            engine_network: None,
             mounts: Vec::new(),
             arriving: None,
             pod: None,
@@ -207,6 +214,7 @@ impl Site {
             id,
             namespaces: Vec::new(),
             network: None,
+            engine_network: None,
             mounts: Vec::new(),
             arriving: None,
             pod: None,
@@ -323,7 +331,7 @@ impl Site {
             self.arriving = Some(arriving);
             return self.state();
         }
-        self.prepare_network(offer).await?;
+        self.prepare_network(offer, &arriving).await?;
         let made_by = arriving.made_by(&self.directory, &self.node.hierarchies);
         self.made_by = made_by.map_err(|error| internal(&error))?;
         self.arriving = Some(arriving);
@@ -334,6 +342,7 @@ impl Site {
         }
         self.make_groups()?;
         self.start_pager().await?;
+        self.join_engine_network().await?;
         if root == Some(RootPlace::Overlay) {
             block_in_place(|| self.find_overlay())?;
         }
@@ -458,6 +467,8 @@ impl Site {
             self.freezer = Freezer::again(path, restored.freezer_id);
             let noted = block_in_place(|| note_again(&self.directory));
             noted.map_err(|error| internal(&error))?;
+            // It has made another network, too.
+            self.join_engine_network().await?;
         }
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));
         self.limit(Stage::Restored)?;

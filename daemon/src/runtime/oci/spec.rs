@@ -53,6 +53,8 @@ pub struct Engine {
     pub has_image: bool,
     /// It is in the network, IPC and UTS namespaces of a sandbox that the engine makes.
     pub is_sandboxed: bool,
+    /// It makes the container's network.
+    pub has_network: bool,
 }
 
 /// What is known of a container beside its configuration.
@@ -156,6 +158,8 @@ const MANAGER: &str = "io.container.manager";
 
 /// What every container has to itself here, as the specification calls it.
 const OWN: [&str; 5] = ["ipc", "mount", "network", "pid", "uts"];
+
+const NETWORK: &str = "network";
 
 /// What a container of a pod may share with others of the pod.
 const SANDBOX: [&str; 3] = ["ipc", "network", "uts"];
@@ -320,7 +324,7 @@ impl Spec {
         if !process.apparmor_profile.is_empty() || !process.selinux_label.is_empty() {
             return refused("has a profile of AppArmor or SELinux, which is not moved yet");
         }
-        self.check_namespaces(engine.is_some_and(|engine| engine.is_sandboxed))?;
+        self.check_namespaces(engine)?;
         let cgroup = Path::new(&self.linux.cgroups_path);
         let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
         if !cgroup.is_absolute() || !cgroup.components().all(plain) {
@@ -379,7 +383,20 @@ impl Spec {
         Ok(())
     }
 
-    fn check_namespaces(&self, is_sandboxed: bool) -> Result<(), Failure> {
+    /// The network namespace that it joins, if it is none of its own.
+    pub fn network(&self) -> Option<&Path> {
+        let mut namespaces = self.linux.namespaces.iter();
+        let network = namespaces.find(|namespace| namespace.kind == NETWORK)?;
+        (!network.path.is_empty()).then(|| Path::new(&network.path))
+    }
+
+    fn check_namespaces(&self, engine: Option<&Engine>) -> Result<(), Failure> {
+        let is_made = |kind: &str| {
+            engine.is_some_and(|engine| {
+                (engine.is_sandboxed && SANDBOX.contains(&kind))
+                    || (engine.has_network && kind == NETWORK)
+            })
+        };
         let refused = |text: String| Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
         let namespaces = &self.linux.namespaces;
         for namespace in namespaces {
@@ -389,8 +406,7 @@ impl Spec {
                     "the container has a {kind} namespace of its own, which is not moved yet"
                 ));
             }
-            let is_sandboxes = is_sandboxed && SANDBOX.contains(&kind);
-            if !namespace.path.is_empty() && !is_sandboxes {
+            if !namespace.path.is_empty() && !is_made(kind) {
                 return refused(format!(
                     "the container is in the {kind} namespace {} of somebody else: that is not \
                      moved yet",

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use tar::{Archive, Builder, Entry, EntryType};
 
 /// The entry: podman's own record.
-const CONFIG: &str = "config.dump";
+pub const CONFIG: &str = "config.dump";
 
 /// Its named volumes there, and what each is called.
 const VOLUMES: &str = "namedVolumes";
@@ -38,6 +38,20 @@ pub fn without_policy(archive: &[u8]) -> io::Result<Vec<u8>> {
         written.append_data(&mut header, path, &bytes[..])?;
     }
     written.into_inner()
+}
+
+/// An entry of the archive, if it is in it.
+pub fn entry(archive: &[u8], name: &str) -> Result<Option<Vec<u8>>, String> {
+    let text = |error: io::Error| error.to_string();
+    for entry in Archive::new(archive).entries().map_err(text)? {
+        let mut entry = entry.map_err(text)?;
+        if is_called(&entry.path().map_err(text)?, name) {
+            let mut bytes = Vec::new();
+            entry.read_to_end(&mut bytes).map_err(text)?;
+            return Ok(Some(bytes));
+        }
+    }
+    Ok(None)
 }
 
 /// Whether it is an archive of the container `id`, without a policy, and nothing in it leads
@@ -97,8 +111,12 @@ fn volumes(config: &Map<String, Value>) -> Result<Vec<String>, String> {
 }
 
 fn is_config(path: &Path) -> bool {
+    is_called(path, CONFIG)
+}
+
+fn is_called(path: &Path, name: &str) -> bool {
     let mut parts = path.components().filter(|part| *part != Component::CurDir);
-    parts.next() == Some(Component::Normal(CONFIG.as_ref())) && parts.next().is_none()
+    parts.next() == Some(Component::Normal(name.as_ref())) && parts.next().is_none()
 }
 
 #[cfg(test)]

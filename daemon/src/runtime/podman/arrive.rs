@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_proto::id::ContainerId;
@@ -17,6 +18,7 @@ use pageferry_proto::wire::description::WorkloadDescription;
 use pageferry_sys::namespace::NamespaceKind;
 
 use super::command::{podman_at_once, podman_has, told};
+use super::network::{self, Attachment};
 use super::{MANAGER, NEVER, PROGRAM, archive, folders, volume};
 use crate::runtime::oci::arrive::{self, Restore};
 use crate::runtime::oci::habits::Runtime;
@@ -43,6 +45,8 @@ pub struct Arriving {
     name: ContainerId,
     container: ContainerDescription,
     podman: PodmanDescription,
+    /// What it has of a network of podman's, if it is in one.
+    network: Option<Attachment>,
 }
 
 impl Arriving {
@@ -54,10 +58,13 @@ impl Arriving {
             let text = format!("the offer does not say what podman has of the container {name}");
             return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
         };
+        let network = Attachment::exported(&podman.archive);
+        let network = network.map_err(|why| unreadable(name, &why))?;
         Ok(Self {
             name: name.clone(),
             container,
             podman,
+            network,
         })
     }
 
@@ -70,16 +77,15 @@ impl Arriving {
         let engine = Engine {
             manager: MANAGER,
             folders: folders(&self.podman.id, bundle),
+            has_network: self.network.is_some(),
             ..Engine::default()
         };
         arrive::check_spec(&self.container, Some(&engine), &Named::of(description))?;
         let spec = Spec::parse(&self.container.config)?;
         let checked = archive::check(&self.podman.archive, self.podman.id.as_str());
-        let volumes = checked.map_err(|why| {
-            let text = format!("what podman has of the container {}: {why}", self.name);
-            Failure::new(ErrorCode::UnsupportedWorkload, text)
-        })?;
+        let volumes = checked.map_err(|why| unreadable(&self.name, &why))?;
         self.check_podman(bundle)?;
+        check_runtime(RUNTIME.program())?;
         for name in [self.name.as_str(), self.podman.id.as_str()] {
             if has(["container", "exists", name])? {
                 return Err(Failure::new(
@@ -104,7 +110,10 @@ impl Arriving {
                 ),
             ));
         }
-        Ok(())
+        match &self.network {
+            Some(network) => network.check(self.podman.leads_out),
+            None => Ok(()),
+        }
     }
 
     /// Checks that each of `volumes`, which are those that podman's import looks for, comes or is
@@ -170,8 +179,31 @@ impl Arriving {
     }
 
     /// Namespaces that are made for it before it is restored.
-    pub fn namespaces() -> Vec<NamespaceKind> {
-        vec![NamespaceKind::Net]
+    pub fn namespaces(&self) -> Vec<NamespaceKind> {
+        match self.network {
+            // podman's.
+            Some(_) => Vec::new(),
+            None => vec![NamespaceKind::Net],
+        }
+    }
+
+    /// Has podman attach its link to the bridge `hold` when it is restored; answers with the bridge
+    /// of its network, if it is in one of podman's. What that needs is made in `directory`, the
+    /// migration's. Blocks, while podman answers.
+    pub fn hold_network(&self, directory: &Path, hold: &str) -> Result<Option<String>, Failure> {
+        let network = self.network.as_ref();
+        network
+            .map(|network| network.hold(directory, hold))
+            .transpose()
+    }
+
+    /// The network namespace that podman has made for it, when its runtime waits.
+    pub fn network_path(&self) -> Result<PathBuf, Failure> {
+        let spec = Spec::parse(&read_config(Path::new(&self.container.bundle))?)?;
+        spec.network().map(Path::to_owned).ok_or_else(|| {
+            let text = format!("podman has made no network for the container {}", self.name);
+            Failure::new(ErrorCode::NetworkUnfit, text)
+        })
     }
 
     /// How podman is started to restore it. Makes what that needs in `directory`, which is the
@@ -188,10 +220,12 @@ impl Arriving {
         let container = (RUNTIME, id);
         let made = arrive::made(container, &self.container, hierarchies, directory)?;
         let archive = archive.to_string_lossy().into_owned();
-        let import = ["container", "restore", "--import", &archive];
-        let import = import
-            .into_iter()
-            .chain(["--ignore-rootfs", "--ignore-volumes"]);
+        let networks = network::held_in(directory);
+        let networks = networks.to_string_lossy();
+        let networks = ["--network-config-dir", &*networks];
+        let networks = networks.into_iter().filter(|_| self.network.is_some());
+        let import = networks.chain(["container", "restore", "--import", &archive]);
+        let import = import.chain(["--ignore-rootfs", "--ignore-volumes"]);
         let words = |words: &[&str]| words.iter().copied().map(str::to_owned).collect();
         let restart = &*self.podman.restart;
         let again = !restart.is_empty() && restart != NEVER;
@@ -210,6 +244,40 @@ impl Arriving {
     }
 }
 
+/// Whether the runtime that podman starts is there, and can restore.
+fn check_runtime(program: &str) -> Result<(), Failure> {
+    let unfit = |why: String| {
+        let text = format!("the target's {program} cannot restore the container: {why}");
+        Err(Failure::new(ErrorCode::NodeUnfit, text))
+    };
+    match Command::new(program).arg("--version").output() {
+        Ok(output) => match restores(&String::from_utf8_lossy(&output.stdout)) {
+            Ok(()) => Ok(()),
+            Err(why) => unfit(why),
+        },
+        Err(error) => unfit(error.to_string()),
+    }
+}
+
+/// Whether a crun that says this of its version restores, as we know it.
+fn restores(said: &str) -> Result<(), String> {
+    let first = said.lines().next().unwrap_or_default();
+    let version = first.split(' ').next_back().unwrap_or_default();
+    let major = version
+        .split('.')
+        .next()
+        .and_then(|text| text.parse::<u32>().ok());
+    let has_criu = said.split_whitespace().any(|word| word == "+CRIU");
+    match major {
+        Some(MAJOR) if has_criu => Ok(()),
+        Some(MAJOR) => Err(format!("{first} was built without CRIU")),
+        _ => Err(format!("{first:?} is no version {MAJOR} of it")),
+    }
+}
+
+/// The version of crun that is known to restore as we expect.
+const MAJOR: u32 = 1;
+
 /// Whether podman has this bundle for a container `id`, if it has containers in `store`: what is
 /// read there later is podman's own.
 fn is_kept_in(store: &str, id: &str, bundle: &Path) -> bool {
@@ -222,6 +290,11 @@ fn is_kept_in(store: &str, id: &str, bundle: &Path) -> bool {
         }
         _ => false,
     }
+}
+
+fn unreadable(name: &ContainerId, why: &str) -> Failure {
+    let text = format!("what podman has of the container {name}: {why}");
+    Failure::new(ErrorCode::UnsupportedWorkload, text)
 }
 
 /// Whether podman says yes.
@@ -292,6 +365,19 @@ mod tests {
         }
         let nowhere = Path::new("/overlay-containers/0123/userdata");
         assert!(!is_kept_in("", "0123", nowhere));
+    }
+
+    #[test]
+    fn a_runtime_that_does_not_restore_is_refused_by_its_version() {
+        let said = |version: &str, has: &str| {
+            restores(&format!(
+                "crun version {version}\ncommit: 0\n+SYSTEMD {has} +YAJL\n"
+            ))
+        };
+        said("1.28", "+CRIU").unwrap();
+        assert!(said("1.28", "").unwrap_err().contains("without CRIU"));
+        assert!(said("0.17", "+CRIU").unwrap_err().contains("0.17"));
+        assert!(restores("").is_err());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::command::{CommandError, podman_at_once, told};
+use super::network::Networked;
 use super::volume::Volume;
 use crate::runtime::layer;
 use crate::runtime::oci::habits::Runtime;
@@ -16,6 +17,9 @@ use crate::runtime::rootfs::RootFiles;
 
 /// The label by which a unit of systemd that runs a container names itself.
 const UNIT: &str = "PODMAN_SYSTEMD_UNIT";
+
+/// How podman calls it when a container is in networks of its own.
+const BRIDGE: &str = "bridge";
 
 /// The kind of a mount that is a named volume.
 const VOLUME: &str = "volume";
@@ -40,6 +44,8 @@ pub struct Inspected {
     dependencies: Option<Vec<String>>,
     host_config: HostConfig,
     config: Config,
+    #[serde(default)]
+    network_settings: NetworkSettings,
     #[serde(default)]
     graph_driver: GraphDriver,
     /// The same, read.
@@ -72,6 +78,23 @@ struct HostConfig {
     #[serde(default)]
     network_mode: String,
     restart_policy: Restart,
+}
+
+/// Networks of podman's.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct NetworkSettings {
+    networks: Option<BTreeMap<String, Value>>,
+    /// By port and protocol of the container.
+    ports: Option<BTreeMap<String, Option<Vec<HostPort>>>>,
+}
+
+/// A port of the node.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct HostPort {
+    host_ip: String,
+    host_port: String,
 }
 
 /// Where its root file system is.
@@ -226,11 +249,19 @@ impl Inspected {
                     .to_owned(),
             );
         }
-        if self.host_config.network_mode != "none" {
+        if !["none", BRIDGE].contains(&&*self.host_config.network_mode) {
             return refused(format!(
-                "is in the network {:?} of podman, which is not moved yet: start it with \
-                 --network none, and give it a veth",
+                "has a network by podman's {:?}, which is not moved yet: only one of a bridge, or \
+                 none",
                 self.host_config.network_mode
+            ));
+        }
+        let networks = self.networks();
+        if 1 < networks.len() {
+            return refused(format!(
+                "is in {} networks of podman ({}): only one is moved",
+                networks.len(),
+                networks.join(", ")
             ));
         }
         if self
@@ -242,6 +273,25 @@ impl Inspected {
             return refused("has a health check, which podman runs in it".to_owned());
         }
         Ok(())
+    }
+
+    fn networks(&self) -> Vec<&str> {
+        let has = self.host_config.network_mode == BRIDGE;
+        let networks = self.network_settings.networks.iter().filter(|_| has);
+        networks.flatten().map(|(name, _)| &**name).collect()
+    }
+
+    /// What it has of podman's networks, if that can move.
+    pub fn networked(&self) -> Result<Option<Networked>, Failure> {
+        let Some(name) = self.networks().into_iter().next() else {
+            return Ok(None);
+        };
+        let ports = self.network_settings.ports.iter().flatten();
+        let published = ports.flat_map(|(port, hosts)| {
+            let hosts = hosts.iter().flatten();
+            hosts.map(move |host| format!("{}:{}->{port}", host.host_ip, host.host_port))
+        });
+        Networked::of(name, published.collect()).map(Some)
     }
 
     /// Its named volumes, if all of them can move.
@@ -314,8 +364,13 @@ mod tests {
         assert!(image.contains("/data mounted"), "{image}");
         let manager = refused(|one| one["HostConfig"]["CgroupManager"] = "systemd".into());
         assert!(manager.contains("cgroup_manager"), "{manager}");
-        let network = refused(|one| one["HostConfig"]["NetworkMode"] = "bridge".into());
-        assert!(network.contains("--network none"), "{network}");
+        let network = refused(|one| one["HostConfig"]["NetworkMode"] = "slirp4netns".into());
+        assert!(network.contains("\"slirp4netns\""), "{network}");
+        let networks = refused(|one| {
+            one["HostConfig"]["NetworkMode"] = "bridge".into();
+            one["NetworkSettings"] = json!({"Networks": {"lan": {}, "podman": {}}});
+        });
+        assert!(networks.contains("lan, podman"), "{networks}");
         assert!(refused(|one| one["Pod"] = "0c".into()).contains("pod"));
         let health = refused(|one| one["Config"]["Healthcheck"] = json!({"Test": ["CMD"]}));
         assert!(health.contains("health check"), "{health}");

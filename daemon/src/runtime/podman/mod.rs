@@ -11,14 +11,17 @@
 //! lets it run. What was exported is on a tmpfs, in a folder that only root reads, and goes with
 //! that.
 //!
-//! Absent, and refused by name ([`inspect`]): networks of podman, pods, volumes, health checks,
-//! units of systemd, rootless podman.
+//! A container in a network of podman's comes to the same network at the target ([`network`]).
+//!
+//! Absent, and refused by name ([`inspect`]): pods, health checks, units of systemd, rootless
+//! podman.
 
 mod archive;
 pub mod arrive;
 mod command;
 mod export;
 mod inspect;
+mod network;
 pub mod volume;
 
 use std::fs;
@@ -40,6 +43,7 @@ use super::process::describe::Described;
 use command::{CommandError, podman, podman_at_once, told};
 use export::ExportError;
 use inspect::Inspected;
+use network::Networked;
 use volume::Volume;
 
 /// The engine; looked up in `PATH`.
@@ -62,6 +66,9 @@ pub struct Podman {
     /// Its named volumes, which travel.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     volumes: Vec<Volume>,
+    /// If it is in a network of podman's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    network: Option<Networked>,
 }
 
 /// A name in the journal.
@@ -95,6 +102,7 @@ impl Podman {
             image: ContainerName(inspected.image()?),
             restart: inspected.restart(),
             volumes: inspected.volumes()?,
+            network: inspected.networked()?,
         })
     }
 
@@ -108,6 +116,19 @@ impl Podman {
     pub fn folders(&self) -> Vec<PathBuf> {
         let paths = self.volumes.iter().map(Volume::path);
         paths.map(Path::to_owned).collect()
+    }
+
+    /// Whether podman deletes its links when it has ended, and what hangs on them.
+    pub const fn has_network(&self) -> bool {
+        self.network.is_some()
+    }
+
+    /// What a move takes from its clients.
+    pub fn notes(&self) -> Vec<String> {
+        self.network
+            .as_ref()
+            .map(Networked::notes)
+            .unwrap_or_default()
     }
 
     /// What its runtime has of it.
@@ -125,6 +146,7 @@ impl Podman {
             pipes: state.pipes(),
             has_image: true,
             is_sandboxed: false,
+            has_network: self.network.is_some(),
         };
         let layer = |_: &Spec| Inspected::of(&self.id.0)?.layer();
         self.container
@@ -155,6 +177,7 @@ impl Podman {
             restart: self.restart.clone(),
             archive,
             volumes: self.volumes.iter().map(Volume::describe).collect(),
+            leads_out: self.network.as_ref().is_some_and(Networked::leads_out),
         })
     }
 

@@ -201,6 +201,7 @@ impl Site {
         }
         block_in_place(|| settle(&self.directory));
         self.folders_settled().await;
+        self.end_hold().await;
         self.clear();
         Ok(())
     }

@@ -81,6 +81,7 @@ impl Site {
                 .await
                 .map_err(|error| network_unfit(&error))?;
         }
+        self.end_hold().await;
         self.clear();
         self.tidy();
         taken
@@ -163,6 +164,7 @@ impl Site {
         self.settle_folders();
         self.folders_settled().await;
         self.end_groups();
+        self.end_hold().await;
         self.clear();
     }
 
