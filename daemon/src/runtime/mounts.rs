@@ -143,7 +143,9 @@ impl Mounts {
         let all = || self.mounts.iter().map(|mount| &mount.seen);
         let is_own = |group| all().any(|other| other.shared == Some(group));
         let mut receiving = all().filter(|seen| seen.master.is_some_and(|group| !is_own(group)));
-        receiving.next().map_or(Ok(()), |seen| Err(takes_part(seen)))
+        receiving
+            .next()
+            .map_or(Ok(()), |seen| Err(takes_part(seen)))
     }
 
     /// Makes all mounts at one place of one kind.
