@@ -7,10 +7,12 @@
 //! the workload has outlived it.
 
 mod files;
+mod loopback;
+mod request;
 mod run;
 mod undo;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +21,7 @@ use pageferry_cgroup::freezer::{Freezer, FreezerRoot};
 use pageferry_cgroup::hierarchies::{Group, Groups, Hierarchies};
 use pageferry_cgroup::identity::FolderId;
 use pageferry_pager::client::{ClientError, Notice, PagerClient, Spawn};
-use pageferry_pager::message::{Namespace, RestoreRequest, RuntimeRequest};
+use pageferry_pager::message::RestoreRequest;
 use pageferry_pages::store::{Growth, Store, StoreLimits};
 use pageferry_proto::id::{MigrationId, SpaceId};
 use pageferry_proto::migration::record::DriverState;
@@ -43,8 +45,6 @@ use super::network::{Network, NetworkState};
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
-use crate::runtime::mounts::external_at_restore;
-use crate::runtime::oci::BOUND;
 use crate::runtime::oci::arrive::{Restore, made_for, note_again};
 use crate::runtime::rootfs::RootPlace;
 use crate::runtime::shared::lengths;
@@ -128,6 +128,8 @@ pub struct Site {
     namespaces: Vec<(NamespaceKind, OwnedFd)>,
     /// If it has one of its own.
     network: Option<Network>,
+    /// Why what passes its loopback cannot be held back here, if so.
+    ungated: Option<String>,
     /// What CRIU binds into a mount namespace of the workload's own; the root first.
     mounts: Vec<MountDescription>,
     /// What is offered, once it is.
@@ -168,6 +170,7 @@ impl Site {
             directory,
             namespaces: Vec::new(),
             network: None,
+            ungated: None,
             mounts: Vec::new(),
             arriving: None,
             made_by: None,
@@ -201,6 +204,7 @@ impl Site {
             id,
             namespaces: Vec::new(),
             network: None,
+            ungated: None,
             mounts: Vec::new(),
             arriving: None,
             made_by: None,
@@ -397,6 +401,7 @@ impl Site {
         let pager = PagerClient::spawn(&spawn).await.map_err(pager_failed)?;
         // From here on a discard finds it, wherever this is cut off.
         self.pager = Some(Pager::from(pager));
+        self.hand_over_loopback().await?;
         let client = &self.pager.as_ref().ok_or_else(no_pager)?.client;
         let namespaces = self.pager_namespaces()?;
         let prepared = client.prepare(self.restore_request(), &namespaces);
@@ -438,6 +443,7 @@ impl Site {
         if let Some(arriving) = &self.arriving {
             arriving.check_tasks(&tasks)?;
         }
+        block_in_place(|| self.check_connections(&images))?;
         block_in_place(|| self.intake.folders().put())?;
         let locks =
             block_in_place(|| locked::take_out(&images, |pid| spaces.contains(&SpaceId(pid))))?;
@@ -481,48 +487,6 @@ impl Site {
         tracing::info!(migration = %self.id, root = restored.root_pid,
             took = ?self.restore_time, "restored and held");
         self.state()
-    }
-
-    fn restore_request(&self) -> RestoreRequest {
-        RestoreRequest {
-            criu: self.node.criu.clone(),
-            images_dir: self.intake.images(),
-            work_dir: self.directory.clone(),
-            log_level: 2,
-            cgroup_procs: self.groups.tree.procs_files(),
-            freezer: self.freezer.path().to_owned(),
-            freezer_id: self.freezer.id(),
-            tcp_established: true,
-            file_locks: true,
-            link_remap: true,
-            external: external_at_restore(&self.mounts),
-            root: self.mounts.first().map(|mount| mount.node_path.clone()),
-            runtime: self.made_by.as_ref().map(|restore| RuntimeRequest {
-                stand_in: self.node.stand_in.clone(),
-                program: restore.program.clone(),
-                is_engine: restore.is_engine,
-                arguments: restore.arguments.clone(),
-                log: restore.log.clone(),
-                gate: self.directory.join("gate"),
-                cgroup_procs: restore.cgroup_procs.clone(),
-                cgroup: restore.cgroup.clone(),
-                folder: restore.leaves.folder.clone(),
-                bound_in: restore.leaves.bound_in.clone(),
-                bound: BOUND.to_owned(),
-                state: restore.leaves.state.clone(),
-                leaves: restore.leaves.paths.clone(),
-                undo: restore.undo.clone(),
-                then: restore.then.clone(),
-            }),
-            ..RestoreRequest::default()
-        }
-    }
-
-    /// The namespaces that CRIU is started in.
-    fn pager_namespaces(&self) -> Result<Vec<(Namespace, BorrowedFd<'_>)>, Failure> {
-        let own = self.namespaces.iter();
-        own.map(|(kind, fd)| Ok((pager_kind(*kind)?, fd.as_fd())))
-            .collect()
     }
 
     fn namespace(&self, kind: NamespaceKind) -> Option<&OwnedFd> {
@@ -573,19 +537,6 @@ fn version_text(version: u32) -> String {
         version / 100 % 100,
         version % 100
     )
-}
-
-fn pager_kind(kind: NamespaceKind) -> Result<Namespace, Failure> {
-    match kind {
-        NamespaceKind::Ipc => Ok(Namespace::Ipc),
-        NamespaceKind::Uts => Ok(Namespace::Uts),
-        NamespaceKind::Net => Ok(Namespace::Net),
-        NamespaceKind::Mount => Ok(Namespace::Mount),
-        NamespaceKind::Pid => Err(Failure::new(
-            ErrorCode::UnsupportedWorkload,
-            "a pid namespace cannot be entered by a restore",
-        )),
-    }
 }
 
 fn no_pager() -> Failure {
