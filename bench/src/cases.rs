@@ -18,6 +18,7 @@ pub mod backlog;
 pub mod ipc;
 pub mod job_control;
 pub mod lock;
+pub mod loopback;
 pub mod netlink;
 pub mod passing;
 pub mod session;
@@ -96,6 +97,8 @@ fn start(name: &str, folder: &Path) -> Result<Box<dyn Case>> {
         "ipc-undo" => ipc::Undo::start(),
         "ipc-removed" => Ok(ipc::Removed::start()),
         "posix-queue" => Ok(Box::new(ipc::PosixQueue::default())),
+        "loopback" => loopback::Talking::start(true),
+        "loopback-corked" => loopback::Talking::start(false),
         "orphan-session" => session::Orphans::start(),
         _ => bail!("no case is called {name:?}"),
     }

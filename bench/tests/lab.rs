@@ -156,7 +156,7 @@ fn memory_that_is_remapped_while_it_is_copied_arrives_right() {
 /// that pass: connections not yet accepted, unread messages, a vfork. And System V objects.
 #[test]
 fn workloads_that_criu_cannot_dump_as_they_are_move_or_are_refused_by_name() {
-    check(&["cases"], 24);
+    check(&["cases"], 40);
 }
 
 #[test]

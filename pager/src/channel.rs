@@ -19,8 +19,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tracing::warn;
 
-use crate::message::MESSAGE_BYTES_MAX;
+use crate::message::{Ask, MESSAGE_BYTES_MAX};
 
 /// One end of a conversation.
 #[derive(Debug)]
@@ -215,6 +216,17 @@ impl Channel {
 
 /// Connections that may wait to be accepted: a daemon and one that takes its place.
 const BACKLOG: i32 = 4;
+
+/// The next question; none when there is nobody who could ask any more.
+pub async fn next_question(connection: Option<&Channel>) -> Option<(Ask, Vec<OwnedFd>)> {
+    match connection {
+        None => std::future::pending().await,
+        Some(channel) => channel.receive().await.unwrap_or_else(|error| {
+            warn!(%error, "the daemon does not make sense");
+            None
+        }),
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -234,6 +234,12 @@ impl PagerClient {
         Ok(())
     }
 
+    /// Hands over the gate of the loopback that the tree will use: the pager shuts it for the
+    /// restore, and opens it before the tree runs. Before [`PagerClient::restore`].
+    pub async fn lo_gate(&self, gate: &[BorrowedFd<'_>; 2]) -> Result<(), ClientError> {
+        self.ask_ok(Request::LoGate, gate).await
+    }
+
     /// Starts CRIU, or the container runtime that will, for a [`PagerClient::restore`] with the
     /// same arguments, which then need not wait for that. The pid of what is CRIU or will be.
     pub async fn prepare(

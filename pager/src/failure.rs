@@ -112,6 +112,10 @@ pub enum RestoreError {
         #[source]
         source: io::Error,
     },
+    /// What the ends of a connection within the tree say to each other cannot be held back, or not
+    /// be let through again.
+    #[error("cannot {0} the loopback of the tree")]
+    Loopback(&'static str, #[source] io::Error),
     /// Nobody would keep the descriptors if the pager died.
     #[error("the tree cannot be watched")]
     Watcher(#[source] WatcherError),
@@ -142,6 +146,7 @@ impl RestoreError {
             | Self::Directory { .. }
             | Self::Join { .. }
             | Self::Network(_)
+            | Self::Loopback(..)
             | Self::Watcher(_) => ErrorCode::Internal,
             Self::Runtime(RuntimeError::Gate(_)) | Self::Gate(_) => ErrorCode::CriuFailed,
             Self::Runtime(_) | Self::RuntimeRefused => ErrorCode::RuntimeFailed,
@@ -162,6 +167,12 @@ impl RestoreError {
 /// There is no network namespace to start CRIU in.
 pub(super) fn no_network(error: &io::Error) -> Reply {
     let text = format!("cannot use the pager's network namespace: {error}");
+    Reply::Failed(Fault::new(ErrorCode::Internal, text))
+}
+
+/// What was handed over is no gate.
+pub(super) fn no_gate(error: &io::Error) -> Reply {
+    let text = format!("cannot use the gate of the tree's loopback: {error}");
     Reply::Failed(Fault::new(ErrorCode::Internal, text))
 }
 

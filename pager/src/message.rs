@@ -12,6 +12,7 @@
 //! |---|---|---|
 //! | `space` | the store | `ok` |
 //! | `plan` | per space, in order, a memfd of pending runs ([`crate::plan`]) | `ok` |
+//! | `lo-gate` | a program on the tree's loopback, and its switch | `ok`, `failed` |
 //! | `prepare` | as for `restore` | `prepared`, `failed` |
 //! | `restore` | the namespaces, then the inherited ones | `restored`, `failed` |
 //! | `lock` | – | `ok`, `failed` |
@@ -58,6 +59,9 @@ pub enum Request {
         /// Which spaces, in the order of the descriptors.
         spaces: Vec<u32>,
     },
+    /// Here is the gate of the loopback that the tree will use: it is to be shut from the restore
+    /// on, and open before the tree runs.
+    LoGate,
     /// Start CRIU already, for a restore that will ask for the same: it waits.
     Prepare(Box<RestoreRequest>),
     /// Restore the tree and hold it.

@@ -7,7 +7,6 @@
 //! Invariants: one daemon is listened to at a time; a tree that is restored is never given up
 //! because of what happens here; the process ends only when nothing is left to hold.
 
-use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -19,15 +18,16 @@ use pageferry_cgroup::freezer::Freezer;
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
 use pageferry_sys::fdpass::watched_for_reading;
+use pageferry_sys::gate::Gate;
 use pageferry_sys::priority;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
 use crate::ahead::{Ahead, Ready};
-use crate::channel::{Channel, ChannelError, Listener};
+use crate::channel::{Channel, ChannelError, Listener, next_question};
 use crate::error::PagerError;
-use crate::failure::{no_network, planned, unexpected};
-use crate::marks::{FILLED, READY, SOCKET};
+use crate::failure::{no_gate, no_network, planned, unexpected};
+use crate::marks::{self, FILLED, READY, SOCKET};
 use crate::message::{
     Ask, Fault, FillReport, Namespace, Reply, Request, RestoreRequest, Restored, State, Status,
     Told,
@@ -35,6 +35,7 @@ use crate::message::{
 use crate::plan::Plan;
 use crate::restore::{self, Decision, Job, Progress};
 use crate::serve::Counters;
+pub use crate::shield::CgroupFiles;
 use crate::shield::{join, shield};
 use crate::signals::Signals;
 use crate::start::{At, make_ready};
@@ -45,15 +46,6 @@ const IDLE_MAX: Duration = Duration::from_secs(600);
 
 /// How often a pager that nobody talks to looks whether it is still needed.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// The `cgroup.procs` files of the cgroups that the two processes go into.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct CgroupFiles {
-    /// The pager's.
-    pub pager: Vec<PathBuf>,
-    /// The watcher's, which must be others: what takes one must not take both.
-    pub watcher: Vec<PathBuf>,
-}
 
 /// Runs a pager with its files in `directory`. To be called while the process has one thread.
 pub fn run(directory: &Path, cgroups: &CgroupFiles) -> Result<(), PagerError> {
@@ -90,7 +82,7 @@ async fn serve(
     while !desk.is_over() {
         tokio::select! {
             accepted = listener.accept() => desk.connected(accepted).await,
-            received = receive(desk.connection.as_ref()) => match received {
+            received = next_question(desk.connection.as_ref()) => match received {
                 Some((ask, fds)) => desk.asked(ask, fds).await,
                 None => desk.disconnected(),
             },
@@ -104,17 +96,6 @@ async fn serve(
         }
     }
     Ok(())
-}
-
-/// The next question; none when there is nobody who could ask any more.
-async fn receive(connection: Option<&Channel>) -> Option<(Ask, Vec<OwnedFd>)> {
-    match connection {
-        None => std::future::pending().await,
-        Some(channel) => channel.receive().await.unwrap_or_else(|error| {
-            warn!(%error, "the daemon does not make sense");
-            None
-        }),
-    }
 }
 
 /// What the pager knows and who wants to know it.
@@ -132,6 +113,8 @@ struct Desk {
     counters: Option<oneshot::Receiver<Arc<Counters>>>,
     counted: Option<Arc<Counters>>,
     cgroup: Option<Freezer>,
+    /// Of the loopback, until the restore has it.
+    lo_gate: Option<Gate>,
     /// Started, and waiting.
     criu: Option<Ahead>,
     /// How nice this process was.
@@ -178,6 +161,7 @@ impl Desk {
             counters: None,
             counted: None,
             cgroup: None,
+            lo_gate: None,
             criu: None,
             nice,
             restored: None,
@@ -260,6 +244,7 @@ impl Desk {
         let reply = match ask.request {
             Request::Space { space } => Some(self.store(space, fds)),
             Request::Plan { spaces } => Some(self.pending(&spaces, fds)),
+            Request::LoGate => Some(self.lo_gate(fds)),
             Request::Prepare(request) => Some(self.prepare(*request, fds).await),
             Request::Restore(request) => self.restore(id, *request, fds).await,
             Request::Lock => self.lock(id),
@@ -289,6 +274,22 @@ impl Desk {
         }
         let mut pairs = spaces.iter().zip(fds);
         planned(pairs.try_for_each(|(space, fd)| self.plan.pending(SpaceId(*space), fd)))
+    }
+
+    fn lo_gate(&mut self, fds: Vec<OwnedFd>) -> Reply {
+        if self.state != State::Idle {
+            return self.out_of_order("a gate");
+        }
+        let Ok(fds) = <[OwnedFd; 2]>::try_from(fds) else {
+            return unexpected("a gate needs two descriptors");
+        };
+        match Gate::from_descriptors(fds) {
+            Ok(gate) => {
+                self.lo_gate = Some(gate);
+                Reply::Ok
+            }
+            Err(error) => no_gate(&error),
+        }
     }
 
     async fn restore(
@@ -367,6 +368,7 @@ impl Desk {
             namespaces,
             inherited,
             plan: std::mem::take(&mut self.plan),
+            lo_gate: self.lo_gate.take(),
             watcher: self.watcher.clone(),
             criu,
             nice: self.nice,
@@ -514,12 +516,7 @@ impl Desk {
             self.state = State::Filled;
         }
         self.report = Some(report);
-        let unfinished = self.directory.join(format!("{FILLED}.new"));
-        let written = serde_json::to_vec(&report)
-            .map_err(io::Error::from)
-            .and_then(|bytes| fs::write(&unfinished, bytes))
-            .and_then(|()| fs::rename(&unfinished, self.directory.join(FILLED)));
-        if let Err(error) = written {
+        if let Err(error) = marks::write_filled(&self.directory, &report) {
             warn!(%error, "cannot write {FILLED}");
         }
         self.reported |= self.tell(&Told::Filled(report)).await;

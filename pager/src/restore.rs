@@ -1,17 +1,20 @@
 //! One restored tree, from CRIU's start to the last page.
 //!
 //! ```text
-//! prepare: lazy-pages socket ─► criu swrk ─► userfaultfds arrive, faults are served
+//! prepare: loopback is shut ─► lazy-pages socket ─► criu swrk ─► userfaultfds arrive, faults are
+//!          served
 //!          └► post-restore is notified: nobody has run ─► every space is there ─► held
 //! held:    lock ──► every process has its file locks again ──► held
-//!          go ──► the watcher knows ─► the notification is answered ─► CRIU finishes ─► resumed
+//!          go ──► the watcher knows ─► loopback opens ─► the notification is answered ─► CRIU
+//!                 finishes ─► resumed
 //!                 └► "finished" on the socket: the fill begins ─► every page is in ─► filled
 //!          discard, or CRIU fails ─► answer false, kill what is left, see that it is gone
 //! ```
 //!
 //! Invariants: until `Go` the notification is unanswered, so nothing runs, and a failure ends in an
 //! empty cgroup before it is told. From the answer on there is no way back: a failure is told as
-//! one after `Go`, and what is there goes on being served. Userfaultfds are closed when their
+//! one after `Go`, and what is there goes on being served. While sockets are made one after the
+//! other, nothing passes the loopback of their network. Userfaultfds are closed when their
 //! space is complete or the cgroup is empty, never else.
 //! Nobody needs to listen: without a daemon the tree is held, or filled to the end.
 
@@ -27,6 +30,7 @@ use criu_glue::rpc::{Conversation, Ending, Event, NotifyScript, TalkError};
 use pageferry_cgroup::freezer::{CgroupError, Freezer};
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
+use pageferry_sys::gate::Gate;
 use pageferry_sys::uffd::Uffd;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -72,6 +76,8 @@ pub struct Job {
     pub inherited: Vec<OwnedFd>,
     /// What is missing where.
     pub plan: Plan,
+    /// Of the loopback that the tree uses, if it has been handed over.
+    pub lo_gate: Option<Gate>,
     /// Holds the descriptors, too.
     pub watcher: Arc<Watcher>,
     /// What was started before, by [`make_ready`] with the same request.
@@ -122,6 +128,8 @@ struct Restore {
     filled: mpsc::UnboundedReceiver<()>,
     plan: Plan,
     locks: Arc<Locks>,
+    /// Of the loopback: shut until the tree is let go.
+    lo_gate: Option<Gate>,
     watcher: Arc<Watcher>,
     cgroup: Freezer,
     work_dir: PathBuf,
@@ -220,6 +228,10 @@ impl Restore {
         job.plan
             .complete(job.request.spaces)
             .map_err(RestoreError::Plan)?;
+        if let Some(gate) = &job.lo_gate {
+            let shut = gate.shut();
+            shut.map_err(|error| RestoreError::Loopback("shut", error))?;
+        }
         let work_dir = job.request.work_dir.clone();
         let directories = Directories {
             images: open(&job.request.images_dir)?,
@@ -257,6 +269,7 @@ impl Restore {
             filled,
             plan: job.plan,
             locks,
+            lo_gate: job.lo_gate,
             watcher: job.watcher,
             cgroup,
             work_dir,
@@ -421,9 +434,17 @@ impl Restore {
         }
         let watcher = |error| before(RestoreError::Watcher(error));
         self.watcher.run(&self.cgroup).map_err(watcher)?;
+        // All sockets are there, and none is dumb any more when CRIU goes on.
+        if let Some(gate) = &self.lo_gate {
+            let opened = gate.open();
+            opened.map_err(|error| before(RestoreError::Loopback("open", error)))?;
+        }
         let answered = self.criu.answer(true).await;
         answered.map_err(|error| before(RestoreError::Talk(error)))?;
-        self.resume().await.map_err(|error| (error, true))
+        let resumed = self.resume().await;
+        // Not before: it takes its time.
+        drop(self.lo_gate.take());
+        resumed.map_err(|error| (error, true))
     }
 
     async fn resume(&mut self) -> Result<(), RestoreError> {

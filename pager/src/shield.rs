@@ -14,6 +14,15 @@ use crate::error::PagerError;
 /// CAP_SYS_RESOURCE.
 const OOM_SCORE_ADJ: &str = "-900";
 
+/// The `cgroup.procs` files of the cgroups that the two processes go into.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CgroupFiles {
+    /// The pager's.
+    pub pager: Vec<PathBuf>,
+    /// The watcher's, which must be others: what takes one must not take both.
+    pub watcher: Vec<PathBuf>,
+}
+
 /// Goes into these cgroups.
 pub fn join(cgroups: &[PathBuf]) -> Result<(), PagerError> {
     let mut files = cgroups.iter();

@@ -1,8 +1,10 @@
-//! `bpf(2)`, as far as an iterator over what one task has needs it.
+//! `bpf(2)`, as far as an iterator over what one task has needs it, and a program that decides
+//! about each packet of a link.
 //!
 //! Iterators are in Linux since 5.8, those over what one task has since 6.1
-//! (`union bpf_iter_link_info` in `include/uapi/linux/bpf.h`). Absent: what the program does, and
-//! everything about maps; a program here has nothing but what it writes.
+//! (`union bpf_iter_link_info` in `include/uapi/linux/bpf.h`). Programs are attached to links by
+//! TCX since 6.6, beside whatever others have there. Absent: what a program does; and maps, but for
+//! one number.
 
 #![allow(unsafe_code)]
 
@@ -10,7 +12,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// Loads a program that is run for every element of an iterator (`BPF_TRACE_ITER`).
 ///
@@ -75,9 +77,113 @@ pub fn open_iterator(link: impl AsFd) -> io::Result<File> {
     unsafe { call(ITER_CREATE, &mut attributes) }.map(File::from)
 }
 
+/// Loads a program that is run for every packet (`BPF_PROG_TYPE_SCHED_CLS`), to be attached to what
+/// leaves by a link.
+pub fn load_classifier(instructions: &[u64], license: &CStr) -> io::Result<OwnedFd> {
+    let count = u32::try_from(instructions.len()).map_err(io::Error::other)?;
+    let mut attributes = ProgramAttributes {
+        program_type: PROGRAM_TYPE_CLASSIFIER,
+        instruction_count: count,
+        instructions: instructions.as_ptr() as u64,
+        license: license.as_ptr() as u64,
+        expected_attach_type: TCX_EGRESS,
+        ..ProgramAttributes::default()
+    };
+    // SAFETY: the structure has the kernel's layout (asserted below), and the slice and the string
+    // it points to are borrowed for the whole call, with the lengths it says.
+    unsafe { call(PROG_LOAD, &mut attributes) }
+}
+
+/// Attaches a loaded program to what leaves by the link `index` of the network namespace that the
+/// calling thread is in, before the programs that others have there. It stays as long as the
+/// descriptor. Blocks for some milliseconds, and so does closing the descriptor.
+pub fn attach_egress(program: impl AsFd, index: u32) -> io::Result<OwnedFd> {
+    let mut attributes = LinkAttributes {
+        program: descriptor(&program)?,
+        target: index,
+        attach_type: TCX_EGRESS,
+        flags: BEFORE,
+        ..LinkAttributes::default()
+    };
+    // SAFETY: the structure has the kernel's layout (asserted below) and points to nothing: the
+    // fields behind `flags` are those of TCX here, a relative and a revision, which are both none.
+    unsafe { call(LINK_CREATE, &mut attributes) }
+}
+
+/// One number that a program can look up, by the key 0 (`BPF_MAP_TYPE_ARRAY`): 0 at the beginning.
+#[derive(Debug)]
+pub struct Number(OwnedFd);
+
+impl Number {
+    /// A new one.
+    pub fn new() -> io::Result<Self> {
+        let mut attributes = MapAttributes {
+            map_type: MAP_TYPE_ARRAY,
+            key_size: size_of::<u32>() as u32,
+            value_size: size_of::<u32>() as u32,
+            entries: 1,
+            flags: 0,
+        };
+        // SAFETY: the structure is the beginning of the kernel's and points to nothing.
+        unsafe { call(MAP_CREATE, &mut attributes) }.map(Self)
+    }
+
+    /// Sets it: programs see it from then on.
+    pub fn set(&self, value: u32) -> io::Result<()> {
+        let key = 0_u32;
+        let mut attributes = ElementAttributes {
+            map: descriptor(&self.0)?,
+            padding: 0,
+            key: &raw const key as u64,
+            value: &raw const value as u64,
+            flags: 0,
+        };
+        // SAFETY: the structure has the kernel's layout (asserted below) and points to two values
+        // that live until the end of this function. The map is an array with keys and values of
+        // their size: `new` has made it so, and `from_fd` takes no other.
+        unsafe { ask(MAP_UPDATE_ELEMENT, &mut attributes) }.map(drop)
+    }
+
+    /// That of another process, which has handed it over. Anything but a map of such a form is an
+    /// error.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+        let mut info = MapInfo::default();
+        let mut attributes = InfoAttributes {
+            object: descriptor(&fd)?,
+            length: size_of::<MapInfo>() as u32,
+            info: &raw mut info as u64,
+        };
+        // SAFETY: the structure has the kernel's layout (asserted below) and points to `info`,
+        // which lives until the end of this function, with its size.
+        unsafe { ask(GET_INFO, &mut attributes) }?;
+        let size = size_of::<u32>() as u32;
+        let form = [info.map_type, info.key_size, info.value_size, info.entries];
+        if form != [MAP_TYPE_ARRAY, size, size, 1] {
+            return Err(io::Error::other("it is no map of one number"));
+        }
+        Ok(Self(fd))
+    }
+}
+
+impl AsFd for Number {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// # Safety
+/// `attributes` must be what the kernel expects for `command`, and what it points to must be valid;
+/// the command must be one that returns a new descriptor.
+unsafe fn call<T>(command: libc::c_int, attributes: &mut T) -> io::Result<OwnedFd> {
+    // SAFETY: the caller's promise is the same.
+    let fd = unsafe { ask(command, attributes) }?;
+    // SAFETY: the command returns a new descriptor, which nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// # Safety
 /// `attributes` must be what the kernel expects for `command`, and what it points to must be valid.
-unsafe fn call<T>(command: libc::c_int, attributes: &mut T) -> io::Result<OwnedFd> {
+unsafe fn ask<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_int> {
     // SAFETY: the kernel reads and writes no more than the size says; the rest is the caller's
     // promise.
     let result = unsafe {
@@ -88,12 +194,11 @@ unsafe fn call<T>(command: libc::c_int, attributes: &mut T) -> io::Result<OwnedF
             size_of::<T>(),
         )
     };
-    let fd = libc::c_int::try_from(result).map_err(io::Error::other)?;
-    if fd < 0 {
+    let number = libc::c_int::try_from(result).map_err(io::Error::other)?;
+    if number < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: all three commands return a new descriptor, which nobody else has.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(number)
 }
 
 fn descriptor(fd: &impl AsFd) -> io::Result<u32> {
@@ -156,13 +261,93 @@ struct TaskInfo {
     reserved: u32,
 }
 
+/// `union bpf_attr` for `BPF_MAP_CREATE`, up to the last field that is used.
+#[repr(C)]
+struct MapAttributes {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    entries: u32,
+    flags: u32,
+}
+
+/// `union bpf_attr` for `BPF_MAP_UPDATE_ELEM`.
+#[repr(C)]
+struct ElementAttributes {
+    map: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// `union bpf_attr` for `BPF_OBJ_GET_INFO_BY_FD`.
+#[repr(C)]
+struct InfoAttributes {
+    object: u32,
+    length: u32,
+    info: u64,
+}
+
+/// `struct bpf_map_info`, up to the last field that is used: the kernel fills as much as it is
+/// given.
+#[repr(C)]
+#[derive(Default)]
+struct MapInfo {
+    map_type: u32,
+    id: u32,
+    key_size: u32,
+    value_size: u32,
+    entries: u32,
+    flags: u32,
+}
+
 const _: () = assert!(size_of::<ProgramAttributes>() == 112);
+const _: () = assert!(size_of::<MapAttributes>() == 20);
+const _: () = assert!(size_of::<ElementAttributes>() == 32);
+const _: () = assert!(size_of::<InfoAttributes>() == 16);
+const _: () = assert!(size_of::<MapInfo>() == 24);
 const _: () = assert!(std::mem::offset_of!(ProgramAttributes, expected_attach_type) == 68);
 const _: () = assert!(size_of::<LinkAttributes>() == 32);
 const _: () = assert!(size_of::<TaskInfo>() == 16);
 
+const MAP_CREATE: libc::c_int = 0;
+const MAP_UPDATE_ELEMENT: libc::c_int = 2;
 const PROG_LOAD: libc::c_int = 5;
+const GET_INFO: libc::c_int = 15;
 const LINK_CREATE: libc::c_int = 28;
 const ITER_CREATE: libc::c_int = 33;
+const MAP_TYPE_ARRAY: u32 = 2;
+const PROGRAM_TYPE_CLASSIFIER: u32 = 3;
 const PROGRAM_TYPE_TRACING: u32 = 26;
 const TRACE_ITERATOR: u32 = 28;
+const TCX_EGRESS: u32 = 47;
+/// Without anything that it is relative to: before all.
+const BEFORE: u32 = 1 << 3;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_handed_over_and_nothing_else_is_taken_for_one() {
+        let number = Number::new().expect("CAP_BPF");
+        number.set(7).expect("set");
+        let other = number.0.try_clone().expect("a descriptor");
+        let again = Number::from_fd(other).expect("it is one");
+        again.set(0).expect("set");
+        let file = File::open("/proc/self/exe").expect("a file");
+        assert!(Number::from_fd(file.into()).is_err());
+        let program = load_classifier(&[0xb7, 0x95], c"MIT").expect("r0 = 0; exit");
+        let refused = Number::from_fd(program).expect_err("a program");
+        assert!(refused.to_string().contains("no map"), "{refused}");
+    }
+
+    #[test]
+    fn what_a_link_does_not_know_is_refused() {
+        // An unknown instruction, and a link that is none.
+        assert!(load_classifier(&[0xff], c"MIT").is_err());
+        let program = load_classifier(&[0xb7, 0x95], c"MIT").expect("r0 = 0; exit");
+        assert!(attach_egress(&program, u32::MAX).is_err());
+    }
+}

@@ -12,6 +12,7 @@ pub mod bound;
 pub mod bpf;
 pub mod cpu;
 pub mod fdpass;
+pub mod gate;
 pub mod heap;
 pub mod ipc;
 pub mod namespace;

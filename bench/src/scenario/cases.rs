@@ -29,12 +29,20 @@ enum Demand {
 struct Case {
     name: &'static str,
     demand: Demand,
+    /// How often it is moved.
+    times: usize,
 }
 
 const fn moves(name: &'static str) -> Case {
+    moves_often(name, MOVES)
+}
+
+/// What goes wrong in it does so now and then.
+const fn moves_often(name: &'static str, times: usize) -> Case {
     Case {
         name,
         demand: Demand::Moves,
+        times,
     }
 }
 
@@ -42,6 +50,7 @@ const fn moves_by_force(name: &'static str) -> Case {
     Case {
         name,
         demand: Demand::MovesByForce,
+        times: MOVES,
     }
 }
 
@@ -49,10 +58,11 @@ const fn refused(name: &'static str, code: &'static str) -> Case {
     Case {
         name,
         demand: Demand::Refused(code),
+        times: MOVES,
     }
 }
 
-const ALL: [Case; 20] = [
+const ALL: [Case; 22] = [
     moves("stopped-children"),
     moves("orphan-session"),
     moves("posix-lock"),
@@ -64,6 +74,8 @@ const ALL: [Case; 20] = [
     refused("tcp-backlog-stays", "passing-state"),
     moves("tcp-connecting"),
     refused("tcp-connecting-stays", "passing-state"),
+    moves_often("loopback", 12),
+    moves_often("loopback-corked", 4),
     moves("netlink-queue"),
     refused("netlink-queue-stays", "passing-state"),
     moves("vfork"),
@@ -111,7 +123,7 @@ impl Case {
         report: &mut Report,
     ) -> Result<()> {
         let mut at = "a".to_owned();
-        for _ in 0..MOVES {
+        for _ in 0..self.times {
             let to = other(&at).to_owned();
             let flags = MoveOptions {
                 shared: vec![SHARED.to_owned()],

@@ -8,6 +8,7 @@
 
 pub mod core;
 pub mod file_locks;
+pub mod inet;
 pub mod inventory;
 pub mod mm;
 pub mod pagemap;

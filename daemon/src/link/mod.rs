@@ -6,6 +6,9 @@
 //! the address. At the source the bridge port is closed *before* the freeze: a kernel that has lost
 //! the socket would otherwise answer the peer's segments with a reset.
 //!
+//! What its processes say to each other over loopback is held back meanwhile, at both nodes
+//! ([`loopback`]).
+//!
 //! Instead, one that somebody else has made at the target, and attached to nothing, can be joined:
 //! then only its links' way onto the bridge is ours. An engine that attaches what it makes is shown
 //! a bridge that nobody else is on ([`hold`]).
@@ -20,6 +23,7 @@ pub mod conntrack;
 pub mod describe;
 pub mod hold;
 pub mod join;
+pub mod loopback;
 pub mod netlink;
 pub mod port;
 pub mod prepare;

@@ -170,7 +170,7 @@ async fn pair(
         ))
 }
 
-async fn up(netlink: &Netlink, name: &str) -> Result<(), LinkError> {
+pub(super) async fn up(netlink: &Netlink, name: &str) -> Result<(), LinkError> {
     let index = index_of(netlink, name).await?;
     netlink
         .handle()

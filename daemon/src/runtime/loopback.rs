@@ -5,6 +5,9 @@
 //! the kernels reset what is left. So both ends must be held by the tree. A connection that waits
 //! to be accepted is held by its listener.
 //!
+//! One that has both its ends in the tree moves if what passes loopback can be held back meanwhile,
+//! and is refused if not.
+//!
 //! Who else is in the namespace stays behind in it, without links. Only connections are looked
 //! at: datagrams may be lost anyway, and unix sockets with an end outside CRIU refuses.
 
@@ -22,7 +25,11 @@ use super::passing::diag::{Diag, INET_SOCKETS, inet_request, number};
 
 /// Tells the connections of one network namespace.
 #[derive(Clone, Debug)]
-pub struct Connections(Arc<Mutex<Diag>>);
+pub struct Connections {
+    diag: Arc<Mutex<Diag>>,
+    /// Why what passes its loopback cannot be held back, if so.
+    ungated: Option<Arc<str>>,
+}
 
 impl Connections {
     /// Those of the namespace that process `root` is in.
@@ -32,12 +39,21 @@ impl Connections {
             run_inside(&[(NamespaceKind::Net, net.as_fd())], Diag::open)?
         };
         let diag = open().map_err(|error| unreadable(root, &error))?;
-        Ok(Self(Arc::new(Mutex::new(diag))))
+        Ok(Self {
+            diag: Arc::new(Mutex::new(diag)),
+            ungated: None,
+        })
+    }
+
+    /// What passes loopback cannot be held back in a freeze, for that reason: from here on a
+    /// connection between two sockets of the tree is refused, too.
+    pub fn ungated(&mut self, why: &str) {
+        self.ungated = Some(why.into());
     }
 
     fn tables(&self) -> io::Result<Tables> {
         let mut tables = Tables::default();
-        let mut diag = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut diag = self.diag.lock().unwrap_or_else(PoisonError::into_inner);
         diag.dump(INET_SOCKETS, &inet_request(STATES), |record| {
             if let Some(connection) = parse(record) {
                 tables.add(connection);
@@ -48,8 +64,9 @@ impl Connections {
 }
 
 /// Refuses a connection of which one end is held by the tree of `pids` and the other by a process
-/// outside of it. `holds` tells the inodes of sockets that the tree is known to hold; one that it
-/// does not know is looked for. To be asked of a tree that has a network namespace of its own.
+/// outside of it; and one within it, where its loopback cannot be shut. `holds` tells the inodes of
+/// sockets that the tree is known to hold; one that it does not know is looked for. To be asked of
+/// a tree that has a network namespace of its own.
 ///
 /// Blocks: 0.2 ms, since the kernel looks for the sockets of one namespace among all. (The tables
 /// in `/proc/PID/net` take ten times as long.)
@@ -61,9 +78,17 @@ pub fn check(
 ) -> Result<(), Failure> {
     let unreadable = |error: io::Error| unreadable(root, &error);
     let tables = connections.tables().map_err(unreadable)?;
-    for pair in tables.pairs(holds) {
+    let within = |here, there| match &connections.ungated {
+        Some(why) => Err(not_held_back(here, there, why)),
+        None => Ok(()),
+    };
+    if let Some((here, there)) = tables.within(&holds) {
+        within(here, there)?;
+    }
+    for pair in tables.pairs(&holds) {
         // The tree may have made it since it was asked what it holds.
         if holder(pids.iter().copied(), pair.other).is_some() {
+            within(pair.here, pair.there)?;
             continue;
         }
         let elsewhere = processes().map_err(unreadable)?;
@@ -86,6 +111,17 @@ pub fn check(
         ));
     }
     Ok(())
+}
+
+/// Of a connection within the tree, in a network whose loopback cannot be shut.
+pub fn not_held_back(here: SocketAddr, there: SocketAddr, why: &str) -> Failure {
+    Failure::new(
+        ErrorCode::NodeUnfit,
+        format!(
+            "processes of the workload have a connection over loopback, {here} to {there}, and \
+             what they say to each other cannot be held back while it is moved: {why}"
+        ),
+    )
 }
 
 fn unreadable(root: i32, error: &io::Error) -> Failure {
@@ -159,6 +195,20 @@ impl Tables {
         }
         pairs.sort_unstable_by_key(|pair| (pair.here, pair.there));
         pairs
+    }
+
+    /// A connection within the namespace that has both its ends in the tree; of several always the
+    /// same.
+    fn within(&self, holds: impl Fn(u64) -> bool) -> Option<(SocketAddr, SocketAddr)> {
+        let is_held = |at: SocketAddr, socket: Socket| {
+            let mut owners = self.owners(at, socket).into_iter();
+            owners.any(&holds)
+        };
+        let within = self.connections.iter().filter(|((here, there), socket)| {
+            let peer = self.connections.get(&(*there, *here));
+            peer.is_some_and(|peer| is_held(*here, **socket) && is_held(*there, *peer))
+        });
+        within.map(|(ends, _)| *ends).min()
     }
 
     /// The socket itself, or those one of which will accept it; none if nobody has it any more.

@@ -105,7 +105,7 @@ const PAGER: Modules = &[
         ],
     ),
     ("main", &["pageferry_pager"]),
-    ("marks", &[]),
+    ("marks", &["message"]),
     ("message", &["pageferry_cgroup"]),
     ("plan", &["message", "pageferry_pages"]),
     (

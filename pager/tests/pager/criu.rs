@@ -2,6 +2,7 @@
 //! does, and "restores" workloads of [`crate::workload`].
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -22,6 +23,8 @@ pub struct Script {
     pub workloads: Vec<Setup>,
     /// The test's socket: connected to before "finished" is said, which is said when a line comes.
     pub finish: Option<String>,
+    /// It looks whether its loopback is shut while it restores, and open as soon as it is answered.
+    pub probes_loopback: bool,
     /// It fails here.
     pub fail: Fail,
 }
@@ -89,10 +92,12 @@ pub fn run(script: &Script, socket: i32) {
         // Whoever waits for a word from here gets none.
         std::process::exit(1);
     }
+    assert!(!(script.probes_loopback && passes_loopback()));
     if !criu.notify("post-restore", root) {
         criu.kill();
         return criu.respond(false);
     }
+    assert!(!script.probes_loopback || passes_loopback());
     if script.fail == Fail::Late {
         criu.kill();
         return criu.respond(false);
@@ -109,6 +114,16 @@ pub fn run(script: &Script, socket: i32) {
     criu.open_gates();
     criu.notify("post-resume", None);
     criu.respond(true);
+}
+
+/// Whether a datagram over loopback arrives: it is there at once, or never.
+pub fn passes_loopback() -> bool {
+    let made = || UdpSocket::bind("127.0.0.1:0").unwrap();
+    let (from, to) = (made(), made());
+    to.set_nonblocking(true).unwrap();
+    // That it is dropped may be an error here, or not.
+    let _ = from.send_to(b"x", to.local_addr().unwrap());
+    to.recv(&mut [0]).is_ok()
 }
 
 impl Criu {

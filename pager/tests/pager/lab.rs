@@ -67,6 +67,8 @@ pub struct Tree {
     pub early: Vec<u64>,
     /// "Finished" is said only when the test says so.
     pub finish_by_hand: bool,
+    /// The stand-in for CRIU looks whether its loopback is shut, and open when it is answered.
+    pub probes_loopback: bool,
     pub fail: Fail,
 }
 
@@ -77,6 +79,7 @@ impl Tree {
             spaces: vec![pages],
             early: Vec::new(),
             finish_by_hand: false,
+            probes_loopback: false,
             fail,
         }
     }
@@ -180,6 +183,7 @@ impl Lab {
         let script = Script {
             workloads: workloads.collect(),
             finish: tree.finish_by_hand.then(|| control.clone()),
+            probes_loopback: tree.probes_loopback,
             fail: tree.fail,
         };
         let criu = self.directory.path().join("criu");

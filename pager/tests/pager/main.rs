@@ -9,6 +9,7 @@
 mod criu;
 mod fates;
 mod lab;
+mod loopback;
 mod losses;
 mod sys;
 mod workload;

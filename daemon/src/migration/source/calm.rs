@@ -7,6 +7,7 @@
 //! look ── running: what the workload ends by itself gets some milliseconds;
 //!         what needs the other side of a connection gets the ports back, and all begins anew
 //! freeze
+//! shut ── loopback: what the kernel sends from one to the other waits
 //! look ── exact: nothing changes any more, and CRIU has not been let in
 //! ```
 //!
@@ -60,6 +61,8 @@ pub(super) async fn freeze(
         })));
     }
     let frozen = Instant::now();
+    // Before anything is looked at: kernels send for those that are frozen, too.
+    network.lo.shut()?;
     let found = network.sockets.look(workload)?;
     tracing::debug!(took = ?began.elapsed(), looked = ?frozen.elapsed(), "frozen");
     Ok(found)
@@ -92,7 +95,7 @@ async fn close_calmly(
     glance: Glance,
     waits: &Waits,
 ) -> Result<Option<Passing>, Failure> {
-    let Network { ports, sockets } = network;
+    let Network { ports, sockets, .. } = network;
     let gate = ports.gate()?;
     for closing in 1..=CLOSINGS_MAX {
         // Closing the ports would not end it, and would hold up what does.

@@ -15,6 +15,7 @@ mod dumping;
 mod failure;
 pub mod folders;
 mod images;
+mod lo;
 mod locked;
 mod network;
 mod sending;

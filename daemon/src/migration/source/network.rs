@@ -14,6 +14,7 @@ use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_sys::namespace::{self, NamespaceKind};
 
+use super::lo::Loopback;
 use super::waits::Waits;
 use super::workload::Workload;
 use crate::link::announce::announce;
@@ -31,6 +32,7 @@ use crate::runtime::passing::{Observer, Passing};
 pub(super) struct Network {
     pub(super) ports: Ports,
     pub(super) sockets: Sockets,
+    pub(super) lo: Loopback,
 }
 
 /// This node's ends of its links.
@@ -52,6 +54,7 @@ impl Network {
         Self {
             ports: Ports(ports),
             sockets: Sockets::default(),
+            lo: Loopback::default(),
         }
     }
 
@@ -106,6 +109,13 @@ impl Sockets {
     /// Those of a network namespace of its own, once they are observed.
     pub(super) fn connections(&self) -> Option<Connections> {
         self.connections.clone()
+    }
+
+    /// What passes the tree's loopback cannot be held back in a freeze, for that reason.
+    pub(super) fn ungated(&mut self, why: &str) {
+        if let Some(connections) = &mut self.connections {
+            connections.ungated(why);
+        }
     }
 
     /// A passing state they are in; first one that needs the other side.

@@ -10,7 +10,7 @@
 //! | part | of it |
 //! |---|---|
 //! | [`Workload`] | its processes, and the cgroup that holds them |
-//! | [`Network`] | the ports it is reached through, and its sockets |
+//! | [`Network`] | the ports it is reached through, its sockets, and its [`Loopback`] |
 //! | [`Tracking`] | its memory: spaces, what of them is dirty, and what the target has |
 //! | [`Dumping`] | the CRIU that stands ready, dumps, and holds |
 //! | [`Kept`] | storage that both nodes share |
@@ -18,8 +18,9 @@
 //! | [`FileLocks`] | its locks on that storage, of which only one node can have one |
 //! | [`Sending`] | the connection of the present session, and what goes over it |
 //!
-//! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; the
-//! cgroup is frozen again after CRIU's dump and read back; nothing here decides.
+//! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; loopback
+//! is shut from the freeze to the thaw, or to the end of the copy that is given away; the cgroup is
+//! frozen again after CRIU's dump and read back; nothing here decides.
 
 mod last_round;
 mod survey;
@@ -45,6 +46,7 @@ use tokio::task::block_in_place;
 use super::calm::{self, Glance, Tries};
 use super::dumping::Dumping;
 use super::folders::Folders;
+use super::lo::Loopback;
 use super::locked::FileLocks;
 use super::network::Network;
 use super::sending::{Sending, Sums};
@@ -177,6 +179,7 @@ impl Site {
             self.kept.offer_is_answered();
             self.workload.enter_cgroup()?;
             self.network.sockets.observe(&self.workload)?;
+            self.network.lo = Loopback::of(&self.workload, &mut self.network.sockets)?;
             // Nothing was sent that could be void.
             self.scan().map(drop)
         })?;
@@ -289,6 +292,7 @@ impl Site {
     /// what is lost, if processes of a copy that was given away have ended.
     pub async fn thaw(&mut self, untrack: bool) -> Result<Option<Failure>, Failure> {
         self.kept.thawed();
+        self.network.lo.open();
         self.dumping.let_go(&self.workload, !untrack).await;
         let lost = self.locks.take_back(&self.workload.freezer).await?;
         self.workload.thaw()?;
@@ -303,6 +307,7 @@ impl Site {
             // Its next frame says the same.
             tracing::warn!("the workload's addresses are not announced: {error}");
         }
+        self.network.lo = Loopback::default();
         block_in_place(|| {
             self.tracking.end();
             self.folders.stay();
@@ -329,6 +334,8 @@ impl Site {
         if let Some(ending) = ending {
             ending.ended().await;
         }
+        // Not before: whatever the dying sockets say is no news to each other.
+        self.network.lo = Loopback::default();
         self.tracking.end();
         block_in_place(|| self.folders.set_aside());
         self.workload.release(&self.node.hierarchies)?;

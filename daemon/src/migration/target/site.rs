@@ -7,12 +7,14 @@
 //! the workload has outlived it.
 
 mod files;
+mod loopback;
 mod network;
 mod pod;
+mod request;
 mod run;
 mod undo;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +23,7 @@ use pageferry_cgroup::freezer::{Freezer, FreezerRoot};
 use pageferry_cgroup::hierarchies::{Group, Groups, Hierarchies};
 use pageferry_cgroup::identity::FolderId;
 use pageferry_pager::client::{ClientError, Notice, PagerClient, Spawn};
-use pageferry_pager::message::{Namespace, RestoreRequest, RuntimeRequest};
+use pageferry_pager::message::RestoreRequest;
 use pageferry_pages::store::{Growth, Store, StoreLimits};
 use pageferry_proto::id::{MigrationId, SpaceId};
 use pageferry_proto::migration::record::DriverState;
@@ -46,8 +48,6 @@ use crate::link::hold::Holds;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::kind::Arriving;
 use crate::runtime::limits::{self, Stage};
-use crate::runtime::mounts::external_at_restore;
-use crate::runtime::oci::BOUND;
 use crate::runtime::oci::arrive::{Restore, made_for, note_again};
 use crate::runtime::rootfs::RootPlace;
 use crate::runtime::shared::lengths;
@@ -137,6 +137,8 @@ pub struct Site {
     network: Option<Network>,
     /// If its engine makes that.
     engine_network: Option<EngineNetwork>,
+    /// Why what passes its loopback cannot be held back here, if so.
+    ungated: Option<String>,
     /// What CRIU binds into a mount namespace of the workload's own; the root first.
     mounts: Vec<MountDescription>,
     /// What is offered, once it is.
@@ -180,6 +182,7 @@ impl Site {
             namespaces: Vec::new(),
             network: None,
             engine_network: None,
+            ungated: None,
             mounts: Vec::new(),
             arriving: None,
             pod: None,
@@ -215,6 +218,7 @@ impl Site {
             namespaces: Vec::new(),
             network: None,
             engine_network: None,
+            ungated: None,
             mounts: Vec::new(),
             arriving: None,
             pod: None,
@@ -389,6 +393,7 @@ impl Site {
         let pager = PagerClient::spawn(&spawn).await.map_err(pager_failed)?;
         // From here on a discard finds it, wherever this is cut off.
         self.pager = Some(Pager::from(pager));
+        self.hand_over_loopback().await?;
         let client = &self.pager.as_ref().ok_or_else(no_pager)?.client;
         let namespaces = self.pager_namespaces()?;
         let prepared = client.prepare(self.restore_request(), &namespaces);
@@ -430,6 +435,7 @@ impl Site {
         if let Some(arriving) = &self.arriving {
             arriving.check_tasks(&tasks)?;
         }
+        block_in_place(|| self.check_connections(&images))?;
         block_in_place(|| self.intake.folders().put())?;
         let locks =
             block_in_place(|| locked::take_out(&images, |pid| spaces.contains(&SpaceId(pid))))?;
@@ -478,48 +484,6 @@ impl Site {
         self.state()
     }
 
-    fn restore_request(&self) -> RestoreRequest {
-        RestoreRequest {
-            criu: self.node.criu.clone(),
-            images_dir: self.intake.images(),
-            work_dir: self.directory.clone(),
-            log_level: 2,
-            cgroup_procs: self.groups.tree.procs_files(),
-            freezer: self.freezer.path().to_owned(),
-            freezer_id: self.freezer.id(),
-            tcp_established: true,
-            file_locks: true,
-            link_remap: true,
-            external: external_at_restore(&self.mounts),
-            root: self.mounts.first().map(|mount| mount.node_path.clone()),
-            runtime: self.made_by.as_ref().map(|restore| RuntimeRequest {
-                stand_in: self.node.stand_in.clone(),
-                program: restore.program.clone(),
-                is_engine: restore.is_engine,
-                arguments: restore.arguments.clone(),
-                log: restore.log.clone(),
-                gate: self.directory.join("gate"),
-                cgroup_procs: restore.cgroup_procs.clone(),
-                cgroup: restore.cgroup.clone(),
-                folder: restore.leaves.folder.clone(),
-                bound_in: restore.leaves.bound_in.clone(),
-                bound: BOUND.to_owned(),
-                state: restore.leaves.state.clone(),
-                leaves: restore.leaves.paths.clone(),
-                undo: restore.undo.clone(),
-                then: restore.then.clone(),
-            }),
-            ..RestoreRequest::default()
-        }
-    }
-
-    /// The namespaces that CRIU is started in.
-    fn pager_namespaces(&self) -> Result<Vec<(Namespace, BorrowedFd<'_>)>, Failure> {
-        let own = self.namespaces.iter();
-        own.map(|(kind, fd)| Ok((pager_kind(*kind)?, fd.as_fd())))
-            .collect()
-    }
-
     fn namespace(&self, kind: NamespaceKind) -> Option<&OwnedFd> {
         self.namespaces
             .iter()
@@ -556,19 +520,6 @@ fn version_text(version: u32) -> String {
         version / 100 % 100,
         version % 100
     )
-}
-
-fn pager_kind(kind: NamespaceKind) -> Result<Namespace, Failure> {
-    match kind {
-        NamespaceKind::Ipc => Ok(Namespace::Ipc),
-        NamespaceKind::Uts => Ok(Namespace::Uts),
-        NamespaceKind::Net => Ok(Namespace::Net),
-        NamespaceKind::Mount => Ok(Namespace::Mount),
-        NamespaceKind::Pid => Err(Failure::new(
-            ErrorCode::UnsupportedWorkload,
-            "a pid namespace cannot be entered by a restore",
-        )),
-    }
 }
 
 fn no_pager() -> Failure {

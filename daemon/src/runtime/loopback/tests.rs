@@ -47,6 +47,19 @@ fn both_ends_of_a_connection_must_be_in_the_tree() {
 }
 
 #[test]
+fn a_connection_within_the_tree_has_both_its_ends_in_it() {
+    let both = tables(&[line(A, B, 1, 11), line(B, A, 1, 22)]);
+    let ends = |held: &[u64]| both.within(|inode| held.contains(&inode));
+    let (a, b) = (A.parse().unwrap(), B.parse().unwrap());
+    assert_eq!(ends(&[11, 22]), Some((b, a)));
+    assert_eq!(ends(&[11]), None);
+    assert_eq!(ends(&[22]), None);
+    // To itself: a socket that is connected with its own address.
+    let own = tables(&[line(A, A, 1, 11)]);
+    assert_eq!(own.within(|inode| inode == 11), Some((a, a)));
+}
+
+#[test]
 fn a_connection_that_waits_to_be_accepted_is_held_by_its_listener() {
     let any = "0.0.0.0:8080";
     let waits = tables(&[
@@ -191,6 +204,26 @@ fn a_connection_within_the_tree_is_no_objection_even_if_it_is_new() {
         inode == client_inode
     })
     .unwrap();
+}
+
+#[test]
+fn a_connection_within_the_tree_is_refused_where_loopback_cannot_be_shut() {
+    let (net, client, server) = connected();
+    let (here, there) = (client.local_addr().unwrap(), server.local_addr().unwrap());
+    let tree = Holder::new(&net, client.into(), Some(server.into()));
+    let mut seen = Connections::of(tree.pid()).unwrap();
+    seen.ungated("there is no TCX");
+    let held = sockets(&tree);
+    let client = *held.first().unwrap();
+    let looks: [&dyn Fn(u64) -> bool; 2] =
+        [&|inode| held.contains(&inode), &|inode| inode == client];
+    for holds in looks {
+        let refused = check(&seen, tree.pid(), &[tree.pid()], holds).unwrap_err();
+        assert_eq!(refused.code(), ErrorCode::NodeUnfit);
+        for part in [here.to_string(), there.to_string(), "no TCX".to_owned()] {
+            assert!(refused.text().contains(&part), "{refused}");
+        }
+    }
 }
 
 fn fd(stream: &TcpStream) -> i32 {

@@ -1,0 +1,53 @@
+//! The loopback of the workload's network here: the pager shuts it while the sockets of both ends
+//! of a connection come, and opens it when they are all there.
+//!
+//! Invariant: from the hand-over on the pager alone holds it, so that it is shut for as long as
+//! there is a restore, with or without a daemon, and opens when the pager ends.
+
+use std::path::Path;
+
+use criu_glue::image::inet;
+use pageferry_proto::wire::code::Failure;
+use pageferry_sys::namespace::NamespaceKind;
+use tokio::task::block_in_place;
+
+use super::{Site, no_pager, pager_failed};
+use crate::link::loopback::LoGate;
+use crate::migration::target::images::criu_failed;
+use crate::migration::text::{chain, network_unfit};
+use crate::runtime::loopback::not_held_back;
+
+impl Site {
+    /// Makes what shuts the loopback of a network of its own, which takes too long for a freeze,
+    /// and gives it to the pager. Where it cannot be made that is noted.
+    pub(super) async fn hand_over_loopback(&mut self) -> Result<(), Failure> {
+        let Some(net) = self.namespace(NamespaceKind::Net) else {
+            return Ok(());
+        };
+        let gate = match block_in_place(|| LoGate::make(net)) {
+            Ok(gate) => gate,
+            Err(error) => {
+                let why = chain(&error);
+                tracing::info!(migration = %self.id,
+                    "a workload with connections over loopback could not come: {why}");
+                self.ungated = Some(why);
+                return Ok(());
+            }
+        };
+        let client = &self.pager.as_ref().ok_or_else(no_pager)?.client;
+        let descriptors = gate.descriptors().map_err(|error| network_unfit(&error))?;
+        client.lo_gate(&descriptors).await.map_err(pager_failed)
+    }
+
+    /// Refuses a connection of which both ends come, if nothing can keep what one of them sends
+    /// from a place where the other is not yet.
+    pub(super) fn check_connections(&self, images: &Path) -> Result<(), Failure> {
+        let Some(why) = &self.ungated else {
+            return Ok(());
+        };
+        match inet::pair(images).map_err(|error| criu_failed(&error))? {
+            Some((here, there)) => Err(not_held_back(here, there, why)),
+            None => Ok(()),
+        }
+    }
+}
