@@ -8,6 +8,9 @@
     reason = "each column that is printed has the same attributes"
 )]
 
+pub mod agent;
 pub mod manifest;
 pub mod migration;
+pub mod names;
+pub mod plan;
 pub mod policy;
