@@ -9,8 +9,13 @@
 )]
 
 pub mod agent;
+pub mod eligible;
 pub mod manifest;
 pub mod migration;
 pub mod names;
+pub mod newpod;
+pub mod observe;
 pub mod plan;
 pub mod policy;
+pub mod reconcile;
+pub mod status;

@@ -203,6 +203,13 @@ impl Course<'_> {
         if let Some(why) = self.cannot_come(new) {
             return self.give_up(why, false).into();
         }
+        if self.breaks(Broken::RestoredEarly) && new.node.is_some() && !new.restored {
+            let (name, uid) = (name.clone(), new.uid.clone());
+            return Decision {
+                actions: vec![Action::SetRestored { name, uid }],
+                ..Decision::default()
+            };
+        }
         if self.waits(new) {
             let record = Record {
                 proceed: true,

@@ -1,5 +1,8 @@
 //! What is known of the world, as far as one move goes. All of it but the record may be old.
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use super::record::{Record, Side, Why};
 
 /// The world around one Migration.
@@ -103,7 +106,8 @@ pub enum Adoption {
 }
 
 /// What a node's agent says that its daemon says.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(default, rename_all = "camelCase")]
 pub struct Report {
     /// When it was said, in seconds of Unix time.
     pub at: i64,
@@ -114,10 +118,24 @@ pub struct Report {
     pub holding: bool,
     pub waiting: bool,
     /// The new pod that the daemon was told of.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub pod_uid: Option<String>,
     pub fence_wanted: bool,
     /// Why it failed, or was refused before it began.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<Why>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub round: Option<i32>,
+    /// Bytes on the wire.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eta_seconds: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub predicted_downtime_ms: Option<i32>,
+    /// How long the pod stood still.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime_ms: Option<i32>,
 }
 
 impl Report {

@@ -67,30 +67,41 @@ impl Why {
 }
 
 /// What the controller has written down of a Migration. It alone writes it.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(default, rename_all = "camelCase")]
 pub struct Record {
     pub step: Step,
     /// Since when, in seconds of Unix time.
     pub since: i64,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub started: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub ended: Option<i64>,
     /// The nodes.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
     /// The name of the new pod, before it is made.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub new_name: Option<String>,
     /// The new pod, once it is made.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub new_uid: Option<String>,
     /// The word to the source's daemon to freeze. It is never taken back.
     pub proceed: bool,
     /// The side that is dead and stays so: somebody has made sure.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub fenced: Option<Side>,
     /// Why it is given up, or why it ended as it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<Why>,
     /// It is given up because it was asked for.
     pub cancelled: bool,
     /// What it waits for that will not come by itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub blocked: Option<Why>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub result: Option<Outcome>,
 }
 

@@ -182,8 +182,9 @@ impl World {
 
     fn act(&mut self, action: &Action) {
         match action {
+            // One that is deleted takes no finalizer.
             Action::Hold => {
-                self.api.held = true;
+                self.api.held |= !self.api.gone && !self.api.deleting;
                 self.api.version += 1;
             }
             Action::LetGo => {
