@@ -10,6 +10,8 @@
 
 pub mod agent;
 pub mod eligible;
+pub mod lease;
+pub mod logging;
 pub mod manifest;
 pub mod migration;
 pub mod names;
@@ -19,3 +21,4 @@ pub mod plan;
 pub mod policy;
 pub mod reconcile;
 pub mod status;
+pub mod trigger;

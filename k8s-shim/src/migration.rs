@@ -211,6 +211,9 @@ pub struct MigrationStatus {
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     #[schemars(length(max = 16))]
     pub conditions: Vec<Condition>,
+    /// Within what time the daemons are to do it: the policy's, when it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
     /// What the controller goes by.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub course: Option<Record>,
@@ -220,6 +223,21 @@ pub struct MigrationStatus {
     /// What the target's agent says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_report: Option<Report>,
+}
+
+/// What the daemons have for a move. In milliseconds.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Budget {
+    /// How long the pod is to stand still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_ms: Option<i64>,
+    /// How long it may stand still before the commit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen_ms: Option<i64>,
+    /// How long all of it may take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub move_ms: Option<i64>,
 }
 
 /// How far one container is.

@@ -4,6 +4,8 @@
 pub const MIGRATE_TO: &str = "pageferry.dev/migrate-to";
 /// On a pod: which move it came by, or is to come by: the id that the daemons know it by.
 pub const MIGRATION: &str = "pageferry.dev/migration";
+/// On a pod that comes: the name of its Migration, as a label, where it is short enough for one.
+pub const MIGRATION_NAME: &str = "pageferry.dev/migration-name";
 /// On a pod that comes: the address it is to have.
 pub const KEEP_ADDRESS: &str = "pageferry.dev/keep-address";
 /// On a pod that comes: what of its owner it gets at the switch, as JSON.
@@ -14,6 +16,8 @@ pub const ORIGIN: &str = "pageferry.dev/origin";
 pub const RESOLVE: &str = "pageferry.dev/resolve";
 /// On a node, by its agent: pods may come.
 pub const READY: &str = "pageferry.dev/ready";
+/// On a node, by its agent: what its daemon is called among daemons.
+pub const DAEMON: &str = "pageferry.dev/daemon";
 /// On our own pods.
 pub const OURS: (&str, &str) = ("app.kubernetes.io/part-of", "pageferry");
 /// What all of our annotations begin with.

@@ -15,7 +15,7 @@ use kube::ResourceExt;
 use serde::{Deserialize, Serialize};
 
 use crate::names::{
-    ADOPT, KEEP_ADDRESS, MIGRATION, ORIGIN, PREFIX, RESTORED, RUNTIME_CLASS, TEMPLATE_HASH,
+    ADOPT, KEEP_ADDRESS, MIGRATION, MIGRATION_NAME, ORIGIN, PREFIX, RESTORED, RUNTIME_CLASS, TEMPLATE_HASH,
 };
 
 /// What a pod gets of its owner at the switch.
@@ -26,19 +26,27 @@ pub struct Adopt {
     pub owner_references: Vec<OwnerReference>,
 }
 
+/// A Migration, by the name that Kubernetes has for it and the one that daemons have.
+#[derive(Clone, Debug)]
+pub struct Named {
+    pub name: String,
+    pub id: String,
+}
+
 /// The pod that comes in place of `source`. `selector` is that of the owner that counts it.
 pub fn make(
     source: &Pod,
     name: &str,
     node: &str,
-    migration: &str,
+    migration: &Named,
     selector: Option<&LabelSelector>,
 ) -> Pod {
     let mut labels = source.labels().clone();
+    labels.remove(MIGRATION_NAME);
     let mut annotations = source.annotations().clone();
     annotations.retain(|key, _| !key.starts_with(PREFIX));
     let mut add = |key: &str, value: String| annotations.insert(key.to_owned(), value);
-    add(MIGRATION, migration.to_owned());
+    add(MIGRATION, migration.id.clone());
     let origin = source.annotations().get(ORIGIN).cloned();
     add(ORIGIN, origin.unwrap_or_else(|| source.name_any()));
     if let Some(address) = source.status.as_ref().and_then(|status| status.pod_ip.clone()) {
@@ -48,6 +56,9 @@ pub fn make(
     let (counting, others): (Vec<_>, Vec<_>) = owners
         .into_iter()
         .partition(|owner| owner.controller == Some(true));
+    if migration.name.len() <= LABEL_MAX {
+        labels.insert(MIGRATION_NAME.to_owned(), migration.name.clone());
+    }
     if !counting.is_empty() {
         let hidden = hidden(selector, &labels);
         labels.retain(|key, _| !hidden.contains_key(key));
@@ -133,6 +144,8 @@ fn pin(affinity: &mut Affinity, node: &str) {
     }
 }
 
+/// As long as the API server lets the value of a label be.
+const LABEL_MAX: usize = 63;
 const NODE_NAME: &str = "metadata.name";
 
 #[cfg(test)]
@@ -162,6 +175,13 @@ mod tests {
         serde_json::from_value(pod).expect("a pod")
     }
 
+    fn named() -> Named {
+        Named {
+            name: "web-1".to_owned(),
+            id: "id".to_owned(),
+        }
+    }
+
     fn selector() -> LabelSelector {
         let labels = json!({"matchLabels": {"app": "web", "pod-template-hash": "abc"}});
         serde_json::from_value(labels).expect("a selector")
@@ -169,10 +189,13 @@ mod tests {
 
     #[test]
     fn it_is_counted_by_nobody_and_routed_to_by_nobody() {
-        let new = make(&source(), "web-abc-m1", "b", "id", Some(&selector()));
+        let new = make(&source(), "web-abc-m1", "b", &named(), Some(&selector()));
         assert_eq!(
             new.labels(),
-            &BTreeMap::from([("app".to_owned(), "web".to_owned())])
+            &BTreeMap::from([
+                ("app".to_owned(), "web".to_owned()),
+                (MIGRATION_NAME.to_owned(), "web-1".to_owned()),
+            ])
         );
         assert_eq!(new.metadata.owner_references, None);
         assert_eq!((new.metadata.uid, new.metadata.resource_version), (None, None));
@@ -193,9 +216,9 @@ mod tests {
 
     #[test]
     fn a_second_move_goes_to_its_own_node() {
-        let mut first = make(&source(), "web-abc-m1", "b", "id", Some(&selector()));
+        let mut first = make(&source(), "web-abc-m1", "b", &named(), Some(&selector()));
         first.metadata.labels = source().metadata.labels;
-        let second = make(&first, "web-abc-m2", "a", "other", None);
+        let second = make(&first, "web-abc-m2", "a", &named(), None);
         let spec = second.spec.expect("a spec");
         let affinity = spec.affinity.and_then(|all| all.node_affinity).expect("of nodes");
         let required = affinity.required_during_scheduling_ignored_during_execution;

@@ -18,7 +18,7 @@ use kube::{Client, Resource, ResourceExt};
 use serde_json::json;
 use tracing::{info, warn};
 
-use crate::migration::{Migration, MigrationStatus, Outcome};
+use crate::migration::{Budget, Migration, MigrationStatus, Outcome};
 use crate::names::manager;
 use crate::observe::{self, Objects};
 use crate::plan::{Decision, Observed, Record, Step, plan};
@@ -153,7 +153,15 @@ async fn write(
         spec.containers.first().map(|one| one.name.clone())
     });
     let record = record.unwrap_or(&seen.record);
-    let status = status::make(record, seen, &before, container.as_deref(), generation);
+    let mut status = status::make(record, seen, &before, container.as_deref(), generation);
+    // What holds is what held when it began.
+    if record.step != Step::Waiting && status.budget.is_none() {
+        status.budget = observe::policy(objects).map(|policy| Budget {
+            downtime_ms: Some(policy.downtime_budget_ms.into()),
+            frozen_ms: Some(policy.timeouts.frozen_ms.into()),
+            move_ms: Some(i64::from(policy.timeouts.move_seconds) * 1000),
+        });
+    }
     let ours = MigrationStatus {
         source_report: None,
         target_report: None,
@@ -175,8 +183,9 @@ async fn write(
     });
     let api: Api<Migration> = api(context, migration);
     let parameters = PatchParams::apply(manager::CONTROLLER).force();
-    let written = api.patch_status(&name, &parameters, &Patch::Apply(&patch));
-    written.await.trying("writing the status")?;
+    let patch = Patch::Apply(&patch);
+    let written = api.patch_status(&name, &parameters, &patch).await;
+    written.trying("writing the status")?;
     Ok(true)
 }
 

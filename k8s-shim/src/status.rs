@@ -49,6 +49,7 @@ pub fn make(
         ended_at: record.ended.and_then(time),
         observed_generation: generation,
         conditions: vec![blocked(record, seen.now, before)],
+        budget: before.budget.clone(),
         course: Some(record.clone()),
         source_report: None,
         target_report: None,

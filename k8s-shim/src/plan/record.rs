@@ -31,7 +31,9 @@ pub enum Step {
 }
 
 /// One of the two nodes.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[derive(
+    Clone, Copy, Debug, Deserialize, Eq, JsonSchema, Ord, PartialEq, PartialOrd, Serialize,
+)]
 pub enum Side {
     Source,
     Target,

@@ -11,7 +11,7 @@ use crate::migration::Migration;
 use crate::names::{
     ADOPT, DELETION_COST, FINALIZER, RESTORED, daemon_id, manager,
 };
-use crate::newpod::{self, Adopt};
+use crate::newpod::{self, Adopt, Named};
 use crate::observe::{self, LOWEST_COST, Objects};
 use crate::plan::Action;
 
@@ -54,8 +54,9 @@ async fn finalizers(context: &Context, migration: &Migration, held: bool) -> Res
         "finalizers": finalizers,
     }});
     let migrations: Api<Migration> = api(context, migration);
-    let patched = migrations.patch(&migration.name_any(), &parameters(), &Patch::Merge(patch));
-    unless_gone(patched.await).trying("changing the finalizers")
+    let name = migration.name_any();
+    let patched = migrations.patch(&name, &parameters(), &Patch::Merge(patch)).await;
+    unless_gone(patched).trying("changing the finalizers")
 }
 
 async fn create(
@@ -68,7 +69,10 @@ async fn create(
     let Some(source) = observe::source(objects) else {
         return Err(Error::Object(format!("the pod of {name} has just gone")));
     };
-    let id = daemon_id(&migration.uid().unwrap_or_default());
+    let id = Named {
+        name: migration.name_any(),
+        id: daemon_id(&migration.uid().unwrap_or_default()),
+    };
     let selector = objects.owner.as_ref().map(|owner| &owner.spec.selector);
     let pod = newpod::make(source, name, node, &id, selector);
     let parameters = PostParams {
@@ -105,8 +109,9 @@ async fn set_restored(pods: &Api<Pod>, name: &str, uid: &str) -> Result<(), Erro
             "lastTransitionTime": Timestamp::now().to_string(),
         }]},
     });
-    let patched = pods.patch_status(name, &parameters(), &Patch::Strategic(patch));
-    unless_gone(patched.await).trying(format!("saying that {name} is restored"))
+    let patch = Patch::Strategic(patch);
+    let patched = pods.patch_status(name, &parameters(), &patch).await;
+    unless_gone(patched).trying(format!("saying that {name} is restored"))
 }
 
 async fn adopt(pods: &Api<Pod>, objects: &Objects, name: &str, uid: &str) -> Result<(), Error> {
@@ -125,8 +130,8 @@ async fn adopt(pods: &Api<Pod>, objects: &Objects, name: &str, uid: &str) -> Res
 async fn change_pod(pods: &Api<Pod>, name: &str, uid: &str, change: Value) -> Result<(), Error> {
     let mut patch = json!({"metadata": change});
     patch["metadata"]["uid"] = json!(uid);
-    let patched = pods.patch(name, &parameters(), &Patch::Merge(patch));
-    unless_gone(patched.await).trying(format!("changing the pod {name}"))
+    let patched = pods.patch(name, &parameters(), &Patch::Merge(patch)).await;
+    unless_gone(patched).trying(format!("changing the pod {name}"))
 }
 
 fn parameters() -> PatchParams {

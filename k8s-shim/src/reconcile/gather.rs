@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
-use k8s_openapi::api::core::v1::{Namespace, Node, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::{Namespace, PersistentVolumeClaim, Pod};
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
 
@@ -75,8 +75,8 @@ async fn owners(client: &Client, pod: &Pod, objects: &mut Objects) -> Result<(),
     let sets: Api<ReplicaSet> = Api::namespaced(client.clone(), &namespace);
     objects.owner = sets.get_opt(&owner.name).await.trying("reading the ReplicaSet")?;
     let above = objects.owner.iter().flat_map(ResourceExt::owner_references);
-    let above = above.filter(|owner| owner.kind == "Deployment").next();
-    if let Some(owner) = above {
+    let mut above = above.filter(|owner| owner.kind == "Deployment");
+    if let Some(owner) = above.next() {
         let deployments: Api<Deployment> = Api::namespaced(client.clone(), &namespace);
         let found = deployments.get_opt(&owner.name).await;
         objects.deployment = found.trying("reading the Deployment")?;
