@@ -9,6 +9,7 @@
 )]
 
 pub mod agent;
+pub mod ask;
 pub mod eligible;
 pub mod lease;
 pub mod logging;
