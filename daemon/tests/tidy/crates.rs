@@ -125,6 +125,12 @@ pub const CRATES: &[Crate] = &[
         tests_use: &[],
     },
     Crate {
+        folder: "cni",
+        package: "pageferry-ipam",
+        uses: &[],
+        tests_use: &[],
+    },
+    Crate {
         folder: "k8s-shim",
         package: "pageferry-k8s",
         uses: &[],
