@@ -5,6 +5,7 @@
 //! has written down, and every call may be repeated. It believes nothing of the peer, and reads
 //! nothing of a checkpoint. Absent: whether anything may move, and pods.
 
+mod address;
 pub mod daemon;
 pub mod node;
 pub mod orders;
@@ -25,12 +26,15 @@ use tracing::{info, warn};
 use crate::migration::Migration;
 use crate::plan::Side;
 use daemon::Daemon;
+use pageferry_ipam::Folders;
 
 /// What an agent is.
 #[derive(Clone)]
 pub struct Agent {
     pub client: Client,
     pub daemon: Daemon,
+    /// Where the node's program for addresses looks.
+    pub folders: Folders,
     /// Its node, as the cluster calls it.
     pub node: String,
 }

@@ -11,7 +11,7 @@ use kube::core::{Selector, SelectorExt};
 use crate::eligible::{self, Claims};
 use crate::migration::Migration;
 use crate::names::{
-    ADOPT, DELETION_COST, FINALIZER, MIGRATION, ORIGIN, OUT_OF_SERVICE, RESOLVE, RESTORED,
+    ADOPT, DELETION_COST, FINALIZER, KEEP_ADDRESS, MIGRATION, ORIGIN, OUT_OF_SERVICE, RESOLVE, RESTORED,
     daemon_id, next_pod,
 };
 use crate::plan::{
@@ -92,6 +92,8 @@ pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
         );
         seen.source = Some(SourcePod {
             node: at,
+            address: pod.status.as_ref().and_then(|status| status.pod_ip.clone()),
+            came: pod.annotations().contains_key(KEEP_ADDRESS),
             deleting: pod.metadata.deletion_timestamp.is_some(),
             ready: condition(pod, "Ready"),
             marked: pod.annotations().get(DELETION_COST).is_some_and(|cost| cost == LOWEST_COST),

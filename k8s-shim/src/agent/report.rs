@@ -9,6 +9,8 @@ use crate::plan::{Report, Why};
 /// What an agent knows besides what the daemon says.
 #[derive(Clone, Debug, Default)]
 pub struct Besides {
+    /// There is an address for the new pod of this name.
+    pub prepared: Option<String>,
     /// The target's daemon was told of this pod.
     pub expected: Option<String>,
     /// Why the source's daemon did not begin.
@@ -54,6 +56,7 @@ pub fn report(
             at: now,
             phase: "unknown".to_owned(),
             is_final: given_up,
+            prepared: besides.prepared.clone(),
             ..Report::default()
         };
     };
@@ -66,6 +69,7 @@ pub fn report(
         moved: status.moved,
         holding: status.holding,
         waiting: status.waiting,
+        prepared: besides.prepared.clone(),
         pod_uid: besides.expected.clone(),
         fence_wanted: status.fence_wanted,
         failure,

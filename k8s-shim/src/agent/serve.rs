@@ -13,7 +13,7 @@ use tokio::time::{sleep, timeout};
 use tonic::Streaming;
 use tracing::{info, warn};
 
-use super::Agent;
+use super::{Agent, address};
 use super::daemon::Error;
 use super::orders::{self, Call, Orders};
 use super::report::{self, Besides};
@@ -44,6 +44,7 @@ pub async fn serve(agent: Agent, side: Side, mut changes: Receiver<Migration>) {
     let mut serving = Serving {
         id: daemon_id(&migration.uid().unwrap_or_default()),
         besides: Besides {
+            prepared: None,
             expected: None,
             refused: refused.and_then(|last| last.failure.clone()),
         },
@@ -89,6 +90,15 @@ impl Serving {
     async fn look(&mut self, migration: &Migration) -> Result<bool, String> {
         let orders = orders(migration);
         self.refresh().await?;
+        let step = address::Place {
+            side: self.side,
+            namespace: &migration.namespace().unwrap_or_default(),
+            record: &observe::record(migration),
+            id: &self.id,
+            given_back: self.status.as_ref().is_some_and(|status| status.r#final && !status.moved),
+        };
+        let prepared = step.settle(&self.agent.folders);
+        self.besides.prepared = prepared.map_err(|error| format!("the pod's address: {error}"))?;
         let known = report::known(self.status.as_ref(), &self.besides);
         if let Some(call) = orders::next(self.side, &orders, known.as_ref()) {
             info!(migration = %migration.name_any(), side = ?self.side, ?call, "calling the daemon");

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use kube::Client;
+use pageferry_ipam::Folders;
 use pageferry_k8s::agent::daemon::Daemon;
 use pageferry_k8s::agent::node::Needs;
 use pageferry_k8s::agent::{self, Agent, node};
@@ -25,6 +26,12 @@ struct Arguments {
     /// The socket of pageferryd.
     #[arg(long, env = "PAGEFERRY_SOCKET", default_value = "/run/pageferry/api.sock")]
     socket: PathBuf,
+    /// Where pageferry-ipam is told of pods that come.
+    #[arg(long, env = "PAGEFERRY_IPAM_RUN", default_value = pageferry_ipam::RUN)]
+    ipam_run: PathBuf,
+    /// Where it is told of addresses that are away.
+    #[arg(long, env = "PAGEFERRY_IPAM_STATE", default_value = pageferry_ipam::STATE)]
+    ipam_state: PathBuf,
     /// The program that containerd starts for pods that come.
     #[arg(
         long,
@@ -53,6 +60,7 @@ async fn run(arguments: Arguments) -> Result<()> {
     let agent = Agent {
         client,
         daemon: Daemon::new(&arguments.socket),
+        folders: Folders::new(arguments.ipam_run, arguments.ipam_state),
         node: arguments.node.clone(),
     };
     let needs = Needs {

@@ -87,6 +87,8 @@ impl Course<'_> {
             started: Some(seen.now),
             source: Some(source.node.clone()),
             target: Some(node.clone()),
+            address: source.address.clone(),
+            address_is_own: !source.came,
             ..self.to(Step::Copying)
         };
         record.into()
@@ -181,6 +183,15 @@ impl Course<'_> {
             if record.new_uid.is_some() {
                 return self.give_up(new_gone(name), false).into();
             }
+            // Its sandbox is made with an address, which cannot be changed then.
+            let prepared = self.observed.target_report.as_ref();
+            let prepared = prepared.and_then(|report| report.prepared.as_ref());
+            if record.address.is_some() && prepared != Some(name) {
+                return match self.placing_too_long() {
+                    Some(why) => self.give_up(why, false).into(),
+                    None => self.wait_for(&[Side::Source, Side::Target]),
+                };
+            }
             return Decision {
                 actions: vec![Action::CreatePod {
                     name: name.clone(),
@@ -246,6 +257,11 @@ impl Course<'_> {
         if let Some(report) = failed {
             return Some(failure(report));
         }
+        self.placing_too_long()
+    }
+
+    fn placing_too_long(&self) -> Option<Why> {
+        let name = self.record().new_name.as_deref().unwrap_or_default();
         let limit = self.observed.timeouts.place;
         let late = limit <= self.observed.now - self.record().since;
         late.then(|| {

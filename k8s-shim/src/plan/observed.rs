@@ -59,6 +59,9 @@ impl Default for Target {
 #[derive(Clone, Debug, Default)]
 pub struct SourcePod {
     pub node: String,
+    pub address: Option<String>,
+    /// It has come with its address, which is of another node's range.
+    pub came: bool,
     /// Somebody has deleted it.
     pub deleting: bool,
     /// It is as ready as a pod can be.
@@ -117,6 +120,9 @@ pub struct Report {
     pub moved: bool,
     pub holding: bool,
     pub waiting: bool,
+    /// The name of the new pod, for which there is an address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prepared: Option<String>,
     /// The new pod that the daemon was told of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod_uid: Option<String>,

@@ -90,6 +90,8 @@ impl Api {
     pub fn observe(&self, now: i64, owned: bool) -> Observed {
         let source = self.pods.get(SOURCE).map(|pod| SourcePod {
             node: "node-a".to_owned(),
+            address: Some("10.1.2.3".to_owned()),
+            came: false,
             deleting: pod.deleting,
             ready: pod.ready,
             marked: pod.marked,

@@ -263,7 +263,9 @@ impl World {
             self.follow_daemons();
         }
         let aborting = matches!(orders.step, Step::Aborting | Step::Ended);
-        let report = self.daemons.report(side, self.now, aborting);
+        let mut report = self.daemons.report(side, self.now, aborting);
+        let placing = matches!(orders.step, Step::Placing | Step::Moving);
+        report.prepared = placing.then(|| NEW_NAME.to_owned());
         if self.fails() {
             return;
         }
