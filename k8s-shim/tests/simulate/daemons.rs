@@ -219,6 +219,7 @@ impl Daemons {
             pod_uid: known.expected.clone(),
             fence_wanted: known.fence_wanted,
             failure: (is_final && !moved).then(|| Why::new("Daemon", "it went wrong")),
+            ..Report::default()
         }
     }
 }
