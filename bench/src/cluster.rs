@@ -9,6 +9,9 @@
 //! Everything is what a cluster anywhere has: certificates of one authority, node authorization,
 //! RBAC, the service accounts' tokens. What is missing: kube-proxy and a name server. All of it is
 //! born in the lab's cgroups and writes into the lab's run folder, and goes with the lab.
+//!
+//! The nodes have what moves of pods need, unless the lab is without daemons: containerd's runtime
+//! handler, the program for addresses, and a pageferryd to which `cni0` is the bridge.
 
 pub mod build;
 pub mod certificates;
@@ -41,6 +44,7 @@ pub fn lab_options(nodes: usize, link: Link, daemons: bool) -> Result<LabOptions
         nodes,
         link,
         daemons,
+        bridge: worker::BRIDGE,
         layer: Some(&LAYER),
         programs: Some(build::ensure_programs()?),
         keep: false,
@@ -90,6 +94,7 @@ impl Cluster {
             parts.try_for_each(Part::check)?;
             check_ready(&kubectl, lab)
         })?;
+        kubectl.apply(RUNTIME_CLASS)?;
         laps.lap("the nodes are ready");
         Ok(Self {
             kubectl,
@@ -162,6 +167,8 @@ fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("writing {}", path.display()))
 }
 
+/// What pods name that come by a migration.
+const RUNTIME_CLASS: &str = include_str!("../../deploy/runtimeclass.yaml");
 /// Below the cluster's folder.
 const PROGRAMS: &str = "programs";
 /// Three seconds on an idle machine.

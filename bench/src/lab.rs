@@ -39,6 +39,8 @@ pub struct LabOptions {
     pub link: Link,
     /// Start `pageferryd` on each node.
     pub daemons: bool,
+    /// Of which bridge the links of workloads are ports, to the daemons.
+    pub bridge: &'static str,
     /// What nodes have besides the node image, made when it is first asked for.
     pub layer: Option<&'static LayerPlan>,
     /// A folder that lies over all of that: programs that were not installed.
@@ -85,6 +87,7 @@ impl Lab {
             kept: options.keep,
             link: options.link.to_string(),
             daemons: options.daemons,
+            bridge: options.bridge.to_owned(),
             programs: options.programs.clone(),
             hierarchies: cgroup::hierarchies()?,
             ..State::default()
@@ -170,7 +173,8 @@ impl Lab {
             .map(|node| node.name().to_owned())
             .collect();
         for name in names {
-            daemon::write_config(self.node(&name)?, &self.nodes, tracer)?;
+            let bridge = &self.state.bridge;
+            daemon::write_config(self.node(&name)?, &self.nodes, bridge, tracer)?;
             self.daemon(&name)?.kill()?;
             self.restart_daemon(&name)?;
         }
@@ -280,7 +284,7 @@ fn build(
     state.client_pid = Some(client.pid);
     folder.store(state)?;
     let daemons = if options.daemons {
-        start_daemons(&nodes, folder)?
+        start_daemons(&nodes, folder, options.bridge)?
     } else {
         Vec::new()
     };
@@ -292,8 +296,8 @@ fn build(
     })
 }
 
-fn start_daemons(nodes: &[Node], folder: &RunFolder) -> Result<Vec<Daemon>> {
-    daemon::configure(nodes)?;
+fn start_daemons(nodes: &[Node], folder: &RunFolder, bridge: &str) -> Result<Vec<Daemon>> {
+    daemon::configure(nodes, bridge)?;
     let start = |node| Daemon::start(node, &folder.logs());
     let mut daemons = nodes.iter().map(start).collect::<Result<Vec<_>>>()?;
     for (daemon, node) in daemons.iter_mut().zip(nodes) {
@@ -412,7 +416,7 @@ const NODES_MAX: usize = 8;
 /// Addresses 10.90.0.101 to 10.90.0.250.
 const WORKLOADS_MAX: usize = 150;
 /// Name, folder in the node, need.
-const BINARIES: [(&str, &str, Need); 10] = [
+const BINARIES: [(&str, &str, Need); 11] = [
     ("lab", "usr/local/bin", Need::Always),
     ("lab-writer", "usr/local/bin", Need::Always),
     ("lab-cases", "usr/local/bin", Need::Always),
@@ -422,5 +426,7 @@ const BINARIES: [(&str, &str, Need); 10] = [
     ("pageferry-criu", "usr/local/bin", Need::WithDaemons),
     ("pageferry-oci", "usr/local/bin", Need::WithDaemons),
     ("pageferry-containerd", "usr/local/bin", Need::WithDaemons),
+    // Where Debian has CNI's plugins.
+    ("pageferry-ipam", "usr/lib/cni", Need::WithDaemons),
     ("libcriu_view.so", "usr/lib/pageferry", Need::WithDaemons),
 ];

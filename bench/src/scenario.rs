@@ -6,8 +6,10 @@
 
 pub mod apps;
 pub mod baseline;
+pub mod by_hand;
 pub mod capture;
 pub mod cases;
+pub mod clients;
 pub mod container_faults;
 pub mod container_files;
 pub mod containerd;
@@ -19,6 +21,7 @@ pub mod kubernetes;
 pub mod locks;
 pub mod memory;
 pub mod nginx;
+pub mod pods;
 pub mod redis;
 pub mod report;
 pub mod resources;
@@ -145,7 +148,7 @@ pub const ALL: [Scenario; 17] = [
     Scenario {
         name: "kubernetes",
         summary: "a Kubernetes cluster, a pod at one node, its client at the other, nothing left",
-        cases: false,
+        cases: true,
         run: kubernetes::run,
     },
     Scenario {

@@ -80,13 +80,19 @@ pub struct Held {
 
 /// What the runtime has written of a container that runs.
 #[derive(Debug, Deserialize)]
-struct Root {
+pub(crate) struct Root {
     init_process_pid: i32,
     init_process_start: u64,
 }
 
 impl Root {
-    fn runs(&self) -> bool {
+    /// What it has written into its folder of a container.
+    pub(crate) fn read(state: &Path) -> Option<Self> {
+        let text = fs::read(state.join("state.json")).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    pub(crate) fn runs(&self) -> bool {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.init_process_pid));
         let stat = stat.unwrap_or_default();
         // The name may have anything in it; the state is the first behind it, the start the 20th.
@@ -278,10 +284,7 @@ impl Held {
     /// Refuses to remove what a process runs in: containerd may have forgotten its task.
     fn check_ended(&self) -> Result<(), ArrivalError> {
         let state = self.arrival.state.join("state.json");
-        let root = fs::read(&state)
-            .ok()
-            .and_then(|text| serde_json::from_slice::<Root>(&text).ok());
-        match root {
+        match Root::read(&self.arrival.state) {
             Some(root) if root.runs() => Err(ArrivalError::Lost {
                 pid: root.init_process_pid,
                 state,

@@ -17,9 +17,11 @@ mod blocking;
 mod client;
 pub mod labels;
 pub mod leave;
+mod pod;
 
 pub use arrival::{Arrival, ArrivalError, Held};
 pub use blocking::{block_on, with};
+pub use pod::{PodArrival, PodError, PodOrder, PodRuntime};
 pub use client::{Client, ClientError, Container, Snapshot, Task};
 
 /// Where containerd listens unless it is told otherwise.

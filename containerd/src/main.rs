@@ -1,5 +1,6 @@
 //! `pageferry-containerd FOLDER`: has containerd make the container that `arrival.json` in a
-//! migration's folder describes.
+//! migration's folder describes; or tells the runtime that Kubernetes has had started for the one
+//! in `pod.json`.
 //!
 //! It stands where for others the runtime itself is started, and behaves as one: it ends when the
 //! container runs, or fails, with the reason as the last line of `runtime.log` in that folder. So
@@ -13,7 +14,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use pageferry_containerd::{Arrival, LOG};
+use pageferry_containerd::{Arrival, LOG, PodArrival};
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
@@ -33,12 +34,16 @@ fn main() -> ExitCode {
 }
 
 fn run(folder: &Path) -> Result<(), String> {
-    let held = Arrival::hold(folder).map_err(|error| chain(&error))?;
-    let held = held.ok_or("nothing is to come")?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| error.to_string())?;
+    let pod = PodArrival::read(folder).map_err(|error| chain(&error))?;
+    if let Some(pod) = pod {
+        return runtime.block_on(pod.come()).map_err(|error| chain(&error));
+    }
+    let held = Arrival::hold(folder).map_err(|error| chain(&error))?;
+    let held = held.ok_or("nothing is to come")?;
     let done = runtime.block_on(held.come());
     done.map_err(|error| chain(&error))
 }

@@ -28,7 +28,7 @@ use crate::migration::target::site::TargetNode;
 use crate::net::endpoint::{Endpoint, EndpointConfig};
 use crate::net::lanes::Listener;
 use crate::net::tls::Credentials;
-use crate::runtime::memory;
+use crate::runtime::{kind, memory};
 
 /// Runs a daemon until it is told to stop by SIGTERM or SIGINT. Migrations under way are not waited
 /// for: their journals let the next daemon go on with them.
@@ -46,6 +46,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let memory = memory_of(hierarchies.clone());
     let endpoint = Arc::new(endpoint_of(&config)?);
     let shelf = Shelf::new(config.folders_dir());
+    kind::go_on_ending();
     let journals = Journals::open(&config.journal_dir()).context("opening the journals")?;
     let registry = Registry::recover(RegistryParts {
         source: SourceNode {

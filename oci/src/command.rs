@@ -90,6 +90,13 @@ impl Command {
         self.value("--log").map(Path::new)
     }
 
+    /// The folder of the bundle, of a `create`.
+    pub fn bundle(&self) -> Option<&Path> {
+        let mut pairs = self.rest.iter().zip(self.rest.iter().skip(1));
+        let found = pairs.find(|(name, _)| *name == "--bundle");
+        found.map(|(_, value)| Path::new(value))
+    }
+
     fn root(&self) -> Option<&Path> {
         self.value("--root").map(Path::new)
     }
@@ -154,6 +161,7 @@ mod tests {
             (Some("default"), Some("web"))
         );
         assert_eq!(create.log(), Some(Path::new("/b/log.json")));
+        assert_eq!(create.bundle(), Some(Path::new("/b")));
         let state = create.state();
         assert_eq!(state, Some("/run/containerd/runc/default/web".into()));
         let restore = create.restore("/m/streams".as_ref(), "/m".as_ref());

@@ -11,15 +11,20 @@
 //!                                                                   start: nothing to do
 //! ```
 //!
+//! A container of a pod is created by Kubernetes, which knows of no order: one whose pod is the
+//! destination of a migration waits for it ([`Places`]).
+//!
 //! Invariant: between `write` and `clear` the container is created at most once, and by a restore.
 
 #![forbid(unsafe_code)]
 
 mod command;
 mod order;
+mod pod;
 
 pub use command::{Command, Verb};
 pub use order::{Order, OrderError, Orders, Taken};
+pub use pod::{Came, Place, Places};
 
 /// Where the program is that containers name, for as long as one of them lives: `pageferry setup`
 /// puts it there.

@@ -5,13 +5,15 @@
 use std::convert::Infallible;
 use std::env;
 use std::ffi::OsString;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, ExitCode};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use pageferry_oci::{Command, Orders, Taken, Verb};
+use pageferry_oci::{Came, Command, Orders, Place, Places, Taken, Verb};
 use pageferry_sys::bound;
 
 /// The runtime.
@@ -39,7 +41,11 @@ fn run(command: &Command, arguments: &[OsString]) -> Result<Option<Infallible>, 
     let named = command.space().zip(command.id());
     match (command.verb(), named) {
         (Verb::Create, Some((space, id))) => {
-            match orders.take(space, id).map_err(|error| error.to_string())? {
+            let taken = match place_of(command)? {
+                Some((bundle, place)) => await_order(&orders, (space, id), (bundle, &place))?,
+                None => orders.take(space, id).map_err(|error| error.to_string())?,
+            };
+            match taken {
                 Taken::Now(order) => {
                     let restore = command.restore(&order.images, &order.work);
                     become_runtime(&restore, Some(&order.gate)).map(Some)
@@ -63,6 +69,64 @@ fn run(command: &Command, arguments: &[OsString]) -> Result<Option<Infallible>, 
         _ => become_runtime(arguments, None).map(Some),
     }
 }
+
+/// The place of a container of a pod that is the destination of a migration, and its bundle.
+fn place_of(command: &Command) -> Result<Option<(&Path, Place)>, String> {
+    let Some(bundle) = command.bundle() else {
+        return Ok(None);
+    };
+    let config = fs::read(bundle.join("config.json")).unwrap_or_default();
+    let place = Place::of(&config)?;
+    Ok(place.map(|place| (bundle, place)))
+}
+
+/// Waits until somebody says what becomes of a container at such a place; one that was restored
+/// before is one like others.
+fn await_order(
+    orders: &Orders,
+    (space, id): (&str, &str),
+    (bundle, place): (&Path, &Place),
+) -> Result<Taken, String> {
+    let places = Places::of_node();
+    if places.is_restored(place) {
+        return Ok(Taken::Unknown);
+    }
+    let Place { pod, container } = place;
+    let came = Came {
+        space: space.to_owned(),
+        id: id.to_owned(),
+        bundle: bundle.to_owned(),
+        pid: process::id().cast_signed(),
+    };
+    let _waiting = places
+        .come(place, &came)
+        .map_err(|error| format!("the container {container} of pod {pod}: {error}"))?;
+    let deadline = Instant::now() + ORDER_MAX;
+    loop {
+        if let Some(why) = places.refusal(place) {
+            return Err(format!(
+                "the container {container} of pod {pod} is not restored here: {why}"
+            ));
+        }
+        match orders.take(space, id).map_err(|error| error.to_string())? {
+            Taken::Unknown if Instant::now() < deadline => thread::sleep(ORDER_POLL),
+            Taken::Unknown => {
+                return Err(format!(
+                    "the container {container} of pod {pod} is to be restored, and for \
+                     {ORDER_MAX:?} nobody has said from what: is the migration still there, and \
+                     pageferryd?"
+                ));
+            }
+            taken => return Ok(taken),
+        }
+    }
+}
+
+/// How long a container of a pod waits for its order. Kubernetes gives up after two minutes.
+const ORDER_MAX: Duration = Duration::from_secs(60);
+
+/// How often it looks.
+const ORDER_POLL: Duration = Duration::from_millis(5);
 
 /// With `path` alone to look for programs in, or all that the engine has.
 fn become_runtime(arguments: &[OsString], path: Option<&Path>) -> Result<Infallible, String> {

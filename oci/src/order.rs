@@ -44,7 +44,7 @@ pub struct OrderError {
 }
 
 /// Where orders are: containers that have come name the program alone.
-const FOLDER: &str = "/run/pageferry/oci";
+pub(crate) const FOLDER: &str = "/run/pageferry/oci";
 
 impl Orders {
     /// Those of this node.

@@ -49,6 +49,8 @@ pub enum WorkloadName {
     },
     /// A container that crun runs for nobody else: `crun/ID`.
     Crun(ContainerId),
+    /// A pod of Kubernetes: `pod/UID`.
+    Pod(PodUid),
     /// A container of podman: `podman/NAME`.
     Podman(ContainerId),
     /// A process tree, named by the pid of its root in the node's pid namespace, which is at least
@@ -65,6 +67,8 @@ pub enum WorkloadKind {
     Containerd,
     /// A container of crun alone.
     Crun,
+    /// A pod of Kubernetes.
+    Pod,
     /// A container of podman.
     Podman,
     /// A bare process tree.
@@ -82,6 +86,10 @@ pub struct ContainerId(String);
 /// [`ContainerId`] is one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetworkName(String);
+
+/// What Kubernetes knows a pod by: a UUID in lower case, as the API server writes it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PodUid(String);
 
 /// Why a text or a number is not a name of one of the kinds in this module.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -107,6 +115,9 @@ pub enum IdError {
          letter or a digit"
     )]
     Network(String),
+    /// Not a UUID in lower case.
+    #[error("pod {0:?} is not a UID as the API server writes it, a UUID in lower case")]
+    PodUid(String),
     /// Not of the form that its kind has.
     #[error("workload {text:?} is not of the form {form}")]
     WorkloadForm {
@@ -320,6 +331,36 @@ impl FromStr for NetworkName {
     }
 }
 
+impl PodUid {
+    /// The UID as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for PodUid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for PodUid {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        let parts = text.split('-').map(str::len);
+        let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        let is_text = text.bytes().all(|byte| is_digit(byte) || byte == b'-');
+        match is_text && parts.eq(UUID_PARTS) {
+            true => Ok(Self(text.to_owned())),
+            false => Err(IdError::PodUid(text.to_owned())),
+        }
+    }
+}
+
+/// Digits of the parts of a UUID.
+const UUID_PARTS: [usize; 5] = [8, 4, 4, 4, 12];
+
 /// Whether a text can name a file, and nothing but a file of the folder it is looked for in.
 fn is_file_name(text: &str) -> bool {
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"_.+-".contains(&byte);
@@ -333,9 +374,10 @@ const NAME_BYTES_MAX: usize = 128;
 
 impl WorkloadKind {
     /// Every kind, in the order of their names.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Containerd,
         Self::Crun,
+        Self::Pod,
         Self::Podman,
         Self::Process,
         Self::Runc,
@@ -346,6 +388,7 @@ impl WorkloadKind {
         match self {
             Self::Containerd => "containerd",
             Self::Crun => "crun",
+            Self::Pod => "pod",
             Self::Podman => "podman",
             Self::Process => "process",
             Self::Runc => "runc",
@@ -365,6 +408,7 @@ impl WorkloadName {
         match self {
             Self::Containerd { .. } => WorkloadKind::Containerd,
             Self::Crun(_) => WorkloadKind::Crun,
+            Self::Pod(_) => WorkloadKind::Pod,
             Self::Podman(_) => WorkloadKind::Podman,
             Self::Process(_) => WorkloadKind::Process,
             Self::Runc(_) => WorkloadKind::Runc,
@@ -378,6 +422,7 @@ impl fmt::Display for WorkloadName {
         match self {
             Self::Containerd { namespace, id } => write!(f, "{kind}/{namespace}/{id}"),
             Self::Crun(name) | Self::Podman(name) | Self::Runc(name) => write!(f, "{kind}/{name}"),
+            Self::Pod(uid) => write!(f, "{kind}/{uid}"),
             Self::Process(pid) => write!(f, "{kind}/{pid}"),
         }
     }
@@ -404,6 +449,7 @@ impl FromStr for WorkloadName {
                 }),
             },
             WorkloadKind::Crun => name.parse().map(Self::Crun),
+            WorkloadKind::Pod => name.parse().map(Self::Pod),
             WorkloadKind::Podman => name.parse().map(Self::Podman),
             WorkloadKind::Process => match parse_pid(name) {
                 Some(pid) => Ok(Self::Process(pid)),
@@ -477,6 +523,7 @@ mod tests {
         let texts = [
             "containerd/k8s.io/6f1e",
             "crun/web_1",
+            "pod/0b6ab9a8-5f4e-4b6c-9a3e-2f6f3a0c1d2e",
             "podman/web",
             "process/4711",
             "runc/a.b+c-d",
@@ -528,6 +575,21 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_is_named_by_a_uuid_in_lower_case() {
+        for name in [
+            "",
+            "web",
+            "0B6AB9A8-5F4E-4B6C-9A3E-2F6F3A0C1D2E",
+            "0b6ab9a85f4e4b6c9a3e2f6f3a0c1d2e",
+            "0b6ab9a8-5f4e-4b6c-9a3e-2f6f3a0c1d2g",
+            "0b6ab9a8-5f4e-4b6c-9a3e-2f6f3a0c1d2e-",
+        ] {
+            let refused = IdError::PodUid(name.to_owned());
+            assert_eq!(format!("pod/{name}").parse::<WorkloadName>(), Err(refused));
+        }
+    }
+
+    #[test]
     fn a_network_is_named_by_what_can_be_the_name_of_a_file() {
         assert_eq!(
             "cni-1.a".parse::<NetworkName>().unwrap().as_str(),
@@ -545,7 +607,7 @@ mod tests {
             let refused = text.parse::<WorkloadName>().unwrap_err();
             let expected = format!(
                 "workload {text:?} is of no known kind: {kind:?} is not one of containerd, crun, \
-                 podman, process, runc"
+                 pod, podman, process, runc"
             );
             assert_eq!(refused.to_string(), expected);
         }

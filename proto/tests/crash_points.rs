@@ -23,6 +23,7 @@ const SETUP: Setup = Setup {
         ..Policy::DEFAULT
     },
     locks: 0,
+    hold: false,
 };
 
 /// The same for a workload without locks, and for one with.

@@ -36,6 +36,7 @@ fn a_freeze_that_is_given_up_thaws_and_waits_for_what_is_on_its_way() {
     assert_eq!(status.wire_bytes, before.wire_bytes + 9000);
     assert_eq!(source.feed(SourceEvent::Thawed { untrack: false }), []);
     let next = SourceAction::SendRound {
+        folders: true,
         round: round.next(),
     };
     assert_eq!(source.hear(TargetMessage::RoundHeld { round }), [next]);
@@ -47,6 +48,7 @@ fn the_workload_runs_for_a_while_between_a_thaw_and_the_next_round() {
     let pause = Duration::from_millis(70);
     let round = Round::FIRST.next();
     let next = SourceAction::SendRound {
+        folders: true,
         round: round.next(),
     };
     let mut source = Source::finishing();

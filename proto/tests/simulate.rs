@@ -28,6 +28,7 @@ const SETUP: Setup = Setup {
         ..Policy::DEFAULT
     },
     locks: 0,
+    hold: false,
 };
 
 /// As few steps to the hand-off as there can be.
@@ -39,6 +40,12 @@ const SMALL: Setup = Setup {
 
 /// The same for a workload with a file lock that others want, too.
 const LOCKED: Setup = Setup { locks: 1, ..SMALL };
+
+/// One that is held before its freeze.
+const HELD: Setup = Setup {
+    hold: true,
+    ..SETUP
+};
 
 /// With two, of which others want both before they give one back.
 const LOCKED_TWICE: Setup = Setup { locks: 2, ..SMALL };
@@ -276,6 +283,15 @@ fn assert_all_reached(counts: &BTreeMap<(Side, Phase), u32>) {
     assert_reached(counts, Side::Source, &phases);
     let phases = [Phase::Ready, Phase::Running, Phase::Refusing, Phase::Done];
     assert_reached(counts, Side::Target, &phases);
+}
+
+// clause: R-9
+#[test]
+fn no_schedule_freezes_what_is_held_before_somebody_says_so() {
+    let op = prop_oneof![200 => op(), 1 => Just(Op::Proceed)];
+    let counts = simulate(HELD, prop::collection::vec(op, 0..500), |_| Ok(()));
+    let phases = [Phase::Copying, Phase::Freezing, Phase::Done, Phase::Aborted];
+    assert_reached(&counts, Side::Source, &phases);
 }
 
 // clause: H-23

@@ -60,6 +60,7 @@ fn the_next_round_starts_when_this_one_is_held() {
     source.feed(SourceEvent::RoundSent(report));
     let round = Round::FIRST;
     let next = SourceAction::SendRound {
+        folders: true,
         round: round.next(),
     };
     assert_eq!(source.hear(TargetMessage::RoundHeld { round }), [next]);

@@ -9,7 +9,7 @@ use pageferry_bench::app::layer::LAYER;
 use pageferry_bench::client::writer;
 use pageferry_bench::cluster::{self, Cluster, laps::Laps};
 use pageferry_bench::lab::inside::Inside;
-use pageferry_bench::lab::network::Link;
+use pageferry_bench::lab::network::{BRIDGE, Link};
 use pageferry_bench::lab::{self, Lab, LabOptions};
 use pageferry_bench::mover::Mover;
 use pageferry_bench::mover::pageferry::Pageferry;
@@ -212,6 +212,7 @@ fn up(nodes: usize, link: Link, daemons: bool, apps: bool) -> Result<ExitCode> {
         nodes,
         link,
         daemons,
+        bridge: BRIDGE,
         layer: apps.then_some(&LAYER),
         programs: None,
         keep: true,

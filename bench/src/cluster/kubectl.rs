@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::lab::inside::Inside;
 
@@ -55,6 +55,23 @@ impl Kubectl {
             .arg(TIME_MAX)
             .args(["apply", "--filename", "-"]);
         command.run_with_input(objects).context("kubectl apply")
+    }
+
+    /// Has the API server forget a pod at once, if it is still the one of this UID.
+    pub fn delete_pod(&self, name: &str, uid: &str) -> Result<()> {
+        let options = json!({
+            "apiVersion": "v1", "kind": "DeleteOptions",
+            "gracePeriodSeconds": 0, "preconditions": {"uid": uid},
+        });
+        let path = format!("/api/v1/namespaces/default/pods/{name}");
+        let command =
+            self.command()?
+                .arg(TIME_MAX)
+                .args(["delete", "--raw", &path, "--filename", "-"]);
+        command
+            .run_with_input(&options.to_string())
+            .with_context(|| format!("deleting the pod {name}"))?;
+        Ok(())
     }
 }
 

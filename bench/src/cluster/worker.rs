@@ -32,18 +32,26 @@ pub fn start_engine(lab: &Lab, node: &Node) -> Result<Engine> {
         .args(["-ec", PREPARE])
         .run()
         .with_context(|| format!("preparing node {}", node.name()))?;
-    write(&node.path(CNI_CONFIG), &cni_config(node))?;
-    write(&node.path(ENGINE_CONFIG), ENGINE_CONFIG_TEXT)?;
+    write(&node.path(CNI_CONFIG), &cni_config(lab, node))?;
+    let config = [ENGINE_CONFIG_TEXT, HANDLER].concat();
+    write(&node.path(ENGINE_CONFIG), &config)?;
     let engine = Engine::start(node, ENGINE_CONFIG, &lab.folder.logs())?;
     let pause = format!("/{PROGRAMS}/{PAUSE_NAME}");
     make_image(node, PAUSE_IMAGE, PAUSE_FILE, &[pause])?;
     for file in [IMAGE_FILE, PAUSE_FILE] {
         containerd::import(node, NAMESPACE, file)?;
     }
+    if lab.has_daemons() {
+        let mut setup = node.command("pageferry")?;
+        setup = setup.args(["setup", "containerd"]);
+        setup.run()?;
+    }
     Ok(engine)
 }
 
-/// Routes between the pods of all nodes, the client, and services.
+/// The bridge of each node's pods, and routes between the pods of all nodes, the client, and
+/// services. The network plugin would make the bridge with the first pod, which may be one that
+/// comes, and its daemon asks for it before.
 pub fn connect(lab: &Lab, service: Ipv4Addr) -> Result<()> {
     let tools = lab.nodes.first().context("a lab has at least one node")?;
     let to_pods = |but: Option<&Node>| -> String {
@@ -58,7 +66,9 @@ pub fn connect(lab: &Lab, service: Ipv4Addr) -> Result<()> {
     for node in &lab.nodes {
         let script = |_: &[String]| {
             format!(
-                "route add {SERVICES} via {CLIENT_ADDRESS}\n{}",
+                "link add {BRIDGE} type bridge forward_delay 0\n\
+                 link set {BRIDGE} up\n\
+                 route add {SERVICES} via {CLIENT_ADDRESS}\n{}",
                 to_pods(Some(node))
             )
         };
@@ -130,21 +140,25 @@ fn kubelet_config(node: &Node) -> String {
 
 /// A bridge of pods, and routes by way of the node: without address translation, so that pods and
 /// the client see each other's addresses.
-fn cni_config(node: &Node) -> String {
+fn cni_config(lab: &Lab, node: &Node) -> String {
+    let range = json!({
+        "type": "host-local",
+        "ranges": [[{"subnet": pods(node)}]],
+        "routes": [{"dst": "0.0.0.0/0"}],
+    });
+    let addresses = match lab.has_daemons() {
+        true => json!({"type": "pageferry-ipam", "delegate": range}),
+        false => range,
+    };
     json!({
-        "cniVersion": "1.0.0",
+        "cniVersion": "1.1.0",
         "name": "lab",
         "plugins": [{
             "type": "bridge",
-            "bridge": "cni0",
+            "bridge": BRIDGE,
             "isGateway": true,
             "hairpinMode": true,
-            "ipam": {
-                "type": "host-local",
-                "dataDir": "/run/cni",
-                "ranges": [[{"subnet": pods(node)}]],
-                "routes": [{"dst": "0.0.0.0/0"}],
-            },
+            "ipam": addresses,
         }],
     })
     .to_string()
@@ -156,7 +170,8 @@ pub fn check_no_pods(node: &Node) -> Result<()> {
     let script = format!(
         "ctr --namespace {NAMESPACE} tasks list -q; \
          find /run/netns /var/lib/kubelet/pods -mindepth 1; \
-         find /run/cni -name '*.*.*.*'; ip -o link show master cni0; \
+         find /var/lib/cni/networks -name '*.*.*.*'; ip -o link show master {BRIDGE}; \
+         find /run/pageferry/ipam /var/lib/pageferry/ipam -type f ! -name lock; \
          find /sys/fs/cgroup -type d -name 'pod*'; \
          grep -e /var/lib/kubelet/pods -e /run/containerd/io. /proc/mounts; true"
     );
@@ -168,6 +183,8 @@ pub fn check_no_pods(node: &Node) -> Result<()> {
 
 /// What containerd has for the kubelet.
 pub const NAMESPACE: &str = "k8s.io";
+/// Whose ports the links of pods are.
+pub const BRIDGE: &str = "cni0";
 /// What holds the namespaces of pods.
 const PAUSE_IMAGE: &str = "localhost/pause:1";
 const PAUSE_FILE: &str = "/srv/images/pause.tar";
@@ -185,6 +202,8 @@ disable_apparmor = true
 bin_dirs = ["/usr/lib/cni"]
 conf_dir = "/etc/cni/net.d"
 "#;
+/// What pods are started by that come by a migration.
+const HANDLER: &str = include_str!("../../../deploy/containerd.toml");
 /// What the kubelet of a machine finds there. The tunables of the kernel that it sets are those of
 /// all of this machine: it gets files instead.
 const PREPARE: &str = "

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::network::BRIDGE;
 use super::node::Node;
 
 /// The `pageferryd` of one node, started by this process.
@@ -20,7 +19,7 @@ pub struct Daemon {
 /// Makes one authority for the lab and gives each node its certificate and its configuration.
 ///
 /// The authority's key stays in the first node's folder of the lab, where nobody else looks.
-pub fn configure(nodes: &[Node]) -> Result<()> {
+pub fn configure(nodes: &[Node], bridge: &str) -> Result<()> {
     let first = nodes.first().context("a lab has at least one node")?;
     first.command("mkdir")?.args(["-p", CONFIG_FOLDER]).run()?;
     pageferry(first, &["ca", "init", "--dir", AUTHORITY])?;
@@ -33,15 +32,15 @@ pub fn configure(nodes: &[Node]) -> Result<()> {
             fs::copy(issued.join(file), config.join(file))
                 .with_context(|| format!("giving node {} its {file}", node.name()))?;
         }
-        write_config(node, nodes, true)?;
+        write_config(node, nodes, bridge, true)?;
     }
     Ok(())
 }
 
 /// Says how the daemon of a node is to be, from its next start on.
-pub fn write_config(node: &Node, nodes: &[Node], tracer: bool) -> Result<()> {
+pub fn write_config(node: &Node, nodes: &[Node], bridge: &str, tracer: bool) -> Result<()> {
     let path = node.path(CONFIG_FOLDER).join("pageferryd.toml");
-    let text = config_text(node, nodes, tracer);
+    let text = config_text(node, nodes, bridge, tracer);
     fs::write(path, text).context("writing the configuration")
 }
 
@@ -52,9 +51,9 @@ fn pageferry(node: &Node, arguments: &[&str]) -> Result<String> {
         .context("making certificates")
 }
 
-fn config_text(node: &Node, nodes: &[Node], tracer: bool) -> String {
+fn config_text(node: &Node, nodes: &[Node], bridge: &str, tracer: bool) -> String {
     let mut text = format!(
-        "node = \"{}\"\nlisten = \"{}:{PORT}\"\n\n[network]\nbridge = \"{BRIDGE}\"\n\
+        "node = \"{}\"\nlisten = \"{}:{PORT}\"\n\n[network]\nbridge = \"{bridge}\"\n\
          \n[criu]\ntracer = {tracer}\n",
         node.name(),
         node.address()

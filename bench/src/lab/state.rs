@@ -23,6 +23,9 @@ pub struct State {
     pub link: String,
     /// Whether each node has a pageferryd.
     pub daemons: bool,
+    /// Whose ports the links of workloads are.
+    #[serde(default)]
+    pub bridge: String,
     /// What lies over the nodes' image and layer.
     #[serde(default)]
     pub programs: Option<PathBuf>,

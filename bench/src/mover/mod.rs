@@ -52,6 +52,10 @@ pub struct Order<'a> {
 /// What else may be asked of a move. A mover that has nothing of the kind leaves it aside.
 #[derive(Clone, Debug, Default)]
 pub struct MoveOptions {
+    /// What it is to be called.
+    pub id: Option<String>,
+    /// Go on only when that is asked for.
+    pub hold: bool,
     /// Compare every page.
     pub verify: bool,
     /// Move although more memory than the budget is copied in the freeze.

@@ -45,6 +45,12 @@ impl Migration {
     pub fn start(source: &Node, workload: &str, to: &str, flags: &MoveOptions) -> Result<Self> {
         let mut command = source.command("pageferry")?;
         command = command.args(["migrate", workload, "--to", to, "--json"]);
+        if let Some(id) = &flags.id {
+            command = command.args(["--id", id]);
+        }
+        if flags.hold {
+            command = command.arg("--hold");
+        }
         if flags.verify {
             command = command.arg("--verify");
         }

@@ -20,7 +20,7 @@ use nix::unistd::Pid;
 use super::report::Report;
 use super::settings::Settings;
 use super::writing::WriterSession;
-use crate::lab::network::Link;
+use crate::lab::network::{BRIDGE, Link};
 use crate::lab::{Lab, LabOptions};
 use crate::mover::MoveOptions;
 use crate::mover::pageferry::{
@@ -39,6 +39,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         nodes: 2,
         link,
         daemons: true,
+        bridge: BRIDGE,
         layer: None,
         programs: None,
         keep: settings.keep,

@@ -1,25 +1,29 @@
 //! `kubernetes`: a cluster in the lab, a pod with Redis at one node, a client pod at the other, all
-//! that kubectl does with them; and then nothing of it is left.
+//! that kubectl does with them; and then nothing of it is left. With `--only by-hand` a pod moves.
 
-use std::time::Duration;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
-use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
-
+use super::pods::{self, POD_TIME_MAX, Placed};
 use super::report::Report;
-use super::resources;
 use super::settings::Settings;
 use super::traces::Traces;
+use super::{by_hand, resources};
 use crate::cluster::laps::Laps;
 use crate::cluster::wait::until;
 use crate::cluster::{self, Cluster, worker};
 use crate::lab::Lab;
 use crate::lab::network::Link;
 use crate::mover::outcome::round;
-use crate::workload::redis;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
+    let only = settings.only.as_deref();
+    match only {
+        None => {}
+        Some(BY_HAND) => settings.need_pageferry("stock CRIU moves no pods")?,
+        Some(other) => bail!("kubernetes has no case {other:?}, only {BY_HAND:?}"),
+    }
     let mut laps = Laps::start();
     let link = settings.link.clone().unwrap_or(Link::Unshaped);
     let mut options = cluster::lab_options(NODES, link, settings.mover.needs_daemons())?;
@@ -28,7 +32,11 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let before = Traces::now()?;
     let lab = Lab::up(&options)?;
     laps.lap("nodes are up");
-    let done = in_lab(&lab, &mut laps);
+    let cluster = Cluster::up(&lab, &mut laps);
+    let done = cluster.and_then(|cluster| match only {
+        Some(_) => by_hand::run(&lab, &cluster, &mut laps, report),
+        None => in_lab(&lab, &cluster, &mut laps),
+    });
     if let (Err(_), Ok(kubectl)) = (&done, cluster::kubectl(&lab)) {
         // What went wrong is in the report; this is for who looks into it.
         let _ = cluster::keep_state(&lab, &kubectl);
@@ -46,18 +54,17 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     done
 }
 
-fn in_lab(lab: &Lab, laps: &mut Laps) -> Result<()> {
-    let cluster = Cluster::up(lab, laps)?;
+fn in_lab(lab: &Lab, cluster: &Cluster, laps: &mut Laps) -> Result<()> {
     let [here, there] = [&lab.nodes[0], &lab.nodes[1]];
     cluster
         .kubectl
-        .apply(&server(&worker::name(here)).to_string())?;
-    let address = wait_ready(&cluster, SERVER)?;
+        .apply(&pods::server(SERVER, &worker::name(here)).to_string())?;
+    let address = Placed::wait(&cluster.kubectl, SERVER)?.address.to_string();
     laps.lap("the pod of Redis is ready");
     let client = client(&worker::name(there), &address);
     cluster.kubectl.apply(&client.to_string())?;
     let counted = until("the client pod counts", POD_TIME_MAX, || {
-        counted(&cluster).and_then(|counted| {
+        counted(cluster).and_then(|counted| {
             ensure!(COUNT <= counted, "it is at {counted}");
             Ok(counted)
         })
@@ -99,19 +106,6 @@ fn in_lab(lab: &Lab, laps: &mut Laps) -> Result<()> {
     Ok(())
 }
 
-/// The address of a pod, when it is ready.
-fn wait_ready(cluster: &Cluster, name: &str) -> Result<String> {
-    until(&format!("the pod {name} is ready"), POD_TIME_MAX, || {
-        let pod = cluster.kubectl.json(&["get", "pod", name])?;
-        let status = &pod["status"];
-        let conditions = status["conditions"].as_array().into_iter().flatten();
-        let ready = conditions.filter(|one| one["type"] == "Ready" && one["status"] == "True");
-        ensure!(ready.count() == 1, "it is {}: {status}", status["phase"]);
-        let address = status["podIP"].as_str().context("it has no address")?;
-        Ok(address.to_owned())
-    })
-}
-
 /// How far the client pod has counted, which must be one after the other.
 fn counted(cluster: &Cluster) -> Result<usize> {
     let log = cluster.kubectl.run(&["logs", CLIENT])?;
@@ -123,13 +117,6 @@ fn counted(cluster: &Cluster) -> Result<usize> {
         );
     }
     Ok(log.lines().count())
-}
-
-fn server(node: &str) -> Value {
-    let mut pod = pod(SERVER, node, &redis::plan().arguments);
-    pod["spec"]["containers"][0]["readinessProbe"] =
-        json!({"tcpSocket": {"port": redis::PORT}, "periodSeconds": 1});
-    pod
 }
 
 fn client(node: &str, server: &str) -> Value {
@@ -144,27 +131,7 @@ fn client(node: &str, server: &str) -> Value {
         "incr",
         COUNTER,
     ];
-    pod(CLIENT, node, &count.map(str::to_owned))
-}
-
-/// A bare pod with one container, which the scheduler puts to a node.
-fn pod(name: &str, node: &str, command: &[String]) -> Value {
-    json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "labels": {"app": name}},
-        "spec": {
-            "nodeSelector": {"kubernetes.io/hostname": node},
-            "terminationGracePeriodSeconds": 1,
-            "containers": [{
-                "name": "redis",
-                "image": "localhost/redis:1",
-                "imagePullPolicy": "Never",
-                "command": command,
-                "resources": {"requests": {"memory": "64Mi", "cpu": "50m"}},
-            }],
-        },
-    })
+    pods::pod(CLIENT, node, &count.map(str::to_owned))
 }
 
 const NODES: usize = 2;
@@ -173,4 +140,5 @@ const CLIENT: &str = "client";
 const COUNTER: &str = "counter";
 /// So often the client must have been answered.
 const COUNT: usize = 10;
-const POD_TIME_MAX: Duration = Duration::from_secs(60);
+/// A part of its own: a pod moves, each step by hand.
+const BY_HAND: &str = "by-hand";

@@ -2,30 +2,25 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::Result;
 
+use super::clients::Clients;
 use super::report::Report;
 use super::settings::other;
-use crate::client::load::{Dataset, Load, LoadPlan};
-use crate::client::probe::Prober;
-use crate::client::resp::{ANSWER_TIME_MAX, Connection};
-use crate::client::verify;
+use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
-use crate::mover::outcome::{Outcome, millis, round};
+use crate::mover::outcome::{Outcome, millis};
 use crate::mover::{MoveOptions, Mover, Order};
 use crate::workload::{Workload, WorkloadPlan, redis};
 
-/// A Redis of the lab, its load and its prober.
+/// A Redis of the lab, and its clients.
 #[derive(Debug)]
 pub struct Session {
     mover: &'static dyn Mover,
     pub workload: Workload,
     /// The node it is at.
     pub at: String,
-    pub load: Load,
-    pub prober: Prober,
-    /// As old as the others: reading back happens on a connection that lived through it all.
-    connection: Connection,
+    pub clients: Clients,
 }
 
 impl Session {
@@ -62,35 +57,21 @@ impl Session {
         dataset: Dataset,
         plan: LoadPlan,
     ) -> Result<Self> {
-        let net = &lab.client.net;
+        let logs = format!("load-{}", workload.number);
+        let logs = lab.folder.logs().join(logs);
         let address = workload.link.address;
-        let mut connection = Connection::open(net, address)?;
-        dataset.populate(&mut connection)?;
-        let logs = lab.folder.logs().join(format!("load-{}", workload.number));
-        std::fs::create_dir_all(&logs).context("creating the folder of the load's logs")?;
-        let load = Load::start(net, address, dataset, plan, &logs)?;
-        let prober = Prober::redis(net, address)?;
-        let session = Self {
+        let clients = Clients::start(&lab.client.net, address, (dataset, plan), &logs)?;
+        Ok(Self {
             mover,
             workload,
             at: at.to_owned(),
-            load,
-            prober,
-            connection,
-        };
-        session.wait_for_writes(WRITES_MIN)?;
-        Ok(session)
+            clients,
+        })
     }
 
-    /// Waits until the load has had so many more writes acknowledged.
+    /// As [`Clients::wait_for_writes`].
     pub fn wait_for_writes(&self, writes: u64) -> Result<()> {
-        let wanted = self.load.writes() + writes;
-        let deadline = Instant::now() + ANSWER_TIME_MAX;
-        while self.load.writes() < wanted {
-            ensure!(Instant::now() < deadline, "the load came to a stop");
-            std::thread::sleep(POLL);
-        }
-        Ok(())
+        self.clients.wait_for_writes(writes)
     }
 
     /// Moves it to the other of two nodes, and waits until it has written more there.
@@ -152,41 +133,15 @@ impl Session {
         true
     }
 
-    /// The longest silence since `from`, once the workload answers again.
+    /// As [`Clients::blackout_since`].
     pub fn blackout_since(&self, from: Instant) -> Result<Duration> {
-        if !self
-            .prober
-            .wait_for_answer_after(Instant::now(), ANSWER_TIME_MAX)
-        {
-            bail!("the prober has no answer");
-        }
-        Ok(self.prober.longest_silence_since(from))
+        self.clients.blackout_since(from)
     }
 
     /// Ends everything and judges what clients saw. The workload stays.
     pub fn finish(self, report: &mut Report) -> Result<Workload> {
-        let Self {
-            workload,
-            load,
-            prober,
-            mut connection,
-            ..
-        } = self;
-        let written = load.finish();
-        let broken = written.broken().map(str::to_owned).chain(prober.finish());
-        for reason in broken.collect::<Vec<_>>() {
-            report.broken_connections += 1;
-            report.fail(format!("broken: {reason}"));
-        }
-        report.figure("client MB/s", round(written.megabytes_per_second()));
-        report.figure("client writes", written.writes);
-        let verdict = verify::verify(&mut connection, &written)?;
-        report.lost_acks += verdict.lost_acks;
-        report.note_contents(verdict.digest_equal);
-        for finding in verdict.findings {
-            report.fail(finding);
-        }
-        Ok(workload)
+        self.clients.finish(report)?;
+        Ok(self.workload)
     }
 }
 
@@ -202,9 +157,6 @@ fn note_status(outcome: &Outcome, report: &mut Report) {
     }
 }
 
-/// A load that has not begun to flow is none.
-const WRITES_MIN: u64 = 1000;
 /// A quarter of a second of the first row.
 const WRITES_AROUND: u64 = 3_000;
 const PAUSE: Duration = Duration::from_millis(100);
-const POLL: Duration = Duration::from_millis(5);

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use crate::lab::layer::LayerPlan;
-use crate::lab::network::Link;
+use crate::lab::network::{BRIDGE, Link};
 use crate::lab::{Lab, LabOptions};
 use crate::mover::Mover;
 use crate::workload::container::Runtime;
@@ -50,6 +50,7 @@ impl Settings {
             nodes,
             link,
             daemons: mover.needs_daemons(),
+            bridge: BRIDGE,
             layer,
             programs: None,
             keep: self.keep,

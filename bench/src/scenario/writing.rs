@@ -10,7 +10,7 @@ use crate::client::probe::Prober;
 use crate::client::resp::ANSWER_TIME_MAX;
 use crate::client::writer::{self, WriterClient};
 use crate::content::Content;
-use crate::lab::network::Link;
+use crate::lab::network::{BRIDGE, Link};
 use crate::lab::{Lab, LabOptions};
 use crate::measure::{Meter, memory_peak, reset_memory_peak};
 use crate::mover::outcome::{Move, Outcome, millis, round};
@@ -229,6 +229,7 @@ pub fn rate(settings: &Settings, report: &mut Report) -> Result<()> {
             nodes: 2,
             link: link.clone(),
             daemons: settings.mover.needs_daemons(),
+            bridge: BRIDGE,
             layer: None,
             programs: None,
             keep,

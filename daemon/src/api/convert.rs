@@ -53,6 +53,8 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
         unsettled: status.unsettled,
         retries: status.retries,
         frozen_max_us: status.frozen_max.map(micros),
+        holding: status.holding,
+        waiting: progress.waiting,
     }
 }
 

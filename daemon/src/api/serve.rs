@@ -231,6 +231,32 @@ impl Control for LocalControl {
         )))
     }
 
+    async fn proceed(
+        &self,
+        request: Request<schema::ProceedRequest>,
+    ) -> Result<Response<schema::ProceedReply>, Status> {
+        let id = parse_id(&request.into_inner().id)?;
+        self.registry
+            .proceed(id)
+            .await
+            .map_err(|failure| refusal(&failure))?;
+        Ok(Response::new(schema::ProceedReply {}))
+    }
+
+    async fn expect(
+        &self,
+        request: Request<schema::ExpectRequest>,
+    ) -> Result<Response<schema::ExpectReply>, Status> {
+        let request = request.into_inner();
+        let pod = request.pod_uid.parse();
+        let pod = pod.map_err(|error: IdError| Status::invalid_argument(error.to_string()))?;
+        self.registry
+            .expect(parse_id(&request.id)?, pod)
+            .await
+            .map_err(|failure| refusal(&failure))?;
+        Ok(Response::new(schema::ExpectReply {}))
+    }
+
     async fn abort(
         &self,
         request: Request<schema::AbortRequest>,
@@ -338,6 +364,7 @@ fn parse_migrate(
         workload,
         target,
         policy,
+        hold: request.hold,
         asked: Asked {
             shared,
             copied,

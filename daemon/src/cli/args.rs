@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry_proto::id::{MigrationId, NetworkName, NodeName, WorkloadName};
+use pageferry_proto::id::{MigrationId, NetworkName, NodeName, PodUid, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
 
 use crate::config::units::Span;
@@ -37,6 +37,19 @@ pub enum Command {
     Abort {
         /// Its id, as `list` prints it
         id: MigrationId,
+    },
+    /// Let a migration go on to its freeze that was begun with `--hold`
+    Proceed {
+        /// Its id, as `list` prints it
+        id: MigrationId,
+    },
+    /// Say, at its target, which pod it is that a migration of a pod comes as
+    Expect {
+        /// Its id, as `list` prints it
+        id: MigrationId,
+        /// The UID of the pod
+        #[arg(long, value_name = "UID")]
+        pod: PodUid,
     },
     /// Decide a committed migration whose other side is dead for good
     Resolve {
@@ -115,6 +128,9 @@ pub struct MigrateArgs {
     /// several times
     #[arg(long, value_name = "PATH")]
     pub copy: Vec<String>,
+    /// Copy on, round after round, and do not freeze before `pageferry proceed ID`
+    #[arg(long)]
+    pub hold: bool,
     /// Compare every page at both nodes by digest while the workload is frozen
     #[arg(long)]
     pub verify: bool,

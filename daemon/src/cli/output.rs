@@ -39,6 +39,8 @@ pub struct Known<'a> {
     total_ms: Option<f64>,
     fence_wanted: bool,
     unsettled: bool,
+    holding: bool,
+    waiting: bool,
     error: Option<ErrorObject>,
 }
 
@@ -136,6 +138,8 @@ impl<'a> Known<'a> {
             total_ms: status.elapsed_us.map(millis),
             fence_wanted: status.fence_wanted,
             unsettled: status.unsettled,
+            holding: status.holding,
+            waiting: status.waiting,
             error: error(status),
         }
     }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use pageferry_api::control_client::ControlClient;
 use pageferry_api::{
-    self as schema, AbortRequest, ForgetRequest, ListRequest, MigrateRequest, ResolveRequest,
-    ShowRequest, Status, WatchRequest,
+    self as schema, AbortRequest, ExpectRequest, ForgetRequest, ListRequest, MigrateRequest,
+    ProceedRequest, ResolveRequest, ShowRequest, Status, WatchRequest,
 };
 use pageferry_proto::migration::handoff::Side;
 use serde::Serialize;
@@ -79,6 +79,19 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
                 })
                 .await?;
             say(&format!("{id} is forgotten"));
+        }
+        Command::Proceed { id } => {
+            let request = ProceedRequest { id: id.to_string() };
+            daemon.proceed(request).await?;
+            say(&format!("{id} goes on"));
+        }
+        Command::Expect { id, pod } => {
+            let request = ExpectRequest {
+                id: id.to_string(),
+                pod_uid: pod.to_string(),
+            };
+            daemon.expect(request).await?;
+            say(&format!("{id} comes as pod {pod}"));
         }
         Command::Resolve { id, fenced } => {
             let fenced = match Side::from(fenced) {
@@ -152,6 +165,7 @@ fn request(arguments: MigrateArgs) -> MigrateRequest {
         rounds_max: arguments.rounds_max,
         shared_paths: arguments.shared,
         copied_paths: arguments.copy,
+        hold: arguments.hold,
         verify: arguments.verify,
         force_eager: arguments.force_eager,
         force_cpu: arguments.force_cpu,

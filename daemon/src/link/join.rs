@@ -12,7 +12,7 @@ use pageferry_proto::wire::description::{LinkDescription, RouteDescription};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags};
 
-use super::describe::{Network, describe_loose};
+use super::describe::{Network, describe, describe_loose};
 use super::netlink::{Netlink, failed};
 use super::port::{Port, index_of};
 use super::{LinkError, announce};
@@ -55,6 +55,42 @@ impl JoinedNetwork {
             ports: found.ports,
             links: found.links,
         })
+    }
+
+    /// The network of a pod's sandbox, whose links are attached already: their other ends are
+    /// detached, until it is known that the workload runs there. Each of `links` has one by its name
+    /// with the same addresses; how large their networks are may differ, and so may routes.
+    pub async fn in_sandbox(
+        net: &impl AsFd,
+        links: &[LinkDescription],
+    ) -> Result<Self, LinkError> {
+        let found = describe(net).await?;
+        for wanted in links {
+            let name = &wanted.name;
+            let link = found.links.iter().find(|link| link.name == *name);
+            let link = link.ok_or_else(|| differs(format!("has no link {name}")))?;
+            let has = |ip: IpAddr| link.addresses.iter().any(|address| address.ip == ip);
+            let ips = wanted.addresses.iter().map(|address| address.ip);
+            let mut kept = ips.filter(|ip| !is_made_by_kernel(*ip));
+            if let Some(ip) = kept.find(|ip| !has(*ip)) {
+                return Err(differs(format!(
+                    "has no address {ip} on link {name}: connections to it could not go on. Have \
+                     the pod there keep it (pageferry.dev/keep-address)"
+                )));
+            }
+            if link.mtu < wanted.mtu {
+                return Err(differs(format!(
+                    "has an MTU of {} on link {name}, less than {}",
+                    link.mtu, wanted.mtu
+                )));
+            }
+        }
+        let joined = Self {
+            ports: found.ports,
+            links: found.links,
+        };
+        joined.detach().await?;
+        Ok(joined)
     }
 
     /// What was compared before, known from a journal.

@@ -20,6 +20,7 @@ pub mod join;
 pub mod netlink;
 pub mod port;
 pub mod prepare;
+pub mod route;
 
 #[cfg(test)]
 mod tests;

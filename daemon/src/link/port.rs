@@ -239,6 +239,19 @@ pub(super) async fn index_of(netlink: &Netlink, name: &str) -> Result<u32, LinkE
         .ok_or_else(|| LinkError::Unfit(format!("there is no link {name} at this node")))
 }
 
+/// The hardware address of the link called `name`.
+pub(super) async fn mac_of(netlink: &Netlink, name: &str) -> Result<[u8; 6], LinkError> {
+    let index = index_of(netlink, name).await?;
+    let found = find(netlink, index).await?;
+    let mac = found.and_then(|message| {
+        message.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Address(mac) => mac.as_slice().try_into().ok(),
+            _ => None,
+        })
+    });
+    mac.ok_or_else(|| LinkError::Unfit(format!("link {name} is not an Ethernet link")))
+}
+
 /// Makes the link `index` a port of the bridge `bridge`; it forwards at once.
 pub(super) async fn enslave(
     node: &Netlink,

@@ -24,6 +24,8 @@ pub struct Progress {
     pub successor: Option<MigrationId>,
     /// The workload's root in the target node's pid namespace, once it is known.
     pub pid_at_target: Option<i32>,
+    /// What is to be restored has its place, and whoever restores it waits; at the target.
+    pub waiting: bool,
     /// Read from a journal: what was counted and measured before is not known.
     pub recovered: bool,
 }
@@ -40,6 +42,7 @@ impl Progress {
             final_pages: None,
             successor: None,
             pid_at_target: None,
+            waiting: false,
             recovered: false,
         }
     }

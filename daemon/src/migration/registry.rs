@@ -19,14 +19,14 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use pageferry_proto::id::{MigrationId, NodeName, WorkloadName};
+use pageferry_proto::id::{MigrationId, NodeName, PodUid, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceMachine, SourceOffer};
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::clock::Clock;
 use super::journal::{Journal, Journals, Recovered};
@@ -137,6 +137,8 @@ pub struct MigrateRequest {
     pub target: NodeName,
     /// How.
     pub policy: Policy,
+    /// It is held before its freeze, until [`Registry::proceed`].
+    pub hold: bool,
     /// Beside that.
     pub asked: Asked,
 }
@@ -206,10 +208,12 @@ impl Registry {
             policy: request.policy,
             description: survey.description,
             network: request.asked.network.clone(),
+            hold: request.hold,
             state: survey.state,
         };
         let machine = SourceMachine::new(offer, clock.now());
-        let site = (survey.site, cancel);
+        let peer = parts.endpoint.address(&request.target);
+        let site = (survey.site.to(peer), cancel);
         self.start_source(machine, clock, site, journal, request, &Origin::Asked);
         Ok(id)
     }
@@ -296,7 +300,8 @@ impl Registry {
             ..Progress::of(machine.status(clock.now()))
         }));
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
-        let repeatable = !recovered && request.asked.instead_of.is_none();
+        // Whoever holds one says by its id that it may proceed.
+        let repeatable = !recovered && !request.hold && request.asked.instead_of.is_none();
         let driver = SourceDriver::new(SourceParts {
             machine,
             clock,
@@ -413,6 +418,33 @@ impl Registry {
         }
         .then_some(())
         .ok_or_else(|| over(id))
+    }
+
+    /// Lets a migration that leaves this node, and is held, go on to its freeze.
+    pub async fn proceed(&self, id: MigrationId) -> Result<(), Failure> {
+        let sent = match self.entry(id)?.requests {
+            Requests::Source(requests) => requests.send(SourceRequest::Proceed).await.is_ok(),
+            Requests::Target(_) => {
+                let text = format!("migration {id} comes to this node: its source is to proceed");
+                return Err(Failure::new(ErrorCode::Unexpected, text));
+            }
+        };
+        sent.then_some(()).ok_or_else(|| over(id))
+    }
+
+    /// Says which pod it is that a migration of a pod comes as.
+    pub async fn expect(&self, id: MigrationId, pod: PodUid) -> Result<(), Failure> {
+        let requests = match self.entry(id)?.requests {
+            Requests::Target(requests) => requests,
+            Requests::Source(_) => {
+                let text = format!("migration {id} leaves this node: its target expects a pod");
+                return Err(Failure::new(ErrorCode::Unexpected, text));
+            }
+        };
+        let (answer, answered) = oneshot::channel();
+        let asked = requests.send(TargetRequest::Expect { pod, answer }).await;
+        asked.map_err(|_| over(id))?;
+        answered.await.unwrap_or_else(|_| Err(over(id)))
     }
 
     /// Tells a migration that a side is dead for certain.

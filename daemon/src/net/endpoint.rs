@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -257,6 +257,11 @@ impl Endpoint {
     /// The configured peers.
     pub fn peers(&self) -> impl Iterator<Item = &NodeName> {
         self.peers.keys()
+    }
+
+    /// Where a configured peer is met.
+    pub fn address(&self, peer: &NodeName) -> Option<IpAddr> {
+        self.peers.get(peer).map(SocketAddr::ip)
     }
 
     /// Connects to a configured peer, from a socket of its own.

@@ -33,6 +33,9 @@ use super::oci::checkpoint::{Checkpoint, CheckpointError};
 use super::oci::habits::Runtime;
 use super::oci::{self, Container};
 use super::passing::Passing;
+use super::pod::arrive::Arriving as ArrivingPod;
+pub use super::pod::arrive::Waits as PodWaits;
+use super::pod::{self, Pod};
 use super::podman::arrive::Arriving as ArrivingPodman;
 pub use super::podman::volume::Made as MadeVolume;
 use super::podman::{self, Podman, PodmanError};
@@ -51,6 +54,8 @@ pub enum Kind {
     Container(Container),
     /// A container of containerd.
     Containerd(Containerd),
+    /// A pod of Kubernetes.
+    Pod(Pod),
     /// A container of podman.
     Podman(Podman),
 }
@@ -64,6 +69,8 @@ pub enum Arriving {
     Container(ArrivingContainer),
     /// A container of containerd.
     Containerd(Box<ArrivingContainerd>),
+    /// A pod of Kubernetes.
+    Pod(Box<ArrivingPod>),
     /// A container of podman.
     Podman(ArrivingPodman),
 }
@@ -122,6 +129,7 @@ impl Kind {
             WorkloadName::Containerd { namespace, id } => {
                 Containerd::find(namespace, id).map(Self::Containerd)
             }
+            WorkloadName::Pod(uid) => Pod::find(uid).map(Self::Pod),
             WorkloadName::Podman(name) => Podman::find(name).map(Self::Podman),
         }
     }
@@ -132,6 +140,7 @@ impl Kind {
             Self::Process(process) => process.root(),
             Self::Container(container) => container.root(),
             Self::Containerd(engine) => engine.container().root(),
+            Self::Pod(pod) => pod.container().root(),
             Self::Podman(engine) => engine.container().root(),
         }
     }
@@ -143,6 +152,7 @@ impl Kind {
             Self::Process(process) => describe::describe(process.root(), (pids, &[]), shared),
             Self::Container(container) => container.describe(pids, shared),
             Self::Containerd(container) => container.describe(pids, shared),
+            Self::Pod(pod) => pod.describe(pids, shared),
             Self::Podman(container) => container.describe(pids, shared),
         }
     }
@@ -150,7 +160,7 @@ impl Kind {
     /// Folders of its engine that it has for its own, and that travel with it.
     pub fn folders(&self) -> Vec<PathBuf> {
         match self {
-            Self::Process(_) | Self::Container(_) | Self::Containerd(_) => Vec::new(),
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Pod(_) => Vec::new(),
             Self::Podman(container) => container.folders(),
         }
     }
@@ -158,7 +168,7 @@ impl Kind {
     /// Of its engine's folders only those are its own from now on that are of `copied`.
     pub fn keep_folders(&mut self, copied: &[PathBuf]) {
         match self {
-            Self::Process(_) | Self::Container(_) | Self::Containerd(_) => {}
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Pod(_) => {}
             Self::Podman(container) => container.keep_volumes(copied),
         }
     }
@@ -189,6 +199,7 @@ impl Kind {
             Self::Process(process) => process.place(freezers, pids, &id.to_string()),
             Self::Container(container) => container.place(freezers, pids),
             Self::Containerd(engine) => engine.container().place(freezers, pids),
+            Self::Pod(pod) => pod.container().place(freezers, pids),
             Self::Podman(engine) => engine.container().place(freezers, pids),
         }
     }
@@ -203,6 +214,7 @@ impl Kind {
             Self::Process(process) => process.enter(freezer, tree),
             Self::Container(container) => container.enter(freezer, tree),
             Self::Containerd(engine) => engine.container().enter(freezer, tree),
+            Self::Pod(pod) => pod.container().enter(freezer, tree),
             Self::Podman(engine) => engine.container().enter(freezer, tree),
         }
     }
@@ -215,6 +227,7 @@ impl Kind {
             Self::Process(_) => Ok(None),
             Self::Container(container) => container.stranger(freezer, threads),
             Self::Containerd(engine) => engine.container().stranger(freezer, threads),
+            Self::Pod(pod) => pod.container().stranger(freezer, threads),
             Self::Podman(engine) => engine.container().stranger(freezer, threads),
         }
     }
@@ -222,8 +235,29 @@ impl Kind {
     /// Whether others may thaw the cgroup that holds it.
     pub const fn is_shared(&self) -> bool {
         match self {
-            Self::Process(_) => false,
+            // Its pod's is frozen above it.
+            Self::Process(_) | Self::Pod(_) => false,
             Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => true,
+        }
+    }
+
+    /// The cgroup above `held`, its own, that others start things in: it is frozen for good when the
+    /// workload is given away.
+    pub fn around(&self, held: &Freezer) -> Option<Freezer> {
+        match self {
+            Self::Pod(pod) => pod.cgroup(held),
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => None,
+        }
+    }
+
+    /// It runs elsewhere: ends the frozen copy where nobody may thaw it, if it is of such a kind.
+    /// Whether it is.
+    pub fn end(&self, held: &Freezer, freezers: &FreezerRoot) -> Result<bool, CgroupError> {
+        match self {
+            Self::Pod(pod) => pod.end(held, freezers).map(|()| true),
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => {
+                Ok(false)
+            }
         }
     }
 
@@ -233,6 +267,7 @@ impl Kind {
             Self::Process(process) => process.open_namespaces(own),
             Self::Container(container) => container.open_namespaces(),
             Self::Containerd(engine) => engine.container().open_namespaces(),
+            Self::Pod(pod) => pod.container().open_namespaces(),
             Self::Podman(engine) => engine.container().open_namespaces(),
         }
     }
@@ -262,6 +297,11 @@ impl Kind {
                 let (criu, checkpoint) = asked?;
                 Ok((criu, Asker::Container(Box::new(checkpoint))))
             }
+            Self::Pod(pod) => {
+                let asked = pod.ask((criu, options), stand_in, directory).await;
+                let (criu, checkpoint) = asked?;
+                Ok((criu, Asker::Container(Box::new(checkpoint))))
+            }
             Self::Podman(container) => {
                 let asked = container.ask((criu, options), stand_in, directory);
                 let (criu, checkpoint) = asked.await?;
@@ -275,7 +315,7 @@ impl Kind {
         match self {
             Self::Process(process) => process.give_back(freezer),
             // It is where its runtime has put it.
-            Self::Container(_) => Ok(()),
+            Self::Container(_) | Self::Pod(_) => Ok(()),
             Self::Containerd(container) => {
                 container.give_back();
                 Ok(())
@@ -293,6 +333,11 @@ impl Kind {
             Self::Process(process) => process.release(freezer, hierarchies),
             Self::Container(container) => container.release(freezer),
             Self::Containerd(container) => container.release(freezer),
+            // Its runtime and the kubelet remove the cgroups.
+            Self::Pod(pod) => {
+                pod.container().is_deleted();
+                Ok(())
+            }
             Self::Podman(container) => container.release(freezer),
         }
     }
@@ -315,6 +360,10 @@ impl Arriving {
                 let arriving = ArrivingContainerd::begin((namespace, id), description)?;
                 Ok(Self::Containerd(Box::new(arriving)))
             }
+            WorkloadName::Pod(uid) => {
+                let arriving = ArrivingPod::begin(uid, description)?;
+                Ok(Self::Pod(Box::new(arriving)))
+            }
             WorkloadName::Podman(name) => {
                 ArrivingPodman::begin(name, description).map(Self::Podman)
             }
@@ -328,6 +377,7 @@ impl Arriving {
             Self::Process(process) => process.check(description),
             Self::Container(container) => container.check(description),
             Self::Containerd(container) => container.check(description),
+            Self::Pod(pod) => pod.check(description),
             Self::Podman(container) => container.check(description),
         }
     }
@@ -337,6 +387,7 @@ impl Arriving {
         match self {
             Self::Container(container) => container.root_place(),
             Self::Containerd(container) => container.root_place(),
+            Self::Pod(pod) => pod.root_place(),
             Self::Podman(container) => container.root_place(),
             Self::Process(_) => Ok(None),
         }
@@ -346,6 +397,7 @@ impl Arriving {
     pub fn overlay(&self) -> Result<Option<PathBuf>, Failure> {
         match self {
             Self::Containerd(container) => Ok(Some(container.overlay())),
+            Self::Pod(pod) => Ok(pod.overlay()),
             Self::Podman(container) => container.overlay().map(Some),
             Self::Process(_) | Self::Container(_) => Ok(None),
         }
@@ -356,6 +408,8 @@ impl Arriving {
         match self {
             Self::Process(process) => process.namespaces(description),
             Self::Container(_) | Self::Containerd(_) => ArrivingContainer::namespaces(),
+            // They are those of its sandbox.
+            Self::Pod(_) => Vec::new(),
             Self::Podman(_) => ArrivingPodman::namespaces(),
         }
     }
@@ -363,7 +417,7 @@ impl Arriving {
     /// Volumes that its engine has, and that are to be made before what is in them comes.
     pub fn volumes(&self) -> &[VolumeDescription] {
         match self {
-            Self::Process(_) | Self::Container(_) | Self::Containerd(_) => &[],
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Pod(_) => &[],
             Self::Podman(container) => container.volumes(),
         }
     }
@@ -373,7 +427,20 @@ impl Arriving {
     pub const fn looks_for_folders(&self) -> bool {
         match self {
             Self::Process(_) => false,
-            Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => true,
+            Self::Container(_) | Self::Containerd(_) | Self::Pod(_) | Self::Podman(_) => true,
+        }
+    }
+
+    /// Whether it is a pod.
+    pub const fn is_pod(&self) -> bool {
+        matches!(self, Self::Pod(_))
+    }
+
+    /// The pod, if somebody else makes a place for it, and says later which that is.
+    pub fn as_pod(&mut self) -> Option<&mut ArrivingPod> {
+        match self {
+            Self::Pod(pod) => Some(pod),
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => None,
         }
     }
 
@@ -382,7 +449,7 @@ impl Arriving {
         match self {
             Self::Process(process) => process.check_tasks(tasks),
             // They are in a pid namespace of their own.
-            Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => Ok(()),
+            Self::Container(_) | Self::Containerd(_) | Self::Pod(_) | Self::Podman(_) => Ok(()),
         }
     }
 
@@ -397,6 +464,7 @@ impl Arriving {
             Self::Process(_) => Ok(None),
             Self::Container(container) => container.restore(directory, hierarchies).map(Some),
             Self::Containerd(container) => container.restore(directory).map(Some),
+            Self::Pod(pod) => pod.restore(directory).map(Some),
             Self::Podman(container) => container.restore(directory, hierarchies).map(Some),
         }
     }
@@ -429,6 +497,17 @@ pub fn sweep(directory: &Path) {
     oci::arrive::sweep(directory);
     podman::arrive::sweep(directory);
     containerd::arrive::settle(directory);
+    pod::arrive::refuse(directory);
+}
+
+/// What has come is about to run. What must be on disk before that is when this returns. Blocks.
+pub fn about_to_run(directory: &Path) -> Result<(), Failure> {
+    pod::arrive::mark(directory)
+}
+
+/// Goes on ending what runs elsewhere, which a daemon before this one has begun.
+pub fn go_on_ending() {
+    pod::evacuate::go_on();
 }
 
 /// What has come runs: whoever made it removes it from now on, and nobody else.

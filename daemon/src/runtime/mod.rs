@@ -1,9 +1,8 @@
 //! What kinds of workload there are, and how each is described, held, dumped, and made again.
 //!
 //! Kinds are [`kind`]: the bare process tree ([`process`]) and a container of an OCI runtime
-//! ([`oci`]), or of an engine over one ([`containerd`], [`podman`]); which process a pid means is
-//! [`identity`]. Its
-//! cgroups are those of `pageferry-cgroup`, its processor [`cpu`], its limits [`limits`], and what
+//! ([`oci`]), or of an engine over one ([`containerd`], [`podman`]), or a pod ([`pod`]); which
+//! process a pid means is [`identity`]. Its cgroups are those of `pageferry-cgroup`, its processor [`cpu`], its limits [`limits`], and what
 //! memory is left for it says [`memory`]. The files it stands on are [`files`], what it has locked
 //! of them [`locks`], those that both nodes share [`shared`], and [`mounts`] are those of a
 //! namespace of its own.
@@ -32,6 +31,7 @@ pub mod memory;
 pub mod mounts;
 pub mod oci;
 pub mod passing;
+pub mod pod;
 pub mod podman;
 pub mod process;
 pub mod rootfs;

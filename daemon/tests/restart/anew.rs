@@ -27,6 +27,7 @@ fn offered(freezer: &Freezer) -> Vec<Entry> {
         workload: "runc/no-such".parse().unwrap(),
         peer: name("a"),
         policy: Policy::DEFAULT,
+        hold: false,
         state: DriverState::new(state.into_bytes()).unwrap(),
     })]
 }

@@ -228,6 +228,7 @@ fn offered_with(root: i32, started: u64, freezer: &Path, marker: Option<&Path>) 
         workload: WorkloadName::Process(root),
         peer: name("a"),
         policy: Policy::DEFAULT,
+        hold: false,
         state: DriverState::new(state.into_bytes()).unwrap(),
     })]
 }
@@ -429,6 +430,7 @@ async fn a_refused_attempt_is_remembered_and_a_workload_that_moved_is_found() {
             workload: WorkloadName::Process(gone),
             peer: name("a"),
             policy: Policy::DEFAULT,
+            hold: false,
             state: match &offered(gone, 1, Path::new("/gone"))[0] {
                 Entry::Offered(offered) => offered.state.clone(),
                 _ => state,
@@ -450,6 +452,7 @@ async fn a_refused_attempt_is_remembered_and_a_workload_that_moved_is_found() {
         workload: WorkloadName::Process(pid),
         target: name("a"),
         policy: Policy::DEFAULT,
+        hold: false,
         asked: Asked::default(),
     };
     let failure: Failure = registry.migrate(request(gone)).await.unwrap_err();

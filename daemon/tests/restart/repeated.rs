@@ -46,6 +46,7 @@ fn request(id: MigrationId) -> MigrateRequest {
         workload: WorkloadName::Process(GONE),
         target: name("a"),
         policy: Policy::DEFAULT,
+        hold: false,
         asked: Asked::default(),
     }
 }

@@ -204,6 +204,11 @@ impl Convergence {
         Decision::Round
     }
 
+    /// Rounds up to this one do not count for the last one allowed.
+    pub const fn count_from(&mut self, round: Round) {
+        self.before = round.number();
+    }
+
     /// Pages dirtied per second in the last round.
     pub const fn dirtied_per_second(&self) -> Option<u64> {
         self.dirtied_per_second

@@ -85,6 +85,8 @@ pub struct OfferedEntry {
     pub peer: NodeName,
     /// How it moves.
     pub policy: Policy,
+    /// It is held before its freeze.
+    pub hold: bool,
     /// What the driver needs to find the workload again.
     pub state: DriverState,
 }
@@ -228,6 +230,7 @@ impl Entry {
                 verify: offered.policy.verify,
                 force_eager: offered.policy.force_eager,
                 frozen_max_us: offered.policy.frozen_max.map(micros),
+                hold: offered.hold,
                 state: offered.state.0.clone(),
             }),
             Self::Commit { generation } => Wire::Commit(number(generation)),
@@ -321,6 +324,7 @@ impl TryFrom<schema::Offered> for OfferedEntry {
                 force_eager: offered.force_eager,
                 frozen_max: offered.frozen_max_us.map(Duration::from_micros),
             },
+            hold: offered.hold,
             state: DriverState::new(offered.state)?,
         })
     }
@@ -372,6 +376,7 @@ mod tests {
                     frozen_max: Some(Duration::from_secs(7)),
                     ..Policy::DEFAULT
                 },
+                hold: true,
                 state: state.clone(),
             }),
             Entry::Commit { generation },
@@ -420,6 +425,7 @@ mod tests {
                     workload: WorkloadName::Process(7),
                     peer: "b".parse().unwrap(),
                     policy,
+                    hold: false,
                     state: DriverState::new(vec![1]).unwrap(),
                 }),
             };

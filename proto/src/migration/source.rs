@@ -11,6 +11,7 @@
 //! the target, which only the operator can make unnecessary.
 
 mod connection;
+mod hold;
 mod message;
 mod outcome;
 mod output;
@@ -35,7 +36,9 @@ use crate::wire::code::Failure;
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 use crate::wire::description::WorkloadDescription;
 use crate::wire::version::Version;
+use hold::Hold;
 use state::{Copying, Finishing, Link, State, Step, Timer};
+pub use hold::HOLD_PACE;
 pub use unlock::UNLOCK_TRIES_MAX;
 pub use wait::{Wait, Waiting};
 
@@ -72,6 +75,8 @@ pub struct SourceOffer {
     pub description: WorkloadDescription,
     /// The network namespace at the target that it is to join; none: one is made for it.
     pub network: Option<NetworkName>,
+    /// It is not frozen before somebody says that it may be ([`SourceEvent::Proceed`]).
+    pub hold: bool,
     /// What the driver needs to find the workload again after a restart.
     pub state: DriverState,
 }
@@ -105,6 +110,8 @@ pub enum SourceEvent {
     /// Instead of `PeerLost`: the connection is gone, or there is none, because one of the two
     /// nodes does not want it.
     PeerRefused(Failure),
+    /// A migration that is held may go on to its freeze. May come again.
+    Proceed,
     /// [`SourceAction::Release`] is done: the frozen copy is gone.
     Released,
     /// Instead of `Frozen` or `Finished`: another round must come first. Whatever of this attempt
@@ -172,6 +179,8 @@ pub enum SourceAction {
     SendRound {
         /// The number that the parcels carry.
         round: Round,
+        /// Folders that travel are in it, too: not while the migration is held.
+        folders: bool,
     },
     /// End what is under way at once, whatever it waits for; let CRIU end with failure, take back
     /// what [`SourceAction::Unlock`] let go, thaw the cgroup, open the network. Succeeds on a
@@ -264,6 +273,7 @@ pub struct SourceMachine {
     held_up: Option<Failure>,
     fence_wanted: bool,
     convergence: Convergence,
+    hold: Hold,
     round: Option<Round>,
     /// How long the present freeze, or the last one, may last before the commit.
     frozen_max: Option<Duration>,
@@ -284,6 +294,7 @@ impl SourceMachine {
             workload: offer.workload.clone(),
             peer: offer.peer.clone(),
             policy: offer.policy,
+            hold: offer.hold,
             state: offer.state.clone(),
         });
         let mut machine = Self {
@@ -309,6 +320,7 @@ impl SourceMachine {
             held_up: None,
             fence_wanted: false,
             convergence: Convergence::default(),
+            hold: Hold::new(offer.hold),
             round: None,
             frozen_max: None,
             waiting: Vec::new(),
@@ -341,6 +353,7 @@ impl SourceMachine {
             SourceEvent::PeerConnected => self.peer_connected(now),
             SourceEvent::PeerLost => self.peer_lost(now),
             SourceEvent::PeerRefused(failure) => self.peer_refused(now, failure),
+            SourceEvent::Proceed => self.proceed(),
             SourceEvent::Released => self.released(now),
             SourceEvent::Retry(report) => self.retry(report),
             SourceEvent::RoundSent(report) => self.round_sent(&report),
@@ -411,6 +424,7 @@ impl SourceMachine {
             failure: self.held_up.clone().or_else(|| self.failure.clone()),
             fence_wanted: self.fence_wanted,
             unsettled: false,
+            holding: self.is_holding(),
         }
     }
 
@@ -453,7 +467,9 @@ impl SourceMachine {
             report: None,
         });
         self.round = Some(round);
-        self.actions.push_back(SourceAction::SendRound { round });
+        let folders = self.hold.begin_round();
+        self.actions
+            .push_back(SourceAction::SendRound { round, folders });
     }
 
     fn round_sent(&mut self, report: &RoundReport) {
@@ -487,6 +503,7 @@ impl SourceMachine {
         let memory = self.counters.memory;
         match self.convergence.after(&self.policy, report, memory) {
             Decision::Round => self.send_round(next),
+            Decision::Freeze(_) if self.hold.forbids_freeze() => self.hold_on(now, report.round),
             Decision::Freeze(_) => self.freeze(now, next),
         }
     }

@@ -55,6 +55,8 @@ pub struct Status {
     pub fence_wanted: bool,
     /// Target: the source may still ask how this ended, so the answer is kept.
     pub unsettled: bool,
+    /// Source: another round would not help, and only somebody's word is waited for.
+    pub holding: bool,
 }
 
 impl Status {

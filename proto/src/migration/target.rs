@@ -290,6 +290,7 @@ impl TargetMachine {
             frozen_max: None,
             fence_wanted: self.state.is_ready() && !self.connected,
             unsettled: self.is_unsettled(),
+            holding: false,
         }
     }
 

@@ -49,7 +49,17 @@ impl World {
     /// The source is about to begin this.
     pub(super) fn source_begins(&mut self, action: &SourceAction) -> Result<(), Violation> {
         match action {
-            SourceAction::SendRound { round } => self.check_round(*round),
+            SourceAction::SendRound { round, folders } => {
+                self.demand(
+                    self.may_freeze || !folders,
+                    "folders travel in a round of a migration that is held",
+                )?;
+                self.check_round(*round)
+            }
+            SourceAction::Freeze { .. } => self.demand(
+                self.may_freeze,
+                "a migration that is held freezes without anybody's word",
+            ),
             SourceAction::Finish { generation, round } => {
                 self.sent.attempt = Some(*generation);
                 self.check_round(*round)

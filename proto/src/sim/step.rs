@@ -49,6 +49,8 @@ pub enum Op {
     Fence(Side),
     /// Time passes: so many eighths of a second, but not beyond the next timer.
     Pass(u8),
+    /// The operator lets a migration that is held go on.
+    Proceed,
     /// A side loses its power and comes back without what ran there.
     PowerLoss(Side, u8),
     /// A killed daemon is started again.

@@ -40,6 +40,8 @@ pub struct Setup {
     pub policy: Policy,
     /// File locks that the workload has on shared storage: 0 to 2.
     pub locks: u32,
+    /// Whether it is held before its freeze.
+    pub hold: bool,
 }
 
 /// Where the workload runs.
@@ -74,6 +76,8 @@ pub struct World {
     pub(super) reported: [u64; 2],
     /// How long the workload may stand still.
     pub(super) frozen_max: Duration,
+    /// It is not held, or was told to proceed.
+    pub(super) may_freeze: bool,
     /// Who has each of the locks that the workload cannot run without.
     pub(super) locks: Vec<Holder>,
     pub(super) trace: Vec<String>,
@@ -149,6 +153,7 @@ impl World {
             frozen: None,
             reported: [0; 2],
             frozen_max: setup.policy.frozen_max.unwrap_or(FROZEN_MAX_LEAST),
+            may_freeze: !setup.hold,
             locks: (0..setup.locks)
                 .map(|_| Holder::Side(Side::Source))
                 .collect(),
@@ -213,6 +218,7 @@ impl World {
             }
             Op::Hang(Side::Source) => self.source.hang_next = self.source.machine.is_some(),
             Op::Hang(Side::Target) => self.target.hang_next = self.target.machine.is_some(),
+            Op::Proceed => self.proceed(),
             Op::Pass(eighths) => self.pass(eighths),
             Op::PowerLoss(side, found) => self.lose_power(side, found),
             Op::Restart(side) => self.restart(side),
@@ -301,12 +307,22 @@ impl World {
         Err(self.violation("the migration does not come to an end"))
     }
 
+    fn proceed(&mut self) {
+        self.may_freeze = true;
+        self.at_source(SourceEvent::Proceed);
+    }
+
     /// What an operator does who sees that a migration stands still. Says whether there was
     /// anything to do.
     fn operate(&mut self) -> bool {
         let phase = |status: Option<Status>| status.map(|status| status.phase);
         let source = phase(self.status(Side::Source));
         let target = phase(self.status(Side::Target));
+        if self.status(Side::Source).is_some_and(|status| status.holding) {
+            self.trace.push("proceed".to_owned());
+            self.proceed();
+            return true;
+        }
         let target_gone = self.target.dead || self.target.workload == TargetWorkload::Lost;
         if source == Some(Phase::Committed) && target_gone {
             let wanted = self
@@ -524,6 +540,7 @@ fn offer(setup: &Setup) -> SourceOffer {
         peer: "b".parse().expect("a name"),
         policy: setup.policy,
         network: None,
+        hold: setup.hold,
         description: WorkloadDescription {
             root_pid: 7,
             spaces: (1..=setup.spaces).map(space).collect(),

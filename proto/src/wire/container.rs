@@ -23,7 +23,26 @@ pub struct ContainerDescription {
     pub containerd: Option<ContainerdDescription>,
     /// What podman has of it, if it is podman's.
     pub podman: Option<PodmanDescription>,
+    /// What it is in a pod, if it is one of a pod's.
+    pub pod: Option<PodDescription>,
 }
+
+/// The container of a pod that moves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodDescription {
+    /// What the pod calls it.
+    pub container: ContainerId,
+    /// The digest of its image.
+    pub image_digest: String,
+    /// What its snapshot is on: the name of a chain of layers.
+    pub snapshot_parent: String,
+    /// Its standard streams, as the kernel calls them.
+    pub streams: Vec<String>,
+}
+
+/// Streams of a container, and the longest name of one, in bytes.
+const STREAMS: usize = 3;
+const STREAM_BYTES_MAX: usize = 64;
 
 /// A container of containerd.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,6 +107,7 @@ impl From<&ContainerDescription> for schema::Container {
             config: container.config.clone(),
             containerd: container.containerd.as_ref().map(Into::into),
             podman: container.podman.as_ref().map(Into::into),
+            pod: container.pod.as_ref().map(Into::into),
         }
     }
 }
@@ -99,6 +119,17 @@ impl From<&ContainerdDescription> for schema::Containerd {
             spec_type: container.spec_type.clone(),
             image_digest: container.image_digest.clone(),
             snapshot_parent: container.snapshot_parent.clone(),
+        }
+    }
+}
+
+impl From<&PodDescription> for schema::Pod {
+    fn from(pod: &PodDescription) -> Self {
+        Self {
+            container: pod.container.to_string(),
+            image_digest: pod.image_digest.clone(),
+            snapshot_parent: pod.snapshot_parent.clone(),
+            streams: pod.streams.clone(),
         }
     }
 }
@@ -175,6 +206,32 @@ impl TryFrom<schema::Containerd> for ContainerdDescription {
     }
 }
 
+impl TryFrom<schema::Pod> for PodDescription {
+    type Error = ControlError;
+
+    fn try_from(wire: schema::Pod) -> Result<Self, ControlError> {
+        for (name, text) in [
+            ("pod.image_digest", &wire.image_digest),
+            ("pod.snapshot_parent", &wire.snapshot_parent),
+        ] {
+            short(name, text.len(), REFERENCE_BYTES_MAX)?;
+        }
+        if wire.streams.len() != STREAMS {
+            return Err(missing("pod.streams"));
+        }
+        for stream in &wire.streams {
+            short("pod.streams", stream.len(), STREAM_BYTES_MAX)?;
+        }
+        let container = wire.container.parse();
+        Ok(Self {
+            container: container.map_err(|_| missing("pod.container"))?,
+            image_digest: wire.image_digest,
+            snapshot_parent: wire.snapshot_parent,
+            streams: wire.streams,
+        })
+    }
+}
+
 impl TryFrom<schema::Podman> for PodmanDescription {
     type Error = ControlError;
 
@@ -223,6 +280,7 @@ impl TryFrom<schema::Container> for ContainerDescription {
             config: wire.config,
             containerd: wire.containerd.map(TryInto::try_into).transpose()?,
             podman: wire.podman.map(TryInto::try_into).transpose()?,
+            pod: wire.pod.map(TryInto::try_into).transpose()?,
         })
     }
 }
@@ -238,6 +296,7 @@ mod tests {
             config: vec![b' '; length],
             containerd: None,
             podman: None,
+            pod: None,
         };
         let read = |wire: schema::Container| ContainerDescription::try_from(wire).is_ok();
         assert!(read(wire("/b", CONFIG_BYTES_MAX)));
@@ -256,6 +315,22 @@ mod tests {
         assert!(read(wire(RECORD_BYTES_MAX, REFERENCE_BYTES_MAX)));
         assert!(!read(wire(RECORD_BYTES_MAX + 1, 1)));
         assert!(!read(wire(1, REFERENCE_BYTES_MAX + 1)));
+    }
+
+    #[test]
+    fn a_container_of_a_pod_has_a_name_and_three_streams() {
+        let read = |container: &str, streams: usize, bytes: usize| {
+            let wire = schema::Pod {
+                container: container.to_owned(),
+                streams: vec!["s".repeat(bytes); streams],
+                ..schema::Pod::default()
+            };
+            PodDescription::try_from(wire).is_ok()
+        };
+        assert!(read("web", STREAMS, STREAM_BYTES_MAX));
+        assert!(!read("", STREAMS, 1) && !read("../web", STREAMS, 1));
+        assert!(!read("web", STREAMS - 1, 1) && !read("web", STREAMS + 1, 1));
+        assert!(!read("web", STREAMS, STREAM_BYTES_MAX + 1));
     }
 
     #[test]

@@ -99,11 +99,15 @@ impl Source {
 
     /// In its first round, with this policy.
     pub fn with(policy: Policy) -> Self {
-        let now = Time::default();
-        let offer = SourceOffer {
+        Self::offering(SourceOffer {
             policy,
             ..source_offer()
-        };
+        })
+    }
+
+    /// In its first round, of this offer.
+    pub fn offering(offer: SourceOffer) -> Self {
+        let now = Time::default();
         let machine = SourceMachine::new(offer, now);
         let mut source = Self { machine, now };
         source.actions();
@@ -282,6 +286,7 @@ pub fn offered() -> Entry {
         workload: WorkloadName::Process(7),
         peer: "b".parse().unwrap(),
         policy: Policy::DEFAULT,
+        hold: false,
         state: state(),
     })
 }
@@ -420,6 +425,7 @@ pub fn source_offer() -> SourceOffer {
         policy: Policy::DEFAULT,
         description: description(),
         network: None,
+        hold: false,
         state: state(),
     }
 }

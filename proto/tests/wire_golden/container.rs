@@ -13,5 +13,6 @@ pub fn container() -> ContainerDescription {
             snapshot_parent: "sha256:1".to_owned(),
         }),
         podman: None,
+        pod: None,
     }
 }

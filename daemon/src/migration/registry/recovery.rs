@@ -76,7 +76,9 @@ impl Registry {
                 let (cancel, cancelled) = watch::channel(false);
                 let (node, policy) = (parts.source.clone(), request.policy);
                 let state = (machine.driver_state(), machine.is_finished());
+                let peer = parts.endpoint.address(&request.target);
                 let site = SourceSite::recover(node, id, policy, state, cancelled).await?;
+                let site = site.to(peer);
                 self.start_source(machine, clock, (site, cancel), journal, request, &origin);
                 Ok(())
             }

@@ -57,6 +57,7 @@ pub(super) fn asked(id: MigrationId, offered: &OfferedEntry) -> Result<MigrateRe
         workload: offered.workload.clone(),
         target: offered.peer.clone(),
         policy: offered.policy,
+        hold: offered.hold,
         asked: Asked::of(&offered.state).map_err(|error| unreadable(id, &error))?,
     })
 }
@@ -79,6 +80,7 @@ fn difference(first: &MigrateRequest, now: &MigrateRequest) -> Option<String> {
         ("--force-eager", policy.force_eager == other.force_eager),
         ("--force-ipc", asked.force_ipc == wanted.force_ipc),
         ("--frozen-max", policy.frozen_max == other.frozen_max),
+        ("--hold", first.hold == now.hold),
         ("--join-network", asked.network == wanted.network),
         ("--rounds-max", policy.rounds_max == other.rounds_max),
         ("--shared", asked.shared == wanted.shared),

@@ -68,6 +68,8 @@ const PROGRESS_PERIOD: Duration = Duration::from_millis(250);
 pub enum SourceRequest {
     /// Keep the workload here, if that is still possible.
     Abort,
+    /// One that is held may go on to its freeze.
+    Proceed,
     /// A side is dead for certain.
     Fence(Side),
 }
@@ -281,6 +283,7 @@ impl SourceDriver {
             final_pages,
             successor: self.successor,
             pid_at_target: self.pid_at_target,
+            waiting: false,
             recovered: self.recovered,
         };
         if repeat {
@@ -309,6 +312,7 @@ impl SourceDriver {
     fn requested(&mut self, request: SourceRequest) {
         self.handle(match request {
             SourceRequest::Abort => SourceEvent::AbortRequested,
+            SourceRequest::Proceed => SourceEvent::Proceed,
             SourceRequest::Fence(side) => SourceEvent::Fenced(side),
         });
     }
@@ -488,7 +492,10 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
         SourceAction::Track => site.track().await.map(|()| SourceEvent::TrackingReady {
             memory: site.memory(),
         }),
-        SourceAction::SendRound { round } => site.round(round).await.map(SourceEvent::RoundSent),
+        SourceAction::SendRound { round, folders } => {
+            let sent = site.round(round, folders).await;
+            sent.map(SourceEvent::RoundSent)
+        }
         SourceAction::Freeze { .. } => site.freeze().await,
         SourceAction::Finish { generation, round } => site.finish(generation, round).await,
         SourceAction::CompareSmaps => site.compare_smaps().await.map(|()| SourceEvent::SmapsEqual),

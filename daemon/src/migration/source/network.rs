@@ -6,7 +6,9 @@
 //! own a workload has no ports, and its connections are the node's.
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -18,7 +20,9 @@ use crate::link::announce::announce;
 use crate::link::describe::describe;
 use crate::link::netlink::Netlink;
 use crate::link::port::Port;
+use crate::link::route;
 use crate::migration::text::{internal, network_unfit};
+use crate::runtime::kind::Kind;
 use crate::runtime::loopback::Connections;
 use crate::runtime::passing::{Observer, Passing};
 
@@ -50,7 +54,36 @@ impl Network {
             sockets: Sockets::default(),
         }
     }
+
+    /// It runs at the target, which is met at `peer`: of a pod, this node's neighbours still look for
+    /// its addresses here, and are led there. Not done, they are found by others alone.
+    pub(super) async fn lead_away(&self, workload: &Workload, peer: Option<IpAddr>) {
+        let Kind::Pod(_) = &workload.kind else { return };
+        let led = async {
+            let peer = peer.ok_or_else(|| {
+                let text = "where the target is met is not in this node's configuration any more";
+                Failure::new(ErrorCode::PeerUnknown, text)
+            })?;
+            let net = namespace::open(workload.root(), NamespaceKind::Net);
+            let net = net.map_err(|error| internal(&error))?;
+            workload.check_root()?;
+            let network = describe(&net).await;
+            let network = network.map_err(|error| network_unfit(&error))?;
+            let led = route::lead_away(&network, peer).await;
+            led.map_err(|error| network_unfit(&error))
+        };
+        match tokio::time::timeout(LEAD_MAX, led).await {
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => tracing::warn!(root = workload.root(), %failure,
+                "this node does not lead to the addresses of a pod that has moved"),
+            Err(_) => tracing::warn!(root = workload.root(),
+                "the kernel takes no routes to a pod that has moved"),
+        }
+    }
 }
+
+/// How long the kernel may take to take some routes.
+const LEAD_MAX: Duration = Duration::from_secs(5);
 
 impl Sockets {
     /// Opens what looks at them, before the first freeze has to wait for it.

@@ -25,6 +25,7 @@ mod last_round;
 mod survey;
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,7 +36,7 @@ use pageferry_files::Keep;
 use pageferry_pages::read::Misses;
 use pageferry_pages::track::Support;
 use pageferry_proto::id::Round;
-use pageferry_proto::migration::policy::{Policy, RoundReport};
+use pageferry_proto::migration::policy::{FilesReport, Policy, RoundReport};
 use pageferry_proto::migration::source::SourceEvent;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::Failure;
@@ -102,6 +103,8 @@ pub struct Site {
     memory_bytes: u64,
     workload: Workload,
     network: Network,
+    /// Where its target is met.
+    peer: Option<IpAddr>,
     pub(super) tracking: Tracking,
     dumping: Dumping,
     kept: Kept,
@@ -124,6 +127,13 @@ impl Site {
     /// Counts what is sent.
     pub fn sent(&self) -> Arc<Sent> {
         self.sending.sent()
+    }
+
+    /// Its target is met at this address.
+    #[must_use]
+    pub fn to(mut self, peer: Option<IpAddr>) -> Self {
+        self.peer = peer;
+        self
     }
 
     /// The root of the tree, in this node's pid namespace.
@@ -168,8 +178,8 @@ impl Site {
         self.dumping.begin(&self.workload)
     }
 
-    /// Sends what is pending and finds what became dirty meanwhile.
-    pub async fn round(&mut self, round: Round) -> Result<RoundReport, Failure> {
+    /// Sends what is pending, of folders that travel too if they are to, and finds what became dirty meanwhile.
+    pub async fn round(&mut self, round: Round, folders: bool) -> Result<RoundReport, Failure> {
         let began = Instant::now();
         if !self.tracking.is_pending() {
             // Whatever it is, this round sends it.
@@ -186,7 +196,13 @@ impl Site {
             .pages(&mut self.tracking, &pending, how, &self.waits);
         let data = self.sending.data()?;
         let members = self.workload.members();
-        let folders = self.folders.round(&data, round, &members, &self.waits);
+        let (own, waits) = (&mut self.folders, &self.waits);
+        let folders = async {
+            match folders {
+                true => own.round(&data, round, &members, waits).await,
+                false => Ok(FilesReport::default()),
+            }
+        };
         let ((sums, _), files) = tokio::try_join!(sending, folders)?;
         let sent = began.elapsed();
         syncing.ended(&self.waits).await?;
@@ -294,12 +310,13 @@ impl Site {
     /// Ends the frozen copy: it runs elsewhere now.
     pub async fn release(&mut self) -> Result<(), Failure> {
         self.folders.close();
+        self.network.lead_away(&self.workload, self.peer).await;
         // First the links: whatever the dying sockets say reaches nobody.
         if let Some(gate) = self.network.ports.gate()? {
             gate.delete().await?;
         }
         let ending = self.dumping.commit().await;
-        self.workload.kill()?;
+        self.workload.kill(&self.node.freezers)?;
         if let Some(ending) = ending {
             ending.ended().await;
         }

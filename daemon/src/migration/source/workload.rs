@@ -4,13 +4,14 @@
 //! afterwards; from [`Workload::enter_cgroup`] on, the tree is in a cgroup that nobody else is in;
 //! SIGKILL is pending on every task before a copy that is given away is thawed.
 
+use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criu_glue::repair;
-use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerVersion};
+use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerRoot, FreezerVersion};
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_pages::track::Support;
 use pageferry_pages::track::frozen::{Frozen, Stops};
@@ -146,6 +147,10 @@ impl Workload {
 
     /// Sees to it that nobody but us can thaw the tree, which is dumped.
     pub(super) fn hold_alone(&mut self) -> Result<(), Failure> {
+        if let Some(around) = self.kind.around(&self.freezer) {
+            let frozen = block_in_place(|| around.freeze());
+            return frozen.map_err(|error| freeze_failed(&error));
+        }
         if !self.kind.is_shared() || self.outer.is_some() {
             return Ok(());
         }
@@ -250,8 +255,21 @@ impl Workload {
         ))
     }
 
+    /// Thaws what is around it, where others start things. What they have done meanwhile takes
+    /// effect now.
+    fn thaw_around(&self) -> Result<(), Failure> {
+        let around = self.kind.around(&self.freezer).filter(Freezer::exists);
+        let Some(around) = around else { return Ok(()) };
+        if let Some(pid) = block_in_place(|| ending(&self.pids().unwrap_or_default())) {
+            tracing::warn!(root = self.root(), pid, "the kubelet has asked it to end while it stood \
+                still: it does not go on as it was");
+        }
+        block_in_place(|| around.thaw()).map_err(|error| freeze_failed(&error))
+    }
+
     /// Lets the tree run, of which CRIU has let go.
     pub(super) fn thaw(&mut self) -> Result<(), Failure> {
+        self.thaw_around()?;
         if let Err(failure) = self.take_back() {
             // It runs, thawed, in a cgroup of ours.
             tracing::warn!(root = self.root(), %failure, "the container is not where it was");
@@ -285,7 +303,11 @@ impl Workload {
 
     /// Ends every task. SIGKILL comes before the thaw, whatever CRIU did: a task that is thawed
     /// with it pending runs no instruction of its own.
-    pub(super) fn kill(&mut self) -> Result<(), Failure> {
+    pub(super) fn kill(&mut self, freezers: &FreezerRoot) -> Result<(), Failure> {
+        let ended = block_in_place(|| self.kind.end(&self.freezer, freezers));
+        if ended.map_err(|error| freeze_failed(&error))? {
+            return Ok(());
+        }
         let killed = block_in_place(|| {
             if let Some(outer) = self.outer.clone() {
                 self.kill_within(&outer)?;
@@ -323,6 +345,21 @@ impl Workload {
         let released = block_in_place(|| self.kind.release(&self.freezer, hierarchies));
         released.map_err(|error| freeze_failed(&error))
     }
+}
+
+/// One of these processes that has been told to end, and has not heard of it.
+fn ending(pids: &[i32]) -> Option<i32> {
+    let told = |pid: &i32| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let pending = status.lines().filter_map(|line| {
+            let set = line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:"))?;
+            u64::from_str_radix(set.trim(), 16).ok()
+        });
+        let set = pending.fold(0, |all, set| all | set);
+        let bit = |signal: i32| 1 << (signal - 1);
+        set & (bit(libc::SIGTERM) | bit(libc::SIGKILL)) != 0
+    };
+    pids.iter().copied().find(told)
 }
 
 /// The root of a workload has ended by itself.

@@ -21,6 +21,7 @@ mod volumes;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use pageferry_proto::id::{PodUid, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::record::Entry;
 use pageferry_proto::migration::status::Phase;
@@ -49,6 +50,13 @@ pub enum TargetRequest {
     Abort,
     /// A side is dead for certain.
     Fence(Side),
+    /// It is this pod that comes, if one does.
+    Expect {
+        /// Its UID here.
+        pod: PodUid,
+        /// Whether that is taken.
+        answer: oneshot::Sender<Result<(), Failure>>,
+    },
     /// The source has connected.
     Connected(Box<TargetSession>),
 }
@@ -76,6 +84,10 @@ pub struct TargetDriver {
     status: watch::Sender<Arc<Progress>>,
     /// The workload's root, once it is restored.
     root_pid: Option<i32>,
+    /// The pod that it is to come as.
+    expected: Option<PodUid>,
+    /// That waits.
+    pod_waits: bool,
     recovered: bool,
     /// How it ended may not be on disk: what proves it must be found by the next daemon.
     end_unwritten: bool,
@@ -113,6 +125,8 @@ pub struct TargetParts {
 #[derive(Debug)]
 enum Operation {
     Action(Box<TargetAction>),
+    /// Wait until the runtime of this pod's container does.
+    Expect(PodUid),
     /// Wait for the end of the fill: follows a successful `LetGo` by itself.
     Fill,
     /// Wait until a workload whose memory was lost has been killed.
@@ -153,6 +167,8 @@ impl TargetDriver {
             clock: parts.clock,
             intake: parts.site.intake(),
             root_pid: parts.site.root_pid(),
+            expected: None,
+            pod_waits: false,
             recovered: parts.recovered,
             end_unwritten: false,
             site: Some(Box::new(parts.site)),
@@ -235,8 +251,46 @@ impl TargetDriver {
         match request {
             TargetRequest::Abort => self.handle(TargetEvent::AbortRequested),
             TargetRequest::Fence(side) => self.handle(TargetEvent::Fenced(side)),
+            TargetRequest::Expect { pod, answer } => {
+                // Who has asked may have gone away.
+                drop(answer.send(self.expect(pod)));
+            }
             TargetRequest::Connected(session) => self.connected(*session),
         }
+    }
+
+    /// It is to come as this pod: waits for that, beside the rounds.
+    fn expect(&mut self, pod: PodUid) -> Result<(), Failure> {
+        let status = self.machine.status(self.clock.now());
+        let refused = |code, text: String| Err(Failure::new(code, text));
+        match (&self.expected, &status.workload) {
+            (Some(expected), _) if *expected == pod => return Ok(()),
+            (Some(expected), _) => {
+                let text = format!("the migration comes as pod {expected} already");
+                return refused(ErrorCode::IdTaken, text);
+            }
+            (None, Some(WorkloadName::Pod(_))) => {}
+            (None, _) => {
+                let text = "the migration is none of a pod".to_owned();
+                return refused(ErrorCode::UnsupportedWorkload, text);
+            }
+        }
+        if !matches!(status.phase, Phase::Accepted | Phase::Receiving) {
+            let text = format!("the migration is {}, and expects no pod", status.phase);
+            return refused(ErrorCode::Unexpected, text);
+        }
+        self.expected = Some(pod.clone());
+        self.waiting.push_back(Operation::Expect(pod));
+        self.next_operation();
+        Ok(())
+    }
+
+    /// Says how things stand once more: the driver knows more of it.
+    fn say_again(&self) {
+        let pod_waits = self.pod_waits;
+        self.status.send_modify(|progress| {
+            Arc::make_mut(progress).waiting = pod_waits;
+        });
     }
 
     fn connected(&mut self, session: TargetSession) {
@@ -325,6 +379,7 @@ impl TargetDriver {
                 tracing::debug!(migration = %status.id, phase = %status.phase.name(), "status");
                 self.status.send_replace(Arc::new(Progress {
                     pid_at_target: self.root_pid,
+                    waiting: self.pod_waits && !status.phase.is_final(),
                     recovered: self.recovered,
                     ..Progress::of(status)
                 }));
@@ -387,7 +442,7 @@ impl TargetDriver {
         self.operation = Some(tokio::spawn(async move {
             let (event, follows) = tokio::select! {
                 done = operation(&mut site, next) => done,
-                Ok(()) = is_cut => (TargetEvent::Failure(cut_off()), None),
+                Ok(()) = is_cut => (Some(TargetEvent::Failure(cut_off())), None),
             };
             (site, follows, event)
         }));
@@ -404,8 +459,11 @@ impl TargetDriver {
                 // The machine waits for the discard alone, and would take this for its end.
                 if std::mem::take(&mut self.is_cut) {
                     tracing::info!(migration = %self.machine.id(), "cut off, to be discarded");
-                } else {
+                } else if let Some(event) = event {
                     self.handle(event);
+                } else {
+                    self.pod_waits = true;
+                    self.say_again();
                 }
             }
             // What the kernel and the pager hold is found again from the journal.
@@ -427,7 +485,7 @@ impl Operation {
                 TargetAction::Lock | TargetAction::Prepare(_) | TargetAction::Restore { .. }
             ),
             // What it waits for is what a discard does.
-            Self::Bury(_) => true,
+            Self::Bury(_) | Self::Expect(_) => true,
             Self::Fill => false,
         }
     }
@@ -445,11 +503,26 @@ async fn trouble(site: &mut Option<Box<Site>>) -> Failure {
     }
 }
 
-/// What came of an operation: the site again, what follows by itself, and what happened.
-type Performed = (Box<Site>, Option<Operation>, TargetEvent);
+/// What came of an operation: the site again, what follows by itself, and what happened, if that is
+/// for the machine.
+type Performed = (Box<Site>, Option<Operation>, Option<TargetEvent>);
 
-async fn operation(site: &mut Site, operation: Operation) -> (TargetEvent, Option<Operation>) {
+async fn operation(
+    site: &mut Site,
+    operation: Operation,
+) -> (Option<TargetEvent>, Option<Operation>) {
+    if let Operation::Expect(pod) = operation {
+        let failed = site.expect(&pod).await.err();
+        return (failed.map(TargetEvent::Failure), None);
+    }
+    let (event, follows) = work(site, operation).await;
+    (Some(event), follows)
+}
+
+async fn work(site: &mut Site, operation: Operation) -> (TargetEvent, Option<Operation>) {
     match operation {
+        // It is awaited above.
+        Operation::Expect(_) => (TargetEvent::Failure(cut_off()), None),
         Operation::Fill => match site.filled().await {
             Ok(()) => (TargetEvent::Filled, None),
             Err(failure) => {

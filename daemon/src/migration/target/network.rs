@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::link::LinkError;
 use crate::link::join::JoinedNetwork;
 use crate::link::prepare::PreparedNetwork;
+use crate::link::route;
 use crate::migration::ports::PortState;
 use crate::migration::text::network_unfit;
 
@@ -30,6 +31,8 @@ const NAMED: &str = "/run/netns";
 pub(super) enum Network {
     Made(PreparedNetwork),
     Joined(JoinedNetwork),
+    /// Of a pod's sandbox: attached by whoever made it, until it was joined.
+    Sandbox(JoinedNetwork),
 }
 
 /// What a restarted daemon needs to find it again: kept in the journal.
@@ -41,6 +44,10 @@ pub(super) enum NetworkState {
         links: Vec<LinkState>,
     },
     Joined {
+        ports: Vec<PortState>,
+        links: Vec<LinkState>,
+    },
+    Sandbox {
         ports: Vec<PortState>,
         links: Vec<LinkState>,
     },
@@ -91,6 +98,15 @@ impl Network {
         Ok((Self::Joined(joined), net))
     }
 
+    /// Takes the network of a pod's sandbox from its neighbours, if it has what the workload needs.
+    pub(super) async fn in_sandbox(
+        net: &OwnedFd,
+        links: &[LinkDescription],
+    ) -> Result<Self, Failure> {
+        let joined = JoinedNetwork::in_sandbox(net, links).await;
+        joined.map(Self::Sandbox).map_err(|error| network_unfit(&error))
+    }
+
     /// What a dead daemon has left.
     pub(super) async fn recover(id: MigrationId, state: NetworkState) -> Result<Self, LinkError> {
         let links = |links: Vec<LinkState>| links.into_iter().map(LinkState::described).collect();
@@ -110,6 +126,13 @@ impl Network {
                 let ports = PortState::again(&ports).await?;
                 Self::Joined(JoinedNetwork::recovered(ports, links(known)))
             }
+            NetworkState::Sandbox {
+                ports,
+                links: known,
+            } => {
+                let ports = PortState::again(&ports).await?;
+                Self::Sandbox(JoinedNetwork::recovered(ports, links(known)))
+            }
         })
     }
 
@@ -125,6 +148,10 @@ impl Network {
                 ports: joined.ports().iter().map(PortState::of).collect(),
                 links,
             },
+            Self::Sandbox(joined) => NetworkState::Sandbox {
+                ports: joined.ports().iter().map(PortState::of).collect(),
+                links,
+            },
         }
     }
 
@@ -136,7 +163,7 @@ impl Network {
     fn links(&self) -> &[LinkDescription] {
         match self {
             Self::Made(made) => made.links(),
-            Self::Joined(joined) => joined.links(),
+            Self::Joined(joined) | Self::Sandbox(joined) => joined.links(),
         }
     }
 
@@ -146,6 +173,10 @@ impl Network {
         match self {
             Self::Made(made) => made.attach(net).await,
             Self::Joined(joined) => joined.attach(net).await,
+            Self::Sandbox(joined) => {
+                joined.attach(net).await?;
+                route::lead_here(joined.links(), joined.ports()).await
+            }
         }
     }
 
@@ -153,7 +184,7 @@ impl Network {
     pub(super) async fn detach(&self) -> Result<(), LinkError> {
         match self {
             Self::Made(made) => made.detach().await,
-            Self::Joined(joined) => joined.detach().await,
+            Self::Joined(joined) | Self::Sandbox(joined) => joined.detach().await,
         }
     }
 
@@ -161,7 +192,7 @@ impl Network {
     pub(super) fn announce(&self, net: &OwnedFd) -> Result<(), LinkError> {
         match self {
             Self::Made(made) => made.announce(net),
-            Self::Joined(joined) => joined.announce(net),
+            Self::Joined(joined) | Self::Sandbox(joined) => joined.announce(net),
         }
     }
 
@@ -170,7 +201,7 @@ impl Network {
     pub(super) async fn give_up(&self) -> Result<(), LinkError> {
         match self {
             Self::Made(made) => made.delete().await,
-            Self::Joined(joined) => joined.detach().await,
+            Self::Joined(joined) | Self::Sandbox(joined) => joined.detach().await,
         }
     }
 }
@@ -238,7 +269,8 @@ mod tests {
         // Nobody has a link of such a number.
         let port = r#"{"ends":[2147483647,2],"name":"v0","bridge":"br0"}"#;
         let joined = format!(r#"{{"joined":{{"ports":[{port}],{links}}}}}"#);
-        for text in [made, joined] {
+        let sandbox = joined.replace("joined", "sandbox");
+        for text in [made, joined, sandbox] {
             let state: NetworkState = serde_json::from_str(&text).unwrap();
             assert_eq!(serde_json::to_string(&state).unwrap(), text);
             let network = Network::recover(MigrationId::new([1; 16]), state)
@@ -247,7 +279,9 @@ mod tests {
             assert_eq!(network.links()[0].addresses[0].prefix, 24);
             match network {
                 Network::Made(made) => assert_eq!(made.bridge(), "br0"),
-                Network::Joined(joined) => assert_eq!(joined.ports(), []),
+                Network::Joined(joined) | Network::Sandbox(joined) => {
+                    assert_eq!(joined.ports(), []);
+                }
             }
         }
     }

@@ -7,6 +7,7 @@
 //! the workload has outlived it.
 
 mod files;
+mod pod;
 mod run;
 mod undo;
 
@@ -49,6 +50,7 @@ use crate::runtime::oci::arrive::{Restore, made_for, note_again};
 use crate::runtime::rootfs::RootPlace;
 use crate::runtime::shared::lengths;
 use crate::runtime::{detached, identity};
+use pod::Pod;
 pub use run::LetGoError;
 
 /// Most address spaces of a workload; each has a memory file.
@@ -132,6 +134,8 @@ pub struct Site {
     mounts: Vec<MountDescription>,
     /// What is offered, once it is.
     arriving: Option<Arriving>,
+    /// What a pod is joined to, until it has the names and the rank that it is to have here.
+    pod: Option<Pod>,
     /// Who makes it and its cgroups, if that is not us.
     made_by: Option<Restore>,
     /// What its cgroups allowed it at the source, if they are ours.
@@ -170,6 +174,7 @@ impl Site {
             network: None,
             mounts: Vec::new(),
             arriving: None,
+            pod: None,
             made_by: None,
             limits: ResourceLimits::default(),
             root_pid: None,
@@ -203,6 +208,7 @@ impl Site {
             network: None,
             mounts: Vec::new(),
             arriving: None,
+            pod: None,
             made_by: None,
             limits: ResourceLimits::default(),
             root_pid: None,
@@ -310,6 +316,11 @@ impl Site {
                     format!("cannot set the host name: {error}"),
                 )
             })?;
+        }
+        if arriving.is_pod() {
+            self.pod = Some(Pod::of(&description.links));
+            self.arriving = Some(arriving);
+            return self.state();
         }
         self.prepare_network(offer).await?;
         let made_by = arriving.made_by(&self.directory, &self.node.hierarchies);
@@ -478,6 +489,7 @@ impl Site {
         }
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));
         self.limit(Stage::Restored)?;
+        block_in_place(|| self.settle_pod())?;
         tracing::info!(migration = %self.id, root = restored.root_pid,
             took = ?self.restore_time, "restored and held");
         self.state()

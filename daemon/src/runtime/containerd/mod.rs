@@ -41,7 +41,10 @@ const ROOT: &str = "/run/containerd/runc";
 const TASKS: &str = "/run/containerd/io.containerd.runtime.v2.task";
 
 /// Namespaces of those who start their containers again, and what they are.
-const OTHERS: [(&str, &str); 2] = [("moby", "Docker"), ("k8s.io", "the kubelet of Kubernetes")];
+const OTHERS: [(&str, &str); 2] = [
+    ("moby", "Docker, who would start them again"),
+    ("k8s.io", "pods of Kubernetes: move the whole pod, as pod/UID"),
+];
 
 /// How long containerd may take to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -238,8 +241,8 @@ fn refuse_others(namespace: &str) -> Result<(), Failure> {
         Some((name, whose)) => Err(Failure::new(
             ErrorCode::UnsupportedWorkload,
             format!(
-                "containers in containerd's namespace {name} are those of {whose}, who would start \
-                 them again: they are not moved"
+                "containers in containerd's namespace {name} are not moved by themselves, being \
+                 those of {whose}"
             ),
         )),
         None => Ok(()),
@@ -282,7 +285,7 @@ mod tests {
     #[test]
     fn containers_of_others_are_refused_by_their_names() {
         let web: ContainerId = "web".parse().unwrap();
-        for (namespace, whose) in [("moby", "Docker"), ("k8s.io", "Kubernetes")] {
+        for (namespace, whose) in [("moby", "Docker"), ("k8s.io", "pod/UID")] {
             let refused = Containerd::find(&namespace.parse().unwrap(), &web).unwrap_err();
             assert_eq!(refused.code(), ErrorCode::UnsupportedWorkload);
             assert!(refused.text().contains(whose), "{refused}");

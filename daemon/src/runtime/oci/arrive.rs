@@ -302,6 +302,13 @@ pub fn prepare(directory: &Path, leaves: &Leaves) -> io::Result<PathBuf> {
     streams(directory)
 }
 
+/// The same of a container whose standard streams were these at its source.
+pub fn prepare_with(directory: &Path, leaves: &Leaves, had: &[String]) -> io::Result<PathBuf> {
+    let images = prepare(directory, leaves)?;
+    fs::write(images.join(STREAMS.0), serde_json::to_vec(had)?)?;
+    Ok(images)
+}
+
 fn note(directory: &Path, leaves: &Leaves) -> io::Result<()> {
     let note = Note {
         leaves: leaves.clone(),
@@ -475,6 +482,7 @@ mod tests {
                 config: config.into(),
                 containerd: None,
                 podman: None,
+                pod: None,
             },
         }
     }

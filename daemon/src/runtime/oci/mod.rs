@@ -109,7 +109,8 @@ impl Container {
         Self::read_in((runtime, None), id)
     }
 
-    fn read_in(
+    /// The same of one that its runtime keeps elsewhere.
+    pub fn read_in(
         (runtime, kept_in): (Runtime, Option<PathBuf>),
         id: &ContainerId,
     ) -> Result<(Self, State), Failure> {
@@ -158,6 +159,11 @@ impl Container {
     /// The pid of its root in this node's pid namespace.
     pub const fn root(&self) -> i32 {
         self.root
+    }
+
+    /// What its runtime calls it.
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     /// Who runs it.
@@ -224,6 +230,7 @@ impl Container {
             config,
             containerd: None,
             podman: None,
+            pod: None,
         });
         Ok(described)
     }

@@ -28,6 +28,7 @@ pub struct Spec {
 #[serde(rename_all = "camelCase", default)]
 struct Process {
     terminal: bool,
+    oom_score_adj: Option<i32>,
     apparmor_profile: String,
     selinux_label: String,
 }
@@ -50,6 +51,8 @@ pub struct Engine {
     pub pipes: Vec<u64>,
     /// The root file system is of an image, and at a path of the engine's.
     pub has_image: bool,
+    /// It is in the network, IPC and UTS namespaces of a sandbox that the engine makes.
+    pub is_sandboxed: bool,
 }
 
 /// What is known of a container beside its configuration.
@@ -89,6 +92,7 @@ struct Linux {
     namespaces: Vec<Namespace>,
     cgroups_path: String,
     rootfs_propagation: String,
+    devices: Vec<Value>,
     resources: Resources,
 }
 
@@ -153,6 +157,9 @@ const MANAGER: &str = "io.container.manager";
 /// What every container has to itself here, as the specification calls it.
 const OWN: [&str; 5] = ["ipc", "mount", "network", "pid", "uts"];
 
+/// What a container of a pod may share with others of the pod.
+const SANDBOX: [&str; 3] = ["ipc", "network", "uts"];
+
 /// File systems that a container mounts, and whose contents go along or are made by the kernel.
 const MOUNTED: [&str; 6] = ["cgroup", "devpts", "mqueue", "proc", "sysfs", "tmpfs"];
 
@@ -209,6 +216,29 @@ impl Spec {
     /// Whether it may write to that.
     pub const fn is_writable(&self) -> bool {
         !self.root.readonly
+    }
+
+    /// The namespace of a kind that it joins, if it does.
+    pub fn joins(&self, kind: &str) -> Option<&Path> {
+        let mut all = self.linux.namespaces.iter();
+        let found = all.find(|namespace| namespace.kind == kind)?;
+        (!found.path.is_empty()).then(|| Path::new(&found.path))
+    }
+
+    /// All that is bound into it, as it is written: what, and where the container has it.
+    pub fn bound(&self) -> impl Iterator<Item = (&Path, &Path)> {
+        let binds = self.mounts.iter().filter(|mount| mount.is_bind());
+        binds.map(|mount| (&*mount.source, Path::new(&mount.destination)))
+    }
+
+    /// Whether it has devices of the node, beside those that every container has.
+    pub const fn has_devices(&self) -> bool {
+        !self.linux.devices.is_empty()
+    }
+
+    /// How soon the kernel is to kill it for memory, if that is said.
+    pub const fn oom_score_adj(&self) -> Option<i32> {
+        self.process.oom_score_adj
     }
 
     /// Its limits.
@@ -290,7 +320,7 @@ impl Spec {
         if !process.apparmor_profile.is_empty() || !process.selinux_label.is_empty() {
             return refused("has a profile of AppArmor or SELinux, which is not moved yet");
         }
-        self.check_namespaces()?;
+        self.check_namespaces(engine.is_some_and(|engine| engine.is_sandboxed))?;
         let cgroup = Path::new(&self.linux.cgroups_path);
         let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
         if !cgroup.is_absolute() || !cgroup.components().all(plain) {
@@ -349,7 +379,7 @@ impl Spec {
         Ok(())
     }
 
-    fn check_namespaces(&self) -> Result<(), Failure> {
+    fn check_namespaces(&self, is_sandboxed: bool) -> Result<(), Failure> {
         let refused = |text: String| Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
         let namespaces = &self.linux.namespaces;
         for namespace in namespaces {
@@ -359,7 +389,8 @@ impl Spec {
                     "the container has a {kind} namespace of its own, which is not moved yet"
                 ));
             }
-            if !namespace.path.is_empty() {
+            let is_sandboxes = is_sandboxed && SANDBOX.contains(&kind);
+            if !namespace.path.is_empty() && !is_sandboxes {
                 return refused(format!(
                     "the container is in the {kind} namespace {} of somebody else: that is not \
                      moved yet",

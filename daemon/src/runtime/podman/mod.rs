@@ -124,6 +124,7 @@ impl Podman {
             folders: folders(&self.id.0, self.container.bundle()),
             pipes: state.pipes(),
             has_image: true,
+            is_sandboxed: false,
         };
         let layer = |_: &Spec| Inspected::of(&self.id.0)?.layer();
         self.container

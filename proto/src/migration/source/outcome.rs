@@ -402,9 +402,16 @@ impl SourceMachine {
             }
             Timer::Frozen => self.frozen_too_long(now),
             Timer::Pause => {
-                if let Some(Step::Retrying(retrying)) = self.state.step() {
-                    retrying.rested = true;
-                    self.continue_after_retry();
+                match self.state.step() {
+                    Some(Step::Retrying(retrying)) => {
+                        retrying.rested = true;
+                        self.continue_after_retry();
+                    }
+                    Some(Step::Holding { next }) => {
+                        let next = *next;
+                        self.send_round(next);
+                    }
+                    _ => {}
                 }
             }
             Timer::Resend | Timer::Redial => self.speak(now),

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use super::SourceMachine;
+use super::hold::Hold;
 use super::state::{Decided, Link, Outcome, Over, Release, State, Step};
 use crate::id::Generation;
 use crate::migration::handoff::{Evidence, RecoverError, SourceFacts, Undecided};
@@ -50,6 +51,7 @@ impl SourceMachine {
             held_up: None,
             fence_wanted: false,
             convergence: Convergence::default(),
+            hold: Hold::new(offered.hold),
             round: None,
             frozen_max: None,
             waiting: Vec::new(),

@@ -36,6 +36,8 @@ pub(super) enum Step {
     Tracking,
     /// A round is being sent.
     Copying(Copying),
+    /// Another round would not help, and it is not to freeze yet; this one is next.
+    Holding { next: Round },
     /// A freeze was given up: thawing, and waiting for what is on its way.
     Retrying(Retrying),
     /// The workload is being frozen for the final round.
@@ -155,7 +157,8 @@ pub(super) enum Timer {
     Step,
     /// The workload has stood still for as long as it may.
     Frozen,
-    /// The pause after a freeze that was given up is over.
+    /// The pause before the next round is over: after a freeze that was given up, or of one that is
+    /// held.
     Pause,
     /// Ask or tell again.
     Resend,
@@ -211,7 +214,7 @@ impl Step {
     const fn phase(&self) -> Phase {
         match self {
             Self::Journalling | Self::Dialling | Self::Offered | Self::Tracking => Phase::Offered,
-            Self::Copying(_) | Self::Retrying(_) => Phase::Copying,
+            Self::Copying(_) | Self::Holding { .. } | Self::Retrying(_) => Phase::Copying,
             Self::Freezing { .. } => Phase::Freezing,
             Self::Finishing(_) => Phase::Finishing,
         }

@@ -349,6 +349,7 @@ impl Site {
         Self {
             workload: found.workload,
             network: found.network,
+            peer: None,
             tracking: Tracking::new(node.support.clone(), budget, found.true_smaps),
             dumping: Dumping::new(&node, directory.clone()),
             kept: found.kept,

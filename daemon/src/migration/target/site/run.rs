@@ -14,7 +14,7 @@ use tokio::task::block_in_place;
 use super::{Network, Pager, Site, no_pager, pager_failed};
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::detached;
-use crate::runtime::kind::{runs, settle};
+use crate::runtime::kind::{about_to_run, runs, settle};
 
 /// How long a pager may take to let a tree go, or to undo it instead: five seconds for CRIU to give
 /// up, ten for its tasks to die, and then it says that they do not.
@@ -53,6 +53,7 @@ impl Site {
     pub async fn let_go(&mut self) -> Result<(), LetGoError> {
         // A daemon before this one may have come as far as that.
         self.may_have_run = true;
+        block_in_place(|| about_to_run(&self.directory))?;
         let went = self.go().await;
         match &went {
             // An engine's container is not ours to remove any more.

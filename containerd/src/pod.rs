@@ -1,0 +1,232 @@
+//! A container of a pod that comes: Kubernetes makes it, and its runtime, which waits, is told what to
+//! restore.
+//!
+//! ```text
+//! order ─► (the runtime that waits) ─► restore ─► … ─► containerd says that it runs; no order
+//! ```
+//!
+//! Invariants: nothing of the container is made or removed here; before it may run it is marked as
+//! restored, durably, and what has not come is refused whoever comes to its place later.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use pageferry_oci::{Order, OrderError, Orders, Place, Places};
+use serde::{Deserialize, Serialize};
+use tokio::time::sleep;
+
+use crate::arrival::Root;
+use crate::client::{Client, ClientError};
+
+/// What comes, and how; in a file of the migration's folder.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PodArrival {
+    /// Where containerd listens.
+    pub socket: PathBuf,
+    /// Which container of which pod.
+    pub place: Place,
+    /// Its runtime, once that has come.
+    pub runtime: Option<PodRuntime>,
+}
+
+/// The runtime of a container of a pod, which waits for its order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PodRuntime {
+    /// The name space of containerd.
+    pub namespace: String,
+    /// What containerd calls the container.
+    pub id: String,
+    /// The process.
+    pub pid: i32,
+    /// The folder in which it has the container.
+    pub state: PathBuf,
+    /// What it is to do.
+    pub order: PodOrder,
+}
+
+/// What a runtime is to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PodOrder {
+    /// The migration.
+    pub migration: String,
+    /// All of the `PATH` of the runtime.
+    pub gate: PathBuf,
+    /// What the runtime reads of images by itself.
+    pub images: PathBuf,
+    /// For its logs.
+    pub work: PathBuf,
+}
+
+/// Why a container of a pod does not come.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PodError {
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error("cannot say what the container is to be restored from: {0}")]
+    Order(#[from] OrderError),
+    #[error("{path}: {source}")]
+    File {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the runtime of the container {id} has not come to wait")]
+    NoRuntime { id: String },
+    #[error("the runtime of the container {id} has ended, and nothing runs in it")]
+    Ended { id: String },
+    #[error("containerd does not say that the container {id} runs, whose runtime has ended")]
+    NotStarted { id: String },
+}
+
+/// What comes, in a migration's folder.
+const FILE: &str = "pod.json";
+
+/// How often it is looked how far it is.
+const POLL: Duration = Duration::from_millis(5);
+
+/// How long containerd may take to start a container that runs.
+const START_MAX: Duration = Duration::from_secs(30);
+
+impl PodArrival {
+    /// Writes it into a migration's folder.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn write(&self, folder: &Path) -> io::Result<()> {
+        let new = folder.join(format!("{FILE}.new"));
+        fs::write(&new, serde_json::to_vec(self)?)?;
+        fs::rename(new, folder.join(FILE))
+    }
+
+    /// Reads it from a migration's folder; none if there is none.
+    ///
+    /// # Errors
+    /// When it is there and cannot be read.
+    pub fn read(folder: &Path) -> Result<Option<Self>, PodError> {
+        let path = folder.join(FILE);
+        let failed = |source| PodError::File {
+            path: path.clone(),
+            source,
+        };
+        match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed(error)),
+            Ok(text) => {
+                let read = serde_json::from_slice(&text);
+                read.map(Some).map_err(|error| failed(error.into()))
+            }
+        }
+    }
+
+    /// Has the runtime restore the container, and waits until containerd knows that it runs.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub async fn come(&self) -> Result<(), PodError> {
+        let runtime = self.runtime.as_ref();
+        let runtime = runtime.ok_or_else(|| PodError::NoRuntime {
+            id: self.place.container.clone(),
+        })?;
+        let PodRuntime { namespace, id, .. } = runtime;
+        let orders = Orders::of_node();
+        orders.write(namespace, id, &runtime.order())?;
+        let came = runtime.runs(&self.socket).await;
+        // Nobody is to take it any more, or to take a start for none.
+        let cleared = orders.clear(namespace, id, &runtime.order.migration);
+        came?;
+        Ok(cleared?)
+    }
+
+    /// It is about to run: from here on the place is one like others. Durable when this returns.
+    ///
+    /// # Errors
+    /// When the next start of the container might wait for a restore.
+    pub fn mark(&self) -> io::Result<()> {
+        Places::of_node().mark_restored(&self.place)
+    }
+
+    /// It does not come, for this reason, and has not run.
+    ///
+    /// # Errors
+    /// When somebody might wait for it yet.
+    pub fn refuse(&self, why: &str) -> Result<(), PodError> {
+        let places = Places::of_node();
+        let failed = |source| PodError::File {
+            path: self.place.pod.clone().into(),
+            source,
+        };
+        places.refuse(&self.place, why).map_err(failed)?;
+        places.unmark(&self.place).map_err(failed)?;
+        match &self.runtime {
+            Some(runtime) => {
+                let PodRuntime { namespace, id, .. } = runtime;
+                let migration = &runtime.order.migration;
+                Ok(Orders::of_node().clear(namespace, id, migration)?)
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl PodRuntime {
+    fn order(&self) -> Order {
+        Order {
+            migration: self.order.migration.clone(),
+            gate: self.order.gate.clone(),
+            images: self.order.images.clone(),
+            work: self.order.work.clone(),
+        }
+    }
+
+    /// Waits until the container runs, and containerd knows it.
+    async fn runs(&self, socket: &Path) -> Result<(), PodError> {
+        // Its number means another process only when it has been given away once around.
+        let is_there = || Path::new(&format!("/proc/{}", self.pid)).exists();
+        while is_there() {
+            sleep(POLL).await;
+        }
+        let id = || self.id.clone();
+        if !Root::read(&self.state).is_some_and(|root| root.runs()) {
+            return Err(PodError::Ended { id: id() });
+        }
+        let client = Client::connect(socket, &self.namespace).await?;
+        let deadline = Instant::now() + START_MAX;
+        loop {
+            let task = client.task(&self.id).await?;
+            if task.is_some_and(|task| task.is_running) {
+                return Ok(());
+            }
+            if deadline < Instant::now() {
+                return Err(PodError::NotStarted { id: id() });
+            }
+            sleep(POLL).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_is_read_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(PodArrival::read(folder.path()).unwrap().is_none());
+        let arrival = PodArrival {
+            socket: "/s".into(),
+            place: Place {
+                pod: "u-1".to_owned(),
+                container: "web".to_owned(),
+            },
+            runtime: None,
+        };
+        arrival.write(folder.path()).unwrap();
+        let read = PodArrival::read(folder.path()).unwrap().unwrap();
+        assert_eq!(read.place, arrival.place);
+        fs::write(folder.path().join(FILE), "half").unwrap();
+        assert!(PodArrival::read(folder.path()).is_err());
+    }
+}

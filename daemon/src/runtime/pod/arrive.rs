@@ -1,0 +1,268 @@
+//! A pod at its target: Kubernetes makes it, with a sandbox, a network and volumes, and the runtime
+//! of its container waits until somebody says what that is restored from.
+
+use std::env;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use pageferry_containerd::{LOG, PodArrival, PodOrder, PodRuntime, SOCKET};
+use pageferry_oci::{Came, INSTALLED, Place, Places};
+use pageferry_proto::id::PodUid;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::container::{ContainerDescription, PodDescription};
+use pageferry_proto::wire::description::WorkloadDescription;
+use pageferry_sys::namespace::{self, NamespaceKind};
+
+use super::{ROOT, ask, engine_of};
+use crate::runtime::oci::arrive::{Leaves, Restore, check_node, check_spec, prepare_with};
+use crate::runtime::oci::binds::Binds;
+use crate::runtime::oci::read_config;
+use crate::runtime::oci::spec::Spec;
+use crate::runtime::oci::volumes::Named;
+use crate::runtime::rootfs::RootPlace;
+
+/// What stands for the runtime here: it tells the one that waits, and ends when the container runs.
+const PROGRAM: &str = "pageferry-containerd";
+
+/// A pod that comes.
+#[derive(Clone, Debug)]
+pub struct Arriving {
+    /// The source's.
+    uid: PodUid,
+    described: ContainerDescription,
+    pod: PodDescription,
+    /// The runtime of its container here, once that waits.
+    came: Option<(Place, Came)>,
+}
+
+/// What a pod has that waits for its container's contents.
+#[derive(Debug)]
+pub struct Waits {
+    /// The network that its sandbox has.
+    pub net: OwnedFd,
+    /// The UTS namespace of that, whose names CRIU overwrites.
+    pub uts: OwnedFd,
+    /// How soon the kernel is to kill it for memory.
+    pub oom_score_adj: Option<i32>,
+}
+
+impl Arriving {
+    /// Takes in hand what is offered.
+    pub fn begin(uid: &PodUid, description: &WorkloadDescription) -> Result<Self, Failure> {
+        let described = description.container.clone();
+        let pod = described.as_ref().and_then(|has| has.pod.clone());
+        let (Some(described), Some(pod)) = (described, pod) else {
+            let text = format!("the offer does not say what the container of pod {uid} is");
+            return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
+        };
+        Ok(Self {
+            uid: uid.clone(),
+            described,
+            pod,
+            came: None,
+        })
+    }
+
+    /// Compares what it needs with this node. Blocks.
+    pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
+        check_node(description)?;
+        let spec = Spec::parse(&self.described.config)?;
+        let (bundle, streams) = (Path::new(&self.described.bundle), &self.pod.streams);
+        let engine = engine_of(&spec, bundle, self.uid.as_str(), streams);
+        check_spec(&self.described, Some(&engine), &Named::of(description))?;
+        let program = beside(PROGRAM);
+        for (program, how) in [
+            (&*program, "install it with the daemon"),
+            (Path::new(INSTALLED), "run `pageferry setup containerd` there"),
+        ] {
+            if !program.is_file() {
+                let text = format!("the target has no {}: {how}", program.display());
+                return Err(Failure::new(ErrorCode::NodeUnfit, text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where what it has written comes to, if it writes.
+    pub fn root_place(&self) -> Result<Option<RootPlace>, Failure> {
+        let spec = Spec::parse(&self.described.config)?;
+        Ok(spec.is_writable().then_some(RootPlace::Overlay))
+    }
+
+    /// Where containerd has its root file system mounted, once its runtime waits.
+    pub fn overlay(&self) -> Option<PathBuf> {
+        let (_, came) = self.came.as_ref()?;
+        Some(came.bundle.join("rootfs"))
+    }
+
+    /// Says in `directory`, the migration's, that it comes as pod `uid`: what is refused from now on
+    /// is refused there.
+    pub fn expect(&self, uid: &PodUid, directory: &Path) -> Result<(), Failure> {
+        let arrival = PodArrival {
+            socket: SOCKET.into(),
+            place: self.place(uid),
+            runtime: None,
+        };
+        arrival.write(directory).map_err(|error| unfit(&error))
+    }
+
+    fn place(&self, uid: &PodUid) -> Place {
+        Place {
+            pod: uid.to_string(),
+            container: self.pod.container.to_string(),
+        }
+    }
+
+    /// Whether the runtime of its container in pod `uid` waits.
+    pub fn look(&mut self, uid: &PodUid) -> Result<bool, Failure> {
+        let place = self.place(uid);
+        let came = Places::of_node().came(&place);
+        self.came = came.map_err(|error| unfit(&error))?.map(|came| (place, came));
+        Ok(self.came.is_some())
+    }
+
+    /// Compares what waits with what comes. Blocks, while containerd answers.
+    pub fn check_waiting(&self) -> Result<Waits, Failure> {
+        let (place, came) = self.came()?;
+        let here = Spec::parse(&read_config(&came.bundle)?)?;
+        let there = Spec::parse(&self.described.config)?;
+        let differs = |what: String| {
+            let text = format!("the container {} of pod {} {what}", place.container, place.pod);
+            Failure::new(ErrorCode::FileDiffers, text)
+        };
+        let mut wanted = there.bound().map(|(_, destination)| destination);
+        let has = |destination: &Path| here.bound().any(|(_, has)| has == destination);
+        if let Some(missing) = wanted.find(|destination| !has(destination)) {
+            let missing = missing.display();
+            return Err(differs(format!("has nothing mounted at {missing}, where its source has")));
+        }
+        if here.is_writable() != there.is_writable() {
+            return Err(differs("has another readOnlyRootFilesystem than its source".to_owned()));
+        }
+        self.check_image(came, &differs)?;
+        let open = |name: &str, kind| {
+            let path = here.joins(name).ok_or_else(|| {
+                differs(format!("has a {name} namespace of its own, and none of a sandbox"))
+            })?;
+            let opened = namespace::open_bound(path, kind);
+            opened.map_err(|error| unfit(&format!("{}: {error}", path.display())))
+        };
+        Ok(Waits {
+            net: open("network", NamespaceKind::Net)?,
+            uts: open("uts", NamespaceKind::Uts)?,
+            oom_score_adj: here.oom_score_adj(),
+        })
+    }
+
+    fn check_image(&self, came: &Came, differs: &dyn Fn(String) -> Failure) -> Result<(), Failure> {
+        let id = came.id.clone();
+        let snapshot = ask(async |client| {
+            let Some(container) = client.container(&id).await? else {
+                return Ok(None);
+            };
+            client.snapshot(container.snapshot()).await
+        })?;
+        let (has, wanted) = (snapshot.map(|one| one.parent), &self.pod.snapshot_parent);
+        match has.as_ref() == Some(wanted) {
+            true => Ok(()),
+            false => Err(differs(format!(
+                "has another image than its source, which has {}: its layers are {} here, and \
+                 {wanted} there",
+                self.pod.image_digest,
+                has.unwrap_or_default()
+            ))),
+        }
+    }
+
+    fn came(&self) -> Result<&(Place, Came), Failure> {
+        self.came.as_ref().ok_or_else(|| {
+            Failure::new(
+                ErrorCode::RuntimeFailed,
+                "the container is not there that the pod is to go on in: nobody has said which pod \
+                 it comes as, or its runtime does not wait",
+            )
+        })
+    }
+
+    /// How the runtime is told. Makes what that needs in `directory`, which is the migration's.
+    pub fn restore(&self, directory: &Path) -> io::Result<Restore> {
+        let (place, came) = self.came().map_err(io::Error::other)?;
+        let state = Path::new(ROOT).join(&came.id);
+        let config = fs::read(came.bundle.join("config.json"))?;
+        let spec = Spec::parse(&config).map_err(io::Error::other)?;
+        let leaves = Leaves {
+            folder: state.clone(),
+            bound_in: state.clone(),
+            state: state.join("state.json"),
+            paths: Vec::new(),
+            volumes: Binds::look(&spec, &came.bundle)?,
+        };
+        let images = prepare_with(directory, &leaves, &self.pod.streams)?;
+        let migration = directory.file_name().unwrap_or_default();
+        let arrival = PodArrival {
+            socket: SOCKET.into(),
+            place: place.clone(),
+            runtime: Some(PodRuntime {
+                namespace: came.space.clone(),
+                id: came.id.clone(),
+                pid: came.pid,
+                state,
+                order: PodOrder {
+                    migration: migration.to_string_lossy().into_owned(),
+                    gate: directory.join("gate"),
+                    images,
+                    work: directory.to_owned(),
+                },
+            }),
+        };
+        arrival.write(directory)?;
+        Ok(Restore {
+            program: beside(PROGRAM),
+            is_engine: false,
+            arguments: vec![directory.to_string_lossy().into_owned()],
+            log: directory.join(LOG),
+            leaves,
+            // runc puts there what is to become CRIU.
+            cgroup_procs: Vec::new(),
+            cgroup: None,
+            undo: Vec::new(),
+            then: Vec::new(),
+        })
+    }
+}
+
+/// What has come into a migration's folder is about to run: its container is one like others from
+/// now on. Durable when this returns.
+pub fn mark(directory: &Path) -> Result<(), Failure> {
+    let arrival = PodArrival::read(directory).map_err(|error| unfit(&error))?;
+    arrival.map_or(Ok(()), |arrival| {
+        arrival.mark().map_err(|error| unfit(&error))
+    })
+}
+
+/// What was to come into a migration's folder does not: whoever waits for it, or comes later, is
+/// told so.
+pub fn refuse(directory: &Path) {
+    let refused = PodArrival::read(directory).and_then(|arrival| match arrival {
+        Some(arrival) => arrival.refuse("its migration was given up, and its source goes on"),
+        None => Ok(()),
+    });
+    if let Err(error) = refused {
+        tracing::error!(folder = %directory.display(), %error,
+            "whoever waits for what does not come is not told");
+    }
+}
+
+fn unfit(why: &dyn std::fmt::Display) -> Failure {
+    let text = format!("the container of the pod: {why}");
+    Failure::new(ErrorCode::NodeUnfit, text)
+}
+
+/// A program of ours, which is where this one is.
+fn beside(program: &str) -> PathBuf {
+    let own = env::current_exe().ok();
+    let folder = own.as_deref().and_then(Path::parent);
+    folder.unwrap_or(Path::new("/usr/bin")).join(program)
+}

@@ -1,0 +1,419 @@
+//! A pod of Kubernetes, named by its UID: the kubelet makes its containers, has them started again
+//! when they end, and ends them; containerd has them for it.
+//!
+//! What moves is the one container of the pod. The pod it comes as is another one, which Kubernetes
+//! makes at the target: with its sandbox, its network, and its volumes ([`arrive`]). At the source
+//! the pod's cgroup, which is above the container's, is frozen before the hand-off is decided, and
+//! never thawed again unless the container stays: the kubelet may kill what is in it, and start
+//! something, and nothing of that runs ([`evacuate`]).
+//!
+//! Invariants: from before the commit on nothing of the pod runs at the source; nothing of it is
+//! thawed in its cgroup afterwards; what is left is ended until the pod's cgroup is gone, whoever is
+//! restarted meanwhile.
+//!
+//! Absent, and refused by name: several containers, host namespaces, processes that containers
+//! share, volumes with contents of the pod's own, devices, terminals, an open input.
+
+pub mod arrive;
+pub mod evacuate;
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use criu_glue::options::DumpOptions;
+use criu_glue::rpc::{Conversation, SwrkConfig};
+use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerRoot};
+use pageferry_containerd::{Client, ClientError, Container, RUNTIME, SOCKET};
+use pageferry_oci::INSTALLED;
+use pageferry_proto::id::{ContainerId, PodUid};
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::container::PodDescription;
+use serde::{Deserialize, Serialize};
+
+use super::identity::Identity;
+use super::layer;
+use super::oci::Container as OfRuntime;
+use super::oci::checkpoint::{Checkpoint, CheckpointError};
+use super::oci::habits::Runtime;
+use super::oci::read_config;
+use super::oci::spec::{Engine, Spec};
+use super::process::describe::Described;
+use evacuate::Evacuation;
+
+/// The name space in which the kubelet has containerd keep them.
+const NAMESPACE: &str = "k8s.io";
+
+/// Where containerd has runc keep those.
+const ROOT: &str = "/run/containerd/runc/k8s.io";
+
+/// Labels that containerd puts on them.
+const POD_UID: &str = "io.kubernetes.pod.uid";
+const KIND: &str = "io.cri-containerd.kind";
+const CONTAINER_NAME: &str = "io.kubernetes.container.name";
+
+/// Kinds of volumes that the kubelet fills, with the same at both nodes.
+const FILLED: [&str; 4] = ["configmap", "downward-api", "projected", "secret"];
+
+/// Where the kubelet has the volumes of a pod, in its folder of it; the kind of one is behind this.
+const VOLUMES: &str = "volumes";
+const KIND_PREFIX: &str = "kubernetes.io~";
+
+/// How long the killed tasks of its container may take to be out of its cgroup.
+const END_MAX: Duration = Duration::from_secs(20);
+
+/// How often that is looked for.
+const END_POLL: Duration = Duration::from_millis(5);
+
+/// How long containerd may take to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// A pod at its source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pod {
+    uid: String,
+    /// What the pod calls its container.
+    name: String,
+    container: OfRuntime,
+    /// The container's standard streams.
+    streams: Vec<String>,
+    /// The process that keeps its sandbox, and when that was started.
+    keeper: Option<(i32, u64)>,
+}
+
+impl Pod {
+    /// The pod of this UID, if it runs here and can move. Blocks, while containerd answers.
+    pub fn find(uid: &PodUid) -> Result<Self, Failure> {
+        let wanted = uid.as_str();
+        let (running, keeper) = ask(async |client| {
+            let (mut running, mut keeper) = (Vec::new(), None);
+            for container in client.containers().await? {
+                let has = |label, value| container.labels().get(label).is_some_and(|l| l == value);
+                if !has(POD_UID, wanted) {
+                    continue;
+                }
+                let task = client.task(container.id()).await?;
+                let Some(task) = task.filter(|task| !task.is_stopped) else {
+                    continue;
+                };
+                if has(KIND, "sandbox") {
+                    keeper = i32::try_from(task.pid).ok();
+                } else {
+                    running.push(container);
+                }
+            }
+            Ok((running, keeper))
+        })?;
+        let [container] = &running[..] else {
+            return Err(match running.len() {
+                0 => Failure::new(
+                    ErrorCode::WorkloadGone,
+                    format!("no container of pod {wanted} runs here"),
+                ),
+                count => refused(
+                    uid,
+                    &format!("has {count} containers, and only those of one are moved yet"),
+                ),
+            });
+        };
+        check(container, uid)?;
+        let id: ContainerId = container.id().parse().map_err(|error| {
+            refused(uid, &format!("has a container that cannot be named: {error}"))
+        })?;
+        let (of_runtime, state) = OfRuntime::read_in((Runtime::Runc, Some(ROOT.into())), &id)?;
+        state.check_maker()?;
+        check_streams(&state.streams, uid)?;
+        let label = container.labels().get(CONTAINER_NAME).cloned();
+        Ok(Self {
+            uid: wanted.to_owned(),
+            name: label.unwrap_or_default(),
+            container: of_runtime,
+            streams: state.streams,
+            keeper: keeper.and_then(|pid| Some((pid, Identity::of(pid).ok()?.started))),
+        })
+    }
+
+    /// What its runtime has of its container.
+    pub const fn container(&self) -> &OfRuntime {
+        &self.container
+    }
+
+    /// What it is made of: the tree of `pids`, the root first. Blocks, for a few milliseconds if
+    /// its storage answers.
+    pub fn describe(&self, pids: &[i32], named: &[PathBuf]) -> Result<Described, Failure> {
+        let bundle = self.container.bundle();
+        let spec = Spec::parse(&read_config(bundle)?)?;
+        self.check_spec(&spec)?;
+        let engine = engine_of(&spec, bundle, &self.uid, &self.streams);
+        let layer = |spec: &Spec| layer::find(&spec.root(bundle), None);
+        let described = self
+            .container
+            .describe_with((pids, named), Some(&engine), layer);
+        let mut described = described?;
+        if let Some(container) = &mut described.description.container {
+            container.pod = Some(self.describe_image()?);
+        }
+        Ok(described)
+    }
+
+    fn describe_image(&self) -> Result<PodDescription, Failure> {
+        let id = self.container.id().to_owned();
+        let unfit = |text: String| Failure::new(ErrorCode::UnsupportedWorkload, text);
+        let (image, digest, snapshot) = ask(async |client| {
+            let Some(container) = client.container(&id).await? else {
+                return Ok((String::new(), None, None));
+            };
+            Ok((
+                container.image().to_owned(),
+                client.image(container.image()).await?,
+                client.snapshot(container.snapshot()).await?,
+            ))
+        })?;
+        let image_digest = digest.ok_or_else(|| {
+            unfit(format!(
+                "the image {image:?} of the container {} is not in containerd any more, so that \
+                 the target's cannot be compared with it",
+                self.name
+            ))
+        })?;
+        let snapshot = snapshot.filter(|snapshot| !snapshot.parent.is_empty());
+        let snapshot = snapshot.ok_or_else(|| {
+            unfit(format!(
+                "the root file system of {} is not a snapshot of an image",
+                self.name
+            ))
+        })?;
+        let container = self.name.parse();
+        Ok(PodDescription {
+            container: container.map_err(|_| unfit(format!("a container named {:?}", self.name)))?,
+            image_digest,
+            snapshot_parent: snapshot.parent,
+            streams: self.streams.clone(),
+        })
+    }
+
+    /// Refuses what of its container is not moved yet, beside what no container may have.
+    fn check_spec(&self, spec: &Spec) -> Result<(), Failure> {
+        let text = |text: &str| {
+            let text = format!("the container {} of pod {} {text}", self.name, self.uid);
+            Err(Failure::new(ErrorCode::UnsupportedWorkload, text))
+        };
+        if spec.has_devices() {
+            return text("has devices of the node, which are not moved");
+        }
+        for (source, destination) in spec.bound() {
+            let place = destination.display();
+            if let Some(kind) = volume_kind(source, &self.uid)
+                && !FILLED.contains(&kind)
+            {
+                return text(&format!(
+                    "has a volume of the kind {kind} at {place}, which is not moved yet"
+                ));
+            }
+            if destination == Path::new("/dev/shm") && !is_empty(source) {
+                return text(
+                    "has files in /dev/shm, which belong to its pod's sandbox and are not moved yet",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Has its runtime ask for a dump; as [`Checkpoint::start`].
+    pub async fn ask(
+        &self,
+        how: (SwrkConfig, DumpOptions),
+        stand_in: &Path,
+        directory: &Path,
+    ) -> Result<(Conversation, Checkpoint), CheckpointError> {
+        Checkpoint::start(&self.container, how, stand_in, directory).await
+    }
+
+    /// The pod's own cgroup, which is above `held`, the container's.
+    pub fn cgroup(&self, held: &Freezer) -> Option<Freezer> {
+        let above = held.path().parent()?;
+        let name = above.file_name()?.to_str()?;
+        // The kubelet has its UID in the name; systemd's slices have another spelling.
+        let is_pods = name.contains(&self.uid) || name.contains(&self.uid.replace('-', "_"));
+        is_pods.then(|| Freezer::at(above.to_owned()))
+    }
+
+    /// It runs elsewhere, and `held` holds its container: that is killed, and all else of the pod
+    /// ended in the background, until the kubelet has removed it.
+    pub fn end(&self, held: &Freezer, freezers: &FreezerRoot) -> Result<(), CgroupError> {
+        let cgroup = self.cgroup(held).filter(Freezer::exists);
+        // The kubelet has removed it.
+        let Some(cgroup) = cgroup else { return Ok(()) };
+        let failed = |source| CgroupError::Io {
+            action: "ending who is in",
+            path: cgroup.path().to_owned(),
+            source,
+        };
+        let ending = Evacuation::of((&self.uid, self.keeper), &cgroup, freezers).map_err(failed)?;
+        ending.note().map_err(failed)?;
+        let deadline = Instant::now() + END_MAX;
+        loop {
+            ending.once().map_err(failed)?;
+            if held.is_empty() {
+                break;
+            }
+            if deadline < Instant::now() {
+                return Err(failed(io::ErrorKind::TimedOut.into()));
+            }
+            thread::sleep(END_POLL);
+        }
+        ending.go_on();
+        Ok(())
+    }
+}
+
+/// What the kubelet and containerd have made of a pod's container, by `spec` in `bundle`.
+fn engine_of(spec: &Spec, bundle: &Path, uid: &str, streams: &[String]) -> Engine {
+    let inodes = streams.iter();
+    let inodes = inodes.filter_map(|name| name.strip_prefix("pipe:[")?.strip_suffix(']'));
+    let sources = spec.bound().map(|(source, _)| bundle.join(source));
+    Engine {
+        manager: "",
+        folders: sources.filter(|source| is_made(source, uid)).collect(),
+        pipes: inodes.filter_map(|inode| inode.parse().ok()).collect(),
+        has_image: true,
+        is_sandboxed: true,
+    }
+}
+
+/// Whether something that is bound is the kubelet's, of this pod, or of its sandbox.
+fn is_made(source: &Path, uid: &str) -> bool {
+    folder_of(source, "pods", uid) || is_sandboxes(source)
+}
+
+/// Whether a path leads through `folder` and something in it of this name.
+fn folder_of(path: &Path, folder: &str, name: &str) -> bool {
+    let parts: Vec<&str> = parts(path);
+    parts.windows(2).any(|pair| pair == [folder, name])
+}
+
+/// Whether it is of a sandbox of containerd.
+fn is_sandboxes(path: &Path) -> bool {
+    let parts = parts(path);
+    let engine = parts.iter().any(|part| part.starts_with("io.containerd.grpc.v1.cri"));
+    engine && parts.contains(&"sandboxes")
+}
+
+fn parts(path: &Path) -> Vec<&str> {
+    let parts = path.components().filter_map(|part| match part {
+        Component::Normal(part) => part.to_str(),
+        _ => None,
+    });
+    parts.collect()
+}
+
+/// The kind of volume of pod `uid` that something is, if it is one.
+fn volume_kind<'a>(source: &'a Path, uid: &str) -> Option<&'a str> {
+    let parts = parts(source);
+    let at = parts.windows(2).position(|pair| pair == ["pods", uid])?;
+    let mut behind = parts.get(at + 2..)?.iter();
+    let is_volume = behind.next()?.starts_with(VOLUMES);
+    let kind = behind.next().filter(|_| is_volume)?;
+    Some(kind.strip_prefix(KIND_PREFIX).unwrap_or(kind))
+}
+
+fn is_empty(folder: &Path) -> bool {
+    fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+/// Refuses a container of a pod that is run as none is moved.
+fn check(container: &Container, uid: &PodUid) -> Result<(), Failure> {
+    if container.runtime() != RUNTIME {
+        let runtime = container.runtime();
+        let text = format!("has the runtime {runtime}, and only those of {RUNTIME} are moved");
+        return Err(refused(uid, &text));
+    }
+    let program = container.program();
+    let is_runc = program.is_empty() || Path::new(&program).ends_with("runc");
+    if !is_runc && program != INSTALLED {
+        return Err(refused(uid, &format!("is run by {program}, and not by runc")));
+    }
+    match container.root().is_empty() {
+        true => Ok(()),
+        false => Err(refused(
+            uid,
+            &format!("is kept by its runtime in {}", container.root()),
+        )),
+    }
+}
+
+/// Refuses standard streams that containerd does not make again.
+fn check_streams(streams: &[String], uid: &PodUid) -> Result<(), Failure> {
+    let unfit = |text: &str| {
+        let text = format!("the container of pod {uid} {text}");
+        Err(Failure::new(ErrorCode::StdioUnfit, text))
+    };
+    if streams.first().is_some_and(|input| input != "/dev/null") {
+        return unfit("has its input held open (stdin), which is not moved yet");
+    }
+    let known = |name: &&String| *name == "/dev/null" || name.starts_with("pipe:[");
+    match streams.iter().find(|name| !known(name)) {
+        Some(other) => unfit(&format!("was started with {other} for a standard stream")),
+        None => Ok(()),
+    }
+}
+
+fn refused(uid: &PodUid, text: &str) -> Failure {
+    let text = format!("pod {uid} {text}");
+    Failure::new(ErrorCode::UnsupportedWorkload, text)
+}
+
+fn ask<T: Send>(
+    work: impl AsyncFnOnce(Client) -> Result<T, ClientError> + Send,
+) -> Result<T, Failure> {
+    let asked = pageferry_containerd::with((SOCKET.as_ref(), NAMESPACE), ANSWER_MAX, work);
+    asked.map_err(|error| Failure::new(ErrorCode::RuntimeFailed, error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UID: &str = "0b6ab9a8-5f4e-4b6c-9a3e-2f6f3a0c1d2e";
+
+    #[test]
+    fn what_the_kubelet_binds_is_of_this_pod_or_its_sandbox() {
+        let kubelet = format!("/var/lib/kubelet/pods/{UID}");
+        for made in [
+            format!("{kubelet}/etc-hosts"),
+            format!("{kubelet}/volumes/kubernetes.io~projected/token"),
+            "/var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes/0a/resolv.conf".to_owned(),
+            "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/0a/shm".to_owned(),
+        ] {
+            assert!(is_made(Path::new(&made), UID), "{made}");
+        }
+        for other in ["/srv/data", "/var/lib/kubelet/pods/other/etc-hosts", "/sandboxes/0a"] {
+            assert!(!is_made(Path::new(other), UID), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_volume_is_known_by_its_kind() {
+        let kind = |rest: &str| {
+            let path = format!("/var/lib/kubelet/pods/{UID}/{rest}");
+            volume_kind(Path::new(&path), UID).map(str::to_owned)
+        };
+        assert_eq!(kind("volumes/kubernetes.io~empty-dir/d").unwrap(), "empty-dir");
+        let sub_path = kind("volume-subpaths/config/web/0");
+        assert_eq!(sub_path.unwrap(), "config");
+        assert_eq!(kind("etc-hosts"), None);
+        assert_eq!(volume_kind(Path::new("/srv/data"), UID), None);
+    }
+
+    #[test]
+    fn an_input_that_is_held_open_is_refused() {
+        let uid: PodUid = UID.parse().unwrap();
+        let check = |streams: [&str; 3]| check_streams(&streams.map(str::to_owned), &uid);
+        check(["/dev/null", "pipe:[7]", "pipe:[8]"]).unwrap();
+        let input = check(["pipe:[6]", "pipe:[7]", "pipe:[8]"]).unwrap_err();
+        assert!(input.text().contains("stdin"), "{input}");
+        assert!(check(["/dev/null", "/tmp/log", "pipe:[8]"]).is_err());
+    }
+}
