@@ -21,8 +21,8 @@ mod pod;
 
 pub use arrival::{Arrival, ArrivalError, Held};
 pub use blocking::{block_on, with};
-pub use pod::{PodArrival, PodError, PodOrder, PodRuntime};
 pub use client::{Client, ClientError, Container, Snapshot, Task};
+pub use pod::{PodArrival, PodError, PodOrder, PodRuntime};
 
 /// Where containerd listens unless it is told otherwise.
 pub const SOCKET: &str = "/run/containerd/containerd.sock";

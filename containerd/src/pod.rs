@@ -1,5 +1,5 @@
-//! A container of a pod that comes: Kubernetes makes it, and its runtime, which waits, is told what to
-//! restore.
+//! A container of a pod that comes: Kubernetes makes it, and its runtime, which waits, is told what
+//! to restore.
 //!
 //! ```text
 //! order ─► (the runtime that waits) ─► restore ─► … ─► containerd says that it runs; no order

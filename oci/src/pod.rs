@@ -1,8 +1,8 @@
 //! Containers of pods that are the destinations of migrations.
 //!
 //! Kubernetes has such a container created when it likes, by an id that nobody has foreseen. So the
-//! program says first that it has come, and waits; whoever expects the pod finds it by the pod's UID
-//! and the container's name in it, and writes the order by its id.
+//! program says first that it has come, and waits; whoever expects the pod finds it by the pod's
+//! UID and the container's name in it, and writes the order by its id.
 //!
 //! ```text
 //! create: came/UID/NAME, locked ──► order, by id ──► restore
@@ -12,8 +12,8 @@
 //! ```
 //!
 //! Invariants: a pod that is the destination of a migration has its container created once by a
-//! restore, and by the runtime only after that: never beside its source. The mark of that outlives a
-//! reboot, and is on disk before the container runs. A refusal stays until a reboot, after which
+//! restore, and by the runtime only after that: never beside its source. The mark of that outlives
+//! a reboot, and is on disk before the container runs. A refusal stays until a reboot, after which
 //! nobody says anything any more, which is a failure too.
 
 use std::collections::BTreeMap;
@@ -74,8 +74,8 @@ struct Annotated {
 }
 
 impl Place {
-    /// The place of the container that is configured by `config`, a `config.json`, if its pod is the
-    /// destination of a migration.
+    /// The place of the container that is configured by `config`, a `config.json`, if its pod is
+    /// the destination of a migration.
     ///
     /// # Errors
     /// What such a configuration lacks.
@@ -88,7 +88,8 @@ impl Place {
         if value(MIGRATION).is_empty() || value(CONTAINER_TYPE) != "container" {
             return Ok(None);
         }
-        let named = |name: &str| match Path::new(value(name)).file_name() == Some(value(name).as_ref())
+        let named = |name: &str| match Path::new(value(name)).file_name()
+            == Some(value(name).as_ref())
         {
             true => Ok(value(name).to_owned()),
             false => Err(format!(
@@ -207,7 +208,9 @@ fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     // The names of folders that were just made, too.
     let above = path.ancestors().skip(1).take(SYNCED);
     let folders = above.filter(|folder| **folder != *OsStr::new(""));
-    folders.into_iter().try_for_each(|folder| File::open(folder)?.sync_all())
+    folders
+        .into_iter()
+        .try_for_each(|folder| File::open(folder)?.sync_all())
 }
 
 /// Folders above a file that may have been made for it.
@@ -232,7 +235,9 @@ mod tests {
             (SANDBOX_UID, "u-1"),
         ];
         let all: BTreeMap<_, _> = usual.iter().chain(changes).copied().collect();
-        serde_json::json!({"annotations": all}).to_string().into_bytes()
+        serde_json::json!({"annotations": all})
+            .to_string()
+            .into_bytes()
     }
 
     #[test]

@@ -58,12 +58,9 @@ impl JoinedNetwork {
     }
 
     /// The network of a pod's sandbox, whose links are attached already: their other ends are
-    /// detached, until it is known that the workload runs there. Each of `links` has one by its name
-    /// with the same addresses; how large their networks are may differ, and so may routes.
-    pub async fn in_sandbox(
-        net: &impl AsFd,
-        links: &[LinkDescription],
-    ) -> Result<Self, LinkError> {
+    /// detached, until it is known that the workload runs there. Each of `links` has one by its
+    /// name with the same addresses; how large their networks are may differ, and so may routes.
+    pub async fn in_sandbox(net: &impl AsFd, links: &[LinkDescription]) -> Result<Self, LinkError> {
         let found = describe(net).await?;
         for wanted in links {
             let name = &wanted.name;

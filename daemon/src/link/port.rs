@@ -244,10 +244,13 @@ pub(super) async fn mac_of(netlink: &Netlink, name: &str) -> Result<[u8; 6], Lin
     let index = index_of(netlink, name).await?;
     let found = find(netlink, index).await?;
     let mac = found.and_then(|message| {
-        message.attributes.iter().find_map(|attribute| match attribute {
-            LinkAttribute::Address(mac) => mac.as_slice().try_into().ok(),
-            _ => None,
-        })
+        message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::Address(mac) => mac.as_slice().try_into().ok(),
+                _ => None,
+            })
     });
     mac.ok_or_else(|| LinkError::Unfit(format!("link {name} is not an Ethernet link")))
 }

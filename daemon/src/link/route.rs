@@ -52,11 +52,7 @@ pub async fn lead_away(network: &Network, peer: IpAddr) -> Result<(), LinkError>
 }
 
 /// Tells the neighbours on a bridge that this node answers for addresses.
-async fn answer_for(
-    node: &Netlink,
-    bridge: &str,
-    addresses: &[IpAddr],
-) -> Result<(), LinkError> {
+async fn answer_for(node: &Netlink, bridge: &str, addresses: &[IpAddr]) -> Result<(), LinkError> {
     let io = |source| LinkError::Io {
         action: "opening the node's own network",
         source,
@@ -106,7 +102,10 @@ fn answer_on(bridge: &str) {
     let tunables = [
         (format!("/proc/sys/net/ipv4/conf/{bridge}/proxy_arp"), "1"),
         // Others wait for up to 0.8 s, in case somebody else answers.
-        (format!("/proc/sys/net/ipv4/neigh/{bridge}/proxy_delay"), "0"),
+        (
+            format!("/proc/sys/net/ipv4/neigh/{bridge}/proxy_delay"),
+            "0",
+        ),
     ];
     for (path, value) in tunables {
         if let Err(error) = fs::write(&path, value) {

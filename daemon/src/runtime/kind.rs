@@ -160,7 +160,9 @@ impl Kind {
     /// Folders of its engine that it has for its own, and that travel with it.
     pub fn folders(&self) -> Vec<PathBuf> {
         match self {
-            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Pod(_) => Vec::new(),
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Pod(_) => {
+                Vec::new()
+            }
             Self::Podman(container) => container.folders(),
         }
     }
@@ -241,8 +243,8 @@ impl Kind {
         }
     }
 
-    /// The cgroup above `held`, its own, that others start things in: it is frozen for good when the
-    /// workload is given away.
+    /// The cgroup above `held`, its own, that others start things in: it is frozen for good when
+    /// the workload is given away.
     pub fn around(&self, held: &Freezer) -> Option<Freezer> {
         match self {
             Self::Pod(pod) => pod.cgroup(held),

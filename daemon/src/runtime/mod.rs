@@ -2,16 +2,14 @@
 //!
 //! Kinds are [`kind`]: the bare process tree ([`process`]) and a container of an OCI runtime
 //! ([`oci`]), or of an engine over one ([`containerd`], [`podman`]), or a pod ([`pod`]); which
-//! process a pid means is [`identity`]. Its cgroups are those of `pageferry-cgroup`, its processor [`cpu`], its limits [`limits`], and what
-//! memory is left for it says [`memory`]. The files it stands on are [`files`], what it has locked
-//! of them [`locks`], those that both nodes share [`shared`], and [`mounts`] are those of a
-//! namespace of its own.
-//! States in which it cannot be dumped for a moment are [`passing`], and connections that would be
-//! torn apart [`loopback`]. Root file systems that travel are [`rootfs`], those
-//! of engines [`layer`].
-//! Objects of the kernel that its processes share are [`ipc`]. What may
-//! hang is done [`detached`].
-//! Nothing here knows the links or the pages.
+//! process a pid means is [`identity`]. Its cgroups are those of `pageferry-cgroup`, its processor
+//! [`cpu`], its limits [`limits`], and what memory is left for it says [`memory`]. The files it
+//! stands on are [`files`], what it has locked of them [`locks`], those that both nodes share
+//! [`shared`], and [`mounts`] are those of a namespace of its own. States in which it cannot be
+//! dumped for a moment are [`passing`], and connections that would be torn apart [`loopback`]. Root
+//! file systems that travel are [`rootfs`], those of engines [`layer`]. Objects of the kernel that
+//! its processes share are [`ipc`]. What may hang is done [`detached`]. Nothing here knows the
+//! links or the pages.
 
 pub mod build_id;
 pub mod containerd;

@@ -36,9 +36,9 @@ use crate::wire::code::Failure;
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 use crate::wire::description::WorkloadDescription;
 use crate::wire::version::Version;
+pub use hold::HOLD_PACE;
 use hold::Hold;
 use state::{Copying, Finishing, Link, State, Step, Timer};
-pub use hold::HOLD_PACE;
 pub use unlock::UNLOCK_TRIES_MAX;
 pub use wait::{Wait, Waiting};
 

@@ -95,7 +95,9 @@ impl World {
                 }
                 return Ok(());
             }
-            SourceAction::SendRound { round, folders: _ } => SourceJob::Send(self.sending(round, None)),
+            SourceAction::SendRound { round, folders: _ } => {
+                SourceJob::Send(self.sending(round, None))
+            }
             SourceAction::Thaw { untrack } => self.thaw_at_source(untrack)?,
             SourceAction::Track => {
                 self.source.memory.restart();

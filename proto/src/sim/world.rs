@@ -318,7 +318,10 @@ impl World {
         let phase = |status: Option<Status>| status.map(|status| status.phase);
         let source = phase(self.status(Side::Source));
         let target = phase(self.status(Side::Target));
-        if self.status(Side::Source).is_some_and(|status| status.holding) {
+        if self
+            .status(Side::Source)
+            .is_some_and(|status| status.holding)
+        {
             self.trace.push("proceed".to_owned());
             self.proceed();
             return true;

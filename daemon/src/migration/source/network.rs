@@ -55,8 +55,8 @@ impl Network {
         }
     }
 
-    /// It runs at the target, which is met at `peer`: of a pod, this node's neighbours still look for
-    /// its addresses here, and are led there. Not done, they are found by others alone.
+    /// It runs at the target, which is met at `peer`: of a pod, this node's neighbours still look
+    /// for its addresses here, and are led there. Not done, they are found by others alone.
     pub(super) async fn lead_away(&self, workload: &Workload, peer: Option<IpAddr>) {
         let Kind::Pod(_) = &workload.kind else { return };
         let led = async {
@@ -76,8 +76,10 @@ impl Network {
             Ok(Ok(())) => {}
             Ok(Err(failure)) => tracing::warn!(root = workload.root(), %failure,
                 "this node does not lead to the addresses of a pod that has moved"),
-            Err(_) => tracing::warn!(root = workload.root(),
-                "the kernel takes no routes to a pod that has moved"),
+            Err(_) => tracing::warn!(
+                root = workload.root(),
+                "the kernel takes no routes to a pod that has moved"
+            ),
         }
     }
 }

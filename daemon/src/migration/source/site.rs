@@ -178,7 +178,8 @@ impl Site {
         self.dumping.begin(&self.workload)
     }
 
-    /// Sends what is pending, of folders that travel too if they are to, and finds what became dirty meanwhile.
+    /// Sends what is pending, of folders that travel too if they are to, and finds what became
+    /// dirty meanwhile.
     pub async fn round(&mut self, round: Round, folders: bool) -> Result<RoundReport, Failure> {
         let began = Instant::now();
         if !self.tracking.is_pending() {

@@ -261,8 +261,12 @@ impl Workload {
         let around = self.kind.around(&self.freezer).filter(Freezer::exists);
         let Some(around) = around else { return Ok(()) };
         if let Some(pid) = block_in_place(|| ending(&self.pids().unwrap_or_default())) {
-            tracing::warn!(root = self.root(), pid, "the kubelet has asked it to end while it stood \
-                still: it does not go on as it was");
+            tracing::warn!(
+                root = self.root(),
+                pid,
+                "the kubelet has asked it to end while it stood \
+                still: it does not go on as it was"
+            );
         }
         block_in_place(|| around.thaw()).map_err(|error| freeze_failed(&error))
     }
@@ -352,7 +356,9 @@ fn ending(pids: &[i32]) -> Option<i32> {
     let told = |pid: &i32| {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let pending = status.lines().filter_map(|line| {
-            let set = line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:"))?;
+            let set = line
+                .strip_prefix("SigPnd:")
+                .or(line.strip_prefix("ShdPnd:"))?;
             u64::from_str_radix(set.trim(), 16).ok()
         });
         let set = pending.fold(0, |all, set| all | set);

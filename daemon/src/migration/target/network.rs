@@ -104,7 +104,9 @@ impl Network {
         links: &[LinkDescription],
     ) -> Result<Self, Failure> {
         let joined = JoinedNetwork::in_sandbox(net, links).await;
-        joined.map(Self::Sandbox).map_err(|error| network_unfit(&error))
+        joined
+            .map(Self::Sandbox)
+            .map_err(|error| network_unfit(&error))
     }
 
     /// What a dead daemon has left.

@@ -7,6 +7,7 @@
 //! the workload has outlived it.
 
 mod files;
+mod network;
 mod pod;
 mod run;
 mod undo;
@@ -27,7 +28,7 @@ use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
-use pageferry_proto::wire::description::{LinkDescription, MountDescription, Namespaces};
+use pageferry_proto::wire::description::MountDescription;
 use pageferry_proto::wire::needs::ResourceLimits;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
@@ -339,35 +340,6 @@ impl Site {
         self.state()
     }
 
-    /// Makes the workload's network, if it has one of its own, or joins what was made for it.
-    async fn prepare_network(&mut self, offer: &Offer) -> Result<(), Failure> {
-        let description = &offer.description;
-        if !description.own_namespaces.contains(Namespaces::NET) {
-            return match &offer.network {
-                None => Ok(()),
-                Some(name) => Err(Failure::new(
-                    ErrorCode::NetworkUnfit,
-                    format!("the workload has no network of its own that could be {name}"),
-                )),
-            };
-        }
-        let bridge = self.bridge(&description.links)?;
-        if let Some(name) = &offer.network {
-            let (network, net) = Network::join(name, description, &bridge).await?;
-            self.network = Some(network);
-            self.namespaces.push((NamespaceKind::Net, net));
-            return Ok(());
-        }
-        // What is begun is known from here on: it may be cut off.
-        self.network = Some(Network::begun(self.id, description, &bridge));
-        let net = self
-            .namespace(NamespaceKind::Net)
-            .ok_or_else(|| Failure::new(ErrorCode::Internal, "no network namespace was made"))?;
-        let made = Network::make(self.id, description, &bridge, net).await?;
-        self.network = Some(made);
-        Ok(())
-    }
-
     /// Sets limits of the workload, of which those of processes and processor time hold only when
     /// it is restored. Returns the cgroups that they are set on.
     fn limit(&self, stage: Stage) -> Result<Vec<PathBuf>, Failure> {
@@ -542,18 +514,6 @@ impl Site {
             .iter()
             .find(|(found, _)| *found == kind)
             .map(|(_, fd)| fd)
-    }
-
-    fn bridge(&self, links: &[LinkDescription]) -> Result<String, Failure> {
-        if links.is_empty() {
-            return Ok(String::new());
-        }
-        self.node.bridge.clone().ok_or_else(|| {
-            Failure::new(
-                ErrorCode::NetworkUnfit,
-                "the workload has network links, and the target has no bridge configured",
-            )
-        })
     }
 
     fn state(&self) -> Result<DriverState, Failure> {

@@ -43,7 +43,10 @@ const TASKS: &str = "/run/containerd/io.containerd.runtime.v2.task";
 /// Namespaces of those who start their containers again, and what they are.
 const OTHERS: [(&str, &str); 2] = [
     ("moby", "Docker, who would start them again"),
-    ("k8s.io", "pods of Kubernetes: move the whole pod, as pod/UID"),
+    (
+        "k8s.io",
+        "pods of Kubernetes: move the whole pod, as pod/UID",
+    ),
 ];
 
 /// How long containerd may take to answer.

@@ -75,7 +75,10 @@ impl Arriving {
         let program = beside(PROGRAM);
         for (program, how) in [
             (&*program, "install it with the daemon"),
-            (Path::new(INSTALLED), "run `pageferry setup containerd` there"),
+            (
+                Path::new(INSTALLED),
+                "run `pageferry setup containerd` there",
+            ),
         ] {
             if !program.is_file() {
                 let text = format!("the target has no {}: {how}", program.display());
@@ -97,8 +100,8 @@ impl Arriving {
         Some(came.bundle.join("rootfs"))
     }
 
-    /// Says in `directory`, the migration's, that it comes as pod `uid`: what is refused from now on
-    /// is refused there.
+    /// Says in `directory`, the migration's, that it comes as pod `uid`: what is refused from now
+    /// on is refused there.
     pub fn expect(&self, uid: &PodUid, directory: &Path) -> Result<(), Failure> {
         let arrival = PodArrival {
             socket: SOCKET.into(),
@@ -119,7 +122,9 @@ impl Arriving {
     pub fn look(&mut self, uid: &PodUid) -> Result<bool, Failure> {
         let place = self.place(uid);
         let came = Places::of_node().came(&place);
-        self.came = came.map_err(|error| unfit(&error))?.map(|came| (place, came));
+        self.came = came
+            .map_err(|error| unfit(&error))?
+            .map(|came| (place, came));
         Ok(self.came.is_some())
     }
 
@@ -129,22 +134,31 @@ impl Arriving {
         let here = Spec::parse(&read_config(&came.bundle)?)?;
         let there = Spec::parse(&self.described.config)?;
         let differs = |what: String| {
-            let text = format!("the container {} of pod {} {what}", place.container, place.pod);
+            let text = format!(
+                "the container {} of pod {} {what}",
+                place.container, place.pod
+            );
             Failure::new(ErrorCode::FileDiffers, text)
         };
         let mut wanted = there.bound().map(|(_, destination)| destination);
         let has = |destination: &Path| here.bound().any(|(_, has)| has == destination);
         if let Some(missing) = wanted.find(|destination| !has(destination)) {
             let missing = missing.display();
-            return Err(differs(format!("has nothing mounted at {missing}, where its source has")));
+            return Err(differs(format!(
+                "has nothing mounted at {missing}, where its source has"
+            )));
         }
         if here.is_writable() != there.is_writable() {
-            return Err(differs("has another readOnlyRootFilesystem than its source".to_owned()));
+            return Err(differs(
+                "has another readOnlyRootFilesystem than its source".to_owned(),
+            ));
         }
         self.check_image(came, &differs)?;
         let open = |name: &str, kind| {
             let path = here.joins(name).ok_or_else(|| {
-                differs(format!("has a {name} namespace of its own, and none of a sandbox"))
+                differs(format!(
+                    "has a {name} namespace of its own, and none of a sandbox"
+                ))
             })?;
             let opened = namespace::open_bound(path, kind);
             opened.map_err(|error| unfit(&format!("{}: {error}", path.display())))

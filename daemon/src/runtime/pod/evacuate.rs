@@ -143,11 +143,15 @@ impl Evacuation {
 
     fn is_keeper(&self, pid: i32) -> bool {
         let started = || Identity::of(pid).ok().map(|now| now.started);
-        self.keeper.is_some_and(|(keeper, then)| keeper == pid && started() == Some(then))
+        self.keeper
+            .is_some_and(|(keeper, then)| keeper == pid && started() == Some(then))
     }
 
     fn end(&self) {
-        tracing::info!(pod = self.uid, "nothing is left of a pod that runs elsewhere");
+        tracing::info!(
+            pod = self.uid,
+            "nothing is left of a pod that runs elsewhere"
+        );
         let removed = Freezer::at(self.place.clone()).remove();
         if let Err(error) = removed {
             tracing::warn!(pod = self.uid, %error, "a cgroup is left");
@@ -183,7 +187,9 @@ fn below(folder: &Path) -> io::Result<Vec<PathBuf>> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             entries => entries?,
         };
-        let folders = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|t| t.is_dir()));
+        let folders = entries
+            .flatten()
+            .filter(|entry| entry.file_type().is_ok_and(|t| t.is_dir()));
         all.extend(folders.map(|entry| entry.path()));
     }
     Ok(all)

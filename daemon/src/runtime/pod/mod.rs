@@ -8,8 +8,8 @@
 //! something, and nothing of that runs ([`evacuate`]).
 //!
 //! Invariants: from before the commit on nothing of the pod runs at the source; nothing of it is
-//! thawed in its cgroup afterwards; what is left is ended until the pod's cgroup is gone, whoever is
-//! restarted meanwhile.
+//! thawed in its cgroup afterwards; what is left is ended until the pod's cgroup is gone, whoever
+//! is restarted meanwhile.
 //!
 //! Absent, and refused by name: several containers, host namespaces, processes that containers
 //! share, volumes with contents of the pod's own, devices, terminals, an open input.
@@ -120,7 +120,10 @@ impl Pod {
         };
         check(container, uid)?;
         let id: ContainerId = container.id().parse().map_err(|error| {
-            refused(uid, &format!("has a container that cannot be named: {error}"))
+            refused(
+                uid,
+                &format!("has a container that cannot be named: {error}"),
+            )
         })?;
         let (of_runtime, state) = OfRuntime::read_in((Runtime::Runc, Some(ROOT.into())), &id)?;
         state.check_maker()?;
@@ -187,7 +190,8 @@ impl Pod {
         })?;
         let container = self.name.parse();
         Ok(PodDescription {
-            container: container.map_err(|_| unfit(format!("a container named {:?}", self.name)))?,
+            container: container
+                .map_err(|_| unfit(format!("a container named {:?}", self.name)))?,
             image_digest,
             snapshot_parent: snapshot.parent,
             streams: self.streams.clone(),
@@ -214,7 +218,7 @@ impl Pod {
             }
             if destination == Path::new("/dev/shm") && !is_empty(source) {
                 return text(
-                    "has files in /dev/shm, which belong to its pod's sandbox and are not moved yet",
+                    "has files in /dev/shm, which are its sandbox's and are not moved yet",
                 );
             }
         }
@@ -297,7 +301,9 @@ fn folder_of(path: &Path, folder: &str, name: &str) -> bool {
 /// Whether it is of a sandbox of containerd.
 fn is_sandboxes(path: &Path) -> bool {
     let parts = parts(path);
-    let engine = parts.iter().any(|part| part.starts_with("io.containerd.grpc.v1.cri"));
+    let engine = parts
+        .iter()
+        .any(|part| part.starts_with("io.containerd.grpc.v1.cri"));
     engine && parts.contains(&"sandboxes")
 }
 
@@ -333,7 +339,10 @@ fn check(container: &Container, uid: &PodUid) -> Result<(), Failure> {
     let program = container.program();
     let is_runc = program.is_empty() || Path::new(&program).ends_with("runc");
     if !is_runc && program != INSTALLED {
-        return Err(refused(uid, &format!("is run by {program}, and not by runc")));
+        return Err(refused(
+            uid,
+            &format!("is run by {program}, and not by runc"),
+        ));
     }
     match container.root().is_empty() {
         true => Ok(()),
@@ -389,7 +398,11 @@ mod tests {
         ] {
             assert!(is_made(Path::new(&made), UID), "{made}");
         }
-        for other in ["/srv/data", "/var/lib/kubelet/pods/other/etc-hosts", "/sandboxes/0a"] {
+        for other in [
+            "/srv/data",
+            "/var/lib/kubelet/pods/other/etc-hosts",
+            "/sandboxes/0a",
+        ] {
             assert!(!is_made(Path::new(other), UID), "{other}");
         }
     }
@@ -400,7 +413,10 @@ mod tests {
             let path = format!("/var/lib/kubelet/pods/{UID}/{rest}");
             volume_kind(Path::new(&path), UID).map(str::to_owned)
         };
-        assert_eq!(kind("volumes/kubernetes.io~empty-dir/d").unwrap(), "empty-dir");
+        assert_eq!(
+            kind("volumes/kubernetes.io~empty-dir/d").unwrap(),
+            "empty-dir"
+        );
         let sub_path = kind("volume-subpaths/config/web/0");
         assert_eq!(sub_path.unwrap(), "config");
         assert_eq!(kind("etc-hosts"), None);

@@ -401,19 +401,17 @@ impl SourceMachine {
                 self.abort_with(ErrorCode::Timeout, &text);
             }
             Timer::Frozen => self.frozen_too_long(now),
-            Timer::Pause => {
-                match self.state.step() {
-                    Some(Step::Retrying(retrying)) => {
-                        retrying.rested = true;
-                        self.continue_after_retry();
-                    }
-                    Some(Step::Holding { next }) => {
-                        let next = *next;
-                        self.send_round(next);
-                    }
-                    _ => {}
+            Timer::Pause => match self.state.step() {
+                Some(Step::Retrying(retrying)) => {
+                    retrying.rested = true;
+                    self.continue_after_retry();
                 }
-            }
+                Some(Step::Holding { next }) => {
+                    let next = *next;
+                    self.send_round(next);
+                }
+                _ => {}
+            },
             Timer::Resend | Timer::Redial => self.speak(now),
             Timer::Retry => self.again(),
             Timer::Silence => self.fence_wanted = true,

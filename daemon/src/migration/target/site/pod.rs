@@ -1,7 +1,8 @@
 //! The place of a pod: Kubernetes makes it, and until then nothing is here but what has come.
 //!
 //! Invariants: nothing is restored before the runtime of the pod's container waits, and what waits
-//! is what comes needs; from then on until [`Site::let_go`] nobody reaches the pod's addresses here.
+//! is what comes needs; from then on until [`Site::let_go`] nobody reaches the pod's addresses
+//! here.
 
 use std::fs;
 use std::time::Duration;
