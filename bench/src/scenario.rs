@@ -4,6 +4,7 @@
 //! that went wrong in the workload or for a client is a *failure* in the report; an error is the
 //! lab's own trouble, and ends up there too.
 
+mod annotated;
 pub mod apps;
 pub mod baseline;
 pub mod by_hand;

@@ -31,6 +31,8 @@ pub struct Adopt {
 pub struct Named {
     pub name: String,
     pub id: String,
+    /// With it goes a pod that was made for it and that nobody has taken over.
+    pub owner: Option<OwnerReference>,
 }
 
 /// The pod that comes in place of `source`. `selector` is that of the owner that counts it.
@@ -53,7 +55,7 @@ pub fn make(
         add(KEEP_ADDRESS, address);
     }
     let owners = source.metadata.owner_references.clone().unwrap_or_default();
-    let (counting, others): (Vec<_>, Vec<_>) = owners
+    let (counting, mut others): (Vec<_>, Vec<_>) = owners
         .into_iter()
         .partition(|owner| owner.controller == Some(true));
     if migration.name.len() <= LABEL_MAX {
@@ -68,6 +70,7 @@ pub fn make(
         };
         add(ADOPT, serde_json::to_string(&adopt).unwrap_or_default());
     }
+    others.extend(migration.owner.clone());
     Pod {
         metadata: ObjectMeta {
             name: Some(name.to_owned()),
@@ -179,6 +182,7 @@ mod tests {
         Named {
             name: "web-1".to_owned(),
             id: "id".to_owned(),
+            owner: None,
         }
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{ContainerStatus, Node, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, Time};
-use kube::ResourceExt;
+use kube::{Resource, ResourceExt};
 use kube::core::{Selector, SelectorExt};
 
 use crate::eligible::{self, Claims};
@@ -198,6 +198,7 @@ fn new_pod(pod: &Pod, migration: &str, now: i64) -> NewPod {
     let containers: Vec<&ContainerStatus> = containers.collect();
     let state = |one: &&ContainerStatus| one.state.as_ref().is_some_and(|one| one.running.is_some());
     let controlled = eligible::owner(pod).is_some();
+    let owners = pod.owner_references();
     NewPod {
         uid: pod.uid().unwrap_or_default(),
         ours: pod.annotations().get(MIGRATION).is_some_and(|id| id == migration),
@@ -209,6 +210,7 @@ fn new_pod(pod: &Pod, migration: &str, now: i64) -> NewPod {
         running: !containers.is_empty() && containers.iter().all(state),
         ready: condition(pod, "Ready"),
         restored: condition(pod, RESTORED),
+        bound: owners.iter().any(|owner| owner.kind == Migration::kind(&())),
         restarted: containers.iter().any(|one| has_run_before(one)),
         adoption: match (pod.annotations().contains_key(ADOPT), controlled) {
             (false, _) => Adoption::Nobody,

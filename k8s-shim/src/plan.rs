@@ -54,6 +54,8 @@ pub enum Action {
     CreatePod { name: String, node: String },
     /// The new pod, which must be this one.
     DeleteNew { name: String, uid: String },
+    /// The new pod stays, whatever becomes of the Migration.
+    Release { name: String, uid: String },
     /// Say of the new pod that it is what it was.
     SetRestored { name: String, uid: String },
     /// Have the source's owner rather lose the source than the new pod.

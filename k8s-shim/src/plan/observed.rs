@@ -92,6 +92,8 @@ pub struct NewPod {
     pub ready: bool,
     /// It was said that it is what it was.
     pub restored: bool,
+    /// It goes with the Migration, should that be gone: who makes it by old news leaves nothing.
+    pub bound: bool,
     /// A container of it has run and ended: what runs now began anew.
     pub restarted: bool,
     pub adoption: Adoption,

@@ -22,6 +22,9 @@ impl Course<'_> {
             };
         };
         let uid = new.uid.clone();
+        if new.bound {
+            return act(Action::Release { name, uid });
+        }
         if !new.restored {
             return act(Action::SetRestored { name, uid });
         }

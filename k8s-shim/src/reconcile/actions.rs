@@ -2,8 +2,8 @@
 
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
-use kube::ResourceExt;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::{Resource, ResourceExt};
 use serde_json::{Value, json};
 
 use super::{Context, Error, Trying, api};
@@ -27,6 +27,7 @@ pub async fn act(
         Action::LetGo => finalizers(context, migration, false).await,
         Action::CreatePod { name, node } => create(&pods, objects, migration, name, node).await,
         Action::DeleteNew { name, uid } => delete(&pods, name, uid, 1).await,
+        Action::Release { name, uid } => release(&pods, objects, name, uid).await,
         Action::SetRestored { name, uid } => set_restored(&pods, name, uid).await,
         Action::MarkSource => {
             let change = json!({"annotations": {DELETION_COST: LOWEST_COST}});
@@ -72,6 +73,7 @@ async fn create(
     let id = Named {
         name: migration.name_any(),
         id: daemon_id(&migration.uid().unwrap_or_default()),
+        owner: migration.owner_ref(&()),
     };
     let selector = objects.owner.as_ref().map(|owner| &owner.spec.selector);
     let pod = newpod::make(source, name, node, &id, selector);
@@ -112,6 +114,13 @@ async fn set_restored(pods: &Api<Pod>, name: &str, uid: &str) -> Result<(), Erro
     let patch = Patch::Strategic(patch);
     let patched = pods.patch_status(name, &parameters(), &patch).await;
     unless_gone(patched).trying(format!("saying that {name} is restored"))
+}
+
+async fn release(pods: &Api<Pod>, objects: &Objects, name: &str, uid: &str) -> Result<(), Error> {
+    let owners = objects.new.as_ref().map(ResourceExt::owner_references);
+    let mut owners = owners.unwrap_or_default().to_vec();
+    owners.retain(|owner| owner.kind != Migration::kind(&()));
+    change_pod(pods, name, uid, json!({"ownerReferences": owners})).await
 }
 
 async fn adopt(pods: &Api<Pod>, objects: &Objects, name: &str, uid: &str) -> Result<(), Error> {

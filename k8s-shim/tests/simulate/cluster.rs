@@ -18,6 +18,8 @@ pub struct Pod {
     pub ready: bool,
     pub restored: bool,
     pub restarted: bool,
+    /// It goes with the Migration.
+    pub held: bool,
     pub marked: bool,
     /// The owner counts it.
     pub owned: bool,
@@ -110,6 +112,7 @@ impl Api {
             ready: pod.ready,
             restored: pod.restored,
             restarted: pod.restarted,
+            bound: pod.held,
             adoption: match (owned, pod.owned) {
                 (false, _) => Adoption::Nobody,
                 (true, false) => Adoption::Pending,

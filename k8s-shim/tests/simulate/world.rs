@@ -143,7 +143,9 @@ impl World {
         if self.calm || self.random.once_in(2) {
             return newest;
         }
-        let lag = usize::try_from(self.random.below(6)).unwrap_or_default();
+        // Some caches are far behind.
+        let longest = if self.random.once_in(6) { 40 } else { 6 };
+        let lag = usize::try_from(self.random.below(longest)).unwrap_or_default();
         newest.saturating_sub(lag).max(seen)
     }
 
@@ -193,13 +195,18 @@ impl World {
                 self.api.gone = self.api.deleting;
             }
             Action::CreatePod { name, .. } => {
-                self.api.create(name, false, self.now);
+                if self.api.create(name, false, self.now)
+                    && let Some(pod) = self.api.pods.values_mut().find(|pod| pod.name == *name)
+                {
+                    pod.held = true;
+                }
             }
             Action::DeleteNew { uid, .. } => {
                 if let Some(pod) = self.api.pods.get_mut(uid) {
                     pod.deleting = true;
                 }
             }
+            Action::Release { uid, .. } => self.pod(uid, |pod| pod.held = false),
             Action::SetRestored { uid, .. } => self.pod(uid, |pod| pod.restored = true),
             Action::MarkSource => self.pod(SOURCE, |pod| pod.marked = true),
             Action::Adopt { uid, .. } => self.pod(uid, |pod| pod.owned = true),
@@ -317,6 +324,11 @@ impl World {
     }
 
     fn kubelets(&mut self) {
+        let gone = self.api.gone;
+        // Whoever collects what has lost its owner.
+        for pod in self.api.pods.values_mut() {
+            pod.deleting |= pod.held && gone;
+        }
         let frozen = !self.source_alive();
         if let Some(pod) = self.api.pods.get_mut(SOURCE)
             && frozen
