@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures_util::Stream;
 use pageferry_api as schema;
 use pageferry_api::control_server::{Control, ControlServer};
-use pageferry_proto::id::{IdError, MigrationId, NodeName};
+use pageferry_proto::id::{IdError, MigrationId, NodeName, WorkloadName};
 use pageferry_proto::migration::policy::{Policy, ROUNDS_LIMIT};
 use thiserror::Error;
 use tokio::net::UnixListener;
@@ -306,9 +306,10 @@ fn parse_migrate(
     request: schema::MigrateRequest,
     defaults: Policy,
 ) -> Result<MigrateRequest, Status> {
-    let workload = request.workload.parse().map_err(|error| {
+    let workload: WorkloadName = request.workload.parse().map_err(|error| {
         Status::invalid_argument(format!("workload {:?}: {error}", request.workload))
     })?;
+    let is_pod = matches!(workload, WorkloadName::Pod(_));
     let target = request
         .to
         .parse()
@@ -364,7 +365,8 @@ fn parse_migrate(
         workload,
         target,
         policy,
-        hold: request.hold,
+        // What it comes as has yet to be made.
+        hold: request.hold || is_pod,
         asked: Asked {
             shared,
             copied,
@@ -402,6 +404,10 @@ mod tests {
         let named = named.unwrap();
         assert_eq!(named.id, Some(id.parse().unwrap()));
         assert_eq!(named.asked.network, Some("web".parse().unwrap()));
+        assert!(!plain.hold && parse(|request| request.hold = true).unwrap().hold);
+        let uid = "0b6ab9a8-5f4e-4b6c-9a3e-2f6f3a0c1d2e";
+        let pod = parse(|request| request.workload = format!("pod/{uid}")).unwrap();
+        assert!(pod.hold, "a pod is always held");
         let refused = |change: fn(&mut schema::MigrateRequest), word: &str| {
             let status = parse(change).unwrap_err();
             assert_eq!(status.code(), tonic::Code::InvalidArgument);

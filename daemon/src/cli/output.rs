@@ -375,6 +375,12 @@ pub fn line(status: &Status) -> String {
     {
         text += &format!(", here process/{pid}");
     }
+    if status.holding {
+        text += ", held until `pageferry proceed`";
+    }
+    if status.waiting {
+        text += ", its container waits";
+    }
     if status.fence_wanted {
         text += ", the peer is gone: bring it back, or see `pageferry resolve --help`";
     }

@@ -28,6 +28,7 @@ use thiserror::Error;
 
 use super::containerd::arrive::Arriving as ArrivingContainerd;
 use super::containerd::{self, Containerd};
+use super::mounts::Mounts;
 use super::oci::arrive::{Arriving as ArrivingContainer, Restore};
 use super::oci::checkpoint::{Checkpoint, CheckpointError};
 use super::oci::habits::Runtime;
@@ -149,7 +150,12 @@ impl Kind {
     /// its storage answers.
     pub fn describe(&self, pids: &[i32], shared: &[PathBuf]) -> Result<Described, Failure> {
         match self {
-            Self::Process(process) => describe::describe(process.root(), (pids, &[]), shared),
+            Self::Process(process) => {
+                let described = describe::describe(process.root(), (pids, &[]), shared)?;
+                let mounts = described.mounts.as_ref();
+                mounts.map_or(Ok(()), Mounts::check_receives_nothing)?;
+                Ok(described)
+            }
             Self::Container(container) => container.describe(pids, shared),
             Self::Containerd(container) => container.describe(pids, shared),
             Self::Pod(pod) => pod.describe(pids, shared),

@@ -104,7 +104,7 @@ impl Mounts {
         }
         let mut mounts = Vec::with_capacity(workload.len());
         for seen in workload {
-            check_propagation(seen, workload, node)?;
+            check_propagation(seen, node)?;
             let place = match node_path(seen, node, named) {
                 Some(path) => Place::Node(path),
                 None if is_carried(seen, workload) => Place::Carried,
@@ -135,6 +135,15 @@ impl Mounts {
             )));
         }
         Ok(found)
+    }
+
+    /// Refuses mounts that what is mounted at the node comes to, which nobody makes so again. A
+    /// container's runtime does.
+    pub fn check_receives_nothing(&self) -> Result<(), Failure> {
+        let all = || self.mounts.iter().map(|mount| &mount.seen);
+        let is_own = |group| all().any(|other| other.shared == Some(group));
+        let mut receiving = all().filter(|seen| seen.master.is_some_and(|group| !is_own(group)));
+        receiving.next().map_or(Ok(()), |seen| Err(takes_part(seen)))
     }
 
     /// Makes all mounts at one place of one kind.
@@ -475,18 +484,21 @@ fn neither(seen: &Seen) -> Failure {
 }
 
 /// A mount that passes events on between the workload and the node would do so at one node only.
-fn check_propagation(seen: &Seen, workload: &[Seen], node: &[Seen]) -> Result<(), Failure> {
+fn check_propagation(seen: &Seen, node: &[Seen]) -> Result<(), Failure> {
     let shared = |group: u32, all: &[Seen]| all.iter().any(|other| other.shared == Some(group));
     let with_node = seen.shared.is_some_and(|group| shared(group, node));
-    let from_outside = seen.master.is_some_and(|group| !shared(group, workload));
-    if with_node || from_outside {
-        return Err(unsupported(format!(
-            "the mount {} of the workload takes part in what is mounted at the node: make it \
-             private (mount --make-private)",
-            seen.path.display()
-        )));
+    match with_node {
+        true => Err(takes_part(seen)),
+        false => Ok(()),
     }
-    Ok(())
+}
+
+fn takes_part(seen: &Seen) -> Failure {
+    unsupported(format!(
+        "the mount {} of the workload takes part in what is mounted at the node: make it private \
+         (mount --make-private)",
+        seen.path.display()
+    ))
 }
 
 /// The mount that a walk from the root to `path` ends in.

@@ -39,6 +39,8 @@ impl Registry {
         let (peer, id) = (&moved.status.peer, moved.status.id);
         let name = match (workload, moved.pid_at_target) {
             (WorkloadName::Process(_), Some(pid)) => format!("process/{pid}"),
+            // Kubernetes has made another one there.
+            (WorkloadName::Pod(_), Some(_)) => format!("another pod (migration {id})"),
             // A container keeps its name.
             (_, Some(_)) => workload.to_string(),
             (_, None) => format!("listed by `pageferry list` (migration {id})"),

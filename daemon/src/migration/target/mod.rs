@@ -511,18 +511,11 @@ async fn operation(
     site: &mut Site,
     operation: Operation,
 ) -> (Option<TargetEvent>, Option<Operation>) {
-    if let Operation::Expect(pod) = operation {
-        let failed = site.expect(&pod).await.err();
-        return (failed.map(TargetEvent::Failure), None);
-    }
-    let (event, follows) = work(site, operation).await;
-    (Some(event), follows)
-}
-
-async fn work(site: &mut Site, operation: Operation) -> (TargetEvent, Option<Operation>) {
-    match operation {
-        // It is awaited above.
-        Operation::Expect(_) => (TargetEvent::Failure(cut_off()), None),
+    let (event, follows) = match operation {
+        Operation::Expect(pod) => {
+            let failed = site.expect(&pod).await.err();
+            return (failed.map(TargetEvent::Failure), None);
+        }
         Operation::Fill => match site.filled().await {
             Ok(()) => (TargetEvent::Filled, None),
             Err(failure) => {
@@ -548,7 +541,8 @@ async fn work(site: &mut Site, operation: Operation) -> (TargetEvent, Option<Ope
             Ok(event) => (event, None),
             Err(failure) => (TargetEvent::Failure(failure), None),
         },
-    }
+    };
+    (Some(event), follows)
 }
 
 async fn perform(site: &mut Site, action: TargetAction) -> Result<TargetEvent, Failure> {

@@ -111,10 +111,8 @@ impl Evacuation {
 
     /// Kills who is there, and takes all out.
     pub fn once(&self) -> io::Result<()> {
-        match fs::create_dir(&self.place) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            Ok(()) | Err(_) => {}
-        }
+        // Nothing else of ours may have been made.
+        fs::create_dir_all(&self.place)?;
         let place = Freezer::at(self.place.clone());
         place.thaw().map_err(io::Error::other)?;
         for group in below(&self.cgroup)? {
