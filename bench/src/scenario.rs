@@ -24,6 +24,7 @@ pub mod memory;
 pub mod nginx;
 pub mod pods;
 pub mod redis;
+mod replicas;
 pub mod report;
 pub mod resources;
 pub mod session;

@@ -48,7 +48,9 @@ pub struct Asking {
 
 impl std::fmt::Debug for Asking {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Asking").field("pod", &self.pod).finish_non_exhaustive()
+        f.debug_struct("Asking")
+            .field("pod", &self.pod)
+            .finish_non_exhaustive()
     }
 }
 
@@ -108,11 +110,17 @@ impl Asking {
 
     async fn start(&self, target: Target) -> Result<Migration> {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
-        let pod = pods.get(&self.pod).await.with_context(|| format!("pod {}", self.pod))?;
+        let pod = pods
+            .get(&self.pod)
+            .await
+            .with_context(|| format!("pod {}", self.pod))?;
         let uid = pod.uid().context("the pod has no UID")?;
         let mut known = self.known().await?;
         known.retain(|one| one.spec.pod.uid == uid);
-        if let Some(open) = known.iter().find(|one| observe::record(one).step != Step::Ended) {
+        if let Some(open) = known
+            .iter()
+            .find(|one| observe::record(one).step != Step::Ended)
+        {
             ensure!(
                 open.spec.target == target,
                 "it is already moved by Migration {}: cancel that first",
@@ -154,14 +162,19 @@ impl Asking {
         let patch = Patch::Merge(json!({
             "metadata": {"uid": migration.metadata.uid}, "spec": {"cancel": true},
         }));
-        let patched = self.migrations().patch(&name, &PatchParams::default(), &patch).await;
+        let patched = self
+            .migrations()
+            .patch(&name, &PatchParams::default(), &patch)
+            .await;
         patched.with_context(|| format!("cancelling {name}"))
     }
 
     async fn follow(&self, migration: &Migration) -> Result<Outcome> {
         let name = migration.name_any();
         let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
-        let changes = watcher(self.migrations(), config).default_backoff().touched_objects();
+        let changes = watcher(self.migrations(), config)
+            .default_backoff()
+            .touched_objects();
         let mut changes = pin!(changes);
         let mut said = None;
         while let Some(change) = changes.next().await {
@@ -226,7 +239,11 @@ fn state(migration: &Migration) -> Value {
 fn text(migration: &Migration) -> String {
     let status = migration.status.clone().unwrap_or_default();
     let step = observe::record(migration).step;
-    let mut words = vec![format!("{}: {}", migration.spec.pod.name, step_text(step, &status))];
+    let mut words = vec![format!(
+        "{}: {}",
+        migration.spec.pod.name,
+        step_text(step, &status)
+    )];
     if let Some(round) = status.round.filter(|_| step < Step::Moving) {
         words.push(format!("round {round}"));
     }
@@ -244,7 +261,11 @@ fn text(migration: &Migration) -> String {
 
 fn step_text(step: Step, status: &MigrationStatus) -> String {
     let target = status.target.as_deref().unwrap_or_default();
-    let new = status.new_pod.as_ref().map(|pod| pod.name.as_str()).unwrap_or_default();
+    let new = status
+        .new_pod
+        .as_ref()
+        .map(|pod| pod.name.as_str())
+        .unwrap_or_default();
     match step {
         Step::Waiting => "waits".to_owned(),
         Step::Copying => format!("copies to {target}"),

@@ -46,7 +46,10 @@ fn whose(pod: &Pod) -> Option<Why> {
     if pod.labels().get(OURS.0).is_some_and(|part| part == OURS.1) {
         return Some(Why::new("OwnPod", "it is one of pageferry's own"));
     }
-    if pod.annotations().contains_key("kubernetes.io/config.mirror") {
+    if pod
+        .annotations()
+        .contains_key("kubernetes.io/config.mirror")
+    {
         let text = "it is a static pod: its node's kubelet has it from a file";
         return Some(Why::new("StaticPod", text));
     }
@@ -73,7 +76,10 @@ fn whose(pod: &Pod) -> Option<Why> {
 }
 
 fn running(pod: &Pod, spec: &PodSpec) -> Option<Why> {
-    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    let phase = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref());
     if spec.node_name.is_none() || phase != Some("Running") {
         let text = format!("it does not run: it is {}", phase.unwrap_or("new"));
         return Some(Why::new("NotRunning", text));
@@ -94,9 +100,21 @@ fn running(pod: &Pod, spec: &PodSpec) -> Option<Why> {
 fn namespaces(spec: &PodSpec) -> Option<Why> {
     let yes = |flag: Option<bool>| flag == Some(true);
     let found = [
-        (yes(spec.host_network), "HostNetwork", "it is in its node's network"),
-        (yes(spec.host_pid), "HostPID", "it sees its node's processes"),
-        (yes(spec.host_ipc), "HostIPC", "it is in its node's IPC namespace"),
+        (
+            yes(spec.host_network),
+            "HostNetwork",
+            "it is in its node's network",
+        ),
+        (
+            yes(spec.host_pid),
+            "HostPID",
+            "it sees its node's processes",
+        ),
+        (
+            yes(spec.host_ipc),
+            "HostIPC",
+            "it is in its node's IPC namespace",
+        ),
         (
             yes(spec.share_process_namespace),
             "SharedProcesses",
@@ -196,7 +214,10 @@ pub fn target(wanted: &migration::Target, source: &str, nodes: &[Node]) -> Targe
     if let Some(name) = &wanted.node {
         let node = nodes.iter().find(|node| node.name_any() == *name);
         let why = match node {
-            None => Some(Why::new("TargetUnknown", format!("there is no node {name}"))),
+            None => Some(Why::new(
+                "TargetUnknown",
+                format!("there is no node {name}"),
+            )),
             Some(node) => unfit(node, source),
         };
         return why.map_or_else(|| Target::Node(name.clone()), Target::None);
@@ -208,7 +229,10 @@ pub fn target(wanted: &migration::Target, source: &str, nodes: &[Node]) -> Targe
         labels.iter().all(has)
     });
     fitting.sort_by_key(|node| node.name_any());
-    let whys: Vec<Why> = fitting.iter().filter_map(|node| unfit(node, source)).collect();
+    let whys: Vec<Why> = fitting
+        .iter()
+        .filter_map(|node| unfit(node, source))
+        .collect();
     match fitting.iter().find(|node| unfit(node, source).is_none()) {
         Some(node) => Target::Node(node.name_any()),
         None => {
@@ -227,7 +251,9 @@ fn unfit(node: &Node, source: &str) -> Option<Why> {
     let condition = |wanted: &str| {
         let status = node.status.as_ref()?;
         let mut conditions = status.conditions.iter().flatten();
-        conditions.find(|one| one.type_ == wanted).map(|one| &one.status)
+        conditions
+            .find(|one| one.type_ == wanted)
+            .map(|one| &one.status)
     };
     if name == source {
         return Some(Why::new("TargetIsSource", format!("the pod is at {name}")));

@@ -96,7 +96,10 @@ fn what_cannot_move_is_refused_by_name() {
             Some("SharedProcesses"),
         ),
         (json!({"spec": {"hostUsers": false}}), Some("UserNamespace")),
-        (json!({"spec": {"containers": two}}), Some("SeveralContainers")),
+        (
+            json!({"spec": {"containers": two}}),
+            Some("SeveralContainers"),
+        ),
         (
             json!({"spec": {"initContainers": sidecar}}),
             Some("SeveralContainers"),
@@ -108,8 +111,14 @@ fn what_cannot_move_is_refused_by_name() {
             with_container(json!({"resources": {"limits": {"gpu.example/one": "1"}}})),
             Some("Devices"),
         ),
-        (with_container(json!({"resources": {"limits": {"cpu": "1"}}})), None),
-        (with_volume(json!({"hostPath": {"path": "/"}})), Some("HostPath")),
+        (
+            with_container(json!({"resources": {"limits": {"cpu": "1"}}})),
+            None,
+        ),
+        (
+            with_volume(json!({"hostPath": {"path": "/"}})),
+            Some("HostPath"),
+        ),
         (with_volume(json!({"configMap": {"name": "c"}})), None),
         (
             with_volume(json!({"csi": {"driver": "d"}})),

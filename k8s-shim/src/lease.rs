@@ -25,7 +25,9 @@ pub struct Leadership {
 impl std::fmt::Debug for Leadership {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut shown = f.debug_struct("Leadership");
-        shown.field("identity", &self.identity).finish_non_exhaustive()
+        shown
+            .field("identity", &self.identity)
+            .finish_non_exhaustive()
     }
 }
 
@@ -85,7 +87,9 @@ impl Leadership {
             self.seen = Some((version, Instant::now()));
         }
         let spec = lease.spec.as_ref();
-        let holder = spec.and_then(|spec| spec.holder_identity.clone()).unwrap_or_default();
+        let holder = spec
+            .and_then(|spec| spec.holder_identity.clone())
+            .unwrap_or_default();
         let unchanged = self.seen.as_ref().map(|(_, since)| since.elapsed());
         let run_out = unchanged.is_some_and(|time| RUNS_OUT <= time) || holder.is_empty();
         if holder != self.identity && !run_out {
@@ -93,7 +97,10 @@ impl Leadership {
         }
         let mut next = lease.clone();
         next.spec = Some(self.spec(spec));
-        let replaced = self.leases.replace(NAME, &PostParams::default(), &next).await;
+        let replaced = self
+            .leases
+            .replace(NAME, &PostParams::default(), &next)
+            .await;
         unless_beaten(replaced)
     }
 

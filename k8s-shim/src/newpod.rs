@@ -15,7 +15,8 @@ use kube::ResourceExt;
 use serde::{Deserialize, Serialize};
 
 use crate::names::{
-    ADOPT, KEEP_ADDRESS, MIGRATION, MIGRATION_NAME, ORIGIN, PREFIX, RESTORED, RUNTIME_CLASS, TEMPLATE_HASH,
+    ADOPT, KEEP_ADDRESS, MIGRATION, MIGRATION_NAME, ORIGIN, PREFIX, RESTORED, RUNTIME_CLASS,
+    TEMPLATE_HASH,
 };
 
 /// What a pod gets of its owner at the switch.
@@ -51,7 +52,11 @@ pub fn make(
     add(MIGRATION, migration.id.clone());
     let origin = source.annotations().get(ORIGIN).cloned();
     add(ORIGIN, origin.unwrap_or_else(|| source.name_any()));
-    if let Some(address) = source.status.as_ref().and_then(|status| status.pod_ip.clone()) {
+    if let Some(address) = source
+        .status
+        .as_ref()
+        .and_then(|status| status.pod_ip.clone())
+    {
         add(KEEP_ADDRESS, address);
     }
     let owners = source.metadata.owner_references.clone().unwrap_or_default();
@@ -202,7 +207,10 @@ mod tests {
             ])
         );
         assert_eq!(new.metadata.owner_references, None);
-        assert_eq!((new.metadata.uid, new.metadata.resource_version), (None, None));
+        assert_eq!(
+            (new.metadata.uid, new.metadata.resource_version),
+            (None, None)
+        );
         let annotations = new.metadata.annotations.expect("annotations");
         let kept: Adopt = serde_json::from_str(&annotations[ADOPT]).expect("what it gets");
         assert_eq!(kept.labels[TEMPLATE_HASH], "abc");
@@ -213,9 +221,15 @@ mod tests {
         assert_eq!(annotations["team"], "t");
         assert!(!annotations.contains_key("pageferry.dev/migrate-to"));
         let spec = new.spec.expect("a spec");
-        assert_eq!((spec.node_name, spec.priority, spec.init_containers), (None, None, None));
+        assert_eq!(
+            (spec.node_name, spec.priority, spec.init_containers),
+            (None, None, None)
+        );
         assert_eq!(spec.runtime_class_name.as_deref(), Some(RUNTIME_CLASS));
-        assert_eq!(spec.readiness_gates.expect("gates")[0].condition_type, RESTORED);
+        assert_eq!(
+            spec.readiness_gates.expect("gates")[0].condition_type,
+            RESTORED
+        );
     }
 
     #[test]
@@ -224,7 +238,10 @@ mod tests {
         first.metadata.labels = source().metadata.labels;
         let second = make(&first, "web-abc-m2", "a", &named(), None);
         let spec = second.spec.expect("a spec");
-        let affinity = spec.affinity.and_then(|all| all.node_affinity).expect("of nodes");
+        let affinity = spec
+            .affinity
+            .and_then(|all| all.node_affinity)
+            .expect("of nodes");
         let required = affinity.required_during_scheduling_ignored_during_execution;
         let terms = required.expect("what is required").node_selector_terms;
         let fields = terms[0].match_fields.clone().expect("fields");

@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{ContainerStatus, Node, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, Time};
-use kube::{Resource, ResourceExt};
 use kube::core::{Selector, SelectorExt};
+use kube::{Resource, ResourceExt};
 
 use crate::eligible::{self, Claims};
 use crate::migration::Migration;
 use crate::names::{
-    ADOPT, DELETION_COST, FINALIZER, KEEP_ADDRESS, MIGRATION, ORIGIN, OUT_OF_SERVICE, RESOLVE, RESTORED,
-    daemon_id, next_pod,
+    ADOPT, DELETION_COST, FINALIZER, KEEP_ADDRESS, MIGRATION, ORIGIN, OUT_OF_SERVICE, RESOLVE,
+    RESTORED, daemon_id, next_pod,
 };
 use crate::plan::{
     Adoption, Limits, NewPod, Observed, Other, Record, Side, SourcePod, Step, Timeouts, Why,
@@ -62,7 +62,11 @@ pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
     let at = source.and_then(node).unwrap_or_default();
     let mut seen = Observed {
         now,
-        created: migration.metadata.creation_timestamp.as_ref().map_or(now, seconds),
+        created: migration
+            .metadata
+            .creation_timestamp
+            .as_ref()
+            .map_or(now, seconds),
         cancel: migration.spec.cancel || deleting,
         held: migration.finalizers().iter().any(|one| one == FINALIZER),
         deleting,
@@ -96,13 +100,19 @@ pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
             came: pod.annotations().contains_key(KEEP_ADDRESS),
             deleting: pod.metadata.deletion_timestamp.is_some(),
             ready: condition(pod, "Ready"),
-            marked: pod.annotations().get(DELETION_COST).is_some_and(|cost| cost == LOWEST_COST),
+            marked: pod
+                .annotations()
+                .get(DELETION_COST)
+                .is_some_and(|cost| cost == LOWEST_COST),
             owned: eligible::owner(pod).is_some(),
             outdated: outdated(pod, objects),
         });
     }
     let uid = migration.uid().unwrap_or_default();
-    seen.new = objects.new.as_ref().map(|pod| new_pod(pod, &daemon_id(&uid), now));
+    seen.new = objects
+        .new
+        .as_ref()
+        .map(|pod| new_pod(pod, &daemon_id(&uid), now));
     seen.record = record;
     Some(seen)
 }
@@ -160,11 +170,17 @@ fn resolve(migration: &Migration) -> Option<Side> {
 
 /// Nodes of which a person has said that they are down, or that are no more.
 fn down(record: &Record, nodes: &[Node]) -> Vec<Side> {
-    let sides = [(Side::Source, &record.source), (Side::Target, &record.target)];
+    let sides = [
+        (Side::Source, &record.source),
+        (Side::Target, &record.target),
+    ];
     let is_down = |name: &String| {
         let node = nodes.iter().find(|node| node.name_any() == *name);
         node.is_none_or(|node| {
-            let mut taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+            let mut taints = node
+                .spec
+                .iter()
+                .flat_map(|spec| spec.taints.iter().flatten());
             taints.any(|taint| taint.key == OUT_OF_SERVICE)
         })
     };
@@ -185,7 +201,10 @@ fn outdated(pod: &Pod, objects: &Objects) -> Option<String> {
         return Some(format!("its ReplicaSet {} wants no pods", owner.name));
     }
     let revision = |annotations: &BTreeMap<String, String>| annotations.get(REVISION).cloned();
-    let newest = objects.deployment.as_ref().and_then(|one| revision(one.annotations()))?;
+    let newest = objects
+        .deployment
+        .as_ref()
+        .and_then(|one| revision(one.annotations()))?;
     let own = revision(set.annotations())?;
     (own != newest).then(|| {
         format!("its Deployment is at revision {newest}, and the pod is of revision {own}")
@@ -194,23 +213,38 @@ fn outdated(pod: &Pod, objects: &Objects) -> Option<String> {
 
 fn new_pod(pod: &Pod, migration: &str, now: i64) -> NewPod {
     let status = pod.status.as_ref();
-    let containers = status.iter().flat_map(|one| one.container_statuses.iter().flatten());
+    let containers = status
+        .iter()
+        .flat_map(|one| one.container_statuses.iter().flatten());
     let containers: Vec<&ContainerStatus> = containers.collect();
-    let state = |one: &&ContainerStatus| one.state.as_ref().is_some_and(|one| one.running.is_some());
+    let state =
+        |one: &&ContainerStatus| one.state.as_ref().is_some_and(|one| one.running.is_some());
     let controlled = eligible::owner(pod).is_some();
     let owners = pod.owner_references();
     NewPod {
         uid: pod.uid().unwrap_or_default(),
-        ours: pod.annotations().get(MIGRATION).is_some_and(|id| id == migration),
+        ours: pod
+            .annotations()
+            .get(MIGRATION)
+            .is_some_and(|id| id == migration),
         node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
-        created: pod.metadata.creation_timestamp.as_ref().map_or(now, seconds),
+        created: pod
+            .metadata
+            .creation_timestamp
+            .as_ref()
+            .map_or(now, seconds),
         deleting: pod.metadata.deletion_timestamp.is_some(),
         unschedulable: unschedulable(pod, now),
-        stuck: containers.iter().find_map(|one| stuck(one)).or_else(|| failed(pod)),
+        stuck: containers
+            .iter()
+            .find_map(|one| stuck(one))
+            .or_else(|| failed(pod)),
         running: !containers.is_empty() && containers.iter().all(state),
         ready: condition(pod, "Ready"),
         restored: condition(pod, RESTORED),
-        bound: owners.iter().any(|owner| owner.kind == Migration::kind(&())),
+        bound: owners
+            .iter()
+            .any(|owner| owner.kind == Migration::kind(&())),
         restarted: containers.iter().any(|one| has_run_before(one)),
         adoption: match (pod.annotations().contains_key(ADOPT), controlled) {
             (false, _) => Adoption::Nobody,
@@ -221,17 +255,27 @@ fn new_pod(pod: &Pod, migration: &str, now: i64) -> NewPod {
 }
 
 fn condition(pod: &Pod, wanted: &str) -> bool {
-    let conditions = pod.status.iter().flat_map(|one| one.conditions.iter().flatten());
+    let conditions = pod
+        .status
+        .iter()
+        .flat_map(|one| one.conditions.iter().flatten());
     let mut found = conditions.filter(|one| one.type_ == wanted && one.status == "True");
     found.next().is_some()
 }
 
 /// What the scheduler says, when it has had time to find room.
 fn unschedulable(pod: &Pod, now: i64) -> Option<String> {
-    let conditions = pod.status.iter().flat_map(|one| one.conditions.iter().flatten());
+    let conditions = pod
+        .status
+        .iter()
+        .flat_map(|one| one.conditions.iter().flatten());
     let mut conditions = conditions.filter(|one| one.type_ == "PodScheduled");
     let said = conditions.find(|one| one.status == "False")?;
-    let created = pod.metadata.creation_timestamp.as_ref().map_or(now, seconds);
+    let created = pod
+        .metadata
+        .creation_timestamp
+        .as_ref()
+        .map_or(now, seconds);
     let waited = SCHEDULER_TIME <= now - created;
     let unsaid = || "it does not say why".to_owned();
     waited.then(|| said.message.clone().unwrap_or_else(unsaid))
@@ -251,10 +295,19 @@ fn stuck(container: &ContainerStatus) -> Option<Why> {
         "CrashLoopBackOff",
     ];
     unhelpful.contains(&reason).then(|| {
-        let last = container.last_state.as_ref().and_then(|last| last.terminated.as_ref());
-        let said = waiting.message.clone().or_else(|| last.and_then(|last| last.message.clone()));
+        let last = container
+            .last_state
+            .as_ref()
+            .and_then(|last| last.terminated.as_ref());
+        let said = waiting
+            .message
+            .clone()
+            .or_else(|| last.and_then(|last| last.message.clone()));
         let said = said.unwrap_or_default();
-        Why::new(reason, format!("container {} of the new pod: {said}", container.name))
+        Why::new(
+            reason,
+            format!("container {} of the new pod: {said}", container.name),
+        )
     })
 }
 
@@ -262,7 +315,10 @@ fn failed(pod: &Pod) -> Option<Why> {
     let status = pod.status.as_ref()?;
     let phase = status.phase.as_deref()?;
     (phase == "Failed").then(|| {
-        let reason = status.reason.clone().unwrap_or_else(|| "NewPodFailed".to_owned());
+        let reason = status
+            .reason
+            .clone()
+            .unwrap_or_else(|| "NewPodFailed".to_owned());
         let said = status.message.clone().unwrap_or_default();
         Why::new(&reason, format!("the new pod has failed: {said}"))
     })
@@ -274,7 +330,10 @@ fn has_run_before(container: &ContainerStatus) -> bool {
         let ended = state.as_ref().and_then(|state| state.terminated.as_ref());
         ended.is_some_and(|ended| {
             let never = ["StartError", "ContainerCannotRun", "RunContainerError"];
-            ended.reason.as_deref().is_none_or(|reason| !never.contains(&reason))
+            ended
+                .reason
+                .as_deref()
+                .is_none_or(|reason| !never.contains(&reason))
         })
     };
     ended(&container.last_state) || ended(&container.state)

@@ -132,7 +132,10 @@ pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Resu
 }
 
 /// What to do when a reconcile failed.
-#[allow(clippy::needless_pass_by_value, reason = "its type is the controller's")]
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "its type is the controller's"
+)]
 pub fn retry(migration: Arc<Migration>, error: &Error, _: Arc<Context>) -> Again {
     warn!(migration = %migration.name_any(), %error, "trying again");
     Again::requeue(RETRY)
@@ -198,20 +201,31 @@ async fn tell(
     record: &Record,
 ) {
     let name = migration.name_any();
-    if let Some(why) = record.blocked.as_ref().filter(|_| before.blocked != record.blocked) {
+    if let Some(why) = record
+        .blocked
+        .as_ref()
+        .filter(|_| before.blocked != record.blocked)
+    {
         info!(migration = %name, reason = why.reason, why.message, "blocked");
         let note = why.message.clone();
-        context.tell(migration, false, &why.reason, "Wait", note).await;
+        context
+            .tell(migration, false, &why.reason, "Wait", note)
+            .await;
     }
     if before.step == record.step {
         return;
     }
     info!(migration = %name, from = ?before.step, to = ?record.step, why = ?record.why, "next step");
-    let good = !matches!(record.result, Some(Outcome::Failed | Outcome::SucceededWithoutRestore));
+    let good = !matches!(
+        record.result,
+        Some(Outcome::Failed | Outcome::SucceededWithoutRestore)
+    );
     let good = good && record.step != Step::Aborting;
     let (reason, note) = said(record);
     let step = format!("{:?}", record.step);
-    context.tell(migration, good, &reason, &step, note.clone()).await;
+    context
+        .tell(migration, good, &reason, &step, note.clone())
+        .await;
     if let Some(pod) = observe::source(objects)
         && matches!(record.step, Step::Copying | Step::Ended)
     {
@@ -227,14 +241,19 @@ fn said(record: &Record) -> (String, String) {
     let target = record.target.as_deref().unwrap_or_default();
     let new = record.new_name.as_deref().unwrap_or_default();
     let why = record.why.as_ref();
-    let why = why.map_or_else(String::new, |why| format!("{}: {}", why.reason, why.message));
+    let why = why.map_or_else(String::new, |why| {
+        format!("{}: {}", why.reason, why.message)
+    });
     let (reason, note) = match record.step {
         Step::Waiting => ("Waiting", "waits for its turn".to_owned()),
         Step::Copying => ("Copying", format!("copies to node {target} while it runs")),
         Step::Placing => ("Placing", format!("pod {new} is made at node {target}")),
         Step::Moving => ("Moving", format!("hands over to {new}, which waits")),
         Step::Switching => ("Moved", format!("goes on as {new} at node {target}")),
-        Step::Cleaning => ("Cleaning", "what is left of the old pod is removed".to_owned()),
+        Step::Cleaning => (
+            "Cleaning",
+            "what is left of the old pod is removed".to_owned(),
+        ),
         Step::Aborting => ("GivingUp", why),
         Step::Ended => {
             let result = record.result.map_or("Ended", |result| match result {
@@ -253,7 +272,10 @@ pub(crate) fn api<K>(context: &Context, near: &impl ResourceExt) -> Api<K>
 where
     K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
 {
-    Api::namespaced(context.client.clone(), &near.namespace().unwrap_or_default())
+    Api::namespaced(
+        context.client.clone(),
+        &near.namespace().unwrap_or_default(),
+    )
 }
 
 const SOON: Duration = Duration::from_millis(200);

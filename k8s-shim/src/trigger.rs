@@ -72,17 +72,24 @@ async fn serve(
     };
     let migrations: Api<Migration> = Api::namespaced(client.clone(), namespace);
     let of_pod = ListParams::default().fields(&format!("spec.pod.name={name}"));
-    let listed = migrations.list(&of_pod).await.trying("listing Migrations")?;
+    let listed = migrations
+        .list(&of_pod)
+        .await
+        .trying("listing Migrations")?;
     let mut known = listed.items;
     known.retain(|one| one.spec.pod.uid == uid);
-    let open = known.iter().find(|one| observe::record(one).step != Step::Ended);
+    let open = known
+        .iter()
+        .find(|one| observe::record(one).step != Step::Ended);
     if let Some(open) = open {
         if open.spec.target.node.as_deref() != Some(node) {
             let note = format!(
                 "it is already moved by {}, and not to {node}: cancel that first",
                 open.name_any()
             );
-            context.tell(&pod, false, "AlreadyMoving", "Migrate", note).await;
+            context
+                .tell(&pod, false, "AlreadyMoving", "Migrate", note)
+                .await;
         }
         return take_off(&pods, &pod).await;
     }
@@ -116,7 +123,9 @@ async fn serve(
         Err(kube::Error::Api(status)) if status.is_already_exists() => {}
         Err(kube::Error::Api(status)) if status.is_invalid() => {
             let note = format!("{MIGRATE_TO}={node} is no node's name: {}", status.message);
-            context.tell(&pod, false, "MigrationInvalid", "Migrate", note).await;
+            context
+                .tell(&pod, false, "MigrationInvalid", "Migrate", note)
+                .await;
         }
         Err(error) => return Err(error).trying("making the Migration"),
     }
@@ -134,7 +143,10 @@ async fn take_off(pods: &Api<Pod>, pod: &Pod) -> Result<(), Error> {
         field_manager: Some(manager::CONTROLLER.to_owned()),
         ..PatchParams::default()
     };
-    match pods.patch(&pod.name_any(), &parameters, &Patch::Merge(patch)).await {
+    match pods
+        .patch(&pod.name_any(), &parameters, &Patch::Merge(patch))
+        .await
+    {
         Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
         patched => patched.map(drop).trying("taking the annotation off"),
     }

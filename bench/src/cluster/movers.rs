@@ -102,7 +102,10 @@ fn config(kubectl: &Kubectl, folder: &Path, account: &str) -> Result<Value> {
         "--flatten",
         "--output=jsonpath={.clusters[0].cluster.certificate-authority-data}",
     ])?;
-    ensure!(!authority.trim().is_empty(), "the authority has no certificate");
+    ensure!(
+        !authority.trim().is_empty(),
+        "the authority has no certificate"
+    );
     let server = config["clusters"][0]["cluster"]["server"].take();
     config["clusters"][0]["cluster"] = json!({
         "server": server, "certificate-authority-data": authority.trim(),

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::pods::{POD_TIME_MAX, Watched, successor};
+use super::replicas;
 use super::report::Report;
 use crate::cluster::kubectl::Kubectl;
 use crate::cluster::laps::Laps;
@@ -42,7 +43,9 @@ pub fn run(lab: &Lab, cluster: &Cluster, laps: &mut Laps, report: &mut Report) -
     let pod = watched.finish(report)?;
     laps.lap("all that was written is there");
     kubectl.run(&["delete", "pod", &pod.name, "--timeout=60s"])?;
-    Ok(())
+    replicas::move_one(lab, kubectl)?;
+    laps.lap("a pod of a Deployment has moved, and it has made no third");
+    movers.check()
 }
 
 fn move_pod(
@@ -60,7 +63,9 @@ fn move_pod(
         let of_pod = format!("--field-selector=spec.pod.name={name}");
         let listed = kubectl.json(&["get", "migrations", &of_pod])?;
         let migrations = listed["items"].as_array().context("a list")?;
-        let migration = migrations.iter().find(|one| one["spec"]["pod"]["uid"] == *uid);
+        let migration = migrations
+            .iter()
+            .find(|one| one["spec"]["pod"]["uid"] == *uid);
         let status = &migration.context("there is no Migration yet")?["status"];
         match status["result"].as_str() {
             Some("Succeeded") => Ok(status.clone()),
@@ -94,7 +99,14 @@ fn say(kubectl: &Kubectl) -> Result<()> {
         TYPE:.type,REASON:.reason,OBJECT:.involvedObject.name,NOTE:.message";
     let events = ["get", "events", "--field-selector=reason!=Pulled", columns];
     let events = kubectl.run(&events)?;
-    let ours = ["Copying", "Placing", "Moving", "Moved", "Cleaning", "Succeeded"];
+    let ours = [
+        "Copying",
+        "Placing",
+        "Moving",
+        "Moved",
+        "Cleaning",
+        "Succeeded",
+    ];
     for line in events.lines() {
         let reason = line.split_whitespace().nth(1).unwrap_or_default();
         if reason == "REASON" || ours.contains(&reason) {

@@ -111,7 +111,12 @@ mod tests {
             place.settle(&folders).expect("folders")
         };
         let address = Ipv4Addr::new(10, 1, 2, 3);
-        let expected = || folders.expected("default", "web-m1").expect("folders").is_some();
+        let expected = || {
+            folders
+                .expected("default", "web-m1")
+                .expect("folders")
+                .is_some()
+        };
         let away = || folders.is_away(address).expect("folders");
         assert_eq!(settle(Side::Target, Step::Copying, false), None);
         let prepared = settle(Side::Target, Step::Placing, false);

@@ -89,13 +89,17 @@ impl Daemon {
     /// If it does not answer.
     pub async fn check(&self) -> Result<(), Error> {
         let request = schema::ListRequest { all: false };
-        self.call(self.client().list(Request::new(request))).await.map(drop)
+        self.call(self.client().list(Request::new(request)))
+            .await
+            .map(drop)
     }
 
     /// # Errors
     /// What the daemon said.
     pub async fn migrate(&self, request: schema::MigrateRequest) -> Result<(), Error> {
-        self.call(self.client().migrate(Request::new(request))).await.map(drop)
+        self.call(self.client().migrate(Request::new(request)))
+            .await
+            .map(drop)
     }
 
     /// None where it has no such migration.
@@ -125,21 +129,27 @@ impl Daemon {
             id: id.to_owned(),
             pod_uid: pod_uid.to_owned(),
         };
-        self.call(self.client().expect(Request::new(request))).await.map(drop)
+        self.call(self.client().expect(Request::new(request)))
+            .await
+            .map(drop)
     }
 
     /// # Errors
     /// What the daemon said.
     pub async fn proceed(&self, id: &str) -> Result<(), Error> {
         let request = schema::ProceedRequest { id: id.to_owned() };
-        self.call(self.client().proceed(Request::new(request))).await.map(drop)
+        self.call(self.client().proceed(Request::new(request)))
+            .await
+            .map(drop)
     }
 
     /// # Errors
     /// What the daemon said.
     pub async fn abort(&self, id: &str) -> Result<(), Error> {
         let request = schema::AbortRequest { id: id.to_owned() };
-        self.call(self.client().abort(Request::new(request))).await.map(drop)
+        self.call(self.client().abort(Request::new(request)))
+            .await
+            .map(drop)
     }
 
     /// # Errors
@@ -149,7 +159,9 @@ impl Daemon {
             id: id.to_owned(),
             fenced: fenced.into(),
         };
-        self.call(self.client().resolve(Request::new(request))).await.map(drop)
+        self.call(self.client().resolve(Request::new(request)))
+            .await
+            .map(drop)
     }
 }
 
@@ -185,7 +197,10 @@ mod tests {
     #[test]
     fn a_refusal_has_a_reason_as_kubernetes_writes_them() {
         let why = refusal("pid-taken: pid 7 is in use");
-        assert_eq!((why.reason.as_str(), why.message.as_str()), ("PidTaken", "pid 7 is in use"));
+        assert_eq!(
+            (why.reason.as_str(), why.message.as_str()),
+            ("PidTaken", "pid 7 is in use")
+        );
         assert_eq!(refusal("An id: 32 digits").reason, "Refused");
     }
 }

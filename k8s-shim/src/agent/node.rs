@@ -68,7 +68,9 @@ async fn set(agent: &Agent, needs: &Needs, ready: bool) -> Result<(), kube::Erro
         "annotations": {DAEMON: needs.daemon},
     }});
     let patch = Patch::Merge(patch);
-    nodes.patch(&agent.node, &PatchParams::default(), &patch).await?;
+    nodes
+        .patch(&agent.node, &PatchParams::default(), &patch)
+        .await?;
     Ok(())
 }
 

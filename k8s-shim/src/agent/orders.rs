@@ -28,7 +28,9 @@ pub struct Known {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Call {
     Migrate,
-    Expect { pod_uid: String },
+    Expect {
+        pod_uid: String,
+    },
     Proceed,
     Abort,
     /// The other side is dead.

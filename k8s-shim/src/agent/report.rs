@@ -74,7 +74,9 @@ pub fn report(
         fence_wanted: status.fence_wanted,
         failure,
         round: i32::try_from(status.round).ok(),
-        bytes: status.wire_bytes.and_then(|bytes| i64::try_from(bytes).ok()),
+        bytes: status
+            .wire_bytes
+            .and_then(|bytes| i64::try_from(bytes).ok()),
         eta_seconds: eta(status),
         predicted_downtime_ms: status.predicted_downtime_us.and_then(millis),
         downtime_ms: status.downtime_us.and_then(millis),
@@ -120,7 +122,10 @@ mod tests {
         };
         let said = report(None, &besides, false, 7);
         assert!(said.is_final && !said.moved);
-        assert_eq!(said.failure.map(|why| why.reason).as_deref(), Some("HostNetwork"));
+        assert_eq!(
+            said.failure.map(|why| why.reason).as_deref(),
+            Some("HostNetwork")
+        );
         assert!(known(None, &besides).is_some_and(|known| known.refused));
     }
 
@@ -156,6 +161,9 @@ mod tests {
             holding: true,
             ..status
         };
-        assert!(is_news(&report(Some(&holding), &Besides::default(), false, 8), &first));
+        assert!(is_news(
+            &report(Some(&holding), &Besides::default(), false, 8),
+            &first
+        ));
     }
 }

@@ -13,10 +13,10 @@ use tokio::time::{sleep, timeout};
 use tonic::Streaming;
 use tracing::{info, warn};
 
-use super::{Agent, address};
 use super::daemon::Error;
 use super::orders::{self, Call, Orders};
 use super::report::{self, Besides};
+use super::{Agent, address};
 use crate::migration::Migration;
 use crate::names::{DAEMON, daemon_id, manager};
 use crate::observe;
@@ -95,7 +95,10 @@ impl Serving {
             namespace: &migration.namespace().unwrap_or_default(),
             record: &observe::record(migration),
             id: &self.id,
-            given_back: self.status.as_ref().is_some_and(|status| status.r#final && !status.moved),
+            given_back: self
+                .status
+                .as_ref()
+                .is_some_and(|status| status.r#final && !status.moved),
         };
         let prepared = step.settle(&self.agent.folders);
         self.besides.prepared = prepared.map_err(|error| format!("the pod's address: {error}"))?;
@@ -122,7 +125,10 @@ impl Serving {
             return Ok(());
         }
         let daemon = &self.agent.daemon;
-        self.status = daemon.show(&self.id).await.map_err(|error| error.to_string())?;
+        self.status = daemon
+            .show(&self.id)
+            .await
+            .map_err(|error| error.to_string())?;
         if self.status.as_ref().is_some_and(|status| !status.r#final) {
             self.watching = daemon.watch(&self.id).await.ok();
         }
@@ -173,9 +179,15 @@ impl Serving {
         let record = observe::record(migration);
         let target = record.target.unwrap_or_default();
         let nodes: Api<Node> = Api::all(self.agent.client.clone());
-        let node = nodes.get_opt(&target).await.map_err(|error| error.to_string())?;
+        let node = nodes
+            .get_opt(&target)
+            .await
+            .map_err(|error| error.to_string())?;
         let named = node.and_then(|node| node.annotations().get(DAEMON).cloned());
-        let limits = migration.status.as_ref().and_then(|status| status.budget.clone());
+        let limits = migration
+            .status
+            .as_ref()
+            .and_then(|status| status.budget.clone());
         let limits = limits.unwrap_or_default();
         let micros = |millis: Option<i64>| millis.and_then(|one| u64::try_from(one * 1000).ok());
         let stop = migration.spec.mode == crate::migration::Mode::StopAndCopy;

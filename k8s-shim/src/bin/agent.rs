@@ -24,7 +24,11 @@ struct Arguments {
     #[arg(long, env = "PAGEFERRY_NODE")]
     daemon_name: Option<String>,
     /// The socket of pageferryd.
-    #[arg(long, env = "PAGEFERRY_SOCKET", default_value = "/run/pageferry/api.sock")]
+    #[arg(
+        long,
+        env = "PAGEFERRY_SOCKET",
+        default_value = "/run/pageferry/api.sock"
+    )]
     socket: PathBuf,
     /// Where pageferry-ipam is told of pods that come.
     #[arg(long, env = "PAGEFERRY_IPAM_RUN", default_value = pageferry_ipam::RUN)]

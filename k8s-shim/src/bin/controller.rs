@@ -46,7 +46,8 @@ async fn run(arguments: Arguments) -> Result<()> {
     let client = Client::try_default()
         .await
         .context("finding the cluster: in it, or by KUBECONFIG")?;
-    let mut leadership = Leadership::new(client.clone(), &arguments.namespace, arguments.name.clone());
+    let mut leadership =
+        Leadership::new(client.clone(), &arguments.namespace, arguments.name.clone());
     tokio::select! {
         () = leadership.acquire() => {}
         () = logging::asked_to_end() => return Ok(()),

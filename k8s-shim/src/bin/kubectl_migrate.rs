@@ -66,7 +66,9 @@ async fn main() -> ExitCode {
 
 async fn run(arguments: Arguments) -> Result<bool> {
     let config = config(arguments.context).await?;
-    let namespace = arguments.namespace.unwrap_or_else(|| config.default_namespace.clone());
+    let namespace = arguments
+        .namespace
+        .unwrap_or_else(|| config.default_namespace.clone());
     let client = Client::try_from(config).context("reaching the cluster")?;
     let what = arguments.what;
     let ask = match (what.to, what.to_selector) {
@@ -88,7 +90,9 @@ async fn run(arguments: Arguments) -> Result<bool> {
 
 async fn config(context: Option<String>) -> Result<Config> {
     let Some(context) = context else {
-        return Config::infer().await.context("finding the cluster: KUBECONFIG or ~/.kube/config");
+        return Config::infer()
+            .await
+            .context("finding the cluster: KUBECONFIG or ~/.kube/config");
     };
     let options = KubeConfigOptions {
         context: Some(context),

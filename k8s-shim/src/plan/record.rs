@@ -7,8 +7,7 @@ use crate::migration::{Outcome, PodReference};
 
 /// Where a move stands, as the controller has it.
 #[derive(
-    Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, Ord, PartialEq, PartialOrd,
-    Serialize,
+    Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, Ord, PartialEq, PartialOrd, Serialize,
 )]
 pub enum Step {
     /// Nothing is begun.

@@ -13,7 +13,10 @@ impl Course<'_> {
             return self.to(Step::Cleaning).into();
         };
         let uid = self.record().new_uid.clone();
-        let new = seen.new.as_ref().filter(|new| uid.as_ref() == Some(&new.uid));
+        let new = seen
+            .new
+            .as_ref()
+            .filter(|new| uid.as_ref() == Some(&new.uid));
         let Some(new) = new else {
             // Somebody has deleted it: nothing is left that could be lost by its source going.
             return match &seen.source {
@@ -29,7 +32,11 @@ impl Course<'_> {
             return act(Action::SetRestored { name, uid });
         }
         if new.adoption == Adoption::Pending && !self.breaks(Broken::DeleteBeforeAdoption) {
-            if let Some(source) = seen.source.as_ref().filter(|one| one.owned && !one.deleting) {
+            if let Some(source) = seen
+                .source
+                .as_ref()
+                .filter(|one| one.owned && !one.deleting)
+            {
                 if !source.marked {
                     return act(Action::MarkSource);
                 }
@@ -67,7 +74,10 @@ impl Course<'_> {
             };
             fenced == Some(side) || report.as_ref().is_some_and(|report| report.is_final)
         };
-        if let Some(side) = [Side::Source, Side::Target].into_iter().find(|side| !over(*side)) {
+        if let Some(side) = [Side::Source, Side::Target]
+            .into_iter()
+            .find(|side| !over(*side))
+        {
             return self.wait_for(&[side]);
         }
         self.outcome().into()
@@ -78,7 +88,10 @@ impl Course<'_> {
         let new = self.observed.new.as_ref();
         let new = new.filter(|new| record.new_uid.as_ref() == Some(&new.uid));
         let lost = match new {
-            None => Some(("NewPodGone", "the new pod was deleted before the move had ended")),
+            None => Some((
+                "NewPodGone",
+                "the new pod was deleted before the move had ended",
+            )),
             Some(new) if new.restarted => Some((
                 "NewPodRestarted",
                 "the new pod ended after it had come, and was started anew",

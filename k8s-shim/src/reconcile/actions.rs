@@ -8,9 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Context, Error, Trying, api};
 use crate::migration::Migration;
-use crate::names::{
-    ADOPT, DELETION_COST, FINALIZER, RESTORED, daemon_id, manager,
-};
+use crate::names::{ADOPT, DELETION_COST, FINALIZER, RESTORED, daemon_id, manager};
 use crate::newpod::{self, Adopt, Named};
 use crate::observe::{self, LOWEST_COST, Objects};
 use crate::plan::Action;
@@ -56,7 +54,9 @@ async fn finalizers(context: &Context, migration: &Migration, held: bool) -> Res
     }});
     let migrations: Api<Migration> = api(context, migration);
     let name = migration.name_any();
-    let patched = migrations.patch(&name, &parameters(), &Patch::Merge(patch)).await;
+    let patched = migrations
+        .patch(&name, &parameters(), &Patch::Merge(patch))
+        .await;
     unless_gone(patched).trying("changing the finalizers")
 }
 
@@ -129,7 +129,10 @@ async fn adopt(pods: &Api<Pod>, objects: &Objects, name: &str, uid: &str) -> Res
     let text = text.ok_or_else(|| Error::Object(format!("pod {name} has lost {ADOPT}")))?;
     let what: Adopt = serde_json::from_str(text)
         .map_err(|error| Error::Object(format!("pod {name}: {ADOPT}: {error}")))?;
-    let mut owners = new.map(ResourceExt::owner_references).unwrap_or_default().to_vec();
+    let mut owners = new
+        .map(ResourceExt::owner_references)
+        .unwrap_or_default()
+        .to_vec();
     owners.retain(|owner| owner.controller != Some(true));
     owners.extend(what.owner_references);
     let change = json!({"labels": what.labels, "ownerReferences": owners});

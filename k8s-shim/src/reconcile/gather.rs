@@ -25,7 +25,10 @@ pub async fn gather(client: &Client, migration: &Migration) -> Result<Objects, E
     };
     let record = observe::record(&migration);
     let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
-    let source = pods.get_opt(&migration.spec.pod.name).await.trying("reading the pod")?;
+    let source = pods
+        .get_opt(&migration.spec.pod.name)
+        .await
+        .trying("reading the pod")?;
     let mut objects = Objects {
         nodes: list(client, "nodes").await?,
         policies: list::<MigrationPolicy>(client, "policies").await?,
@@ -38,7 +41,10 @@ pub async fn gather(client: &Client, migration: &Migration) -> Result<Objects, E
             objects.claims = claims(client, pod).await?;
         }
         let namespaces: Api<Namespace> = Api::all(client.clone());
-        let labels = namespaces.get(&namespace).await.trying("reading the namespace")?;
+        let labels = namespaces
+            .get(&namespace)
+            .await
+            .trying("reading the namespace")?;
         objects.namespace = labels.labels().clone();
     }
     if let Some(pod) = &source {
@@ -73,7 +79,10 @@ async fn owners(client: &Client, pod: &Pod, objects: &mut Objects) -> Result<(),
         return Ok(());
     };
     let sets: Api<ReplicaSet> = Api::namespaced(client.clone(), &namespace);
-    objects.owner = sets.get_opt(&owner.name).await.trying("reading the ReplicaSet")?;
+    objects.owner = sets
+        .get_opt(&owner.name)
+        .await
+        .trying("reading the ReplicaSet")?;
     let above = objects.owner.iter().flat_map(ResourceExt::owner_references);
     let mut above = above.filter(|owner| owner.kind == "Deployment");
     if let Some(owner) = above.next() {
@@ -88,7 +97,10 @@ async fn claims(client: &Client, pod: &Pod) -> Result<Claims, Error> {
     let namespace = pod.namespace().unwrap_or_default();
     let api: Api<PersistentVolumeClaim> = Api::namespaced(client.clone(), &namespace);
     let mut claims = BTreeMap::new();
-    let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+    let volumes = pod
+        .spec
+        .iter()
+        .flat_map(|spec| spec.volumes.iter().flatten());
     for claim in volumes.filter_map(|volume| volume.persistent_volume_claim.as_ref()) {
         let name = &claim.claim_name;
         let found = api.get_opt(name).await.trying("reading a claim")?;

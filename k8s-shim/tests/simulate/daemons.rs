@@ -149,7 +149,8 @@ impl Daemons {
             // It waits for the target, and gives up: nothing is committed.
             11 if !self.source_down
                 && self.source == S::Frozen
-                && (self.target == T::Aborted || self.target_down) => {
+                && (self.target == T::Aborted || self.target_down) =>
+            {
                 self.source = S::Aborted;
             }
             _ => {}
@@ -159,11 +160,13 @@ impl Daemons {
     /// What goes wrong by itself: a link, a round, a restore.
     pub fn fail(&mut self, side: Side) {
         match side {
-            Side::Source if (SourcePhase::Copying..SourcePhase::Committed).contains(&self.source) =>
+            Side::Source
+                if (SourcePhase::Copying..SourcePhase::Committed).contains(&self.source) =>
             {
                 self.source = SourcePhase::Aborted;
             }
-            Side::Target if (TargetPhase::Receiving..TargetPhase::Running).contains(&self.target) =>
+            Side::Target
+                if (TargetPhase::Receiving..TargetPhase::Running).contains(&self.target) =>
             {
                 self.target = TargetPhase::Aborted;
             }

@@ -78,7 +78,8 @@ impl World {
         if moved && self.api.pods.contains_key(SOURCE) {
             return Err(format!("{result:?}, and the source pod is there"));
         }
-        if moved != (daemons.target >= TargetPhase::Running && daemons.target != TargetPhase::Aborted)
+        if moved
+            != (daemons.target >= TargetPhase::Running && daemons.target != TargetPhase::Aborted)
         {
             return Err(format!("{result:?}, and the daemons say otherwise"));
         }
