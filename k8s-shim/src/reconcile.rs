@@ -215,7 +215,8 @@ async fn tell(
     if before.step == record.step {
         return;
     }
-    info!(migration = %name, from = ?before.step, to = ?record.step, why = ?record.why, "next step");
+    let why = &record.why;
+    info!(migration = %name, from = ?before.step, to = ?record.step, ?why, "next step");
     let good = !matches!(
         record.result,
         Some(Outcome::Failed | Outcome::SucceededWithoutRestore)

@@ -21,8 +21,8 @@ pub(super) struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// Writes down what holds at this step, as often as it is looked at. Returns the name of the pod
-    /// for which there is an address here.
+    /// Writes down what holds at this step, as often as it is looked at. Returns the name of the
+    /// pod for which there is an address here.
     pub fn settle(&self, folders: &Folders) -> Result<Option<String>, StoreError> {
         let address = self.record.address.as_deref();
         // Others than these the program does not keep, and no pod is expected with one.

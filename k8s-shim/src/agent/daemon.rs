@@ -37,7 +37,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Connects when it is first called, and again when it has been away. To be called in a runtime.
+    /// Connects when it is first called, and again when it has been away. To be called in a
+    /// runtime.
     pub fn new(socket: &Path) -> Self {
         let path = socket.to_owned();
         // The name is never looked up: every connection is to the socket.

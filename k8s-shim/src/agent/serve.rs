@@ -104,7 +104,8 @@ impl Serving {
         self.besides.prepared = prepared.map_err(|error| format!("the pod's address: {error}"))?;
         let known = report::known(self.status.as_ref(), &self.besides);
         if let Some(call) = orders::next(self.side, &orders, known.as_ref()) {
-            info!(migration = %migration.name_any(), side = ?self.side, ?call, "calling the daemon");
+            let (name, side) = (migration.name_any(), self.side);
+            info!(migration = %name, ?side, ?call, "calling the daemon");
             self.call(migration, &call).await?;
             self.refresh().await?;
         }

@@ -147,8 +147,8 @@ impl Api {
         )
     }
 
-    /// What the owner does when it looks: one pod, as it counts. It waits for its own creations, and
-    /// what it would delete is chosen as Kubernetes does.
+    /// What the owner does when it looks: one pod, as it counts. It waits for its own creations,
+    /// and what it would delete is chosen as Kubernetes does.
     pub fn own(&self) -> Owner {
         let active = self.pods.values().filter(|pod| pod.owned && !pod.deleting);
         let mut active: Vec<&Pod> = active.collect();
