@@ -19,13 +19,20 @@ pub fn move_one(lab: &Lab, kubectl: &Kubectl) -> Result<()> {
     kubectl.apply(&deployment().to_string())?;
     let pods = until("two pods are ready", POD_TIME_MAX, || {
         let pods = list(kubectl)?;
-        ensure!(pods.iter().filter(|pod| is_ready(pod)).count() == 2, "they are not");
+        ensure!(
+            pods.iter().filter(|pod| is_ready(pod)).count() == 2,
+            "they are not"
+        );
         Ok(pods)
     })?;
     let moving = &pods[0];
     let name = text(moving, "/metadata/name")?;
     let here = text(moving, "/spec/nodeName")?;
-    let to = lab.nodes.iter().map(worker::name).find(|node| *node != here);
+    let to = lab
+        .nodes
+        .iter()
+        .map(worker::name)
+        .find(|node| *node != here);
     let to = to.context("there is another node")?;
     refuse(kubectl, moving, &to)?;
     let mut wanted: BTreeSet<String> = names(&pods)?;
@@ -46,7 +53,10 @@ pub fn move_one(lab: &Lab, kubectl: &Kubectl) -> Result<()> {
         }
     })?;
     wanted.insert(new.clone());
-    ensure!(seen == wanted, "there were the pods {seen:?}, and not {wanted:?}");
+    ensure!(
+        seen == wanted,
+        "there were the pods {seen:?}, and not {wanted:?}"
+    );
     wanted.remove(&name);
     until("the Deployment has two pods again", POD_TIME_MAX, || {
         let pods = list(kubectl)?;
@@ -61,7 +71,13 @@ pub fn move_one(lab: &Lab, kubectl: &Kubectl) -> Result<()> {
     ensure!(owner == before, "{new} belongs to {owner}");
     let again = ["rollout", "status", "deployment", NAME, "--timeout=20s"];
     kubectl.run(&again)?;
-    kubectl.run(&["delete", "deployment", NAME, "--cascade=foreground", "--timeout=60s"])?;
+    kubectl.run(&[
+        "delete",
+        "deployment",
+        NAME,
+        "--cascade=foreground",
+        "--timeout=60s",
+    ])?;
     Ok(())
 }
 
@@ -84,7 +100,10 @@ fn refuse(kubectl: &Kubectl, pod: &Value, to: &str) -> Result<()> {
     );
     let now = kubectl.json(&["get", "pod", &name])?;
     ensure!(is_ready(&now), "it is not ready: {}", now["status"]);
-    ensure!(now["metadata"]["uid"] == pod["metadata"]["uid"], "it is another one");
+    ensure!(
+        now["metadata"]["uid"] == pod["metadata"]["uid"],
+        "it is another one"
+    );
     Ok(())
 }
 

@@ -136,15 +136,17 @@ impl Daemons {
                 self.target = T::Done;
             }
             // Each side hears that the other has given up.
-            9 if both && self.target == T::Aborted && self.source < S::Committed => {
-                if S::Copying <= self.source {
-                    self.source = S::Aborted;
-                }
+            9 if both
+                && self.target == T::Aborted
+                && (S::Copying..S::Committed).contains(&self.source) =>
+            {
+                self.source = S::Aborted;
             }
-            10 if both && self.source == S::Aborted && self.target < T::Running => {
-                if self.target != T::None {
-                    self.target = T::Aborted;
-                }
+            10 if both
+                && self.source == S::Aborted
+                && (T::Receiving..T::Running).contains(&self.target) =>
+            {
+                self.target = T::Aborted;
             }
             // It waits for the target, and gives up: nothing is committed.
             11 if !self.source_down
