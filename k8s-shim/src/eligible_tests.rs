@@ -56,7 +56,6 @@ fn with_volume(source: Value) -> Value {
 #[test]
 fn what_cannot_move_is_refused_by_name() {
     let hook = json!({"lifecycle": {"postStart": {"exec": {"command": ["true"]}}}});
-    let claim = |name: &str| with_volume(json!({"persistentVolumeClaim": {"claimName": name}}));
     let two = json!([{"name": "a"}, {"name": "b"}]);
     let sidecar = json!([{"name": "s", "restartPolicy": "Always"}]);
     let cases = [
@@ -115,6 +114,21 @@ fn what_cannot_move_is_refused_by_name() {
             with_container(json!({"resources": {"limits": {"cpu": "1"}}})),
             None,
         ),
+    ];
+    check(cases);
+}
+
+fn check<const COUNT: usize>(cases: [(Value, Option<&str>); COUNT]) {
+    for (change, wanted) in cases {
+        let text = change.to_string();
+        assert_eq!(reason(change).as_deref(), wanted, "{text}");
+    }
+}
+
+#[test]
+fn volumes_that_are_at_one_node_alone_are_refused() {
+    let claim = |name: &str| with_volume(json!({"persistentVolumeClaim": {"claimName": name}}));
+    check([
         (
             with_volume(json!({"hostPath": {"path": "/"}})),
             Some("HostPath"),
@@ -128,11 +142,7 @@ fn what_cannot_move_is_refused_by_name() {
         (claim("many"), None),
         // One that is not there yet has no modes.
         (claim("none"), Some("ReadWriteOnce")),
-    ];
-    for (change, wanted) in cases {
-        let text = change.to_string();
-        assert_eq!(reason(change).as_deref(), wanted, "{text}");
-    }
+    ]);
 }
 
 fn node(name: &str, change: Value) -> Node {
