@@ -18,6 +18,7 @@ pub mod certificates;
 pub mod control;
 pub mod kubectl;
 pub mod laps;
+pub mod movers;
 pub mod wait;
 pub mod worker;
 

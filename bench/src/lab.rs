@@ -382,7 +382,11 @@ fn make_layer(layer: &Path, lab_binary: &Path, daemons: bool) -> Result<()> {
     for (name, folder, need) in BINARIES {
         let source = built.join(name);
         if !source.is_file() {
-            let needed = need == Need::Always || daemons;
+            let needed = match need {
+                Need::Always => true,
+                Need::WithDaemons => daemons,
+                Need::WithKubernetes => false,
+            };
             ensure!(
                 !needed,
                 "{} is not built (cargo build --workspace)",
@@ -404,6 +408,8 @@ fn make_layer(layer: &Path, lab_binary: &Path, daemons: bool) -> Result<()> {
 enum Need {
     Always,
     WithDaemons,
+    /// Who starts it says so.
+    WithKubernetes,
 }
 
 fn node_name(index: usize) -> String {
@@ -416,7 +422,7 @@ const NODES_MAX: usize = 8;
 /// Addresses 10.90.0.101 to 10.90.0.250.
 const WORKLOADS_MAX: usize = 150;
 /// Name, folder in the node, need.
-const BINARIES: [(&str, &str, Need); 11] = [
+const BINARIES: [(&str, &str, Need); 12] = [
     ("lab", "usr/local/bin", Need::Always),
     ("lab-writer", "usr/local/bin", Need::Always),
     ("lab-cases", "usr/local/bin", Need::Always),
@@ -426,6 +432,7 @@ const BINARIES: [(&str, &str, Need); 11] = [
     ("pageferry-criu", "usr/local/bin", Need::WithDaemons),
     ("pageferry-oci", "usr/local/bin", Need::WithDaemons),
     ("pageferry-containerd", "usr/local/bin", Need::WithDaemons),
+    ("pageferry-agent", "usr/local/bin", Need::WithKubernetes),
     // Where Debian has CNI's plugins.
     ("pageferry-ipam", "usr/lib/cni", Need::WithDaemons),
     ("libcriu_view.so", "usr/lib/pageferry", Need::WithDaemons),

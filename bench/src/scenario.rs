@@ -4,6 +4,7 @@
 //! that went wrong in the workload or for a client is a *failure* in the report; an error is the
 //! lab's own trouble, and ends up there too.
 
+mod annotated;
 pub mod apps;
 pub mod baseline;
 pub mod by_hand;
@@ -22,10 +23,11 @@ pub mod kubernetes;
 pub mod locks;
 pub mod memory;
 pub mod nginx;
-pub mod pods;
 pub mod podman_bridge;
 pub mod podman_errors;
+pub mod pods;
 pub mod redis;
+mod replicas;
 pub mod report;
 pub mod resources;
 pub mod session;

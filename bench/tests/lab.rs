@@ -315,6 +315,7 @@ const INODES: &str = "stat -L -c %i /proc/10000/ns/net /run/netns/web";
 #[ignore = "builds Kubernetes, if the cache does not have it"]
 fn a_cluster_of_kubernetes_comes_up_serves_and_leaves_nothing() {
     check(&["kubernetes"], 0);
+    check(&["kubernetes", "--only", "annotated"], 0);
     let _turn = turn();
     done(&["up", "--kubernetes", "--bare", "--nodes", "3"]);
     let nodes = done(&["kubectl", "get", "nodes", "--output", "name"]);

@@ -8,6 +8,18 @@
     reason = "each column that is printed has the same attributes"
 )]
 
+pub mod agent;
+pub mod ask;
+pub mod eligible;
+pub mod lease;
+pub mod logging;
 pub mod manifest;
 pub mod migration;
+pub mod names;
+pub mod newpod;
+pub mod observe;
+pub mod plan;
 pub mod policy;
+pub mod reconcile;
+pub mod status;
+pub mod trigger;

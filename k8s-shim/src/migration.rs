@@ -10,6 +10,8 @@ use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
+use crate::plan::{Record, Report};
+
 /// What is to be moved, and where to.
 #[derive(Clone, CustomResource, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[kube(
@@ -23,6 +25,8 @@ use serde::{Deserialize, Serialize};
     category = "pageferry",
     derive = "PartialEq",
     selectable = ".spec.pod.name",
+    selectable = ".status.source",
+    selectable = ".status.target",
     printcolumn(name = "Pod", type_ = "string", json_path = ".spec.pod.name"),
     printcolumn(name = "From", type_ = "string", json_path = ".status.source"),
     printcolumn(name = "To", type_ = "string", json_path = ".status.target"),
@@ -207,6 +211,33 @@ pub struct MigrationStatus {
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     #[schemars(length(max = 16))]
     pub conditions: Vec<Condition>,
+    /// Within what time the daemons are to do it: the policy's, when it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
+    /// What the controller goes by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub course: Option<Record>,
+    /// What the source's agent says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_report: Option<Report>,
+    /// What the target's agent says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_report: Option<Report>,
+}
+
+/// What the daemons have for a move. In milliseconds.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Budget {
+    /// How long the pod is to stand still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_ms: Option<i64>,
+    /// How long it may stand still before the commit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen_ms: Option<i64>,
+    /// How long all of it may take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub move_ms: Option<i64>,
 }
 
 /// How far one container is.
@@ -229,9 +260,9 @@ pub struct ContainerStatus {
 pub enum Phase {
     /// It is looked whether it can move, and room is made.
     Processing,
-    /// It is frozen and dumped.
+    /// What it consists of is read and sent, round by round, while it runs.
     Checkpointing,
-    /// What it consists of is on its way.
+    /// It stands still, and the last of it is on its way.
     Transferring,
     /// It is put together at the target.
     Restoring,

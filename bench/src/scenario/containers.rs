@@ -212,7 +212,10 @@ pub const CASES: [(&str, &str); 12] = [
         "one of the shapes: hardened, nginx, postgresql, refused, volume, volume-killed",
     ),
     ("podman-volume, containerd-volume", "volumes of engines"),
-    ("podman-bridge", "a container on the network that podman gives"),
+    (
+        "podman-bridge",
+        "a container on the network that podman gives",
+    ),
     ("podman-bridge-faults", "kill -9 while that is made"),
     ("podman-errors", "what a node of podman lacks"),
 ];

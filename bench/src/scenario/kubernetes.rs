@@ -8,7 +8,7 @@ use super::pods::{self, POD_TIME_MAX, Placed};
 use super::report::Report;
 use super::settings::Settings;
 use super::traces::Traces;
-use super::{by_hand, resources};
+use super::{annotated, by_hand, resources};
 use crate::cluster::laps::Laps;
 use crate::cluster::wait::until;
 use crate::cluster::{self, Cluster, worker};
@@ -21,8 +21,10 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let only = settings.only.as_deref();
     match only {
         None => {}
-        Some(BY_HAND) => settings.need_pageferry("stock CRIU moves no pods")?,
-        Some(other) => bail!("kubernetes has no case {other:?}, only {BY_HAND:?}"),
+        Some(BY_HAND | ANNOTATED) => settings.need_pageferry("stock CRIU moves no pods")?,
+        Some(other) => {
+            bail!("kubernetes has no case {other:?}, only {BY_HAND:?} and {ANNOTATED:?}")
+        }
     }
     let mut laps = Laps::start();
     let link = settings.link.clone().unwrap_or(Link::Unshaped);
@@ -34,6 +36,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     laps.lap("nodes are up");
     let cluster = Cluster::up(&lab, &mut laps);
     let done = cluster.and_then(|cluster| match only {
+        Some(ANNOTATED) => annotated::run(&lab, &cluster, &mut laps, report),
         Some(_) => by_hand::run(&lab, &cluster, &mut laps, report),
         None => in_lab(&lab, &cluster, &mut laps),
     });
@@ -142,3 +145,5 @@ const COUNTER: &str = "counter";
 const COUNT: usize = 10;
 /// A part of its own: a pod moves, each step by hand.
 const BY_HAND: &str = "by-hand";
+/// Another: a pod moves because it is annotated.
+const ANNOTATED: &str = "annotated";

@@ -181,14 +181,14 @@ pub fn server(name: &str, node: &str) -> Value {
     pod
 }
 
-/// A bare pod with one container, which the scheduler puts to a node.
+/// A bare pod with one container, at a node without being bound to it.
 pub fn pod(name: &str, node: &str, command: &[String]) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {"name": name, "labels": {"app": name}},
         "spec": {
-            "nodeSelector": {"kubernetes.io/hostname": node},
+            "nodeName": node,
             "terminationGracePeriodSeconds": 1,
             "containers": [{
                 "name": "redis",

@@ -139,7 +139,7 @@ pub const CRATES: &[Crate] = &[
     Crate {
         folder: "k8s-shim",
         package: "pageferry-k8s",
-        uses: &[],
+        uses: &["pageferry-api", "pageferry-ipam"],
         tests_use: &[],
     },
     Crate {

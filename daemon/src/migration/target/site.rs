@@ -52,8 +52,8 @@ use crate::runtime::oci::arrive::{Restore, made_for, note_again};
 use crate::runtime::rootfs::RootPlace;
 use crate::runtime::shared::lengths;
 use crate::runtime::{detached, identity};
-use pod::Pod;
 use network::EngineNetwork;
+use pod::Pod;
 pub use run::LetGoError;
 
 /// Most address spaces of a workload; each has a memory file.
@@ -346,7 +346,9 @@ impl Site {
         }
         self.make_groups()?;
         self.start_pager().await?;
-        self.join_engine_network().await?;
+        if let Some(net) = self.join_engine_network().await? {
+            self.hand_over_loopback_of(&net).await?;
+        }
         if root == Some(RootPlace::Overlay) {
             block_in_place(|| self.find_overlay())?;
         }
@@ -473,7 +475,8 @@ impl Site {
             self.freezer = Freezer::again(path, restored.freezer_id);
             let noted = block_in_place(|| note_again(&self.directory));
             noted.map_err(|error| internal(&error))?;
-            // It has made another network, too.
+            // It has made another network, too. Its loopback was not shut: that restore would have
+            // failed if it had to be.
             self.join_engine_network().await?;
         }
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));

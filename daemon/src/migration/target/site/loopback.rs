@@ -4,6 +4,7 @@
 //! Invariant: from the hand-over on the pager alone holds it, so that it is shut for as long as
 //! there is a restore, with or without a daemon, and opens when the pager ends.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use criu_glue::image::inet;
@@ -12,6 +13,7 @@ use pageferry_sys::namespace::NamespaceKind;
 use tokio::task::block_in_place;
 
 use super::{Site, no_pager, pager_failed};
+use crate::link::LinkError;
 use crate::link::loopback::LoGate;
 use crate::migration::target::images::criu_failed;
 use crate::migration::text::{chain, network_unfit};
@@ -21,10 +23,22 @@ impl Site {
     /// Makes what shuts the loopback of a network of its own, which takes too long for a freeze,
     /// and gives it to the pager. Where it cannot be made that is noted.
     pub(super) async fn hand_over_loopback(&mut self) -> Result<(), Failure> {
-        let Some(net) = self.namespace(NamespaceKind::Net) else {
-            return Ok(());
-        };
-        let gate = match block_in_place(|| LoGate::make(net)) {
+        let made = self
+            .namespace(NamespaceKind::Net)
+            .map(|net| block_in_place(|| LoGate::make(net)));
+        match made {
+            Some(made) => self.hand_over(made).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The same of a network that an engine has made, and that is known only now.
+    pub(super) async fn hand_over_loopback_of(&mut self, net: &OwnedFd) -> Result<(), Failure> {
+        self.hand_over(block_in_place(|| LoGate::make(net))).await
+    }
+
+    async fn hand_over(&mut self, made: Result<LoGate, LinkError>) -> Result<(), Failure> {
+        let gate = match made {
             Ok(gate) => gate,
             Err(error) => {
                 let why = chain(&error);

@@ -4,6 +4,7 @@
 //! nowhere ([`crate::link::hold`]); from when its runtime waits it is one that is joined.
 
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
@@ -95,13 +96,13 @@ impl Site {
     }
 
     /// Finds what an engine has made, when its runtime waits, and takes it off the bridge that
-    /// leads nowhere: nothing of it is attached to anything then.
-    pub(super) async fn join_engine_network(&mut self) -> Result<(), Failure> {
+    /// leads nowhere: nothing of it is attached to anything then. Answers with it, if there is one.
+    pub(super) async fn join_engine_network(&mut self) -> Result<Option<OwnedFd>, Failure> {
         let (Some(made), Some(arriving)) = (&self.engine_network, &self.arriving) else {
-            return Ok(());
+            return Ok(None);
         };
         let Some(path) = block_in_place(|| arriving.network_path())? else {
-            return Ok(());
+            return Ok(None);
         };
         let net = namespace::open_bound(&path, NamespaceKind::Net).map_err(|error| {
             let text = format!("the network {} of the engine: {error}", path.display());
@@ -111,7 +112,7 @@ impl Site {
         taken.map_err(|error| network_unfit(&error))?;
         let wanted = (&*made.links, &*made.routes);
         self.network = Some(Network::compare(&net, wanted, &made.bridge).await?);
-        Ok(())
+        Ok(Some(net))
     }
 
     /// Nothing of an engine is attached to the bridge that leads nowhere any more, nor will be.

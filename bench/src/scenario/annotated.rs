@@ -1,0 +1,122 @@
+//! A pod moves because it is annotated: controller and agents do the rest. There and back, with
+//! clients that stay connected.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::pods::{POD_TIME_MAX, Watched, successor};
+use super::replicas;
+use super::report::Report;
+use crate::cluster::kubectl::Kubectl;
+use crate::cluster::laps::Laps;
+use crate::cluster::movers::Movers;
+use crate::cluster::wait::{Hopeless, until};
+use crate::cluster::{Cluster, worker};
+use crate::lab::Lab;
+use crate::lab::node::Node;
+use crate::mover::outcome::{millis, round};
+
+/// The part of the scenario `kubernetes`.
+pub fn run(lab: &Lab, cluster: &Cluster, laps: &mut Laps, report: &mut Report) -> Result<()> {
+    let kubectl = &cluster.kubectl;
+    let mut movers = Movers::start(lab, kubectl, 2)?;
+    until("pods may come to all nodes", POD_TIME_MAX, || {
+        movers.check()?;
+        let ready = ["get", "nodes", "--selector=pageferry.dev/ready=true"];
+        let nodes = kubectl.json(&ready)?;
+        let count = nodes["items"].as_array().map_or(0, Vec::len);
+        ensure!(count == lab.nodes.len(), "they may come to {count}");
+        Ok(())
+    })?;
+    laps.lap("controllers and agents are up");
+    let mut watched = Watched::start(lab, kubectl, &lab.nodes[0], SERVER)?;
+    laps.lap("the pod of Redis is ready, and has clients");
+    for index in 0..MOVES {
+        let to = &lab.nodes[(index + 1) % lab.nodes.len()];
+        move_pod(lab, kubectl, &mut watched, to, report)?;
+        movers.check()?;
+    }
+    laps.lap("it has moved by annotation, there and back");
+    say(kubectl)?;
+    let pod = watched.finish(report)?;
+    laps.lap("all that was written is there");
+    kubectl.run(&["delete", "pod", &pod.name, "--timeout=60s"])?;
+    replicas::move_one(lab, kubectl)?;
+    laps.lap("a pod of a Deployment has moved, and it has made no third");
+    movers.check()
+}
+
+fn move_pod(
+    lab: &Lab,
+    kubectl: &Kubectl,
+    watched: &mut Watched,
+    to: &Node,
+    report: &mut Report,
+) -> Result<()> {
+    let (name, uid) = (watched.pod.name.clone(), watched.pod.uid.clone());
+    let wish = format!("pageferry.dev/migrate-to={}", worker::name(to));
+    let begun = Instant::now();
+    kubectl.run(&["annotate", "pod", &name, &wish])?;
+    let ended = until(&format!("{name} has moved"), MOVE_TIME_MAX, || {
+        let of_pod = format!("--field-selector=spec.pod.name={name}");
+        let listed = kubectl.json(&["get", "migrations", &of_pod])?;
+        let migrations = listed["items"].as_array().context("a list")?;
+        let migration = migrations
+            .iter()
+            .find(|one| one["spec"]["pod"]["uid"] == *uid);
+        let status = &migration.context("there is no Migration yet")?["status"];
+        match status["result"].as_str() {
+            Some("Succeeded") => Ok(status.clone()),
+            Some(_) => Err(Hopeless(format!("it ended otherwise: {status}")).into()),
+            None => anyhow::bail!("it goes on: {status}"),
+        }
+    })?;
+    let took = begun.elapsed();
+    watched.check_moved(lab, kubectl, to)?;
+    let blackout = watched.clients.blackout_since(begun)?;
+    let new = ended["newPod"]["name"].as_str().unwrap_or_default();
+    ensure!(new == successor(&name), "{name} came as {new}");
+    let seconds = round(took.as_secs_f64());
+    let downtime = ended["downtimeMs"].as_i64();
+    println!(
+        "{name} -> {new} at {}: {seconds} s, stood still for {} ms, blackout {} ms",
+        worker::name(to),
+        downtime.unwrap_or_default(),
+        millis(blackout)
+    );
+    report.figure_series("from the annotation to the end, s", seconds);
+    report.figure_series("downtime, ms", downtime.map_or(Value::Null, Value::from));
+    report.figure_series("blackout, ms", millis(blackout));
+    Ok(())
+}
+
+/// What a person sees of it.
+fn say(kubectl: &Kubectl) -> Result<()> {
+    println!("{}", kubectl.run(&["get", "migrations", "--output=wide"])?);
+    let columns = "--output=custom-columns=\
+        TYPE:.type,REASON:.reason,OBJECT:.involvedObject.name,NOTE:.message";
+    let events = ["get", "events", "--field-selector=reason!=Pulled", columns];
+    let events = kubectl.run(&events)?;
+    let ours = [
+        "Copying",
+        "Placing",
+        "Moving",
+        "Moved",
+        "Cleaning",
+        "Succeeded",
+    ];
+    for line in events.lines() {
+        let reason = line.split_whitespace().nth(1).unwrap_or_default();
+        if reason == "REASON" || ours.contains(&reason) {
+            println!("{line}");
+        }
+    }
+    Ok(())
+}
+
+const SERVER: &str = "redis";
+/// There and back.
+const MOVES: usize = 2;
+const MOVE_TIME_MAX: Duration = Duration::from_secs(120);

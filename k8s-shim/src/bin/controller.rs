@@ -1,0 +1,86 @@
+//! `pageferry-controller`: has pods moved, as Migrations and annotations ask for.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, bail};
+use clap::Parser;
+use futures_util::StreamExt;
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::controller::{Config, Controller};
+use kube::runtime::reflector::ObjectRef;
+use kube::runtime::watcher;
+use kube::{Api, Client, ResourceExt};
+use pageferry_k8s::lease::Leadership;
+use pageferry_k8s::migration::Migration;
+use pageferry_k8s::names::MIGRATION_NAME;
+use pageferry_k8s::reconcile::{Context, reconcile, retry};
+use pageferry_k8s::{logging, trigger};
+use tracing::{debug, error, info};
+
+/// Has pods moved, as Migrations and annotations ask for. Two may run: one leads.
+#[derive(Debug, Parser)]
+#[command(version, name = "pageferry-controller")]
+struct Arguments {
+    /// The namespace of the lease by which one leads.
+    #[arg(long, env = "POD_NAMESPACE", default_value = "pageferry-system")]
+    namespace: String,
+    /// What this one is called, as nobody else is.
+    #[arg(long, env = "POD_NAME", default_value_t = format!("controller-{}", std::process::id()))]
+    name: String,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    logging::start();
+    match run(Arguments::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> Result<()> {
+    let client = Client::try_default()
+        .await
+        .context("finding the cluster: in it, or by KUBECONFIG")?;
+    let mut leadership =
+        Leadership::new(client.clone(), &arguments.namespace, arguments.name.clone());
+    tokio::select! {
+        () = leadership.acquire() => {}
+        () = logging::asked_to_end() => return Ok(()),
+    }
+    let context = Arc::new(Context::new(client.clone(), Some(arguments.name)));
+    tokio::select! {
+        () = leadership.keep() => bail!("another one leads, or the API server does not answer"),
+        () = trigger::run(client.clone(), Arc::clone(&context)) => bail!("the watch of pods ended"),
+        () = control(client, context) => bail!("the watch of Migrations ended"),
+        () = logging::asked_to_end() => info!("ends, as it was asked to"),
+    }
+    Ok(())
+}
+
+async fn control(client: Client, context: Arc<Context>) {
+    let pods: Api<Pod> = Api::all(client.clone());
+    let coming = watcher::Config::default().labels(MIGRATION_NAME);
+    let looks = Controller::new(Api::<Migration>::all(client), watcher::Config::default())
+        .with_config(Config::default().concurrency(AT_ONCE))
+        .watches(pods, coming, |pod: Pod| {
+            let name = pod.labels().get(MIGRATION_NAME).cloned();
+            let namespace = pod.namespace().unwrap_or_default();
+            name.map(|name| ObjectRef::new(&name).within(&namespace))
+        })
+        .run(reconcile, retry, context);
+    looks
+        .for_each(|look| async {
+            if let Err(error) = look {
+                debug!(%error, "a look came to nothing");
+            }
+        })
+        .await;
+}
+
+/// Limits count Migrations that wait: only one is let through at a time, whatever this is.
+const AT_ONCE: u16 = 16;

@@ -1,0 +1,189 @@
+use serde_json::{Value, json};
+
+use super::*;
+
+fn pod(change: Value) -> Pod {
+    let mut pod = json!({
+        "metadata": {"name": "web", "namespace": "default"},
+        "spec": {
+            "nodeName": "node-a",
+            "containers": [{"name": "web", "image": "web"}],
+            "volumes": [{"name": "tmp", "emptyDir": {}}],
+        },
+        "status": {"phase": "Running"},
+    });
+    merge(&mut pod, change);
+    serde_json::from_value(pod).expect("a pod")
+}
+
+fn merge(into: &mut Value, from: Value) {
+    match (into, from) {
+        (Value::Object(into), Value::Object(from)) => {
+            for (name, value) in from {
+                merge(into.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        (into, from) => *into = from,
+    }
+}
+
+fn reason(change: Value) -> Option<String> {
+    let claims = Claims::from([
+        ("one".to_owned(), vec!["ReadWriteOnce".to_owned()]),
+        ("many".to_owned(), vec!["ReadWriteMany".to_owned()]),
+    ]);
+    refusal(&pod(change), &claims).map(|why| why.reason)
+}
+
+fn owned(kind: &str) -> Value {
+    json!({"metadata": {"ownerReferences": [
+        {"apiVersion": "v1", "kind": kind, "name": "o", "uid": "u", "controller": true}
+    ]}})
+}
+
+fn with_container(more: Value) -> Value {
+    let mut container = json!({"name": "web", "image": "web"});
+    merge(&mut container, more);
+    json!({"spec": {"containers": [container]}})
+}
+
+fn with_volume(source: Value) -> Value {
+    let mut volume = json!({"name": "data"});
+    merge(&mut volume, source);
+    json!({"spec": {"volumes": [volume]}})
+}
+
+#[test]
+fn what_cannot_move_is_refused_by_name() {
+    let hook = json!({"lifecycle": {"postStart": {"exec": {"command": ["true"]}}}});
+    let two = json!([{"name": "a"}, {"name": "b"}]);
+    let sidecar = json!([{"name": "s", "restartPolicy": "Always"}]);
+    let cases = [
+        (json!({}), None),
+        (owned("ReplicaSet"), None),
+        (owned("DaemonSet"), Some("DaemonSet")),
+        (owned("Job"), Some("Job")),
+        (owned("StatefulSet"), Some("StatefulSet")),
+        (owned("Node"), Some("StaticPod")),
+        (owned("Database"), Some("OwnerUnknown")),
+        (
+            json!({"metadata": {"namespace": "kube-system"}}),
+            Some("SystemPod"),
+        ),
+        (
+            json!({"metadata": {"labels": {OURS.0: OURS.1}}}),
+            Some("OwnPod"),
+        ),
+        (
+            json!({"metadata": {"annotations": {"kubernetes.io/config.mirror": "x"}}}),
+            Some("StaticPod"),
+        ),
+        (json!({"status": {"phase": "Pending"}}), Some("NotRunning")),
+        (
+            json!({"spec": {"runtimeClassName": "gvisor"}}),
+            Some("RuntimeClass"),
+        ),
+        (
+            json!({"spec": {"nodeSelector": {"kubernetes.io/hostname": "node-a"}}}),
+            Some("BoundToNode"),
+        ),
+        (json!({"spec": {"hostNetwork": true}}), Some("HostNetwork")),
+        (json!({"spec": {"hostPID": true}}), Some("HostPID")),
+        (json!({"spec": {"hostIPC": true}}), Some("HostIPC")),
+        (
+            json!({"spec": {"shareProcessNamespace": true}}),
+            Some("SharedProcesses"),
+        ),
+        (json!({"spec": {"hostUsers": false}}), Some("UserNamespace")),
+        (
+            json!({"spec": {"containers": two}}),
+            Some("SeveralContainers"),
+        ),
+        (
+            json!({"spec": {"initContainers": sidecar}}),
+            Some("SeveralContainers"),
+        ),
+        (json!({"spec": {"initContainers": [{"name": "i"}]}}), None),
+        (with_container(json!({"tty": true})), Some("Terminal")),
+        (with_container(hook), Some("PostStart")),
+        (
+            with_container(json!({"resources": {"limits": {"gpu.example/one": "1"}}})),
+            Some("Devices"),
+        ),
+        (
+            with_container(json!({"resources": {"limits": {"cpu": "1"}}})),
+            None,
+        ),
+    ];
+    check(cases);
+}
+
+fn check<const COUNT: usize>(cases: [(Value, Option<&str>); COUNT]) {
+    for (change, wanted) in cases {
+        let text = change.to_string();
+        assert_eq!(reason(change).as_deref(), wanted, "{text}");
+    }
+}
+
+#[test]
+fn volumes_that_are_at_one_node_alone_are_refused() {
+    let claim = |name: &str| with_volume(json!({"persistentVolumeClaim": {"claimName": name}}));
+    check([
+        (
+            with_volume(json!({"hostPath": {"path": "/"}})),
+            Some("HostPath"),
+        ),
+        (with_volume(json!({"configMap": {"name": "c"}})), None),
+        (
+            with_volume(json!({"csi": {"driver": "d"}})),
+            Some("VolumeUnknown"),
+        ),
+        (claim("one"), Some("ReadWriteOnce")),
+        (claim("many"), None),
+        // One that is not there yet has no modes.
+        (claim("none"), Some("ReadWriteOnce")),
+    ]);
+}
+
+fn node(name: &str, change: Value) -> Node {
+    let mut node = json!({
+        "metadata": {"name": name, "labels": {READY: "true", "zone": "z"}},
+        "spec": {},
+        "status": {"conditions": [{"type": "Ready", "status": "True"}]},
+    });
+    merge(&mut node, change);
+    serde_json::from_value(node).expect("a node")
+}
+
+#[test]
+fn a_target_is_looked_at_before_anything_is_begun() {
+    let unready = json!({"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}});
+    let nodes = [
+        node("a", json!({})),
+        node("b", json!({"spec": {"unschedulable": true}})),
+        node("c", unready),
+        node("d", json!({"metadata": {"labels": {READY: "false"}}})),
+        node("e", json!({})),
+    ];
+    let to = |node: &str| migration::Target {
+        node: Some(node.to_owned()),
+        node_selector: None,
+    };
+    let reason = |wanted: &migration::Target| match target(wanted, "a", &nodes) {
+        Target::Node(node) => node,
+        Target::None(why) => why.reason,
+    };
+    assert_eq!(reason(&to("a")), "TargetIsSource");
+    assert_eq!(reason(&to("b")), "TargetCordoned");
+    assert_eq!(reason(&to("c")), "TargetNotReady");
+    assert_eq!(reason(&to("d")), "TargetUnprepared");
+    assert_eq!(reason(&to("e")), "e");
+    assert_eq!(reason(&to("f")), "TargetUnknown");
+    let mut by_label = migration::Target {
+        node: None,
+        node_selector: Some(BTreeMap::from([("zone".to_owned(), "z".to_owned())])),
+    };
+    assert_eq!(reason(&by_label), "e");
+    by_label.node_selector = Some(BTreeMap::from([("zone".to_owned(), "y".to_owned())]));
+    assert_eq!(reason(&by_label), "NoTarget");
+}

@@ -1,0 +1,351 @@
+//! From the objects of the API to what the plan looks at. Pure.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+use k8s_openapi::api::core::v1::{ContainerStatus, Node, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, Time};
+use kube::core::{Selector, SelectorExt};
+use kube::{Resource, ResourceExt};
+
+use crate::eligible::{self, Claims};
+use crate::migration::Migration;
+use crate::names::{
+    ADOPT, DELETION_COST, FINALIZER, KEEP_ADDRESS, MIGRATION, ORIGIN, OUT_OF_SERVICE, RESOLVE,
+    RESTORED, daemon_id, next_pod,
+};
+use crate::plan::{
+    Adoption, Limits, NewPod, Observed, Other, Record, Side, SourcePod, Step, Timeouts, Why,
+};
+use crate::policy::{MigrationPolicy, MigrationPolicySpec};
+
+/// Everything that one Migration depends on.
+#[derive(Debug, Default)]
+pub struct Objects {
+    pub migration: Option<Migration>,
+    /// The pod of the name that the Migration says, whatever its UID.
+    pub source: Option<Pod>,
+    pub new: Option<Pod>,
+    pub nodes: Vec<Node>,
+    pub owner: Option<ReplicaSet>,
+    pub deployment: Option<Deployment>,
+    pub claims: Claims,
+    pub others: Vec<Migration>,
+    pub policies: Vec<MigrationPolicy>,
+    /// Labels of the pod's namespace.
+    pub namespace: BTreeMap<String, String>,
+}
+
+/// What the controller has written down of a Migration.
+pub fn record(migration: &Migration) -> Record {
+    let status = migration.status.as_ref();
+    status
+        .and_then(|status| status.course.clone())
+        .unwrap_or_default()
+}
+
+/// The source pod, if it is the very one.
+pub fn source(objects: &Objects) -> Option<&Pod> {
+    let migration = objects.migration.as_ref()?;
+    let pod = objects.source.as_ref();
+    pod.filter(|pod| pod.uid().as_deref() == Some(&migration.spec.pod.uid))
+}
+
+/// What the plan looks at. None where there is no Migration.
+pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
+    let migration = objects.migration.as_ref()?;
+    let record = record(migration);
+    let source = source(objects);
+    let status = migration.status.clone().unwrap_or_default();
+    let deleting = migration.metadata.deletion_timestamp.is_some();
+    let node = |pod: &Pod| pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
+    let at = source.and_then(node).unwrap_or_default();
+    let mut seen = Observed {
+        now,
+        created: migration
+            .metadata
+            .creation_timestamp
+            .as_ref()
+            .map_or(now, seconds),
+        cancel: migration.spec.cancel || deleting,
+        held: migration.finalizers().iter().any(|one| one == FINALIZER),
+        deleting,
+        resolve: resolve(migration),
+        target: eligible::target(&migration.spec.target, &at, &objects.nodes),
+        source_report: status.source_report,
+        target_report: status.target_report,
+        down: down(&record, &objects.nodes),
+        others: others(migration, &objects.others),
+        ..Observed::default()
+    };
+    if let Some(policy) = policy(objects) {
+        seen.limits = Limits {
+            per_node: usize::try_from(policy.at_once.per_node).unwrap_or(1),
+            per_cluster: usize::try_from(policy.at_once.per_cluster).unwrap_or(1),
+        };
+        seen.timeouts = Timeouts {
+            copy: policy.timeouts.move_seconds.into(),
+            ..Timeouts::default()
+        };
+    }
+    if let Some(pod) = source {
+        seen.refusal = eligible::refusal(pod, &objects.claims);
+        seen.new_name = next_pod(
+            &pod.name_any(),
+            pod.annotations().get(ORIGIN).map(String::as_str),
+        );
+        seen.source = Some(SourcePod {
+            node: at,
+            address: pod.status.as_ref().and_then(|status| status.pod_ip.clone()),
+            came: pod.annotations().contains_key(KEEP_ADDRESS),
+            deleting: pod.metadata.deletion_timestamp.is_some(),
+            ready: condition(pod, "Ready"),
+            marked: pod
+                .annotations()
+                .get(DELETION_COST)
+                .is_some_and(|cost| cost == LOWEST_COST),
+            owned: eligible::owner(pod).is_some(),
+            outdated: outdated(pod, objects),
+        });
+    }
+    let uid = migration.uid().unwrap_or_default();
+    seen.new = objects
+        .new
+        .as_ref()
+        .map(|pod| new_pod(pod, &daemon_id(&uid), now));
+    seen.record = record;
+    Some(seen)
+}
+
+/// By whom a move is bound.
+pub fn policy(objects: &Objects) -> Option<&MigrationPolicySpec> {
+    let migration = objects.migration.as_ref()?;
+    if let Some(name) = &migration.spec.policy {
+        let named = objects.policies.iter().find(|one| one.name_any() == *name);
+        return named.map(|one| &one.spec);
+    }
+    let labels = objects.source.as_ref().map(|pod| pod.labels().clone());
+    let labels = labels.unwrap_or_default();
+    let mut policies: Vec<&MigrationPolicy> = objects.policies.iter().collect();
+    policies.sort_by_key(|one| one.name_any());
+    let selects = |selector: &LabelSelector, labels: &BTreeMap<String, String>| {
+        // One that nobody can read selects nothing.
+        Selector::try_from(selector.clone()).is_ok_and(|selector| selector.matches(labels))
+    };
+    let mut specs = policies.into_iter().map(|one| &one.spec);
+    specs.find(|spec| {
+        selects(&spec.pod_selector, &labels)
+            && selects(&spec.namespace_selector, &objects.namespace)
+    })
+}
+
+fn others(migration: &Migration, all: &[Migration]) -> Vec<Other> {
+    let age = |one: &Migration| (one.metadata.creation_timestamp.clone(), one.uid());
+    let others = all.iter().filter(|other| other.uid() != migration.uid());
+    let others = others.filter_map(|other| {
+        let record = record(other);
+        match record.step {
+            Step::Ended => return None,
+            // Those that came first go first.
+            Step::Waiting if age(migration) <= age(other) => return None,
+            Step::Waiting => {}
+            _ => {}
+        }
+        let wanted = other.spec.target.node.clone();
+        let nodes = [record.source, record.target.or(wanted)];
+        Some(Other {
+            nodes: nodes.into_iter().flatten().collect(),
+        })
+    });
+    others.collect()
+}
+
+fn resolve(migration: &Migration) -> Option<Side> {
+    match migration.annotations().get(RESOLVE)?.as_str() {
+        "source" => Some(Side::Source),
+        "target" => Some(Side::Target),
+        _ => None,
+    }
+}
+
+/// Nodes of which a person has said that they are down, or that are no more.
+fn down(record: &Record, nodes: &[Node]) -> Vec<Side> {
+    let sides = [
+        (Side::Source, &record.source),
+        (Side::Target, &record.target),
+    ];
+    let is_down = |name: &String| {
+        let node = nodes.iter().find(|node| node.name_any() == *name);
+        node.is_none_or(|node| {
+            let mut taints = node
+                .spec
+                .iter()
+                .flat_map(|spec| spec.taints.iter().flatten());
+            taints.any(|taint| taint.key == OUT_OF_SERVICE)
+        })
+    };
+    let sides = sides.into_iter();
+    let sides = sides.filter(|(_, name)| name.as_ref().is_some_and(is_down));
+    sides.map(|(side, _)| side).collect()
+}
+
+/// Why the pod's owner wants other pods by now.
+fn outdated(pod: &Pod, objects: &Objects) -> Option<String> {
+    let owner = eligible::owner(pod).filter(|owner| owner.kind == "ReplicaSet")?;
+    let set = objects.owner.as_ref();
+    let Some(set) = set.filter(|set| set.uid().as_deref() == Some(&owner.uid)) else {
+        return Some(format!("its ReplicaSet {} is gone", owner.name));
+    };
+    let wanted = set.spec.replicas.unwrap_or(1);
+    if set.metadata.deletion_timestamp.is_some() || wanted == 0 {
+        return Some(format!("its ReplicaSet {} wants no pods", owner.name));
+    }
+    let revision = |annotations: &BTreeMap<String, String>| annotations.get(REVISION).cloned();
+    let newest = objects
+        .deployment
+        .as_ref()
+        .and_then(|one| revision(one.annotations()))?;
+    let own = revision(set.annotations())?;
+    (own != newest).then(|| {
+        format!("its Deployment is at revision {newest}, and the pod is of revision {own}")
+    })
+}
+
+fn new_pod(pod: &Pod, migration: &str, now: i64) -> NewPod {
+    let status = pod.status.as_ref();
+    let containers = status
+        .iter()
+        .flat_map(|one| one.container_statuses.iter().flatten());
+    let containers: Vec<&ContainerStatus> = containers.collect();
+    let state =
+        |one: &&ContainerStatus| one.state.as_ref().is_some_and(|one| one.running.is_some());
+    let controlled = eligible::owner(pod).is_some();
+    let owners = pod.owner_references();
+    NewPod {
+        uid: pod.uid().unwrap_or_default(),
+        ours: pod
+            .annotations()
+            .get(MIGRATION)
+            .is_some_and(|id| id == migration),
+        node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
+        created: pod
+            .metadata
+            .creation_timestamp
+            .as_ref()
+            .map_or(now, seconds),
+        deleting: pod.metadata.deletion_timestamp.is_some(),
+        unschedulable: unschedulable(pod, now),
+        stuck: containers
+            .iter()
+            .find_map(|one| stuck(one))
+            .or_else(|| failed(pod)),
+        running: !containers.is_empty() && containers.iter().all(state),
+        ready: condition(pod, "Ready"),
+        restored: condition(pod, RESTORED),
+        bound: owners
+            .iter()
+            .any(|owner| owner.kind == Migration::kind(&())),
+        restarted: containers.iter().any(|one| has_run_before(one)),
+        adoption: match (pod.annotations().contains_key(ADOPT), controlled) {
+            (false, _) => Adoption::Nobody,
+            (true, false) => Adoption::Pending,
+            (true, true) => Adoption::Done,
+        },
+    }
+}
+
+fn condition(pod: &Pod, wanted: &str) -> bool {
+    let conditions = pod
+        .status
+        .iter()
+        .flat_map(|one| one.conditions.iter().flatten());
+    let mut found = conditions.filter(|one| one.type_ == wanted && one.status == "True");
+    found.next().is_some()
+}
+
+/// What the scheduler says, when it has had time to find room.
+fn unschedulable(pod: &Pod, now: i64) -> Option<String> {
+    let conditions = pod
+        .status
+        .iter()
+        .flat_map(|one| one.conditions.iter().flatten());
+    let mut conditions = conditions.filter(|one| one.type_ == "PodScheduled");
+    let said = conditions.find(|one| one.status == "False")?;
+    let created = pod
+        .metadata
+        .creation_timestamp
+        .as_ref()
+        .map_or(now, seconds);
+    let waited = SCHEDULER_TIME <= now - created;
+    let unsaid = || "it does not say why".to_owned();
+    waited.then(|| said.message.clone().unwrap_or_else(unsaid))
+}
+
+fn stuck(container: &ContainerStatus) -> Option<Why> {
+    let waiting = container.state.as_ref()?.waiting.as_ref()?;
+    let reason = waiting.reason.as_deref()?;
+    let unhelpful = [
+        "ErrImagePull",
+        "ImagePullBackOff",
+        "ErrImageNeverPull",
+        "InvalidImageName",
+        "CreateContainerConfigError",
+        "CreateContainerError",
+        "RunContainerError",
+        "CrashLoopBackOff",
+    ];
+    unhelpful.contains(&reason).then(|| {
+        let last = container
+            .last_state
+            .as_ref()
+            .and_then(|last| last.terminated.as_ref());
+        let said = waiting
+            .message
+            .clone()
+            .or_else(|| last.and_then(|last| last.message.clone()));
+        let said = said.unwrap_or_default();
+        Why::new(
+            reason,
+            format!("container {} of the new pod: {said}", container.name),
+        )
+    })
+}
+
+fn failed(pod: &Pod) -> Option<Why> {
+    let status = pod.status.as_ref()?;
+    let phase = status.phase.as_deref()?;
+    (phase == "Failed").then(|| {
+        let reason = status
+            .reason
+            .clone()
+            .unwrap_or_else(|| "NewPodFailed".to_owned());
+        let said = status.message.clone().unwrap_or_default();
+        Why::new(&reason, format!("the new pod has failed: {said}"))
+    })
+}
+
+/// Whether a container of the pod has run and ended: one that never began does not count.
+fn has_run_before(container: &ContainerStatus) -> bool {
+    let ended = |state: &Option<k8s_openapi::api::core::v1::ContainerState>| {
+        let ended = state.as_ref().and_then(|state| state.terminated.as_ref());
+        ended.is_some_and(|ended| {
+            let never = ["StartError", "ContainerCannotRun", "RunContainerError"];
+            ended
+                .reason
+                .as_deref()
+                .is_none_or(|reason| !never.contains(&reason))
+        })
+    };
+    ended(&container.last_state) || ended(&container.state)
+}
+
+pub fn seconds(time: &Time) -> i64 {
+    time.0.as_second()
+}
+
+/// So long the scheduler may look for room.
+const SCHEDULER_TIME: i64 = 10;
+/// Of which an owner deletes first.
+pub const LOWEST_COST: &str = "-2147483648";
+/// Deployments number their ReplicaSets by it.
+const REVISION: &str = "deployment.kubernetes.io/revision";

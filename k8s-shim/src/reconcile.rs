@@ -1,0 +1,287 @@
+//! Does what the plan says, through the API server.
+//!
+//! What is written down goes through the status with the version that was looked at, so that who
+//! decided by old news is told so. Everything else is guarded by a UID, and may be done again.
+//! Absent: deciding anything.
+
+pub mod actions;
+mod gather;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Api, Patch, PatchParams};
+use kube::runtime::controller::Action as Again;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Client, Resource, ResourceExt};
+use serde_json::json;
+use tracing::{info, warn};
+
+use crate::migration::{Budget, Migration, MigrationStatus, Outcome};
+use crate::names::manager;
+use crate::observe::{self, Objects};
+use crate::plan::{Decision, Observed, Record, Step, plan};
+use crate::status;
+
+/// Why a look at a Migration came to nothing: it is looked at again.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{what}: {error}")]
+    Api {
+        what: String,
+        #[source]
+        error: Box<kube::Error>,
+    },
+    #[error("{0}")]
+    Object(String),
+}
+
+/// Names what was tried of the API server.
+pub(crate) trait Trying<T> {
+    fn trying(self, what: impl Into<String>) -> Result<T, Error>;
+}
+
+impl<T> Trying<T> for Result<T, kube::Error> {
+    fn trying(self, what: impl Into<String>) -> Result<T, Error> {
+        self.map_err(|error| Error::Api {
+            what: what.into(),
+            error: Box::new(error),
+        })
+    }
+}
+
+/// What a reconcile needs.
+pub struct Context {
+    pub client: Client,
+    recorder: Recorder,
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").finish_non_exhaustive()
+    }
+}
+
+impl Context {
+    pub fn new(client: Client, instance: Option<String>) -> Self {
+        let reporter = Reporter {
+            controller: manager::CONTROLLER.to_owned(),
+            instance,
+        };
+        Self {
+            recorder: Recorder::new(client.clone(), reporter),
+            client,
+        }
+    }
+
+    /// For people; a lost one is not made up for.
+    pub async fn tell<K>(&self, object: &K, good: bool, reason: &str, action: &str, note: String)
+    where
+        K: Resource<DynamicType = ()>,
+    {
+        let mut note = note;
+        note.truncate(note.floor_char_boundary(NOTE_MAX));
+        let event = Event {
+            type_: match good {
+                true => EventType::Normal,
+                false => EventType::Warning,
+            },
+            reason: reason.to_owned(),
+            note: Some(note),
+            action: action.to_owned(),
+            secondary: None,
+        };
+        if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
+            warn!(%error, reason, "an event is lost");
+        }
+    }
+}
+
+/// Looks at a Migration, and does the next thing.
+///
+/// # Errors
+/// What the API server said. Nothing is half done by it that would not be done again.
+pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Result<Again, Error> {
+    let objects = gather::gather(&context.client, &migration).await?;
+    let now = Timestamp::now().as_second();
+    let (Some(seen), Some(migration)) = (observe::observe(&objects, now), &objects.migration)
+    else {
+        return Ok(Again::await_change());
+    };
+    let Decision {
+        record,
+        actions,
+        again,
+    } = plan(&seen);
+    let changed = write(&context, &objects, migration, &seen, record.as_ref()).await?;
+    if let Some(record) = &record {
+        tell(&context, &objects, migration, &seen.record, record).await;
+        return Ok(Again::requeue(SOON));
+    }
+    let acted = !actions.is_empty();
+    for action in actions {
+        info!(migration = %migration.name_any(), ?action, "acting");
+        actions::act(&context, &objects, migration, &action).await?;
+    }
+    Ok(match (acted || changed, again) {
+        (true, _) => Again::requeue(SOON),
+        (false, Some(seconds)) => Again::requeue(Duration::from_secs(seconds.unsigned_abs())),
+        (false, None) => Again::requeue(AT_LEAST),
+    })
+}
+
+/// What to do when a reconcile failed.
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "its type is the controller's"
+)]
+pub fn retry(migration: Arc<Migration>, error: &Error, _: Arc<Context>) -> Again {
+    warn!(migration = %migration.name_any(), %error, "trying again");
+    Again::requeue(RETRY)
+}
+
+/// Writes the status down if it is to be another one.
+async fn write(
+    context: &Context,
+    objects: &Objects,
+    migration: &Migration,
+    seen: &Observed,
+    record: Option<&Record>,
+) -> Result<bool, Error> {
+    let before = migration.status.clone().unwrap_or_default();
+    let generation = migration.metadata.generation;
+    let container = objects.source.as_ref().and_then(|pod| {
+        let spec = pod.spec.as_ref()?;
+        spec.containers.first().map(|one| one.name.clone())
+    });
+    let record = record.unwrap_or(&seen.record);
+    let mut status = status::make(record, seen, &before, container.as_deref(), generation);
+    // What holds is what held when it began.
+    if record.step != Step::Waiting && status.budget.is_none() {
+        status.budget = observe::policy(objects).map(|policy| Budget {
+            downtime_ms: Some(policy.downtime_budget_ms.into()),
+            frozen_ms: Some(policy.timeouts.frozen_ms.into()),
+            move_ms: Some(i64::from(policy.timeouts.move_seconds) * 1000),
+        });
+    }
+    let ours = MigrationStatus {
+        source_report: None,
+        target_report: None,
+        ..before
+    };
+    if ours == status {
+        return Ok(false);
+    }
+    let name = migration.name_any();
+    let patch = json!({
+        "apiVersion": Migration::api_version(&()),
+        "kind": Migration::kind(&()),
+        "metadata": {
+            "name": name,
+            "uid": migration.metadata.uid,
+            "resourceVersion": migration.metadata.resource_version,
+        },
+        "status": status,
+    });
+    let api: Api<Migration> = api(context, migration);
+    let parameters = PatchParams::apply(manager::CONTROLLER).force();
+    let patch = Patch::Apply(&patch);
+    let written = api.patch_status(&name, &parameters, &patch).await;
+    written.trying("writing the status")?;
+    Ok(true)
+}
+
+/// Says what has changed, of the Migration and of the pods.
+async fn tell(
+    context: &Context,
+    objects: &Objects,
+    migration: &Migration,
+    before: &Record,
+    record: &Record,
+) {
+    let name = migration.name_any();
+    if let Some(why) = record
+        .blocked
+        .as_ref()
+        .filter(|_| before.blocked != record.blocked)
+    {
+        info!(migration = %name, reason = why.reason, why.message, "blocked");
+        let note = why.message.clone();
+        context
+            .tell(migration, false, &why.reason, "Wait", note)
+            .await;
+    }
+    if before.step == record.step {
+        return;
+    }
+    let why = &record.why;
+    info!(migration = %name, from = ?before.step, to = ?record.step, ?why, "next step");
+    let good = !matches!(
+        record.result,
+        Some(Outcome::Failed | Outcome::SucceededWithoutRestore)
+    );
+    let good = good && record.step != Step::Aborting;
+    let (reason, note) = said(record);
+    let step = format!("{:?}", record.step);
+    context
+        .tell(migration, good, &reason, &step, note.clone())
+        .await;
+    if let Some(pod) = observe::source(objects)
+        && matches!(record.step, Step::Copying | Step::Ended)
+    {
+        context.tell(pod, good, &reason, &step, note.clone()).await;
+    }
+    if let Some(pod) = objects.new.as_ref().filter(|_| record.step == Step::Ended) {
+        context.tell(pod, good, &reason, &step, note).await;
+    }
+}
+
+/// A step for people.
+fn said(record: &Record) -> (String, String) {
+    let target = record.target.as_deref().unwrap_or_default();
+    let new = record.new_name.as_deref().unwrap_or_default();
+    let why = record.why.as_ref();
+    let why = why.map_or_else(String::new, |why| {
+        format!("{}: {}", why.reason, why.message)
+    });
+    let (reason, note) = match record.step {
+        Step::Waiting => ("Waiting", "waits for its turn".to_owned()),
+        Step::Copying => ("Copying", format!("copies to node {target} while it runs")),
+        Step::Placing => ("Placing", format!("pod {new} is made at node {target}")),
+        Step::Moving => ("Moving", format!("hands over to {new}, which waits")),
+        Step::Switching => ("Moved", format!("goes on as {new} at node {target}")),
+        Step::Cleaning => (
+            "Cleaning",
+            "what is left of the old pod is removed".to_owned(),
+        ),
+        Step::Aborting => ("GivingUp", why),
+        Step::Ended => {
+            let result = record.result.map_or("Ended", |result| match result {
+                Outcome::Succeeded => "Succeeded",
+                Outcome::SucceededWithoutRestore => "SucceededWithoutRestore",
+                Outcome::Failed => "Failed",
+                Outcome::Cancelled => "Cancelled",
+            });
+            return (result.to_owned(), why);
+        }
+    };
+    (reason.to_owned(), note)
+}
+
+pub(crate) fn api<K>(context: &Context, near: &impl ResourceExt) -> Api<K>
+where
+    K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
+{
+    Api::namespaced(
+        context.client.clone(),
+        &near.namespace().unwrap_or_default(),
+    )
+}
+
+const SOON: Duration = Duration::from_millis(200);
+const RETRY: Duration = Duration::from_secs(1);
+/// What has nothing to wait for is looked at nevertheless.
+const AT_LEAST: Duration = Duration::from_secs(300);
+/// The API server takes no longer ones.
+const NOTE_MAX: usize = 1000;
