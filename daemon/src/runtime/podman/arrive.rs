@@ -200,7 +200,7 @@ impl Arriving {
     /// The network namespace that podman has made for it, when its runtime waits.
     pub fn network_path(&self) -> Result<PathBuf, Failure> {
         let spec = Spec::parse(&read_config(Path::new(&self.container.bundle))?)?;
-        spec.network().map(Path::to_owned).ok_or_else(|| {
+        spec.joins("network").map(Path::to_owned).ok_or_else(|| {
             let text = format!("podman has made no network for the container {}", self.name);
             Failure::new(ErrorCode::NetworkUnfit, text)
         })
