@@ -1,5 +1,5 @@
-//! A pod moves by hand: each step that is a controller's or an agent's is taken here, by the command
-//! line of the nodes' daemons, by kubectl and by files.
+//! A pod moves by hand: each step that is a controller's or an agent's is taken here, by the
+//! command line of the nodes' daemons, by kubectl and by files.
 
 use std::fs;
 use std::net::Ipv4Addr;
