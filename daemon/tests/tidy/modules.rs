@@ -104,7 +104,7 @@ const PAGER: Modules = &[
             "pageferry_sys",
         ],
     ),
-    ("main", &["pageferry_pager"]),
+    ("main", &["pageferry_pager", "pageferry_sys"]),
     ("marks", &["message"]),
     ("message", &["pageferry_cgroup"]),
     ("plan", &["message", "pageferry_pages"]),

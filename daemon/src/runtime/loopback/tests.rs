@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::process::{Child, Command, Stdio};
 
@@ -194,9 +194,7 @@ fn a_peer_outside_the_tree_is_named_with_both_ends() {
 #[test]
 fn a_connection_within_the_tree_is_no_objection_even_if_it_is_new() {
     let (net, client, server) = connected();
-    let client_inode = fs::metadata(format!("/proc/self/fd/{}", fd(&client)))
-        .unwrap()
-        .ino();
+    let client_inode = inode(&client);
     let tree = Holder::new(&net, client.into(), Some(server.into()));
     let seen = Connections::of(tree.pid()).unwrap();
     // As if the other end had come into being after the tree was asked what it holds.
@@ -210,13 +208,14 @@ fn a_connection_within_the_tree_is_no_objection_even_if_it_is_new() {
 fn a_connection_within_the_tree_is_refused_where_loopback_cannot_be_shut() {
     let (net, client, server) = connected();
     let (here, there) = (client.local_addr().unwrap(), server.local_addr().unwrap());
+    let client_inode = inode(&client);
     let tree = Holder::new(&net, client.into(), Some(server.into()));
     let mut seen = Connections::of(tree.pid()).unwrap();
     seen.ungated("there is no TCX");
     let held = sockets(&tree);
-    let client = *held.first().unwrap();
-    let looks: [&dyn Fn(u64) -> bool; 2] =
-        [&|inode| held.contains(&inode), &|inode| inode == client];
+    let looks: [&dyn Fn(u64) -> bool; 2] = [&|inode| held.contains(&inode), &|inode| {
+        inode == client_inode
+    }];
     for holds in looks {
         let refused = check(&seen, tree.pid(), &[tree.pid()], holds).unwrap_err();
         assert_eq!(refused.code(), ErrorCode::NodeUnfit);
@@ -226,6 +225,7 @@ fn a_connection_within_the_tree_is_refused_where_loopback_cannot_be_shut() {
     }
 }
 
-fn fd(stream: &TcpStream) -> i32 {
-    std::os::fd::AsRawFd::as_raw_fd(stream)
+fn inode(stream: &TcpStream) -> u64 {
+    let path = format!("/proc/self/fd/{}", stream.as_raw_fd());
+    fs::metadata(path).unwrap().ino()
 }
