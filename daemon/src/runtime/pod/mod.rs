@@ -61,6 +61,9 @@ const FILLED: [&str; 4] = ["configmap", "downward-api", "projected", "secret"];
 const VOLUMES: &str = "volumes";
 const KIND_PREFIX: &str = "kubernetes.io~";
 
+/// Where it has what containers see of volumes by a `subPath`.
+const SUB_PATHS: &str = "volume-subpaths";
+
 /// How long the killed tasks of its container may take to be out of its cgroup.
 const END_MAX: Duration = Duration::from_secs(20);
 
@@ -209,12 +212,8 @@ impl Pod {
         }
         for (source, destination) in spec.bound() {
             let place = destination.display();
-            if let Some(kind) = volume_kind(source, &self.uid)
-                && !FILLED.contains(&kind)
-            {
-                return text(&format!(
-                    "has a volume of the kind {kind} at {place}, which is not moved yet"
-                ));
+            if let Some(what) = unmoved(source, &self.uid) {
+                return text(&format!("has {what} at {place}, which is not moved yet"));
             }
             if destination == Path::new("/dev/shm") && !is_empty(source) {
                 return text(
@@ -316,14 +315,25 @@ fn parts(path: &Path) -> Vec<&str> {
     parts.collect()
 }
 
-/// The kind of volume of pod `uid` that something is, if it is one.
-fn volume_kind<'a>(source: &'a Path, uid: &str) -> Option<&'a str> {
+/// What of the kubelet's folder of pod `uid` something is, unless the kubelet at the target makes
+/// the same again: nothing else there may be taken for that, since what is in it would be lost.
+fn unmoved(source: &Path, uid: &str) -> Option<String> {
     let parts = parts(source);
     let at = parts.windows(2).position(|pair| pair == ["pods", uid])?;
-    let mut behind = parts.get(at + 2..)?.iter();
-    let is_volume = behind.next()?.starts_with(VOLUMES);
-    let kind = behind.next().filter(|_| is_volume)?;
-    Some(kind.strip_prefix(KIND_PREFIX).unwrap_or(kind))
+    match parts.get(at + 2..).unwrap_or_default() {
+        ["etc-hosts"] => None,
+        // Where a container says why it has ended.
+        ["containers", _, _] => None,
+        [VOLUMES, kind, _, ..] => {
+            let filled = kind.strip_prefix(KIND_PREFIX);
+            match filled.is_some_and(|kind| FILLED.contains(&kind)) {
+                true => None,
+                false => Some(format!("a volume of the kind {}", filled.unwrap_or(kind))),
+            }
+        }
+        [SUB_PATHS, name, ..] => Some(format!("a subPath of the volume {name}")),
+        other => Some(format!("the kubelet's {:?} of its pod", other.join("/"))),
+    }
 }
 
 fn is_empty(folder: &Path) -> bool {
@@ -409,19 +419,36 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_is_known_by_its_kind() {
-        let kind = |rest: &str| {
+    fn of_what_the_kubelet_has_only_that_moves_which_it_makes_again() {
+        let unmoved = |rest: &str| {
             let path = format!("/var/lib/kubelet/pods/{UID}/{rest}");
-            volume_kind(Path::new(&path), UID).map(str::to_owned)
+            unmoved(Path::new(&path), UID)
         };
-        assert_eq!(
-            kind("volumes/kubernetes.io~empty-dir/d").unwrap(),
-            "empty-dir"
-        );
-        let sub_path = kind("volume-subpaths/config/web/0");
-        assert_eq!(sub_path.unwrap(), "config");
-        assert_eq!(kind("etc-hosts"), None);
-        assert_eq!(volume_kind(Path::new("/srv/data"), UID), None);
+        for made in [
+            "etc-hosts",
+            "containers/web/1f0c9a3e",
+            "volumes/kubernetes.io~configmap/config",
+            "volumes/kubernetes.io~projected/kube-api-access-x2v4z",
+            "volumes/kubernetes.io~secret/token/..data",
+        ] {
+            assert_eq!(unmoved(made), None, "{made}");
+        }
+        for (other, named) in [
+            ("volumes/kubernetes.io~empty-dir/d", "empty-dir"),
+            ("volumes/kubernetes.io~csi/pvc/mount", "csi"),
+            ("volumes/secret/d", "secret"),
+            ("volumes/kubernetes.io~secret", "kubernetes.io~secret"),
+            ("volume-subpaths/config/web/0", "subPath of the volume config"),
+            ("volumes-x/kubernetes.io~secret/d", "volumes-x"),
+            ("volumeDevices/kubernetes.io~local-volume/d", "volumeDevices"),
+            ("plugins/kubernetes.io~empty-dir/d", "plugins"),
+            ("containers/web", "containers/web"),
+            ("", "of its pod"),
+        ] {
+            let what = unmoved(other).unwrap_or_default();
+            assert!(what.contains(named), "{other}: {what}");
+        }
+        assert_eq!(super::unmoved(Path::new("/srv/data"), UID), None);
     }
 
     #[test]
