@@ -6,14 +6,15 @@
 //! ```
 //!
 //! Invariants: nothing of the container is made or removed here; before it may run it is marked as
-//! restored, durably, and what has not come is refused whoever comes to its place later.
+//! going, durably, and as one that ran only when it has; what has not come, or may have run, is
+//! refused whoever comes to its place later.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use pageferry_oci::{Order, OrderError, Orders, Place, Places};
+use pageferry_oci::{Mark, Order, OrderError, Orders, Place, Places};
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 
@@ -81,6 +82,16 @@ pub enum PodError {
     NotStarted { id: String },
 }
 
+impl PodError {
+    /// A mark, or a refusal, could not be written.
+    pub fn marking(source: io::Error) -> Self {
+        Self::File {
+            path: "the mark of the container of a pod".into(),
+            source,
+        }
+    }
+}
+
 /// What comes, in a migration's folder.
 const FILE: &str = "pod.json";
 
@@ -140,12 +151,34 @@ impl PodArrival {
         Ok(cleared?)
     }
 
-    /// It is about to run: from here on the place is one like others. Durable when this returns.
+    /// It is about to run: until it is known that it has, nothing is created at its place. Durable
+    /// when this returns.
     ///
     /// # Errors
     /// When the next start of the container might wait for a restore.
-    pub fn mark(&self) -> io::Result<()> {
-        Places::of_node().mark_restored(&self.place)
+    pub fn mark_going(&self) -> io::Result<()> {
+        Places::of_node().mark_going(&self.place)
+    }
+
+    /// It has run: from here on the place is one like others. Durable when this returns.
+    ///
+    /// # Errors
+    /// When nothing might be created there.
+    pub fn mark_ran(&self) -> io::Result<()> {
+        Places::of_node().mark_ran(&self.place)
+    }
+
+    /// It may have run, and never will again; whoever comes to its place hears why. The mark stays.
+    /// Nothing changes for one that is known to have run.
+    ///
+    /// # Errors
+    /// When somebody might wait for it yet.
+    pub fn lose(&self, why: &str) -> io::Result<()> {
+        let places = Places::of_node();
+        match places.mark(&self.place)? {
+            Some(Mark::Ran) => Ok(()),
+            Some(Mark::Going) | None => places.refuse(&self.place, why),
+        }
     }
 
     /// It does not come, for this reason, and has not run.

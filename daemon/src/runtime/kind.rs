@@ -543,7 +543,7 @@ pub fn sweep(directory: &Path) {
 
 /// What has come is about to run. What must be on disk before that is when this returns. Blocks.
 pub fn about_to_run(directory: &Path) -> Result<(), Failure> {
-    pod::arrive::mark(directory)
+    pod::arrive::mark_going(directory)
 }
 
 /// Goes on ending what runs elsewhere, which a daemon before this one has begun.
@@ -555,6 +555,13 @@ pub fn go_on_ending() {
 pub fn runs(directory: &Path) {
     podman::arrive::runs(directory);
     containerd::arrive::runs(directory);
+    pod::arrive::runs(directory);
+}
+
+/// Whether what has come has run is not known, and it never will: nobody is to make it anew beside
+/// what its source may have. Blocks.
+pub fn lose(directory: &Path, why: &str) {
+    pod::arrive::lose(directory, why);
 }
 
 /// Lets go of what a killed runtime has bound. What an engine has of a workload that may have run
@@ -567,6 +574,8 @@ pub fn leave(directory: &Path) {
 
 /// Sees to it that whoever made what has come knows that it runs.
 pub fn settle(directory: &Path) {
+    // It may have failed before.
+    pod::arrive::runs(directory);
     containerd::arrive::settle(directory);
 }
 

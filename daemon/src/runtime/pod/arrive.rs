@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use pageferry_containerd::{LOG, PodArrival, PodOrder, PodRuntime, SOCKET};
+use pageferry_containerd::{LOG, PodArrival, PodError, PodOrder, PodRuntime, SOCKET};
 use pageferry_oci::{Came, INSTALLED, Place, Places};
 use pageferry_proto::id::PodUid;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -247,13 +247,38 @@ impl Arriving {
     }
 }
 
-/// What has come into a migration's folder is about to run: its container is one like others from
-/// now on. Durable when this returns.
-pub fn mark(directory: &Path) -> Result<(), Failure> {
+/// What has come into a migration's folder is about to run: until it is known that it has, nothing
+/// is created at its place. Durable when this returns.
+pub fn mark_going(directory: &Path) -> Result<(), Failure> {
     let arrival = PodArrival::read(directory).map_err(|error| unfit(&error))?;
     arrival.map_or(Ok(()), |arrival| {
-        arrival.mark().map_err(|error| unfit(&error))
+        arrival.mark_going().map_err(|error| unfit(&error))
     })
+}
+
+/// What has come into a migration's folder has run: its container is one like others from now on.
+pub fn runs(directory: &Path) {
+    let marked = PodArrival::read(directory).and_then(|arrival| match arrival {
+        Some(arrival) => arrival.mark_ran().map_err(PodError::marking),
+        None => Ok(()),
+    });
+    if let Err(error) = marked {
+        tracing::error!(folder = %directory.display(), %error,
+            "that the container of a pod has run is not noted: it is not started again when it \
+            ends");
+    }
+}
+
+/// Whether what was to run in a migration's folder has run is not known, and it never will.
+pub fn lose(directory: &Path, why: &str) {
+    let lost = PodArrival::read(directory).and_then(|arrival| match arrival {
+        Some(arrival) => arrival.lose(why).map_err(PodError::marking),
+        None => Ok(()),
+    });
+    if let Err(error) = lost {
+        tracing::error!(folder = %directory.display(), %error,
+            "whoever comes to the place of what is lost waits, and is not told why");
+    }
 }
 
 /// What was to come into a migration's folder does not: whoever waits for it, or comes later, is
