@@ -250,11 +250,13 @@ impl Kind {
     }
 
     /// The cgroup above `held`, its own, that others start things in: it is frozen for good when
-    /// the workload is given away.
-    pub fn around(&self, held: &Freezer) -> Option<Freezer> {
+    /// the workload is given away. Fails if there must be one, and it is not known.
+    pub fn around(&self, held: &Freezer) -> Result<Option<Freezer>, CgroupError> {
         match self {
-            Self::Pod(pod) => pod.cgroup(held),
-            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => None,
+            Self::Pod(pod) => pod.cgroup(held).map(Some),
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => {
+                Ok(None)
+            }
         }
     }
 

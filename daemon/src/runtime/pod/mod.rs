@@ -234,21 +234,31 @@ impl Pod {
         Checkpoint::start(&self.container, how, stand_in, directory).await
     }
 
-    /// The pod's own cgroup, which is above `held`, the container's.
-    pub fn cgroup(&self, held: &Freezer) -> Option<Freezer> {
-        let above = held.path().parent()?;
-        let name = above.file_name()?.to_str()?;
-        // The kubelet has its UID in the name; systemd's slices have another spelling.
-        let is_pods = name.contains(&self.uid) || name.contains(&self.uid.replace('-', "_"));
-        is_pods.then(|| Freezer::at(above.to_owned()))
+    /// The pod's own cgroup, which is above `held`, the container's; it may be gone. Fails if what
+    /// is above is not known to be that: it could not be held there.
+    pub fn cgroup(&self, held: &Freezer) -> Result<Freezer, CgroupError> {
+        let above = pods_folder(held.path(), &self.uid);
+        above
+            .map(|above| Freezer::at(above.to_owned()))
+            .ok_or_else(|| CgroupError::Io {
+                action: "finding the cgroup of the pod above",
+                path: held.path().to_owned(),
+                source: io::Error::other(format!(
+                    "the folder there has not the UID {} in its name: is the kubelet run with \
+                     --cgroups-per-qos=false?",
+                    self.uid
+                )),
+            })
     }
 
     /// It runs elsewhere, and `held` holds its container: that is killed, and all else of the pod
     /// ended in the background, until the kubelet has removed it.
     pub fn end(&self, held: &Freezer, freezers: &FreezerRoot) -> Result<(), CgroupError> {
-        let cgroup = self.cgroup(held).filter(Freezer::exists);
-        // The kubelet has removed it.
-        let Some(cgroup) = cgroup else { return Ok(()) };
+        let cgroup = self.cgroup(held)?;
+        if !cgroup.exists() {
+            // The kubelet has removed it.
+            return Ok(());
+        }
         let failed = |source| CgroupError::Io {
             action: "ending who is in",
             path: cgroup.path().to_owned(),
@@ -285,6 +295,15 @@ fn engine_of(spec: &Spec, bundle: &Path, uid: &str, streams: &[String]) -> Engin
         is_sandboxed: true,
         ..Engine::default()
     }
+}
+
+/// The folder above a container's cgroup, if it is that of pod `uid`.
+fn pods_folder<'a>(held: &'a Path, uid: &str) -> Option<&'a Path> {
+    let above = held.parent()?;
+    let name = above.file_name()?.to_str()?;
+    // The kubelet has its UID in the name; systemd's slices have another spelling.
+    let is_pods = name.contains(uid) || name.contains(&uid.replace('-', "_"));
+    is_pods.then_some(above)
 }
 
 /// Whether something that is bound is the kubelet's, of this pod, or of its sandbox.
@@ -449,6 +468,18 @@ mod tests {
             assert!(what.contains(named), "{other}: {what}");
         }
         assert_eq!(super::unmoved(Path::new("/srv/data"), UID), None);
+    }
+
+    #[test]
+    fn the_cgroup_of_a_pod_is_known_by_its_uid_in_either_spelling() {
+        let slice = format!("/kubepods-pod{}.slice", UID.replace('-', "_"));
+        for above in [format!("/kubepods/burstable/pod{UID}"), slice] {
+            let held = format!("{above}/cri-containerd-0a.scope");
+            assert_eq!(pods_folder(Path::new(&held), UID), Some(Path::new(&above)));
+        }
+        for other in ["/k8s.io/0a", "/kubepods/podother/0a", "/"] {
+            assert_eq!(pods_folder(Path::new(other), UID), None, "{other}");
+        }
     }
 
     #[test]
