@@ -14,6 +14,7 @@ use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::task::block_in_place;
 
 use super::{Network, Site};
+use crate::link::route;
 use crate::migration::text::internal;
 use crate::runtime::kind::{Arriving, PodWaits};
 
@@ -30,12 +31,17 @@ pub(super) struct Pod {
 }
 
 impl Pod {
-    pub(super) fn of(links: &[LinkDescription]) -> Self {
-        Self {
+    /// One that has these links at its source, if what others know it by can be kept.
+    pub(super) fn of(links: &[LinkDescription]) -> Result<Self, Failure> {
+        if let Some(ip) = route::unled(links) {
+            let text = format!("the pod has the address {ip}, and those of IPv6 do not move yet");
+            return Err(Failure::new(ErrorCode::NetworkUnfit, text));
+        }
+        Ok(Self {
             links: links.to_vec(),
             waits: None,
             names: (String::new(), String::new()),
-        }
+        })
     }
 }
 
