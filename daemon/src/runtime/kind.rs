@@ -163,6 +163,15 @@ impl Kind {
         }
     }
 
+    /// Checks once more what its engine has for it, and may have changed since it was described. Of
+    /// a frozen tree. Blocks, for less than a millisecond.
+    pub fn check_frozen(&self) -> Result<(), Failure> {
+        match self {
+            Self::Pod(pod) => pod.check_frozen(),
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => Ok(()),
+        }
+    }
+
     /// Folders of its engine that it has for its own, and that travel with it.
     pub fn folders(&self) -> Vec<PathBuf> {
         match self {

@@ -242,6 +242,7 @@ impl Workload {
 
     /// CRIU and the target were told of the mounts before the rounds. Of a frozen tree.
     pub(super) fn check_mounts(&self) -> Result<(), Failure> {
+        block_in_place(|| self.kind.check_frozen())?;
         let Some(surveyed) = &self.mounts else {
             return Ok(());
         };

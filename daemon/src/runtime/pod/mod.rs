@@ -215,13 +215,30 @@ impl Pod {
             if let Some(what) = unmoved(source, &self.uid) {
                 return text(&format!("has {what} at {place}, which is not moved yet"));
             }
-            if destination == Path::new("/dev/shm") && !is_empty(source) {
-                return text(
-                    "has files in /dev/shm, which are its sandbox's and are not moved yet",
-                );
-            }
         }
-        Ok(())
+        self.check_shm(spec)
+    }
+
+    /// Checks once more what may have changed since it was described. Of a frozen tree.
+    pub fn check_frozen(&self) -> Result<(), Failure> {
+        self.check_shm(&Spec::parse(&read_config(self.container.bundle())?)?)
+    }
+
+    /// Refuses files in /dev/shm: the sandbox has that, and it does not travel.
+    fn check_shm(&self, spec: &Spec) -> Result<(), Failure> {
+        let shm = |destination: &Path| destination == Path::new("/dev/shm");
+        let mut bound = spec.bound();
+        match bound.find(|(source, destination)| shm(destination) && !is_empty(source)) {
+            None => Ok(()),
+            Some(_) => Err(Failure::new(
+                ErrorCode::UnsupportedWorkload,
+                format!(
+                    "the container {} of pod {} has files in /dev/shm, which are its sandbox's and \
+                     are not moved yet",
+                    self.name, self.uid
+                ),
+            )),
+        }
     }
 
     /// Has its runtime ask for a dump; as [`Checkpoint::start`].
@@ -457,9 +474,15 @@ mod tests {
             ("volumes/kubernetes.io~csi/pvc/mount", "csi"),
             ("volumes/secret/d", "secret"),
             ("volumes/kubernetes.io~secret", "kubernetes.io~secret"),
-            ("volume-subpaths/config/web/0", "subPath of the volume config"),
+            (
+                "volume-subpaths/config/web/0",
+                "subPath of the volume config",
+            ),
             ("volumes-x/kubernetes.io~secret/d", "volumes-x"),
-            ("volumeDevices/kubernetes.io~local-volume/d", "volumeDevices"),
+            (
+                "volumeDevices/kubernetes.io~local-volume/d",
+                "volumeDevices",
+            ),
             ("plugins/kubernetes.io~empty-dir/d", "plugins"),
             ("containers/web", "containers/web"),
             ("", "of its pod"),
