@@ -5,7 +5,7 @@
 //! here.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry_proto::id::PodUid;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -20,6 +20,9 @@ use crate::runtime::kind::{Arriving, PodWaits};
 
 /// How often it is looked whether the runtime of a pod's container waits.
 const POLL: Duration = Duration::from_millis(10);
+
+/// How often it is looked whether it runs without that.
+const COLD_POLL: Duration = Duration::from_millis(500);
 
 /// What a pod needs here, and what it is joined to.
 #[derive(Debug)]
@@ -54,8 +57,13 @@ impl Site {
         let pod = self.arriving.as_mut().and_then(Arriving::as_pod);
         let pod = pod.ok_or_else(no_pod)?;
         pod.expect(uid, &directory)?;
+        let mut asked = Instant::now();
         while !pod.look(uid)? {
             tokio::time::sleep(POLL).await;
+            if COLD_POLL <= asked.elapsed() {
+                pod.check_not_cold(uid).await?;
+                asked = Instant::now();
+            }
         }
         let waits = block_in_place(|| pod.check_waiting())?;
         let here = self.pod.as_mut().ok_or_else(no_pod)?;
