@@ -16,7 +16,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use pageferry_oci::{Mark, Order, OrderError, Orders, Place, Places};
+use pageferry_oci::{Order, OrderError, Orders, Place, Places};
 use serde::{Deserialize, Serialize};
 use tokio::time::{sleep, timeout};
 
@@ -180,11 +180,7 @@ impl PodArrival {
     /// # Errors
     /// When somebody might wait for it yet.
     pub fn lose(&self, why: &str) -> io::Result<()> {
-        let places = Places::of_node();
-        match places.mark(&self.place)? {
-            Some(Mark::Ran) => Ok(()),
-            Some(Mark::Going) | None => places.refuse(&self.place, why),
-        }
+        Places::of_node().refuse(&self.place, why)
     }
 
     /// It does not come, for this reason, and has not run.

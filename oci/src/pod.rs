@@ -165,11 +165,15 @@ impl Places {
         }
     }
 
-    /// Nothing is restored at a place: `why` is what whoever comes there hears.
+    /// Nothing is restored at a place: `why` is what whoever comes there hears. Of one that has run
+    /// nothing changes: it is one like others.
     ///
     /// # Errors
     /// When that cannot be written.
     pub fn refuse(&self, place: &Place, why: &str) -> io::Result<()> {
+        if self.mark(place)? == Some(Mark::Ran) {
+            return Ok(());
+        }
         write_whole(&place.below(&self.folder.join("refused")), why.as_bytes())
     }
 
@@ -199,11 +203,14 @@ impl Places {
         write_whole(&place.below(&self.marks), RAN)
     }
 
-    /// It has not run after all.
+    /// What was going has not run after all. Of one that has run nothing changes.
     ///
     /// # Errors
     /// When it still says so.
     pub fn unmark(&self, place: &Place) -> io::Result<()> {
+        if self.mark(place)? == Some(Mark::Ran) {
+            return Ok(());
+        }
         match fs::remove_file(place.below(&self.marks)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
@@ -327,6 +334,10 @@ mod tests {
         // A daemon that was started again lets it go once more.
         places.mark_going(&place()).unwrap();
         assert_eq!(mark(), Some(Mark::Ran));
+        // Nor does another migration change that, which was to come there and was given up.
+        places.refuse(&place(), "it was given up").unwrap();
+        places.unmark(&place()).unwrap();
+        assert_eq!((mark(), places.refusal(&place())), (Some(Mark::Ran), None));
         fs::write(place().below(&places.marks), "").unwrap();
         assert_eq!(mark(), Some(Mark::Going));
         places.unmark(&place()).unwrap();

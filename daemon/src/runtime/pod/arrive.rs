@@ -109,11 +109,20 @@ impl Arriving {
     }
 
     /// Says in `directory`, the migration's, that it comes as pod `uid`: what is refused from now
-    /// on is refused there.
+    /// on is refused there. Fails if something has come there before: a pod comes once.
     pub fn expect(&self, uid: &PodUid, directory: &Path) -> Result<(), Failure> {
+        let (places, place) = (Places::of_node(), self.place(uid));
+        let before = match places.mark(&place).map_err(|error| unfit(&error))? {
+            Some(_) => Some("a migration has come as it before".to_owned()),
+            None => places.refusal(&place),
+        };
+        if let Some(why) = before {
+            let text = format!("nothing is restored as pod {uid}: {why}: make another pod");
+            return Err(Failure::new(ErrorCode::Unexpected, text));
+        }
         let arrival = PodArrival {
             socket: SOCKET.into(),
-            place: self.place(uid),
+            place,
             runtime: None,
         };
         arrival.write(directory).map_err(|error| unfit(&error))
