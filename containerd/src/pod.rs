@@ -6,7 +6,10 @@
 //! ```
 //!
 //! Invariants: nothing of the container is made or removed here; before it may run it is marked as
-//! restored, durably, and what has not come is refused whoever comes to its place later.
+//! going, durably, and as one that ran only when it has; what has not come, or may have run, is
+//! refused whoever comes to its place later. The order stays for as long as containerd may have yet
+//! to start what was restored: a start that the runtime did would fail, and containerd would kill
+//! what runs.
 
 use std::fs;
 use std::io;
@@ -15,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use pageferry_oci::{Order, OrderError, Orders, Place, Places};
 use serde::{Deserialize, Serialize};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use crate::arrival::Root;
 use crate::client::{Client, ClientError};
@@ -81,6 +84,16 @@ pub enum PodError {
     NotStarted { id: String },
 }
 
+impl PodError {
+    /// A mark, or a refusal, could not be written.
+    pub fn marking(source: io::Error) -> Self {
+        Self::File {
+            path: "the mark of the container of a pod".into(),
+            source,
+        }
+    }
+}
+
 /// What comes, in a migration's folder.
 const FILE: &str = "pod.json";
 
@@ -124,28 +137,50 @@ impl PodArrival {
     /// Has the runtime restore the container, and waits until containerd knows that it runs.
     ///
     /// # Errors
-    /// Why it does not.
+    /// Why it does not. The order is left unless nothing runs: [`PodArrival::refuse`] takes it away.
     pub async fn come(&self) -> Result<(), PodError> {
+        self.come_by(&Orders::of_node(), START_MAX).await
+    }
+
+    async fn come_by(&self, orders: &Orders, limit: Duration) -> Result<(), PodError> {
         let runtime = self.runtime.as_ref();
         let runtime = runtime.ok_or_else(|| PodError::NoRuntime {
             id: self.place.container.clone(),
         })?;
         let PodRuntime { namespace, id, .. } = runtime;
-        let orders = Orders::of_node();
         orders.write(namespace, id, &runtime.order())?;
-        let came = runtime.runs(&self.socket).await;
-        // Nobody is to take it any more, or to take a start for none.
-        let cleared = orders.clear(namespace, id, &runtime.order.migration);
-        came?;
-        Ok(cleared?)
+        let came = runtime.runs(&self.socket, limit).await;
+        if let Ok(()) | Err(PodError::Ended { .. }) = came {
+            // Nobody is to take it any more, or to take a start for none.
+            orders.clear(namespace, id, &runtime.order.migration)?;
+        }
+        came
     }
 
-    /// It is about to run: from here on the place is one like others. Durable when this returns.
+    /// It is about to run: until it is known that it has, nothing is created at its place. Durable
+    /// when this returns.
     ///
     /// # Errors
     /// When the next start of the container might wait for a restore.
-    pub fn mark(&self) -> io::Result<()> {
-        Places::of_node().mark_restored(&self.place)
+    pub fn mark_going(&self) -> io::Result<()> {
+        Places::of_node().mark_going(&self.place)
+    }
+
+    /// It has run: from here on the place is one like others. Durable when this returns.
+    ///
+    /// # Errors
+    /// When nothing might be created there.
+    pub fn mark_ran(&self) -> io::Result<()> {
+        Places::of_node().mark_ran(&self.place)
+    }
+
+    /// It may have run, and never will again; whoever comes to its place hears why. The mark stays.
+    /// Nothing changes for one that is known to have run.
+    ///
+    /// # Errors
+    /// When somebody might wait for it yet.
+    pub fn lose(&self, why: &str) -> io::Result<()> {
+        Places::of_node().refuse(&self.place, why)
     }
 
     /// It does not come, for this reason, and has not run.
@@ -181,35 +216,104 @@ impl PodRuntime {
         }
     }
 
-    /// Waits until the container runs, and containerd knows it.
-    async fn runs(&self, socket: &Path) -> Result<(), PodError> {
+    /// Waits until the container runs, and for `limit` then until containerd knows it, which may
+    /// be busy, or be started again.
+    async fn runs(&self, socket: &Path, limit: Duration) -> Result<(), PodError> {
         // Its number means another process only when it has been given away once around.
         let is_there = || Path::new(&format!("/proc/{}", self.pid)).exists();
         while is_there() {
             sleep(POLL).await;
         }
         let id = || self.id.clone();
-        if !Root::read(&self.state).is_some_and(|root| root.runs()) {
-            return Err(PodError::Ended { id: id() });
-        }
-        let client = Client::connect(socket, &self.namespace).await?;
-        let deadline = Instant::now() + START_MAX;
+        let began = Instant::now();
+        let mut client = None;
         loop {
-            let task = client.task(&self.id).await?;
-            if task.is_some_and(|task| task.is_running) {
+            if !Root::read(&self.state).is_some_and(|root| root.runs()) {
+                return Err(PodError::Ended { id: id() });
+            }
+            let left = limit.saturating_sub(began.elapsed());
+            let asked = timeout(left, self.is_started(socket, &mut client)).await;
+            let asked = asked.unwrap_or(Err(ClientError::Late { limit }));
+            if let Ok(true) = asked {
                 return Ok(());
             }
-            if deadline < Instant::now() {
+            if limit <= began.elapsed() {
+                asked?;
                 return Err(PodError::NotStarted { id: id() });
+            }
+            if asked.is_err() {
+                client = None;
             }
             sleep(POLL).await;
         }
+    }
+
+    /// Whether containerd says that the container runs; connects if there is no connection.
+    async fn is_started(
+        &self,
+        socket: &Path,
+        client: &mut Option<Client>,
+    ) -> Result<bool, ClientError> {
+        let client = match client {
+            Some(client) => client,
+            None => client.insert(Client::connect(socket, &self.namespace).await?),
+        };
+        let task = client.task(&self.id).await?;
+        Ok(task.is_some_and(|task| task.is_running))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// One that waits for its order, whose runtime has ended already.
+    fn arrival(folder: &Path) -> PodArrival {
+        PodArrival {
+            socket: folder.join("nobody"),
+            place: Place {
+                pod: "u-1".to_owned(),
+                container: "web".to_owned(),
+            },
+            runtime: Some(PodRuntime {
+                namespace: "k8s.io".to_owned(),
+                id: "0a".to_owned(),
+                // The greatest number that a process may have is less.
+                pid: i32::MAX,
+                state: folder.to_owned(),
+                order: PodOrder {
+                    migration: "m".to_owned(),
+                    gate: "/g".into(),
+                    images: "/i".into(),
+                    work: "/w".into(),
+                },
+            }),
+        }
+    }
+
+    #[tokio::test]
+    async fn the_order_stays_for_as_long_as_containerd_may_start_what_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        let (orders, limit) = (Orders::at(folder.path().join("orders")), 4 * POLL);
+        let arrival = arrival(folder.path());
+        let ended = arrival.come_by(&orders, limit).await.unwrap_err();
+        assert!(matches!(ended, PodError::Ended { .. }), "{ended}");
+        assert!(!orders.has("k8s.io", "0a"));
+        let stat = fs::read_to_string("/proc/self/stat").unwrap();
+        let (_, behind) = stat.rsplit_once(") ").unwrap();
+        let started: u64 = behind.split(' ').nth(19).unwrap().parse().unwrap();
+        let state = serde_json::json!({
+            "init_process_pid": std::process::id(),
+            "init_process_start": started,
+        });
+        fs::write(folder.path().join("state.json"), state.to_string()).unwrap();
+        let began = Instant::now();
+        let late = arrival.come_by(&orders, limit).await.unwrap_err();
+        assert!(matches!(late, PodError::Client(_)), "{late}");
+        // It was tried until then.
+        assert!(limit <= began.elapsed());
+        assert!(orders.has("k8s.io", "0a"));
+    }
 
     #[test]
     fn what_comes_is_read_as_it_was_written() {

@@ -24,7 +24,7 @@ mod pod;
 
 pub use command::{Command, Verb};
 pub use order::{Order, OrderError, Orders, Taken};
-pub use pod::{Came, Place, Places};
+pub use pod::{Came, Mark, Place, Places};
 
 /// Where the program is that containers name, for as long as one of them lives: `pageferry setup`
 /// puts it there.

@@ -13,7 +13,7 @@ use std::process::{self, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pageferry_oci::{Came, Command, Orders, Place, Places, Taken, Verb};
+use pageferry_oci::{Came, Command, Mark, Orders, Place, Places, Taken, Verb};
 use pageferry_sys::bound;
 
 /// The runtime.
@@ -80,15 +80,16 @@ fn place_of(command: &Command) -> Result<Option<(&Path, Place)>, String> {
     Ok(place.map(|place| (bundle, place)))
 }
 
-/// Waits until somebody says what becomes of a container at such a place; one that was restored
-/// before is one like others.
+/// Waits until somebody says what becomes of a container at such a place; where one has run that
+/// was restored it is one like others.
 fn await_order(
     orders: &Orders,
     (space, id): (&str, &str),
     (bundle, place): (&Path, &Place),
 ) -> Result<Taken, String> {
     let places = Places::of_node();
-    if places.is_restored(place) {
+    let deadline = Instant::now() + ORDER_MAX;
+    if has_run(&places, place, deadline)? {
         return Ok(Taken::Unknown);
     }
     let Place { pod, container } = place;
@@ -101,13 +102,8 @@ fn await_order(
     let _waiting = places
         .come(place, &came)
         .map_err(|error| format!("the container {container} of pod {pod}: {error}"))?;
-    let deadline = Instant::now() + ORDER_MAX;
     loop {
-        if let Some(why) = places.refusal(place) {
-            return Err(format!(
-                "the container {container} of pod {pod} is not restored here: {why}"
-            ));
-        }
+        check_refusal(&places, place)?;
         match orders.take(space, id).map_err(|error| error.to_string())? {
             Taken::Unknown if Instant::now() < deadline => thread::sleep(ORDER_POLL),
             Taken::Unknown => {
@@ -119,6 +115,38 @@ fn await_order(
             }
             taken => return Ok(taken),
         }
+    }
+}
+
+/// Whether what was restored at such a place has run. Of one that may run, or may have run, it is
+/// waited until that is known: a second one must not be beside its source, nor beside it.
+fn has_run(places: &Places, place: &Place, deadline: Instant) -> Result<bool, String> {
+    let Place { pod, container } = place;
+    loop {
+        check_refusal(places, place)?;
+        let mark = places.mark(place);
+        match mark.map_err(|error| format!("the mark of {container} of pod {pod}: {error}"))? {
+            None => return Ok(false),
+            Some(Mark::Ran) => return Ok(true),
+            Some(Mark::Going) if Instant::now() < deadline => thread::sleep(ORDER_POLL),
+            Some(Mark::Going) => {
+                return Err(format!(
+                    "the container {container} of pod {pod} was to run here as it was restored, \
+                     and whether it has is not known: look at its migration, and delete this pod \
+                     if its source runs"
+                ));
+            }
+        }
+    }
+}
+
+fn check_refusal(places: &Places, place: &Place) -> Result<(), String> {
+    let Place { pod, container } = place;
+    match places.refusal(place) {
+        Some(why) => Err(format!(
+            "the container {container} of pod {pod} is not restored here: {why}"
+        )),
+        None => Ok(()),
     }
 }
 

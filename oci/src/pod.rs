@@ -8,13 +8,15 @@
 //! create: came/UID/NAME, locked ──► order, by id ──► restore
 //!           │                        refused/UID/NAME ──► failure
 //!           └── nobody has said anything for long ──► failure
-//! RESTORED/UID/NAME: create is the runtime's
+//! MARKS/UID/NAME: "going" ──► "ran": create is the runtime's
+//!                     └── neither "ran" nor refused for long ──► failure
 //! ```
 //!
 //! Invariants: a pod that is the destination of a migration has its container created once by a
-//! restore, and by the runtime only after that: never beside its source. The mark of that outlives
-//! a reboot, and is on disk before the container runs. A refusal stays until a reboot, after which
-//! nobody says anything any more, which is a failure too.
+//! restore, and by the runtime only when that has run: never beside its source. The mark outlives a
+//! reboot; that it is going is on disk before the container may run, and that it ran is said only
+//! when it is known, so that one of which neither is known is created by nobody. A refusal stays
+//! until a reboot, after which nobody says anything any more, which is a failure too.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -48,6 +50,15 @@ pub struct Came {
     pub pid: i32,
 }
 
+/// How far a container of a pod has come that is restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// It is about to run, or has been: neither is known.
+    Going,
+    /// It has run: it is one like others from then on.
+    Ran,
+}
+
 /// What is known at this node of containers of pods.
 #[derive(Clone, Debug)]
 pub struct Places {
@@ -55,7 +66,7 @@ pub struct Places {
     marks: PathBuf,
 }
 
-/// Which containers were restored: outlives a reboot, as pods do.
+/// Which containers have come here: outlives a reboot, as pods do.
 const MARKS: &str = "/var/lib/pageferry/pods";
 
 /// The annotation of a pod that is the destination of a migration.
@@ -154,11 +165,15 @@ impl Places {
         }
     }
 
-    /// Nothing is restored at a place: `why` is what whoever comes there hears.
+    /// Nothing is restored at a place: `why` is what whoever comes there hears. Of one that has run
+    /// nothing changes: it is one like others.
     ///
     /// # Errors
     /// When that cannot be written.
     pub fn refuse(&self, place: &Place, why: &str) -> io::Result<()> {
+        if self.mark(place)? == Some(Mark::Ran) {
+            return Ok(());
+        }
         write_whole(&place.below(&self.folder.join("refused")), why.as_bytes())
     }
 
@@ -167,31 +182,59 @@ impl Places {
         fs::read_to_string(place.below(&self.folder.join("refused"))).ok()
     }
 
-    /// What is restored at a place is about to run: whatever comes there later is created anew.
-    /// Durable when this returns.
+    /// What is restored at a place is about to run: until it is known that it has, nothing is
+    /// created there. Durable when this returns. Of one that ran before nothing changes.
     ///
     /// # Errors
     /// When it may be lost.
-    pub fn mark_restored(&self, place: &Place) -> io::Result<()> {
-        write_whole(&place.below(&self.marks), b"")
+    pub fn mark_going(&self, place: &Place) -> io::Result<()> {
+        match self.mark(place)? {
+            Some(Mark::Ran) => Ok(()),
+            Some(Mark::Going) | None => write_whole(&place.below(&self.marks), GOING),
+        }
     }
 
-    /// It has not run after all.
+    /// What was restored at a place has run: whatever comes there later is created anew. Durable
+    /// when this returns.
+    ///
+    /// # Errors
+    /// When it may be lost.
+    pub fn mark_ran(&self, place: &Place) -> io::Result<()> {
+        write_whole(&place.below(&self.marks), RAN)
+    }
+
+    /// What was going has not run after all. Of one that has run nothing changes.
     ///
     /// # Errors
     /// When it still says so.
     pub fn unmark(&self, place: &Place) -> io::Result<()> {
+        if self.mark(place)? == Some(Mark::Ran) {
+            return Ok(());
+        }
         match fs::remove_file(place.below(&self.marks)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// Whether something was restored at a place, and has run.
-    pub fn is_restored(&self, place: &Place) -> bool {
-        place.below(&self.marks).exists()
+    /// How far what was restored at a place has come; none if nothing was about to run there.
+    ///
+    /// # Errors
+    /// When that cannot be read.
+    pub fn mark(&self, place: &Place) -> io::Result<Option<Mark>> {
+        match fs::read(place.below(&self.marks)) {
+            Ok(text) if text == RAN => Ok(Some(Mark::Ran)),
+            // Whatever else it says is no proof.
+            Ok(_) => Ok(Some(Mark::Going)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
+
+/// What a mark says.
+const GOING: &[u8] = b"going\n";
+const RAN: &[u8] = b"ran\n";
 
 fn make_parent(path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), fs::create_dir_all)
@@ -279,16 +322,27 @@ mod tests {
     }
 
     #[test]
-    fn what_was_restored_or_refused_is_known_by_its_place() {
+    fn what_has_run_or_was_refused_is_known_by_its_place() {
         let folder = tempfile::tempdir().unwrap();
         let places = Places::at(folder.path().join("run"), folder.path().join("var"));
-        assert!(!places.is_restored(&place()) && places.refusal(&place()).is_none());
-        places.mark_restored(&place()).unwrap();
-        places.mark_restored(&place()).unwrap();
-        assert!(places.is_restored(&place()));
+        let mark = || places.mark(&place()).unwrap();
+        assert!(mark().is_none() && places.refusal(&place()).is_none());
+        places.mark_going(&place()).unwrap();
+        places.mark_going(&place()).unwrap();
+        assert_eq!(mark(), Some(Mark::Going));
+        places.mark_ran(&place()).unwrap();
+        // A daemon that was started again lets it go once more.
+        places.mark_going(&place()).unwrap();
+        assert_eq!(mark(), Some(Mark::Ran));
+        // Nor does another migration change that, which was to come there and was given up.
+        places.refuse(&place(), "it was given up").unwrap();
+        places.unmark(&place()).unwrap();
+        assert_eq!((mark(), places.refusal(&place())), (Some(Mark::Ran), None));
+        fs::write(place().below(&places.marks), "").unwrap();
+        assert_eq!(mark(), Some(Mark::Going));
         places.unmark(&place()).unwrap();
         places.unmark(&place()).unwrap();
-        assert!(!places.is_restored(&place()));
+        assert_eq!(mark(), None);
         places.refuse(&place(), "the source goes on").unwrap();
         assert_eq!(places.refusal(&place()).unwrap(), "the source goes on");
     }

@@ -15,7 +15,7 @@ use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags};
 use super::describe::{Network, describe, describe_loose};
 use super::netlink::{Netlink, failed};
 use super::port::{Port, index_of};
-use super::{LinkError, announce};
+use super::{LinkError, announce, route};
 
 /// A network that somebody else has made, and that waits for its workload.
 #[derive(Debug, Clone)]
@@ -88,6 +88,8 @@ impl JoinedNetwork {
             ports: found.ports,
             links: found.links,
         };
+        // It must not be found out only when nothing of it may fail any more.
+        route::check(&joined.ports).await?;
         joined.detach().await?;
         Ok(joined)
     }

@@ -32,6 +32,21 @@ pub async fn lead_here(links: &[LinkDescription], ports: &[Port]) -> Result<(), 
     Ok(())
 }
 
+/// Whether addresses can be led to over `ports`.
+pub async fn check(ports: &[Port]) -> Result<(), LinkError> {
+    let node = Netlink::open(None)?;
+    for port in ports {
+        index_of(&node, port.bridge()).await?;
+    }
+    Ok(())
+}
+
+/// An address of a pod that others know it by, and that cannot be kept: nodes answer with ARP for
+/// what has moved, and not yet in the way of IPv6.
+pub fn unled(links: &[LinkDescription]) -> Option<IpAddr> {
+    links.iter().flat_map(kept).find(IpAddr::is_ipv6)
+}
+
 /// The addresses of `network`, which is here yet, are behind the node `peer` from now on.
 pub async fn lead_away(network: &Network, peer: IpAddr) -> Result<(), LinkError> {
     let node = Netlink::open(None)?;
@@ -111,5 +126,30 @@ fn answer_on(bridge: &str) {
         if let Err(error) = fs::write(&path, value) {
             tracing::warn!(%error, "{path}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_of_ipv6_is_not_led_to_unless_it_is_the_links_own() {
+        let link = |ips: &[&str]| LinkDescription {
+            name: "eth0".to_owned(),
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            addresses: ips
+                .iter()
+                .map(|ip| LinkAddress {
+                    ip: ip.parse().unwrap(),
+                    prefix: 64,
+                })
+                .collect(),
+            bridge: None,
+        };
+        assert_eq!(unled(&[link(&["10.0.0.1", "fe80::1"])]), None);
+        let found = unled(&[link(&["10.0.0.1"]), link(&["fe80::1", "fd00::2"])]);
+        assert_eq!(found, Some("fd00::2".parse().unwrap()));
     }
 }

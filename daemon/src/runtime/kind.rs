@@ -163,6 +163,15 @@ impl Kind {
         }
     }
 
+    /// Checks once more what its engine has for it, and may have changed since it was described. Of
+    /// a frozen tree. Blocks, for less than a millisecond.
+    pub fn check_frozen(&self) -> Result<(), Failure> {
+        match self {
+            Self::Pod(pod) => pod.check_frozen(),
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => Ok(()),
+        }
+    }
+
     /// Folders of its engine that it has for its own, and that travel with it.
     pub fn folders(&self) -> Vec<PathBuf> {
         match self {
@@ -250,11 +259,13 @@ impl Kind {
     }
 
     /// The cgroup above `held`, its own, that others start things in: it is frozen for good when
-    /// the workload is given away.
-    pub fn around(&self, held: &Freezer) -> Option<Freezer> {
+    /// the workload is given away. Fails if there must be one, and it is not known.
+    pub fn around(&self, held: &Freezer) -> Result<Option<Freezer>, CgroupError> {
         match self {
-            Self::Pod(pod) => pod.cgroup(held),
-            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => None,
+            Self::Pod(pod) => pod.cgroup(held).map(Some),
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Podman(_) => {
+                Ok(None)
+            }
         }
     }
 
@@ -543,7 +554,7 @@ pub fn sweep(directory: &Path) {
 
 /// What has come is about to run. What must be on disk before that is when this returns. Blocks.
 pub fn about_to_run(directory: &Path) -> Result<(), Failure> {
-    pod::arrive::mark(directory)
+    pod::arrive::mark_going(directory)
 }
 
 /// Goes on ending what runs elsewhere, which a daemon before this one has begun.
@@ -555,6 +566,13 @@ pub fn go_on_ending() {
 pub fn runs(directory: &Path) {
     podman::arrive::runs(directory);
     containerd::arrive::runs(directory);
+    pod::arrive::runs(directory);
+}
+
+/// Whether what has come has run is not known, and it never will: nobody is to make it anew beside
+/// what its source may have. Blocks.
+pub fn lose(directory: &Path, why: &str) {
+    pod::arrive::lose(directory, why);
 }
 
 /// Lets go of what a killed runtime has bound. What an engine has of a workload that may have run
@@ -567,6 +585,8 @@ pub fn leave(directory: &Path) {
 
 /// Sees to it that whoever made what has come knows that it runs.
 pub fn settle(directory: &Path) {
+    // It may have failed before.
+    pod::arrive::runs(directory);
     containerd::arrive::settle(directory);
 }
 

@@ -147,7 +147,8 @@ impl Workload {
 
     /// Sees to it that nobody but us can thaw the tree, which is dumped.
     pub(super) fn hold_alone(&mut self) -> Result<(), Failure> {
-        if let Some(around) = self.kind.around(&self.freezer) {
+        let around = self.kind.around(&self.freezer);
+        if let Some(around) = around.map_err(|error| freeze_failed(&error))? {
             let frozen = block_in_place(|| around.freeze());
             return frozen.map_err(|error| freeze_failed(&error));
         }
@@ -241,6 +242,7 @@ impl Workload {
 
     /// CRIU and the target were told of the mounts before the rounds. Of a frozen tree.
     pub(super) fn check_mounts(&self) -> Result<(), Failure> {
+        block_in_place(|| self.kind.check_frozen())?;
         let Some(surveyed) = &self.mounts else {
             return Ok(());
         };
@@ -258,8 +260,11 @@ impl Workload {
     /// Thaws what is around it, where others start things. What they have done meanwhile takes
     /// effect now.
     fn thaw_around(&self) -> Result<(), Failure> {
-        let around = self.kind.around(&self.freezer).filter(Freezer::exists);
-        let Some(around) = around else { return Ok(()) };
+        // Of what is not known nothing was frozen.
+        let around = self.kind.around(&self.freezer).ok().flatten();
+        let Some(around) = around.filter(Freezer::exists) else {
+            return Ok(());
+        };
         if let Some(pid) = block_in_place(|| ending(&self.pids().unwrap_or_default())) {
             tracing::warn!(
                 root = self.root(),

@@ -9,6 +9,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::Duration;
 
 use pageferry_proto::id::{MigrationId, NetworkName};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -23,7 +24,7 @@ use crate::link::join::JoinedNetwork;
 use crate::link::prepare::PreparedNetwork;
 use crate::link::route;
 use crate::migration::ports::PortState;
-use crate::migration::text::network_unfit;
+use crate::migration::text::{chain, network_unfit};
 
 /// Where `ip netns` and container engines keep the network namespaces that have names.
 const NAMED: &str = "/run/netns";
@@ -188,7 +189,8 @@ impl Network {
             Self::Joined(joined) => joined.attach(net).await,
             Self::Sandbox(joined) => {
                 joined.attach(net).await?;
-                route::lead_here(joined.links(), joined.ports()).await
+                lead_here(joined).await;
+                Ok(())
             }
         }
     }
@@ -245,6 +247,46 @@ impl LinkState {
         }
     }
 }
+
+/// Has this node lead to the addresses of a pod. Without that only its neighbours on its bridge
+/// reach it, but it runs nowhere else: it is no reason not to let it run. What fails is tried a few
+/// times more, in the background.
+async fn lead_here(joined: &JoinedNetwork) {
+    let lead = async |joined: &JoinedNetwork| {
+        let led = route::lead_here(joined.links(), joined.ports());
+        match tokio::time::timeout(LEAD_MAX, led).await {
+            Ok(led) => led.map_err(|error| chain(&error)),
+            Err(_) => Err(format!("the kernel takes no routes for {LEAD_MAX:?}")),
+        }
+    };
+    let Err(why) = lead(joined).await else { return };
+    tracing::warn!("this node does not lead to the addresses of a pod that has come: {why}");
+    let joined = joined.clone();
+    tokio::spawn(async move {
+        for pause in LEAD_PAUSES {
+            tokio::time::sleep(pause).await;
+            match lead(&joined).await {
+                Ok(()) => {
+                    tracing::info!("this node leads to the addresses of a pod that has come");
+                    return;
+                }
+                Err(why) => tracing::warn!("nor does it now: {why}"),
+            }
+        }
+        tracing::error!("the addresses of a pod that runs here are reached only over its bridge");
+    });
+}
+
+/// How long the kernel may take for routes; the workload stands still meanwhile.
+const LEAD_MAX: Duration = Duration::from_secs(1);
+
+/// Before each try but the first.
+const LEAD_PAUSES: [Duration; 4] = [
+    Duration::from_millis(100),
+    Duration::from_secs(1),
+    Duration::from_secs(5),
+    Duration::from_secs(30),
+];
 
 fn open_named(name: &NetworkName) -> Result<OwnedFd, Failure> {
     let path = Path::new(NAMED).join(name.as_str());

@@ -331,7 +331,7 @@ impl Site {
             })?;
         }
         if arriving.is_pod() {
-            self.pod = Some(Pod::of(&description.links));
+            self.pod = Some(Pod::of(&description.links)?);
             self.arriving = Some(arriving);
             return self.state();
         }

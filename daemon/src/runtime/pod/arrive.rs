@@ -1,21 +1,26 @@
 //! A pod at its target: Kubernetes makes it, with a sandbox, a network and volumes, and the runtime
 //! of its container waits until somebody says what that is restored from.
 
+use std::collections::HashMap;
 use std::env;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use pageferry_containerd::{LOG, PodArrival, PodOrder, PodRuntime, SOCKET};
+use pageferry_containerd::{
+    Client, ClientError, LOG, PodArrival, PodError, PodOrder, PodRuntime, SOCKET,
+};
 use pageferry_oci::{Came, INSTALLED, Place, Places};
 use pageferry_proto::id::PodUid;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::{ContainerDescription, PodDescription};
 use pageferry_proto::wire::description::WorkloadDescription;
 use pageferry_sys::namespace::{self, NamespaceKind};
+use tokio::time::timeout;
 
-use super::{ROOT, ask, engine_of};
+use super::{CONTAINER_NAME, KIND, NAMESPACE, POD_UID, ROOT, ask, engine_of};
 use crate::runtime::oci::arrive::{Leaves, Restore, check_node, check_spec, prepare_with};
 use crate::runtime::oci::binds::Binds;
 use crate::runtime::oci::read_config;
@@ -25,6 +30,9 @@ use crate::runtime::rootfs::RootPlace;
 
 /// What stands for the runtime here: it tells the one that waits, and ends when the container runs.
 const PROGRAM: &str = "pageferry-containerd";
+
+/// How long containerd may take to say what runs, while it is waited for what waits.
+const LIST_MAX: Duration = Duration::from_secs(2);
 
 /// A pod that comes.
 #[derive(Clone, Debug)]
@@ -101,11 +109,20 @@ impl Arriving {
     }
 
     /// Says in `directory`, the migration's, that it comes as pod `uid`: what is refused from now
-    /// on is refused there.
+    /// on is refused there. Fails if something has come there before: a pod comes once.
     pub fn expect(&self, uid: &PodUid, directory: &Path) -> Result<(), Failure> {
+        let (places, place) = (Places::of_node(), self.place(uid));
+        let before = match places.mark(&place).map_err(|error| unfit(&error))? {
+            Some(_) => Some("a migration has come as it before".to_owned()),
+            None => places.refusal(&place),
+        };
+        if let Some(why) = before {
+            let text = format!("nothing is restored as pod {uid}: {why}: make another pod");
+            return Err(Failure::new(ErrorCode::Unexpected, text));
+        }
         let arrival = PodArrival {
             socket: SOCKET.into(),
-            place: self.place(uid),
+            place,
             runtime: None,
         };
         arrival.write(directory).map_err(|error| unfit(&error))
@@ -126,6 +143,37 @@ impl Arriving {
             .map_err(|error| unfit(&error))?
             .map(|came| (place, came));
         Ok(self.came.is_some())
+    }
+
+    /// Fails if its container runs in pod `uid` though nothing has come to us: then containerd does
+    /// not start what waits, and the pod has begun anew beside its source. What containerd does not
+    /// say soon is looked at the next time.
+    pub async fn check_not_cold(&self, uid: &PodUid) -> Result<(), Failure> {
+        let place = self.place(uid);
+        let cold = match timeout(LIST_MAX, running(&place)).await {
+            Ok(Ok(None)) => return Ok(()),
+            Ok(Ok(Some(id))) => id,
+            Ok(Err(error)) => {
+                tracing::warn!(pod = %uid, %error, "whether a pod has begun anew is not known");
+                return Ok(());
+            }
+            Err(_) => {
+                tracing::warn!(pod = %uid, "containerd does not list its containers within \
+                    {LIST_MAX:?}: whether a pod has begun anew is not known");
+                return Ok(());
+            }
+        };
+        let Place { pod, container } = place;
+        Err(Failure::new(
+            ErrorCode::NodeUnfit,
+            format!(
+                "the container {container} of pod {pod} runs here as {cold} and has begun anew: \
+                 containerd has not started it by {INSTALLED}, or has not told that of the \
+                 annotation pageferry.dev/migration. Delete this pod, have containerd's runtime \
+                 handler pageferry as deploy/containerd.toml has it, start containerd again, and \
+                 move the source once more: it goes on"
+            ),
+        ))
     }
 
     /// Compares what waits with what comes. Blocks, while containerd answers.
@@ -247,13 +295,64 @@ impl Arriving {
     }
 }
 
-/// What has come into a migration's folder is about to run: its container is one like others from
-/// now on. Durable when this returns.
-pub fn mark(directory: &Path) -> Result<(), Failure> {
+/// What containerd calls the container at a place, if one runs there.
+async fn running(place: &Place) -> Result<Option<String>, ClientError> {
+    let client = Client::connect(SOCKET.as_ref(), NAMESPACE).await?;
+    for container in client.containers().await? {
+        if !is_at(container.labels(), place) {
+            continue;
+        }
+        let task = client.task(container.id()).await?;
+        if task.is_some_and(|task| task.is_running) {
+            return Ok(Some(container.id().to_owned()));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a container with these labels is at a place.
+fn is_at(labels: &HashMap<String, String>, place: &Place) -> bool {
+    let wanted = [
+        (POD_UID, &*place.pod),
+        (KIND, "container"),
+        (CONTAINER_NAME, &*place.container),
+    ];
+    let has = |(label, value)| labels.get(label).is_some_and(|has| has == value);
+    wanted.into_iter().all(has)
+}
+
+/// What has come into a migration's folder is about to run: until it is known that it has, nothing
+/// is created at its place. Durable when this returns.
+pub fn mark_going(directory: &Path) -> Result<(), Failure> {
     let arrival = PodArrival::read(directory).map_err(|error| unfit(&error))?;
     arrival.map_or(Ok(()), |arrival| {
-        arrival.mark().map_err(|error| unfit(&error))
+        arrival.mark_going().map_err(|error| unfit(&error))
     })
+}
+
+/// What has come into a migration's folder has run: its container is one like others from now on.
+pub fn runs(directory: &Path) {
+    let marked = PodArrival::read(directory).and_then(|arrival| match arrival {
+        Some(arrival) => arrival.mark_ran().map_err(PodError::marking),
+        None => Ok(()),
+    });
+    if let Err(error) = marked {
+        tracing::error!(folder = %directory.display(), %error,
+            "that the container of a pod has run is not noted: it is not started again when it \
+            ends");
+    }
+}
+
+/// Whether what was to run in a migration's folder has run is not known, and it never will.
+pub fn lose(directory: &Path, why: &str) {
+    let lost = PodArrival::read(directory).and_then(|arrival| match arrival {
+        Some(arrival) => arrival.lose(why).map_err(PodError::marking),
+        None => Ok(()),
+    });
+    if let Err(error) = lost {
+        tracing::error!(folder = %directory.display(), %error,
+            "whoever comes to the place of what is lost waits, and is not told why");
+    }
 }
 
 /// What was to come into a migration's folder does not: whoever waits for it, or comes later, is
@@ -279,4 +378,36 @@ fn beside(program: &str) -> PathBuf {
     let own = env::current_exe().ok();
     let folder = own.as_deref().and_then(Path::parent);
     folder.unwrap_or(Path::new("/usr/bin")).join(program)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_is_at_the_place_that_its_labels_say() {
+        let place = Place {
+            pod: "u-1".to_owned(),
+            container: "web".to_owned(),
+        };
+        let usual = [
+            (POD_UID, "u-1"),
+            (KIND, "container"),
+            (CONTAINER_NAME, "web"),
+        ];
+        let labels = |change: Option<(&str, &str)>| -> HashMap<String, String> {
+            let all = usual.into_iter().chain(change);
+            all.map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .collect()
+        };
+        assert!(is_at(&labels(None), &place));
+        for other in [
+            (POD_UID, "u-2"),
+            (KIND, "sandbox"),
+            (CONTAINER_NAME, "sidecar"),
+        ] {
+            assert!(!is_at(&labels(Some(other)), &place), "{other:?}");
+        }
+        assert!(!is_at(&HashMap::new(), &place));
+    }
 }

@@ -61,6 +61,9 @@ const FILLED: [&str; 4] = ["configmap", "downward-api", "projected", "secret"];
 const VOLUMES: &str = "volumes";
 const KIND_PREFIX: &str = "kubernetes.io~";
 
+/// Where it has what containers see of volumes by a `subPath`.
+const SUB_PATHS: &str = "volume-subpaths";
+
 /// How long the killed tasks of its container may take to be out of its cgroup.
 const END_MAX: Duration = Duration::from_secs(20);
 
@@ -209,20 +212,33 @@ impl Pod {
         }
         for (source, destination) in spec.bound() {
             let place = destination.display();
-            if let Some(kind) = volume_kind(source, &self.uid)
-                && !FILLED.contains(&kind)
-            {
-                return text(&format!(
-                    "has a volume of the kind {kind} at {place}, which is not moved yet"
-                ));
-            }
-            if destination == Path::new("/dev/shm") && !is_empty(source) {
-                return text(
-                    "has files in /dev/shm, which are its sandbox's and are not moved yet",
-                );
+            if let Some(what) = unmoved(source, &self.uid) {
+                return text(&format!("has {what} at {place}, which is not moved yet"));
             }
         }
-        Ok(())
+        self.check_shm(spec)
+    }
+
+    /// Checks once more what may have changed since it was described. Of a frozen tree.
+    pub fn check_frozen(&self) -> Result<(), Failure> {
+        self.check_shm(&Spec::parse(&read_config(self.container.bundle())?)?)
+    }
+
+    /// Refuses files in /dev/shm: the sandbox has that, and it does not travel.
+    fn check_shm(&self, spec: &Spec) -> Result<(), Failure> {
+        let shm = |destination: &Path| destination == Path::new("/dev/shm");
+        let mut bound = spec.bound();
+        match bound.find(|(source, destination)| shm(destination) && !is_empty(source)) {
+            None => Ok(()),
+            Some(_) => Err(Failure::new(
+                ErrorCode::UnsupportedWorkload,
+                format!(
+                    "the container {} of pod {} has files in /dev/shm, which are its sandbox's and \
+                     are not moved yet",
+                    self.name, self.uid
+                ),
+            )),
+        }
     }
 
     /// Has its runtime ask for a dump; as [`Checkpoint::start`].
@@ -235,21 +251,31 @@ impl Pod {
         Checkpoint::start(&self.container, how, stand_in, directory).await
     }
 
-    /// The pod's own cgroup, which is above `held`, the container's.
-    pub fn cgroup(&self, held: &Freezer) -> Option<Freezer> {
-        let above = held.path().parent()?;
-        let name = above.file_name()?.to_str()?;
-        // The kubelet has its UID in the name; systemd's slices have another spelling.
-        let is_pods = name.contains(&self.uid) || name.contains(&self.uid.replace('-', "_"));
-        is_pods.then(|| Freezer::at(above.to_owned()))
+    /// The pod's own cgroup, which is above `held`, the container's; it may be gone. Fails if what
+    /// is above is not known to be that: it could not be held there.
+    pub fn cgroup(&self, held: &Freezer) -> Result<Freezer, CgroupError> {
+        let above = pods_folder(held.path(), &self.uid);
+        above
+            .map(|above| Freezer::at(above.to_owned()))
+            .ok_or_else(|| CgroupError::Io {
+                action: "finding the cgroup of the pod above",
+                path: held.path().to_owned(),
+                source: io::Error::other(format!(
+                    "the folder there has not the UID {} in its name: is the kubelet run with \
+                     --cgroups-per-qos=false?",
+                    self.uid
+                )),
+            })
     }
 
     /// It runs elsewhere, and `held` holds its container: that is killed, and all else of the pod
     /// ended in the background, until the kubelet has removed it.
     pub fn end(&self, held: &Freezer, freezers: &FreezerRoot) -> Result<(), CgroupError> {
-        let cgroup = self.cgroup(held).filter(Freezer::exists);
-        // The kubelet has removed it.
-        let Some(cgroup) = cgroup else { return Ok(()) };
+        let cgroup = self.cgroup(held)?;
+        if !cgroup.exists() {
+            // The kubelet has removed it.
+            return Ok(());
+        }
         let failed = |source| CgroupError::Io {
             action: "ending who is in",
             path: cgroup.path().to_owned(),
@@ -288,6 +314,15 @@ fn engine_of(spec: &Spec, bundle: &Path, uid: &str, streams: &[String]) -> Engin
     }
 }
 
+/// The folder above a container's cgroup, if it is that of pod `uid`.
+fn pods_folder<'a>(held: &'a Path, uid: &str) -> Option<&'a Path> {
+    let above = held.parent()?;
+    let name = above.file_name()?.to_str()?;
+    // The kubelet has its UID in the name; systemd's slices have another spelling.
+    let is_pods = name.contains(uid) || name.contains(&uid.replace('-', "_"));
+    is_pods.then_some(above)
+}
+
 /// Whether something that is bound is the kubelet's, of this pod, or of its sandbox.
 fn is_made(source: &Path, uid: &str) -> bool {
     folder_of(source, "pods", uid) || is_sandboxes(source)
@@ -316,14 +351,25 @@ fn parts(path: &Path) -> Vec<&str> {
     parts.collect()
 }
 
-/// The kind of volume of pod `uid` that something is, if it is one.
-fn volume_kind<'a>(source: &'a Path, uid: &str) -> Option<&'a str> {
+/// What of the kubelet's folder of pod `uid` something is, unless the kubelet at the target makes
+/// the same again: nothing else there may be taken for that, since what is in it would be lost.
+fn unmoved(source: &Path, uid: &str) -> Option<String> {
     let parts = parts(source);
     let at = parts.windows(2).position(|pair| pair == ["pods", uid])?;
-    let mut behind = parts.get(at + 2..)?.iter();
-    let is_volume = behind.next()?.starts_with(VOLUMES);
-    let kind = behind.next().filter(|_| is_volume)?;
-    Some(kind.strip_prefix(KIND_PREFIX).unwrap_or(kind))
+    match parts.get(at + 2..).unwrap_or_default() {
+        ["etc-hosts"] => None,
+        // Where a container says why it has ended.
+        ["containers", _, _] => None,
+        [VOLUMES, kind, _, ..] => {
+            let filled = kind.strip_prefix(KIND_PREFIX);
+            match filled.is_some_and(|kind| FILLED.contains(&kind)) {
+                true => None,
+                false => Some(format!("a volume of the kind {}", filled.unwrap_or(kind))),
+            }
+        }
+        [SUB_PATHS, name, ..] => Some(format!("a subPath of the volume {name}")),
+        other => Some(format!("the kubelet's {:?} of its pod", other.join("/"))),
+    }
 }
 
 fn is_empty(folder: &Path) -> bool {
@@ -409,19 +455,54 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_is_known_by_its_kind() {
-        let kind = |rest: &str| {
+    fn of_what_the_kubelet_has_only_that_moves_which_it_makes_again() {
+        let unmoved = |rest: &str| {
             let path = format!("/var/lib/kubelet/pods/{UID}/{rest}");
-            volume_kind(Path::new(&path), UID).map(str::to_owned)
+            unmoved(Path::new(&path), UID)
         };
-        assert_eq!(
-            kind("volumes/kubernetes.io~empty-dir/d").unwrap(),
-            "empty-dir"
-        );
-        let sub_path = kind("volume-subpaths/config/web/0");
-        assert_eq!(sub_path.unwrap(), "config");
-        assert_eq!(kind("etc-hosts"), None);
-        assert_eq!(volume_kind(Path::new("/srv/data"), UID), None);
+        for made in [
+            "etc-hosts",
+            "containers/web/1f0c9a3e",
+            "volumes/kubernetes.io~configmap/config",
+            "volumes/kubernetes.io~projected/kube-api-access-x2v4z",
+            "volumes/kubernetes.io~secret/token/..data",
+        ] {
+            assert_eq!(unmoved(made), None, "{made}");
+        }
+        for (other, named) in [
+            ("volumes/kubernetes.io~empty-dir/d", "empty-dir"),
+            ("volumes/kubernetes.io~csi/pvc/mount", "csi"),
+            ("volumes/secret/d", "secret"),
+            ("volumes/kubernetes.io~secret", "kubernetes.io~secret"),
+            (
+                "volume-subpaths/config/web/0",
+                "subPath of the volume config",
+            ),
+            ("volumes-x/kubernetes.io~secret/d", "volumes-x"),
+            (
+                "volumeDevices/kubernetes.io~local-volume/d",
+                "volumeDevices",
+            ),
+            ("plugins/kubernetes.io~empty-dir/d", "plugins"),
+            ("containers/web", "containers/web"),
+            ("", "of its pod"),
+        ] {
+            let what = unmoved(other).unwrap_or_default();
+            assert!(what.contains(named), "{other}: {what}");
+        }
+        assert_eq!(super::unmoved(Path::new("/srv/data"), UID), None);
+    }
+
+    #[test]
+    fn the_cgroup_of_a_pod_is_known_by_its_uid_in_either_spelling() {
+        let slice = format!("/kubepods-pod{}.slice", UID.replace('-', "_"));
+        for above in [format!("/kubepods/burstable/pod{UID}"), slice] {
+            let held = format!("{above}/cri-containerd-0a.scope");
+            assert_eq!(pods_folder(Path::new(&held), UID), Some(Path::new(&above)));
+        }
+        for other in ["/k8s.io/0a", "/kubepods/podother/0a", "/"] {
+            assert_eq!(pods_folder(Path::new(other), UID), None, "{other}");
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ use crate::migration::source::storage::Kept;
 use crate::migration::source::tracking::{Budget, Tracking, check_trackable};
 use crate::migration::source::waits::Waits;
 use crate::migration::source::workload::{Workload, ended, unreadable};
-use crate::migration::text::{internal, network_unfit};
+use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::copied::check_paths;
 use crate::runtime::cpu;
 use crate::runtime::detached;
@@ -238,6 +238,11 @@ impl Site {
             return Err(ended(root));
         }
         let freezer = kind.place(&node.freezers, &pids, id)?;
+        let around = kind.around(&freezer);
+        around.map_err(|error| {
+            let text = format!("the workload could not be held: {}", chain(&error));
+            Failure::new(ErrorCode::UnsupportedWorkload, text)
+        })?;
         let state = SiteState {
             kind: kind.clone(),
             started: anchor.identity().started,

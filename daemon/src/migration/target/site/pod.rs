@@ -5,7 +5,7 @@
 //! here.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry_proto::id::PodUid;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -14,11 +14,15 @@ use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::task::block_in_place;
 
 use super::{Network, Site};
+use crate::link::route;
 use crate::migration::text::internal;
 use crate::runtime::kind::{Arriving, PodWaits};
 
 /// How often it is looked whether the runtime of a pod's container waits.
 const POLL: Duration = Duration::from_millis(10);
+
+/// How often it is looked whether it runs without that.
+const COLD_POLL: Duration = Duration::from_millis(500);
 
 /// What a pod needs here, and what it is joined to.
 #[derive(Debug)]
@@ -30,12 +34,17 @@ pub(super) struct Pod {
 }
 
 impl Pod {
-    pub(super) fn of(links: &[LinkDescription]) -> Self {
-        Self {
+    /// One that has these links at its source, if what others know it by can be kept.
+    pub(super) fn of(links: &[LinkDescription]) -> Result<Self, Failure> {
+        if let Some(ip) = route::unled(links) {
+            let text = format!("the pod has the address {ip}, and those of IPv6 do not move yet");
+            return Err(Failure::new(ErrorCode::NetworkUnfit, text));
+        }
+        Ok(Self {
             links: links.to_vec(),
             waits: None,
             names: (String::new(), String::new()),
-        }
+        })
     }
 }
 
@@ -48,8 +57,13 @@ impl Site {
         let pod = self.arriving.as_mut().and_then(Arriving::as_pod);
         let pod = pod.ok_or_else(no_pod)?;
         pod.expect(uid, &directory)?;
+        let mut asked = Instant::now();
         while !pod.look(uid)? {
             tokio::time::sleep(POLL).await;
+            if COLD_POLL <= asked.elapsed() {
+                pod.check_not_cold(uid).await?;
+                asked = Instant::now();
+            }
         }
         let waits = block_in_place(|| pod.check_waiting())?;
         let here = self.pod.as_mut().ok_or_else(no_pod)?;
