@@ -543,7 +543,13 @@ pub fn sweep(directory: &Path) {
 
 /// What has come is about to run. What must be on disk before that is when this returns. Blocks.
 pub fn about_to_run(directory: &Path) -> Result<(), Failure> {
-    pod::arrive::mark(directory)
+    pod::arrive::mark(directory)?;
+    containerd::arrive::about_to_run(directory)
+}
+
+/// It was about to run, and has died before its first instruction. Blocks.
+pub fn never_ran(directory: &Path) {
+    containerd::arrive::never_ran(directory);
 }
 
 /// Goes on ending what runs elsewhere, which a daemon before this one has begun.
