@@ -469,7 +469,10 @@ mod tests {
         let held = Arrival::hold(folder).unwrap().unwrap();
         assert_eq!(held.fate_now(), Fate::Waits);
         Arrival::mark(folder, Fate::MayHaveRun).unwrap();
-        assert_eq!((held.fate, held.fate_now()), (Fate::Waits, Fate::MayHaveRun));
+        assert_eq!(
+            (held.fate, held.fate_now()),
+            (Fate::Waits, Fate::MayHaveRun)
+        );
         Arrival::never_ran(folder).unwrap();
         assert_eq!(held.fate_now(), Fate::Waits);
         Arrival::mark(folder, Fate::Ran).unwrap();
