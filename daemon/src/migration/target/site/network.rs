@@ -121,6 +121,17 @@ impl Site {
         Ok(Some(net))
     }
 
+    /// Looks for the bridge once more, before it is said that the workload is ready to run: nothing
+    /// holds it while no link is attached. One of a pod's sandbox is its own.
+    pub(super) async fn check_bridges(&self) -> Result<(), Failure> {
+        let there = match &self.network {
+            Some(Network::Made(made)) => made.check_bridge().await,
+            Some(Network::Joined(joined)) => joined.check_bridges().await,
+            Some(Network::Sandbox(_)) | None => Ok(()),
+        };
+        there.map_err(|error| network_unfit(&error))
+    }
+
     /// Nothing of an engine is attached to the bridge that leads nowhere any more, nor will be.
     pub(super) async fn end_hold(&mut self) {
         if let Some(made) = self.engine_network.take()
