@@ -73,7 +73,7 @@ pub fn run(arguments: &[OsString]) -> io::Error {
     };
     match done {
         Ok(()) => std::process::exit(0),
-        Err(Undone::Whole(_)) => real(arguments),
+        Err(Undone::Whole(why)) => real(arguments, why),
         Err(Undone::Begun(error)) => error,
     }
 }
@@ -97,8 +97,8 @@ fn asked(arguments: &[OsString]) -> Option<Asked> {
     }
 }
 
-/// Becomes the next `tar` there is.
-fn real(arguments: &[OsString]) -> io::Error {
+/// Becomes the next `tar` there is; fails with `why` if there is none.
+fn real(arguments: &[OsString], why: io::Error) -> io::Error {
     // One that does not know itself would start itself, for ever.
     let own = match fs::metadata("/proc/self/exe") {
         Ok(own) => (own.dev(), own.ino()),
@@ -112,7 +112,7 @@ fn real(arguments: &[OsString]) -> io::Error {
     });
     match real {
         Some(real) => Command::new(real).arg0("tar").args(arguments).exec(),
-        None => io::ErrorKind::NotFound.into(),
+        None => why,
     }
 }
 
