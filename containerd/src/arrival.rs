@@ -248,8 +248,8 @@ impl Held {
         // What an attempt before this one has left.
         self.undo(&client, &id).await?;
         if let Err(error) = self.make(&client, container).await {
-            // It is let go while containerd makes it. What it has written then is settled by whoever
-            // let it go, and knows what has become of it.
+            // It is let go while containerd makes it. What it has written then is settled by
+            // whoever let it go, and knows what has become of it.
             if self.fate_now() == Fate::Waits {
                 self.undo(&client, &id).await?;
             }

@@ -2,8 +2,8 @@
 //!
 //! A firewall that follows connections knows how far each of them was when the workload left this
 //! node. When it comes back they are further, and their packets would be invalid, and dropped. What
-//! is forgotten is followed anew from its next packet on. What the node translates is not forgotten:
-//! it could not be followed anew.
+//! is forgotten is followed anew from its next packet on. What the node translates is not
+//! forgotten: it could not be followed anew.
 //!
 //! `ctnetlink` has no request for all of an address that older kernels know: so all is listed, and
 //! deleted one by one.

@@ -241,8 +241,8 @@ fn unless(numbers: &[i32], result: Result<(), rtnetlink::Error>) -> Result<(), r
 pub(super) async fn check_bridge(node: &Netlink, name: &str) -> Result<(), LinkError> {
     match index_of(node, name).await {
         Err(LinkError::Unfit(why)) => Err(LinkError::Unfit(format!(
-            "the bridge of the workload's links is gone: {why}. An engine deletes one with its last \
-             port; a container that stays in its network keeps it"
+            "the bridge of the workload's links is gone: {why}. An engine deletes one with its \
+             last port; a container that stays in its network keeps it"
         ))),
         found => found.map(drop),
     }
