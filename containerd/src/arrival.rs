@@ -62,6 +62,8 @@ pub enum ArrivalError {
         "process {pid} runs in the container, as {state} says, and containerd does not know of it"
     )]
     Lost { pid: i32, state: PathBuf },
+    #[error("what has come with the migration has run here, or may have, and is not made again")]
+    HasRun,
     #[error("{path}")]
     File {
         path: PathBuf,
@@ -166,6 +168,19 @@ impl Arrival {
         }
     }
 
+    /// Takes back that what came with it may have run: it has not, and never will.
+    ///
+    /// # Errors
+    /// When it is said yet.
+    pub fn never_ran(folder: &Path) -> io::Result<()> {
+        let said = FATES.iter().filter(|(_, fate)| *fate == Fate::MayHaveRun);
+        said.map(|(name, _)| fs::remove_file(folder.join(name)))
+            .try_for_each(|removed| match removed {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            })
+    }
+
     /// Writes it into a migration's folder.
     ///
     /// # Errors
@@ -205,9 +220,8 @@ impl Arrival {
         let mut text = Vec::new();
         file.read_to_end(&mut text).map_err(failed)?;
         let arrival = serde_json::from_slice(&text);
-        let mut said = FATES.iter().filter(|(name, _)| folder.join(name).exists());
         Ok(Some(Held {
-            fate: said.next().map_or(Fate::Waits, |(_, fate)| *fate),
+            fate: fate_in(folder),
             arrival: arrival.map_err(|error| failed(error.into()))?,
             path,
             _lock: file,
@@ -219,7 +233,8 @@ impl Held {
     /// Has containerd make the container, whose runtime restores it, and start it.
     ///
     /// # Errors
-    /// Why not; nothing of it is left then, or [`Held::settle`] is to be tried again.
+    /// Why not; nothing of it is left then, or it may have run meanwhile, or [`Held::settle`] is to
+    /// be tried again.
     pub async fn come(&self) -> Result<(), ArrivalError> {
         let Arrival {
             socket, namespace, ..
@@ -227,10 +242,17 @@ impl Held {
         let client = Client::connect(socket, namespace).await?;
         let container = Container::decode(&self.arrival.container)?;
         let id = container.id().to_owned();
+        if self.fate_now() != Fate::Waits {
+            return Err(ArrivalError::HasRun);
+        }
         // What an attempt before this one has left.
         self.undo(&client, &id).await?;
         if let Err(error) = self.make(&client, container).await {
-            self.undo(&client, &id).await?;
+            // It is let go while containerd makes it. What it has written then is settled by
+            // whoever let it go, and knows what has become of it.
+            if self.fate_now() == Fate::Waits {
+                self.undo(&client, &id).await?;
+            }
             return Err(error);
         }
         self.finish(&client, &id).await
@@ -350,6 +372,11 @@ impl Held {
         Ok(came.as_ref() == Some(&self.arrival.migration))
     }
 
+    /// What is said of it by now.
+    fn fate_now(&self) -> Fate {
+        self.path.parent().map_or(self.fate, fate_in)
+    }
+
     /// There is nothing to be settled any more.
     fn forget(&self, id: &str) -> Result<(), ArrivalError> {
         let migration = &self.arrival.migration;
@@ -368,6 +395,12 @@ impl Held {
     fn namespace(&self) -> &str {
         &self.arrival.namespace
     }
+}
+
+/// What a migration's folder says of what came.
+fn fate_in(folder: &Path) -> Fate {
+    let mut said = FATES.iter().filter(|(name, _)| folder.join(name).exists());
+    said.next().map_or(Fate::Waits, |(_, fate)| *fate)
 }
 
 #[cfg(test)]
@@ -424,6 +457,29 @@ mod tests {
         let held = Arrival::hold(&there).unwrap().unwrap();
         held.forget("web").unwrap();
         assert_eq!(fs::read_dir(&there).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_said_while_it_is_made_counts_and_may_be_taken_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        // Of nothing there is nothing to take back.
+        Arrival::never_ran(folder).unwrap();
+        arrival(folder).write(folder).unwrap();
+        let held = Arrival::hold(folder).unwrap().unwrap();
+        assert_eq!(held.fate_now(), Fate::Waits);
+        Arrival::mark(folder, Fate::MayHaveRun).unwrap();
+        assert_eq!(
+            (held.fate, held.fate_now()),
+            (Fate::Waits, Fate::MayHaveRun)
+        );
+        Arrival::never_ran(folder).unwrap();
+        assert_eq!(held.fate_now(), Fate::Waits);
+        Arrival::mark(folder, Fate::Ran).unwrap();
+        // What has run has run.
+        Arrival::mark(folder, Fate::MayHaveRun).unwrap();
+        Arrival::never_ran(folder).unwrap();
+        assert_eq!(held.fate_now(), Fate::Ran);
     }
 
     #[test]

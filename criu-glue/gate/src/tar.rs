@@ -1,12 +1,14 @@
 //! What CRIU finds as `tar`: it has that write and read what is in each tmpfs of a container, and
 //! has it start `gzip` by a shell, all while the container stands still. Most of those have no
 //! files, only folders, links and devices. These are written and read here; for all else, and
-//! whatever goes wrong, the real `tar` is started in our place.
+//! whatever goes wrong before anything is done, the real `tar` is started in our place.
 //!
 //! Invariants: what is written is what `tar` reads, in a gzip whose blocks are stored; nothing is
-//! written before all of it is known to be of these kinds, and nothing is read but such.
+//! written before all of it is known to be of these kinds, and nothing is read but such; nothing is
+//! made but in folders of the archive's own, whatever its links lead to; what fails behind its
+//! first change fails, and is not done once more by another.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::env;
 use std::ffi::OsString;
 use std::fs::{self, File, Metadata, Permissions};
@@ -47,16 +49,32 @@ const BYTES_MAX: u64 = 2 << 20; // 2 MiB
 const HEAD: [u8; 10] = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255];
 const BLOCK_MAX: usize = 0xffff;
 
-/// Does what CRIU asks for; comes back only if nothing can be started.
+/// Why it is not done here.
+#[derive(Debug)]
+enum Undone {
+    /// It is as it was, and the real one may do it.
+    Whole(io::Error),
+    /// Some of it is done, or nobody else can do it any more.
+    Begun(io::Error),
+}
+
+impl From<io::Error> for Undone {
+    fn from(error: io::Error) -> Self {
+        Self::Whole(error)
+    }
+}
+
+/// Does what CRIU asks for; comes back only if it fails, or nothing can be started.
 pub fn run(arguments: &[OsString]) -> io::Error {
     let done = match asked(arguments) {
         Some(Asked::Write(folder)) => write(&folder),
         Some(Asked::Read(folder)) => read(&folder),
-        None => Err(io::ErrorKind::Unsupported.into()),
+        None => Err(io::Error::from(io::ErrorKind::Unsupported).into()),
     };
     match done {
         Ok(()) => std::process::exit(0),
-        Err(_) => real(arguments),
+        Err(Undone::Whole(why)) => real(arguments, why),
+        Err(Undone::Begun(error)) => error,
     }
 }
 
@@ -79,29 +97,34 @@ fn asked(arguments: &[OsString]) -> Option<Asked> {
     }
 }
 
-/// Becomes the next `tar` there is.
-fn real(arguments: &[OsString]) -> io::Error {
-    let own = fs::canonicalize("/proc/self/exe").ok();
+/// Becomes the next `tar` there is; fails with `why` if there is none.
+fn real(arguments: &[OsString], why: io::Error) -> io::Error {
+    // One that does not know itself would start itself, for ever.
+    let own = match fs::metadata("/proc/self/exe") {
+        Ok(own) => (own.dev(), own.ino()),
+        Err(error) => return error,
+    };
     let path = env::var_os("PATH").unwrap_or_default();
     let mut all = env::split_paths(&path).map(|folder| folder.join("tar"));
     let real = all.find(|program| {
-        let is = fs::canonicalize(program).ok();
-        is.is_some() && is != own
+        let is = fs::metadata(program);
+        is.is_ok_and(|is| is.is_file() && (is.dev(), is.ino()) != own)
     });
-    // From its beginning, if it is an archive.
-    drop(
-        io::stdin()
-            .as_fd()
-            .try_clone_to_owned()
-            .map(|fd| File::from(fd).rewind()),
-    );
     match real {
         Some(real) => Command::new(real).arg0("tar").args(arguments).exec(),
-        None => io::ErrorKind::NotFound.into(),
+        None => why,
     }
 }
 
-fn write(folder: &Path) -> io::Result<()> {
+fn write(folder: &Path) -> Result<(), Undone> {
+    let bytes = archived(folder)?;
+    let mut out = io::stdout().lock();
+    let written = out.write_all(&bytes).and_then(|()| out.flush());
+    written.map_err(Undone::Begun)
+}
+
+/// A gzip of an archive of the folder.
+fn archived(folder: &Path) -> io::Result<Vec<u8>> {
     // It is a descriptor's name: the folder itself, whatever is mounted over it.
     env::set_current_dir(folder)?;
     let top = fs::symlink_metadata(ALL)?;
@@ -125,10 +148,7 @@ fn write(folder: &Path) -> io::Result<()> {
     for (path, has) in &entries {
         append(&mut archive, path, has)?;
     }
-    let bytes = stored(&archive.into_inner()?);
-    let mut out = io::stdout().lock();
-    out.write_all(&bytes)?;
-    out.flush()
+    Ok(stored(&archive.into_inner()?))
 }
 
 /// What it is, if that is done here. With another name it would be a link to a file.
@@ -224,37 +244,83 @@ fn unstored(written: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
-fn read(folder: &Path) -> io::Result<()> {
+fn read(folder: &Path) -> Result<(), Undone> {
     let mut written = Vec::new();
-    io::stdin()
-        .lock()
-        .take(BYTES_MAX)
-        .read_to_end(&mut written)?;
-    let bytes = unstored(&written).ok_or(io::ErrorKind::Unsupported)?;
-    let mut archive = Archive::new(&*bytes);
-    let mut headers = Vec::new();
+    let taken = io::stdin().lock().take(BYTES_MAX).read_to_end(&mut written);
+    let known = taken.and_then(|_| {
+        let bytes = unstored(&written).ok_or(io::ErrorKind::Unsupported)?;
+        let entries = entries(&bytes)?;
+        env::set_current_dir(folder)?;
+        Ok(entries)
+    });
+    match known {
+        Ok(entries) => extract(&entries).map_err(Undone::Begun),
+        Err(error) => {
+            // The real one is to read all of it.
+            let input = io::stdin().as_fd().try_clone_to_owned();
+            let rewound = input.and_then(|input| File::from(input).rewind());
+            rewound.map_err(Undone::Begun)?;
+            Err(Undone::Whole(error))
+        }
+    }
+}
+
+/// What is in an archive.
+#[derive(Debug)]
+struct Entry {
+    path: PathBuf,
+    header: Header,
+    link: Option<PathBuf>,
+}
+
+/// All of an archive, if it is of the kinds that are made here, and each in a folder that it has
+/// said before: a link of its own leads nothing anywhere.
+fn entries(bytes: &[u8]) -> io::Result<Vec<Entry>> {
+    let unsupported = || Err(io::ErrorKind::Unsupported.into());
+    let mut archive = Archive::new(bytes);
+    let mut entries = Vec::new();
+    let mut said = HashSet::new();
+    let mut folders = HashSet::from([PathBuf::new()]);
     for entry in archive.entries()? {
         let entry = entry?;
         let path = entry.path()?.into_owned();
-        let plain = |part| matches!(part, Component::CurDir | Component::Normal(_));
-        let known = [
-            EntryType::Directory,
-            EntryType::Symlink,
-            EntryType::Char,
-            EntryType::Block,
-        ];
-        if !path.components().all(plain) || !known.contains(&entry.header().entry_type()) {
-            return Err(io::ErrorKind::Unsupported.into());
+        let mut plain = PathBuf::new();
+        for part in path.components() {
+            match part {
+                Component::CurDir => {}
+                Component::Normal(name) => plain.push(name),
+                _ => return unsupported(),
+            }
         }
-        let link = entry.link_name()?.map(|link| link.into_owned());
-        headers.push((path, entry.header().clone(), link));
+        let is_in_folder = plain.parent().is_none_or(|parent| folders.contains(parent));
+        if !is_in_folder || !said.insert(plain.clone()) {
+            return unsupported();
+        }
+        match entry.header().entry_type() {
+            EntryType::Directory => {
+                folders.insert(plain);
+            }
+            // It is the folder itself.
+            _ if plain.as_os_str().is_empty() => return unsupported(),
+            EntryType::Symlink | EntryType::Char | EntryType::Block => {}
+            _ => return unsupported(),
+        }
+        entries.push(Entry {
+            path,
+            header: entry.header().clone(),
+            link: entry.link_name()?.map(|link| link.into_owned()),
+        });
     }
-    env::set_current_dir(folder)?;
-    for (path, header, link) in &headers {
+    Ok(entries)
+}
+
+/// Makes all of it in the folder that this is in.
+fn extract(entries: &[Entry]) -> io::Result<()> {
+    for Entry { path, header, link } in entries {
         make(path, header, link.as_deref())?;
     }
     // What was made in a folder has changed its time.
-    for (path, header, _) in headers.iter().rev() {
+    for Entry { path, header, .. } in entries.iter().rev() {
         let time = TimeSpec::new(i64::try_from(header.mtime()?).map_err(io::Error::other)?, 0);
         utimensat(
             AT_FDCWD,
@@ -285,7 +351,8 @@ fn make(path: &Path, header: &Header, link: Option<&Path>) -> io::Result<()> {
         }
         EntryType::Char => device(SFlag::S_IFCHR)?,
         EntryType::Block => device(SFlag::S_IFBLK)?,
-        _ if path.is_dir() => {}
+        // Not a link to one.
+        _ if fs::symlink_metadata(path).is_ok_and(|has| has.is_dir()) => {}
         _ => fs::create_dir(path)?,
     }
     chown(path, uid, gid)?;
@@ -305,6 +372,64 @@ mod tests {
         assert!(matches!(asked(&read), Some(Asked::Read(folder)) if folder == Path::new("/m")));
         let more = words(&[&READ[..], &["--xattrs", FOLDER, "/m"]].concat());
         assert!(asked(&more).is_none() && asked(&write[1..]).is_none() && asked(&[]).is_none());
+    }
+
+    fn archive(of: &[(&str, EntryType)]) -> Vec<u8> {
+        let mut archive = Builder::new(Vec::new());
+        for (path, kind) in of {
+            let mut header = Header::new_gnu();
+            header.set_entry_type(*kind);
+            header.as_gnu_mut().unwrap().name[..path.len()].copy_from_slice(path.as_bytes());
+            if *kind == EntryType::Symlink {
+                header.set_link_name("/").unwrap();
+            }
+            header.set_size(0);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
+            header.set_mode(0o755);
+            header.set_cksum();
+            archive.append(&header, io::empty()).unwrap();
+        }
+        archive.into_inner().unwrap()
+    }
+
+    #[test]
+    fn an_entry_is_in_a_folder_that_was_said_before() {
+        use EntryType::{Char, Directory, Regular, Symlink};
+        let known = [
+            ("./", Directory),
+            ("./a/", Directory),
+            ("./a/null", Char),
+            ("./a/b/", Directory),
+            ("./a/b/to", Symlink),
+        ];
+        assert_eq!(entries(&archive(&known)).unwrap().len(), known.len());
+        assert!(entries(&archive(&[])).unwrap().is_empty());
+        for refused in [
+            &[("./", Directory), ("./a", Symlink), ("./a/null", Char)][..],
+            &[("./a/null", Char)],
+            &[("./a", Symlink), ("./a/", Directory), ("./a/null", Char)],
+            &[("./a/", Directory), ("a", Symlink)],
+            &[("../null", Char)],
+            &[("/null", Char)],
+            &[("./", Symlink)],
+            &[("./file", Regular)],
+        ] {
+            let error = entries(&archive(refused)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::Unsupported, "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_link_that_is_there_is_no_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let (other, link) = (folder.path().join("other"), folder.path().join("link"));
+        fs::create_dir(&other).unwrap();
+        symlink(&other, &link).unwrap();
+        let known = entries(&archive(&[("./", EntryType::Directory)])).unwrap();
+        let made = make(&link, &known[0].header, None).unwrap_err();
+        assert_eq!(made.kind(), io::ErrorKind::AlreadyExists);
     }
 
     #[test]

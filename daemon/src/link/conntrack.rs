@@ -2,7 +2,8 @@
 //!
 //! A firewall that follows connections knows how far each of them was when the workload left this
 //! node. When it comes back they are further, and their packets would be invalid, and dropped. What
-//! is forgotten is followed anew from its next packet on.
+//! is forgotten is followed anew from its next packet on. What the node translates is not
+//! forgotten: it could not be followed anew.
 //!
 //! `ctnetlink` has no request for all of an address that older kernels know: so all is listed, and
 //! deleted one by one.
@@ -42,6 +43,9 @@ const TUPLES: [u16; 2] = [1, 2];
 const NAMES: [u16; 3] = [1, 12, 18];
 /// In a tuple: its addresses, four kinds of them.
 const ADDRESSES: u16 = 1;
+/// Its status, and of that `IPS_SRC_NAT` and `IPS_DST_NAT`.
+const STATUS: u16 = 3;
+const TRANSLATED: u32 = 0x30;
 
 /// Forgets connections of these addresses in the network namespace of the calling thread; how many
 /// there were. A kernel that follows none has none.
@@ -131,9 +135,14 @@ fn cut<'a>(rest: &mut &'a [u8]) -> Option<(u16, &'a [u8])> {
     Some((kind, message))
 }
 
-/// What names a connection, if it is one of these addresses.
+/// What names a connection, if it is one of these addresses, and not translated.
 fn named(message: &[u8], own: &[Vec<u8>]) -> Option<Vec<u8>> {
     let attributes: Vec<_> = Attributes(message).collect();
+    let mut status = attributes.iter().filter(|(kind, ..)| *kind == STATUS);
+    let status = status.next().and_then(|(_, bytes, _)| bytes.first_chunk());
+    if status.is_some_and(|bytes| u32::from_be_bytes(*bytes) & TRANSLATED != 0) {
+        return None;
+    }
     let mut addresses = attributes
         .iter()
         .filter(|(kind, ..)| TUPLES.contains(kind))
@@ -188,13 +197,19 @@ mod tests {
             attribute(kind | nested, &attribute(ADDRESSES | nested, &ips))
         };
         let (own, peer, node) = ([10, 88, 0, 2], [10, 90, 0, 1], [10, 90, 0, 11]);
-        // A published port: the address is only in what comes back.
-        let orig = tuple(1, [peer, node]);
+        let orig = tuple(1, [peer, own]);
         let reply = tuple(2, [own, peer]);
-        let (status, id) = (attribute(3, &[1]), attribute(12, &[0, 0, 0, 7]));
+        // Seen in both directions, and sure to last.
+        let status = attribute(STATUS, &[0, 0, 0, 0xe]);
+        let id = attribute(12, &[0, 0, 0, 7]);
         let message = [&*orig, &reply, &status, &id].concat();
         let name = named(&message, &[own.to_vec()]).unwrap();
-        assert_eq!(name, [orig, id].concat());
+        assert_eq!(name, [&*orig, &id].concat());
+        // A published port: the address is only in what comes back.
+        let forwarded = tuple(1, [peer, node]);
+        let status = attribute(STATUS, &[0, 0, 0, 0x2e]);
+        let translated = [&*forwarded, &reply, &status, &id].concat();
+        assert_eq!(named(&translated, &[own.to_vec()]), None);
         assert_eq!(named(&message, &[vec![10, 88, 0, 3]]), None);
         assert_eq!(named(&message[..7], &[own.to_vec()]), None);
     }

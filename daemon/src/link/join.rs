@@ -14,7 +14,7 @@ use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags};
 
 use super::describe::{Network, describe, describe_loose};
 use super::netlink::{Netlink, failed};
-use super::port::{Port, index_of};
+use super::port::{Port, check_bridge, index_of};
 use super::{LinkError, announce, route};
 
 /// A network that somebody else has made, and that waits for its workload.
@@ -107,6 +107,15 @@ impl JoinedNetwork {
     /// This node's ends of them.
     pub fn ports(&self) -> &[Port] {
         &self.ports
+    }
+
+    /// Whether the bridges that the links are for are there.
+    pub async fn check_bridges(&self) -> Result<(), LinkError> {
+        let node = Netlink::open(None)?;
+        for port in &self.ports {
+            check_bridge(&node, port.bridge()).await?;
+        }
+        Ok(())
     }
 
     /// Attaches the links to their bridge and announces their addresses from inside `net`.

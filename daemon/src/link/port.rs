@@ -128,6 +128,20 @@ impl Port {
         unless(&[libc::ENODEV], closed).map_err(failed("closing port", &self.name))
     }
 
+    /// As [`Self::close`], for whoever deletes the link: one that is no port of a bridge any more
+    /// lets none pass either.
+    pub async fn shut(&self, node: &Netlink) -> Result<(), LinkError> {
+        let closed = self.set_state(node, BridgePortState::Listening).await;
+        match closed {
+            Err(rtnetlink::Error::NetlinkError(error)) if error.raw_code() == -libc::EOPNOTSUPP => {
+                let down = LinkUnspec::new_with_index(self.index).down();
+                let down = node.handle().link().set(down.build()).execute().await;
+                unless(&[libc::ENODEV], down).map_err(failed("taking down link", &self.name))
+            }
+            closed => unless(&[libc::ENODEV], closed).map_err(failed("closing port", &self.name)),
+        }
+    }
+
     /// Lets frames pass again. A link that is gone, or is no port of a bridge any more, has nothing
     /// that could be opened.
     pub async fn open(&self, node: &Netlink) -> Result<(), LinkError> {
@@ -220,6 +234,17 @@ fn unless(numbers: &[i32], result: Result<(), rtnetlink::Error>) -> Result<(), r
             Ok(())
         }
         other => other,
+    }
+}
+
+/// Refuses a bridge that is not there, before anything hangs on it.
+pub(super) async fn check_bridge(node: &Netlink, name: &str) -> Result<(), LinkError> {
+    match index_of(node, name).await {
+        Err(LinkError::Unfit(why)) => Err(LinkError::Unfit(format!(
+            "the bridge of the workload's links is gone: {why}. An engine deletes one with its \
+             last port; a container that stays in its network keeps it"
+        ))),
+        found => found.map(drop),
     }
 }
 

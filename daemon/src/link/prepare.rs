@@ -8,7 +8,7 @@ use rtnetlink::packet_route::link::{InfoData, InfoVeth};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::netlink::{Netlink, failed};
-use super::port::{NO_BRIDGE, enslave, index_of};
+use super::port::{NO_BRIDGE, check_bridge, enslave, index_of};
 use super::{LinkError, announce};
 
 /// How many links a workload may have.
@@ -97,6 +97,14 @@ impl PreparedNetwork {
     /// Its links.
     pub fn links(&self) -> &[LinkDescription] {
         &self.links
+    }
+
+    /// Whether the bridge that the links are for is there.
+    pub async fn check_bridge(&self) -> Result<(), LinkError> {
+        match self.links.is_empty() {
+            true => Ok(()),
+            false => check_bridge(&Netlink::open(None)?, &self.bridge).await,
+        }
     }
 
     /// Attaches the links to the bridge and announces their addresses from inside `net`.

@@ -554,7 +554,13 @@ pub fn sweep(directory: &Path) {
 
 /// What has come is about to run. What must be on disk before that is when this returns. Blocks.
 pub fn about_to_run(directory: &Path) -> Result<(), Failure> {
-    pod::arrive::mark_going(directory)
+    pod::arrive::mark_going(directory)?;
+    containerd::arrive::about_to_run(directory)
+}
+
+/// It was about to run, and has died before its first instruction. Blocks.
+pub fn never_ran(directory: &Path) {
+    containerd::arrive::never_ran(directory);
 }
 
 /// Goes on ending what runs elsewhere, which a daemon before this one has begun.

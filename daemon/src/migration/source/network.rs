@@ -197,7 +197,7 @@ impl Gate<'_> {
     /// reaches nobody.
     pub(super) async fn shut(&self) -> Result<(), Failure> {
         for port in self.ports {
-            let closed = port.close(&self.netlink).await;
+            let closed = port.shut(&self.netlink).await;
             closed.map_err(|error| network_unfit(&error))?;
         }
         Ok(())

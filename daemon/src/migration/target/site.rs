@@ -482,6 +482,7 @@ impl Site {
         self.restore_time = Some(Duration::from_millis(restored.restore_ms));
         self.limit(Stage::Restored)?;
         block_in_place(|| self.settle_pod())?;
+        self.check_bridges().await?;
         tracing::info!(migration = %self.id, root = restored.root_pid,
             took = ?self.restore_time, "restored and held");
         self.state()

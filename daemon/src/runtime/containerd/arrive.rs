@@ -210,6 +210,26 @@ impl Arriving {
     }
 }
 
+/// What has come is about to run: containerd still makes it, and whoever has it do so does not
+/// remove it from here on.
+pub fn about_to_run(directory: &Path) -> Result<(), Failure> {
+    Arrival::mark(directory, Fate::MayHaveRun).map_err(|error| {
+        let text = format!(
+            "{} cannot say that a container is about to run: {error}",
+            directory.display()
+        );
+        Failure::new(ErrorCode::Internal, text)
+    })
+}
+
+/// It has not run, and never will: nothing of it is worth to be kept.
+pub fn never_ran(directory: &Path) {
+    if let Err(error) = Arrival::never_ran(directory) {
+        tracing::error!(%error, "{} says that a container may have run, which has not, and stays",
+            directory.display());
+    }
+}
+
 /// What has come runs: from here on nobody removes it.
 pub fn runs(directory: &Path) {
     mark(directory, Fate::Ran);

@@ -7,10 +7,12 @@ use std::io::{self, Read};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::VERSION_BYTES_MAX;
 
 use super::habits::Runtime;
+use crate::runtime::detached;
 
 /// How long it may take to say it: milliseconds, and a machine may be busy.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -62,8 +64,8 @@ pub fn of(runtime: Runtime, whose: &str) -> Result<String, Failure> {
     Ok(version)
 }
 
-/// What a program prints of itself, of which the first KiB counts.
-fn ask(program: &str) -> io::Result<String> {
+/// What a program prints of itself, of which the first KiB counts. Blocks, for a limited time.
+pub fn ask(program: &str) -> io::Result<String> {
     let mut child = Command::new(program)
         .arg("--version")
         .stdin(Stdio::null())
@@ -71,13 +73,19 @@ fn ask(program: &str) -> io::Result<String> {
         .stderr(Stdio::null())
         .spawn()?;
     let deadline = Instant::now() + ANSWER_MAX;
+    if let Some(output) = &child.stdout {
+        // A child of its own may keep this open behind its end, and never say anything.
+        let flags = OFlag::from_bits_retain(fcntl(output, FcntlArg::F_GETFL)?);
+        fcntl(output, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    }
     let status = loop {
         match child.try_wait()? {
             Some(status) => break status,
             None if Instant::now() < deadline => std::thread::sleep(ANSWER_POLL),
             None => {
                 child.kill()?;
-                child.wait()?;
+                // One that a file system holds does not end by that.
+                drop(detached::begin("version", move || child.wait()));
                 let text = format!("it has not ended within {ANSWER_MAX:?}");
                 return Err(io::Error::new(io::ErrorKind::TimedOut, text));
             }
@@ -89,8 +97,11 @@ fn ask(program: &str) -> io::Result<String> {
     let mut said = vec![0; 1024];
     let mut length = 0;
     if let Some(output) = &mut child.stdout {
-        // It has ended, and a child of its own may not have: this is there already.
-        length = output.read(&mut said)?;
+        // It has ended: what it has said is there already.
+        length = match output.read(&mut said) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            read => read?,
+        };
     }
     Ok(String::from_utf8_lossy(&said[..length]).into_owned())
 }
@@ -122,6 +133,8 @@ fn numbers(version: &str) -> Option<[u32; 3]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_version_is_what_the_runtime_says_of_itself() {
@@ -140,6 +153,30 @@ mod tests {
         }
         let long = format!("runc version 1.{}", "0".repeat(VERSION_BYTES_MAX));
         assert_eq!(read("runc", &long), None);
+    }
+
+    #[test]
+    fn a_program_that_leaves_its_output_open_and_says_nothing_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("runc");
+        fs::write(
+            &program,
+            "#!/bin/sh\nsleep 30 2>&1 &\necho $! >\"$0.pid\"\n",
+        )
+        .unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let began = Instant::now();
+        let said = loop {
+            match ask(program.to_str().unwrap()) {
+                // Another test has begun a program while this one was written.
+                Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {}
+                said => break said,
+            }
+        };
+        let left = fs::read_to_string(folder.path().join("runc.pid")).unwrap();
+        Command::new("kill").arg(left.trim()).status().unwrap();
+        assert_eq!(said.unwrap(), "");
+        assert!(began.elapsed() < Duration::from_secs(25));
     }
 
     #[test]

@@ -6,7 +6,6 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_proto::id::ContainerId;
@@ -250,8 +249,8 @@ fn check_runtime(program: &str) -> Result<(), Failure> {
         let text = format!("the target's {program} cannot restore the container: {why}");
         Err(Failure::new(ErrorCode::NodeUnfit, text))
     };
-    match Command::new(program).arg("--version").output() {
-        Ok(output) => match restores(&String::from_utf8_lossy(&output.stdout)) {
+    match version::ask(program) {
+        Ok(said) => match restores(&said) {
             Ok(()) => Ok(()),
             Err(why) => unfit(why),
         },

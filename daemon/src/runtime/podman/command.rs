@@ -40,25 +40,31 @@ pub enum CommandError {
         said: String,
     },
     /// It has not ended, and was killed.
-    #[error("{PROGRAM} {what} has not ended within {COMMAND_MAX:?}")]
+    #[error("{PROGRAM} {what} has not ended within {limit:?}")]
     Late {
         /// Its first argument.
         what: String,
+        /// How long it was waited for.
+        limit: Duration,
     },
 }
 
 /// Runs one; what it prints.
 pub async fn podman(arguments: Vec<String>) -> Result<String, CommandError> {
+    within(COMMAND_MAX, arguments).await
+}
+
+async fn within(limit: Duration, arguments: Vec<String>) -> Result<String, CommandError> {
     let what = arguments.first().cloned().unwrap_or_default();
     let mut command = Command::new(PROGRAM);
     command
         .args(arguments)
         .stdin(Stdio::null())
         .kill_on_drop(true);
-    match timeout(COMMAND_MAX, command.output()).await {
+    match timeout(limit, command.output()).await {
         Ok(Ok(output)) => printed(what, &output),
         Ok(Err(source)) => Err(CommandError::Io { what, source }),
-        Err(_) => Err(CommandError::Late { what }),
+        Err(_) => Err(CommandError::Late { what, limit }),
     }
 }
 
@@ -69,13 +75,18 @@ pub fn podman_at_once<const N: usize>(arguments: [&str; N]) -> Result<String, Co
 
 /// As [`podman_at_once`].
 pub fn podman_with(arguments: Vec<String>) -> Result<String, CommandError> {
+    podman_within(COMMAND_MAX, arguments)
+}
+
+/// As [`podman_with`], with another limit.
+pub fn podman_within(limit: Duration, arguments: Vec<String>) -> Result<String, CommandError> {
     let what = arguments.first().cloned().unwrap_or_default();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     let runtime = runtime.map_err(|source| CommandError::Io { what, source })?;
     // Not on a thread of another runtime, which would not allow it.
-    let run = move || runtime.block_on(podman(arguments));
+    let run = move || runtime.block_on(within(limit, arguments));
     let ran = std::thread::Builder::new()
         .name(PROGRAM.to_owned())
         .spawn(run);
@@ -148,6 +159,7 @@ mod tests {
             assert!(ended(raw).unwrap_err().to_string().contains("why"));
         }
         let what = "volume".to_owned();
-        answer(Err(CommandError::Late { what })).unwrap_err();
+        let limit = COMMAND_MAX;
+        answer(Err(CommandError::Late { what, limit })).unwrap_err();
     }
 }

@@ -21,6 +21,7 @@ pub mod arrive;
 mod command;
 mod export;
 mod inspect;
+mod members;
 mod network;
 pub mod volume;
 

@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::archive;
-use super::command::{CommandError, podman_at_once, told};
+use super::command::{podman_at_once, told};
+use super::members::{Given, Interface, Members, Prefix};
 
 /// The only driver whose links are veths into a bridge.
 const BRIDGE: &str = "bridge";
@@ -38,9 +39,12 @@ const OPTIONS: [&str; 6] = [
     "no_default_route",
 ];
 
-/// In a network's description: the bridge, and who is in it at the moment.
+/// In a network's description: its name, the bridge, and options, of which one is the size of
+/// packets.
+const NAME: &str = "name";
 const INTERFACE: &str = "network_interface";
-const CONTAINERS: &str = "containers";
+const SETTINGS: &str = "options";
+const MTU: &str = "mtu";
 
 /// Where descriptions of networks are for the import, in the migration's folder.
 const FOLDER: &str = "networks";
@@ -67,7 +71,7 @@ pub struct Attachment {
     published: Vec<Published>,
 }
 
-/// A network, as `podman network inspect` describes it.
+/// A network, as `podman network ls` describes it.
 #[derive(Debug, Deserialize)]
 struct Network {
     name: String,
@@ -80,8 +84,6 @@ struct Network {
     options: BTreeMap<String, String>,
     #[serde(default)]
     ipam_options: BTreeMap<String, String>,
-    #[serde(default)]
-    containers: BTreeMap<String, Member>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -89,37 +91,6 @@ struct Subnet {
     subnet: Prefix,
     #[serde(default)]
     gateway: Option<IpAddr>,
-}
-
-/// Who is in a network.
-#[derive(Debug, Deserialize)]
-struct Member {
-    #[serde(default)]
-    name: String,
-    #[serde(default)]
-    interfaces: BTreeMap<String, Interface>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Interface {
-    #[serde(default)]
-    subnets: Vec<Given>,
-}
-
-/// An address that was given out.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-struct Given {
-    ipnet: Prefix,
-    #[serde(default)]
-    gateway: Option<IpAddr>,
-}
-
-/// An address and the length of its network's prefix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-struct Prefix {
-    ip: IpAddr,
-    length: u8,
 }
 
 /// Ports of the node that are forwarded to the container.
@@ -223,7 +194,9 @@ impl Attachment {
         let (network, _) = Network::of(&self.network)?;
         network.check()?;
         network.check_subnets(&self.subnets)?;
-        network.check_free(&self.subnets)?;
+        if let Some(members) = Members::of(&network.name) {
+            members.check_free(&network.name, &self.subnets)?;
+        }
         let (name, bridge) = (&network.name, &network.network_interface);
         if !Path::new(LINKS).join(bridge).join("bridge").exists() {
             return Err(unfit(format!(
@@ -241,11 +214,17 @@ impl Attachment {
     }
 
     /// Describes the network for the import, in `directory`, with the bridge `hold` instead of its
-    /// own; answers with that.
+    /// own, whose packets are as large; answers with that.
     pub fn hold(&self, directory: &Path, hold: &str) -> Result<String, Failure> {
         let (network, mut described) = Network::of(&self.network)?;
+        let bridge = &network.network_interface;
+        set_mtu(&mut described, || mtu_of(bridge)).map_err(|why| {
+            unfit(format!(
+                "the bridge {bridge} of podman's network {}: {why}",
+                network.name
+            ))
+        })?;
         described.insert(INTERFACE.to_owned(), hold.into());
-        described.remove(CONTAINERS);
         let folder = held_in(directory);
         let path = folder.join(format!("{}.json", network.name));
         let written = fs::create_dir_all(&folder)
@@ -256,6 +235,31 @@ impl Attachment {
         })?;
         Ok(network.network_interface)
     }
+}
+
+/// Has a network say how large packets are. Where it does not, a link is made for what its bridge
+/// takes, which is to be the network's own.
+fn set_mtu(
+    described: &mut Map<String, Value>,
+    bridge: impl FnOnce() -> Result<u32, String>,
+) -> Result<(), String> {
+    let options = described.entry(SETTINGS).or_insert(Value::Null);
+    if options.is_null() {
+        *options = Value::Object(Map::new());
+    }
+    let options = options.as_object_mut().ok_or("its options are none")?;
+    let said = options.get(MTU).and_then(Value::as_str);
+    if said.is_none_or(|said| said.parse() == Ok(0_u32)) {
+        options.insert(MTU.to_owned(), bridge()?.to_string().into());
+    }
+    Ok(())
+}
+
+fn mtu_of(link: &str) -> Result<u32, String> {
+    let path = Path::new(LINKS).join(link).join("mtu");
+    let read = fs::read_to_string(&path).map_err(|error| error.to_string());
+    let read = read.and_then(|text| text.trim().parse().map_err(|_| format!("{text:?}")));
+    read.map_err(|why| format!("{}: {why}", path.display()))
 }
 
 /// The folder of the networks that the import is shown.
@@ -271,26 +275,30 @@ impl Network {
         if name.starts_with('-') || !name.bytes().all(plain) {
             return Err(unfit(format!("podman has no network called {name:?}")));
         }
-        let printed = podman_at_once(["network", "inspect", name]);
-        let printed = printed.map_err(|error| match error {
-            CommandError::Failed { said, .. } => {
-                unfit(format!("podman has no network {name} here: {said}"))
-            }
-            other => Failure::new(ErrorCode::NodeUnfit, told(&other)),
-        })?;
-        Self::parse(&printed).map_err(|why| {
+        // Unlike `inspect` it waits for no container of the network.
+        let printed = podman_at_once(["network", "ls", "--format", "json"]);
+        let printed = printed.map_err(|error| Failure::new(ErrorCode::NodeUnfit, told(&error)))?;
+        let found = Self::parse(&printed, name).map_err(|why| {
             unfit(format!(
                 "what podman says of its network {name} cannot be read: {why}"
             ))
-        })
+        })?;
+        found.ok_or_else(|| unfit(format!("podman has no network {name} here")))
     }
 
-    fn parse(printed: &str) -> Result<(Self, Map<String, Value>), String> {
+    /// The one of that name in what is printed.
+    fn parse(printed: &str, name: &str) -> Result<Option<(Self, Map<String, Value>)>, String> {
         let all: Vec<Map<String, Value>> =
             serde_json::from_str(printed).map_err(|error| error.to_string())?;
-        let described = all.into_iter().next().ok_or("it is none")?;
+        let is_it = |one: &Map<String, Value>| one.get(NAME).is_some_and(|has| has == name);
+        let Some(described) = all.into_iter().find(is_it) else {
+            return Ok(None);
+        };
         let network = serde_json::from_value(Value::Object(described.clone()));
-        Ok((network.map_err(|error| error.to_string())?, described))
+        Ok(Some((
+            network.map_err(|error| error.to_string())?,
+            described,
+        )))
     }
 
     /// Refuses what is not moved yet.
@@ -335,21 +343,6 @@ impl Network {
             ))),
         }
     }
-
-    fn check_free(&self, given: &[Given]) -> Result<(), Failure> {
-        for member in self.containers.values() {
-            let has = member.interfaces.values().flat_map(|has| &has.subnets);
-            let mut has = has.map(|has| has.ipnet.ip);
-            if let Some(ip) = has.find(|ip| given.iter().any(|given| given.ipnet.ip == *ip)) {
-                return Err(unfit(format!(
-                    "the address {ip} of podman's network {} is taken at the target, by the \
-                     container {}: the nodes are to give out different ones (--ip-range)",
-                    self.name, member.name
-                )));
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Published {
@@ -363,7 +356,8 @@ impl Published {
                 ))
             })?,
         };
-        for port in self.host_port..self.host_port.saturating_add(self.range.max(1)) {
+        let more = self.range.saturating_sub(1);
+        for port in self.host_port..=self.host_port.saturating_add(more) {
             let address = SocketAddr::new(ip, port);
             let listened = match &*self.protocol {
                 "udp" => UdpSocket::bind(address).map(drop),
@@ -380,34 +374,6 @@ impl Published {
             })?;
         }
         Ok(())
-    }
-}
-
-impl Prefix {
-    /// Whether the other one is an address of this subnet.
-    fn holds(self, other: Self) -> bool {
-        let bits = |ip: IpAddr| match ip {
-            IpAddr::V4(ip) => (u128::from(ip.to_bits()) << 96, 32),
-            IpAddr::V6(ip) => (ip.to_bits(), 128),
-        };
-        let ((own, width), (others, other_width)) = (bits(self.ip), bits(other.ip));
-        let mask = u128::MAX
-            .checked_shl(128 - u32::from(self.length.min(128)))
-            .unwrap_or(0);
-        width == other_width && self.length == other.length && own & mask == others & mask
-    }
-}
-
-impl TryFrom<String> for Prefix {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        let parsed = text.split_once('/').and_then(|(ip, length)| {
-            let (ip, length): (IpAddr, u8) = (ip.parse().ok()?, length.parse().ok()?);
-            let width = if ip.is_ipv4() { 32 } else { 128 };
-            (length <= width).then_some(Self { ip, length })
-        });
-        parsed.ok_or_else(|| format!("{text:?} is no subnet"))
     }
 }
 
@@ -459,12 +425,11 @@ mod tests {
             "name": "podman", "id": "2f", "driver": "bridge", "network_interface": "podman0",
             "subnets": [{"subnet": "10.88.0.0/16", "gateway": "10.88.0.1"}],
             "ipv6_enabled": false, "ipam_options": {"driver": "host-local"},
-            "containers": {"0a": {"name": "db", "interfaces": {"eth0": {
-                "subnets": [{"ipnet": "10.88.0.7/16", "gateway": "10.88.0.1"}],
-                "mac_address": "7a:ef:77:49:09:b1"}}}},
         });
         change(&mut one);
-        Network::parse(&json!([one]).to_string()).unwrap().0
+        let printed = json!([{"name": "other"}, one]).to_string();
+        assert!(Network::parse(&printed, "podma").unwrap().is_none());
+        Network::parse(&printed, "podman").unwrap().unwrap().0
     }
 
     fn given(ipnet: &str) -> Vec<Given> {
@@ -500,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_of_the_same_subnet_and_free() {
+    fn an_address_is_of_the_same_subnet() {
         let here = network(|_| ());
         here.check_subnets(&given("10.88.0.2/16")).unwrap();
         for other in ["10.89.0.2/16", "10.88.0.2/24", "fd00::2/16"] {
@@ -509,15 +474,40 @@ mod tests {
         }
         let gateway = network(|one| one["subnets"][0]["gateway"] = "10.88.0.9".into());
         assert!(gateway.check_subnets(&given("10.88.0.2/16")).is_err());
-        here.check_free(&given("10.88.0.2/16")).unwrap();
-        let taken = here
-            .check_free(&given("10.88.0.7/16"))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            taken.contains("10.88.0.7") && taken.contains("container db"),
-            "{taken}"
-        );
+    }
+
+    #[test]
+    fn a_network_without_a_size_of_packets_has_that_of_its_bridge() {
+        let set = |mut one: Value| {
+            set_mtu(one.as_object_mut().unwrap(), || Ok(9000)).map(|()| one["options"].clone())
+        };
+        for none in [
+            json!({}),
+            json!({"options": null}),
+            json!({"options": {"mtu": "0"}}),
+        ] {
+            assert_eq!(set(none), Ok(json!({"mtu": "9000"})));
+        }
+        let own = json!({"options": {"mtu": "1400", "metric": "7"}});
+        assert_eq!(set(own.clone()), Ok(own["options"].clone()));
+        set(json!({"options": "mtu"})).unwrap_err();
+        assert!(mtu_of("lo").unwrap() > 0);
+        assert!(mtu_of("none-such").unwrap_err().contains("none-such/mtu"));
+    }
+
+    #[test]
+    fn the_last_port_is_looked_at_too() {
+        let published = Published {
+            host_ip: "127.0.0.2".to_owned(),
+            host_port: u16::MAX,
+            container_port: 80,
+            range: 3,
+            protocol: "tcp".to_owned(),
+        };
+        let taken = TcpListener::bind(("127.0.0.2", u16::MAX)).unwrap();
+        published.check_free().unwrap_err();
+        drop(taken);
+        published.check_free().unwrap();
     }
 
     #[test]

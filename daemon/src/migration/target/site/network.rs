@@ -50,7 +50,6 @@ impl Site {
                 )),
             };
         }
-        block_in_place(|| forget(description));
         let held = block_in_place(|| arriving.hold_network(&self.directory, HOLD))?;
         match (held, &offer.network) {
             (Some(bridge), None) => self.hold_network(description, bridge).await,
@@ -62,9 +61,14 @@ impl Site {
                 let (network, net) = Network::join(name, description, &bridge).await?;
                 self.network = Some(network);
                 self.namespaces.push((NamespaceKind::Net, net));
+                block_in_place(|| forget(&description.links));
                 Ok(())
             }
-            (None, None) => self.make_network(description).await,
+            (None, None) => {
+                self.make_network(description).await?;
+                block_in_place(|| forget(&description.links));
+                Ok(())
+            }
         }
     }
 
@@ -111,8 +115,21 @@ impl Site {
         let taken = made.hold.take_off(&net).await;
         taken.map_err(|error| network_unfit(&error))?;
         let wanted = (&*made.links, &*made.routes);
-        self.network = Some(Network::compare(&net, wanted, &made.bridge).await?);
+        let found = Network::compare(&net, wanted, &made.bridge).await?;
+        block_in_place(|| forget(&made.links));
+        self.network = Some(found);
         Ok(Some(net))
+    }
+
+    /// Looks for the bridge once more, before it is said that the workload is ready to run: nothing
+    /// holds it while no link is attached. One of a pod's sandbox is its own.
+    pub(super) async fn check_bridges(&self) -> Result<(), Failure> {
+        let there = match &self.network {
+            Some(Network::Made(made)) => made.check_bridge().await,
+            Some(Network::Joined(joined)) => joined.check_bridges().await,
+            Some(Network::Sandbox(_)) | None => Ok(()),
+        };
+        there.map_err(|error| network_unfit(&error))
     }
 
     /// Nothing of an engine is attached to the bridge that leads nowhere any more, nor will be.
@@ -137,9 +154,10 @@ impl Site {
     }
 }
 
-/// Has the node's firewall forget connections that the workload had when it was here before.
-fn forget(description: &WorkloadDescription) {
-    let addresses = description.links.iter().flat_map(|link| &link.addresses);
+/// Has the node's firewall forget connections that the workload had when it was here before. Only
+/// when its network is found fit: until then the addresses may be somebody else's.
+fn forget(links: &[LinkDescription]) {
+    let addresses = links.iter().flat_map(|link| &link.addresses);
     let addresses: Vec<IpAddr> = addresses.map(|address| address.ip).collect();
     match conntrack::forget(&addresses) {
         Ok(0) => {}

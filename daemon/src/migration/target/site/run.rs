@@ -14,7 +14,7 @@ use tokio::task::block_in_place;
 use super::{Network, Pager, Site, no_pager, pager_failed};
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::detached;
-use crate::runtime::kind::{about_to_run, lose, runs, settle};
+use crate::runtime::kind::{self, about_to_run, lose, runs, settle};
 
 /// How long a pager may take to let a tree go, or to undo it instead: five seconds for CRIU to give
 /// up, ten for its tasks to die, and then it says that they do not.
@@ -58,7 +58,10 @@ impl Site {
         match &went {
             // An engine's container is not ours to remove any more.
             Ok(()) => block_in_place(|| runs(&self.directory)),
-            Err(LetGoError::NeverRan(_)) => self.may_have_run = false,
+            Err(LetGoError::NeverRan(_)) => {
+                self.may_have_run = false;
+                block_in_place(|| kind::never_ran(&self.directory));
+            }
             Err(LetGoError::Lost(failure)) => {
                 block_in_place(|| lose(&self.directory, failure.text()));
             }
