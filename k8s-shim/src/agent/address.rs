@@ -1,6 +1,7 @@
 //! The address of a pod that moves: the node's program for addresses is told where it is.
 //!
-//! At the target it is told before the pod is made, and at the source before the pod may leave: the
+//! At the target it is told before the pod is made that one of that name has to wait, and then of
+//! its UID, with which it gets the address; at the source it is told before the pod may leave: the
 //! range there does not give the address to another one.
 
 use std::net::Ipv4Addr;
@@ -62,6 +63,8 @@ impl Place<'_> {
                 let expected = Expected {
                     address,
                     gateway: None,
+                    // Written again when there is the pod: until then none of its name has one.
+                    uid: self.record.new_uid.clone(),
                     migration: self.id.to_owned(),
                 };
                 if folders.expected(self.namespace, name)?.as_ref() != Some(&expected) {
@@ -121,6 +124,24 @@ mod tests {
         assert_eq!(settle(Side::Target, Step::Copying, false), None);
         let prepared = settle(Side::Target, Step::Placing, false);
         assert_eq!((prepared.as_deref(), expected()), (Some("web-m1"), true));
+        let uid = || {
+            let expected = folders.expected("default", "web-m1").expect("folders");
+            expected.expect("it is expected").uid
+        };
+        assert_eq!(uid(), None);
+        let made = Record {
+            new_uid: Some("new".to_owned()),
+            ..record(Step::Placing)
+        };
+        let place = Place {
+            side: Side::Target,
+            namespace: "default",
+            record: &made,
+            id: "id",
+            given_back: false,
+        };
+        place.settle(&folders).expect("folders");
+        assert_eq!(uid().as_deref(), Some("new"));
         settle(Side::Source, Step::Placing, false);
         assert!(!away());
         settle(Side::Source, Step::Moving, false);
