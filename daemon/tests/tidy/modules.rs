@@ -41,6 +41,7 @@ const DAEMON: Modules = &[
             "pageferry_cgroup",
             "pageferry_files",
             "pageferry_inject",
+            "pageferry_ipam",
             "pageferry_pager",
             "pageferry_pages",
             "pageferry_sys",

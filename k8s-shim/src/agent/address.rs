@@ -14,6 +14,8 @@ use crate::plan::{Record, Side, Step};
 pub(super) struct Place<'a> {
     pub side: Side,
     pub namespace: &'a str,
+    /// The UID of the pod that it was.
+    pub old_uid: &'a str,
     pub record: &'a Record,
     /// The daemons' id of it.
     pub id: &'a str,
@@ -25,6 +27,11 @@ impl Place<'_> {
     /// Writes down what holds at this step, as often as it is looked at. Returns the name of the
     /// pod for which there is an address here.
     pub fn settle(&self, folders: &Folders) -> Result<Option<String>, StoreError> {
+        // It is in the cluster no more, and no kubelet starts it again: the daemon had it marked.
+        let gone = self.record.step == Step::Cleaning && self.record.new_name.is_some();
+        if self.side == Side::Source && gone {
+            folders.stay(self.old_uid)?;
+        }
         let address = self.record.address.as_deref();
         // Others than these the program does not keep, and no pod is expected with one.
         let Some(address) = address.and_then(|text| text.parse::<Ipv4Addr>().ok()) else {
@@ -87,6 +94,8 @@ impl Place<'_> {
 
 #[cfg(test)]
 mod tests {
+    use pageferry_ipam::Left;
+
     use super::*;
 
     fn record(step: Step) -> Record {
@@ -107,6 +116,7 @@ mod tests {
             let place = Place {
                 side,
                 namespace: "default",
+                old_uid: "old",
                 record: &record(step),
                 id: "id",
                 given_back,
@@ -136,6 +146,7 @@ mod tests {
         let place = Place {
             side: Side::Target,
             namespace: "default",
+            old_uid: "old",
             record: &made,
             id: "id",
             given_back: false,
@@ -146,6 +157,13 @@ mod tests {
         assert!(!away());
         settle(Side::Source, Step::Moving, false);
         assert!(away());
+        let left = || folders.left("old").expect("folders").is_some();
+        folders.leave("old", &Left::default()).expect("folders");
+        settle(Side::Source, Step::Switching, false);
+        settle(Side::Target, Step::Cleaning, false);
+        assert!(left());
+        settle(Side::Source, Step::Cleaning, false);
+        assert!(!left());
         // Not before it is known how it ended.
         settle(Side::Source, Step::Aborting, false);
         assert!(away());
