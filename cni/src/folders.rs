@@ -207,6 +207,29 @@ impl Folders {
         path.try_exists().map_err(failed("look for", &path))
     }
 
+    /// Addresses that this node's pods have kept or taken away, whose way is not that of its range;
+    /// none if no address has ever moved here.
+    ///
+    /// # Errors
+    /// The file system, or a file that is not understood: then any address may be one.
+    pub fn moved(&self) -> Result<Option<Vec<Ipv4Addr>>, StoreError> {
+        let away = self.state.join("away");
+        let here = self.kept_folder();
+        let known = [&away, &here].map(|path| path.try_exists().map_err(failed("look for", path)));
+        let [any, other] = known;
+        if !(any? | other?) {
+            return Ok(None);
+        }
+        let mut all: Vec<Ipv4Addr> = list::<serde_json::Value>(&away)?
+            .iter()
+            .filter_map(|(name, _)| name.parse().ok())
+            .collect();
+        let kept = list::<Kept>(&here)?;
+        let kept = kept.iter().filter(|(_, kept)| kept.namespace.exists());
+        all.extend(kept.map(|(_, kept)| kept.address));
+        Ok(Some(all))
+    }
+
     /// A pod leaves: from now on this node gives it no address, so that a kubelet that comes up
     /// anew does not start it beside the one that runs elsewhere. To be called before it may run
     /// there. It may be repeated.
@@ -422,6 +445,33 @@ mod tests {
         );
         assert!(folders.unexpect("default", "web").expect("remove"));
         assert!(!folders.unexpect("default", "web").expect("remove"));
+    }
+
+    #[test]
+    fn what_has_moved_is_away_or_with_a_pod_that_is_here() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let folders = Folders::new(folder.path().join("run"), folder.path().join("state"));
+        assert_eq!(folders.moved().expect("read"), None);
+        let [away, here, gone] = [5, 6, 7].map(|last| Ipv4Addr::new(10, 244, 11, last));
+        let migration = "0123".to_owned();
+        folders.away(away, &Away { migration }).expect("write");
+        let network = folder.path().join("network");
+        fs::write(&network, "").expect("a network");
+        for (name, address, namespace) in [
+            ("one:eth0", here, network),
+            ("two:eth0", gone, folder.path().join("none")),
+        ] {
+            let kept = Kept {
+                address,
+                pod: "default/web".to_owned(),
+                uid: None,
+                namespace,
+            };
+            write(&folders.kept_folder().join(name), &kept).expect("write");
+        }
+        assert_eq!(folders.moved().expect("read"), Some(vec![away, here]));
+        assert!(folders.returned(away).expect("removed"));
+        assert_eq!(folders.moved().expect("read"), Some(vec![here]));
     }
 
     #[test]

@@ -59,6 +59,7 @@ const DAEMON: Modules = &[
             "migration",
             "net",
             "pageferry_cgroup",
+            "pageferry_ipam",
             "pageferry_pages",
             "runtime",
         ],

@@ -44,9 +44,7 @@ impl Place<'_> {
     }
 
     fn at_source(&self, folders: &Folders, address: Ipv4Addr) -> Result<(), StoreError> {
-        if !self.record.address_is_own {
-            return Ok(());
-        }
+        // Also one that came: the node's route to it stays for as long as it is away.
         match self.record.step {
             Step::Moving if !folders.is_away(address)? => {
                 let migration = self.id.to_owned();
