@@ -104,8 +104,8 @@ fn add(request: &Request) -> Result<Outcome, Failure> {
         && !is_out(request.folders(), expected.address)?
     {
         let text = format!(
-            "{} is of this node's range and not away: a pod here may have it, and {namespace}/{pod} \
-             cannot come with it as long as that is so",
+            "{} is of this node's range and not away: a pod here may have it, and \
+             {namespace}/{pod} cannot come with it as long as that is so",
             expected.address
         );
         return Err(Failure::new(LATER, text));
@@ -152,7 +152,8 @@ fn check_left(request: &Request) -> Result<(), Failure> {
     let by = left.migration.map(|id| format!(", by migration {id}"));
     let text = format!(
         "the pod {namespace}/{pod} of UID {uid} has moved to another node{}, and is not started \
-         here again: delete it; if it is known to run nowhere, remove left/{uid} of the state folder",
+         here again: delete it; if it is known to run nowhere, remove left/{uid} of the state \
+         folder",
         by.unwrap_or_default()
     );
     Err(Failure::new(LEFT, text))

@@ -11,11 +11,12 @@
 //!   and a kubelet that comes up anew may not know that yet.
 //!
 //! Who tells what, by the functions of [`Folders`]: whoever expects a pod writes a file for it
-//! ([`Folders::expect`]), whoever sends one away another one ([`Folders::away`]), and one for the pod ([`Folders::leave`]).
+//! ([`Folders::expect`]), whoever sends one away another one ([`Folders::away`]), and
+//! one for the pod ([`Folders::leave`]).
 //!
 //! Invariants: an address that is away is given to nobody by this node, but to the pod that comes
-//! back with it, which is known by its UID: a pod that is expected gets its address or none. What is
-//! away is on disk, under its final name, before [`Folders::away`] returns.
+//! back with it, which is known by its UID: a pod that is expected gets its address or none. What
+//! is away is on disk, under its final name, before [`Folders::away`] returns.
 //! Decisions of programs that run at once follow each other ([`Folders`] has a lock). Every wait
 //! for a delegate ends.
 //!

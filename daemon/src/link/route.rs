@@ -6,8 +6,8 @@
 //! there (`proxy_arp`), since pods take what is in their network for their neighbour.
 //!
 //! Invariants: each route has [`PROTOCOL`], and no route of another one is deleted. What was led
-//! here goes when the workload does not come; whoever knows that nobody has a use for another ends it:
-//! an address may be given to another pod one day, which must be found.
+//! here goes when the workload does not come; whoever knows that nobody has a use for another ends
+//! it: an address may be given to another pod one day, which must be found.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
