@@ -102,11 +102,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let served = api::serve(&config.api_socket(), control).context("opening the control socket")?;
     tracing::info!(node = %config.node, listen = %config.listen, peers = config.peers.len(),
         socket = %config.api_socket().display(), "ready");
-    let settling = tokio::spawn(settle_what_is_left());
-    let sweeping = tokio::spawn(sweep_routes());
+    let upkeep = tokio::spawn(async { tokio::join!(settle_what_is_left(), sweep_routes()) });
     let told = accept_until_told_to_stop(listener, &registry).await;
-    settling.abort();
-    sweeping.abort();
+    upkeep.abort();
     told?;
     tracing::info!("stopping");
     registry.give_up().await;
