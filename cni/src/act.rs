@@ -5,8 +5,10 @@ use std::net::Ipv4Addr;
 use serde_json::{Value, json};
 
 use crate::delegate;
-use crate::failure::{CONFIG, DECODE, Failure, LATER};
-use crate::folders::{Folders, Kept, Reserved, StoreError, list, read, remove, write};
+use crate::failure::{CONFIG, DECODE, Failure, LATER, LEFT};
+use crate::folders::{
+    Expected, Folders, Given, Kept, Reserved, StoreError, list, read, remove, write,
+};
 use crate::range::Range;
 use crate::request::{Environment, Request, VERSIONS, Verb, addresses};
 
@@ -60,13 +62,10 @@ pub fn act(request: &Request) -> Result<Outcome, Failure> {
 /// The file system, or the delegate: the address stays reserved, and it may be called again.
 pub fn release(folders: &Folders, address: Ipv4Addr) -> Result<bool, Failure> {
     let _lock = folders.lock()?;
-    let reserved: Vec<(String, Reserved)> = list(&folders.reserved_folder())?;
-    let reserved = reserved
-        .iter()
-        .any(|(_, one)| one.addresses.contains(&address));
-    let away = folders.returned(address)?;
+    let out = is_out(folders, address)?;
+    folders.returned(address)?;
     sweep(folders)?;
-    Ok(away || reserved)
+    Ok(out)
 }
 
 fn said(object: &Value) -> Outcome {
@@ -84,6 +83,7 @@ fn pass_on(request: &Request, verb: &str, config: &Value) -> Result<Outcome, Fai
 }
 
 fn add(request: &Request) -> Result<Outcome, Failure> {
+    check_left(request)?;
     let Some((namespace, pod)) = request.pod() else {
         return add_of_range(request);
     };
@@ -95,16 +95,28 @@ fn add(request: &Request) -> Result<Outcome, Failure> {
     let Some(expected) = expected else {
         return add_of_range(request);
     };
+    let uid = known(request, &expected, (namespace, pod))?;
     let range = Range::of(request.delegate())?;
     let gateway = expected.gateway.unwrap_or(range.gateway);
     let told = (request.version(), request.delegate());
     let result = range.result(expected.address, gateway, told)?;
+    if Range::gives(request.delegate(), expected.address)
+        && !is_out(request.folders(), expected.address)?
+    {
+        let text = format!(
+            "{} is of this node's range and not away: a pod here may have it, and \
+             {namespace}/{pod} cannot come with it as long as that is so",
+            expected.address
+        );
+        return Err(Failure::new(LATER, text));
+    }
     let pod = format!("{namespace}/{pod}");
     let others = kept(request.folders())?;
     let mut others = others
         .iter()
         .filter(|(_, other)| other.address == expected.address);
-    if let Some((_, other)) = others.find(|(_, other)| other.pod != pod) {
+    let same = |other: &Kept| other.pod == pod && other.uid.as_deref().is_none_or(|one| one == uid);
+    if let Some((_, other)) = others.find(|(_, other)| !same(other)) {
         let text = format!(
             "{} is still that of the pod {} at this node: try again when that is gone",
             expected.address, other.pod
@@ -114,6 +126,7 @@ fn add(request: &Request) -> Result<Outcome, Failure> {
     let kept = Kept {
         address: expected.address,
         pod,
+        uid: Some(uid.to_owned()),
         namespace: request.environment.namespace.clone().into(),
     };
     let file = request
@@ -122,6 +135,75 @@ fn add(request: &Request) -> Result<Outcome, Failure> {
         .join(attachment(&request.environment));
     write(&file, &kept)?;
     Ok(said(&result))
+}
+
+/// Refuses a pod that runs elsewhere: a kubelet may not have heard that it is to be deleted.
+fn check_left(request: &Request) -> Result<(), Failure> {
+    let Some(uid) = request.pod_uid() else {
+        return Ok(());
+    };
+    let left = match request.folders().left(uid) {
+        // Nobody can have written it down.
+        Err(StoreError::Uid { .. }) => None,
+        left => left?,
+    };
+    let Some(left) = left else { return Ok(()) };
+    let (namespace, pod) = request.pod().unwrap_or_default();
+    let by = left.migration.map(|id| format!(", by migration {id}"));
+    let text = format!(
+        "the pod {namespace}/{pod} of UID {uid} has moved to another node{}, and is not started \
+         here again: delete it; if it is known to run nowhere, remove left/{uid} of the state \
+         folder",
+        by.unwrap_or_default()
+    );
+    Err(Failure::new(LEFT, text))
+}
+
+/// Whether an address of this node's range is one that no pod of the range has: it is away, or its
+/// pod is gone.
+fn is_out(folders: &Folders, address: Ipv4Addr) -> Result<bool, StoreError> {
+    if folders.is_away(address)? {
+        return Ok(true);
+    }
+    let reserved: Vec<(String, Reserved)> = list(&folders.reserved_folder())?;
+    let mut reserved = reserved.iter();
+    Ok(reserved.any(|(_, one)| one.addresses.contains(&address)))
+}
+
+/// The UID of the pod that is expected, if it is this one. Any other of that name waits: neither
+/// may it have the address, which may be in use at its source, nor may the one that is expected
+/// come up with another.
+fn known<'a>(
+    request: &'a Request,
+    expected: &Expected,
+    (namespace, pod): (&str, &str),
+) -> Result<&'a str, Failure> {
+    let Some(uid) = request.pod_uid() else {
+        let text = format!(
+            "the runtime does not say the UID of {namespace}/{pod} (K8S_POD_UID in CNI_ARGS), \
+             without which no pod can come with its address"
+        );
+        return Err(Failure::new(CONFIG, text));
+    };
+    match &expected.uid {
+        Some(one) if one == uid => Ok(uid),
+        Some(one) => {
+            let text = format!(
+                "the pod {namespace}/{pod} that migration {} brings has the UID {one}, and this \
+                 one has {uid}: try again when that one is here, or comes no more",
+                expected.migration
+            );
+            Err(Failure::new(LATER, text))
+        }
+        None => {
+            let text = format!(
+                "the UID of the pod {namespace}/{pod} that migration {} brings is not known yet: \
+                 try again later",
+                expected.migration
+            );
+            Err(Failure::new(LATER, text))
+        }
+    }
 }
 
 /// By the delegate. It keeps what is away reserved; if it has lost that, as by the loss of its
@@ -136,6 +218,7 @@ fn add_of_range(request: &Request) -> Result<Outcome, Failure> {
         let given = addresses(&result);
         let elsewhere = needed(request.folders(), None)?;
         let Some(taken) = given.iter().find(|one| elsewhere(**one)) else {
+            note(request, given)?;
             return Ok(outcome);
         };
         let trouble = format!("the delegate gave {taken}, which a pod has that has moved");
@@ -145,6 +228,18 @@ fn add_of_range(request: &Request) -> Result<Outcome, Failure> {
     let text = "the delegate gives no address but those of pods that have moved: \
                 `pageferry-ipam release ADDRESS` gives back one of a pod that is gone";
     Err(Failure::new(LATER, text))
+}
+
+/// Keeps what was given: a runtime need not say it when the attachment ends.
+fn note(request: &Request, addresses: Vec<Ipv4Addr>) -> Result<(), Failure> {
+    let name = attachment(&request.environment);
+    let file = request.folders().given_folder().join(name);
+    if let Err(error) = write(&file, &Given { addresses }) {
+        // Nothing is given.
+        pass_on(request, "DEL", &request.delegated())?;
+        return Err(error.into());
+    }
+    Ok(())
 }
 
 fn check(request: &Request) -> Result<Outcome, Failure> {
@@ -169,34 +264,51 @@ fn delete(request: &Request) -> Result<Outcome, Failure> {
     let folders = request.folders();
     let name = attachment(&request.environment);
     let came = remove(&folders.kept_folder().join(&name))?;
-    let addresses = request.earlier();
-    if !came && reserve(request, &name, &addresses)? {
+    let noted = folders.given_folder().join(&name);
+    let given = read::<Given>(&noted)?.map(|given| given.addresses);
+    // One that was made before this kept them is known by what the runtime says alone.
+    let mut addresses = given.unwrap_or_default();
+    addresses.extend(request.earlier());
+    addresses.sort_unstable();
+    addresses.dedup();
+    if !came && reserve(request, &request.environment, &addresses)? {
+        remove(&noted)?;
         return Ok(Outcome::default());
     }
     // Of one that came the delegate knows nothing, and frees nothing.
     let outcome = pass_on(request, "DEL", &request.delegated())?;
+    remove(&noted)?;
     let trouble = sweep(folders).err();
     Ok(Outcome { trouble, ..outcome })
 }
 
 /// Whether an attachment that ends has an address that must stay in the range; what the delegate
 /// is to be told one day is then on disk.
-fn reserve(request: &Request, name: &str, addresses: &[Ipv4Addr]) -> Result<bool, Failure> {
+fn reserve(
+    request: &Request,
+    environment: &Environment,
+    addresses: &[Ipv4Addr],
+) -> Result<bool, Failure> {
     let folders = request.folders();
-    let file = folders.reserved_folder().join(name);
+    let name = attachment(environment);
+    let file = folders.reserved_folder().join(&name);
     if read::<Reserved>(&file)?.is_some() {
         // It is asked again.
         return Ok(true);
     }
-    let elsewhere = needed(folders, Some(name))?;
+    let elsewhere = needed(folders, Some(&name))?;
     if !addresses.iter().any(|address| elsewhere(*address)) {
         return Ok(false);
+    }
+    let mut config = request.delegated();
+    if let Some(config) = config.as_object_mut() {
+        config.remove(VALID);
     }
     let reserved = Reserved {
         addresses: addresses.to_vec(),
         delegate: request.delegate_name()?.to_owned(),
-        environment: request.environment.clone(),
-        config: request.delegated(),
+        environment: environment.clone(),
+        config,
     };
     write(&file, &reserved)?;
     Ok(true)
@@ -223,6 +335,21 @@ fn collect(request: &Request) -> Result<Outcome, Failure> {
         if !is_valid(&name) {
             remove(&folders.kept_folder().join(name))?;
         }
+    }
+    // One whose end nobody has said here is reserved as if it had been.
+    for (name, given) in list::<Given>(&folders.given_folder())? {
+        if is_valid(&name) {
+            continue;
+        }
+        let (container, interface) = name.split_once(':').unwrap_or((&name, ""));
+        let ended = Environment {
+            container: container.to_owned(),
+            interface: interface.to_owned(),
+            path: request.environment.path.clone(),
+            ..Environment::default()
+        };
+        reserve(request, &ended, &given.addresses)?;
+        remove(&folders.given_folder().join(name))?;
     }
     sweep(folders)?;
     for (_, reserved) in list::<Reserved>(&folders.reserved_folder())? {

@@ -13,6 +13,8 @@ pub(crate) const CONFIG: u32 = 7;
 pub(crate) const LATER: u32 = 11;
 /// Ours: the delegate did not do what it was asked.
 pub(crate) const DELEGATE: u32 = 100;
+/// Ours: the pod runs elsewhere.
+pub(crate) const LEFT: u32 = 101;
 
 /// Why a request was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +52,7 @@ impl From<StoreError> for Failure {
         let code = match error {
             StoreError::File { .. } => INPUT,
             StoreError::Text { .. } => DECODE,
-            StoreError::Names { .. } => ENVIRONMENT,
+            StoreError::Names { .. } | StoreError::Uid { .. } => ENVIRONMENT,
         };
         let mut text = error.to_string();
         if let Some(source) = std::error::Error::source(&error) {

@@ -3,11 +3,13 @@
 //! ```text
 //!   /run/pageferry/ipam/expected/NAMESPACE_POD    a pod that comes, and its address
 //!   /var/lib/pageferry/ipam/away/ADDRESS          one of this node's that is elsewhere
+//!   /var/lib/pageferry/ipam/left/UID              a pod that runs elsewhere, and never here again
+//!   /var/lib/pageferry/ipam/given/ID:INTERFACE    an attachment here with addresses of the range
 //!   /var/lib/pageferry/ipam/kept/ID:INTERFACE     an attachment here with an address that came
 //!   /var/lib/pageferry/ipam/reserved/ID:INTERFACE one that is gone, and still has its addresses
 //!                                                 in the range
 //! ```
-//! The first two are written by whoever moves pods, the others by the program. Each file is
+//! The first three are written by whoever moves pods, the others by the program. Each file is
 //! complete under its name, and durable.
 
 use std::fs::{self, File};
@@ -39,6 +41,10 @@ pub struct Expected {
     /// plugin must have it at its bridge.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway: Option<Ipv4Addr>,
+    /// The UID of the pod. As long as it is not known, no pod of that name gets an address: a name
+    /// may be anybody's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<String>,
     /// The id of its migration: for whoever looks into it.
     pub migration: String,
 }
@@ -50,12 +56,29 @@ pub struct Away {
     pub migration: String,
 }
 
+/// A pod that has left: it runs elsewhere under another UID.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// The id of the migration that took it, if who wrote this knew: for whoever looks into it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<String>,
+}
+
+/// An attachment with addresses that the delegate gave.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Given {
+    pub addresses: Vec<Ipv4Addr>,
+}
+
 /// An attachment with an address that came.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Kept {
     pub address: Ipv4Addr,
     /// `NAMESPACE/POD`.
     pub pod: String,
+    /// The UID of that pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<String>,
     /// Where its network is: when that is gone, so is the pod.
     pub namespace: PathBuf,
 }
@@ -92,6 +115,12 @@ pub enum StoreError {
         /// What is wrong with it.
         #[source]
         source: serde_json::Error,
+    },
+    /// What is no UID of a pod.
+    #[error("{uid:?} is no UID of a pod")]
+    Uid {
+        /// What it is.
+        uid: String,
     },
     /// Names that Kubernetes gives to nothing, or too long ones for a file.
     #[error(
@@ -178,6 +207,63 @@ impl Folders {
         path.try_exists().map_err(failed("look for", &path))
     }
 
+    /// Addresses that this node's pods have kept or taken away, whose way is not that of its range;
+    /// none if no address has ever moved here.
+    ///
+    /// # Errors
+    /// The file system, or a file that is not understood: then any address may be one.
+    pub fn moved(&self) -> Result<Option<Vec<Ipv4Addr>>, StoreError> {
+        let away = self.state.join("away");
+        let here = self.kept_folder();
+        let known = [&away, &here].map(|path| path.try_exists().map_err(failed("look for", path)));
+        let [any, other] = known;
+        if !(any? | other?) {
+            return Ok(None);
+        }
+        let mut all: Vec<Ipv4Addr> = list::<serde_json::Value>(&away)?
+            .iter()
+            .filter_map(|(name, _)| name.parse().ok())
+            .collect();
+        let kept = list::<Kept>(&here)?;
+        let kept = kept.iter().filter(|(_, kept)| kept.namespace.exists());
+        all.extend(kept.map(|(_, kept)| kept.address));
+        Ok(Some(all))
+    }
+
+    /// A pod leaves: from now on this node gives it no address, so that a kubelet that comes up
+    /// anew does not start it beside the one that runs elsewhere. To be called before it may run
+    /// there. It may be repeated.
+    ///
+    /// # Errors
+    /// What is no UID, or the file system: then nothing is promised, and the pod must not leave.
+    pub fn leave(&self, uid: &str, what: &Left) -> Result<(), StoreError> {
+        write(&self.left_file(uid)?, what)
+    }
+
+    /// A pod stays here, or is gone for good. Returns whether it had left.
+    ///
+    /// # Errors
+    /// As [`Folders::leave`]: it still gets no address.
+    pub fn stay(&self, uid: &str) -> Result<bool, StoreError> {
+        remove(&self.left_file(uid)?)
+    }
+
+    /// What is known of a pod that has left.
+    ///
+    /// # Errors
+    /// What is no UID, the file system, or a file that is not understood.
+    pub fn left(&self, uid: &str) -> Result<Option<Left>, StoreError> {
+        read(&self.left_file(uid)?)
+    }
+
+    fn left_file(&self, uid: &str) -> Result<PathBuf, StoreError> {
+        if !is_name(uid) {
+            let uid = uid.to_owned();
+            return Err(StoreError::Uid { uid });
+        }
+        Ok(self.state.join("left").join(uid))
+    }
+
     fn expected_file(&self, namespace: &str, pod: &str) -> Result<PathBuf, StoreError> {
         let named = [namespace, pod].into_iter().all(is_name_of_kubernetes);
         if !named || NAMES_MAX < namespace.len() + pod.len() {
@@ -193,6 +279,10 @@ impl Folders {
 
     pub(crate) fn kept_folder(&self) -> PathBuf {
         self.state.join("kept")
+    }
+
+    pub(crate) fn given_folder(&self) -> PathBuf {
+        self.state.join("given")
     }
 
     pub(crate) fn reserved_folder(&self) -> PathBuf {
@@ -355,6 +445,33 @@ mod tests {
         );
         assert!(folders.unexpect("default", "web").expect("remove"));
         assert!(!folders.unexpect("default", "web").expect("remove"));
+    }
+
+    #[test]
+    fn what_has_moved_is_away_or_with_a_pod_that_is_here() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let folders = Folders::new(folder.path().join("run"), folder.path().join("state"));
+        assert_eq!(folders.moved().expect("read"), None);
+        let [away, here, gone] = [5, 6, 7].map(|last| Ipv4Addr::new(10, 244, 11, last));
+        let migration = "0123".to_owned();
+        folders.away(away, &Away { migration }).expect("write");
+        let network = folder.path().join("network");
+        fs::write(&network, "").expect("a network");
+        for (name, address, namespace) in [
+            ("one:eth0", here, network),
+            ("two:eth0", gone, folder.path().join("none")),
+        ] {
+            let kept = Kept {
+                address,
+                pod: "default/web".to_owned(),
+                uid: None,
+                namespace,
+            };
+            write(&folders.kept_folder().join(name), &kept).expect("write");
+        }
+        assert_eq!(folders.moved().expect("read"), Some(vec![away, here]));
+        assert!(folders.returned(away).expect("removed"));
+        assert_eq!(folders.moved().expect("read"), Some(vec![here]));
     }
 
     #[test]

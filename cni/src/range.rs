@@ -57,6 +57,22 @@ impl Range {
         })
     }
 
+    /// Whether a delegate may give an address to a pod of its node: a network may be several
+    /// nodes', of which each has a part. What is not understood is taken to be all of its network.
+    pub fn gives(delegate: &Value, address: Ipv4Addr) -> bool {
+        let sets = delegate["ranges"].as_array().into_iter().flatten();
+        let ranges = sets.filter_map(Value::as_array).flatten();
+        let mut ranges = ranges.chain([delegate]);
+        ranges.any(|one| {
+            let within =
+                Self::of(&json!({"ranges": [[one]]})).is_ok_and(|range| range.contains(address));
+            let bound = |key: &str| one[key].as_str().and_then(|text| text.parse().ok());
+            within
+                && bound("rangeStart").is_none_or(|start: Ipv4Addr| start <= address)
+                && bound("rangeEnd").is_none_or(|end: Ipv4Addr| address <= end)
+        })
+    }
+
     fn contains(self, address: Ipv4Addr) -> bool {
         masked(address, self.prefix) == self.network
     }
@@ -171,6 +187,26 @@ mod tests {
             result.expect("a result")["routes"],
             json!([{"dst": "0.0.0.0/0", "gw": "10.244.12.254"}])
         );
+    }
+
+    #[test]
+    fn a_delegate_gives_what_is_of_any_of_its_ranges() {
+        let part = |start: u8| {
+            json!({"subnet": "10.1.0.0/16", "rangeStart": format!("10.1.{start}.2"),
+                   "rangeEnd": format!("10.1.{start}.254")})
+        };
+        let set = json!({"ranges": [[part(3), part(5)]]});
+        for (address, given) in [
+            ([10, 1, 3, 2], true),
+            ([10, 1, 5, 254], true),
+            ([10, 1, 4, 7], false),
+            ([10, 1, 3, 1], false),
+        ] {
+            assert_eq!(Range::gives(&set, address.into()), given, "{address:?}");
+        }
+        let whole = json!({"subnet": "10.1.3.0/24"});
+        assert!(Range::gives(&whole, [10, 1, 3, 9].into()));
+        assert!(!Range::gives(&whole, [10, 1, 4, 9].into()));
     }
 
     #[test]

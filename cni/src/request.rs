@@ -150,11 +150,18 @@ impl Request {
 
     /// The pod's namespace and name, if it is a pod.
     pub(crate) fn pod(&self) -> Option<(&str, &str)> {
-        let argument = |name: &str| {
-            let mut pairs = self.environment.arguments.split(';');
-            pairs.find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
-        };
-        argument("K8S_POD_NAMESPACE").zip(argument("K8S_POD_NAME"))
+        let namespace = self.argument("K8S_POD_NAMESPACE");
+        namespace.zip(self.argument("K8S_POD_NAME"))
+    }
+
+    /// The pod's UID, where the runtime says it.
+    pub(crate) fn pod_uid(&self) -> Option<&str> {
+        self.argument("K8S_POD_UID").filter(|uid| !uid.is_empty())
+    }
+
+    fn argument(&self, name: &str) -> Option<&str> {
+        let mut pairs = self.environment.arguments.split(';');
+        pairs.find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
     }
 
     /// What the network plugin has of this attachment from when it was made.

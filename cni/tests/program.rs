@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use pageferry_ipam::{Away, Expected, Folders, release};
+use pageferry_ipam::{Away, Expected, Folders, Left, release};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -56,7 +56,15 @@ impl Node {
     }
 
     fn ask(&self, verb: &str, (container, pod): (&str, &str), config: &Value) -> Output {
-        let pod = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={pod}");
+        self.ask_of(verb, (container, pod, &format!("uid-{pod}")), config)
+    }
+
+    /// The same of a pod with a UID of its own.
+    fn ask_of(&self, verb: &str, one: (&str, &str, &str), config: &Value) -> Output {
+        let (container, pod, uid) = one;
+        let pod = format!(
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={pod};K8S_POD_UID={uid}"
+        );
         let mut child = Command::new(env!("CARGO_BIN_EXE_pageferry-ipam"))
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
@@ -106,9 +114,14 @@ impl Node {
     }
 
     fn expect(&self, pod: &str, address: Ipv4Addr) {
+        self.expect_one((pod, Some(&format!("uid-{pod}"))), address);
+    }
+
+    fn expect_one(&self, (pod, uid): (&str, Option<&str>), address: Ipv4Addr) {
         let expected = Expected {
             address,
             gateway: None,
+            uid: uid.map(str::to_owned),
             migration: "0123".to_owned(),
         };
         let folders = self.folders();
@@ -238,6 +251,38 @@ fn a_pod_that_comes_keeps_its_address_and_takes_none_of_the_range() {
 }
 
 #[test]
+fn only_the_pod_that_is_expected_gets_the_address_and_nobody_of_its_name_another() {
+    let node = Node::new();
+    let kept = Ipv4Addr::new(10, 244, 12, 9);
+    fs::write(node.network("one"), "").expect("a network");
+    let add = |uid: &str| node.ask_of("ADD", ("one", "web-m1", uid), &node.config());
+    let code = |output: &Output| -> Value {
+        let said: Value = serde_json::from_slice(&output.stdout).expect("an object");
+        said["code"].clone()
+    };
+    node.expect_one(("web-m1", None), kept);
+    let early = add("mine");
+    assert!(message(&early).contains("not known yet"), "{early:?}");
+    assert_eq!(code(&early), 11);
+    node.expect_one(("web-m1", Some("mine")), kept);
+    let foreign = add("foreign");
+    assert!(
+        message(&foreign).contains("has the UID mine"),
+        "{foreign:?}"
+    );
+    assert_eq!(code(&foreign), 11);
+    assert_eq!(code(&add("")), 7);
+    assert!(!node.path().join("range").exists());
+    let mine = add("mine");
+    assert!(mine.status.success(), "{mine:?}");
+    let result = serde_json::from_slice(&mine.stdout).expect("a result");
+    assert_eq!(address(&result), kept);
+    // Its name alone does not make another one the one that has it.
+    node.expect_one(("web-m1", Some("later")), kept);
+    assert!(message(&add("later")).contains("is still that of the pod"));
+}
+
+#[test]
 fn an_address_that_comes_home_is_free_when_its_last_pod_ends() {
     let node = Node::new();
     let first = node.add("one", "web");
@@ -256,6 +301,76 @@ fn an_address_that_comes_home_is_free_when_its_last_pod_ends() {
     node.delete("three", "other", &other);
     node.delete("two", "web-m2", &second);
     assert_eq!(node.taken(), [""; 0]);
+}
+
+#[test]
+fn an_address_of_the_range_that_a_pod_here_may_have_comes_with_nobody() {
+    let node = Node::new();
+    let first = node.add("one", "web");
+    let taken = address(&first);
+    node.expect("web-m2", taken);
+    let add = || {
+        fs::write(node.network("two"), "").expect("a network");
+        node.ask("ADD", ("two", "web-m2"), &node.config())
+    };
+    assert!(message(&add()).contains("not away"));
+    // Nor one that the range may give at any time.
+    node.delete("one", "web", &first);
+    assert!(message(&add()).contains("not away"));
+    node.away(taken);
+    assert!(add().status.success());
+}
+
+#[test]
+fn a_pod_that_has_left_is_not_started_again_until_it_stays() {
+    let node = Node::new();
+    let folders = node.folders();
+    let migration = Some("0123".to_owned());
+    folders
+        .leave("uid-web", &Left { migration })
+        .expect("written");
+    fs::write(node.network("one"), "").expect("a network");
+    let add = || node.ask("ADD", ("one", "web"), &node.config());
+    let refused = message(&add());
+    assert!(
+        refused.contains("default/web of UID uid-web has moved"),
+        "{refused}"
+    );
+    assert!(refused.contains("0123"), "{refused}");
+    assert!(!node.path().join("range").exists());
+    // Another one of its name is another pod.
+    let other = node.ask_of("ADD", ("two", "web", "another"), &node.config());
+    assert!(other.status.success(), "{other:?}");
+    assert!(folders.stay("uid-web").expect("removed"));
+    assert!(!folders.stay("uid-web").expect("removed before"));
+    assert!(add().status.success());
+    assert!(folders.leave("../web", &Left::default()).is_err());
+}
+
+#[test]
+fn an_address_that_is_away_stays_reserved_though_nobody_says_it_at_the_end() {
+    let node = Node::new();
+    let moved = address(&node.add("one", "web"));
+    node.away(moved);
+    // The runtime has lost what it knew.
+    let output = node.ask("DEL", ("one", "web"), &node.config());
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(node.taken(), [moved.to_string()]);
+    // Or never says that it has ended.
+    let second = address(&node.add("two", "other"));
+    node.away(second);
+    let mut config = node.config();
+    config["cni.dev/valid-attachments"] = json!([]);
+    let output = node.ask("GC", ("", ""), &config);
+    assert!(output.status.success(), "{output:?}");
+    let told = fs::read(node.path().join("collected")).expect("what it was told");
+    let told: Value = serde_json::from_slice(&told).expect("an object");
+    let valid = told["cni.dev/valid-attachments"].as_array().expect("some");
+    assert_eq!(valid.len(), 2, "{told}");
+    let given = fs::read_dir(node.path().join("state/given")).expect("a folder");
+    assert_eq!(given.count(), 0);
+    assert!(release(&node.folders(), second).expect("released"));
+    assert_eq!(node.taken(), [moved.to_string()]);
 }
 
 #[test]

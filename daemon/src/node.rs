@@ -14,6 +14,7 @@ use criu_glue::probe::Capabilities;
 use nix::unistd::{AccessFlags, access};
 use pageferry_cgroup::freezer::FreezerRoot;
 use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_ipam::Folders;
 use pageferry_pages::track::Support;
 use pageferry_proto::migration::policy::Policy;
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,6 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::api;
 use crate::config::Config;
 use crate::link::hold::Holds;
+use crate::link::route;
 use crate::migration::journal::Journals;
 use crate::migration::registry::{Registry, RegistryParts};
 use crate::migration::source::site::SourceNode;
@@ -34,6 +36,9 @@ use crate::runtime::{detached, kind, memory};
 
 /// How often engines are told what they could not be told before.
 const SETTLE_EVERY: Duration = Duration::from_secs(1);
+
+/// How often routes are looked for that lead to pods which are not there any more.
+const SWEEP_EVERY: Duration = Duration::from_secs(60);
 
 /// Runs a daemon until it is told to stop by SIGTERM or SIGINT. Migrations under way are not waited
 /// for: their journals let the next daemon go on with them.
@@ -97,9 +102,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let served = api::serve(&config.api_socket(), control).context("opening the control socket")?;
     tracing::info!(node = %config.node, listen = %config.listen, peers = config.peers.len(),
         socket = %config.api_socket().display(), "ready");
-    let settling = tokio::spawn(settle_what_is_left());
+    let upkeep = tokio::spawn(async { tokio::join!(settle_what_is_left(), sweep_routes()) });
     let told = accept_until_told_to_stop(listener, &registry).await;
-    settling.abort();
+    upkeep.abort();
     told?;
     tracing::info!("stopping");
     registry.give_up().await;
@@ -115,6 +120,40 @@ async fn settle_what_is_left() {
             tracing::warn!("{error}");
         }
     }
+}
+
+/// Deletes routes to addresses that have been given back, at once and again and again.
+async fn sweep_routes() {
+    loop {
+        if let Err(error) = sweep_routes_once().await {
+            tracing::warn!("routes to pods that have moved: {error:#}");
+        }
+        tokio::time::sleep(SWEEP_EVERY).await;
+    }
+}
+
+/// Where pods' addresses are nobody's business, all routes stay.
+async fn sweep_routes_once() -> anyhow::Result<()> {
+    let led = tokio::time::timeout(SWEEP_EVERY, route::led()).await;
+    let led = led.context("the kernel does not answer")??;
+    if led.is_empty() {
+        return Ok(());
+    }
+    // After that: an address is written down before this node leads there.
+    let moved = detached::done("addresses", || Folders::of_node().moved());
+    let Some(moved) = moved.await?? else {
+        return Ok(());
+    };
+    for one in led {
+        let address = one.address;
+        if moved.contains(&address) {
+            continue;
+        }
+        let ended = tokio::time::timeout(SWEEP_EVERY, one.end()).await;
+        ended.context("the kernel does not answer")??;
+        tracing::info!(%address, "no pod has moved with it: this node leads there as to others");
+    }
+    Ok(())
 }
 
 /// Where peers come, and from where they are met.

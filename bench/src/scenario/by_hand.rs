@@ -94,7 +94,8 @@ fn make_destination(
     wait_for(from, (id, "holding"), migration)?;
     laps.lap("the source holds: another round would not help");
     let name = pods::successor(&pod.name);
-    let comes = json!({"address": format!("{}/32", pod.address), "migration": id});
+    let mut comes = json!({"address": format!("{}/32", pod.address), "migration": id});
+    // Until its UID is known, none of its name is given an address.
     write(to, &expected(&name), &comes)?;
     let destination = pods::destination(kubectl, pod, &worker::name(to), id)?;
     kubectl.apply(&destination.to_string())?;
@@ -102,6 +103,8 @@ fn make_destination(
     let uid = made["metadata"]["uid"]
         .as_str()
         .context("a pod has a UID")?;
+    comes["uid"] = json!(uid);
+    write(to, &expected(&name), &comes)?;
     to.command("pageferry")?
         .args(["expect", id, "--pod", uid])
         .run()?;
@@ -151,7 +154,10 @@ fn write(node: &Node, path: &str, object: &Value) -> Result<()> {
     let path = node.path(path);
     let folder = path.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
-    fs::write(&path, object.to_string()).with_context(|| format!("writing {}", path.display()))
+    // Whoever reads it meanwhile reads it as it was.
+    let part = path.with_extension("part");
+    let written = fs::write(&part, object.to_string()).and_then(|()| fs::rename(&part, &path));
+    written.with_context(|| format!("writing {}", path.display()))
 }
 
 /// Where a node's program for addresses looks for a pod that comes.

@@ -228,11 +228,12 @@ pub(super) fn controller_of(message: &LinkMessage) -> Option<u32> {
 }
 
 /// Takes the kernel's answers `numbers` for success.
-fn unless(numbers: &[i32], result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+pub(super) fn unless(
+    numbers: &[i32],
+    result: Result<(), rtnetlink::Error>,
+) -> Result<(), rtnetlink::Error> {
     match result {
-        Err(rtnetlink::Error::NetlinkError(error)) if numbers.contains(&-error.raw_code()) => {
-            Ok(())
-        }
+        Err(error) if is_one_of(&error, numbers) => Ok(()),
         other => other,
     }
 }
@@ -245,6 +246,14 @@ pub(super) async fn check_bridge(node: &Netlink, name: &str) -> Result<(), LinkE
              last port; a container that stays in its network keeps it"
         ))),
         found => found.map(drop),
+    }
+}
+
+/// Whether that is one of the kernel's answers `numbers`.
+pub(super) fn is_one_of(error: &rtnetlink::Error, numbers: &[i32]) -> bool {
+    match error {
+        rtnetlink::Error::NetlinkError(error) => numbers.contains(&-error.raw_code()),
+        _ => false,
     }
 }
 

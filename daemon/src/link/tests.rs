@@ -16,6 +16,7 @@ use super::join::JoinedNetwork;
 use super::netlink::Netlink;
 use super::port::{Port, index_of};
 use super::prepare::PreparedNetwork;
+use super::route;
 
 /// Runs `test` on a thread that lives in a network namespace of its own: the test's node.
 fn at_a_node(test: impl AsyncFnOnce() + Send) {
@@ -331,5 +332,60 @@ fn a_network_in_which_nothing_could_be_restored_or_too_much_be_heard_is_not_join
         let down = node.handle().link().set(down).execute();
         down.await.expect("down");
         not_joined(&net, |_| (), usual, "link eth0 of the network is down").await;
+    });
+}
+
+#[test]
+fn ways_to_pods_that_have_moved_go_when_nobody_has_a_use_for_them() {
+    at_a_node(async || {
+        bridge("br0").await;
+        let node = Netlink::open(None).expect("netlink");
+        let index = index_of(&node, "br0").await.expect("the bridge");
+        let own = "10.90.0.1".parse().expect("ip");
+        let adding = node.handle().address().add(index, own, 24).execute();
+        adding.await.expect("an address");
+        let (net, prepared) = workload("pfa").await;
+        prepared.attach(&net).await.expect("attach");
+        let network = describe(&net).await.expect("describe");
+        let (links, ports) = (&network.links, &network.ports);
+        let address: std::net::Ipv4Addr = "10.90.0.101".parse().expect("ip");
+        // Of somebody else.
+        let other: std::net::Ipv4Addr = "10.90.0.102".parse().expect("ip");
+        let foreign = rtnetlink::RouteMessageBuilder::<std::net::Ipv4Addr>::new()
+            .destination_prefix(other, 32)
+            .output_interface(index)
+            .build();
+        let foreign = node.handle().route().add(foreign).execute();
+        foreign.await.expect("a route");
+
+        let led = async || -> Vec<route::Led> { route::led().await.expect("ways") };
+        assert!(led().await.is_empty());
+        route::lead_here(links, ports).await.expect("led");
+        let mut ways = led().await;
+        assert_eq!(ways.len(), 1);
+        assert_eq!(ways[0].address, address);
+        let way = ways.remove(0);
+        way.clone().end().await.expect("ended");
+        assert!(led().await.is_empty());
+        way.end().await.expect("ended before");
+
+        route::lead_here(links, ports).await.expect("led");
+        for _ in 0..2 {
+            let no_more = route::lead_here_no_more(links, ports).await;
+            no_more.expect("twice does no harm");
+            assert!(led().await.is_empty());
+        }
+
+        // What leads elsewhere stays when one that was to come does not.
+        let peer = "10.91.0.9".parse().expect("ip");
+        bridge("br1").await;
+        let index = index_of(&node, "br1").await.expect("the bridge");
+        let own = "10.91.0.1".parse().expect("ip");
+        let adding = node.handle().address().add(index, own, 24).execute();
+        adding.await.expect("an address");
+        route::lead_away(&network, peer).await.expect("led");
+        let no_more = route::lead_here_no_more(links, ports).await;
+        no_more.expect("it was not led here");
+        assert_eq!(led().await.len(), 1);
     });
 }

@@ -542,8 +542,7 @@ pub fn remove_volume(volume: &MadeVolume) -> Result<(), String> {
     podman::volume::take_back(volume)
 }
 
-/// Removes what is left of an arrival that did not come to its end. Nobody of it may be
-/// left. Blocks.
+/// Removes what is left of an arrival without an end. Nobody of it may be left. Blocks.
 pub fn sweep(directory: &Path) {
     // First what is bound into folders that an engine deletes.
     oci::arrive::sweep(directory);
@@ -575,8 +574,7 @@ pub fn runs(directory: &Path) {
     pod::arrive::runs(directory);
 }
 
-/// Whether what has come has run is not known, and it never will: nobody is to make it anew beside
-/// what its source may have. Blocks.
+/// Whether what has come has run will never be known: nobody is to make it anew. Blocks.
 pub fn lose(directory: &Path, why: &str) {
     pod::arrive::lose(directory, why);
 }

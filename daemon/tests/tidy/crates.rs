@@ -152,6 +152,7 @@ pub const CRATES: &[Crate] = &[
             "pageferry-containerd",
             "pageferry-files",
             "pageferry-inject",
+            "pageferry-ipam",
             "pageferry-oci",
             "pageferry-pager",
             "pageferry-pages",

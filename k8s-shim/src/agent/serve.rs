@@ -93,6 +93,7 @@ impl Serving {
         let step = address::Place {
             side: self.side,
             namespace: &migration.namespace().unwrap_or_default(),
+            old_uid: &migration.spec.pod.uid,
             record: &observe::record(migration),
             id: &self.id,
             given_back: self

@@ -2,7 +2,8 @@
 //!
 //! Invariants: what is read by the number of the root counts only if [`Workload::check_root`] holds
 //! afterwards; from [`Workload::enter_cgroup`] on, the tree is in a cgroup that nobody else is in;
-//! SIGKILL is pending on every task before a copy that is given away is thawed.
+//! SIGKILL is pending on every task before a copy that is given away is thawed. A pod that may be
+//! given away is marked first, durably, so that this node does not start it anew.
 
 use std::fs;
 use std::io;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use criu_glue::repair;
 use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerRoot, FreezerVersion};
 use pageferry_cgroup::hierarchies::Hierarchies;
+use pageferry_ipam::{Folders, Left};
 use pageferry_pages::track::Support;
 use pageferry_pages::track::frozen::{Frozen, Stops};
 use pageferry_pages::track::tree::{Tree, TreeError};
@@ -145,8 +147,9 @@ impl Workload {
         block_in_place(|| self.kind.stranger(&self.freezer, &self.standing))
     }
 
-    /// Sees to it that nobody but us can thaw the tree, which is dumped.
+    /// Sees to it that nobody but us can thaw the tree, which is dumped, or start it anew.
     pub(super) fn hold_alone(&mut self) -> Result<(), Failure> {
+        self.leave()?;
         let around = self.kind.around(&self.freezer);
         if let Some(around) = around.map_err(|error| freeze_failed(&error))? {
             let frozen = block_in_place(|| around.freeze());
@@ -166,6 +169,35 @@ impl Workload {
         self.freezer = held;
         self.outer = Some(outer);
         Ok(())
+    }
+
+    /// A pod is not to be started here again, whatever becomes of this node: a kubelet that comes
+    /// up anew may not have heard yet that it runs elsewhere.
+    fn leave(&self) -> Result<(), Failure> {
+        let Kind::Pod(pod) = &self.kind else {
+            return Ok(());
+        };
+        let noted = block_in_place(|| Folders::of_node().leave(pod.uid(), &Left::default()));
+        noted.map_err(|error| {
+            let text = format!(
+                "pod {} cannot be marked as gone: {}",
+                pod.uid(),
+                chain(&error)
+            );
+            Failure::new(ErrorCode::NodeUnfit, text)
+        })
+    }
+
+    /// A pod may be started here again.
+    fn stay(&self) {
+        let Kind::Pod(pod) = &self.kind else { return };
+        if let Err(error) = block_in_place(|| Folders::of_node().stay(pod.uid())) {
+            tracing::warn!(
+                pod = pod.uid(),
+                "it stays, and would get no other sandbox here: {}",
+                chain(&error)
+            );
+        }
     }
 
     /// The tree goes back to where others may thaw it, and so does what was left half-way.
@@ -278,6 +310,7 @@ impl Workload {
 
     /// Lets the tree run, of which CRIU has let go.
     pub(super) fn thaw(&mut self) -> Result<(), Failure> {
+        self.stay();
         self.thaw_around()?;
         if let Err(failure) = self.take_back() {
             // It runs, thawed, in a cgroup of ours.

@@ -199,7 +199,8 @@ impl Network {
     pub(super) async fn detach(&self) -> Result<(), LinkError> {
         match self {
             Self::Made(made) => made.detach().await,
-            Self::Joined(joined) | Self::Sandbox(joined) => joined.detach().await,
+            Self::Joined(joined) => joined.detach().await,
+            Self::Sandbox(joined) => unlead(joined).await,
         }
     }
 
@@ -216,9 +217,17 @@ impl Network {
     pub(super) async fn give_up(&self) -> Result<(), LinkError> {
         match self {
             Self::Made(made) => made.delete().await,
-            Self::Joined(joined) | Self::Sandbox(joined) => joined.detach().await,
+            Self::Joined(joined) => joined.detach().await,
+            Self::Sandbox(joined) => unlead(joined).await,
         }
     }
+}
+
+/// Takes a sandbox from its neighbours, and leads nobody there: they may have to find the workload
+/// at its source.
+async fn unlead(joined: &JoinedNetwork) -> Result<(), LinkError> {
+    joined.detach().await?;
+    route::lead_here_no_more(joined.links(), joined.ports()).await
 }
 
 impl LinkState {

@@ -141,6 +141,11 @@ impl Pod {
         })
     }
 
+    /// What Kubernetes knows it by.
+    pub fn uid(&self) -> &str {
+        &self.uid
+    }
+
     /// What its runtime has of its container.
     pub const fn container(&self) -> &OfRuntime {
         &self.container
