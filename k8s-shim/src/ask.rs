@@ -130,7 +130,7 @@ impl Asking {
         }
         let migration = Migration {
             metadata: ObjectMeta {
-                name: Some(migration_name(&self.pod, &uid, known.len())),
+                name: Some(migration_name(&self.pod, &uid, &known)),
                 ..ObjectMeta::default()
             },
             spec: MigrationSpec {

@@ -52,7 +52,8 @@ pub fn daemon_id(uid: &str) -> String {
 ///
 /// It does not grow with the number of moves but by a digit now and then: `origin` is the name of
 /// the first, where the pod came by a move. A long name is cut so that the new one is one of at
-/// most 63 characters, as hostnames are.
+/// most 63 characters, as hostnames are; what two of them that begin alike differ in is kept as a
+/// number of the whole.
 pub fn next_pod(name: &str, origin: Option<&str>) -> String {
     let moves = origin.and_then(|_| {
         let (_, number) = name.rsplit_once("-m")?;
@@ -60,12 +61,28 @@ pub fn next_pod(name: &str, origin: Option<&str>) -> String {
     });
     let base = origin.unwrap_or(name);
     let suffix = format!("-m{}", moves.unwrap_or(0).saturating_add(1));
-    let mut kept: String = base.chars().take(63 - suffix.len()).collect();
+    let fits = base.len() + suffix.len() <= HOSTNAME_MAX;
+    let suffix = match fits {
+        true => suffix,
+        false => format!("-{:016x}{suffix}", number_of(base)),
+    };
+    let room = HOSTNAME_MAX - suffix.len();
+    let mut kept: String = base.chars().take(room).collect();
     while kept.ends_with(['-', '.']) {
         kept.pop();
     }
     kept + &suffix
 }
+
+/// FNV-1a: the same in every version of this program, for the name must be.
+fn number_of(text: &str) -> u64 {
+    let start = 0xcbf2_9ce4_8422_2325_u64;
+    text.bytes().fold(start, |number, byte| {
+        (number ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+const HOSTNAME_MAX: usize = 63;
 
 #[cfg(test)]
 mod tests {
@@ -81,7 +98,21 @@ mod tests {
         let long = "a".repeat(80);
         let next = next_pod(&long, None);
         assert_eq!((next.len(), next.ends_with("-m1")), (63, true));
-        assert_eq!(next_pod(&next, Some(&long)).len(), 63);
+        let after = next_pod(&next, Some(&long));
+        assert_eq!((after.len(), after.ends_with("-m2")), (63, true));
+    }
+
+    #[test]
+    fn long_names_that_begin_alike_stay_apart() {
+        let (one, two) = ("a".repeat(70) + "-x1", "a".repeat(70) + "-x2");
+        assert_ne!(next_pod(&one, None), next_pod(&two, None));
+        // One that just fits is not cut, and one that grows by a digit is.
+        let fits = "b".repeat(60);
+        assert_eq!(next_pod(&fits, None), fits.clone() + "-m1");
+        let tenth = next_pod(&(fits.clone() + "-m9"), Some(&fits));
+        assert_eq!((tenth.len(), tenth.ends_with("-m10")), (63, true));
+        assert_eq!(number_of(""), 0xcbf2_9ce4_8422_2325);
+        assert_eq!(number_of("a"), 0xaf63_dc4c_8601_ec8c);
     }
 
     #[test]

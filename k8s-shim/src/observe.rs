@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{ContainerStatus, Node, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, OwnerReference, Time};
 use kube::core::{Selector, SelectorExt};
 use kube::{Resource, ResourceExt};
 
@@ -14,6 +14,7 @@ use crate::names::{
     ADOPT, DELETION_COST, FINALIZER, KEEP_ADDRESS, MIGRATION, ORIGIN, OUT_OF_SERVICE, RESOLVE,
     RESTORED, daemon_id, next_pod,
 };
+use crate::newpod::Adopt;
 use crate::plan::{
     Adoption, Limits, NewPod, Observed, Other, Record, Side, SourcePod, Step, Timeouts, Why,
 };
@@ -28,6 +29,8 @@ pub struct Objects {
     pub new: Option<Pod>,
     pub nodes: Vec<Node>,
     pub owner: Option<ReplicaSet>,
+    /// The ReplicaSet that the new pod is to be given to, by its name.
+    pub adopter: Option<ReplicaSet>,
     pub deployment: Option<Deployment>,
     pub claims: Claims,
     pub others: Vec<Migration>,
@@ -75,6 +78,7 @@ pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
         source_report: status.source_report,
         target_report: status.target_report,
         down: down(&record, &objects.nodes),
+        absent: absent(&record, &objects.nodes),
         others: others(migration, &objects.others),
         ..Observed::default()
     };
@@ -83,13 +87,15 @@ pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
             per_node: usize::try_from(policy.at_once.per_node).unwrap_or(1),
             per_cluster: usize::try_from(policy.at_once.per_cluster).unwrap_or(1),
         };
-        seen.timeouts = Timeouts {
-            copy: policy.timeouts.move_seconds.into(),
-            ..Timeouts::default()
-        };
+        seen.timeouts.copy = policy.timeouts.move_seconds.into();
+    }
+    // What holds is what held when it began, whatever became of the policy.
+    if record.step != Step::Waiting {
+        let kept = status.budget.and_then(|budget| budget.move_ms);
+        seen.timeouts.copy = kept.map_or(Timeouts::default().copy, |kept| kept / 1000);
     }
     if let Some(pod) = source {
-        seen.refusal = eligible::refusal(pod, &objects.claims);
+        seen.refusal = eligible::refusal(pod, &objects.claims).or_else(|| policy_unknown(objects));
         seen.new_name = next_pod(
             &pod.name_any(),
             pod.annotations().get(ORIGIN).map(String::as_str),
@@ -109,10 +115,10 @@ pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
         });
     }
     let uid = migration.uid().unwrap_or_default();
-    seen.new = objects
-        .new
-        .as_ref()
-        .map(|pod| new_pod(pod, &daemon_id(&uid), now));
+    seen.new = objects.new.as_ref().map(|pod| NewPod {
+        adoption: adoption(pod, objects),
+        ..new_pod(pod, &daemon_id(&uid), now)
+    });
     seen.record = record;
     Some(seen)
 }
@@ -139,6 +145,15 @@ pub fn policy(objects: &Objects) -> Option<&MigrationPolicySpec> {
     })
 }
 
+/// One that is named and is not there: its limits are not known, and others were not asked for.
+fn policy_unknown(objects: &Objects) -> Option<Why> {
+    let name = objects.migration.as_ref()?.spec.policy.as_ref()?;
+    policy(objects).is_none().then(|| {
+        let text = format!("there is no MigrationPolicy {name}: make it, or name another one");
+        Why::new("PolicyUnknown", text)
+    })
+}
+
 fn others(migration: &Migration, all: &[Migration]) -> Vec<Other> {
     let age = |one: &Migration| (one.metadata.creation_timestamp.clone(), one.uid());
     let others = all.iter().filter(|other| other.uid() != migration.uid());
@@ -153,9 +168,9 @@ fn others(migration: &Migration, all: &[Migration]) -> Vec<Other> {
         }
         let wanted = other.spec.target.node.clone();
         let nodes = [record.source, record.target.or(wanted)];
-        Some(Other {
-            nodes: nodes.into_iter().flatten().collect(),
-        })
+        let nodes: Vec<String> = nodes.into_iter().flatten().collect();
+        let anywhere = nodes.len() < 2;
+        Some(Other { nodes, anywhere })
     });
     others.collect()
 }
@@ -168,24 +183,34 @@ fn resolve(migration: &Migration) -> Option<Side> {
     }
 }
 
-/// Nodes of which a person has said that they are down, or that are no more.
+/// Nodes of which a person has said that they are down.
 fn down(record: &Record, nodes: &[Node]) -> Vec<Side> {
-    let sides = [
-        (Side::Source, &record.source),
-        (Side::Target, &record.target),
-    ];
-    let is_down = |name: &String| {
-        let node = nodes.iter().find(|node| node.name_any() == *name);
-        node.is_none_or(|node| {
+    sides(record, |name| {
+        let node = nodes.iter().find(|node| node.name_any() == name);
+        node.is_some_and(|node| {
             let mut taints = node
                 .spec
                 .iter()
                 .flat_map(|spec| spec.taints.iter().flatten());
             taints.any(|taint| taint.key == OUT_OF_SERVICE)
         })
-    };
+    })
+}
+
+/// Nodes that the API server does not have. They may run nevertheless: an object is no machine.
+fn absent(record: &Record, nodes: &[Node]) -> Vec<Side> {
+    sides(record, |name| {
+        !nodes.iter().any(|node| node.name_any() == name)
+    })
+}
+
+fn sides(record: &Record, of: impl Fn(&str) -> bool) -> Vec<Side> {
+    let sides = [
+        (Side::Source, &record.source),
+        (Side::Target, &record.target),
+    ];
     let sides = sides.into_iter();
-    let sides = sides.filter(|(_, name)| name.as_ref().is_some_and(is_down));
+    let sides = sides.filter(|(_, name)| name.as_deref().is_some_and(&of));
     sides.map(|(side, _)| side).collect()
 }
 
@@ -219,7 +244,6 @@ fn new_pod(pod: &Pod, migration: &str, now: i64) -> NewPod {
     let containers: Vec<&ContainerStatus> = containers.collect();
     let state =
         |one: &&ContainerStatus| one.state.as_ref().is_some_and(|one| one.running.is_some());
-    let controlled = eligible::owner(pod).is_some();
     let owners = pod.owner_references();
     NewPod {
         uid: pod.uid().unwrap_or_default(),
@@ -246,12 +270,37 @@ fn new_pod(pod: &Pod, migration: &str, now: i64) -> NewPod {
             .iter()
             .any(|owner| owner.kind == Migration::kind(&())),
         restarted: containers.iter().any(|one| has_run_before(one)),
-        adoption: match (pod.annotations().contains_key(ADOPT), controlled) {
-            (false, _) => Adoption::Nobody,
-            (true, false) => Adoption::Pending,
-            (true, true) => Adoption::Done,
-        },
+        // By the source, and by the owner: below.
+        adoption: Adoption::Nobody,
     }
+}
+
+/// How a pod that comes is to the owner that the source had when it was made.
+fn adoption(new: &Pod, objects: &Objects) -> Adoption {
+    let Some(wanted) = adopter(new) else {
+        return Adoption::Nobody;
+    };
+    if eligible::owner(new).is_some() {
+        return Adoption::Done;
+    }
+    let set = objects.adopter.as_ref();
+    let there = set.is_some_and(|set| {
+        set.uid().as_deref() == Some(&wanted.uid) && set.metadata.deletion_timestamp.is_none()
+    });
+    let same = source(objects)
+        .is_none_or(|pod| eligible::owner(pod).is_some_and(|owner| owner.uid == wanted.uid));
+    match there && same {
+        true => Adoption::Pending,
+        false => Adoption::Moot,
+    }
+}
+
+/// Whom a pod that comes is to be given to. One that nobody can read has no UID, and is nobody's.
+pub fn adopter(new: &Pod) -> Option<OwnerReference> {
+    let text = new.annotations().get(ADOPT)?;
+    let adopt: Adopt = serde_json::from_str(text).unwrap_or_default();
+    let mut owners = adopt.owner_references.into_iter();
+    Some(owners.next().unwrap_or_default())
 }
 
 fn condition(pod: &Pod, wanted: &str) -> bool {
@@ -349,3 +398,91 @@ const SCHEDULER_TIME: i64 = 10;
 pub const LOWEST_COST: &str = "-2147483648";
 /// Deployments number their ReplicaSets by it.
 const REVISION: &str = "deployment.kubernetes.io/revision";
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::{NodeSpec, Taint};
+
+    use super::*;
+
+    #[test]
+    fn a_node_without_an_object_is_not_down() {
+        let record = Record {
+            source: Some("node-a".to_owned()),
+            target: Some("node-b".to_owned()),
+            ..Record::default()
+        };
+        let mut node = Node::default();
+        node.metadata.name = Some("node-b".to_owned());
+        let nodes = [node.clone()];
+        assert_eq!(down(&record, &nodes), []);
+        assert_eq!(absent(&record, &nodes), [Side::Source]);
+        node.spec = Some(NodeSpec {
+            taints: Some(vec![Taint {
+                key: OUT_OF_SERVICE.to_owned(),
+                effect: "NoExecute".to_owned(),
+                ..Taint::default()
+            }]),
+            ..NodeSpec::default()
+        });
+        assert_eq!(down(&record, &[node]), [Side::Target]);
+    }
+
+    fn set(uid: &str) -> ReplicaSet {
+        let mut set = ReplicaSet::default();
+        set.metadata.name = Some("web".to_owned());
+        set.metadata.uid = Some(uid.to_owned());
+        set
+    }
+
+    fn owned(uid: &str) -> OwnerReference {
+        OwnerReference {
+            kind: "ReplicaSet".to_owned(),
+            name: "web".to_owned(),
+            uid: uid.to_owned(),
+            controller: Some(true),
+            ..OwnerReference::default()
+        }
+    }
+
+    #[test]
+    fn only_the_owner_that_the_source_has_adopts() {
+        let mut new = Pod::default();
+        let mut objects = Objects::default();
+        assert_eq!(adoption(&new, &objects), Adoption::Nobody);
+        let adopt = Adopt {
+            owner_references: vec![owned("one")],
+            ..Adopt::default()
+        };
+        let text = serde_json::to_string(&adopt).expect("JSON");
+        new.metadata.annotations = Some(BTreeMap::from([(ADOPT.to_owned(), text)]));
+        // It is gone.
+        assert_eq!(adoption(&new, &objects), Adoption::Moot);
+        objects.adopter = Some(set("one"));
+        assert_eq!(adoption(&new, &objects), Adoption::Pending);
+        // Another one has its name.
+        objects.adopter = Some(set("two"));
+        assert_eq!(adoption(&new, &objects), Adoption::Moot);
+        // It is being deleted.
+        let mut going = set("one");
+        going.metadata.deletion_timestamp = Some(Time(k8s_openapi::jiff::Timestamp::UNIX_EPOCH));
+        objects.adopter = Some(going);
+        assert_eq!(adoption(&new, &objects), Adoption::Moot);
+        // The source is another's by now.
+        objects.adopter = Some(set("one"));
+        let mut source = Pod::default();
+        source.metadata.uid = Some("source".to_owned());
+        source.metadata.owner_references = Some(vec![owned("two")]);
+        objects.source = Some(source);
+        let spec: crate::migration::MigrationSpec = serde_json::from_value(serde_json::json!({
+            "pod": {"name": "web", "uid": "source"}, "target": {"node": "node-b"},
+        }))
+        .expect("a spec");
+        objects.migration = Some(Migration::new("one", spec));
+        assert_eq!(adoption(&new, &objects), Adoption::Moot);
+        if let Some(source) = &mut objects.source {
+            source.metadata.owner_references = Some(vec![owned("one")]);
+        }
+        assert_eq!(adoption(&new, &objects), Adoption::Pending);
+    }
+}

@@ -27,6 +27,8 @@ mod course;
 mod observed;
 mod record;
 mod switch;
+#[cfg(test)]
+mod tests;
 
 pub use observed::{
     Adoption, Limits, NewPod, Observed, Other, Report, SourcePod, Target, Timeouts,
@@ -83,11 +85,25 @@ pub enum Broken {
     LeaveNew,
     /// The new pod is adopted whatever the owner would make of it.
     AdoptBlindly,
+    /// A node that the cluster does not know any more is taken for dead.
+    AbsentIsDown,
+    /// What the target could not keep is said to have moved.
+    LostIsMoved,
 }
 
 /// The next step of a Migration.
 pub fn plan(observed: &Observed) -> Decision {
     plan_broken(observed, None)
+}
+
+/// What is written down when the API server does not take the new pod, whenever it is asked. None
+/// where that changes nothing.
+pub fn new_pod_refused(observed: &Observed, message: &str) -> Option<Record> {
+    let broken = None;
+    let course = course::Course { observed, broken };
+    let text = format!("the API server does not take the new pod: {message}");
+    let why = Why::new("NewPodRefused", text);
+    (observed.record.step == Step::Placing).then(|| course.give_up(why, false))
 }
 
 /// The same with a rule broken, for the simulation's own test.

@@ -7,7 +7,8 @@
 pub mod actions;
 mod gather;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
@@ -21,7 +22,7 @@ use tracing::{info, warn};
 use crate::migration::{Budget, Migration, MigrationStatus, Outcome};
 use crate::names::manager;
 use crate::observe::{self, Objects};
-use crate::plan::{Decision, Observed, Record, Step, plan};
+use crate::plan::{Action, Decision, Observed, Record, Step, new_pod_refused, plan};
 use crate::status;
 
 /// Why a look at a Migration came to nothing: it is looked at again.
@@ -35,6 +36,9 @@ pub enum Error {
     },
     #[error("{0}")]
     Object(String),
+    /// What it does not take, however often it is asked: forbidden, by a quota too, or invalid.
+    #[error("{what}: {message}")]
+    Refused { what: String, message: String },
 }
 
 /// Names what was tried of the API server.
@@ -55,6 +59,8 @@ impl<T> Trying<T> for Result<T, kube::Error> {
 pub struct Context {
     pub client: Client,
     recorder: Recorder,
+    /// How often in a row the looks at a Migration, by its UID, came to nothing.
+    failed: Mutex<BTreeMap<String, u32>>,
 }
 
 impl std::fmt::Debug for Context {
@@ -72,7 +78,26 @@ impl Context {
         Self {
             recorder: Recorder::new(client.clone(), reporter),
             client,
+            failed: Mutex::default(),
         }
+    }
+
+    fn failed(&self) -> MutexGuard<'_, BTreeMap<String, u32>> {
+        // Counts are whole whoever panicked.
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn went_well(&self, uid: &str) {
+        self.failed().remove(uid);
+    }
+
+    /// After what time it is tried again.
+    fn went_wrong(&self, uid: &str) -> Duration {
+        let mut failed = self.failed();
+        let times = failed.entry(uid.to_owned()).or_default();
+        let after = retry_after(*times);
+        *times = times.saturating_add(1);
+        after
     }
 
     /// For people; a lost one is not made up for.
@@ -107,6 +132,7 @@ pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Resu
     let now = Timestamp::now().as_second();
     let (Some(seen), Some(migration)) = (observe::observe(&objects, now), &objects.migration)
     else {
+        context.went_well(&migration.uid().unwrap_or_default());
         return Ok(Again::await_change());
     };
     let Decision {
@@ -117,13 +143,25 @@ pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Resu
     let changed = write(&context, &objects, migration, &seen, record.as_ref()).await?;
     if let Some(record) = &record {
         tell(&context, &objects, migration, &seen.record, record).await;
+        context.went_well(&migration.uid().unwrap_or_default());
         return Ok(Again::requeue(SOON));
     }
     let acted = !actions.is_empty();
     for action in actions {
         info!(migration = %migration.name_any(), ?action, "acting");
-        actions::act(&context, &objects, migration, &action).await?;
+        match actions::act(&context, &objects, migration, &action).await {
+            Err(Error::Refused { message, .. }) if matches!(action, Action::CreatePod { .. }) => {
+                let record = new_pod_refused(&seen, &message);
+                write(&context, &objects, migration, &seen, record.as_ref()).await?;
+                if let Some(record) = &record {
+                    tell(&context, &objects, migration, &seen.record, record).await;
+                }
+                break;
+            }
+            done => done?,
+        }
     }
+    context.went_well(&migration.uid().unwrap_or_default());
     Ok(match (acted || changed, again) {
         (true, _) => Again::requeue(SOON),
         (false, Some(seconds)) => Again::requeue(Duration::from_secs(seconds.unsigned_abs())),
@@ -136,9 +174,15 @@ pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Resu
     clippy::needless_pass_by_value,
     reason = "its type is the controller's"
 )]
-pub fn retry(migration: Arc<Migration>, error: &Error, _: Arc<Context>) -> Again {
-    warn!(migration = %migration.name_any(), %error, "trying again");
-    Again::requeue(RETRY)
+pub fn retry(migration: Arc<Migration>, error: &Error, context: Arc<Context>) -> Again {
+    let after = context.went_wrong(&migration.uid().unwrap_or_default());
+    warn!(migration = %migration.name_any(), %error, ?after, "trying again");
+    Again::requeue(after)
+}
+
+fn retry_after(times: u32) -> Duration {
+    let factor = 2_u32.saturating_pow(times);
+    RETRY.saturating_mul(factor).min(RETRY_MAX)
 }
 
 /// Writes the status down if it is to be another one.
@@ -158,7 +202,7 @@ async fn write(
     let record = record.unwrap_or(&seen.record);
     let mut status = status::make(record, seen, &before, container.as_deref(), generation);
     // What holds is what held when it began.
-    if record.step != Step::Waiting && status.budget.is_none() {
+    if seen.record.step == Step::Waiting && record.step != Step::Waiting {
         status.budget = observe::policy(objects).map(|policy| Budget {
             downtime_ms: Some(policy.downtime_budget_ms.into()),
             frozen_ms: Some(policy.timeouts.frozen_ms.into()),
@@ -280,8 +324,22 @@ where
 }
 
 const SOON: Duration = Duration::from_millis(200);
+/// At first, and then twice as long each time.
 const RETRY: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(30);
 /// What has nothing to wait for is looked at nevertheless.
 const AT_LEAST: Duration = Duration::from_secs(300);
 /// The API server takes no longer ones.
 const NOTE_MAX: usize = 1000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_tried_less_and_less_often() {
+        let after: Vec<u64> = (0..7).map(|times| retry_after(times).as_secs()).collect();
+        assert_eq!(after, [1, 2, 4, 8, 16, 30, 30]);
+        assert_eq!(retry_after(u32::MAX), RETRY_MAX);
+    }
+}

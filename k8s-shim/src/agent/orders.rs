@@ -17,6 +17,8 @@ pub struct Known {
     pub is_final: bool,
     /// It has not frozen anything yet, and goes on when it is told.
     pub copying: bool,
+    /// It has not yet been told to restore: which pod is to become it can be said.
+    pub receiving: bool,
     pub fence_wanted: bool,
     /// The target was told of this pod.
     pub expected: Option<String>,
@@ -65,7 +67,7 @@ pub fn next(side: Side, orders: &Orders, known: Option<&Known>) -> Option<Call> 
         (Side::Source, Step::Moving, Some(known)) if orders.proceed && known.copying => {
             Some(Call::Proceed)
         }
-        (Side::Target, Step::Placing | Step::Moving, Some(known)) => {
+        (Side::Target, Step::Placing | Step::Moving, Some(known)) if known.receiving => {
             let uid = orders.new_uid.as_ref()?;
             let told = known.expected.as_ref() == Some(uid);
             (!told).then(|| Call::Expect {
@@ -108,7 +110,10 @@ mod tests {
 
     #[test]
     fn a_target_is_told_of_one_pod() {
-        let mut known = Known::default();
+        let mut known = Known {
+            receiving: true,
+            ..Known::default()
+        };
         let orders = orders(Step::Placing);
         let call = next(Side::Target, &orders, Some(&known));
         let pod_uid = "new".to_owned();
@@ -116,6 +121,10 @@ mod tests {
         known.expected = Some("new".to_owned());
         assert_eq!(next(Side::Target, &orders, Some(&known)), None);
         assert_eq!(next(Side::Target, &orders, None), None);
+        // An agent that was started anew has forgotten it, and a daemon that restores takes none.
+        known.expected = None;
+        known.receiving = false;
+        assert_eq!(next(Side::Target, &orders, Some(&known)), None);
     }
 
     #[test]

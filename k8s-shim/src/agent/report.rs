@@ -29,6 +29,7 @@ pub fn known(status: Option<&schema::Status>, besides: &Besides) -> Option<Known
     Some(Known {
         is_final: status.r#final,
         copying: matches!(status.phase.as_str(), "offered" | "copying"),
+        receiving: matches!(status.phase.as_str(), "accepted" | "receiving"),
         fence_wanted: status.fence_wanted,
         expected: besides.expected.clone(),
         refused: false,

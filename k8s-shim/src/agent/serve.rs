@@ -90,7 +90,32 @@ impl Serving {
     async fn look(&mut self, migration: &Migration) -> Result<bool, String> {
         let orders = orders(migration);
         self.refresh().await?;
-        let step = address::Place {
+        self.settle(migration)?;
+        let known = report::known(self.status.as_ref(), &self.besides);
+        let mut called = Ok(());
+        if let Some(call) = orders::next(self.side, &orders, known.as_ref()) {
+            let (name, side) = (migration.name_any(), self.side);
+            info!(migration = %name, ?side, ?call, "calling the daemon");
+            called = self.call(migration, &call).await;
+            self.refresh().await?;
+            // It may have ended by that, and then its address is given back before it is said.
+            self.settle(migration)?;
+        }
+        let given_up = matches!(orders.step, Step::Aborting | Step::Ended);
+        let now = Timestamp::now().as_second();
+        let report = report::report(self.status.as_ref(), &self.besides, given_up, now);
+        let over = orders.step == Step::Ended && report.is_final;
+        // Also where the call failed: the daemon is there, and how it stands is known.
+        if self.is_due(&report) {
+            self.say(migration, &report).await?;
+            self.reported = Some((report, Instant::now()));
+        }
+        called.map(|()| over)
+    }
+
+    /// Has the pod's address be where it belongs, as things stand.
+    fn settle(&mut self, migration: &Migration) -> Result<(), String> {
+        let place = address::Place {
             side: self.side,
             namespace: &migration.namespace().unwrap_or_default(),
             old_uid: &migration.spec.pod.uid,
@@ -101,24 +126,9 @@ impl Serving {
                 .as_ref()
                 .is_some_and(|status| status.r#final && !status.moved),
         };
-        let prepared = step.settle(&self.agent.folders);
+        let prepared = place.settle(&self.agent.folders);
         self.besides.prepared = prepared.map_err(|error| format!("the pod's address: {error}"))?;
-        let known = report::known(self.status.as_ref(), &self.besides);
-        if let Some(call) = orders::next(self.side, &orders, known.as_ref()) {
-            let (name, side) = (migration.name_any(), self.side);
-            info!(migration = %name, ?side, ?call, "calling the daemon");
-            self.call(migration, &call).await?;
-            self.refresh().await?;
-        }
-        let given_up = matches!(orders.step, Step::Aborting | Step::Ended);
-        let now = Timestamp::now().as_second();
-        let report = report::report(self.status.as_ref(), &self.besides, given_up, now);
-        let over = orders.step == Step::Ended && report.is_final;
-        if self.is_due(&report) {
-            self.say(migration, &report).await?;
-            self.reported = Some((report, Instant::now()));
-        }
-        Ok(over)
+        Ok(())
     }
 
     /// Reads how it stands, and sees to it that changes come by themselves.

@@ -23,8 +23,15 @@ impl Course<'_> {
                 },
             };
         }
+        if !over && let Some(why) = self.source_forgot() {
+            return self.block(why);
+        }
         if !over {
-            return self.wait_for(&[Side::Source]);
+            // Of a dead source the target says how it ended.
+            return match self.record().fenced {
+                Some(Side::Source) => self.wait_for(&[Side::Target]),
+                _ => self.wait_for(&[Side::Source]),
+            };
         }
         if !self.is_over_at_target() {
             return self.wait_for(&[Side::Target]);

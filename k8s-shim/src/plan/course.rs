@@ -1,9 +1,10 @@
 //! The way of a move up to the hand-over.
 
-use super::observed::{NewPod, Observed, Report, SourcePod, Target};
+use super::observed::{Adoption, NewPod, Observed, Report, SourcePod, Target};
 use super::record::{Record, Side, Step, Why};
 use super::{Action, Broken, Decision};
 use crate::migration::Outcome;
+use crate::names::RESOLVE;
 
 pub(super) struct Course<'a> {
     pub observed: &'a Observed,
@@ -50,6 +51,8 @@ impl Course<'_> {
             return None;
         }
         let down = self.observed.down.first().copied();
+        let absent = self.observed.absent.first().copied();
+        let down = down.or_else(|| absent.filter(|_| self.breaks(Broken::AbsentIsDown)));
         let fenced = self.observed.resolve.or(down)?;
         Some(Record {
             fenced: Some(fenced),
@@ -104,7 +107,7 @@ impl Course<'_> {
         for node in [source, target] {
             let there = seen.others.iter();
             let there = there
-                .filter(|other| other.nodes.iter().any(|one| one == node))
+                .filter(|other| other.anywhere || other.nodes.iter().any(|one| one == node))
                 .count();
             if limits.per_node <= there {
                 let text = format!("{there} moves from or to node {node} go on or come first");
@@ -183,14 +186,14 @@ impl Course<'_> {
             if record.new_uid.is_some() {
                 return self.give_up(new_gone(name), false).into();
             }
+            if let Some(why) = self.placing_too_long() {
+                return self.give_up(why, false).into();
+            }
             // Its sandbox is made with an address, which cannot be changed then.
             let prepared = self.observed.target_report.as_ref();
             let prepared = prepared.and_then(|report| report.prepared.as_ref());
             if record.address.is_some() && prepared != Some(name) {
-                return match self.placing_too_long() {
-                    Some(why) => self.give_up(why, false).into(),
-                    None => self.wait_for(&[Side::Source, Side::Target]),
-                };
+                return self.wait_for(&[Side::Source, Side::Target]);
             }
             return Decision {
                 actions: vec![Action::CreatePod {
@@ -257,7 +260,22 @@ impl Course<'_> {
         if let Some(report) = failed {
             return Some(failure(report));
         }
-        self.placing_too_long()
+        self.owner_changed(new).or_else(|| self.placing_too_long())
+    }
+
+    /// What the new pod was made with is not what the source is by now.
+    fn owner_changed(&self, new: &NewPod) -> Option<Why> {
+        let owned = self.observed.source.as_ref().is_some_and(|one| one.owned);
+        let changed = match new.adoption {
+            Adoption::Moot => true,
+            Adoption::Nobody => owned,
+            Adoption::Pending | Adoption::Done => false,
+        };
+        changed.then(|| {
+            let text = "the pod's owner is another one than when the new pod was made, or goes: \
+                        move it again";
+            Why::new("OwnerChanged", text)
+        })
     }
 
     fn placing_too_long(&self) -> Option<Why> {
@@ -299,7 +317,26 @@ impl Course<'_> {
         if let Some(why) = self.side_down() {
             return self.give_up(why, false).into();
         }
-        self.wait_for(&[Side::Source, Side::Target])
+        match self.source_forgot() {
+            Some(why) => self.block(why),
+            None => self.wait_for(&[Side::Source, Side::Target]),
+        }
+    }
+
+    /// After the word, and the source's daemon knows nothing of it: how it ended is not known.
+    pub fn source_forgot(&self) -> Option<Why> {
+        let record = self.record();
+        let report = self.observed.source_report.as_ref()?;
+        let forgot = record.proceed && report.phase == UNKNOWN;
+        (forgot && record.fenced != Some(Side::Source)).then(|| {
+            let text = format!(
+                "pageferryd at node {} was told to hand over, and has nothing of it any more: see \
+                 where the pod runs; if it does not run there and cannot go on there, annotate \
+                 the Migration with {RESOLVE}=source",
+                record.source.as_deref().unwrap_or_default()
+            );
+            Why::new("SourceForgot", text)
+        })
     }
 
     /// The workload is at the target: there is no way back.
@@ -370,25 +407,59 @@ impl Course<'_> {
         .into()
     }
 
-    fn silence(&self, side: Side) -> Option<Why> {
+    /// What there is to say of a side that is waited for.
+    pub fn silence(&self, side: Side) -> Option<Why> {
         let seen = self.observed;
         let record = self.record();
         let (report, node) = match side {
             Side::Source => (&seen.source_report, &record.source),
             Side::Target => (&seen.target_report, &record.target),
         };
+        let node = node.as_deref().unwrap_or_default();
+        // Nothing more will come, and nothing is wanted.
+        if report.as_ref().is_some_and(|report| report.is_final) {
+            return None;
+        }
         let last = report.as_ref().map_or(record.since, |report| report.at);
         // A step that has just begun is not held against who has not yet heard of it.
         let last = last.max(record.since);
         if seen.now - last < seen.timeouts.silent {
-            return fence_wanted(report.as_ref(), node.as_deref());
+            report.as_ref().filter(|report| report.fence_wanted)?;
+            return Some(self.fence_wanted(side, node));
         }
-        let node = node.as_deref().unwrap_or_default();
+        if seen.absent.contains(&side) {
+            let text = format!(
+                "node {node} is no object of the cluster any more, and its agent says nothing, \
+                 which does not say that it is down: {}",
+                resolving(side)
+            );
+            return Some(Why::new("FenceWanted", text));
+        }
         let text = format!(
             "the agent at node {node} says nothing: see whether it and pageferryd run there; if \
              the node is down for good, taint it with node.kubernetes.io/out-of-service"
         );
         Some(Why::new("AgentSilent", text))
+    }
+
+    /// The daemon at a side waits for somebody to say that the other one is dead.
+    fn fence_wanted(&self, side: Side, node: &str) -> Why {
+        let other = match side {
+            Side::Source => Side::Target,
+            Side::Target => Side::Source,
+        };
+        let how = match self.observed.absent.contains(&other) {
+            true => format!(
+                "the other one is no object of the cluster any more, which does not say that it \
+                 is down: {}",
+                resolving(other)
+            ),
+            false => "bring the other node back, or make sure that it is down and taint it with \
+                      node.kubernetes.io/out-of-service"
+                .to_owned(),
+        };
+        let text = format!("pageferryd at node {node} cannot know how the hand-over ended: {how}");
+        Why::new("FenceWanted", text)
     }
 
     fn cancelled(&self) -> Why {
@@ -405,14 +476,12 @@ impl From<Record> for Decision {
     }
 }
 
-fn fence_wanted(report: Option<&Report>, node: Option<&str>) -> Option<Why> {
-    report.filter(|report| report.fence_wanted)?;
-    let text = format!(
-        "pageferryd at node {} cannot know how the hand-over ended: bring the other node back, or \
-         make sure that it is down and taint it with node.kubernetes.io/out-of-service",
-        node.unwrap_or_default()
-    );
-    Some(Why::new("FenceWanted", text))
+/// What a person is to do about a node that has no object to be tainted.
+fn resolving(side: Side) -> String {
+    format!(
+        "make sure that it is off, then annotate the Migration with {RESOLVE}={}",
+        side_name(side)
+    )
 }
 
 /// What of the source says that it is not to move any more.
@@ -432,7 +501,7 @@ fn new_gone(name: &str) -> Why {
     Why::new("NewPodGone", format!("the new pod {name} was deleted"))
 }
 
-fn failure(report: &Report) -> Why {
+pub fn failure(report: &Report) -> Why {
     let unsaid = || Why::new("Failed", "the daemon says that it failed, and not why");
     report.failure.clone().unwrap_or_else(unsaid)
 }

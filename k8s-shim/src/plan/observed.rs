@@ -35,6 +35,8 @@ pub struct Observed {
     pub target_report: Option<Report>,
     /// Nodes of which somebody has made sure that they are down.
     pub down: Vec<Side>,
+    /// Nodes that the cluster does not know any more. Whether they run is not known.
+    pub absent: Vec<Side>,
     /// Other moves that go on, or wait and came before this one.
     pub others: Vec<Other>,
     pub limits: Limits,
@@ -107,6 +109,8 @@ pub enum Adoption {
     Nobody,
     /// Not yet its.
     Pending,
+    /// The owner of old is gone or goes, or the source has another one by now.
+    Moot,
     Done,
 }
 
@@ -160,6 +164,8 @@ impl Report {
 #[derive(Clone, Debug, Default)]
 pub struct Other {
     pub nodes: Vec<String>,
+    /// Not both of its nodes are known yet: it may be of any.
+    pub anywhere: bool,
 }
 
 /// How many moves there are at the same time.
@@ -187,6 +193,8 @@ pub struct Timeouts {
     pub place: i64,
     /// For an agent to say something.
     pub silent: i64,
+    /// For the daemons to bring the last of the memory, and to remove what is left.
+    pub clean: i64,
 }
 
 impl Default for Timeouts {
@@ -195,6 +203,7 @@ impl Default for Timeouts {
             copy: 600,
             place: 90,
             silent: 30,
+            clean: 900,
         }
     }
 }

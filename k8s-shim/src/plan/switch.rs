@@ -1,6 +1,6 @@
 //! The workload runs as the new pod: it takes the place of the old one in the cluster.
 
-use super::course::Course;
+use super::course::{Course, failure, side_name};
 use super::observed::{Adoption, NewPod, SourcePod};
 use super::record::{Record, Side, Step, Why};
 use super::{Action, Broken, Decision};
@@ -40,7 +40,8 @@ impl Course<'_> {
                 if !source.marked {
                     return act(Action::MarkSource);
                 }
-                if !outlives(source, new) && !self.breaks(Broken::AdoptBlindly) {
+                let lost = self.lost_at_target().is_some();
+                if !lost && !outlives(source, new) && !self.breaks(Broken::AdoptBlindly) {
                     return self.wait_until_ready(&name);
                 }
             }
@@ -74,40 +75,83 @@ impl Course<'_> {
             };
             fenced == Some(side) || report.as_ref().is_some_and(|report| report.is_final)
         };
-        if let Some(side) = [Side::Source, Side::Target]
-            .into_iter()
-            .find(|side| !over(*side))
-        {
-            return self.wait_for(&[side]);
+        let mut sides = [Side::Source, Side::Target].into_iter();
+        if let Some(side) = sides.find(|side| !over(*side)) {
+            let why = self.silence(side);
+            return match why.or_else(|| self.cleaning_too_long(side)) {
+                Some(why) => self.block(why),
+                None => self.unblocked(),
+            };
         }
         self.outcome().into()
     }
 
+    fn cleaning_too_long(&self, side: Side) -> Option<Why> {
+        let limit = self.observed.timeouts.clean;
+        let late = limit <= self.observed.now - self.record().since;
+        late.then(|| {
+            let text = format!(
+                "pageferryd at the {} is not done after {limit} s: ask it there, by `pageferry \
+                 show`, what it waits for",
+                side_name(side)
+            );
+            Why::new("CleaningTakesLong", text)
+        })
+    }
+
     fn outcome(&self) -> Record {
+        let (result, mut why) = match self.lost() {
+            None if self.is_unowned() => {
+                let text = "the pod goes on at the target as it was, and without an owner: the \
+                            one that it had is gone or goes, or had given it away";
+                (Outcome::Succeeded, Why::new("MovedWithoutOwner", text))
+            }
+            None => {
+                let text = "the pod goes on at the target as it was";
+                (Outcome::Succeeded, Why::new("Moved", text))
+            }
+            Some(why) => (Outcome::SucceededWithoutRestore, why),
+        };
+        why.message += &self.fenced_text();
+        self.finish(result, why)
+    }
+
+    fn is_unowned(&self) -> bool {
+        let new = self.observed.new.as_ref();
+        new.is_some_and(|new| new.adoption == Adoption::Moot)
+    }
+
+    /// Why what was in memory is not, or not all of it, in the new pod.
+    fn lost(&self) -> Option<Why> {
         let record = self.record();
         let new = self.observed.new.as_ref();
         let new = new.filter(|new| record.new_uid.as_ref() == Some(&new.uid));
-        let lost = match new {
-            None => Some((
-                "NewPodGone",
-                "the new pod was deleted before the move had ended",
-            )),
-            Some(new) if new.restarted => Some((
-                "NewPodRestarted",
-                "the new pod ended after it had come, and was started anew",
-            )),
-            Some(_) => None,
+        let Some(new) = new else {
+            let text = "the new pod was deleted before the move had ended";
+            return Some(Why::new("NewPodGone", text));
         };
-        let (result, reason, text) = match lost {
-            None => (
-                Outcome::Succeeded,
-                "Moved",
-                "the pod goes on at the target as it was",
-            ),
-            Some((reason, text)) => (Outcome::SucceededWithoutRestore, reason, text),
-        };
-        let text = format!("{text}{}", self.fenced_text());
-        self.finish(result, Why::new(reason, text))
+        if let Some(why) = self.lost_at_target() {
+            return Some(why);
+        }
+        new.restarted.then(|| {
+            let text = "the new pod ended after it had come, and was started anew";
+            Why::new("NewPodRestarted", text)
+        })
+    }
+
+    /// The target's daemon had let it run, and could not keep it.
+    fn lost_at_target(&self) -> Option<Why> {
+        let report = self.observed.target_report.as_ref();
+        if self.breaks(Broken::LostIsMoved) || report.is_some_and(|report| report.moved) {
+            return None;
+        }
+        if let Some(report) = report.filter(|report| report.is_final) {
+            return Some(failure(report));
+        }
+        (self.record().fenced == Some(Side::Target)).then(|| {
+            let text = "the target was lost before all of the pod's memory was there";
+            Why::new("TargetLost", text)
+        })
     }
 }
 

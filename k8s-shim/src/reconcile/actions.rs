@@ -83,6 +83,12 @@ async fn create(
     };
     match pods.create(&parameters, &pod).await {
         Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
+        Err(kube::Error::Api(status)) if matches!(status.code, 400 | 403 | 422) => {
+            Err(Error::Refused {
+                what: format!("making the pod {name}"),
+                message: status.message.clone(),
+            })
+        }
         created => created.map(drop).trying(format!("making the pod {name}")),
     }
 }

@@ -58,6 +58,13 @@ pub async fn gather(client: &Client, migration: &Migration) -> Result<Objects, E
     if let Some(name) = new {
         objects.new = pods.get_opt(&name).await.trying("reading the new pod")?;
     }
+    if let Some(owner) = objects.new.as_ref().and_then(observe::adopter)
+        && !owner.name.is_empty()
+    {
+        let sets: Api<ReplicaSet> = Api::namespaced(client.clone(), &namespace);
+        let found = sets.get_opt(&owner.name).await;
+        objects.adopter = found.trying("reading the ReplicaSet that adopts")?;
+    }
     objects.source = source;
     objects.migration = Some(migration);
     Ok(objects)

@@ -40,6 +40,8 @@ pub struct Api {
     pub source_report: Option<Report>,
     pub target_report: Option<Report>,
     pub down: Vec<Side>,
+    /// Nodes whose objects somebody has deleted, whether they run or not.
+    pub absent: Vec<Side>,
     pub pods: BTreeMap<String, Pod>,
     pub outdated: bool,
     pub cordoned: bool,
@@ -136,6 +138,7 @@ impl Api {
             source_report: self.source_report.clone(),
             target_report: self.target_report.clone(),
             down: self.down.clone(),
+            absent: self.absent.clone(),
             ..Observed::default()
         }
     }

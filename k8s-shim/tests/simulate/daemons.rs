@@ -31,6 +31,8 @@ pub enum TargetPhase {
     Running,
     Aborted,
     Done,
+    /// It ran, and could not be kept.
+    Lost,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -42,6 +44,8 @@ pub struct Daemons {
     /// Nodes that are down for good.
     pub source_down: bool,
     pub target_down: bool,
+    /// They do not hear of each other, and both run.
+    pub cut: bool,
     /// How often a workload was let go at the target.
     pub restores: u32,
     /// The source froze though nobody waited at the target.
@@ -79,7 +83,8 @@ impl Daemons {
                 self.source = SourcePhase::Aborted;
             }
             (Side::Target, Call::Resolve) => match self.target {
-                TargetPhase::Ready if self.source_down => self.run(),
+                // It believes who says so.
+                TargetPhase::Ready => self.run(),
                 TargetPhase::Receiving | TargetPhase::Waiting => {
                     self.target = TargetPhase::Aborted;
                 }
@@ -98,7 +103,7 @@ impl Daemons {
     /// the new pod's container is asking to be created.
     pub fn step(&mut self, choice: u64, waiting_pod: Option<&str>) {
         use {SourcePhase as S, TargetPhase as T};
-        let both = !self.source_down && !self.target_down;
+        let both = !self.source_down && !self.target_down && !self.cut;
         match choice {
             0 if both && self.source == S::Copying && self.target == T::None => {
                 self.target = T::Receiving;
@@ -151,7 +156,7 @@ impl Daemons {
             // It waits for the target, and gives up: nothing is committed.
             11 if !self.source_down
                 && self.source == S::Frozen
-                && (self.target == T::Aborted || self.target_down) =>
+                && (self.target == T::Aborted || self.target_down || self.cut) =>
             {
                 self.source = S::Aborted;
             }
@@ -172,6 +177,9 @@ impl Daemons {
             {
                 self.target = TargetPhase::Aborted;
             }
+            Side::Target if self.target == TargetPhase::Running => {
+                self.target = TargetPhase::Lost;
+            }
             _ => {}
         }
     }
@@ -181,14 +189,17 @@ impl Daemons {
             Side::Source => (self.source != SourcePhase::None).then(|| Known {
                 is_final: self.source >= SourcePhase::Aborted,
                 copying: matches!(self.source, SourcePhase::Copying | SourcePhase::Holding),
-                fence_wanted: self.source == SourcePhase::Committed && self.target_down,
+                receiving: false,
+                fence_wanted: self.source == SourcePhase::Committed
+                    && (self.target_down || self.cut),
                 expected: None,
                 refused: self.source == SourcePhase::Refused,
             }),
             Side::Target => (self.target != TargetPhase::None).then(|| Known {
                 is_final: self.target >= TargetPhase::Aborted,
                 copying: false,
-                fence_wanted: self.target < TargetPhase::Running && self.source_down,
+                receiving: self.target == TargetPhase::Receiving,
+                fence_wanted: self.target < TargetPhase::Running && (self.source_down || self.cut),
                 expected: self.expected.clone(),
                 refused: false,
             }),

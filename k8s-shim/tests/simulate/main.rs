@@ -90,6 +90,8 @@ fn broken_rules_are_caught() {
         Broken::RestoredEarly,
         Broken::LeaveNew,
         Broken::AdoptBlindly,
+        Broken::AbsentIsDown,
+        Broken::LostIsMoved,
     ] {
         let setup = Setup {
             owned: true,

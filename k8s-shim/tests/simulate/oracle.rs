@@ -92,6 +92,9 @@ impl World {
         if result == Outcome::Succeeded && !self.new_alive && !self.meddled {
             return Err("it succeeded, and the new pod does not run".to_owned());
         }
+        if result == Outcome::Succeeded && daemons.target == TargetPhase::Lost {
+            return Err("it succeeded, and the target could not keep it".to_owned());
+        }
         if result == Outcome::Succeeded && self.new_restarted_before_end {
             return Err("it succeeded, and the pod began anew".to_owned());
         }

@@ -88,6 +88,7 @@ impl World {
             self.check()?;
         }
         self.calm = true;
+        self.daemons.cut = false;
         for step in 0..3000 {
             // What waits for a time-out gets there.
             self.pace = if step < 2000 { 1 } else { 10 };
@@ -308,12 +309,19 @@ impl World {
             self.source_killed = true;
             self.lost = true;
         }
-        let taken = self.daemons.target >= TargetPhase::Running
-            && self.daemons.target != TargetPhase::Aborted;
+        let uid = self.daemons.expected.clone().unwrap_or_default();
+        if self.daemons.target == TargetPhase::Lost {
+            self.new_alive = false;
+            self.pod(&uid, |pod| (pod.running, pod.ready) = (false, false));
+            return;
+        }
+        let taken = matches!(
+            self.daemons.target,
+            TargetPhase::Running | TargetPhase::Done
+        );
         if !taken || self.daemons.target_down {
             return;
         }
-        let uid = self.daemons.expected.clone().unwrap_or_default();
         if let Some(pod) = self.api.pods.get_mut(&uid)
             && !pod.running
             && !pod.deleting
@@ -392,7 +400,7 @@ impl World {
 
     fn fault(&mut self) {
         let choice = self.random.below(self.fault_in);
-        if 33 < choice {
+        if 37 < choice {
             return;
         }
         self.say(&format!("fault {choice}"));
@@ -412,7 +420,11 @@ impl World {
                 self.meddle(&uid.unwrap_or_default());
             }
             4..=8 => self.daemons.fail(Side::Source),
-            9..=13 => self.daemons.fail(Side::Target),
+            9..=13 => {
+                // What ran there is not anywhere else any more.
+                self.meddled |= self.daemons.target == TargetPhase::Running;
+                self.daemons.fail(Side::Target);
+            }
             14 if self.random.once_in(4) => self.lose(Side::Source),
             15 if self.random.once_in(4) => self.lose(Side::Target),
             16 => self.api.outdated = true,
@@ -422,6 +434,10 @@ impl World {
             24..=30 => self.now += 40,
             31 if self.daemons.source_down => self.taint(Side::Source),
             32 if self.daemons.target_down => self.taint(Side::Target),
+            33 | 34 => self.daemons.cut = true,
+            35 => self.daemons.cut = false,
+            36 => self.forget(Side::Source),
+            37 => self.forget(Side::Target),
             _ => return,
         }
         self.api.version += 1;
@@ -442,6 +458,13 @@ impl World {
                 self.daemons.target_down = true;
                 self.new_alive = false;
             }
+        }
+    }
+
+    /// The object of a node goes, and the node runs on.
+    fn forget(&mut self, side: Side) {
+        if !self.api.absent.contains(&side) {
+            self.api.absent.push(side);
         }
     }
 
