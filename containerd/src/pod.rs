@@ -137,7 +137,8 @@ impl PodArrival {
     /// Has the runtime restore the container, and waits until containerd knows that it runs.
     ///
     /// # Errors
-    /// Why it does not. The order is left unless nothing runs: [`PodArrival::refuse`] takes it away.
+    /// Why it does not. The order is left unless nothing runs: [`PodArrival::refuse`] takes it
+    /// away.
     pub async fn come(&self) -> Result<(), PodError> {
         self.come_by(&Orders::of_node(), START_MAX).await
     }

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use pageferry_cgroup::freezer::Freezer;
 use pageferry_pages::track::shared_bytes;
 use pageferry_pages::track::tree::Tree;
 use pageferry_proto::id::{MigrationId, NetworkName};
@@ -127,6 +128,23 @@ mod as_text {
     }
 }
 
+/// The cgroup that is to hold it, where it can be held.
+fn place(
+    kind: &mut Kind,
+    node: &SourceNode,
+    pids: &[i32],
+    id: MigrationId,
+) -> Result<Freezer, Failure> {
+    let freezer = kind.place(&node.freezers, pids, id)?;
+    match kind.around(&freezer) {
+        Ok(_) => Ok(freezer),
+        Err(error) => {
+            let text = format!("the workload could not be held: {}", chain(&error));
+            Err(Failure::new(ErrorCode::UnsupportedWorkload, text))
+        }
+    }
+}
+
 /// What the workload needs of a node, its CRIU too, and the limits it has here.
 fn add_needs(
     description: &mut WorkloadDescription,
@@ -237,12 +255,7 @@ impl Site {
         if !anchor.is_alive() {
             return Err(ended(root));
         }
-        let freezer = kind.place(&node.freezers, &pids, id)?;
-        let around = kind.around(&freezer);
-        around.map_err(|error| {
-            let text = format!("the workload could not be held: {}", chain(&error));
-            Failure::new(ErrorCode::UnsupportedWorkload, text)
-        })?;
+        let freezer = place(&mut kind, &node, &pids, id)?;
         let state = SiteState {
             kind: kind.clone(),
             started: anchor.identity().started,
