@@ -94,23 +94,32 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
             say(&format!("{id} comes as pod {pod}"));
         }
         Command::Resolve { id, fenced } => {
-            let fenced = match Side::from(fenced) {
-                Side::Source => schema::Side::Source,
-                Side::Target => schema::Side::Target,
-            };
-            let request = ResolveRequest {
-                id: id.to_string(),
-                fenced: fenced.into(),
-            };
-            daemon.resolve(request).await?;
-            say(&format!(
-                "told: see `pageferry show {id}` for what comes of it"
-            ));
+            resolve(daemon, id.to_string(), Side::from(fenced)).await?;
         }
         // They were carried out above.
         Command::Ca(_) | Command::Migrate(_) | Command::Setup(_) => {}
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Tells that a side is dead.
+async fn resolve(
+    mut daemon: ControlClient<Channel>,
+    id: String,
+    fenced: Side,
+) -> Result<(), CallError> {
+    let fenced = match fenced {
+        Side::Source => schema::Side::Source,
+        Side::Target => schema::Side::Target,
+    };
+    let told = format!("told: see `pageferry show {id}` for what comes of it");
+    let request = ResolveRequest {
+        id,
+        fenced: fenced.into(),
+    };
+    daemon.resolve(request).await?;
+    say(&told);
+    Ok(())
 }
 
 async fn migrate(socket: &std::path::Path, arguments: MigrateArgs) -> ExitCode {

@@ -155,7 +155,8 @@ async fn answer_for(node: &Netlink, bridge: &str, addresses: &[IpAddr]) -> Resul
         action: "opening the node's own network",
         source,
     };
-    let own = namespace::open(std::process::id().cast_signed(), NamespaceKind::Net);
+    // That of this thread, as netlink's.
+    let own = namespace::open(nix::unistd::gettid().as_raw(), NamespaceKind::Net);
     let own = own.map_err(io)?;
     let link = LinkDescription {
         name: bridge.to_owned(),

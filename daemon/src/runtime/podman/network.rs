@@ -267,9 +267,12 @@ pub fn held_in(directory: &Path) -> PathBuf {
     directory.join(FOLDER)
 }
 
+/// A network, and the same as podman prints it.
+type Described = (Network, Map<String, Value>);
+
 impl Network {
     /// Asks podman; the same unread, too.
-    fn of(name: &str) -> Result<(Self, Map<String, Value>), Failure> {
+    fn of(name: &str) -> Result<Described, Failure> {
         // It is to be no option.
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
         if name.starts_with('-') || !name.bytes().all(plain) {
@@ -287,7 +290,7 @@ impl Network {
     }
 
     /// The one of that name in what is printed.
-    fn parse(printed: &str, name: &str) -> Result<Option<(Self, Map<String, Value>)>, String> {
+    fn parse(printed: &str, name: &str) -> Result<Option<Described>, String> {
         let all: Vec<Map<String, Value>> =
             serde_json::from_str(printed).map_err(|error| error.to_string())?;
         let is_it = |one: &Map<String, Value>| one.get(NAME).is_some_and(|has| has == name);
