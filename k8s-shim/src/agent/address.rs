@@ -162,6 +162,9 @@ mod tests {
         assert!(left());
         settle(Side::Source, Step::Cleaning, false);
         assert!(!left());
+        // A target gives it back; here both sides are one node.
+        assert!(!away());
+        settle(Side::Source, Step::Moving, false);
         // Not before it is known how it ended.
         settle(Side::Source, Step::Aborting, false);
         assert!(away());
