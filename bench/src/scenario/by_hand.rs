@@ -78,6 +78,7 @@ fn move_pod(
     let patch = json!({"status": {"conditions": [condition]}}).to_string();
     kubectl.run(&["patch", "pod", &name, "--subresource=status", "-p", &patch])?;
     kubectl.delete_pod(&pod.name, &pod.uid)?;
+    fs::remove_file(from.path(left(&pod.uid))).context("no pod of its UID begins anew")?;
     fs::remove_file(to.path(expected(&name))).context("the pod is expected no more")?;
     Ok(moved)
 }
@@ -163,6 +164,11 @@ fn write(node: &Node, path: &str, object: &Value) -> Result<()> {
 /// Where a node's program for addresses looks for a pod that comes.
 fn expected(name: &str) -> String {
     format!("/run/pageferry/ipam/expected/default_{name}")
+}
+
+/// Where it looks for a pod that is not to begin anew.
+fn left(uid: &str) -> String {
+    format!("/var/lib/pageferry/ipam/left/{uid}")
 }
 
 /// Where it looks for an address that is elsewhere.
