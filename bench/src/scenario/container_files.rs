@@ -23,6 +23,7 @@ use super::report::Report;
 use super::settings::{Settings, other};
 use super::writing::WriterSession;
 use crate::client::writer;
+use crate::cluster::wait::until;
 use crate::lab::Lab;
 use crate::lab::init::SHARED;
 use crate::lab::node::Node;
@@ -182,7 +183,10 @@ impl Kill {
         let left = settle(lab, &mut session)?;
         let (here, gone) = (lab.node(&session.at)?, lab.node(left)?);
         session.workload.is_here_as(here, &plan)?;
-        session.workload.is_gone(gone)?;
+        // A runtime that was killed may be outlived for a moment by what it has left.
+        until("nothing is left of it", SETTLE_TIME_MAX, || {
+            session.workload.is_gone(gone)
+        })?;
         if let Some(container) = &session.workload.container {
             let bundle = container::bundle(&container.id);
             ensure!(!gone.path(&bundle).exists(), "{bundle} is at {left} too");
