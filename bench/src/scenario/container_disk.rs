@@ -214,12 +214,7 @@ fn stayed(
     let Err((code, text)) = moved else {
         bail!("it has moved");
     };
-    // A target that gives up stops its streams too, and that may be heard first.
-    let is_stopped = code == "peer-lost" && text.contains("stopped by peer");
-    ensure!(
-        code == "disk-short" || is_stopped,
-        "{code}, and not disk-short: {text}"
-    );
+    ensure!(code == "disk-short", "{code}, and not disk-short: {text}");
     wait_settled(lab, SETTLE_TIME_MAX)?;
     let (here, there) = (lab.node("a")?, lab.node("b")?);
     session.workload.is_here_as(here, plan)?;

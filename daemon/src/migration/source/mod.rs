@@ -518,5 +518,12 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
             "an action that is no operation",
         )),
     };
-    done.unwrap_or_else(SourceEvent::Failure)
+    let failure = match done {
+        Ok(event) => return event,
+        Err(failure) => failure,
+    };
+    if failure.code() == ErrorCode::PeerLost {
+        site.hear_why().await;
+    }
+    SourceEvent::Failure(failure)
 }

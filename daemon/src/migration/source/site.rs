@@ -38,7 +38,7 @@ use pageferry_pages::read::Misses;
 use pageferry_pages::track::Support;
 use pageferry_proto::id::Round;
 use pageferry_proto::migration::policy::{FilesReport, Policy, RoundReport};
-use pageferry_proto::migration::source::SourceEvent;
+use pageferry_proto::migration::source::{SourceEvent, Wait};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::Failure;
 use tokio::task::block_in_place;
@@ -58,6 +58,9 @@ use super::workload::Workload;
 use crate::migration::text::internal;
 use crate::net::stream::DataSender;
 pub use survey::{Asked, Survey};
+
+/// How long a target that takes a stream no more has to say why. It follows at once.
+const WHY_MAX: Duration = Duration::from_millis(500);
 
 /// What every source of this node shares.
 #[derive(Debug, Clone)]
@@ -171,6 +174,13 @@ impl Site {
     /// Sends over this connection from now on.
     pub fn connect(&mut self, data: Option<DataSender>) {
         self.sending.connect(data);
+    }
+
+    /// Waits a moment for what the target has to say, after a stream that it takes no more. A target
+    /// that gives up stops its streams and says why, and the streams may be faster. Once it is
+    /// heard, or that the connection is lost, the wait is cut by what follows.
+    pub(super) async fn hear_why(&self) {
+        drop(self.waits.on(Wait::Held, tokio::time::sleep(WHY_MAX)).await);
     }
 
     /// Puts the tree into its cgroup, attaches to every space, and lets CRIU get ready.
