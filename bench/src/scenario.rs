@@ -25,6 +25,7 @@ pub mod memory;
 pub mod nginx;
 pub mod podman_bridge;
 pub mod podman_errors;
+pub mod podman_pod;
 pub mod pods;
 pub mod redis;
 mod replicas;

@@ -18,6 +18,8 @@ pub mod description;
 pub mod frame;
 pub mod needs;
 pub mod parcel;
+pub mod party;
+pub mod podman_pod;
 pub mod shared;
 pub mod stream;
 pub mod version;

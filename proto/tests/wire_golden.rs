@@ -139,6 +139,8 @@ fn description() -> WorkloadDescription {
         mounts: Vec::new(),
         needs: needs(),
         container: Some(container()),
+        members: Vec::new(),
+        member_name: String::new(),
     }
 }
 

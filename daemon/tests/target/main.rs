@@ -341,6 +341,8 @@ fn description(needs: Needs) -> WorkloadDescription {
         mounts: Vec::new(),
         needs,
         container: None,
+        members: Vec::new(),
+        member_name: String::new(),
     }
 }
 

@@ -457,6 +457,8 @@ fn description() -> WorkloadDescription {
         mounts: Vec::new(),
         needs: Needs::default(),
         container: None,
+        members: Vec::new(),
+        member_name: String::new(),
     }
 }
 

@@ -15,5 +15,6 @@ pub fn container() -> ContainerDescription {
         }),
         podman: None,
         pod: None,
+        podman_pod: None,
     }
 }

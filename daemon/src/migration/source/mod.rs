@@ -17,6 +17,7 @@ pub mod folders;
 mod images;
 mod lo;
 mod locked;
+mod member;
 mod network;
 mod sending;
 pub mod sent;

@@ -10,11 +10,13 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use pageferry_cgroup::freezer::Freezer;
 use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_sys::namespace::{self, NamespaceKind};
 
 use super::lo::Loopback;
+use super::member::Trees;
 use super::waits::Waits;
 use super::workload::Workload;
 use crate::link::announce::announce;
@@ -46,6 +48,8 @@ pub(super) struct Sockets {
     observer: Option<Observer>,
     /// Those of the tree's network namespace, if that is its own.
     connections: Option<Connections>,
+    /// The cgroups of all trees, whose processes may be at either end of a connection.
+    freezers: Vec<Freezer>,
 }
 
 impl Network {
@@ -92,8 +96,9 @@ const LEAD_MAX: Duration = Duration::from_secs(5);
 
 impl Sockets {
     /// Opens what looks at them, before the first freeze has to wait for it.
-    pub(super) fn observe(&mut self, workload: &Workload) -> Result<(), Failure> {
-        let root = workload.root();
+    pub(super) fn observe(&mut self, trees: Trees<'_>) -> Result<(), Failure> {
+        let (workload, root) = (trees.first(), trees.root());
+        self.freezers = trees.freezers();
         let net = workload.own.contains(&NamespaceKind::Net);
         if net {
             self.connections = Some(Connections::of(root)?);
@@ -111,6 +116,11 @@ impl Sockets {
         self.connections.clone()
     }
 
+    /// The cgroups of all trees, once they are observed.
+    pub(super) fn freezers(&self) -> Vec<Freezer> {
+        self.freezers.clone()
+    }
+
     /// What passes the tree's loopback cannot be held back in a freeze, for that reason.
     pub(super) fn ungated(&mut self, why: &str) {
         if let Some(connections) = &mut self.connections {
@@ -119,8 +129,8 @@ impl Sockets {
     }
 
     /// A passing state they are in; first one that needs the other side.
-    pub(super) fn look(&mut self, workload: &Workload) -> Result<Option<Passing>, Failure> {
-        let pids = workload.pids()?;
+    pub(super) fn look(&mut self, trees: Trees<'_>) -> Result<Option<Passing>, Failure> {
+        let pids = trees.pids()?;
         let Some(observer) = &mut self.observer else {
             return Err(Failure::new(
                 ErrorCode::Internal,
@@ -129,7 +139,7 @@ impl Sockets {
         };
         // For less time than it takes to make room for another task.
         let found = observer.look(&pids);
-        let found = found.map_err(|error| unlisted(workload.root(), &error))?;
+        let found = found.map_err(|error| unlisted(trees.root(), &error))?;
         Ok(found.into_iter().min_by_key(|p| p.state.passes_alone()))
     }
 }

@@ -14,6 +14,7 @@ pub mod intake;
 mod locked;
 mod network;
 pub mod orphans;
+pub mod own;
 pub mod site;
 mod stage;
 mod volumes;
@@ -359,7 +360,7 @@ impl TargetDriver {
                 self.await_streams(async move {
                     intake.folders().check_last(last.files)?;
                     intake.complete(last).await?;
-                    locked::check(&intake.images(), last.locks)?;
+                    locked::check(&intake.all_images(), last.locks)?;
                     Ok(TargetEvent::FinalStored)
                 });
             }
