@@ -18,6 +18,7 @@ pub mod description;
 pub mod frame;
 pub mod needs;
 pub mod parcel;
+pub mod parked;
 pub mod party;
 pub mod podman_pod;
 pub mod shared;

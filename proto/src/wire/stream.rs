@@ -39,6 +39,8 @@ pub enum StreamKind {
     Digests = 4,
     /// What a folder has that the target lacks.
     Files = 5,
+    /// Frames that came for a workload that stands still.
+    Parked = 6,
 }
 
 /// The first bytes of every stream.
@@ -108,6 +110,12 @@ pub enum StreamError {
     /// Not a name of an image file.
     #[error("image file name {0:?} is not 1 to 255 of A-Za-z0-9._- after a first without a dot")]
     ImageName(String),
+    /// A link that no workload has.
+    #[error("a parked frame of link {0}: a workload has at most 16")]
+    Link(u8),
+    /// A frame that is too short or too long to be one.
+    #[error("a parked frame of {0} bytes")]
+    Frame(usize),
 }
 
 impl StreamKind {
@@ -118,7 +126,8 @@ impl StreamKind {
             3 => Some(Self::ImageFile),
             4 => Some(Self::Digests),
             5 => Some(Self::Files),
-            0 | 6..=u8::MAX => None,
+            6 => Some(Self::Parked),
+            0 | 7..=u8::MAX => None,
         }
     }
 }
@@ -341,12 +350,12 @@ pub fn unseal(bytes: &[u8]) -> Result<&[u8], StreamError> {
     Ok(body)
 }
 
-fn take_generation(rest: &mut &[u8]) -> Result<Generation, StreamError> {
+pub(super) fn take_generation(rest: &mut &[u8]) -> Result<Generation, StreamError> {
     let number = u32::from_le_bytes(take(rest)?);
     Generation::new(number).map_err(StreamError::Generation)
 }
 
-fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], StreamError> {
+pub(super) fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], StreamError> {
     let truncated = StreamError::Truncated {
         length: rest.len(),
         needed: N,
@@ -401,11 +410,12 @@ mod tests {
             StreamKind::ImageFile,
             StreamKind::Digests,
             StreamKind::Files,
+            StreamKind::Parked,
         ] {
             let prefix = StreamPrefix { kind, migration };
             assert_eq!(StreamPrefix::decode(&prefix.encode()), Ok(prefix));
         }
-        for kind in [0, 6, 255] {
+        for kind in [0, 7, 255] {
             let mut bytes = [7; StreamPrefix::BYTES];
             bytes[0] = kind;
             assert_eq!(StreamPrefix::decode(&bytes), Err(StreamError::Kind(kind)));

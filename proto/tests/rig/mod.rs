@@ -116,6 +116,7 @@ impl Source {
         source.hear(TargetMessage::Accepted {
             incarnation: INCARNATION,
             kept: Vec::new(),
+            parks: false,
         });
         source.feed(SourceEvent::TrackingReady {
             memory: PageCount(1000),
