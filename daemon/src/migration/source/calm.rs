@@ -69,7 +69,11 @@ pub(super) async fn freeze(
     let frozen = Instant::now();
     // Before anything is looked at: kernels send for those that are frozen, too.
     network.lo.shut()?;
+    network.parking.shut()?;
     let found = network.sockets.look(trees)?;
+    if found.is_none() {
+        network.parking.keep_unread(&trees.pids()?);
+    }
     tracing::debug!(took = ?began.elapsed(), looked = ?frozen.elapsed(), "frozen");
     Ok(found)
 }
@@ -101,8 +105,13 @@ async fn close_calmly(
     glance: Glance,
     waits: &Waits,
 ) -> Result<Option<Passing>, Failure> {
-    let Network { ports, sockets, .. } = network;
-    let gate = ports.gate()?;
+    let Network {
+        ports,
+        sockets,
+        parking,
+        ..
+    } = network;
+    let gate = ports.gate(parking)?;
     for closing in 1..=CLOSINGS_MAX {
         // Closing the ports would not end it, and would hold up what does.
         if (1 < closing || glance.is_old())

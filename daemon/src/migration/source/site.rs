@@ -58,6 +58,7 @@ use super::sent::Sent;
 use super::storage::Kept;
 use super::tracking::{Budget, Paused};
 use super::waits::Waits;
+use crate::link::park::Means;
 use crate::migration::text::internal;
 use crate::net::stream::DataSender;
 use crate::runtime::kind::{Kind, Party};
@@ -90,6 +91,8 @@ pub struct SourceNode {
     pub eager_memory_max: u64,
     /// Where folders go that have left with their workload.
     pub keep: Keep,
+    /// How what comes for a frozen workload is kept.
+    pub parking: Means,
 }
 
 impl SourceNode {
@@ -180,9 +183,11 @@ impl Site {
         self.members[0].tracking.paused()
     }
 
-    /// The target has, of folders that travel, these as they were when they left it.
-    pub fn accepted(&mut self, kept: &[u32]) {
+    /// The target has, of folders that travel, these as they were when they left it, and takes what
+    /// comes for the frozen workload if it parks.
+    pub fn accepted(&mut self, kept: &[u32], parks: bool) {
         self.folders.accepted(kept);
+        self.network.parking.accepted(parks);
     }
 
     /// Sends over this connection from now on.
@@ -201,6 +206,8 @@ impl Site {
             // Nothing was sent that could be void.
             self.scan().map(drop)
         })?;
+        let tree = Trees::of(&self.members).first();
+        self.network.park(self.node.parking, tree).await?;
         self.begin_dumping()
     }
 
@@ -340,7 +347,9 @@ impl Site {
             block_in_place(|| member.locks.check_again(&pids))?;
         }
         let mut members = self.members.iter_mut();
-        members.try_for_each(|member| member.workload.hold_alone())
+        members.try_for_each(|member| member.workload.hold_alone())?;
+        self.network.parking.commit();
+        Ok(())
     }
 
     /// Lets go of file locks that the target must have, when the commit is durable. The trees stay
@@ -389,9 +398,7 @@ impl Site {
         }
         let thawed = self.members.iter_mut().map(|member| member.workload.thaw());
         thawed.fold(Ok(()), Result::and)?;
-        if let Some(gate) = self.network.ports.gate()? {
-            gate.open_all().await?;
-        }
+        self.network.reopen(untrack).await?;
         if !untrack {
             self.begin_dumping()?;
             return Ok(lost);
@@ -420,12 +427,8 @@ impl Site {
             .lead_away(self.trees().first(), self.peer)
             .await;
         // First the links: whatever the dying sockets say reaches nobody.
-        if let Some(gate) = self.network.ports.gate()? {
-            match self.has_engine_network() {
-                true => gate.shut().await?,
-                false => gate.delete().await?,
-            }
-        }
+        let (engines, tree) = (self.has_engine_network(), Trees::of(&self.members).first());
+        self.network.leave(tree, engines).await?;
         let mut endings = Vec::new();
         for member in &mut self.members {
             endings.extend(member.dumping.commit().await);
@@ -450,6 +453,12 @@ impl Site {
         }
         drop(fs::remove_dir_all(&self.directory));
         Ok(())
+    }
+
+    /// What still comes for a workload that is released need not be sent on any more.
+    pub async fn relayed(&mut self) {
+        let (engines, tree) = (self.has_engine_network(), Trees::of(&self.members).first());
+        self.network.relayed(tree, engines).await;
     }
 
     fn has_engine_network(&self) -> bool {

@@ -35,6 +35,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::folders::Folders;
+use super::parking::Parking;
 use crate::migration::text::{chain, internal};
 use crate::net::lanes::DataReceiver;
 use crate::net::stream::{DataStream, StreamReader};
@@ -53,6 +54,7 @@ pub struct Intake {
 struct Shared {
     receiver: Receiver,
     folders: Folders,
+    parking: Parking,
     /// Has a folder for each member's images of the attempt that is collected.
     images: PathBuf,
     /// How many members come.
@@ -121,18 +123,26 @@ impl Intake {
     ) -> Result<Self, Failure> {
         drop(fs::remove_dir_all(&images));
         fs::create_dir_all(&images).map_err(|error| image_failed(&images, &error))?;
-        Ok(Self::over(store, images, folders, threads))
+        let parking = Parking::default();
+        Ok(Self::over(store, images, (folders, parking), threads))
     }
 
     /// An intake that nothing will come to: that of a workload which is already restored.
     pub fn detached(store: Arc<Store>, folders: Folders) -> Self {
-        Self::over(store, PathBuf::new(), folders, 1)
+        let parking = Parking::closed();
+        Self::over(store, PathBuf::new(), (folders, parking), 1)
     }
 
-    fn over(store: Arc<Store>, images: PathBuf, folders: Folders, threads: usize) -> Self {
+    fn over(
+        store: Arc<Store>,
+        images: PathBuf,
+        (folders, parking): (Folders, Parking),
+        threads: usize,
+    ) -> Self {
         let shared = Shared {
             receiver: Receiver::new(store, threads),
             folders,
+            parking,
             images,
             members: AtomicUsize::new(1),
             places: Arc::new(Semaphore::new(STREAMS_MAX)),
@@ -200,6 +210,11 @@ impl Intake {
     /// Folders that come with the workload.
     pub fn folders(&self) -> &Folders {
         &self.shared.folders
+    }
+
+    /// What came for the workload while it stood still.
+    pub fn parking(&self) -> &Parking {
+        &self.shared.parking
     }
 
     /// The store.
@@ -312,6 +327,7 @@ impl Shared {
             }
             StreamKind::LiveSet => self.take_live(&whole(&mut reader).await?),
             StreamKind::Digests => self.take_digests(&whole(&mut reader).await?),
+            StreamKind::Parked => self.parking.take(&whole(&mut reader).await?),
             StreamKind::Files => {
                 let header = Folders::header(&mut reader).await?;
                 self.enter(|ledger| ledger.admit_files(header.round))?;

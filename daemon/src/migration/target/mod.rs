@@ -15,6 +15,7 @@ mod locked;
 mod network;
 pub mod orphans;
 pub mod own;
+pub mod parking;
 pub mod site;
 mod stage;
 mod volumes;
@@ -388,7 +389,10 @@ impl TargetDriver {
             TargetAction::Send(mut message) => {
                 match &mut message {
                     TargetMessage::Started { root_pid, .. } => *root_pid = self.root_pid,
-                    TargetMessage::Accepted { kept, .. } => *kept = self.intake.folders().kept(),
+                    TargetMessage::Accepted { kept, parks, .. } => {
+                        *kept = self.intake.folders().kept();
+                        *parks = self.intake.parking().is_open();
+                    }
                     _ => {}
                 }
                 // Without a session the source asks again when it is back.

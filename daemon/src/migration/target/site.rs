@@ -10,6 +10,7 @@ mod files;
 mod go;
 mod loopback;
 mod network;
+mod parking;
 mod party;
 mod pod;
 mod request;
@@ -51,6 +52,7 @@ use crate::runtime::shared::lengths;
 use crate::runtime::{detached, identity};
 pub use go::LetGoError;
 use network::EngineNetwork;
+use parking::Offered;
 use pod::Pod;
 use seat::{Seat, SeatState};
 
@@ -92,6 +94,8 @@ pub struct TargetNode {
     pub shelf: Shelf,
     /// Threads that decode.
     pub workers: usize,
+    /// Whether what came for a frozen workload is taken from its source.
+    pub parks: bool,
 }
 
 /// What a restarted daemon needs to find: kept in the journal.
@@ -124,6 +128,8 @@ pub struct Site {
     engine_network: Option<EngineNetwork>,
     /// Why what passes its loopback cannot be held back here, if so.
     ungated: Option<String>,
+    /// Its links as they are offered, once they are.
+    offered: Offered,
     /// What a pod is joined to, until it has the names and the rank that it is to have here.
     pod: Option<Pod>,
     intake: Arc<Intake>,
@@ -146,6 +152,9 @@ impl Site {
         let store = Arc::new(Store::new(UNPROMISED));
         let folders = Folders::new(node.shelf.clone(), id);
         let intake = Intake::new(store, images, folders, node.workers)?;
+        if !node.parks {
+            intake.parking().close();
+        }
         Ok(Self::with(node, id, intake))
     }
 
@@ -160,6 +169,7 @@ impl Site {
             network: None,
             engine_network: None,
             ungated: None,
+            offered: Offered::default(),
             pod: None,
             intake: Arc::new(intake),
             settling: None,
@@ -255,6 +265,7 @@ impl Site {
         // Files may be on storage that does not answer.
         detached::done("check", move || kinds.check(&described)).await??;
         self.admit(offer)?;
+        self.offered = Offered::of(&description.links);
         self.seat(coming.members.len())?;
         self.make_folders()?;
         self.intake.expect(self.seats.len());
@@ -293,6 +304,7 @@ impl Site {
         self.start_pagers().await?;
         if let Some(net) = self.join_engine_network().await? {
             self.hand_over_loopback_of(&net).await?;
+            self.await_frames().await;
         }
         block_in_place(|| self.find_overlays())?;
         self.state()
@@ -336,6 +348,7 @@ impl Site {
     /// Starts the pager of each member, and in it a CRIU that waits.
     async fn start_pagers(&mut self) -> Result<(), Failure> {
         let gate = self.loopback_gate();
+        self.await_frames().await;
         let images = self.images();
         let namespaces = request::criu_namespaces(&self.namespaces)?;
         let inside: (&request::CriuNamespaces<'_>, Option<&LoGate>) = (&namespaces, gate.as_ref());
@@ -404,6 +417,7 @@ impl Site {
             // It has made another network, too. Its loopback was not shut: that restore would have
             // failed if it had to be.
             self.join_engine_network().await?;
+            self.await_frames().await;
         }
         self.restore_time = restored.iter().map(seat::took).max();
         for seat in &self.seats {

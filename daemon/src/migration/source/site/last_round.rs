@@ -51,6 +51,9 @@ impl Site {
     ) -> Result<SourceEvent, Failure> {
         let attempt = Attempt { generation, round };
         let began = Instant::now();
+        self.network
+            .parking
+            .forward(self.sending.data()?, generation);
         let mut scans = match self.last_scan().await? {
             Ok(scans) => scans,
             Err(unfit) => return self.unfit(unfit),

@@ -68,6 +68,11 @@ impl Site {
             folders.try_for_each(|folder| about_to_run(folder))
         })?;
         let went = self.go().await;
+        match &went {
+            Err(LetGoError::NeverRan(_)) => self.intake.parking().close(),
+            // Also if it is not known whether it runs: nobody else would let anything pass.
+            Ok(()) | Err(_) => self.deliver_frames(),
+        }
         let folders = self.seats.iter().map(|seat| &seat.directory);
         block_in_place(|| match &went {
             // An engine's container is not ours to remove any more.
