@@ -310,7 +310,7 @@ impl Stopped {
         self.stop_process(pid)
     }
 
-    fn stop_first(&mut self, lab: &Lab, node: &str, command: &str) -> Result<Struck> {
+    pub(super) fn stop_first(&mut self, lab: &Lab, node: &str, command: &str) -> Result<Struck> {
         let pids = lab.node(node)?.host_processes_named(command);
         let Some(pid) = pids.first() else {
             return Ok(Struck::Missed);
