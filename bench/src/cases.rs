@@ -15,6 +15,7 @@
 //! After a check the state is arranged anew.
 
 pub mod backlog;
+pub mod echo;
 pub mod ipc;
 pub mod job_control;
 pub mod lock;
@@ -90,6 +91,7 @@ fn start(name: &str, folder: &Path) -> Result<Box<dyn Case>> {
         "tcp-backlog" => Ok(backlog::Backlogged::start(phase, false)),
         "tcp-connecting" => Ok(backlog::Backlogged::start(phase, true)),
         "netlink-queue" => Ok(netlink::Unread::start(phase)),
+        "echo" => echo::Echo::start(),
         "vfork" => vfork::Waiting::start(phase),
         "stopped-children" => job_control::Stopped::start(false),
         "stopped-children-told-once" => job_control::Stopped::start(true),

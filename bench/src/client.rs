@@ -1,5 +1,6 @@
 //! Clients of the workloads, in the lab's client namespace: what a user of the workload would see.
 
+pub mod datagrams;
 pub mod http;
 pub mod lines;
 pub mod load;

@@ -26,7 +26,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::Flock;
 use nix::sys::signal::{SigSet, Signal};
 
-use daemon::Daemon;
+use daemon::{Daemon, DaemonPlan};
 use layer::LayerPlan;
 use network::Link;
 use node::{Holder, Node, NodePlan};
@@ -164,9 +164,8 @@ impl Lab {
         Ok(())
     }
 
-    /// Replaces all daemons by ones whose CRIU has a tracer, or none. No migration may be under
-    /// way.
-    pub fn restart_daemons(&mut self, tracer: bool) -> Result<()> {
+    /// Replaces all daemons by others. No migration may be under way.
+    pub fn restart_daemons(&mut self, plan: &DaemonPlan) -> Result<()> {
         let names: Vec<String> = self
             .nodes
             .iter()
@@ -174,7 +173,7 @@ impl Lab {
             .collect();
         for name in names {
             let bridge = &self.state.bridge;
-            daemon::write_config(self.node(&name)?, &self.nodes, bridge, tracer)?;
+            daemon::write_config(self.node(&name)?, &self.nodes, bridge, plan)?;
             self.daemon(&name)?.kill()?;
             self.restart_daemon(&name)?;
         }

@@ -23,8 +23,10 @@ pub mod kubernetes;
 pub mod locks;
 pub mod memory;
 pub mod nginx;
+pub mod parking;
 pub mod podman_bridge;
 pub mod podman_errors;
+pub mod podman_pod;
 pub mod pods;
 pub mod redis;
 mod replicas;
@@ -60,7 +62,7 @@ const DEMO: &str = "demo";
 const CONTAINERS: &str = "containers";
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 17] = [
+pub const ALL: [Scenario; 18] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -114,6 +116,12 @@ pub const ALL: [Scenario; 17] = [
         summary: "20 moves of a web server under 500 new connections per second",
         cases: true,
         run: nginx::run,
+    },
+    Scenario {
+        name: "parking",
+        summary: "what comes in the freeze reaches the workload: TCP, UDP, new connections",
+        cases: true,
+        run: parking::run,
     },
     Scenario {
         name: "apps",

@@ -11,6 +11,7 @@ pub mod containerd;
 pub mod launch;
 pub mod nginx;
 pub mod podman;
+pub mod podman_pod;
 pub mod redis;
 pub mod whose;
 pub mod writer;
@@ -41,6 +42,8 @@ pub struct Workload {
     pub container: Option<Container>,
     /// The id that it has at containerd, if that has it.
     pub containerd: Option<String>,
+    /// What podman calls it, if it is a pod of podman.
+    pub pod: Option<String>,
 }
 
 /// How to start one.
@@ -62,6 +65,7 @@ impl Workload {
             link: WorkloadLink::new(number),
             container: None,
             containerd: None,
+            pod: None,
         };
         let spec = LaunchSpec {
             pid: workload.pid,
@@ -103,6 +107,9 @@ impl Workload {
 
     /// The name by which pageferry knows it.
     pub fn name(&self) -> String {
+        if let Some(pod) = &self.pod {
+            return format!("podman-pod/{pod}");
+        }
         match (&self.container, &self.containerd) {
             (Some(container), _) => container.name(),
             (_, Some(id)) => format!("containerd/default/{id}"),
@@ -125,6 +132,9 @@ impl Workload {
         let deadline = Instant::now() + END_TIME_MAX;
         loop {
             self.signal(lab)?;
+            if let Some(pod) = &self.pod {
+                return podman_pod::delete(lab, pod);
+            }
             if !lab.nodes.iter().any(|node| self.is_at(node)) {
                 return match (&self.container, &self.containerd) {
                     (Some(container), _) => container::delete(lab, container),

@@ -113,6 +113,19 @@ fn containers_move_there_and_back_as_their_runtimes_own() {
     check(&["containers", "--only", "few"], 10);
 }
 
+/// A pod of podman with three containers, two of which talk to each other over its loopback, and a
+/// client outside.
+#[test]
+fn a_pod_of_podman_moves_there_and_back_as_one() {
+    check(&["containers", "--only", "podman-pod"], 4);
+}
+
+/// Whoever moves one of its containers is killed: all of it runs at one node.
+#[test]
+fn a_pod_of_podman_runs_at_one_node_whoever_is_killed() {
+    check(&["containers", "--only", "podman-pod-faults"], 1);
+}
+
 /// A container writes to its root file system, and to files of its image, and is moved there and
 /// back; and whoever takes part is killed.
 #[test]

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use pageferry_proto::id::NodeName;
 
+use crate::config::parking::Parking;
 use crate::config::units::{Bytes, Span};
 
 /// Moves live process trees to other nodes, and takes theirs.
@@ -61,6 +62,10 @@ pub struct DaemonArgs {
     /// Bridge whose ports the links of workloads become [default: none, only bare processes]
     #[arg(long, value_name = "NAME", help_heading = "Machinery")]
     pub bridge: Option<String>,
+    /// How packets are kept that come for a workload that stands still: auto; capture, without
+    /// programs of the kernel; or off, which drops them [default: auto]
+    #[arg(long, value_name = "MEANS", help_heading = "Machinery")]
+    pub parking: Option<Parking>,
     /// The criu to run [default: criu, looked for in PATH]
     #[arg(long, value_name = "FILE", help_heading = "Machinery")]
     pub criu: Option<PathBuf>,

@@ -23,10 +23,12 @@ use pageferry_proto::id::NodeName;
 use pageferry_proto::migration::policy::ROUNDS_LIMIT;
 use toml::{Table, Value};
 
+use self::parking::Parking;
 use self::units::{Bytes, Span};
 use crate::args::DaemonArgs;
 use crate::net::tls::TlsFiles;
 
+pub mod parking;
 pub mod units;
 
 /// Everything a daemon is told.
@@ -46,6 +48,8 @@ pub struct Config {
     pub peers: BTreeMap<NodeName, SocketAddr>,
     /// Bridge whose ports the links of workloads become.
     pub bridge: Option<String>,
+    /// How what comes for a workload that stands still is kept.
+    pub parking: Parking,
     /// The criu to run: a path, or a name to look for in `PATH`.
     pub criu: PathBuf,
     /// Library preloaded into criu.
@@ -238,6 +242,10 @@ impl Config {
             },
             peers: peers(&mut root, args, &node)?,
             bridge: args.bridge.clone().or(network.string("bridge")?),
+            parking: args
+                .parking
+                .or(network.parsed("parking")?)
+                .unwrap_or(Parking::Auto),
             criu: path(&args.criu, criu.path("path")?, CRIU),
             view_library: path(
                 &args.criu_view_library,

@@ -5,7 +5,7 @@
 //! reaches it finds a daemon that knows all its migrations.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +21,9 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api;
 use crate::config::Config;
+use crate::config::parking::Parking;
 use crate::link::hold::Holds;
+use crate::link::park::Means;
 use crate::link::route;
 use crate::migration::journal::Journals;
 use crate::migration::registry::{Registry, RegistryParts};
@@ -43,9 +45,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(60);
 /// Runs a daemon until it is told to stop by SIGTERM or SIGINT. Migrations under way are not waited
 /// for: their journals let the next daemon go on with them.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    let migrations = config.run_dir.join("migrations");
-    fs::create_dir_all(&migrations)
-        .with_context(|| format!("creating {}", migrations.display()))?;
+    let migrations = make_migrations(&config)?;
     raise_descriptor_limit();
     let support = Support::probe().context("this node cannot be a source or a target")?;
     let freezers = FreezerRoot::detect().context("this node cannot freeze workloads")?;
@@ -72,6 +72,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             workers,
             eager_memory_max: config.limits.eager_memory_max,
             keep: shelf.keep(),
+            parking: means(config.parking),
         },
         target: TargetNode {
             criu: config.criu.clone(),
@@ -87,6 +88,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             memory,
             shelf,
             workers,
+            parks: config.parking != Parking::Off,
         },
         endpoint: Arc::clone(&endpoint),
         journals,
@@ -110,6 +112,22 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     registry.give_up().await;
     served.stop().await;
     Ok(())
+}
+
+/// The folder in which each migration has one of its own.
+fn make_migrations(config: &Config) -> anyhow::Result<PathBuf> {
+    let migrations = config.run_dir.join("migrations");
+    let made = fs::create_dir_all(&migrations);
+    made.with_context(|| format!("creating {}", migrations.display()))?;
+    Ok(migrations)
+}
+
+fn means(parking: Parking) -> Means {
+    match parking {
+        Parking::Auto => Means::Auto,
+        Parking::Capture => Means::Capture,
+        Parking::Off => Means::Off,
+    }
 }
 
 /// Tells engines, again and again, what they could not be told when it happened.

@@ -7,6 +7,10 @@ use std::fmt;
 use std::num::NonZeroU32;
 use std::str::FromStr;
 
+pub use member::{MEMBERS_MAX, MemberIndex, SpaceId};
+
+mod member;
+
 /// One migration, from the offer to its end. Chosen at random by the source's daemon.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MigrationId([u8; MigrationId::BYTES]);
@@ -21,11 +25,6 @@ pub struct Generation(NonZeroU32);
 /// has been sending pages to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Incarnation(pub u64);
-
-/// One address space of a migration: the pid of its leader as seen in the pid namespace of the
-/// workload's root, which is what CRIU names it by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SpaceId(pub u32);
 
 /// One pass of pre-copy over all spaces. Starts at 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -53,6 +52,8 @@ pub enum WorkloadName {
     Pod(PodUid),
     /// A container of podman: `podman/NAME`.
     Podman(ContainerId),
+    /// A pod of podman, with all its containers: `podman-pod/NAME`.
+    PodmanPod(ContainerId),
     /// A process tree, named by the pid of its root in the node's pid namespace, which is at least
     /// 1: `process/PID`.
     Process(i32),
@@ -71,6 +72,8 @@ pub enum WorkloadKind {
     Pod,
     /// A container of podman.
     Podman,
+    /// A pod of podman.
+    PodmanPod,
     /// A bare process tree.
     Process,
     /// A container of runc alone.
@@ -137,6 +140,12 @@ pub enum IdError {
         /// What stands for a kind in it.
         kind: String,
     },
+    /// More members than a party has.
+    #[error("there is no member {0} of a workload: there are at most {MEMBERS_MAX}, from 0")]
+    Member(usize),
+    /// A pid that no kernel has.
+    #[error("pid {0} is more than the number of an address space can say")]
+    SpacePid(u32),
     /// Generation 0.
     #[error("generation 0 is never valid")]
     GenerationZero,
@@ -220,12 +229,6 @@ impl fmt::Display for Generation {
 impl fmt::Display for Incarnation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)
-    }
-}
-
-impl fmt::Display for SpaceId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
     }
 }
 
@@ -374,11 +377,12 @@ const NAME_BYTES_MAX: usize = 128;
 
 impl WorkloadKind {
     /// Every kind, in the order of their names.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Containerd,
         Self::Crun,
         Self::Pod,
         Self::Podman,
+        Self::PodmanPod,
         Self::Process,
         Self::Runc,
     ];
@@ -390,6 +394,7 @@ impl WorkloadKind {
             Self::Crun => "crun",
             Self::Pod => "pod",
             Self::Podman => "podman",
+            Self::PodmanPod => "podman-pod",
             Self::Process => "process",
             Self::Runc => "runc",
         }
@@ -410,6 +415,7 @@ impl WorkloadName {
             Self::Crun(_) => WorkloadKind::Crun,
             Self::Pod(_) => WorkloadKind::Pod,
             Self::Podman(_) => WorkloadKind::Podman,
+            Self::PodmanPod(_) => WorkloadKind::PodmanPod,
             Self::Process(_) => WorkloadKind::Process,
             Self::Runc(_) => WorkloadKind::Runc,
         }
@@ -421,7 +427,9 @@ impl fmt::Display for WorkloadName {
         let kind = self.kind();
         match self {
             Self::Containerd { namespace, id } => write!(f, "{kind}/{namespace}/{id}"),
-            Self::Crun(name) | Self::Podman(name) | Self::Runc(name) => write!(f, "{kind}/{name}"),
+            Self::Crun(name) | Self::Podman(name) | Self::PodmanPod(name) | Self::Runc(name) => {
+                write!(f, "{kind}/{name}")
+            }
             Self::Pod(uid) => write!(f, "{kind}/{uid}"),
             Self::Process(pid) => write!(f, "{kind}/{pid}"),
         }
@@ -451,6 +459,7 @@ impl FromStr for WorkloadName {
             WorkloadKind::Crun => name.parse().map(Self::Crun),
             WorkloadKind::Pod => name.parse().map(Self::Pod),
             WorkloadKind::Podman => name.parse().map(Self::Podman),
+            WorkloadKind::PodmanPod => name.parse().map(Self::PodmanPod),
             WorkloadKind::Process => match parse_pid(name) {
                 Some(pid) => Ok(Self::Process(pid)),
                 None => Err(IdError::Pid(text.to_owned())),

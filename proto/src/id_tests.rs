@@ -50,6 +50,7 @@ fn a_workload_name_reads_what_it_prints() {
         "crun/web_1",
         "pod/0b6ab9a8-5f4e-4b6c-9a3e-2f6f3a0c1d2e",
         "podman/web",
+        "podman-pod/shop",
         "process/4711",
         "runc/a.b+c-d",
     ];
@@ -132,7 +133,7 @@ fn a_kind_that_is_none_is_refused_by_its_name() {
         let refused = text.parse::<WorkloadName>().unwrap_err();
         let expected = format!(
             "workload {text:?} is of no known kind: {kind:?} is not one of containerd, crun, \
-             pod, podman, process, runc"
+             pod, podman, podman-pod, process, runc"
         );
         assert_eq!(refused.to_string(), expected);
     }

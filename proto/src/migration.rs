@@ -21,6 +21,7 @@
 
 pub mod handoff;
 pub mod ledger;
+pub mod parked;
 pub mod policy;
 pub mod record;
 pub mod source;

@@ -83,9 +83,10 @@ fn an_offer_says_which_folders_travel_and_the_answer_which_of_them_are_kept() {
     let accepted = Message::from(TargetMessage::Accepted {
         incarnation: INCARNATION,
         kept: vec![0, 3],
+        parks: true,
     });
     let bytes = accepted.encode().unwrap();
-    assert!(bytes.ends_with(b"\x12\x02\x00\x03"), "{bytes:x?}");
+    assert!(bytes.ends_with(b"\x12\x02\x00\x03\x18\x01"), "{bytes:x?}");
     assert_eq!(Message::decode(&bytes[frame::HEADER_BYTES..]), Ok(accepted));
 }
 

@@ -86,6 +86,7 @@ fn an_offer_is_accepted_when_everything_is_prepared_and_that_is_on_disk() {
     let accept = TargetMessage::Accepted {
         incarnation: INCARNATION,
         kept: Vec::new(),
+        parks: false,
     };
     assert_eq!(target.journalled(accepted()), [send(accept)]);
     let mut target = Target::new();

@@ -139,6 +139,8 @@ fn description() -> WorkloadDescription {
         mounts: Vec::new(),
         needs: needs(),
         container: Some(container()),
+        members: Vec::new(),
+        member_name: String::new(),
     }
 }
 
@@ -327,9 +329,8 @@ fn messages_of_the_source_keep_their_bytes() {
 fn messages_of_the_target_keep_their_bytes() {
     let generation = generation();
     let incarnation = Incarnation(0x0102_0304_0506_0708);
-    let kept = Vec::new();
     check(
-        TargetMessage::Accepted { incarnation, kept },
+        container::accepted(incarnation),
         &expect![[r#"
         0c000000820309090807060504030201
     "#]],

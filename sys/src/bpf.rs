@@ -78,7 +78,7 @@ pub fn open_iterator(link: impl AsFd) -> io::Result<File> {
 }
 
 /// Loads a program that is run for every packet (`BPF_PROG_TYPE_SCHED_CLS`), to be attached to what
-/// leaves by a link.
+/// leaves by a link, or by whoever has its descriptor to what comes in by one.
 pub fn load_classifier(instructions: &[u64], license: &CStr) -> io::Result<OwnedFd> {
     let count = u32::try_from(instructions.len()).map_err(io::Error::other)?;
     let mut attributes = ProgramAttributes {

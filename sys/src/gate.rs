@@ -95,7 +95,7 @@ fn program(is_shut: &Number, passes: i32) -> [u64; 16] {
 }
 
 /// `struct bpf_insn`.
-fn instruction(code: u8, (to, from): (u8, u8), offset: i16, number: i32) -> u64 {
+pub(crate) fn instruction(code: u8, (to, from): (u8, u8), offset: i16, number: i32) -> u64 {
     let [low, high] = offset.to_ne_bytes();
     let [a, b, c, d] = number.to_ne_bytes();
     let registers = match cfg!(target_endian = "little") {
@@ -105,12 +105,12 @@ fn instruction(code: u8, (to, from): (u8, u8), offset: i16, number: i32) -> u64 
     u64::from_ne_bytes([code, registers, low, high, a, b, c, d])
 }
 
-const EXIT: u64 = u64::from_ne_bytes([0x95, 0, 0, 0, 0, 0, 0, 0]);
+pub(crate) const EXIT: u64 = u64::from_ne_bytes([0x95, 0, 0, 0, 0, 0, 0, 0]);
 
 /// Of `mark` in `struct __sk_buff`.
 const MARK_OFFSET: i16 = 8;
-const TCX_NEXT: i32 = -1;
-const TCX_DROP: i32 = 2;
+pub(crate) const TCX_NEXT: i32 = -1;
+pub(crate) const TCX_DROP: i32 = 2;
 
 #[cfg(test)]
 mod tests {

@@ -11,6 +11,7 @@
 pub mod bound;
 pub mod bpf;
 pub mod cpu;
+pub mod divert;
 pub mod fdpass;
 pub mod gate;
 pub mod heap;
@@ -22,6 +23,8 @@ pub mod panic;
 pub mod priority;
 pub mod process_vm;
 pub mod ptrace;
+pub mod tap;
 pub mod task;
 pub mod track;
 pub mod uffd;
+pub mod unread;

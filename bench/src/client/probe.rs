@@ -42,7 +42,7 @@ impl Prober {
     }
 
     /// Asks `question`, to which the answer is one line.
-    fn start(net: &OwnedFd, target: SocketAddr, question: &'static [u8]) -> Result<Self> {
+    pub fn start(net: &OwnedFd, target: SocketAddr, question: &'static [u8]) -> Result<Self> {
         let stream = in_network(net, || TcpStream::connect_timeout(&target, ANSWER_TIME_MAX))?;
         let stream = stream.with_context(|| format!("connecting to {target}"))?;
         stream.set_nodelay(true)?;

@@ -16,6 +16,25 @@ pub struct Daemon {
     log: PathBuf,
 }
 
+/// How a daemon is to be, where that may differ.
+#[derive(Clone, Copy, Debug)]
+pub struct DaemonPlan {
+    /// Whether its CRIU has a tracer.
+    pub tracer: bool,
+    /// How it keeps what comes for a frozen workload.
+    pub parking: &'static str,
+}
+
+impl Default for DaemonPlan {
+    /// As one is by itself.
+    fn default() -> Self {
+        Self {
+            tracer: true,
+            parking: "auto",
+        }
+    }
+}
+
 /// Makes one authority for the lab and gives each node its certificate and its configuration.
 ///
 /// The authority's key stays in the first node's folder of the lab, where nobody else looks.
@@ -32,15 +51,15 @@ pub fn configure(nodes: &[Node], bridge: &str) -> Result<()> {
             fs::copy(issued.join(file), config.join(file))
                 .with_context(|| format!("giving node {} its {file}", node.name()))?;
         }
-        write_config(node, nodes, bridge, true)?;
+        write_config(node, nodes, bridge, &DaemonPlan::default())?;
     }
     Ok(())
 }
 
 /// Says how the daemon of a node is to be, from its next start on.
-pub fn write_config(node: &Node, nodes: &[Node], bridge: &str, tracer: bool) -> Result<()> {
+pub fn write_config(node: &Node, nodes: &[Node], bridge: &str, plan: &DaemonPlan) -> Result<()> {
     let path = node.path(CONFIG_FOLDER).join("pageferryd.toml");
-    let text = config_text(node, nodes, bridge, tracer);
+    let text = config_text(node, nodes, bridge, plan);
     fs::write(path, text).context("writing the configuration")
 }
 
@@ -51,9 +70,11 @@ fn pageferry(node: &Node, arguments: &[&str]) -> Result<String> {
         .context("making certificates")
 }
 
-fn config_text(node: &Node, nodes: &[Node], bridge: &str, tracer: bool) -> String {
+fn config_text(node: &Node, nodes: &[Node], bridge: &str, plan: &DaemonPlan) -> String {
+    let DaemonPlan { tracer, parking } = plan;
     let mut text = format!(
         "node = \"{}\"\nlisten = \"{}:{PORT}\"\n\n[network]\nbridge = \"{bridge}\"\n\
+         parking = \"{parking}\"\n\
          \n[criu]\ntracer = {tracer}\n",
         node.name(),
         node.address()

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
-use super::faults::{Stopped, Struck, signal_first, wait_for_phase};
+use super::faults::{Stopped, Struck, signal_one, wait_for_phase};
+use super::podman_pod::PodSession;
 use super::report::Report;
 use super::session::Session;
 use super::settings::{Settings, other};
@@ -51,6 +52,8 @@ enum Who {
     Runtime,
     /// By its command.
     Process(&'static str),
+    /// The same of several: the one of this number, in the order of their pids.
+    Of(&'static str, usize),
     /// containerd, which is started again.
     Engine,
     /// What containerd's shim starts as the runtime, once, when it is to do this. It lives for
@@ -137,6 +140,61 @@ const BRIDGE_FAULTS: [Fault; 8] = [
     fault(Gate::Committed, Side::Source, Who::Daemon),
     fault(Gate::Committed, Side::Target, Who::Daemon),
 ];
+
+/// Those that meet one of several containers that move as one.
+const POD_FAULTS: [Fault; 21] = [
+    fault(Gate::Rounds, Side::Source, Who::Daemon),
+    fault(Gate::Rounds, Side::Source, CRIU),
+    fault(Gate::Rounds, Side::Target, Who::Daemon),
+    fault(Gate::Rounds, Side::Target, CRIU),
+    fault(Gate::Rounds, Side::Target, Who::Of("criu", 2)),
+    fault(Gate::Rounds, Side::Target, PODMAN),
+    fault(Gate::Rounds, Side::Target, Who::Of("podman", 2)),
+    fault(Gate::PostDump, Side::Source, Who::Daemon),
+    fault(Gate::PostDump, Side::Source, CRIU),
+    fault(Gate::PostDump, Side::Source, Who::Of("criu", 2)),
+    fault(Gate::PostRestore, Side::Target, Who::Daemon),
+    fault(Gate::PostRestore, Side::Target, CRIU),
+    fault(Gate::PostRestore, Side::Target, Who::Of("criu", 2)),
+    fault(Gate::PostRestore, Side::Target, PAGER),
+    fault(
+        Gate::PostRestore,
+        Side::Target,
+        Who::Of("pageferry-pager", 1),
+    ),
+    fault(
+        Gate::PostRestore,
+        Side::Target,
+        Who::Of("pageferry-pager", 2),
+    ),
+    fault(Gate::PostRestore, Side::Target, Who::Of("podman", 1)),
+    fault(Gate::Committed, Side::Source, Who::Daemon),
+    fault(Gate::Committed, Side::Target, Who::Daemon),
+    fault(Gate::Committed, Side::Target, Who::Of("criu", 1)),
+    fault(Gate::Committed, Side::Target, Who::Of("pageferry-pager", 2)),
+];
+
+/// Kills while a pod of podman moves: all of it runs at one node, and nothing of it is at the
+/// other.
+pub fn run_pod(settings: &Settings, report: &mut Report) -> Result<()> {
+    let whose = Whose::Runtime(Runtime::Podman);
+    let mut lab = settings.lab_with(whose.layer(), 2)?;
+    let mut engines = whose.start_engines(&lab)?;
+    bridged::join_segment(&lab)?;
+    let mut pod = PodSession::start(&mut lab, settings)?;
+    for fault in &POD_FAULTS {
+        let Fault { gate, side, who } = fault;
+        let what = || format!("podman-pod {gate:?} {side:?} {who:?}");
+        let came = fault.come(&mut lab, (whose, &mut engines), &mut pod.session);
+        let came = came.with_context(what)?;
+        pod.check(&lab).with_context(what)?;
+        println!("{}: {came}", what());
+    }
+    ensure!(pod.session.move_on(&lab, report)?, "it has not moved");
+    wait_settled(&lab, SETTLE_TIME_MAX)?;
+    pod.check(&lab)?;
+    pod.end(&lab, report)
+}
 
 /// Kills while a container of podman's bridge moves: nothing of its network is left where it is
 /// not.
@@ -256,12 +314,13 @@ impl Fault {
                 engine.restart(node)?;
                 None
             }
-            Who::Runtime => Some((whose.program(), stopped)),
-            Who::Process(command) => Some((command, stopped)),
+            Who::Runtime => Some(((whose.program(), 0), stopped)),
+            Who::Process(command) => Some(((command, 0), stopped)),
+            Who::Of(command, number) => Some(((command, number), stopped)),
             Who::Wrapper(_) => bail!("it is not killed at a gate"),
         };
         if let Some((command, stopped)) = command {
-            let struck = kill_first(lab, node, command)?;
+            let struck = kill_one(lab, node, command)?;
             std::thread::sleep(NOTICE);
             drop(stopped);
             if let Struck::Missed = struck {
@@ -344,12 +403,12 @@ fn strike_wrapper(lab: &mut Lab, verb: &str, session: &mut Session) -> Result<Op
     Ok(has_died.then(|| ended(outcome)))
 }
 
-/// Kills the first process of this name when it is there: what is to become CRIU is started while
-/// the first round is sent.
-fn kill_first(lab: &Lab, node: &str, command: &str) -> Result<Struck> {
+/// Kills the process of this name and number when it is there: what is to become CRIU is started
+/// while the first round is sent.
+fn kill_one(lab: &Lab, node: &str, (command, number): (&str, usize)) -> Result<Struck> {
     let deadline = Instant::now() + NOTICE;
     loop {
-        match signal_first(lab, node, command, Signal::SIGKILL)? {
+        match signal_one(lab, node, (command, number), Signal::SIGKILL)? {
             Struck::Missed if Instant::now() < deadline => std::thread::sleep(POLL),
             struck => return Ok(struck),
         }

@@ -11,7 +11,7 @@ use super::session::Session;
 use super::settings::Settings;
 use super::{
     container_disk, container_errors, container_faults, container_files, podman_bridge,
-    podman_errors, shapes, volumes,
+    podman_errors, podman_pod, shapes, volumes,
 };
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
@@ -31,6 +31,8 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         Some(PODMAN_BRIDGE) => return podman_bridge::run(settings, report),
         Some(PODMAN_BRIDGE_FAULTS) => return container_faults::run_bridged(settings, report),
         Some(PODMAN_ERRORS) => return podman_errors::run(settings, report),
+        Some(PODMAN_POD) => return podman_pod::run(settings, report),
+        Some(PODMAN_POD_FAULTS) => return container_faults::run_pod(settings, report),
         _ => {}
     }
     if only == Some(PODMAN_VOLUME) {
@@ -184,7 +186,7 @@ fn of_container(
 }
 
 /// Its cases, where OWNER is one of [`Whose::ALL`], and what they are.
-pub const CASES: [(&str, &str); 12] = [
+pub const CASES: [(&str, &str); 14] = [
     (
         "OWNER",
         "10 moves of a bare tree, and of a container of theirs",
@@ -218,6 +220,11 @@ pub const CASES: [(&str, &str); 12] = [
     ),
     ("podman-bridge-faults", "kill -9 while that is made"),
     ("podman-errors", "what a node of podman lacks"),
+    (
+        "podman-pod",
+        "a pod of three containers that talk to each other, there and back twice",
+    ),
+    ("podman-pod-faults", "kill -9 of whoever moves one of them"),
 ];
 
 /// What is done with the containers of a runtime.
@@ -259,6 +266,9 @@ const SHAPES: &str = "shapes";
 /// The network that podman gives.
 const PODMAN_BRIDGE: &str = "podman-bridge";
 const PODMAN_BRIDGE_FAULTS: &str = "podman-bridge-faults";
+/// Several containers, which move as one.
+const PODMAN_POD: &str = "podman-pod";
+const PODMAN_POD_FAULTS: &str = "podman-pod-faults";
 /// What is missing at a target.
 const PODMAN_ERRORS: &str = "podman-errors";
 /// A volume that podman has by its name.

@@ -310,7 +310,7 @@ impl Stopped {
         self.stop_process(pid)
     }
 
-    fn stop_first(&mut self, lab: &Lab, node: &str, command: &str) -> Result<Struck> {
+    pub(super) fn stop_first(&mut self, lab: &Lab, node: &str, command: &str) -> Result<Struck> {
         let pids = lab.node(node)?.host_processes_named(command);
         let Some(pid) = pids.first() else {
             return Ok(Struck::Missed);
@@ -345,8 +345,19 @@ pub(super) enum Struck {
 }
 
 pub(super) fn signal_first(lab: &Lab, node: &str, command: &str, signal: Signal) -> Result<Struck> {
-    let pids = lab.node(node)?.host_processes_named(command);
-    let Some(pid) = pids.first() else {
+    signal_one(lab, node, (command, 0), signal)
+}
+
+/// Sends a signal to one of the processes of a name, by its number.
+pub(super) fn signal_one(
+    lab: &Lab,
+    node: &str,
+    (command, number): (&str, usize),
+    signal: Signal,
+) -> Result<Struck> {
+    let mut pids = lab.node(node)?.host_processes_named(command);
+    pids.sort_unstable();
+    let Some(pid) = pids.get(number) else {
         return Ok(Struck::Missed);
     };
     kill(Pid::from_raw(*pid), signal).with_context(|| format!("{signal} to {command}"))?;

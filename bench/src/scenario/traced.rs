@@ -7,6 +7,7 @@ use super::report::{Report, percentile};
 use super::settings::other;
 use super::writing::WriterSession;
 use crate::lab::Lab;
+use crate::lab::daemon::DaemonPlan;
 use crate::mover::MoveOptions;
 use crate::mover::outcome::round;
 use crate::mover::pageferry::{Pageferry, SETTLE_TIME_MAX, wait_settled};
@@ -19,7 +20,10 @@ pub fn compare(lab: &mut Lab, options: &Options, report: &mut Report) -> Result<
     let (mut alone, mut traced) = (Vec::new(), Vec::new());
     for turn in 0..TURNS {
         let has_tracer = turn % 2 == 1;
-        lab.restart_daemons(has_tracer)?;
+        lab.restart_daemons(&DaemonPlan {
+            tracer: has_tracer,
+            ..DaemonPlan::default()
+        })?;
         let times = if has_tracer { &mut traced } else { &mut alone };
         for _ in 0..MOVES_PER_TURN {
             let to = other(&session.at);

@@ -55,6 +55,7 @@ pub fn start(lab: &mut Lab, at: &str, options: &[&str]) -> Result<Workload> {
         link: WorkloadLink { port, address },
         container: Some(container),
         containerd: None,
+        pod: None,
     };
     workload.wait_until_it_listens(lab, redis::PORT)?;
     Ok(workload)
@@ -76,8 +77,14 @@ pub fn check_here(node: &Node, workload: &Workload) -> Result<()> {
     container::check_here(node, container, workload.pid)?;
     let (has, wanted) = (address(node, &container.id)?, workload.link.address);
     ensure!(has == wanted, "podman says it has {has}, and not {wanted}");
+    check_ports(node, 2)
+}
+
+/// Whether so many links are on podman's bridge of this node, that of the segment among them, and
+/// the bridge that leads nowhere is gone again.
+pub fn check_ports(node: &Node, count: usize) -> Result<()> {
     let ports = ports(node)?;
-    ensure!(ports.len() == 2, "ports of {BRIDGE}: {ports:?}");
+    ensure!(ports.len() == count, "ports of {BRIDGE}: {ports:?}");
     check_hold(node)
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::{Workload, WorkloadPlan};
+pub use crate::cases::echo::{DATAGRAMS, LINES, UNREAD};
 use crate::cases::{Verdict, Watched};
 use crate::lab::Lab;
 use crate::lab::init::SHARED;

@@ -20,8 +20,11 @@ use crate::lab::node::Node;
 pub const LAYER: LayerPlan = LayerPlan {
     name: "containers",
     packages: &[
-        "conmon", // Without it crun can neither checkpoint nor restore.
-        "libcriu2", "netavark", "podman",
+        "catatonit", // What holds the namespaces of a pod.
+        "conmon",    // Without it crun can neither checkpoint nor restore.
+        "libcriu2",
+        "netavark",
+        "podman",
     ],
     files: &[podman::SETTINGS],
     script: "",
@@ -64,6 +67,7 @@ pub fn linked(
         link: WorkloadLink::new(number),
         container: Some(container),
         containerd: None,
+        pod: None,
     };
     let node = lab.node(at)?;
     let inner = node.network_of(workload.pid)?;

@@ -91,6 +91,7 @@ pub fn start_with(lab: &mut Lab, at: &str, more: &[&str], plan: &Plan) -> Result
         link: WorkloadLink::new(number),
         container: None,
         containerd: Some(id),
+        pod: None,
     };
     let inner = node.network_of(workload.pid)?;
     workload.link.create(node, &inner)?;

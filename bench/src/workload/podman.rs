@@ -132,7 +132,11 @@ pub fn check_gone(node: &Node, container: &Container) -> Result<()> {
         "podman of node {} still has {listed}",
         node.name()
     );
-    // Of no container at all: it is the only one.
+    check_nothing_left(node)
+}
+
+/// Whether nothing is left of any container of podman here.
+pub fn check_nothing_left(node: &Node) -> Result<()> {
     let script = "ls -A /run/crun | grep -v '^\\.'; \
                   find /sys/fs/cgroup -type d -name 'libpod-*' | grep -v conmon; \
                   grep -e criu-root -e overlay-containers /proc/mounts; \
@@ -173,7 +177,7 @@ pub fn root_of(node: &Node, container: &Container) -> Result<String> {
 }
 
 /// What the image of a plan is called.
-fn image(plan: &Plan) -> String {
+pub fn image(plan: &Plan) -> String {
     format!("localhost/{}:lab", plan.name)
 }
 
@@ -211,7 +215,7 @@ pub fn podman(node: &Node) -> Result<crate::lab::inside::Inside> {
     Ok(node.command("podman")?.env(QUIET.0, QUIET.1))
 }
 
-fn wait_until(mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+pub fn wait_until(mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
     for _ in 0..POLLS {
         if is_so()? {
             return Ok(());

@@ -4,7 +4,7 @@
 use anyhow::{Result, bail};
 
 use super::contained::{Plan, Runtime};
-use super::{Workload, container, containerd, redis};
+use super::{Workload, container, containerd, podman_pod, redis};
 use crate::lab::Lab;
 use crate::lab::containerd::Engine;
 use crate::lab::layer::LayerPlan;
@@ -80,6 +80,9 @@ impl Workload {
     /// Whether the Redis in its container is here as its owner's own: as [`Workload::is_here_as`],
     /// with all that is known of Redis, and of who starts it again.
     pub fn is_here(&self, node: &Node) -> Result<()> {
+        if self.pod.is_some() {
+            return podman_pod::check_here(node, self);
+        }
         match (&self.container, &self.containerd) {
             (Some(container), _) => container::check_here(node, container, self.pid),
             (_, Some(id)) => {
@@ -101,6 +104,9 @@ impl Workload {
 
     /// Whether nothing of its container is left at a node.
     pub fn is_gone(&self, node: &Node) -> Result<()> {
+        if self.pod.is_some() {
+            return podman_pod::check_gone(node, self);
+        }
         match (&self.container, &self.containerd) {
             (Some(container), _) => container::check_gone(node, container),
             (_, Some(id)) => containerd::check_gone(node, id),
@@ -110,6 +116,10 @@ impl Workload {
 
     /// Whether what its root file system is made of is whole, of one with Redis in it.
     pub fn is_whole(&self, node: &Node) -> Result<()> {
+        if self.pod.is_some() {
+            // Made of images, and unmade.
+            return Ok(());
+        }
         match (&self.container, &self.containerd) {
             (Some(container), _) => container::check_whole(node, container),
             (_, Some(_)) => containerd::check_whole(node),
@@ -119,6 +129,9 @@ impl Workload {
 
     /// Ends it as an operator would, and sees that nothing is left.
     pub fn end(&self, node: &Node) -> Result<()> {
+        if self.pod.is_some() {
+            return podman_pod::end(node, self);
+        }
         match (&self.container, &self.containerd) {
             (Some(container), _) => container::end(node, container),
             (_, Some(id)) => containerd::end(node, id),

@@ -32,24 +32,31 @@ struct Socket {
     peer_address: Vec<u32>,
 }
 
-/// A TCP connection of which both ends are among the sockets of an images directory, if there is
-/// one: the lesser end first.
+/// A TCP connection of which both ends are among the sockets of these images directories, those of
+/// one tree each that all are in one network, if there is one: the lesser end first.
 ///
 /// # Errors
 /// [`ImageError`] with the file's path.
-pub fn pair(images: &Path) -> Result<Option<(SocketAddr, SocketAddr)>, ImageError> {
-    let path = images.join("files.img");
-    let bytes = match read_file(&path) {
-        // No process has a file open.
-        Err(ImageError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            return Ok(None);
-        }
-        read => read?,
-    };
-    find(&bytes).map_err(at(&path))
+pub fn pair<P: AsRef<Path>>(images: &[P]) -> Result<Option<(SocketAddr, SocketAddr)>, ImageError> {
+    let mut all = HashSet::new();
+    for folder in images {
+        let path = folder.as_ref().join("files.img");
+        let bytes = match read_file(&path) {
+            // No process has a file open.
+            Err(ImageError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                continue;
+            }
+            read => read?,
+        };
+        all.extend(ends(&bytes).map_err(at(&path))?);
+    }
+    Ok(within(&all))
 }
 
-fn find(image: &[u8]) -> Result<Option<(SocketAddr, SocketAddr)>, FormatError> {
+/// Both ends of each connection, its own first.
+type Ends = HashSet<(SocketAddr, SocketAddr)>;
+
+fn ends(image: &[u8]) -> Result<Ends, FormatError> {
     let mut ends = HashSet::new();
     for (index, record) in records(image, &[MAGIC_COMMON, MAGIC])?.iter().enumerate() {
         let file: File = decode(record, index)?;
@@ -58,8 +65,12 @@ fn find(image: &[u8]) -> Result<Option<(SocketAddr, SocketAddr)>, FormatError> {
         let wrong = || FormatError::Value { index };
         ends.insert(socket.ends().ok_or_else(wrong)?);
     }
+    Ok(ends)
+}
+
+fn within(ends: &Ends) -> Option<(SocketAddr, SocketAddr)> {
     let is_within = |(here, there): &&(SocketAddr, SocketAddr)| ends.contains(&(*there, *here));
-    Ok(ends.iter().filter(is_within).min().copied())
+    ends.iter().filter(is_within).min().copied()
 }
 
 impl Socket {
@@ -142,7 +153,7 @@ mod tests {
         let there = socket(8, v4(A), 80, v4(A), 40000);
         let listener = socket(10, v4(A), 80, v4([0; 4]), 0);
         let other = File { socket: None };
-        let found = |files: &[File]| find(&image(files)).expect("well formed");
+        let found = |files: &[File]| within(&ends(&image(files)).expect("well formed"));
         assert_eq!(found(&[]), None);
         assert_eq!(
             found(&[here.clone(), listener.clone(), other.clone()]),
@@ -166,14 +177,22 @@ mod tests {
     #[test]
     fn an_address_that_is_none_is_malformed() {
         let odd = socket(1, vec![0, 0], 1, v4(A), 2);
-        assert!(find(&image(&[odd])).is_err());
+        assert!(ends(&image(&[odd])).is_err());
         let port = socket(1, v4(A), 1 << 16, v4(A), 2);
-        assert!(find(&image(&[port])).is_err());
+        assert!(ends(&image(&[port])).is_err());
     }
 
     #[test]
-    fn without_the_image_there_is_no_connection() {
-        let folder = tempfile::tempdir().expect("a folder");
-        assert_eq!(pair(folder.path()).expect("no file"), None);
+    fn the_ends_may_be_in_two_trees() {
+        let folders = [(); 3].map(|()| tempfile::tempdir().expect("a folder"));
+        let paths = folders.each_ref().map(tempfile::TempDir::path);
+        assert_eq!(pair(&paths).expect("no file"), None);
+        let here = socket(1, v4(A), 40000, v4(A), 80);
+        let there = socket(1, v4(A), 80, v4(A), 40000);
+        for (path, file) in paths[1..].iter().zip([here, there]) {
+            std::fs::write(path.join("files.img"), image(&[file])).expect("written");
+        }
+        assert!(pair(&paths).expect("well formed").is_some());
+        assert_eq!(pair(&paths[..2]).expect("well formed"), None);
     }
 }

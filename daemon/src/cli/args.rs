@@ -104,7 +104,8 @@ pub enum Engine {
 #[derive(Debug, Args)]
 pub struct MigrateArgs {
     /// What moves: process/PID is the tree below that process; runc/ID, crun/ID, podman/NAME and
-    /// containerd/NAMESPACE/ID are containers; pod/UID is a pod of Kubernetes, which is always held
+    /// containerd/NAMESPACE/ID are containers; podman-pod/NAME is a pod of podman with all its
+    /// containers; pod/UID is a pod of Kubernetes, which is always held
     pub workload: WorkloadName,
     /// Name of the node it moves to
     #[arg(long, value_name = "NODE")]

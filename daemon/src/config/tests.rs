@@ -33,6 +33,7 @@ fn everything_but_the_name_and_the_address_has_a_default() {
             },
             peers: {},
             bridge: None,
+            parking: Auto,
             criu: "criu",
             view_library: "/usr/lib/pageferry/libcriu_view.so",
             stand_in: "/opt/bin/pageferry-criu",
@@ -72,6 +73,7 @@ const FULL: &str = r#"
     address = "[fd00::3]:7440"
     [network]
     bridge = "br0"
+    parking = "capture"
     [criu]
     path = "/c"
     view_library = "/v"
@@ -96,6 +98,7 @@ fn a_file_may_say_everything() {
     let config = resolve(FULL, &[]).unwrap();
     assert_eq!(config.peers.len(), 2);
     assert_eq!(config.bridge.as_deref(), Some("br0"));
+    assert_eq!(config.parking, Parking::Capture);
     assert_eq!(config.pager, Path::new("/opt/bin/pageferry-pager"));
     assert_eq!(config.limits.lanes, 3);
     assert_eq!(config.migrate.timeout, Duration::from_secs(600));
@@ -115,6 +118,7 @@ fn a_flag_wins_over_the_file() {
         "--tls-key=/fk",
         "--peer=b=9.9.9.9:9",
         "--bridge=fb",
+        "--parking=off",
         "--criu=/fcriu",
         "--criu-view-library=/fv",
         "--criu-stand-in=/fi",

@@ -4,7 +4,8 @@
 //! links (name, MAC, MTU), addresses and routes is prepared while the workload still runs; its veth
 //! peers stay off the node's bridge until the hand-off is durable, so nothing of it can answer for
 //! the address. At the source the bridge port is closed *before* the freeze: a kernel that has lost
-//! the socket would otherwise answer the peer's segments with a reset.
+//! the socket would otherwise answer the peer's segments with a reset. What comes then is kept
+//! ([`park`]).
 //!
 //! What its processes say to each other over loopback is held back meanwhile, at both nodes
 //! ([`loopback`]).
@@ -16,7 +17,7 @@
 //! Invariants: of one workload, at most one node's port forwards; every change is undone by
 //! [`port::Port::open`] at the source, and at the target by dropping the namespace that was made,
 //! or by [`join::JoinedNetwork::detach`].
-//! Absent: parking packets instead of dropping them; links that are not veths into a bridge.
+//! Absent: links that are not veths into a bridge.
 
 pub mod announce;
 pub mod conntrack;
@@ -25,6 +26,7 @@ pub mod hold;
 pub mod join;
 pub mod loopback;
 pub mod netlink;
+pub mod park;
 pub mod port;
 pub mod prepare;
 pub mod route;

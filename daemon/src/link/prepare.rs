@@ -99,6 +99,16 @@ impl PreparedNetwork {
         &self.links
     }
 
+    /// The numbers of this node's ends, in the order of the links.
+    pub async fn ends(&self) -> Result<Vec<u32>, LinkError> {
+        let node = Netlink::open(None)?;
+        let mut ends = Vec::with_capacity(self.node_ends.len());
+        for name in &self.node_ends {
+            ends.push(index_of(&node, name).await?);
+        }
+        Ok(ends)
+    }
+
     /// Whether the bridge that the links are for is there.
     pub async fn check_bridge(&self) -> Result<(), LinkError> {
         match self.links.is_empty() {

@@ -19,7 +19,7 @@ use super::prepare::PreparedNetwork;
 use super::route;
 
 /// Runs `test` on a thread that lives in a network namespace of its own: the test's node.
-fn at_a_node(test: impl AsyncFnOnce() + Send) {
+pub(super) fn at_a_node(test: impl AsyncFnOnce() + Send) {
     let node = create(&[NamespaceKind::Net]).expect("root may unshare");
     run_inside(&[(NamespaceKind::Net, node[0].as_fd())], || {
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -44,7 +44,7 @@ fn workload_links() -> Vec<LinkDescription> {
     }]
 }
 
-async fn bridge(name: &str) {
+pub(super) async fn bridge(name: &str) {
     let node = Netlink::open(None).expect("netlink");
     let message = LinkBridge::new(name).up().build();
     node.handle()
@@ -58,7 +58,7 @@ async fn bridge(name: &str) {
     node.handle().link().set(up).execute().await.expect("lo up");
 }
 
-async fn workload(prefix: &str) -> (OwnedFd, PreparedNetwork) {
+pub(super) async fn workload(prefix: &str) -> (OwnedFd, PreparedNetwork) {
     let net = create(&[NamespaceKind::Net])
         .expect("a namespace")
         .remove(0);

@@ -38,7 +38,7 @@ use super::target::TargetRequest;
 use super::target::site::TargetNode;
 use super::text::chain;
 use crate::net::endpoint::Endpoint;
-use crate::runtime::kind::Kind;
+use crate::runtime::kind::Named;
 
 /// Requests that may wait for a driver.
 const REQUESTS_MAX: usize = 8;
@@ -175,27 +175,27 @@ impl Registry {
                 ),
             ));
         }
-        let kind = Kind::of(&request.workload)?;
-        self.wait_filled(&request.workload, kind.root()).await?;
+        let named = Named::of(&request.workload)?;
+        self.wait_filled(&request.workload, named.root()).await?;
         let _departing = self.inner.departures.lock().await;
         // Another call with the same id may have been faster.
         if let Some(known) = self.repeated(&request)? {
             return Ok(known);
         }
-        self.refuse_busy(&request.workload, kind.root(), None)?;
-        self.begin_outgoing(kind, request).await
+        self.refuse_busy(&request.workload, named.root(), None)?;
+        self.begin_outgoing(named, request).await
     }
 
     async fn begin_outgoing(
         &self,
-        kind: Kind,
+        named: Named,
         request: MigrateRequest,
     ) -> Result<MigrationId, Failure> {
         let parts = &self.inner.parts;
         let id = request.id.unwrap_or_else(|| MigrationId::new(random()));
         let (cancel, cancelled) = watch::channel(false);
         let (node, asked) = (parts.source.clone(), &request.asked);
-        let survey = SourceSite::survey(node, id, kind, request.policy, asked, cancelled).await?;
+        let survey = SourceSite::survey(node, id, named, request.policy, asked, cancelled).await?;
         let journal = parts
             .journals
             .create(id)
@@ -374,10 +374,10 @@ impl Registry {
         id: MigrationId,
         again: MigrateRequest,
     ) -> Result<MigrationId, Failure> {
-        let kind = Kind::of(&again.workload)?;
+        let named = Named::of(&again.workload)?;
         let _departing = self.inner.departures.lock().await;
-        self.refuse_busy(&again.workload, kind.root(), Some(id))?;
-        self.begin_outgoing(kind, again).await
+        self.refuse_busy(&again.workload, named.root(), Some(id))?;
+        self.begin_outgoing(named, again).await
     }
 
     fn run(&self, driver: impl Future<Output = ()> + Send + 'static) {

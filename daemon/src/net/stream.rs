@@ -17,6 +17,7 @@ use pageferry_proto::set;
 use pageferry_proto::wire::code::ErrorCode;
 use pageferry_proto::wire::copied::FILES_BYTES_MAX;
 use pageferry_proto::wire::parcel::PARCEL_BYTES_MAX;
+use pageferry_proto::wire::parked::PARKED_BYTES_MAX;
 use pageferry_proto::wire::stream::{
     CHECKSUM_BYTES, DIGESTS_BYTES_MAX, IMAGE_BYTES_MAX, ImageFileHeader, SetHeader, StreamError,
     StreamKind, StreamPrefix,
@@ -345,6 +346,7 @@ fn bytes_max(kind: StreamKind) -> u64 {
         }
         StreamKind::Digests => DIGESTS_BYTES_MAX as u64,
         StreamKind::Files => FILES_BYTES_MAX,
+        StreamKind::Parked => (PARKED_BYTES_MAX + CHECKSUM_BYTES) as u64,
     }
 }
 

@@ -108,6 +108,8 @@ mod tests {
             mounts: Vec::new(),
             needs: pageferry_proto::wire::needs::Needs::default(),
             container: None,
+            members: Vec::new(),
+            member_name: String::new(),
         }
     }
 

@@ -8,8 +8,8 @@
 //! [`shared`], and [`mounts`] are those of a namespace of its own. States in which it cannot be
 //! dumped for a moment are [`passing`], and connections that would be torn apart [`loopback`]. Root
 //! file systems that travel are [`rootfs`], those of engines [`layer`]. Objects of the kernel that
-//! its processes share are [`ipc`]. What may hang is done [`detached`]. Nothing here knows the
-//! links or the pages.
+//! its processes share are [`ipc`]. Datagrams that nobody has read are [`unread`]. What may hang is
+//! done [`detached`]. Nothing here knows the links or the pages.
 
 pub mod build_id;
 pub mod containerd;
@@ -34,3 +34,4 @@ pub mod podman;
 pub mod process;
 pub mod rootfs;
 pub mod shared;
+pub mod unread;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use pageferry::migration::progress::Progress;
 use pageferry::migration::registry::Registry;
 use pageferry::migration::target::folders::Folders;
+use pageferry::migration::target::own::Own;
 use pageferry::migration::target::site::Site;
 use pageferry::net::lanes::{self, Listener};
 use pageferry::runtime::rootfs::{Bundle, RootPlace};
@@ -279,7 +280,12 @@ fn container(node: &Node, of: MigrationId, bundle: &Path) -> PathBuf {
         root: "rootfs".into(),
     });
     let folders = Folders::new(node.target().shelf, of);
-    folders.prepare(&[own], Some(&place), true).unwrap();
+    let one = Own {
+        copied: &[own],
+        root: Some(&place),
+        are_looked_for: true,
+    };
+    folders.prepare(&[one]).unwrap();
     let folder = node.migration_folder(of);
     fs::create_dir(&folder).unwrap();
     let left = folder.join("left");

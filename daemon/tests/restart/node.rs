@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::cli::ca;
 use pageferry::link::hold::Holds;
+use pageferry::link::park::Means;
 use pageferry::migration::journal::Journals;
 use pageferry::migration::progress::Progress;
 use pageferry::migration::registry::{Registry, RegistryParts};
@@ -137,6 +138,7 @@ impl Node {
             memory: Ledger::new(|| Ok(Vec::new())),
             shelf: self.shelf(),
             workers: 1,
+            parks: true,
         }
     }
 
@@ -158,6 +160,7 @@ impl Node {
                 workers: 1,
                 eager_memory_max: 0,
                 keep: self.shelf().keep(),
+                parking: Means::Auto,
             },
             target: self.target(),
             endpoint,

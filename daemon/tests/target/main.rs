@@ -111,6 +111,7 @@ impl Target {
             }),
             shelf: Shelf::new(folder.path().join("folders")),
             workers: 1,
+            parks: true,
         };
         let journals = Journals::open(&folder.path().join("journal")).unwrap();
         let clock = Clock::start();
@@ -341,6 +342,8 @@ fn description(needs: Needs) -> WorkloadDescription {
         mounts: Vec::new(),
         needs,
         container: None,
+        members: Vec::new(),
+        member_name: String::new(),
     }
 }
 

@@ -11,7 +11,7 @@ use std::cmp::Ordering;
 use std::fs;
 use std::io;
 
-use pageferry_proto::id::SpaceId;
+use pageferry_proto::id::{IdError, MemberIndex, SpaceId};
 use pageferry_proto::wire::code::ErrorCode;
 use pageferry_sys::ptrace::{self, Shared};
 use thiserror::Error;
@@ -36,7 +36,7 @@ pub struct Task {
 /// One address space.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpaceTasks {
-    /// The vpid of its leader.
+    /// The vpid of its leader, and whose that is.
     pub id: SpaceId,
     /// Pid of the first process, in the order of the tree, that has it.
     pub leader: i32,
@@ -90,6 +90,15 @@ pub enum TreeError {
         #[source]
         source: io::Error,
     },
+    /// A process whose number is larger than any of a kernel's.
+    #[error("the address space of process {vpid} cannot be numbered")]
+    Number {
+        /// The number, in the pid namespace of the root.
+        vpid: u32,
+        /// Why.
+        #[source]
+        source: IdError,
+    },
     /// More processes than are moved.
     #[error("the workload has more than {TASKS_MAX} processes")]
     TooManyTasks,
@@ -101,7 +110,7 @@ impl TreeError {
         match self {
             Self::Gone { .. } => ErrorCode::WorkloadGone,
             Self::HeadlessProcess { .. } => ErrorCode::UnsupportedWorkload,
-            Self::TooManyTasks => ErrorCode::Limit,
+            Self::TooManyTasks | Self::Number { .. } => ErrorCode::Limit,
             Self::Inspect { .. } | Self::Compare { .. } => ErrorCode::Untrackable,
         }
     }
@@ -132,6 +141,16 @@ impl Tree {
         }
         let spaces = group(&tasks)?;
         Ok(Self { tasks, spaces })
+    }
+
+    /// The same, as that of a member of a party: its spaces say so.
+    pub fn of_member(mut self, member: MemberIndex) -> Result<Self, TreeError> {
+        for space in &mut self.spaces {
+            let vpid = space.id.0;
+            let id = SpaceId::of(member, vpid);
+            space.id = id.map_err(|source| TreeError::Number { vpid, source })?;
+        }
+        Ok(self)
     }
 
     /// The pids of all processes.

@@ -575,6 +575,8 @@ fn offer(setup: &Setup) -> SourceOffer {
             mounts: Vec::new(),
             needs: Needs::default(),
             container: None,
+            members: Vec::new(),
+            member_name: String::new(),
         },
         state: DriverState::new(b"source".to_vec()).expect("six bytes"),
     }

@@ -450,6 +450,7 @@ mod tests {
             "runc/a",
             "crun/a",
             "podman/a",
+            "podman-pod/a",
             "containerd/k8s.io/a",
         ];
         for text in texts {

@@ -6,6 +6,7 @@ use crate::id::ContainerId;
 use crate::wire::control::{ControlError, missing, short};
 use crate::wire::copied::COPIED_PATHS_MAX;
 use crate::wire::description::PATH_BYTES_MAX;
+use crate::wire::podman_pod::PodmanPodDescription;
 use crate::wire::schema;
 
 /// Longest configuration of a container, in bytes. Engines write some 20 KiB, most of it the
@@ -27,6 +28,8 @@ pub struct ContainerDescription {
     pub podman: Option<PodmanDescription>,
     /// What it is in a pod, if it is one of a pod's.
     pub pod: Option<PodDescription>,
+    /// The pod of podman that it is the first member of.
+    pub podman_pod: Option<PodmanPodDescription>,
 }
 
 /// Longest version of a runtime, in bytes.
@@ -116,6 +119,7 @@ impl From<&ContainerDescription> for schema::Container {
             containerd: container.containerd.as_ref().map(Into::into),
             podman: container.podman.as_ref().map(Into::into),
             pod: container.pod.as_ref().map(Into::into),
+            podman_pod: container.podman_pod.as_ref().map(Into::into),
         }
     }
 }
@@ -297,6 +301,7 @@ impl TryFrom<schema::Container> for ContainerDescription {
             containerd: wire.containerd.map(TryInto::try_into).transpose()?,
             podman: wire.podman.map(TryInto::try_into).transpose()?,
             pod: wire.pod.map(TryInto::try_into).transpose()?,
+            podman_pod: wire.podman_pod.map(TryInto::try_into).transpose()?,
         })
     }
 }

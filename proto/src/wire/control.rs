@@ -115,6 +115,8 @@ pub enum TargetMessage {
         /// Of the folders that travel, those that the target has as their base says. The machine
         /// knows no folders: whoever performs it fills this in.
         kept: Vec<u32>,
+        /// Whether it takes frames that come for the frozen workload; filled in likewise.
+        parks: bool,
     },
     /// The offer is not accepted.
     Declined(Failure),
@@ -310,9 +312,14 @@ impl SourceMessage {
 impl TargetMessage {
     fn to_schema(&self) -> Wire {
         match self {
-            Self::Accepted { incarnation, kept } => Wire::Accepted(schema::Accepted {
+            Self::Accepted {
+                incarnation,
+                kept,
+                parks,
+            } => Wire::Accepted(schema::Accepted {
                 incarnation: incarnation.0,
                 kept: kept.clone(),
+                parks: *parks,
             }),
             Self::Declined(failure) => Wire::Declined(schema::Declined {
                 failure: Some(failure.into()),
@@ -398,6 +405,7 @@ impl TryFrom<Wire> for Message {
                 Target::Accepted {
                     incarnation: Incarnation(accepted.incarnation),
                     kept: accepted.kept,
+                    parks: accepted.parks,
                 }
                 .into()
             }

@@ -11,6 +11,7 @@ use crate::wire::control::{ControlError, missing, short};
 use crate::wire::copied::{COPIED_PATHS_MAX, CopiedPath};
 use crate::wire::cpu::CpuDescription;
 use crate::wire::needs::Needs;
+use crate::wire::party;
 use crate::wire::schema;
 use crate::wire::shared::{SHARED_PATHS_MAX, SharedPath};
 
@@ -86,6 +87,11 @@ pub struct WorkloadDescription {
     pub needs: Needs,
     /// What it is to the container runtime that runs it, if one does.
     pub container: Option<ContainerDescription>,
+    /// Of a party, the members after this one, which is the first. Theirs have no members, links,
+    /// routes and processor, and are of the same boot.
+    pub members: Vec<Self>,
+    /// What its party calls it; empty if it is no party.
+    pub member_name: String,
 }
 
 /// A mount in a mount namespace of the workload's own that shows files of the node.
@@ -102,7 +108,7 @@ pub struct MountDescription {
 /// One address space.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpaceDescription {
-    /// Its leader's pid in the workload's pid namespace.
+    /// Its leader's pid in the workload's pid namespace, and whose of a party that is.
     pub vpid: SpaceId,
     /// Its leader's command name.
     pub comm: String,
@@ -249,6 +255,8 @@ impl From<&WorkloadDescription> for schema::WorkloadDescription {
             mounts: description.mounts.iter().map(Into::into).collect(),
             needs: Some((&description.needs).into()),
             container: description.container.as_ref().map(Into::into),
+            members: party::members_to_wire(&description.members),
+            member_name: description.member_name.clone(),
         }
     }
 }
@@ -276,9 +284,10 @@ impl TryFrom<schema::WorkloadDescription> for WorkloadDescription {
             wire.own_namespaces.into(),
         ))?;
         let length = i64::try_from(wire.boot_id.len()).unwrap_or(i64::MAX);
-        let boot_id = <[u8; 16]>::try_from(wire.boot_id);
+        let boot_id = <[u8; 16]>::try_from(&*wire.boot_id);
         let boot_id = boot_id.map_err(|_| invalid("description.boot_id", length))?;
-        Ok(Self {
+        let members = party::members_from_wire(wire.members, &wire.boot_id)?;
+        let description = Self {
             root_pid: pid("description.root_pid", wire.root_pid)?,
             spaces: collect(wire.spaces)?,
             pids: pids("description.pids", wire.pids)?,
@@ -300,7 +309,11 @@ impl TryFrom<schema::WorkloadDescription> for WorkloadDescription {
             mounts: collect(wire.mounts)?,
             needs: wire.needs.try_into()?,
             container: wire.container.map(TryInto::try_into).transpose()?,
-        })
+            members,
+            member_name: wire.member_name,
+        };
+        party::check(&description)?;
+        Ok(description)
     }
 }
 
@@ -511,7 +524,7 @@ fn link_name(field: &'static str, name: &str) -> Result<(), ControlError> {
     short(field, name.len(), LINK_NAME_BYTES_MAX)
 }
 
-fn ip_bytes(ip: IpAddr) -> Vec<u8> {
+pub(super) fn ip_bytes(ip: IpAddr) -> Vec<u8> {
     match ip {
         IpAddr::V4(ip) => ip.octets().to_vec(),
         IpAddr::V6(ip) => ip.octets().to_vec(),
@@ -525,7 +538,10 @@ fn ip(field: &'static str, bytes: &[u8]) -> Result<IpAddr, ControlError> {
     v4.or_else(|_| v6()).map_err(|_| invalid(field, length))
 }
 
-fn optional_ip(field: &'static str, bytes: &[u8]) -> Result<Option<IpAddr>, ControlError> {
+pub(super) fn optional_ip(
+    field: &'static str,
+    bytes: &[u8],
+) -> Result<Option<IpAddr>, ControlError> {
     if bytes.is_empty() {
         Ok(None)
     } else {
@@ -533,7 +549,11 @@ fn optional_ip(field: &'static str, bytes: &[u8]) -> Result<Option<IpAddr>, Cont
     }
 }
 
-fn network(field: &'static str, bytes: &[u8], prefix: u32) -> Result<LinkAddress, ControlError> {
+pub(super) fn network(
+    field: &'static str,
+    bytes: &[u8],
+    prefix: u32,
+) -> Result<LinkAddress, ControlError> {
     let ip = ip(field, bytes)?;
     let bits = if ip.is_ipv4() { 32 } else { 128 };
     match u8::try_from(prefix) {

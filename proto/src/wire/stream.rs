@@ -4,7 +4,7 @@
 //! ([`seal`], [`unseal`]). The prefix is outside the checksum because it is read before anybody
 //! knows whom the body is for.
 
-use crate::id::{Generation, IdError, MigrationId, SpaceId};
+use crate::id::{Generation, IdError, MemberIndex, MigrationId, SpaceId};
 use crate::set;
 
 /// Longest digests stream, in bytes, prefix and checksum included (4 MiB).
@@ -39,6 +39,8 @@ pub enum StreamKind {
     Digests = 4,
     /// What a folder has that the target lacks.
     Files = 5,
+    /// Frames that came for a workload that stands still.
+    Parked = 6,
 }
 
 /// The first bytes of every stream.
@@ -108,6 +110,12 @@ pub enum StreamError {
     /// Not a name of an image file.
     #[error("image file name {0:?} is not 1 to 255 of A-Za-z0-9._- after a first without a dot")]
     ImageName(String),
+    /// A link that no workload has.
+    #[error("a parked frame of link {0}: a workload has at most 16")]
+    Link(u8),
+    /// A frame that is too short or too long to be one.
+    #[error("a parked frame of {0} bytes")]
+    Frame(usize),
 }
 
 impl StreamKind {
@@ -118,7 +126,8 @@ impl StreamKind {
             3 => Some(Self::ImageFile),
             4 => Some(Self::Digests),
             5 => Some(Self::Files),
-            0 | 6..=u8::MAX => None,
+            6 => Some(Self::Parked),
+            0 | 7..=u8::MAX => None,
         }
     }
 }
@@ -263,6 +272,44 @@ impl ImageName {
         &self.0
     }
 
+    /// What the image `name` of a member is called among those of all: as it is of the first one,
+    /// else with the member's number before it. CRIU has no image whose name begins with digits and
+    /// a dot, so that one is told from the other.
+    pub fn of_member(member: MemberIndex, name: &str) -> Result<Self, StreamError> {
+        let plain = Self::new(name)?;
+        if plain.number().is_some() {
+            return Err(StreamError::ImageName(name.to_owned()));
+        }
+        match member.number() {
+            0 => Ok(plain),
+            number => Self::new(&format!("{number}.{name}")),
+        }
+    }
+
+    /// Whose image it is, and its name there.
+    pub fn split(&self) -> Result<(MemberIndex, &str), StreamError> {
+        let refuse = || StreamError::ImageName(self.0.clone());
+        let Some((number, name)) = self.number() else {
+            return Ok((MemberIndex::FIRST, &self.0));
+        };
+        let member = number.parse().ok().and_then(|n| MemberIndex::new(n).ok());
+        let member = member.filter(|member| *member != MemberIndex::FIRST);
+        // One spelling for one member.
+        let member = member.filter(|member| member.to_string() == number);
+        let member = member.ok_or_else(refuse)?;
+        let is_plain = Self::new(name).is_ok_and(|name| name.number().is_none());
+        is_plain.then_some((member, name)).ok_or_else(refuse)
+    }
+
+    /// The digits that it begins with, if a dot follows, and what is after that.
+    fn number(&self) -> Option<(&str, &str)> {
+        let (number, name) = self.0.split_once('.')?;
+        number
+            .bytes()
+            .all(|byte| byte.is_ascii_digit())
+            .then_some((number, name))
+    }
+
     fn from_bytes(bytes: &[u8]) -> Result<Self, StreamError> {
         let text = String::from_utf8_lossy(bytes);
         let legal = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
@@ -303,12 +350,12 @@ pub fn unseal(bytes: &[u8]) -> Result<&[u8], StreamError> {
     Ok(body)
 }
 
-fn take_generation(rest: &mut &[u8]) -> Result<Generation, StreamError> {
+pub(super) fn take_generation(rest: &mut &[u8]) -> Result<Generation, StreamError> {
     let number = u32::from_le_bytes(take(rest)?);
     Generation::new(number).map_err(StreamError::Generation)
 }
 
-fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], StreamError> {
+pub(super) fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], StreamError> {
     let truncated = StreamError::Truncated {
         length: rest.len(),
         needed: N,
@@ -322,6 +369,37 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], StreamError> {
 mod tests {
     use super::*;
 
+    // clause: M-3
+    #[test]
+    fn an_image_is_of_one_member_and_the_first_members_are_called_as_ever() {
+        let second = MemberIndex::new(1).unwrap();
+        let name = ImageName::of_member(second, "core-1.img").unwrap();
+        assert_eq!(name.as_str(), "1.core-1.img");
+        assert_eq!(name.split(), Ok((second, "core-1.img")));
+        let first = ImageName::of_member(MemberIndex::FIRST, "core-1.img").unwrap();
+        assert_eq!(first.split(), Ok((MemberIndex::FIRST, "core-1.img")));
+        assert_eq!(first, ImageName::new("core-1.img").unwrap());
+        assert!(ImageName::of_member(second, "2.core-1.img").is_err());
+        assert!(ImageName::of_member(MemberIndex::FIRST, "1.core-1.img").is_err());
+        assert!(ImageName::of_member(second, &"a".repeat(254)).is_err());
+        for odd in [
+            "0.a",
+            "01.a",
+            "16.a",
+            "1.2.a",
+            "1.",
+            "1..a",
+            "99999999999999999999.a",
+        ] {
+            let split = ImageName::new(odd).and_then(|name| name.split().map(|found| found.0));
+            assert!(split.is_err(), "{odd}");
+        }
+        assert_eq!(
+            ImageName::new("1-a.img").unwrap().split().unwrap().1,
+            "1-a.img"
+        );
+    }
+
     // clause: D-1
     #[test]
     fn a_prefix_reads_back_and_kind_zero_does_not() {
@@ -332,11 +410,12 @@ mod tests {
             StreamKind::ImageFile,
             StreamKind::Digests,
             StreamKind::Files,
+            StreamKind::Parked,
         ] {
             let prefix = StreamPrefix { kind, migration };
             assert_eq!(StreamPrefix::decode(&prefix.encode()), Ok(prefix));
         }
-        for kind in [0, 6, 255] {
+        for kind in [0, 7, 255] {
             let mut bytes = [7; StreamPrefix::BYTES];
             bytes[0] = kind;
             assert_eq!(StreamPrefix::decode(&bytes), Err(StreamError::Kind(kind)));

@@ -116,6 +116,7 @@ impl Source {
         source.hear(TargetMessage::Accepted {
             incarnation: INCARNATION,
             kept: Vec::new(),
+            parks: false,
         });
         source.feed(SourceEvent::TrackingReady {
             memory: PageCount(1000),
@@ -457,6 +458,8 @@ fn description() -> WorkloadDescription {
         mounts: Vec::new(),
         needs: Needs::default(),
         container: None,
+        members: Vec::new(),
+        member_name: String::new(),
     }
 }
 

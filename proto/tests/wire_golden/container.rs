@@ -1,6 +1,8 @@
-//! A container, for the message that offers one.
+//! A container, for the message that offers one, and the answer to that.
 
+use pageferry_proto::id::Incarnation;
 use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescription};
+use pageferry_proto::wire::control::TargetMessage;
 
 pub fn container() -> ContainerDescription {
     ContainerDescription {
@@ -15,5 +17,14 @@ pub fn container() -> ContainerDescription {
         }),
         podman: None,
         pod: None,
+        podman_pod: None,
+    }
+}
+
+pub fn accepted(incarnation: Incarnation) -> TargetMessage {
+    TargetMessage::Accepted {
+        incarnation,
+        kept: Vec::new(),
+        parks: false,
     }
 }

@@ -25,35 +25,41 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::task::block_in_place;
 
 use super::failure::freeze_failed;
+use super::member::Trees;
 use super::network::{Network, Sockets};
 use super::sending::Sums;
 use super::waits::Waits;
-use super::workload::Workload;
 use crate::runtime::passing::{self, Passing, Sleepers, State};
 
-/// Closes the ports and freezes the cgroup, or says which passing state stands against it. The thaw
-/// that follows opens the ports.
+/// Closes the ports and freezes the cgroups, each of them before anything is dumped, or says which
+/// passing state stands against it. The thaw that follows opens the ports.
 pub(super) async fn freeze(
-    workload: &Workload,
+    trees: Trees<'_>,
     network: &mut Network,
     glance: Glance,
     waits: &Waits,
 ) -> Result<Option<Passing>, Failure> {
     let began = Instant::now();
-    if let Some(passing) = close_calmly(workload, network, glance, waits).await? {
+    if let Some(passing) = close_calmly(trees, network, glance, waits).await? {
         return Ok(Some(passing));
     }
     let freezing = Instant::now();
     let cut = waits.begin(Wait::Cgroup);
     let end = || cut.is_cut() || FREEZE_MAX < freezing.elapsed();
-    let is_frozen = block_in_place(|| workload.freezer.freeze_unless(end));
-    let is_frozen = is_frozen.map_err(|error| freeze_failed(&error))?;
-    cut.check()?;
+    let mut is_frozen = true;
+    for tree in trees.iter() {
+        let frozen = block_in_place(|| tree.freezer.freeze_unless(end));
+        is_frozen = frozen.map_err(|error| freeze_failed(&error))?;
+        cut.check()?;
+        if !is_frozen {
+            break;
+        }
+    }
     drop(cut);
     if !is_frozen {
         // A task that cannot be interrupted when it is thawed was not so because of the freeze.
-        workload.let_run()?;
-        let pids = workload.pids()?;
+        trees.let_run()?;
+        let pids = trees.pids()?;
         let sleeper = block_in_place(|| passing::uninterruptible(&pids));
         return Ok(Some(sleeper.unwrap_or_else(|| Passing {
             state: State::Uninterruptible,
@@ -63,7 +69,11 @@ pub(super) async fn freeze(
     let frozen = Instant::now();
     // Before anything is looked at: kernels send for those that are frozen, too.
     network.lo.shut()?;
-    let found = network.sockets.look(workload)?;
+    network.parking.shut()?;
+    let found = network.sockets.look(trees)?;
+    if found.is_none() {
+        network.parking.keep_unread(&trees.pids()?);
+    }
     tracing::debug!(took = ?began.elapsed(), looked = ?frozen.elapsed(), "frozen");
     Ok(found)
 }
@@ -74,10 +84,10 @@ pub(super) struct Glance(Option<Instant>);
 
 impl Glance {
     /// One look. What it finds, and what is wrong with it, the freeze will find again.
-    pub(super) fn now(workload: &Workload, sockets: &mut Sockets) -> Self {
+    pub(super) fn now(trees: Trees<'_>, sockets: &mut Sockets) -> Self {
         let at = Instant::now();
-        let is_calm = matches!(sockets.look(workload), Ok(None))
-            && workload
+        let is_calm = matches!(sockets.look(trees), Ok(None))
+            && trees
                 .pids()
                 .is_ok_and(|pids| Sleepers::default().look(&pids).is_none());
         Self(is_calm.then_some(at))
@@ -90,17 +100,22 @@ impl Glance {
 
 /// Closes the ports at a moment without a passing state, or says which does not pass.
 async fn close_calmly(
-    workload: &Workload,
+    trees: Trees<'_>,
     network: &mut Network,
     glance: Glance,
     waits: &Waits,
 ) -> Result<Option<Passing>, Failure> {
-    let Network { ports, sockets, .. } = network;
-    let gate = ports.gate()?;
+    let Network {
+        ports,
+        sockets,
+        parking,
+        ..
+    } = network;
+    let gate = ports.gate(parking)?;
     for closing in 1..=CLOSINGS_MAX {
         // Closing the ports would not end it, and would hold up what does.
         if (1 < closing || glance.is_old())
-            && let Some(open) = wait_open(workload, sockets, waits).await?
+            && let Some(open) = wait_open(trees, sockets, waits).await?
             && !open.state.passes_alone()
         {
             return Ok(Some(open));
@@ -109,7 +124,7 @@ async fn close_calmly(
             gate.close(waits).await?;
         }
         let closed = Instant::now();
-        let left = wait_closed(workload, sockets).await?;
+        let left = wait_closed(trees, sockets).await?;
         tracing::debug!(closing, ?left, waited = ?closed.elapsed(), "ports closed");
         match left {
             None => break,
@@ -130,16 +145,16 @@ async fn close_calmly(
 /// in uninterruptible sleep only those count that stay in one: whether the others freeze the freeze
 /// itself tells.
 async fn wait_open(
-    workload: &Workload,
+    trees: Trees<'_>,
     sockets: &mut Sockets,
     waits: &Waits,
 ) -> Result<Option<Passing>, Failure> {
     let began = Instant::now();
     let mut sleepers = Sleepers::default();
     loop {
-        let mut found = sockets.look(workload)?;
+        let mut found = sockets.look(trees)?;
         if found.is_none() {
-            let pids = workload.pids()?;
+            let pids = trees.pids()?;
             found = block_in_place(|| sleepers.look(&pids));
         }
         let patience = match &found {
@@ -156,16 +171,13 @@ async fn wait_open(
 }
 
 /// With closed ports, lets the workload end what it ends by itself. Returns what is left.
-async fn wait_closed(
-    workload: &Workload,
-    sockets: &mut Sockets,
-) -> Result<Option<Passing>, Failure> {
+async fn wait_closed(trees: Trees<'_>, sockets: &mut Sockets) -> Result<Option<Passing>, Failure> {
     let mut left = None;
     for look in 0..LOOKS_CLOSED {
         if 0 < look {
             tokio::time::sleep(PAUSE_CLOSED).await;
         }
-        left = sockets.look(workload)?;
+        left = sockets.look(trees)?;
         if left.as_ref().is_none_or(|left| !left.state.passes_alone()) {
             break;
         }

@@ -178,44 +178,27 @@ impl Folder {
 }
 
 impl Folders {
-    /// Opens folders at these paths, and a container's own; with them comes what the target is
-    /// told. Nothing is changed.
+    /// Opens folders, for each tree at these paths, and a container's own; with them comes what the
+    /// target is told, of each tree by itself. All processes are `pids`. Nothing is changed.
     pub(super) fn open(
         keep: Keep,
         id: MigrationId,
-        (paths, root): (&[PathBuf], Option<&RootFiles>),
+        trees: &[(Vec<PathBuf>, Option<RootFiles>)],
         pids: &[i32],
-    ) -> Result<(Self, Vec<CopiedPath>), Failure> {
-        if COPIED_PATHS_MAX < paths.len() + usize::from(root.is_some()) {
+    ) -> Result<(Self, Vec<Vec<CopiedPath>>), Failure> {
+        let count = trees
+            .iter()
+            .map(|(paths, root)| paths.len() + usize::from(root.is_some()));
+        if COPIED_PATHS_MAX < count.sum() {
             let text = format!("more than {COPIED_PATHS_MAX} folders are to travel");
             return Err(Failure::new(ErrorCode::Limit, text));
         }
         let (mut all, mut told) = (Vec::new(), Vec::new());
-        let mut add = |(folder, tells)| {
-            all.push(folder);
+        for (paths, root) in trees {
+            let opened = open_all(&keep, paths, root.as_ref(), pids)?;
+            let (folders, tells): (Vec<_>, Vec<_>) = opened.into_iter().unzip();
+            all.extend(folders);
             told.push(tells);
-        };
-        for path in paths {
-            let Some(name) = path.to_str() else {
-                let text = format!("the name of {} is not UTF-8", path.display());
-                return Err(Failure::new(ErrorCode::FolderUnfit, text));
-            };
-            let form = (name.to_owned(), CopiedForm::Folder);
-            add(Folder::open(&keep, (path, path), form, pids)?);
-        }
-        match root {
-            Some(RootFiles::Bundle { bundle, root }) => {
-                let unfit = |error: Error| failed(&error, ErrorCode::FolderUnfit);
-                may_leave(bundle).map_err(unfit)?;
-                check_unused(bundle, pids)?;
-                let like = rootfs::folder_of(bundle).map_err(|error| internal(&error))?;
-                let form = (String::new(), CopiedForm::Root(like));
-                add(Folder::open(&keep, (bundle, root), form, pids)?);
-            }
-            Some(RootFiles::Layer { upper, overlay }) => {
-                add(Folder::open_layer((upper, overlay), pids)?);
-            }
-            None => {}
         }
         let folders = Self {
             note: note(&keep, id),
@@ -379,6 +362,39 @@ impl Folders {
         }
         drop(fs::remove_file(&self.note));
     }
+}
+
+/// Opens those of one tree.
+fn open_all(
+    keep: &Keep,
+    paths: &[PathBuf],
+    root: Option<&RootFiles>,
+    pids: &[i32],
+) -> Result<Vec<(Folder, CopiedPath)>, Failure> {
+    let mut all = Vec::new();
+    for path in paths {
+        let Some(name) = path.to_str() else {
+            let text = format!("the name of {} is not UTF-8", path.display());
+            return Err(Failure::new(ErrorCode::FolderUnfit, text));
+        };
+        let form = (name.to_owned(), CopiedForm::Folder);
+        all.push(Folder::open(keep, (path, path), form, pids)?);
+    }
+    match root {
+        Some(RootFiles::Bundle { bundle, root }) => {
+            let unfit = |error: Error| failed(&error, ErrorCode::FolderUnfit);
+            may_leave(bundle).map_err(unfit)?;
+            check_unused(bundle, pids)?;
+            let like = rootfs::folder_of(bundle).map_err(|error| internal(&error))?;
+            let form = (String::new(), CopiedForm::Root(like));
+            all.push(Folder::open(keep, (bundle, root), form, pids)?);
+        }
+        Some(RootFiles::Layer { upper, overlay }) => {
+            all.push(Folder::open_layer((upper, overlay), pids)?);
+        }
+        None => {}
+    }
+    Ok(all)
 }
 
 /// What a note is called of folders that should have gone aside.
@@ -567,7 +583,10 @@ mod tests {
             bundle: bundle.clone(),
         };
         let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
-        let open = || Folders::open(keep.clone(), id, (&[], Some(&files)), &[]).map(drop);
+        let open = || {
+            let alone = [(Vec::new(), Some(files.clone()))];
+            Folders::open(keep.clone(), id, &alone, &[]).map(drop)
+        };
         open().expect("nobody uses it");
         unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).expect("needs root");
         let none: Option<&str> = None;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use bytes::Bytes;
-use pageferry_proto::id::Generation;
+use pageferry_proto::id::{Generation, MemberIndex};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::stream::{ImageFileHeader, ImageName, StreamKind, seal};
 
@@ -15,11 +15,11 @@ use crate::net::stream::{DataSender, SendStreamError};
 /// Bytes of an image file given to the network at once.
 const IMAGE_PIECE: usize = 256 << 10; // 256 KiB
 
-/// Sends every image file of a folder; answers with how many and how many bytes.
+/// Sends every image file of a member's folder; answers with how many and how many bytes.
 pub(super) async fn send(
     data: &DataSender,
     generation: Generation,
-    folder: &Path,
+    (member, folder): (MemberIndex, &Path),
 ) -> Result<(u32, u64), Failure> {
     let unreadable = |path: &Path, error: std::io::Error| {
         Failure::new(
@@ -41,7 +41,7 @@ pub(super) async fn send(
             .file_name()
             .and_then(|name| name.to_str())
             .unwrap_or_default();
-        let name = ImageName::new(name).map_err(|error| internal(&error))?;
+        let name = ImageName::of_member(member, name).map_err(|error| internal(&error))?;
         let header = ImageFileHeader::new(generation, name, content.len() as u64);
         let mut body = header.map_err(|error| internal(&error))?.encode();
         body.extend(&content);

@@ -17,7 +17,9 @@ pub mod folders;
 mod images;
 mod lo;
 mod locked;
+mod member;
 mod network;
+mod parking;
 mod sending;
 pub mod sent;
 pub mod site;
@@ -242,6 +244,10 @@ impl SourceDriver {
                 () = self.clock.until(self.machine.poll_timeout()) => self.timed_out(),
             }
         }
+        // Over the connection that is there yet.
+        if let Some(site) = &mut self.site {
+            site.relayed().await;
+        }
         if let Some(connection) = self.connection.take() {
             connection.session.close().await;
         }
@@ -334,9 +340,9 @@ impl SourceDriver {
                         self.pid_at_target = *root_pid;
                     }
                     // No operation is under way before the offer is accepted.
-                    SourceEvent::Message(TargetMessage::Accepted { kept, .. }) => {
+                    SourceEvent::Message(TargetMessage::Accepted { kept, parks, .. }) => {
                         if let Some(site) = &mut self.site {
-                            site.accepted(kept);
+                            site.accepted(kept, *parks);
                         }
                     }
                     _ => {}

@@ -10,16 +10,20 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use pageferry_cgroup::freezer::Freezer;
 use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_sys::namespace::{self, NamespaceKind};
 
 use super::lo::Loopback;
+use super::member::Trees;
+use super::parking::{self, Parking};
 use super::waits::Waits;
 use super::workload::Workload;
 use crate::link::announce::announce;
 use crate::link::describe::describe;
 use crate::link::netlink::Netlink;
+use crate::link::park::Means;
 use crate::link::port::Port;
 use crate::link::route;
 use crate::migration::text::{internal, network_unfit};
@@ -33,6 +37,7 @@ pub(super) struct Network {
     pub(super) ports: Ports,
     pub(super) sockets: Sockets,
     pub(super) lo: Loopback,
+    pub(super) parking: Parking,
 }
 
 /// This node's ends of its links.
@@ -46,6 +51,8 @@ pub(super) struct Sockets {
     observer: Option<Observer>,
     /// Those of the tree's network namespace, if that is its own.
     connections: Option<Connections>,
+    /// The cgroups of all trees, whose processes may be at either end of a connection.
+    freezers: Vec<Freezer>,
 }
 
 impl Network {
@@ -55,6 +62,62 @@ impl Network {
             ports: Ports(ports),
             sockets: Sockets::default(),
             lo: Loopback::default(),
+            parking: Parking::default(),
+        }
+    }
+
+    /// Makes what keeps frames in a freeze.
+    pub(super) async fn park(&mut self, means: Means, workload: &Workload) -> Result<(), Failure> {
+        self.parking.make(means, workload, &self.ports.0).await
+    }
+
+    /// The workload stays, and runs: it has what was kept for it, and is reached again.
+    pub(super) async fn reopen(&mut self, untrack: bool) -> Result<(), Failure> {
+        self.parking.stop();
+        let Some(gate) = self.ports.gate(&self.parking)? else {
+            return Ok(());
+        };
+        let opened = gate.open_all().await;
+        let delivered = gate.parking.deliver();
+        let mut cleared = Ok(());
+        // One that keeps nothing may be that of a daemon that has died.
+        if untrack || self.parking.is_nothing() {
+            cleared = parking::clear(&gate.netlink, gate.ports).await;
+        }
+        if untrack {
+            self.parking.end();
+        }
+        delivered.and(opened).and(cleared)
+    }
+
+    /// It runs at the target: its links are taken away, so that whatever the dying sockets say
+    /// reaches nobody; or they are shut, and what still comes by them is sent on.
+    /// An engine takes its own away.
+    pub(super) async fn leave(&mut self, tree: &Workload, is_engines: bool) -> Result<(), Failure> {
+        match self.parking.relay(tree, is_engines) {
+            true => Ok(()),
+            false => self.take_away(is_engines).await,
+        }
+    }
+
+    /// Waits until what still comes need not be sent on, and takes links away that have waited for
+    /// that.
+    pub(super) async fn relayed(&mut self, tree: &Workload, is_engines: bool) {
+        if self.parking.relayed().await {
+            if let Err(failure) = self.take_away(is_engines).await {
+                tracing::warn!(root = tree.root(), %failure, "a link is left");
+            }
+            self.parking.end();
+        }
+    }
+
+    async fn take_away(&self, is_engines: bool) -> Result<(), Failure> {
+        let Some(gate) = self.ports.gate(&self.parking)? else {
+            return Ok(());
+        };
+        match is_engines {
+            true => gate.shut().await,
+            false => gate.delete().await,
         }
     }
 
@@ -92,8 +155,9 @@ const LEAD_MAX: Duration = Duration::from_secs(5);
 
 impl Sockets {
     /// Opens what looks at them, before the first freeze has to wait for it.
-    pub(super) fn observe(&mut self, workload: &Workload) -> Result<(), Failure> {
-        let root = workload.root();
+    pub(super) fn observe(&mut self, trees: Trees<'_>) -> Result<(), Failure> {
+        let (workload, root) = (trees.first(), trees.root());
+        self.freezers = trees.freezers();
         let net = workload.own.contains(&NamespaceKind::Net);
         if net {
             self.connections = Some(Connections::of(root)?);
@@ -111,6 +175,11 @@ impl Sockets {
         self.connections.clone()
     }
 
+    /// The cgroups of all trees, once they are observed.
+    pub(super) fn freezers(&self) -> Vec<Freezer> {
+        self.freezers.clone()
+    }
+
     /// What passes the tree's loopback cannot be held back in a freeze, for that reason.
     pub(super) fn ungated(&mut self, why: &str) {
         if let Some(connections) = &mut self.connections {
@@ -119,8 +188,8 @@ impl Sockets {
     }
 
     /// A passing state they are in; first one that needs the other side.
-    pub(super) fn look(&mut self, workload: &Workload) -> Result<Option<Passing>, Failure> {
-        let pids = workload.pids()?;
+    pub(super) fn look(&mut self, trees: Trees<'_>) -> Result<Option<Passing>, Failure> {
+        let pids = trees.pids()?;
         let Some(observer) = &mut self.observer else {
             return Err(Failure::new(
                 ErrorCode::Internal,
@@ -129,20 +198,24 @@ impl Sockets {
         };
         // For less time than it takes to make room for another task.
         let found = observer.look(&pids);
-        let found = found.map_err(|error| unlisted(workload.root(), &error))?;
+        let found = found.map_err(|error| unlisted(trees.root(), &error))?;
         Ok(found.into_iter().min_by_key(|p| p.state.passes_alone()))
     }
 }
 
 impl Ports {
     /// What opens and closes them; none if there are none.
-    pub(super) fn gate(&self) -> Result<Option<Gate<'_>>, Failure> {
+    pub(super) fn gate<'a>(&'a self, parking: &'a Parking) -> Result<Option<Gate<'a>>, Failure> {
         if self.0.is_empty() {
             return Ok(None);
         }
         let netlink = Netlink::open(None).map_err(|error| network_unfit(&error))?;
         let ports = &self.0;
-        Ok(Some(Gate { ports, netlink }))
+        Ok(Some(Gate {
+            ports,
+            parking,
+            netlink,
+        }))
     }
 
     /// Says where the workload's addresses are, if it has any of its own. A target that failed late
@@ -165,26 +238,36 @@ impl Ports {
 #[derive(Debug)]
 pub(super) struct Gate<'a> {
     ports: &'a [Port],
+    parking: &'a Parking,
     netlink: Netlink,
 }
 
 impl Gate<'_> {
-    /// From here on nothing new arrives.
+    /// From here on nothing new arrives: it is kept.
     pub(super) async fn close(&self, waits: &Waits) -> Result<(), Failure> {
-        for port in self.ports {
+        for port in self.closed() {
             let closed = waits.on(Wait::Ports, port.close(&self.netlink)).await?;
             closed.map_err(|error| network_unfit(&error))?;
         }
-        Ok(())
+        self.parking.close()
+    }
+
+    /// The ports that are closed, since what comes by them cannot be kept otherwise.
+    fn closed(&self) -> &[Port] {
+        match self.parking.is_whole() {
+            true => &[],
+            false => self.ports,
+        }
     }
 
     /// Opens them again, for another moment to freeze.
     pub(super) async fn reopen(&self, waits: &Waits) -> Result<(), Failure> {
-        for port in self.ports {
+        self.parking.stop();
+        for port in self.closed() {
             let opened = waits.on(Wait::Ports, port.open(&self.netlink)).await?;
             opened.map_err(|error| network_unfit(&error))?;
         }
-        Ok(())
+        self.parking.deliver()
     }
 
     /// Opens all that can be opened, whatever becomes of the others.

@@ -77,6 +77,14 @@ impl Sums {
         self.wire_bytes += sent.wire_bytes;
     }
 
+    /// Adds those of another tree.
+    pub(super) fn merge(&mut self, other: &Self) {
+        self.parcels += other.parcels;
+        self.pages += other.pages;
+        self.raw_bytes += other.raw_bytes;
+        self.wire_bytes += other.wire_bytes;
+    }
+
     /// The freeze is given up, with so much of the final round on its way.
     pub(super) fn given_up(
         &self,

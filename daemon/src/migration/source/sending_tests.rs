@@ -1,3 +1,4 @@
+use pageferry_proto::id::MemberIndex;
 use tokio::sync::watch;
 
 use super::*;
@@ -19,7 +20,8 @@ async fn a_target_that_acknowledges_and_does_not_read_holds_up_nothing_that_is_c
     let sending = tokio::spawn({
         let (waits, data, path) = (waits.clone(), source.data.clone(), folder.path().to_owned());
         async move {
-            let images = waits.on(Wait::Images, images::send(&data, Generation::FIRST, &path));
+            let of = (MemberIndex::FIRST, &*path);
+            let images = waits.on(Wait::Images, images::send(&data, Generation::FIRST, of));
             let live = waits.on(Wait::LiveSets, data.send_stream(StreamKind::LiveSet, body));
             let (images, live) = tokio::join!(images, live);
             (images.is_err(), live.is_err())

@@ -9,19 +9,23 @@
 //!
 //! | part | of it |
 //! |---|---|
-//! | [`Workload`] | its processes, and the cgroup that holds them |
+//! | [`Member`] | a tree of processes; a [`Party`] has several: |
+//! | `Workload` | its processes, and the cgroup that holds them |
+//! | `Tracking` | its memory: spaces, what of them is dirty, and what the target has |
+//! | `Dumping` | the CRIU that stands ready, dumps, and holds |
+//! | `FileLocks` | its locks on shared storage, of which only one node can have one |
+//! | | and of all trees together: |
 //! | [`Network`] | the ports it is reached through, its sockets, and its [`Loopback`] |
-//! | [`Tracking`] | its memory: spaces, what of them is dirty, and what the target has |
-//! | [`Dumping`] | the CRIU that stands ready, dumps, and holds |
 //! | [`Kept`] | storage that both nodes share |
 //! | [`Folders`] | folders that travel with it |
-//! | [`FileLocks`] | its locks on that storage, of which only one node can have one |
 //! | [`Sending`] | the connection of the present session, and what goes over it |
 //!
-//! Invariants: ports are closed before the cgroup is frozen and opened after it is thawed; loopback
-//! is shut from the freeze to the thaw, or to the end of the copy that is given away; the cgroup is
+//! Invariants: all trees are frozen before one is dumped, and what fails for one fails for all;
+//! ports are closed before the cgroups are frozen and opened after they are thawed; loopback is
+//! shut from the freeze to the thaw, or to the end of the copy that is given away; the cgroups are
 //! frozen again after CRIU's dump and read back; nothing here decides.
 
+mod begin;
 mod last_round;
 mod survey;
 
@@ -31,11 +35,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use pageferry_cgroup::freezer::FreezerRoot;
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_files::Keep;
 use pageferry_pages::read::Misses;
-use pageferry_pages::track::Support;
+use pageferry_pages::track::{Eager, Support};
 use pageferry_proto::id::Round;
 use pageferry_proto::migration::policy::{FilesReport, Policy, RoundReport};
 use pageferry_proto::migration::source::{SourceEvent, Wait};
@@ -44,19 +49,19 @@ use pageferry_proto::wire::code::Failure;
 use tokio::task::block_in_place;
 
 use super::calm::{self, Glance, Tries};
-use super::dumping::Dumping;
 use super::folders::Folders;
 use super::lo::Loopback;
-use super::locked::FileLocks;
+use super::member::{Member, Trees};
 use super::network::Network;
 use super::sending::{Sending, Sums};
 use super::sent::Sent;
 use super::storage::Kept;
-use super::tracking::{Paused, Tracking};
+use super::tracking::{Budget, Paused};
 use super::waits::Waits;
-use super::workload::Workload;
+use crate::link::park::Means;
 use crate::migration::text::internal;
 use crate::net::stream::DataSender;
+use crate::runtime::kind::{Kind, Party};
 pub use survey::{Asked, Survey};
 
 /// How long a target that takes a stream no more has to say why. It follows at once.
@@ -89,6 +94,8 @@ pub struct SourceNode {
     pub eager_memory_max: u64,
     /// Where folders go that have left with their workload.
     pub keep: Keep,
+    /// How what comes for a frozen workload is kept.
+    pub parking: Means,
 }
 
 impl SourceNode {
@@ -106,15 +113,17 @@ pub struct Site {
     directory: PathBuf,
     /// Bytes of memory when it was surveyed, for progress.
     memory_bytes: u64,
-    workload: Workload,
+    /// What it is, if it has several members.
+    party: Option<Party>,
+    /// Its trees, in the order of their numbers: at least one.
+    pub(super) members: Vec<Member>,
+    /// Of what CRIU copies by itself, of all trees.
+    budget: Budget,
     network: Network,
     /// Where its target is met.
     peer: Option<IpAddr>,
-    pub(super) tracking: Tracking,
-    dumping: Dumping,
     kept: Kept,
     folders: Folders,
-    locks: FileLocks,
     sending: Sending,
     /// What is waited for, and whether that should end early.
     waits: Waits,
@@ -141,9 +150,13 @@ impl Site {
         self
     }
 
-    /// The root of the tree, in this node's pid namespace.
+    /// The root of the first tree, in this node's pid namespace.
     pub fn root(&self) -> i32 {
-        self.workload.root()
+        self.trees().root()
+    }
+
+    fn trees(&self) -> Trees<'_> {
+        Trees::of(&self.members)
     }
 
     /// The memory it had when it was surveyed.
@@ -153,22 +166,31 @@ impl Site {
 
     /// How long CRIU held the tasks in the last dump, and how long shared storage was synced.
     pub fn measured(&self) -> (Option<Duration>, Option<Duration>) {
-        (self.dumping.held(), self.kept.synced())
+        let held = self
+            .members
+            .iter()
+            .filter_map(|member| member.dumping.held());
+        (held.max(), self.kept.synced())
     }
 
     /// What the move takes from the workload's clients, for people.
     pub fn notes(&self) -> Vec<String> {
-        self.workload.kind.notes()
+        let party = self.party.iter().flat_map(Party::notes);
+        let members = self.trees().iter().flat_map(|tree| tree.kind.notes());
+        party.chain(members).collect()
     }
 
     /// Tells how often it stood still for scans, and how long.
     pub fn paused(&self) -> Paused {
-        self.tracking.paused()
+        // All trees count the same.
+        self.members[0].tracking.paused()
     }
 
-    /// The target has, of folders that travel, these as they were when they left it.
-    pub fn accepted(&mut self, kept: &[u32]) {
+    /// The target has, of folders that travel, these as they were when they left it, and takes what
+    /// comes for the frozen workload if it parks.
+    pub fn accepted(&mut self, kept: &[u32], parks: bool) {
         self.folders.accepted(kept);
+        self.network.parking.accepted(parks);
     }
 
     /// Sends over this connection from now on.
@@ -183,53 +205,77 @@ impl Site {
         drop(self.waits.on(Wait::Held, tokio::time::sleep(WHY_MAX)).await);
     }
 
-    /// Puts the tree into its cgroup, attaches to every space, and lets CRIU get ready.
+    /// Puts each tree into its cgroup, attaches to every space, and lets CRIU get ready.
     pub async fn track(&mut self) -> Result<(), Failure> {
         block_in_place(|| {
             self.kept.offer_is_answered();
-            self.workload.enter_cgroup()?;
-            self.network.sockets.observe(&self.workload)?;
-            self.network.lo = Loopback::of(&self.workload, &mut self.network.sockets)?;
+            let trees = Trees::of(&self.members);
+            trees.iter().try_for_each(|tree| tree.enter_cgroup())?;
+            self.network.sockets.observe(trees)?;
+            self.network.lo = Loopback::of(trees.first(), &mut self.network.sockets)?;
             // Nothing was sent that could be void.
             self.scan().map(drop)
         })?;
-        self.dumping.begin(&self.workload)
+        let tree = Trees::of(&self.members).first();
+        self.network.park(self.node.parking, tree).await?;
+        self.begin_dumping()
+    }
+
+    fn begin_dumping(&mut self) -> Result<(), Failure> {
+        let mut members = self.members.iter_mut();
+        members.try_for_each(|member| member.dumping.begin(&member.workload))
     }
 
     /// Sends what is pending, of folders that travel too if they are to, and finds what became
     /// dirty meanwhile.
     pub async fn round(&mut self, round: Round, folders: bool) -> Result<RoundReport, Failure> {
         let began = Instant::now();
-        if !self.tracking.is_pending() {
+        if !self
+            .members
+            .iter()
+            .any(|member| member.tracking.is_pending())
+        {
             // Whatever it is, this round sends it.
             block_in_place(|| self.scan())?;
         }
-        let last_scan = self.tracking.scanned();
-        let pending = self.tracking.take_pending();
-        let pids = self.workload.pids()?;
+        let last_scan = self.members[0].tracking.scanned();
+        let pids = self.trees().pids()?;
         let syncing = self.kept.sync_beside(&pids);
-        // What was not sent is dirty again, or gone.
-        let how = (round, Misses::GiveUp);
-        let sending = self
-            .sending
-            .pages(&mut self.tracking, &pending, how, &self.waits);
         let data = self.sending.data()?;
-        let members = self.workload.members();
+        let pids_now = self.trees().members();
         let (own, waits) = (&mut self.folders, &self.waits);
         let folders = async {
             match folders {
-                true => own.round(&data, round, &members, waits).await,
+                true => own.round(&data, round, &pids_now, waits).await,
                 false => Ok(FilesReport::default()),
             }
         };
-        let ((sums, _), files) = tokio::try_join!(sending, folders)?;
+        let (members, sending) = (&mut self.members, &self.sending);
+        let pages = async {
+            let mut sums = Sums::default();
+            for Member { tracking, .. } in members {
+                let pending = tracking.take_pending();
+                // What was not sent is dirty again, or gone.
+                let how = (round, Misses::GiveUp);
+                let (sent, _) = sending.pages(tracking, &pending, how, waits).await?;
+                sums.merge(&sent);
+            }
+            Ok(sums)
+        };
+        let (sums, files) = tokio::try_join!(pages, folders)?;
         let sent = began.elapsed();
         syncing.ended(&self.waits).await?;
         let waited = began.elapsed().saturating_sub(sent);
         let anew = block_in_place(|| self.scan())?;
-        self.dumping.tend(&self.workload, &self.waits).await?;
-        self.glance = Glance::now(&self.workload, &mut self.network.sockets);
-        let dirtied = self.tracking.pages_pending();
+        for member in &mut self.members {
+            member.dumping.tend(&member.workload, &self.waits).await?;
+        }
+        self.glance = Glance::now(Trees::of(&self.members), &mut self.network.sockets);
+        let dirtied = self
+            .members
+            .iter()
+            .map(|member| member.tracking.pages_pending())
+            .sum();
         tracing::debug!(%round, pages = sums.pages, dirtied, wire_bytes = sums.wire_bytes,
             took = ?began.elapsed(), since_scan = ?last_scan.elapsed(), "round sent");
         Ok(RoundReport {
@@ -241,61 +287,102 @@ impl Site {
             wire_bytes: sums.wire_bytes,
             // Without the wait for storage, which says nothing of the link.
             duration: began.elapsed().saturating_sub(waited),
-            eager_bytes: self.tracking.eager_bytes(),
+            eager_bytes: self.eager().bytes(),
             anew,
             files,
         })
     }
 
-    /// Whether what was found is everything once more.
+    /// Whether what was found is everything once more, of one tree or several.
     fn scan(&mut self) -> Result<bool, Failure> {
-        let (workload, sockets) = (&self.workload, &self.network.sockets);
-        self.tracking.scan(workload, sockets, &self.waits)
+        let mut anew = false;
+        for member in &mut self.members {
+            let (workload, sockets) = (&member.workload, &self.network.sockets);
+            anew |= member.tracking.scan(workload, sockets, &self.waits)?;
+        }
+        self.budget.check(&self.eager())?;
+        Ok(anew)
     }
 
-    /// Closes the ports and freezes the tree, or gives that up. CRIU stands ready before either.
+    /// What only CRIU can copy, as of the last scan.
+    fn eager(&self) -> Eager {
+        let mut all = Eager::default();
+        for member in &self.members {
+            all.merge(member.tracking.eager().clone());
+        }
+        all
+    }
+
+    /// Closes the ports and freezes the trees, or gives that up. CRIU stands ready before either,
+    /// one for each.
     pub async fn freeze(&mut self) -> Result<SourceEvent, Failure> {
         let glance = std::mem::take(&mut self.glance);
-        let (workload, waits) = (&self.workload, &self.waits);
-        self.dumping.stand_ready(workload, waits).await?;
-        self.tracking.put_pending_back();
-        if let Some(passing) = calm::freeze(workload, &mut self.network, glance, waits).await? {
+        let waits = &self.waits;
+        for member in &mut self.members {
+            member.dumping.stand_ready(&member.workload, waits).await?;
+        }
+        for member in &mut self.members {
+            member.tracking.put_pending_back();
+        }
+        let trees = Trees::of(&self.members);
+        if let Some(passing) = calm::freeze(trees, &mut self.network, glance, waits).await? {
             return self.tries.give_up(&passing.to_string(), &Sums::default());
         }
-        // From here on it cannot end by itself.
-        workload.check_root()?;
-        workload.check_mounts()?;
-        let pids = workload.pids()?;
-        if let Some(locked) = self.locks.freeze(&pids, waits).await? {
-            return Ok(locked);
+        // From here on they cannot end by themselves.
+        trees.check_roots()?;
+        trees.iter().try_for_each(|tree| tree.check_mounts())?;
+        if let Some(party) = &self.party {
+            block_in_place(|| party.check_frozen())?;
         }
-        block_in_place(|| self.kept.freeze(&pids, workload.mounts.as_ref()))?;
+        for Member {
+            workload, locks, ..
+        } in &mut self.members
+        {
+            if let Some(locked) = locks.freeze(&workload.pids()?, waits).await? {
+                return Ok(locked);
+            }
+        }
+        let (kept, trees) = (&mut self.kept, Trees::of(&self.members));
+        block_in_place(|| kept.freeze(trees))?;
         Ok(SourceEvent::Frozen)
     }
 
     /// Whether CRIU was told the truth, and whether file locks can still be given away. After
     /// [`Site::finish`] in the same freeze, beside the restore at the target; so there is time to
-    /// see that nobody else can thaw the tree.
+    /// see that nobody else can thaw the trees.
     pub async fn compare_smaps(&mut self) -> Result<(), Failure> {
-        self.dumping.compared(&self.waits).await?;
-        let pids = self.workload.pids()?;
-        block_in_place(|| self.locks.check_again(&pids))?;
-        self.workload.hold_alone()
+        for member in &mut self.members {
+            member.dumping.compared(&self.waits).await?;
+            let pids = member.workload.pids()?;
+            block_in_place(|| member.locks.check_again(&pids))?;
+        }
+        let mut members = self.members.iter_mut();
+        members.try_for_each(|member| member.workload.hold_alone())?;
+        self.network.parking.commit();
+        Ok(())
     }
 
-    /// Lets go of file locks that the target must have, when the commit is durable. The tree stays
-    /// frozen, by its cgroup alone if CRIU has to step back for that.
+    /// Lets go of file locks that the target must have, when the commit is durable. The trees stay
+    /// frozen, by their cgroups alone if CRIU has to step back for that.
     pub async fn unlock(&mut self) -> Result<(), Failure> {
-        let locks = self.locks.begin_letting_go()?;
-        if locks.is_empty() {
-            return Ok(());
+        let mut all = Vec::new();
+        // Nobody may wait for one of any of them.
+        for member in &mut self.members {
+            let locks = member.locks.begin_letting_go()?;
+            all.push((locks, &member.workload, &mut member.dumping));
         }
-        let stepped_back = if locks.needs_calls() {
-            self.dumping.step_back(&self.workload).await
-        } else {
-            Ok(())
-        };
-        locks.let_go(&self.workload.freezer, stepped_back).await
+        for (locks, workload, dumping) in all {
+            if locks.is_empty() {
+                continue;
+            }
+            let stepped_back = if locks.needs_calls() {
+                dumping.step_back(workload).await
+            } else {
+                Ok(())
+            };
+            locks.let_go(&workload.freezer, stepped_back).await?;
+        }
+        Ok(())
     }
 
     /// Undoes everything down to a running workload; with `untrack`, tracking too. Answers with
@@ -303,27 +390,42 @@ impl Site {
     pub async fn thaw(&mut self, untrack: bool) -> Result<Option<Failure>, Failure> {
         self.kept.thawed();
         self.network.lo.open();
-        self.dumping.let_go(&self.workload, !untrack).await;
-        let lost = self.locks.take_back(&self.workload.freezer).await?;
-        self.workload.thaw()?;
-        if let Some(gate) = self.network.ports.gate()? {
-            gate.open_all().await?;
+        let letting_go = self.members.iter_mut().map(|member| {
+            let Member {
+                workload, dumping, ..
+            } = member;
+            dumping.let_go(workload, !untrack)
+        });
+        join_all(letting_go).await;
+        let mut lost = None;
+        // All of them, before anything runs.
+        for Member {
+            workload, locks, ..
+        } in &mut self.members
+        {
+            let of_this = locks.take_back(&workload.freezer).await?;
+            lost = lost.or(of_this);
         }
+        let thawed = self.members.iter_mut().map(|member| member.workload.thaw());
+        thawed.fold(Ok(()), Result::and)?;
+        self.network.reopen(untrack).await?;
         if !untrack {
-            self.dumping.begin(&self.workload)?;
+            self.begin_dumping()?;
             return Ok(lost);
         }
-        if let Err(error) = self.network.ports.announce(&self.workload).await {
+        if let Err(error) = self.network.ports.announce(self.trees().first()).await {
             // Its next frame says the same.
             tracing::warn!("the workload's addresses are not announced: {error}");
         }
         self.network.lo = Loopback::default();
         block_in_place(|| {
-            self.tracking.end();
+            self.members
+                .iter_mut()
+                .for_each(|member| member.tracking.end());
             self.folders.stay();
             self.kept.offer_is_answered();
         });
-        self.workload.give_back();
+        self.trees().iter().for_each(|tree| tree.give_back());
         drop(fs::remove_dir_all(&self.directory));
         Ok(lost)
     }
@@ -331,25 +433,52 @@ impl Site {
     /// Ends the frozen copy: it runs elsewhere now.
     pub async fn release(&mut self) -> Result<(), Failure> {
         self.folders.close();
-        self.network.lead_away(&self.workload, self.peer).await;
+        self.network
+            .lead_away(self.trees().first(), self.peer)
+            .await;
         // First the links: whatever the dying sockets say reaches nobody.
-        if let Some(gate) = self.network.ports.gate()? {
-            match self.workload.kind.has_engine_network() {
-                true => gate.shut().await?,
-                false => gate.delete().await?,
-            }
+        let (engines, tree) = (self.has_engine_network(), Trees::of(&self.members).first());
+        self.network.leave(tree, engines).await?;
+        let mut endings = Vec::new();
+        for member in &mut self.members {
+            endings.extend(member.dumping.commit().await);
         }
-        let ending = self.dumping.commit().await;
-        self.workload.kill(&self.node.freezers)?;
-        if let Some(ending) = ending {
+        for member in &mut self.members {
+            member.workload.kill(&self.node.freezers)?;
+        }
+        for ending in endings {
             ending.ended().await;
         }
         // Not before: whatever the dying sockets say is no news to each other.
         self.network.lo = Loopback::default();
-        self.tracking.end();
+        self.members
+            .iter_mut()
+            .for_each(|member| member.tracking.end());
         block_in_place(|| self.folders.set_aside());
-        self.workload.release(&self.node.hierarchies)?;
+        for tree in self.trees().iter() {
+            tree.release(&self.node.hierarchies)?;
+        }
+        if let Some(party) = &self.party {
+            block_in_place(|| party.release());
+        }
         drop(fs::remove_dir_all(&self.directory));
         Ok(())
+    }
+
+    /// What still comes for a workload that is released need not be sent on any more.
+    pub async fn relayed(&mut self) {
+        let (engines, tree) = (self.has_engine_network(), Trees::of(&self.members).first());
+        self.network.relayed(tree, engines).await;
+    }
+
+    fn has_engine_network(&self) -> bool {
+        match &self.party {
+            Some(party) => party.has_engine_network(),
+            None => self
+                .trees()
+                .iter()
+                .map(|tree| &tree.kind)
+                .any(Kind::has_engine_network),
+        }
     }
 }

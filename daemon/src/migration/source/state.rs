@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::site::Asked;
 use crate::migration::ports::PortState;
 use crate::migration::text::internal;
-use crate::runtime::kind::Kind;
+use crate::runtime::kind::{Kind, Party};
 use crate::runtime::shared::marker::Written;
 
 /// What a restarted daemon needs to know of a workload: kept in the journal.
@@ -32,9 +32,42 @@ pub(super) struct SiteState {
     pub(super) markers: Vec<Written>,
     /// For whoever asks for the same again.
     pub(super) asked: Asked,
+    /// Of a party, the members after the first, which is what stands above.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) members: Vec<MemberState>,
+    /// What it is a party of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) party: Option<Party>,
+}
+
+/// One tree of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct MemberState {
+    /// What it is to this node.
+    pub(super) kind: Kind,
+    /// When its root started, in clock ticks since the boot.
+    pub(super) started: u64,
+    pub(super) freezer: PathBuf,
+    /// What that is known by, if others may make one of its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) freezer_id: Option<FolderId>,
 }
 
 impl SiteState {
+    /// All trees, the first one, too.
+    pub(super) fn all_members(&self) -> Vec<MemberState> {
+        let first = MemberState {
+            kind: self.kind.clone(),
+            started: self.started,
+            freezer: self.freezer.clone(),
+            freezer_id: self.freezer_id,
+        };
+        let others = self.members.iter().cloned();
+        std::iter::once(first).chain(others).collect()
+    }
+}
+
+impl MemberState {
     /// The cgroup that holds the tree, if it is still that. One that was known in another boot is
     /// not there, whoever has made one by its name in this.
     pub(super) fn freezer(&self, is_this_boot: bool) -> Freezer {
@@ -79,11 +112,46 @@ mod tests {
         };
         let bytes = encode_state(&known).unwrap();
         let known: SiteState = serde_json::from_slice(bytes.as_bytes()).unwrap();
-        assert!(known.freezer(true).exists() && !known.freezer(false).exists());
+        let first = &known.all_members()[0];
+        assert!(first.freezer(true).exists() && !first.freezer(false).exists());
         let other = text.replacen("process", "lxc", 1);
         let error = serde_json::from_str::<SiteState>(&other)
             .unwrap_err()
             .to_string();
         assert!(error.contains("unknown variant `lxc`"), "{error}");
+    }
+
+    #[test]
+    fn the_state_of_a_party_names_all_its_members() {
+        let container = |id: &str, root: i32| {
+            format!(
+                concat!(
+                    r#"{{"podman":{{"container":{{"runtime":"crun","id":"{0}","root":{1},"#,
+                    r#""started":5,"boot":"b","bundle":"/c/{0}"}},"id":"{0}","image":"0f","#,
+                    r#""restart":"always","pod":{{"infra":"0a","shared":["net"]}}}}}}"#
+                ),
+                id, root
+            )
+        };
+        let text = format!(
+            concat!(
+                r#"{{"kind":{},"started":5,"boot":"b","freezer":"/f","ports":[],"markers":[],"#,
+                r#""asked":{{"shared":[],"force_cpu":false,"force_ipc":false,"network":null,"#,
+                r#""instead_of":null}},"members":[{{"kind":{},"started":6,"freezer":"/g"}}],"#,
+                r#""party":{{"podman-pod":{{"name":"shop","id":"0c","infra":"0a","#,
+                r#""members":["db","web"],"shared":["net"],"shm":"/s"}}}}}}"#
+            ),
+            container("0b", 7),
+            container("0d", 8)
+        );
+        let state: SiteState = serde_json::from_str(&text).unwrap();
+        assert_eq!(encode_state(&state).unwrap().as_bytes(), text.as_bytes());
+        let all = state.all_members();
+        let told: Vec<_> = all
+            .iter()
+            .map(|one| (one.kind.root(), one.started))
+            .collect();
+        assert_eq!(told, [(7, 5), (8, 6)]);
+        assert_eq!(all[1].freezer, std::path::Path::new("/g"));
     }
 }

@@ -8,7 +8,9 @@ use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::Failure;
 use pageferry_proto::wire::shared::SharedPath;
 
+use super::member::Trees;
 use super::waits::Waits;
+use super::workload::Workload;
 use crate::migration::text::internal;
 use crate::runtime::detached;
 use crate::runtime::mounts::Mounts;
@@ -19,6 +21,9 @@ use crate::runtime::shared::{Storage, lengths, mappings};
 /// How long syncing may take while the workload stands still. Little is dirty then: a sync has gone
 /// before, beside the last round. Beside a round it may take as long as the round may.
 const FROZEN_SYNC_MAX: Duration = Duration::from_secs(10);
+
+/// The processes of a tree, and the mounts they have, if those are their own.
+type Seen = (Vec<i32>, Option<Mounts>);
 
 /// Storage that both nodes share, as the source holds it.
 #[derive(Debug, Default)]
@@ -73,17 +78,26 @@ impl Kept {
 
     /// Begins the sync that counts, when the workload stands still, and refuses what it must not
     /// have by then. Asks nothing of the storage, which may not answer.
-    pub(super) fn freeze(&mut self, pids: &[i32], mounts: Option<&Mounts>) -> Result<(), Failure> {
+    pub(super) fn freeze(&mut self, trees: Trees<'_>) -> Result<(), Failure> {
+        let seen = |tree: &Workload| Ok((tree.pids()?, tree.mounts.clone()));
+        let seen: Vec<Seen> = trees.iter().map(seen).collect::<Result<_, Failure>>()?;
+        self.freeze_seen(&seen)
+    }
+
+    fn freeze_seen(&mut self, trees: &[Seen]) -> Result<(), Failure> {
         if self.storage.is_empty() {
             return Ok(());
         }
-        self.syncing = Some(self.systems.begin(pids.to_vec()));
+        let pids = trees.iter().flat_map(|(pids, _)| pids.iter().copied());
+        self.syncing = Some(self.systems.begin(pids.collect()));
         self.storage.check_unchanged()?;
         if !self.storage.is_incoherent() {
             return Ok(());
         }
-        pids.iter()
-            .try_for_each(|pid| mappings::check_coherent(*pid, &self.storage, mounts))
+        trees.iter().try_for_each(|(pids, mounts)| {
+            let mut pids = pids.iter();
+            pids.try_for_each(|pid| mappings::check_coherent(*pid, &self.storage, mounts.as_ref()))
+        })
     }
 
     /// Puts beside the images how long the files are that the frozen workload writes.
@@ -213,7 +227,7 @@ mod tests {
         let (waits, images) = (Waits::new(cancelled), tempfile::tempdir().unwrap());
         let (seen, place) = (waits.clone(), images.path().to_owned());
         let freezing = std::thread::spawn(move || {
-            let frozen = kept.freeze(&[pid], None);
+            let frozen = kept.freeze_seen(&[(vec![pid], None)]);
             let runtime = tokio::runtime::Builder::new_current_thread().build();
             let telling = kept.tell_lengths(vec![pid], None, &place, &waits);
             let told = runtime.unwrap().block_on(telling);

@@ -3,8 +3,8 @@
 //!
 //! Invariants: a page that was found dirty is pending, sent, or dirty still: none is forgotten but
 //! with its space; every scan has a [`Lookout`] around it; once direct I/O was seen the workload
-//! stands still for each, and nothing counts that was found before; what CRIU copies by itself is
-//! within the budget.
+//! stands still for each, and nothing counts that was found before. Whether what CRIU copies by
+//! itself is within the [`Budget`] is asked of all trees together.
 
 mod budget;
 mod last;
@@ -40,8 +40,6 @@ use pauses::{Pauses, Scanned};
 #[derive(Debug)]
 pub(super) struct Tracking {
     support: Support,
-    /// Of what CRIU copies by itself.
-    budget: Budget,
     /// CRIU reads the true smaps, for 11 ms per GiB of the freeze.
     true_smaps: bool,
     spaces: BTreeMap<SpaceId, Space>,
@@ -57,25 +55,24 @@ pub(super) struct Tracking {
     pub(super) unread: Unreadable,
     /// When the last scan was, for the rate of dirtying.
     scanned: Instant,
-    /// Bytes only CRIU can copy, as of the last scan.
-    eager_bytes: u64,
+    /// What only CRIU can copy, as of the last scan.
+    eager: Eager,
 }
 
 impl Tracking {
     /// Nothing is tracked yet.
-    pub(super) fn new(support: Support, budget: Budget, true_smaps: bool) -> Self {
+    pub(super) fn new(support: Support, true_smaps: bool, paused: Paused) -> Self {
         Self {
             support,
-            budget,
             true_smaps,
             spaces: BTreeMap::new(),
             direct: false,
-            pauses: Pauses::new(),
+            pauses: Pauses::new(paused),
             pending: BTreeMap::new(),
             delivered: Delivered::default(),
             unread: Unreadable::default(),
             scanned: Instant::now(),
-            eager_bytes: 0,
+            eager: Eager::default(),
         }
     }
 
@@ -106,8 +103,7 @@ impl Tracking {
             eager.add_segment(segment.id, segment.bytes);
         }
         self.scanned = Instant::now();
-        self.eager_bytes = eager.bytes();
-        self.budget.check(&eager)?;
+        self.eager = eager;
         Ok(anew)
     }
 
@@ -132,7 +128,7 @@ impl Tracking {
 
     /// Looks for what forbids tracking.
     pub(super) fn lookout(&self, workload: &Workload, sockets: &Sockets) -> Lookout {
-        Lookout::new(workload, self.support.clone(), sockets.connections())
+        Lookout::new(workload, self.support.clone(), sockets)
     }
 
     /// Attaches to the spaces that are not yet tracked and forgets those that are gone.
@@ -266,9 +262,9 @@ impl Tracking {
         self.scanned
     }
 
-    /// Bytes only CRIU can copy, as of then.
-    pub(super) fn eager_bytes(&self) -> u64 {
-        self.eager_bytes
+    /// What only CRIU can copy, as of then.
+    pub(super) fn eager(&self) -> &Eager {
+        &self.eager
     }
 
     /// Lets go of every space.

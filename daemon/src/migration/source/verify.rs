@@ -35,15 +35,12 @@ pub(super) fn begin(
     Hashing::begin(live, threads)
 }
 
-/// Sends digests, if any are made, while others are made; answers with how many streams it took.
+/// Sends digests while others are made; answers with how many streams it took.
 pub(super) async fn send(
-    hashing: Option<Hashing>,
+    mut hashing: Hashing,
     data: &DataSender,
     generation: Generation,
 ) -> Result<u32, Failure> {
-    let Some(mut hashing) = hashing else {
-        return Ok(0);
-    };
     let began = Instant::now();
     let mut streams = 0;
     let mut sends = FuturesUnordered::new();

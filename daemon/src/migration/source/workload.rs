@@ -8,7 +8,6 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criu_glue::repair;
@@ -18,6 +17,7 @@ use pageferry_ipam::{Folders, Left};
 use pageferry_pages::track::Support;
 use pageferry_pages::track::frozen::{Frozen, Stops};
 use pageferry_pages::track::tree::{Tree, TreeError};
+use pageferry_proto::id::MemberIndex;
 use pageferry_proto::migration::source::Wait;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::MountDescription;
@@ -26,7 +26,6 @@ use pageferry_sys::task::{threads, tracer};
 use tokio::task::block_in_place;
 
 use super::failure::{failed_to_track, freeze_failed};
-use super::folders::Members;
 use super::waits::Waits;
 use crate::migration::text::chain;
 use crate::runtime::identity::Anchor;
@@ -41,6 +40,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 /// A tree of processes that moves as one.
 #[derive(Debug)]
 pub(super) struct Workload {
+    /// Which of its party it is.
+    pub(super) member: MemberIndex,
     pub(super) kind: Kind,
     /// The process that is its root, if it was there when this was made.
     pub(super) anchor: Option<Anchor>,
@@ -84,7 +85,8 @@ impl Workload {
 
     /// Who is in the tree, by its root.
     pub(super) fn tree(&self) -> Result<Tree, Failure> {
-        let tree = Tree::read(self.root()).map_err(|error| unreadable(&error))?;
+        let tree = Tree::read(self.root()).and_then(|tree| tree.of_member(self.member));
+        let tree = tree.map_err(|error| unreadable(&error))?;
         self.check_root()?;
         Ok(tree)
     }
@@ -94,12 +96,6 @@ impl Workload {
         self.freezer
             .processes()
             .map_err(|error| freeze_failed(&error))
-    }
-
-    /// Says the same at any time, to whoever looks elsewhere.
-    pub(super) fn members(&self) -> Members {
-        let freezer = self.freezer.clone();
-        Arc::new(move || freezer.processes().map_err(|error| freeze_failed(&error)))
     }
 
     /// How many threads it has, as far as that can be told.

@@ -18,16 +18,17 @@ use pageferry_files::{
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::VolumeDescription;
-use pageferry_proto::wire::copied::{BundleFolder, CopiedForm, CopiedPath, FilesHeader};
+use pageferry_proto::wire::copied::{BundleFolder, CopiedForm, FilesHeader};
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 
+use super::own::{Own, bundle_of, check_forms};
 use super::stage::{Stage, gone, stage};
 use super::volumes::Volumes;
 use crate::migration::folders::failed;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{ReadStreamError, StreamReader};
-use crate::runtime::rootfs::{Bundle, RootPlace, open_like};
+use crate::runtime::rootfs::open_like;
 
 /// What the node keeps of folders, and where it writes down which are coming.
 #[derive(Clone, Debug)]
@@ -47,6 +48,8 @@ pub struct Folders {
 
 #[derive(Clone, Debug)]
 struct Folder {
+    /// With which member it comes.
+    member: usize,
     /// None of what comes to an overlay of an engine.
     placed: Option<Placed>,
     /// It is put before anything comes, and filled where it is.
@@ -131,6 +134,7 @@ impl Folders {
         let noted = fs::read(shelf.note(id)).ok();
         let noted = noted.and_then(|bytes| serde_json::from_slice::<Vec<Noted>>(&bytes).ok());
         let folder = |noted: Noted| Folder {
+            member: 0,
             placed: Some(Placed {
                 path: noted.path,
                 place: noted.place,
@@ -166,19 +170,16 @@ impl Folders {
         written.map_err(|error| failed(&error, ErrorCode::NodeUnfit))
     }
 
-    /// Makes a place for each of them; that of a container's own is `root`. If somebody looks where
-    /// others are to be before they come, an empty folder is there from now on. Blocks.
-    pub fn prepare(
-        &self,
-        copied: &[CopiedPath],
-        root: Option<&RootPlace>,
-        are_looked_for: bool,
-    ) -> Result<(), Failure> {
-        check_forms(copied, root)?;
-        if copied.is_empty() {
+    /// Makes a place for each that comes with these members, in their order. Where somebody looks
+    /// for them before they come, an empty folder is there from now on. Blocks.
+    pub fn prepare(&self, members: &[Own<'_>]) -> Result<(), Failure> {
+        members
+            .iter()
+            .try_for_each(|own| check_forms(own.copied, own.root))?;
+        if members.iter().all(|own| own.copied.is_empty()) {
             return Ok(());
         }
-        self.plan(copied, root)?;
+        self.plan(members)?;
         self.write_down()?;
         let taken = |error: Error| failed(&error, ErrorCode::PathTaken);
         let keep = &self.shelf.keep;
@@ -188,7 +189,8 @@ impl Folders {
                 placed.inode = Some(claimed.map_err(taken)?);
                 // An empty folder of somebody's stays his until something is put over it.
                 let is_free = !placed.was_there || self.volumes.has(&placed.path);
-                if are_looked_for && !folder.ahead && is_free {
+                let is_looked_for = members[folder.member].are_looked_for;
+                if is_looked_for && !folder.ahead && is_free {
                     placed.stand_in = Some(Keep::stand_in(placed).map_err(taken)?);
                 }
             }
@@ -201,7 +203,8 @@ impl Folders {
         {
             Keep::put_stand_in(placed).map_err(taken)?;
         }
-        for (folder, coming) in self.lock().iter_mut().zip(copied) {
+        let coming = members.iter().flat_map(Own::each);
+        for (folder, (coming, root)) in self.lock().iter_mut().zip(coming) {
             if let Some(placed) = &folder.placed {
                 let bundle = bundle_of(coming, root).map(|(bundle, _)| bundle);
                 let stage = stage((placed, folder.kept), bundle)?;
@@ -217,16 +220,19 @@ impl Folders {
     }
 
     /// Says where each of them comes to, if it may come there.
-    fn plan(&self, copied: &[CopiedPath], root: Option<&RootPlace>) -> Result<(), Failure> {
+    fn plan(&self, members: &[Own<'_>]) -> Result<(), Failure> {
         let taken = |error: Error| failed(&error, ErrorCode::PathTaken);
         let mut needed = std::collections::BTreeMap::<PathBuf, Totals>::new();
-        for (index, coming) in copied.iter().enumerate() {
+        let each = members.iter().enumerate();
+        let each = each.flat_map(|(member, own)| own.each().map(move |one| (member, one)));
+        for (index, (member, (coming, root))) in each.enumerate() {
             let offered = Totals {
                 entries: coming.entries,
                 bytes: coming.bytes,
             };
             if coming.form == CopiedForm::Layer {
                 self.lock().push(Folder {
+                    member,
                     placed: None,
                     ahead: false,
                     like: None,
@@ -250,6 +256,7 @@ impl Folders {
             totals.bytes = totals.bytes.saturating_add(missing.bytes);
             admit(path, totals).map_err(taken)?;
             self.lock().push(Folder {
+                member,
                 placed: Some(Placed {
                     path: path.to_owned(),
                     place: Keep::place(path, &self.id.to_string(), index),
@@ -267,10 +274,10 @@ impl Folders {
         Ok(())
     }
 
-    /// The overlay is mounted that a layer comes to. Before anything comes.
-    pub fn found(&self, overlay: &Path) -> Result<(), Failure> {
+    /// The overlay is mounted that a layer of a member comes to. Before anything comes.
+    pub fn found(&self, member: usize, overlay: &Path) -> Result<(), Failure> {
         let unfit = |error: Error| failed(&error, ErrorCode::NodeUnfit);
-        for stage in self.layers() {
+        for stage in self.layers(|folder| folder.member == member) {
             let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
             if let Stage::Awaited(totals) = &*stage {
                 admit_in(overlay, totals).map_err(unfit)?;
@@ -285,7 +292,7 @@ impl Folders {
     /// The workload is restored: checks that an overlay is the one that has what came. A runtime
     /// that had died was started again, by an engine that makes another one then.
     pub fn check_restored(&self) -> Result<(), Failure> {
-        for stage in self.layers() {
+        for stage in self.layers(|_| true) {
             let Stage::Proven(shown) = gone(&stage) else {
                 return Err(no_staging());
             };
@@ -300,15 +307,17 @@ impl Folders {
 
     /// Closes what is open of overlays, which an engine could not unmount.
     pub fn close(&self) {
-        for stage in self.layers() {
+        for stage in self.layers(|_| true) {
             drop(gone(&stage));
         }
     }
 
-    /// Those that come to an overlay.
-    fn layers(&self) -> Vec<Arc<Mutex<Stage>>> {
+    /// Those that come to an overlay, of the folders that are `wanted`.
+    fn layers(&self, wanted: impl Fn(&Folder) -> bool) -> Vec<Arc<Mutex<Stage>>> {
         let all = self.lock();
-        let layers = all.iter().filter(|folder| folder.placed.is_none());
+        let layers = all
+            .iter()
+            .filter(|folder| folder.placed.is_none() && wanted(folder));
         layers.filter_map(|folder| folder.staging.clone()).collect()
     }
 
@@ -516,34 +525,6 @@ impl Folders {
     }
 }
 
-/// The bundle that something that comes is of, if it is.
-fn bundle_of<'a>(
-    coming: &CopiedPath,
-    root: Option<&'a RootPlace>,
-) -> Option<(&'a Bundle, BundleFolder)> {
-    match (coming.form, root) {
-        (CopiedForm::Root(like), Some(RootPlace::Bundle(bundle))) => Some((bundle, like)),
-        _ => None,
-    }
-}
-
-/// Checks that what comes as a container's own is what it has here, once.
-fn check_forms(copied: &[CopiedPath], root: Option<&RootPlace>) -> Result<(), Failure> {
-    let own = copied.iter().map(|coming| coming.form);
-    let own: Vec<_> = own.filter(|form| *form != CopiedForm::Folder).collect();
-    match (&own[..], root) {
-        ([], None)
-        | ([CopiedForm::Root(_)], Some(RootPlace::Bundle(_)))
-        | ([CopiedForm::Layer], Some(RootPlace::Overlay)) => Ok(()),
-        ([], Some(_)) => Err(malformed(
-            "the container comes without its root file system",
-        )),
-        _ => Err(malformed(
-            "what comes with a container is none of what it has here",
-        )),
-    }
-}
-
 impl Noted {
     fn of(folder: &Folder) -> Option<Self> {
         let placed = folder.placed.as_ref()?;
@@ -563,7 +544,7 @@ fn no_staging() -> Failure {
     Failure::new(ErrorCode::Internal, "a folder that came is not there")
 }
 
-fn malformed(why: &str) -> Failure {
+pub(super) fn malformed(why: &str) -> Failure {
     Failure::new(ErrorCode::Malformed, why)
 }
 

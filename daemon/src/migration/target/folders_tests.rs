@@ -2,7 +2,10 @@ use std::os::unix::fs::MetadataExt;
 
 use pageferry_files::{Source, Suspects};
 
+use pageferry_proto::wire::copied::CopiedPath;
+
 use super::*;
+use crate::runtime::rootfs::{Bundle, RootPlace};
 
 /// Where folders come to, and what is known of them.
 fn node() -> (tempfile::TempDir, Shelf) {
@@ -21,6 +24,19 @@ fn coming(path: &Path, bytes: u64, base: Option<Digest>) -> CopiedPath {
     }
 }
 
+/// What comes with the only member.
+const fn own<'a>(
+    copied: &'a [CopiedPath],
+    root: Option<&'a RootPlace>,
+    are_looked_for: bool,
+) -> [Own<'a>; 1] {
+    [Own {
+        copied,
+        root,
+        are_looked_for,
+    }]
+}
+
 #[test]
 fn one_that_cannot_be_taken_back_leaves_no_other() {
     let (root, shelf) = node();
@@ -28,7 +44,7 @@ fn one_that_cannot_be_taken_back_leaves_no_other() {
     let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
     let folders = Folders::new(shelf.clone(), id);
     let all = paths.each_ref().map(|path| coming(path, 0, None));
-    folders.prepare(&all, None, false).expect("room");
+    folders.prepare(&own(&all, None, false)).expect("room");
     let places: Vec<PathBuf> = {
         let all = folders.lock();
         let placed = all.iter().filter_map(|folder| folder.placed.as_ref());
@@ -58,7 +74,7 @@ fn an_empty_folder_is_there_for_who_looks_and_goes_with_the_rest() {
     let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
     let all = paths.each_ref().map(|path| coming(path, 0, None));
     let folders = Folders::new(shelf.clone(), id);
-    folders.prepare(&all, None, true).expect("room");
+    folders.prepare(&own(&all, None, true)).expect("room");
     assert!(paths[0].is_dir() && paths[1].is_dir());
     let stand_ins = |folders: &Folders| -> Vec<bool> {
         let all = folders.lock();
@@ -79,7 +95,7 @@ fn an_empty_folder_is_there_for_who_looks_and_goes_with_the_rest() {
     ]);
     fs::write(&note, made.to_string()).expect("a note");
     let folders = Folders::new(shelf.clone(), id);
-    folders.prepare(&all, None, true).expect("room");
+    folders.prepare(&own(&all, None, true)).expect("room");
     assert_eq!(stand_ins(&folders), [true, true]);
     folders.hand_over().expect("written down");
     assert!(!note.exists());
@@ -89,7 +105,7 @@ fn an_empty_folder_is_there_for_who_looks_and_goes_with_the_rest() {
     fs::remove_file(shelf.note(id)).expect("a note");
     fs::remove_dir_all(root.path().join(pageferry_files::HIDDEN)).expect("hidden");
     let folders = Folders::new(shelf.clone(), id);
-    folders.prepare(&all, None, true).expect("room");
+    folders.prepare(&own(&all, None, true)).expect("room");
     // What somebody has put there since is his.
     fs::rename(&paths[0], root.path().join("aside")).expect("renamed");
     fs::create_dir(&paths[0]).expect("a folder");
@@ -105,16 +121,16 @@ fn what_is_missing_of_a_folder_that_is_kept_must_have_room() {
     let digest = [7; 32];
     shelf.keep().set_aside(&path, &digest).expect("aside");
     let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
-    let refused = Folders::new(shelf.clone(), id).prepare(
+    let refused = Folders::new(shelf.clone(), id).prepare(&own(
         &[coming(&path, 1 << 60, Some(digest))],
         None,
         false,
-    );
+    ));
     let code = refused.map_err(|failure| failure.code());
     assert_eq!(code, Err(ErrorCode::DiskShort));
     let folders = Folders::new(shelf, id);
     folders
-        .prepare(&[coming(&path, 0, Some(digest))], None, false)
+        .prepare(&own(&[coming(&path, 0, Some(digest))], None, false))
         .expect("room");
     assert_eq!(folders.kept(), [0]);
 }
@@ -172,7 +188,7 @@ fn a_bundle_is_there_before_anything_comes_and_goes_by_its_inode() {
     let [id, other] = ids();
     let come = |id| {
         let folders = Folders::new(shelf.clone(), id);
-        let prepared = folders.prepare(std::slice::from_ref(&coming), Some(&place), true);
+        let prepared = folders.prepare(&own(std::slice::from_ref(&coming), Some(&place), true));
         prepared.map(|()| folders)
     };
     let folders = come(id).expect("room");
@@ -217,7 +233,7 @@ fn what_may_run_is_taken_back_by_nobody_but_who_knows_that_it_never_ran() {
     let [id, _] = ids();
     let begun = || {
         let folders = Folders::new(shelf.clone(), id);
-        let prepared = folders.prepare(std::slice::from_ref(&coming), Some(&place), true);
+        let prepared = folders.prepare(&own(std::slice::from_ref(&coming), Some(&place), true));
         prepared.expect("room");
         folders.hand_over().expect("written down");
         folders
@@ -254,7 +270,7 @@ fn what_is_bound_in_a_bundle_is_let_go_before_that_is_removed() {
     let (coming, place) = bundle(path.clone());
     let folders = Folders::new(shelf, ids()[0]);
     folders
-        .prepare(&[coming], Some(&place), true)
+        .prepare(&own(&[coming], Some(&place), true))
         .expect("room");
     fs::create_dir(&files).expect("a folder");
     fs::write(files.join("kept"), "").expect("a file");
@@ -286,31 +302,33 @@ fn what_is_bound_in_a_bundle_is_let_go_before_that_is_removed() {
 #[test]
 fn what_comes_as_a_containers_own_is_what_it_has_here() {
     let (root, shelf) = node();
-    let (own, place) = bundle(root.path().join("web"));
+    let (whole, place) = bundle(root.path().join("web"));
     let layer = CopiedPath {
         form: CopiedForm::Layer,
-        ..own.clone()
+        ..whole.clone()
     };
     let folder = coming(&root.path().join("data"), 0, None);
     let refused = |copied: &[CopiedPath], place: Option<&RootPlace>| {
         let folders = Folders::new(shelf.clone(), ids()[0]);
         let code = folders
-            .prepare(copied, place, true)
+            .prepare(&own(copied, place, true))
             .map_err(|failure| failure.code());
         assert_eq!(code, Err(ErrorCode::Malformed));
     };
     refused(&[], Some(&place));
     refused(std::slice::from_ref(&folder), Some(&RootPlace::Overlay));
-    refused(std::slice::from_ref(&own), None);
+    refused(std::slice::from_ref(&whole), None);
     refused(std::slice::from_ref(&layer), Some(&place));
-    refused(&[own.clone(), own.clone()], Some(&place));
-    refused(&[own], Some(&RootPlace::Overlay));
+    refused(&[whole.clone(), whole.clone()], Some(&place));
+    refused(&[whole], Some(&RootPlace::Overlay));
     let folders = Folders::new(shelf.clone(), ids()[0]);
     folders
-        .prepare(&[layer], Some(&RootPlace::Overlay), true)
+        .prepare(&own(&[layer], Some(&RootPlace::Overlay), true))
         .expect("one to come");
     // It is mounted nowhere.
-    let found = folders.found(root.path()).map_err(|failure| failure.code());
+    let found = folders
+        .found(0, root.path())
+        .map_err(|failure| failure.code());
     assert_eq!(found, Err(ErrorCode::NodeUnfit));
     folders.take_back().expect("nothing of it");
 }
@@ -355,9 +373,9 @@ fn an_overlay_that_has_all_can_be_unmounted_and_another_one_is_told_from_it() {
         let folders = Folders::new(shelf.clone(), ids()[0]);
         let layer = std::slice::from_ref(&layer);
         folders
-            .prepare(layer, Some(&RootPlace::Overlay), true)
+            .prepare(&own(layer, Some(&RootPlace::Overlay), true))
             .expect("room");
-        folders.found(&path("merged")).expect("it is there");
+        folders.found(0, &path("merged")).expect("it is there");
         fill(&folders);
         folders.put().expect("all has come");
         folders
@@ -384,7 +402,7 @@ fn who_says_that_folders_stay_waits_for_nobody_who_applies_something() {
     let (coming, place) = bundle(path.clone());
     let folders = Folders::new(shelf, ids()[0]);
     folders
-        .prepare(&[coming], Some(&place), true)
+        .prepare(&own(&[coming], Some(&place), true))
         .expect("room");
     // As one whose storage does not answer.
     let stage = folders.lock()[0].staging.clone().expect("a stage");

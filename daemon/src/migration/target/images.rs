@@ -6,7 +6,7 @@ use std::path::Path;
 
 use criu_glue::image::pstree::{self, Process};
 use criu_glue::image::{ImageError, core, mm, pagemap};
-use pageferry_proto::id::SpaceId;
+use pageferry_proto::id::{MemberIndex, SpaceId};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
 use crate::migration::text::{chain, internal};
@@ -22,8 +22,8 @@ pub(super) struct Images {
     pub(super) adopts: bool,
 }
 
-/// Rewrites the page maps for a lazy restore.
-pub(super) fn make_images_lazy(images: &Path) -> Result<Images, Failure> {
+/// Rewrites the page maps of a member's images for a lazy restore.
+pub(super) fn make_images_lazy(images: &Path, member: MemberIndex) -> Result<Images, Failure> {
     let (mut spaces, mut tasks) = (BTreeSet::new(), Vec::new());
     let entries = fs::read_dir(images).map_err(|error| internal(&error))?;
     for entry in entries.flatten() {
@@ -37,7 +37,8 @@ pub(super) fn make_images_lazy(images: &Path) -> Result<Images, Failure> {
         if let Some(vpid) = number("mm-") {
             pagemap::rewrite(images, vpid).map_err(|error| criu_failed(&error))?;
             mm::reserve(images, vpid).map_err(|error| criu_failed(&error))?;
-            spaces.insert(SpaceId(vpid));
+            let space = SpaceId::of(member, vpid);
+            spaces.insert(space.map_err(|error| internal(&error))?);
         }
     }
     let tree = pstree::read(images).map_err(|error| criu_failed(&error))?;

@@ -6,12 +6,14 @@
 //! Invariants: nothing counts before its checksum fits; a parcel is admitted by the ledger before a
 //! page of it is stored, and entered after; a stream that fails ends the intake with a named
 //! failure, it is never skipped, unless it is of an attempt that the source has given up; each
-//! attempt has a folder of images of its own, so that no file of one gets among those of another.
+//! attempt has a folder of images of its own for each member, so that no file of one gets among
+//! those of another.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -19,7 +21,7 @@ use bytes::Bytes;
 use pageferry_pages::pool::Pool;
 use pageferry_pages::recv::Receiver;
 use pageferry_pages::store::Store;
-use pageferry_proto::id::{Generation, Round, SpaceId};
+use pageferry_proto::id::{Generation, MemberIndex, Round, SpaceId};
 use pageferry_proto::migration::ledger::{Account, Arrival, Ledger, LedgerError};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
@@ -33,6 +35,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::folders::Folders;
+use super::parking::Parking;
 use crate::migration::text::{chain, internal};
 use crate::net::lanes::DataReceiver;
 use crate::net::stream::{DataStream, StreamReader};
@@ -51,8 +54,11 @@ pub struct Intake {
 struct Shared {
     receiver: Receiver,
     folders: Folders,
-    /// Has a folder for the attempt that is collected.
+    parking: Parking,
+    /// Has a folder for each member's images of the attempt that is collected.
     images: PathBuf,
+    /// How many members come.
+    members: AtomicUsize,
     /// One for each stream that is read.
     places: Arc<Semaphore>,
     /// One for each place, so that whoever has a place need not wait.
@@ -117,19 +123,28 @@ impl Intake {
     ) -> Result<Self, Failure> {
         drop(fs::remove_dir_all(&images));
         fs::create_dir_all(&images).map_err(|error| image_failed(&images, &error))?;
-        Ok(Self::over(store, images, folders, threads))
+        let parking = Parking::default();
+        Ok(Self::over(store, images, (folders, parking), threads))
     }
 
     /// An intake that nothing will come to: that of a workload which is already restored.
     pub fn detached(store: Arc<Store>, folders: Folders) -> Self {
-        Self::over(store, PathBuf::new(), folders, 1)
+        let parking = Parking::closed();
+        Self::over(store, PathBuf::new(), (folders, parking), 1)
     }
 
-    fn over(store: Arc<Store>, images: PathBuf, folders: Folders, threads: usize) -> Self {
+    fn over(
+        store: Arc<Store>,
+        images: PathBuf,
+        (folders, parking): (Folders, Parking),
+        threads: usize,
+    ) -> Self {
         let shared = Shared {
             receiver: Receiver::new(store, threads),
             folders,
+            parking,
             images,
+            members: AtomicUsize::new(1),
             places: Arc::new(Semaphore::new(STREAMS_MAX)),
             parcels: Pool::new(STREAMS_MAX, PARCEL_BYTES_MAX),
             books: Mutex::default(),
@@ -197,15 +212,31 @@ impl Intake {
         &self.shared.folders
     }
 
+    /// What came for the workload while it stood still.
+    pub fn parking(&self) -> &Parking {
+        &self.shared.parking
+    }
+
     /// The store.
     pub fn store(&self) -> &Arc<Store> {
         self.shared.receiver.store()
     }
 
-    /// The folder with the images of the attempt that is collected.
-    pub fn images(&self) -> PathBuf {
+    /// So many members come. Before anything does.
+    pub fn expect(&self, members: usize) {
+        self.shared.members.store(members, Ordering::Relaxed);
+    }
+
+    /// The folder with a member's images of the attempt that is collected.
+    pub fn images(&self, member: MemberIndex) -> PathBuf {
         let generation = self.shared.lock().ledger.generation();
-        self.shared.images_of(generation)
+        self.shared.images_of(generation, member)
+    }
+
+    /// Those of all members.
+    pub fn all_images(&self) -> Vec<PathBuf> {
+        let members = self.shared.members();
+        members.map(|member| self.images(member)).collect()
     }
 }
 
@@ -214,8 +245,23 @@ impl Shared {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn images_of(&self, generation: Generation) -> PathBuf {
-        self.images.join(generation.to_string())
+    fn members(&self) -> impl Iterator<Item = MemberIndex> {
+        MemberIndex::all(self.members.load(Ordering::Relaxed))
+    }
+
+    fn check_member(&self, number: usize) -> Result<(), Failure> {
+        if number < self.members.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let text = format!("something comes of a member {number}, and there is none");
+        Err(Failure::new(ErrorCode::Malformed, text))
+    }
+
+    fn images_of(&self, generation: Generation, member: MemberIndex) -> PathBuf {
+        self.images.join(match member.number() {
+            0 => generation.to_string(),
+            number => format!("{generation}.{number}"),
+        })
     }
 
     /// Enters something into the ledger.
@@ -252,13 +298,15 @@ impl Shared {
     /// Removes the images of an attempt that was given up. One that is being written at this moment
     /// may stay or come again: its writer removes it.
     fn remove_images(&self, generation: Generation) {
-        let folder = self.images_of(generation);
-        match fs::remove_dir_all(&folder) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                let folder = folder.display();
-                tracing::debug!(%folder, %error, "images of a given up attempt stay for now");
+        for member in self.members() {
+            let folder = self.images_of(generation, member);
+            match fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    let folder = folder.display();
+                    tracing::debug!(%folder, %error, "images of a given up attempt stay for now");
+                }
+                Ok(()) | Err(_) => {}
             }
-            Ok(()) | Err(_) => {}
         }
         let counted = self.lock().images.remove(&generation);
         for bytes in counted.into_iter().flatten() {
@@ -279,6 +327,7 @@ impl Shared {
             }
             StreamKind::LiveSet => self.take_live(&whole(&mut reader).await?),
             StreamKind::Digests => self.take_digests(&whole(&mut reader).await?),
+            StreamKind::Parked => self.parking.take(&whole(&mut reader).await?),
             StreamKind::Files => {
                 let header = Folders::header(&mut reader).await?;
                 self.enter(|ledger| ledger.admit_files(header.round))?;
@@ -302,6 +351,7 @@ impl Shared {
         if !rest.is_empty() {
             return Err(malformed("live set"));
         }
+        self.check_member(header.space.member())?;
         // The store has a limit for them.
         let space = self.receiver.store().space(header.space);
         space.map_err(|error| Failure::new(error.code(), chain(&error)))?;
@@ -348,11 +398,10 @@ impl Shared {
             .await;
         read.map_err(|error| lost(&error))?;
         let (header, _) = ImageFileHeader::decode(&head).map_err(|error| corrupt(&error))?;
-        let (generation, path) = (
-            header.generation(),
-            self.images_of(header.generation())
-                .join(header.name().as_str()),
-        );
+        let (member, name) = header.name().split().map_err(|error| corrupt(&error))?;
+        self.check_member(member.number())?;
+        let generation = header.generation();
+        let path = self.images_of(generation, member).join(name);
         let mut file = self.begin_image(&header, &path)?;
         let mut hasher = crc32fast::Hasher::new();
         hasher.update(&head);
@@ -412,7 +461,7 @@ impl Shared {
             .push(bytes);
         let counted = self.receiver.store().take_besides(bytes);
         counted.map_err(|error| Failure::new(error.code(), chain(&error)))?;
-        let folder = self.images_of(generation);
+        let folder = path.parent().unwrap_or(&self.images);
         let created = fs::create_dir_all(folder).and_then(|()| File::create_new(path));
         match created {
             Ok(file) => Ok(Some(file)),

@@ -297,8 +297,11 @@ async fn images_of_a_given_up_attempt_are_dropped_though_they_come_late() {
         let stream = within(target.data.next()).await.unwrap();
         within(intake.shared.take(stream)).await.unwrap();
     }
-    assert_eq!(names(&intake.images()), ["core-1.img", "core-2.img"]);
-    let content = fs::read(intake.images().join("core-1.img")).unwrap();
+    assert_eq!(
+        names(&intake.images(MemberIndex::FIRST)),
+        ["core-1.img", "core-2.img"]
+    );
+    let content = fs::read(intake.images(MemberIndex::FIRST).join("core-1.img")).unwrap();
     assert_eq!(content, b"new");
     assert_eq!(names(&folder.path().join("images")), ["2"]);
     // They do not count either.
@@ -319,7 +322,7 @@ async fn an_image_that_is_being_written_is_dropped_when_its_attempt_is_given_up(
     let (source, mut target, ..) = cluster.session(1).await;
     let folder = tempfile::tempdir().unwrap();
     let intake = Intake::new(store(), folder.path().join("images"), no_folders(), 1).unwrap();
-    let old = intake.images();
+    let old = intake.images(MemberIndex::FIRST);
     let mut body = Bytes::from(image(FIRST, "pages-1.img", &[7; 300_000]));
     let mut writer = source.data.open(StreamKind::ImageFile).await.unwrap();
     writer.write(body.split_to(100_000)).await.unwrap();

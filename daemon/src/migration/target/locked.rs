@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use criu_glue::image::file_locks;
 use pageferry_inject::locks::{self, FileLock};
@@ -14,9 +14,12 @@ use pageferry_proto::wire::shared::LOCKS_FILE;
 
 use super::images::criu_failed;
 
-/// Fails unless the list has as many locks as the source says.
-pub(super) fn check(images: &Path, said: u32) -> Result<(), Failure> {
-    let found = listed(images)?.len();
+/// Fails unless the lists of all members have as many locks as the source says.
+pub(super) fn check(images: &[PathBuf], said: u32) -> Result<(), Failure> {
+    let lists = images.iter().map(|folder| listed(folder));
+    let found: usize = lists
+        .map(|list| list.map(|list| list.len()))
+        .sum::<Result<_, _>>()?;
     if u32::try_from(found) == Ok(said) {
         return Ok(());
     }
@@ -63,9 +66,10 @@ mod tests {
     fn a_list_must_be_as_long_as_said_and_of_processes_that_come() {
         let folder = tempfile::tempdir().expect("a folder");
         let images = folder.path();
-        assert_eq!(check(images, 0), Ok(()));
+        let all = [images.to_owned()];
+        assert_eq!(check(&all, 0), Ok(()));
         let code = |checked: Result<_, Failure>| checked.expect_err("malformed").code();
-        assert_eq!(code(check(images, 1).map(drop)), ErrorCode::Malformed);
+        assert_eq!(code(check(&all, 1).map(drop)), ErrorCode::Malformed);
         assert_eq!(take_out(images, |_| false), Ok(false));
         let lock = FileLock {
             pid: 77,
@@ -79,12 +83,12 @@ mod tests {
             started: None,
         };
         locks::write(&images.join(LOCKS_FILE), &[lock]).expect("a list");
-        assert_eq!(check(images, 1), Ok(()));
-        assert_eq!(code(check(images, 0).map(drop)), ErrorCode::Malformed);
+        assert_eq!(check(&all, 1), Ok(()));
+        assert_eq!(code(check(&all, 0).map(drop)), ErrorCode::Malformed);
         assert_eq!(take_out(images, |pid| pid == 77), Ok(true));
         let missing = take_out(images, |pid| pid == 78);
         assert_eq!(code(missing.map(drop)), ErrorCode::Malformed);
         std::fs::write(images.join(LOCKS_FILE), "[]]").expect("no list");
-        assert_eq!(code(check(images, 0).map(drop)), ErrorCode::Malformed);
+        assert_eq!(code(check(&all, 0).map(drop)), ErrorCode::Malformed);
     }
 }

@@ -14,6 +14,8 @@ pub mod intake;
 mod locked;
 mod network;
 pub mod orphans;
+pub mod own;
+pub mod parking;
 pub mod site;
 mod stage;
 mod volumes;
@@ -359,7 +361,7 @@ impl TargetDriver {
                 self.await_streams(async move {
                     intake.folders().check_last(last.files)?;
                     intake.complete(last).await?;
-                    locked::check(&intake.images(), last.locks)?;
+                    locked::check(&intake.all_images(), last.locks)?;
                     Ok(TargetEvent::FinalStored)
                 });
             }
@@ -387,7 +389,10 @@ impl TargetDriver {
             TargetAction::Send(mut message) => {
                 match &mut message {
                     TargetMessage::Started { root_pid, .. } => *root_pid = self.root_pid,
-                    TargetMessage::Accepted { kept, .. } => *kept = self.intake.folders().kept(),
+                    TargetMessage::Accepted { kept, parks, .. } => {
+                        *kept = self.intake.folders().kept();
+                        *parks = self.intake.parking().is_open();
+                    }
                     _ => {}
                 }
                 // Without a session the source asks again when it is back.

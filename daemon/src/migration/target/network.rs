@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::link::LinkError;
 use crate::link::join::JoinedNetwork;
+use crate::link::park::Awaited;
 use crate::link::prepare::PreparedNetwork;
 use crate::link::route;
 use crate::migration::ports::PortState;
@@ -179,6 +180,29 @@ impl Network {
             Self::Made(made) => made.links(),
             Self::Joined(joined) | Self::Sandbox(joined) => joined.links(),
         }
+    }
+
+    /// This node's ends of its links, as far as they are among those that are `offered`.
+    pub(super) async fn awaited(
+        &self,
+        offered: &[LinkDescription],
+    ) -> Result<Vec<Awaited>, LinkError> {
+        let ends = match self {
+            Self::Made(made) => made.ends().await?,
+            Self::Joined(joined) | Self::Sandbox(joined) => {
+                joined.ports().iter().map(|port| port.ends().0).collect()
+            }
+        };
+        let own = self.links().iter().zip(ends);
+        let awaited = own.filter_map(|(own, index)| {
+            let place = offered.iter().position(|link| link.name == own.name)?;
+            Some(Awaited {
+                link: u8::try_from(place).ok()?,
+                index,
+                macs: (offered[place].mac, own.mac),
+            })
+        });
+        Ok(awaited.collect())
     }
 
     /// Attaches its links and says where their addresses are. Only when `Running` is durable; doing

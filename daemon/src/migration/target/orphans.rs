@@ -5,17 +5,17 @@
 //! Whatever is to run or is held has a record, so this finds only what was made to wait.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pageferry_pager::client::{PagerClient, Remains};
 use pageferry_pager::message::State;
-use pageferry_proto::id::MigrationId;
+use pageferry_proto::id::{MEMBERS_MAX, MemberIndex, MigrationId};
 use tokio::task::block_in_place;
 
 use super::site::TargetNode;
 use crate::migration::text::chain;
-use crate::runtime::kind::{leave, settle_left, sweep};
+use crate::runtime::kind::{leave, leave_around, settle_left, sweep, sweep_around};
 
 /// How long a pager that was told to end may take.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
@@ -28,12 +28,19 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
             continue;
         }
         let directory = node.migrations.join(id.to_string());
-        match end_pager(&directory).await {
+        let seats = seats(&directory);
+        match end_pagers(&seats).await {
             Ok(has_run) => {
                 tracing::info!(migration = %id, has_run, "removing what was left of it");
                 block_in_place(|| match has_run {
-                    true => leave(&directory),
-                    false => sweep(&directory),
+                    true => {
+                        seats.iter().for_each(|seat| leave(seat));
+                        leave_around(&directory);
+                    }
+                    false => {
+                        seats.iter().for_each(|seat| sweep(seat));
+                        sweep_around(&directory);
+                    }
                 });
                 drop(fs::remove_dir_all(&directory));
             }
@@ -62,6 +69,25 @@ pub async fn clean_up(node: &TargetNode, is_known: impl Fn(MigrationId) -> bool)
             tracing::debug!("{}", chain(&error));
         }
     }
+}
+
+/// The folder of each member: that of the first is the migration's.
+fn seats(directory: &Path) -> Vec<PathBuf> {
+    let numbers = MemberIndex::all(MEMBERS_MAX).skip(1);
+    let others = numbers.map(|member| directory.join(member.to_string()));
+    let others = others.filter(|seat| seat.is_dir());
+    std::iter::once(directory.to_owned())
+        .chain(others)
+        .collect()
+}
+
+/// Ends the pagers of all members, if none of them holds anything; whether any member has run.
+async fn end_pagers(seats: &[PathBuf]) -> Result<bool, String> {
+    let mut has_run = false;
+    for seat in seats {
+        has_run |= end_pager(seat).await?;
+    }
+    Ok(has_run)
 }
 
 /// Ends a pager that holds nothing; says why not if it may hold something. Answers whether its

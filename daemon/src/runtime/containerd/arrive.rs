@@ -13,7 +13,7 @@ use pageferry_oci::{INSTALLED, Orders};
 use pageferry_proto::id::ContainerId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::{ContainerDescription, ContainerdDescription};
-use pageferry_proto::wire::description::WorkloadDescription;
+use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
 
 use super::{ask, check, kept_in, mounted, owed, refuse_others};
 use crate::runtime::oci::arrive::{Leaves, Restore, check_node, check_spec, prepare};
@@ -74,7 +74,7 @@ impl Arriving {
 
     /// Compares what it needs with this node. Blocks, for as long as containerd takes to answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
-        check_node(description)?;
+        check_node(description, Namespaces::NONE)?;
         version::check(Runtime::Runc, &self.described.runtime_version)?;
         check_spec(&self.described, None, &Named::of(description))?;
         let unfit = |text: String| Err(Failure::new(ErrorCode::NodeUnfit, text));

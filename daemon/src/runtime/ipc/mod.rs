@@ -37,6 +37,8 @@ pub struct Ipc {
     own: Option<Arc<Namespace>>,
     /// What CRIU loses may be lost.
     accepts_loss: bool,
+    /// It is that of several trees, of which CRIU dumps one each and none of its objects.
+    is_shared: bool,
 }
 
 /// A segment of System V that no process maps.
@@ -57,7 +59,20 @@ impl Ipc {
             Err(error) => Err(error),
         };
         let own = own.map_err(|error| unreadable(&error))?;
-        Ok(Self { own, accepts_loss })
+        Ok(Self {
+            own,
+            accepts_loss,
+            is_shared: false,
+        })
+    }
+
+    /// The namespace is one that several trees share: what is in it goes along with none of them.
+    #[must_use]
+    pub fn shared(self) -> Self {
+        Self {
+            is_shared: true,
+            ..self
+        }
     }
 
     /// Looks for what cannot move. `members` are the processes of the tree by now; `undoes` says
@@ -69,6 +84,7 @@ impl Ipc {
         undoes: impl Fn(i32) -> Option<bool>,
     ) -> Result<(), Failure> {
         let looked = match &self.own {
+            Some(namespace) if self.is_shared => namespace.look_for_any(),
             Some(namespace) => namespace.look(members, self.accepts_loss, undoes),
             None => members().and_then(|pids| look_at_node(&pids, undoes)),
         };
@@ -140,6 +156,24 @@ impl Namespace {
 
     fn table(&self, kind: Kind) -> io::Result<Vec<Object>> {
         table::parse(kind, &read(&self.tables[kind as usize])?).ok_or_else(unknown_form)
+    }
+
+    /// Anything that is in it.
+    fn look_for_any(&self) -> io::Result<Option<Failure>> {
+        for (kind, what) in
+            Kind::ALL
+                .into_iter()
+                .zip(["segment", "set of semaphores", "message queue"])
+        {
+            if let Some(object) = self.table(kind)?.first() {
+                return Ok(Some(unfit(&format!(
+                    "the IPC namespace that the containers share has the {what} {} of System V, \
+                     which is not moved with several containers yet",
+                    object.id
+                ))));
+            }
+        }
+        self.look_at_queues(&[])
     }
 
     /// What of it cannot move, or would be lost.

@@ -114,7 +114,7 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks; asks about files, whose storage may not
     /// answer.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
-        check_node(description)?;
+        check_node(description, Namespaces::NONE)?;
         version::check(self.runtime, &self.container.runtime_version)?;
         check_free(self.runtime, &self.id)?;
         self.check_bundle(&Named::of(description))?;
@@ -178,7 +178,7 @@ impl Arriving {
     pub fn restore(&self, directory: &Path, hierarchies: &Hierarchies) -> io::Result<Restore> {
         let images = streams(directory)?;
         let container = (self.runtime, &*self.id);
-        let made = made(container, &self.container, hierarchies, directory)?;
+        let made = made(container, (&self.container, None), hierarchies, directory)?;
         let path = |path: &Path| path.to_string_lossy().into_owned();
         let arguments = [
             "--root",
@@ -205,8 +205,8 @@ impl Arriving {
 }
 
 /// Refuses what no container has that is moved, storage that is not the same here, and a processor
-/// that it cannot go on with.
-pub fn check_node(description: &WorkloadDescription) -> Result<(), Failure> {
+/// that it cannot go on with. Namespaces that are `shared` are those of its party.
+pub fn check_node(description: &WorkloadDescription, shared: Namespaces) -> Result<(), Failure> {
     let own = [
         Namespaces::NET,
         Namespaces::UTS,
@@ -214,7 +214,7 @@ pub fn check_node(description: &WorkloadDescription) -> Result<(), Failure> {
         Namespaces::PID,
     ];
     let own = own.into_iter().fold(Namespaces::MNT, Namespaces::with);
-    if description.own_namespaces != own {
+    if description.own_namespaces.with(shared) != own {
         return Err(Failure::new(
             ErrorCode::UnsupportedWorkload,
             "a container has namespaces of its own",
@@ -262,15 +262,15 @@ pub fn check_free(runtime: Runtime, id: &str) -> Result<(), Failure> {
 }
 
 /// How the runtime is started, but for its arguments, and where it makes what. That is noted in
-/// `directory`.
+/// `directory`. The cgroup is the one that the configuration says, unless an engine changes that.
 pub fn made(
     (runtime, id): (Runtime, &str),
-    container: &ContainerDescription,
+    (container, cgroup): (&ContainerDescription, Option<String>),
     hierarchies: &Hierarchies,
     directory: &Path,
 ) -> io::Result<Restore> {
     let spec = Spec::parse(&container.config).map_err(io::Error::other)?;
-    let cgroup = spec.cgroup();
+    let cgroup = cgroup.unwrap_or_else(|| spec.cgroup().to_owned());
     // Wherever the runtime makes one.
     let below = cgroup.trim_start_matches('/');
     let cgroups = hierarchies.iter().map(|all| all.point.join(below));
@@ -290,7 +290,7 @@ pub fn made(
         log: directory.join(OUTPUT),
         leaves,
         cgroup_procs: joined.collect(),
-        cgroup: (!runtime.habits().enters).then(|| cgroup.to_owned()),
+        cgroup: (!runtime.habits().enters).then_some(cgroup),
         undo: Vec::new(),
         then: Vec::new(),
     })
@@ -485,6 +485,7 @@ mod tests {
                 containerd: None,
                 podman: None,
                 pod: None,
+                podman_pod: None,
             },
         }
     }

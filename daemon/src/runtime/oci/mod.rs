@@ -212,7 +212,9 @@ impl Container {
         let here = mounts.and_then(|mounts| mounts.node_path(Path::new("/")));
         let here: Vec<PathBuf> = here.into_iter().filter(|_| root.is_some()).collect();
         let travels: Vec<PathBuf> = named.iter().chain(&here).cloned().collect();
-        let mut described = describe::describe(self.root, (pids, pipes), &travels)?;
+        let is_party = engine.is_some_and(|engine| engine.is_party);
+        let tree = (pids, pipes, is_party);
+        let mut described = describe::describe(self.root, tree, &travels)?;
         described.root_files = root;
         if let Some(mounts) = &described.mounts {
             volumes::check_seen((self.root, mounts), &spec, &around)?;
@@ -233,6 +235,7 @@ impl Container {
             containerd: None,
             podman: None,
             pod: None,
+            podman_pod: None,
         });
         Ok(described)
     }

@@ -53,6 +53,8 @@ pub struct Engine {
     pub has_image: bool,
     /// It is in the network, IPC and UTS namespaces of a sandbox that the engine makes.
     pub is_sandboxed: bool,
+    /// Others of that sandbox move along.
+    pub is_party: bool,
     /// It makes the container's network.
     pub has_network: bool,
 }

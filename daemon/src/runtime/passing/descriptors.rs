@@ -5,9 +5,9 @@ use std::fs;
 
 /// A descriptor of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Descriptor {
-    pub(super) pid: i32,
-    pub(super) number: i32,
+pub(in crate::runtime) struct Descriptor {
+    pub(in crate::runtime) pid: i32,
+    pub(in crate::runtime) number: i32,
 }
 
 impl Descriptor {
@@ -23,7 +23,7 @@ impl Descriptor {
 }
 
 /// Those of `sockets` (inode numbers) that the processes have, each with its first descriptor.
-pub(super) fn owners(pids: &[i32], sockets: &HashSet<u32>) -> HashMap<u32, Descriptor> {
+pub(in crate::runtime) fn owners(pids: &[i32], sockets: &HashSet<u32>) -> HashMap<u32, Descriptor> {
     let mut found = HashMap::new();
     if sockets.is_empty() {
         return found;

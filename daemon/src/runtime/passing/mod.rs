@@ -14,7 +14,7 @@
 //! Absent: sockets in another network namespace than the root's; control messages that a socket
 //! asks for (`SO_PASSCRED`), which only CRIU sees, and says in its log.
 
-mod descriptors;
+pub(super) mod descriptors;
 pub(super) mod diag;
 mod netlink;
 mod tasks;

@@ -16,7 +16,7 @@ use pageferry_oci::{Came, INSTALLED, Place, Places};
 use pageferry_proto::id::PodUid;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::{ContainerDescription, PodDescription};
-use pageferry_proto::wire::description::WorkloadDescription;
+use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
 use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::time::timeout;
 
@@ -75,7 +75,7 @@ impl Arriving {
 
     /// Compares what it needs with this node. Blocks.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
-        check_node(description)?;
+        check_node(description, Namespaces::NONE)?;
         let spec = Spec::parse(&self.described.config)?;
         let (bundle, streams) = (Path::new(&self.described.bundle), &self.pod.streams);
         let engine = engine_of(&spec, bundle, self.uid.as_str(), streams);

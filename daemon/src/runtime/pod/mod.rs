@@ -315,6 +315,7 @@ fn engine_of(spec: &Spec, bundle: &Path, uid: &str, streams: &[String]) -> Engin
         pipes: inodes.filter_map(|inode| inode.parse().ok()).collect(),
         has_image: true,
         is_sandboxed: true,
+        is_party: false,
         ..Engine::default()
     }
 }

@@ -16,16 +16,27 @@ pub const CONFIG: &str = "config.dump";
 const VOLUMES: &str = "namedVolumes";
 const VOLUME_NAME: &str = "volumeName";
 
+/// What the container has printed. While podman copies it, it grows, and podman may leave out what
+/// comes behind it.
+const LOG: &str = "ctr.log";
+
+/// The last that podman writes, in a folder.
+const INVENTORY: &str = "inventory.img";
+
 /// When it is started again, and how often.
 const POLICY: [&str; 2] = ["restart_policy", "restart_retries"];
 
-/// The archive, without a policy.
-pub fn without_policy(archive: &[u8]) -> io::Result<Vec<u8>> {
+/// The archive, without a policy, and without what the container has printed: that stays where it
+/// is, and may be as long as it likes.
+pub fn without_policy(archive: impl Read) -> io::Result<Vec<u8>> {
     let mut written = Builder::new(Vec::new());
     let mut exported = Archive::new(archive);
     for entry in exported.entries()? {
         let mut entry = entry?;
         let path = entry.path()?.into_owned();
+        if is_called(&path, LOG) {
+            continue;
+        }
         let mut header = entry.header().clone();
         let mut bytes = Vec::new();
         entry.read_to_end(&mut bytes)?;
@@ -38,6 +49,20 @@ pub fn without_policy(archive: &[u8]) -> io::Result<Vec<u8>> {
         written.append_data(&mut header, path, &bytes[..])?;
     }
     written.into_inner()
+}
+
+/// Whether podman has written it to its end.
+pub fn is_whole(archive: &[u8]) -> io::Result<bool> {
+    for entry in Archive::new(archive).entries()? {
+        if entry?
+            .path()?
+            .file_name()
+            .is_some_and(|name| name == INVENTORY)
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// An entry of the archive, if it is in it.
@@ -146,7 +171,7 @@ mod tests {
         let exported = archive(&[("spec.dump", json!({"ociVersion": "1"})), (CONFIG, config)]);
         let refused = check(&exported, "a1").unwrap_err();
         assert!(refused.contains("restart_policy"), "{refused}");
-        let sent = without_policy(&exported).unwrap();
+        let sent = without_policy(&exported[..]).unwrap();
         check(&sent, "a1").unwrap();
         assert!(
             check(&sent, "a2")
@@ -155,6 +180,24 @@ mod tests {
         );
         let text = String::from_utf8_lossy(&sent).into_owned();
         assert!(text.contains("stopTimeout") && text.contains("65536000") && text.contains("oci"));
+    }
+
+    #[test]
+    fn what_it_has_printed_stays_and_an_archive_that_ends_behind_that_is_none() {
+        let whole = archive(&[
+            (CONFIG, json!({"id": "a1"})),
+            (LOG, json!("2026-11-29T12:00:00Z stdout F PONG")),
+            ("checkpoint/inventory.img", json!(null)),
+        ]);
+        let sent = without_policy(&whole[..]).unwrap();
+        check(&sent, "a1").unwrap();
+        assert!(is_whole(&sent).unwrap());
+        assert!(!String::from_utf8_lossy(&sent).contains("PONG"));
+        // As podman leaves it: without what comes behind the log, or in the middle of that.
+        let cut = archive(&[(CONFIG, json!({"id": "a1"})), (LOG, json!("PONG"))]);
+        assert!(!is_whole(&without_policy(&cut[..]).unwrap()).unwrap());
+        let log = cut.len() - 2 * 512 - 512;
+        assert!(without_policy(&cut[..log]).is_err());
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! A container of podman at its target: its name is free, its image is here, and podman's import
-//! makes it.
+//! makes it. One of a pod comes into the pod that was made before it ([`pod`]).
+
+pub mod pod;
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -13,7 +15,8 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::{
     ContainerDescription, PodmanDescription, VolumeDescription,
 };
-use pageferry_proto::wire::description::WorkloadDescription;
+use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
+use pageferry_proto::wire::podman_pod::PodmanPodDescription;
 use pageferry_sys::namespace::NamespaceKind;
 
 use super::command::{podman_at_once, podman_has, told};
@@ -46,39 +49,82 @@ pub struct Arriving {
     podman: PodmanDescription,
     /// What it has of a network of podman's, if it is in one.
     network: Option<Attachment>,
+    /// What it has of a pod, if it is in one.
+    pod: Option<InPod>,
+}
+
+/// What a container has of its pod.
+#[derive(Clone, Debug)]
+struct InPod {
+    /// Namespaces that are the pod's.
+    shared: Namespaces,
+    /// The infra container's id, at the source.
+    infra: ContainerId,
+    /// Volumes that come with all containers of the pod.
+    volumes: Vec<String>,
+    /// The pod's id here, and its cgroup, once it is made.
+    made: Option<(String, String)>,
 }
 
 impl Arriving {
     /// Takes in hand what is offered.
     pub fn begin(name: &ContainerId, description: &WorkloadDescription) -> Result<Self, Failure> {
+        let mut arriving = Self::read(name, description)?;
+        let network = Attachment::exported(&arriving.podman.archive);
+        arriving.network = network.map_err(|why| unreadable(name, &why))?;
+        Ok(arriving)
+    }
+
+    /// The same of one in a pod, with which these volumes come.
+    fn begin_in(
+        (pod, volumes): (&PodmanPodDescription, &[String]),
+        description: &WorkloadDescription,
+    ) -> Result<Self, Failure> {
+        let name = description.member_name.parse().map_err(|error| {
+            let text = format!("a container of the pod {}: {error}", pod.name);
+            Failure::new(ErrorCode::Malformed, text)
+        })?;
+        let mut arriving = Self::read(&name, description)?;
+        arriving.pod = Some(InPod {
+            shared: pod::shared_of(pod),
+            infra: pod.infra_id.clone(),
+            volumes: volumes.to_vec(),
+            made: None,
+        });
+        Ok(arriving)
+    }
+
+    /// It is to come into this pod.
+    pub fn join(&mut self, made: &pod::Made) {
+        if let Some(pod) = &mut self.pod {
+            pod.made = Some((made.id.clone(), made.cgroup.clone()));
+        }
+    }
+
+    fn read(name: &ContainerId, description: &WorkloadDescription) -> Result<Self, Failure> {
         let container = description.container.clone();
         let podman = container.as_ref().and_then(|has| has.podman.clone());
         let (Some(container), Some(podman)) = (container, podman) else {
             let text = format!("the offer does not say what podman has of the container {name}");
             return Err(Failure::new(ErrorCode::UnsupportedWorkload, text));
         };
-        let network = Attachment::exported(&podman.archive);
-        let network = network.map_err(|why| unreadable(name, &why))?;
         Ok(Self {
             name: name.clone(),
             container,
             podman,
-            network,
+            network: None,
+            pod: None,
         })
     }
 
     /// Compares what it needs with this node. Blocks, while podman answers.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
-        arrive::check_node(description)?;
+        let shared = self.pod.as_ref().map_or(Namespaces::NONE, |pod| pod.shared);
+        arrive::check_node(description, shared)?;
         version::check(RUNTIME, &self.container.runtime_version)?;
         arrive::check_free(RUNTIME, self.podman.id.as_str())?;
         let bundle = Path::new(&self.container.bundle);
-        let engine = Engine {
-            manager: MANAGER,
-            folders: folders(&self.podman.id, bundle),
-            has_network: self.network.is_some(),
-            ..Engine::default()
-        };
+        let engine = self.engine(bundle);
         arrive::check_spec(&self.container, Some(&engine), &Named::of(description))?;
         let spec = Spec::parse(&self.container.config)?;
         let checked = archive::check(&self.podman.archive, self.podman.id.as_str());
@@ -129,11 +175,29 @@ impl Arriving {
             volume::check_offered(coming, volumes, &copied)?;
             volume::check_free(coming)?;
         }
-        let is_coming = |name: &String| self.podman.volumes.iter().any(|has| has.name == *name);
+        let beside = self.pod.as_ref().map_or(&[][..], |pod| &pod.volumes);
+        let own = self.podman.volumes.iter().map(|has| &has.name);
+        let coming: Vec<&String> = own.chain(beside).collect();
+        let is_coming = |name: &String| coming.contains(&name);
         let here = volumes.iter().filter(|name| !is_coming(name));
         let sources: Vec<&Path> = binds.iter().map(|bind| &*bind.source).collect();
         here.into_iter()
             .try_for_each(|name| volume::check_shared(name, &sources))
+    }
+
+    /// What podman makes of it, as its specification has that at the source.
+    fn engine(&self, bundle: &Path) -> Engine {
+        let mut made = folders(&self.podman.id, bundle);
+        if let Some(pod) = &self.pod {
+            made.extend(super::folders_of_infra(&pod.infra, bundle));
+        }
+        Engine {
+            manager: MANAGER,
+            folders: made,
+            has_network: self.network.is_some(),
+            is_sandboxed: self.pod.is_some(),
+            ..Engine::default()
+        }
     }
 
     fn check_podman(&self, bundle: &Path) -> Result<(), Failure> {
@@ -179,10 +243,10 @@ impl Arriving {
 
     /// Namespaces that are made for it before it is restored.
     pub fn namespaces(&self) -> Vec<NamespaceKind> {
-        match self.network {
+        match (&self.network, &self.pod) {
+            (None, None) => vec![NamespaceKind::Net],
             // podman's.
-            Some(_) => Vec::new(),
-            None => vec![NamespaceKind::Net],
+            _ => Vec::new(),
         }
     }
 
@@ -196,10 +260,14 @@ impl Arriving {
             .transpose()
     }
 
-    /// The network namespace that podman has made for it, when its runtime waits.
-    pub fn network_path(&self) -> Result<PathBuf, Failure> {
+    /// The network namespace that podman has made for it alone, when its runtime waits.
+    pub fn network_path(&self) -> Result<Option<PathBuf>, Failure> {
+        if self.network.is_none() {
+            return Ok(None);
+        }
         let spec = Spec::parse(&read_config(Path::new(&self.container.bundle))?)?;
-        spec.joins("network").map(Path::to_owned).ok_or_else(|| {
+        let joined = spec.joins("network").map(Path::to_owned);
+        joined.map(Some).ok_or_else(|| {
             let text = format!("podman has made no network for the container {}", self.name);
             Failure::new(ErrorCode::NetworkUnfit, text)
         })
@@ -217,7 +285,14 @@ impl Arriving {
             .open(directory.join(NOTE))?
             .write_all(id.as_bytes())?;
         let container = (RUNTIME, id);
-        let made = arrive::made(container, &self.container, hierarchies, directory)?;
+        let joined = self.pod.as_ref().map(|pod| pod.made.as_ref());
+        let (pod, cgroup) = match joined {
+            None => (None, None),
+            Some(Some((pod, above))) => (Some(pod), Some(format!("{above}/{CGROUP}{id}"))),
+            Some(None) => return Err(io::Error::other("its pod is not made")),
+        };
+        let made = (&self.container, cgroup);
+        let made = arrive::made(container, made, hierarchies, directory)?;
         let archive = archive.to_string_lossy().into_owned();
         let networks = network::held_in(directory);
         let networks = networks.to_string_lossy();
@@ -225,6 +300,8 @@ impl Arriving {
         let networks = networks.into_iter().filter(|_| self.network.is_some());
         let import = networks.chain(["container", "restore", "--import", &archive]);
         let import = import.chain(["--ignore-rootfs", "--ignore-volumes"]);
+        let into = pod.map(|pod| ["--pod", pod]);
+        let import = import.chain(into.into_iter().flatten());
         let words = |words: &[&str]| words.iter().copied().map(str::to_owned).collect();
         let restart = &*self.podman.restart;
         let again = !restart.is_empty() && restart != NEVER;
@@ -242,6 +319,9 @@ impl Arriving {
         })
     }
 }
+
+/// How podman calls the cgroup of a container, before its id.
+const CGROUP: &str = "libpod-";
 
 /// Whether the runtime that podman starts is there, and can restore.
 fn check_runtime(program: &str) -> Result<(), Failure> {

@@ -5,6 +5,7 @@ use std::io;
 use std::process::{ExitStatus, Output, Stdio};
 use std::time::Duration;
 
+use pageferry_cgroup::hierarchies::Hierarchies;
 use thiserror::Error;
 use tokio::process::Command;
 use tokio::time::timeout;
@@ -59,6 +60,8 @@ async fn within(limit: Duration, arguments: Vec<String>) -> Result<String, Comma
     let mut command = Command::new(PROGRAM);
     command
         .args(arguments)
+        // With it podman would leave whoever keeps a log in the cgroup of the daemon's service.
+        .env_remove("INVOCATION_ID")
         .stdin(Stdio::null())
         .kill_on_drop(true);
     match timeout(limit, command.output()).await {
@@ -98,6 +101,29 @@ pub fn podman_within(limit: Duration, arguments: Vec<String>) -> Result<String, 
         }),
     }
 }
+
+/// Has whoever podman has left running, to keep a log, leave the cgroups of this process: he
+/// outlives it.
+pub fn let_out(pid: i32) {
+    let hierarchies = match Hierarchies::detect() {
+        Ok(hierarchies) => hierarchies,
+        Err(error) => return tracing::warn!(%error, "cgroups of this node"),
+    };
+    let own = std::process::id().cast_signed();
+    for hierarchy in hierarchies.iter() {
+        let here = hierarchy.current(own);
+        if here.is_none() || here != hierarchy.current(pid) {
+            continue;
+        }
+        let moved = std::fs::write(hierarchy.point.join(PROCS), pid.to_string());
+        if let Err(error) = moved {
+            tracing::warn!(pid, %error, "who keeps a container's log stays in the daemon's cgroup");
+        }
+    }
+}
+
+/// The file by which a process joins a cgroup.
+const PROCS: &str = "cgroup.procs";
 
 /// Whether podman has what is asked for: its answer is how the command ends, and any other end is
 /// none.

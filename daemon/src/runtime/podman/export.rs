@@ -6,7 +6,7 @@
 //! stopped for a moment.
 
 use std::fs::{self, DirBuilder};
-use std::io;
+use std::io::{self, BufReader};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,7 +15,7 @@ use criu_glue::rpc::{Gate, GateError, Runtime, RuntimeError};
 use pageferry_proto::wire::container::ARCHIVE_BYTES_MAX;
 use thiserror::Error;
 
-use super::archive::without_policy;
+use super::archive::{is_whole, without_policy};
 use super::{PROGRAM, Podman};
 
 /// How long podman may take from its start to its runtime's request.
@@ -23,6 +23,9 @@ const ASK_MAX: Duration = Duration::from_secs(20);
 
 /// How long it may take to export.
 const END_MAX: Duration = Duration::from_secs(20);
+
+/// How often it is exported, if what the container prints spoils that.
+const EXPORTS_MAX: u32 = 8;
 
 /// Where podman has its runtime put images, in the container's bundle, and what says to the import
 /// that there are some. They come from us; it may be empty.
@@ -58,16 +61,37 @@ pub enum ExportError {
         /// The last line of what it said.
         said: String,
     },
+    /// What it has written is not whole.
+    #[error("{PROGRAM} has written an archive that cannot be read, {EXPORTS_MAX} times")]
+    Spoilt(#[source] io::Error),
     /// It is too long for an offer.
     #[error("what {PROGRAM} exports has {0} bytes, more than {ARCHIVE_BYTES_MAX}")]
-    TooLong(u64),
+    TooLong(usize),
     /// Files that would not go along.
     #[error("the container has files in /dev/shm, which are not moved yet")]
     SharedFiles,
 }
 
-/// The archive. It is made in `folder`, which the caller removes.
+/// The archive. It is made in `folder`, which the caller removes. One that is spoilt by what the
+/// container prints meanwhile is made again.
 pub async fn export(
+    podman: &Podman,
+    programs: (&Path, &Path),
+    folder: &Path,
+) -> Result<Vec<u8>, ExportError> {
+    let mut times = 1;
+    loop {
+        match once(podman, programs, folder).await {
+            Err(ExportError::Spoilt(error)) if times < EXPORTS_MAX => {
+                tracing::debug!(%error, times, "what podman exports is exported again");
+                times += 1;
+            }
+            exported => return exported,
+        }
+    }
+}
+
+async fn once(
     podman: &Podman,
     (criu, stand_in): (&Path, &Path),
     folder: &Path,
@@ -126,12 +150,13 @@ pub async fn export(
         let said = process.last_line();
         return Err(ExportError::Failed { said });
     }
-    let length = fs::metadata(&archive)
-        .map_err(io("reading", &archive))?
-        .len();
-    if ARCHIVE_BYTES_MAX as u64 <= length {
-        return Err(ExportError::TooLong(length));
+    let exported = fs::File::open(&archive).map_err(io("reading", &archive))?;
+    let exported = without_policy(BufReader::new(exported)).map_err(ExportError::Spoilt)?;
+    if !is_whole(&exported).map_err(ExportError::Spoilt)? {
+        return Err(ExportError::Spoilt(io::ErrorKind::UnexpectedEof.into()));
     }
-    let exported = fs::read(&archive).map_err(io("reading", &archive))?;
-    without_policy(&exported).map_err(io("rewriting", &archive))
+    match exported.len() {
+        length if ARCHIVE_BYTES_MAX < length => Err(ExportError::TooLong(length)),
+        _ => Ok(exported),
+    }
 }

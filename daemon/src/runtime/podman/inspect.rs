@@ -1,6 +1,7 @@
 //! What podman says of a container, and what of that is not moved yet.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::Path;
 
 use pageferry_proto::id::ContainerId;
@@ -10,13 +11,14 @@ use serde_json::Value;
 
 use super::command::{CommandError, podman_at_once, told};
 use super::network::Networked;
+use super::pod::InPod;
 use super::volume::Volume;
 use crate::runtime::layer;
 use crate::runtime::oci::habits::Runtime;
 use crate::runtime::rootfs::RootFiles;
 
 /// The label by which a unit of systemd that runs a container names itself.
-const UNIT: &str = "PODMAN_SYSTEMD_UNIT";
+pub(super) const UNIT: &str = "PODMAN_SYSTEMD_UNIT";
 
 /// How podman calls it when a container is in networks of its own.
 const BRIDGE: &str = "bridge";
@@ -29,13 +31,13 @@ const VOLUME: &str = "volume";
 #[serde(rename_all = "PascalCase")]
 pub struct Inspected {
     id: String,
+    #[serde(default)]
+    name: String,
     state: State,
     /// The id of the image.
     image: String,
     #[serde(default)]
     pod: String,
-    #[serde(default)]
-    is_infra: bool,
     #[serde(default, rename = "OCIRuntime")]
     runtime: String,
     #[serde(default)]
@@ -78,15 +80,35 @@ struct HostConfig {
     #[serde(default)]
     network_mode: String,
     restart_policy: Restart,
+    #[serde(default)]
+    shm_size: u64,
 }
 
 /// Networks of podman's.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 struct NetworkSettings {
-    networks: Option<BTreeMap<String, Value>>,
+    networks: Option<BTreeMap<String, Endpoint>>,
     /// By port and protocol of the container.
     ports: Option<BTreeMap<String, Option<Vec<HostPort>>>>,
+}
+
+/// What it has of one of them.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Endpoint {
+    mac_address: String,
+    #[serde(rename = "IPAddress")]
+    ip: String,
+    #[serde(rename = "IPPrefixLen")]
+    prefix: u8,
+    gateway: String,
+    #[serde(rename = "GlobalIPv6Address")]
+    ip6: String,
+    #[serde(rename = "GlobalIPv6PrefixLen")]
+    prefix6: u8,
+    #[serde(rename = "IPv6Gateway")]
+    gateway6: String,
 }
 
 /// A port of the node.
@@ -209,30 +231,41 @@ impl Inspected {
         }
     }
 
-    /// Refuses what is not moved yet, by its name.
-    pub fn check(&self, name: &ContainerId) -> Result<(), Failure> {
+    /// As podman calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How large that may become, in bytes.
+    pub const fn shm_bytes(&self) -> u64 {
+        self.host_config.shm_size
+    }
+
+    /// Refuses what is not moved yet, by its name. `in_pod` is the pod that it moves with.
+    pub fn check(&self, name: &ContainerId, in_pod: Option<&InPod>) -> Result<(), Failure> {
         let refused = |text: String| {
             let text = format!("the container {name} {text}");
             Err(Failure::new(ErrorCode::UnsupportedWorkload, text))
         };
-        match &*self.state.status {
-            "running" => {}
-            "paused" => return refused("is paused: resume it first".to_owned()),
-            other => {
-                let text = format!("the container {name} does not run: it is {other}");
-                return Err(Failure::new(ErrorCode::WorkloadGone, text));
-            }
-        }
+        self.check_runs(name)?;
         if let Some(unit) = self.config.labels.iter().find_map(|all| all.get(UNIT)) {
             return refused(format!(
                 "is run by the unit {unit} of systemd, which would start it again"
             ));
         }
-        if self.is_infra || !self.pod.is_empty() {
-            return refused("is part of a pod, which is not moved yet".to_owned());
+        if in_pod.is_none() && !self.pod.is_empty() {
+            return refused(format!(
+                "is part of the pod {}, and moves with that, as podman-pod/NAME: `podman pod ps` \
+                 tells which",
+                self.pod
+            ));
         }
-        if self.dependencies.iter().flatten().next().is_some() {
-            return refused("shares namespaces with another container".to_owned());
+        let infra = in_pod.map(InPod::infra);
+        let mut others = self.dependencies.iter().flatten();
+        if let Some(other) = others.find(|other| Some(&***other) != infra) {
+            return refused(format!(
+                "shares namespaces with another container ({other})"
+            ));
         }
         // What is bound stands in the specification, and must be named.
         let moved = |mount: &&Mount| ["bind", VOLUME].contains(&&*mount.kind);
@@ -249,7 +282,9 @@ impl Inspected {
                     .to_owned(),
             );
         }
-        if !["none", BRIDGE].contains(&&*self.host_config.network_mode) {
+        let of_pod = infra.map(|infra| format!("container:{infra}"));
+        let mode = &*self.host_config.network_mode;
+        if !["none", BRIDGE].contains(&mode) && of_pod.as_deref() != Some(mode) {
             return refused(format!(
                 "has a network by podman's {:?}, which is not moved yet: only one of a bridge, or \
                  none",
@@ -275,6 +310,21 @@ impl Inspected {
         Ok(())
     }
 
+    fn check_runs(&self, name: &ContainerId) -> Result<(), Failure> {
+        let (code, what) = match &*self.state.status {
+            "running" => return Ok(()),
+            "paused" => (
+                ErrorCode::UnsupportedWorkload,
+                "is paused: resume it first".to_owned(),
+            ),
+            other => (
+                ErrorCode::WorkloadGone,
+                format!("does not run: it is {other}"),
+            ),
+        };
+        Err(Failure::new(code, format!("the container {name} {what}")))
+    }
+
     fn networks(&self) -> Vec<&str> {
         let has = self.host_config.network_mode == BRIDGE;
         let networks = self.network_settings.networks.iter().filter(|_| has);
@@ -286,22 +336,49 @@ impl Inspected {
         let Some(name) = self.networks().into_iter().next() else {
             return Ok(None);
         };
-        let ports = self.network_settings.ports.iter().flatten();
-        let published = ports.flat_map(|(port, hosts)| {
-            let hosts = hosts.iter().flatten();
-            hosts.map(move |host| format!("{}:{}->{port}", host.host_ip, host.host_port))
-        });
+        let published = self.published().into_iter();
+        let published = published.map(|(ip, host, port)| format!("{ip}:{host}->{port}"));
         Networked::of(name, published.collect()).map(Some)
     }
 
-    /// Its named volumes, if all of them can move.
-    pub fn volumes(&self) -> Result<Vec<Volume>, Failure> {
+    /// Ports of the node that lead to it: address and port of the node, and port and protocol.
+    pub fn published(&self) -> Vec<(String, String, String)> {
+        let ports = self.network_settings.ports.iter().flatten();
+        let published = ports.flat_map(|(port, hosts)| {
+            let hosts = hosts.iter().flatten();
+            hosts.map(|host| (host.host_ip.clone(), host.host_port.clone(), port.clone()))
+        });
+        published.collect()
+    }
+
+    /// The one network of podman's that it is in, and what it has of that.
+    pub fn endpoint(&self) -> Result<Option<(String, Endpoint)>, Failure> {
+        let networks = self.networks();
+        if let [_, _, ..] = networks[..] {
+            return Err(Failure::new(
+                ErrorCode::UnsupportedWorkload,
+                format!(
+                    "the container {} is in {} networks of podman ({}): only one is moved",
+                    self.name,
+                    networks.len(),
+                    networks.join(", ")
+                ),
+            ));
+        }
+        let name = networks.into_iter().next();
+        let all = self.network_settings.networks.as_ref();
+        Ok(name.and_then(|name| Some((name.to_owned(), all?.get(name)?.clone()))))
+    }
+
+    /// Its named volumes, if all of them can move. `others` are containers that move with it.
+    pub fn volumes(&self, others: &[&str]) -> Result<Vec<Volume>, Failure> {
         let mounts = self.mounts.iter().flatten();
         let names: BTreeSet<&str> = mounts
             .filter(|mount| mount.kind == VOLUME)
             .map(|mount| &*mount.name)
             .collect();
-        let volume = |name: &str| Volume::of(name, self.id().as_str());
+        let all: Vec<&str> = others.iter().copied().chain([self.id().as_str()]).collect();
+        let volume = |name: &str| Volume::of(name, &all);
         names.into_iter().map(volume).collect()
     }
 
@@ -323,6 +400,29 @@ impl Inspected {
     }
 }
 
+impl Endpoint {
+    /// The hardware address of its link.
+    pub fn mac(&self) -> Option<[u8; 6]> {
+        let bytes = self.mac_address.split(':');
+        let bytes: Option<Vec<u8>> = bytes
+            .map(|text| u8::from_str_radix(text, 16).ok())
+            .collect();
+        bytes?.try_into().ok()
+    }
+
+    /// Its addresses, with the length of the prefix and the gateway of each.
+    pub fn addresses(&self) -> Vec<(IpAddr, u8, Option<IpAddr>)> {
+        let all = [
+            (&self.ip, self.prefix, &self.gateway),
+            (&self.ip6, self.prefix6, &self.gateway6),
+        ];
+        let parse = |(ip, prefix, gateway): (&String, u8, &String)| {
+            Some((ip.parse().ok()?, prefix, gateway.parse().ok()))
+        };
+        all.into_iter().filter_map(parse).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -330,7 +430,7 @@ mod tests {
 
     fn inspected(change: impl FnOnce(&mut Value)) -> Inspected {
         let mut one = json!({
-            "Id": "0a", "Image": "0b", "Pod": "", "IsInfra": false, "OCIRuntime": "crun",
+            "Id": "0a", "Image": "0b", "Pod": "", "OCIRuntime": "crun",
             "State": {"Status": "running", "Pid": 7},
             "Mounts": [], "Dependencies": [],
             "HostConfig": {
@@ -345,13 +445,15 @@ mod tests {
     }
 
     fn refused(change: impl FnOnce(&mut Value)) -> String {
-        let checked = inspected(change).check(&"web".parse().unwrap());
+        let checked = inspected(change).check(&"web".parse().unwrap(), None);
         checked.expect_err("refused").to_string()
     }
 
     #[test]
     fn what_is_not_moved_yet_is_refused_by_its_name() {
-        inspected(|_| ()).check(&"web".parse().unwrap()).unwrap();
+        inspected(|_| ())
+            .check(&"web".parse().unwrap(), None)
+            .unwrap();
         let gone = refused(|one| one["State"]["Status"] = "exited".into());
         assert!(
             gone.starts_with("workload-gone") && gone.contains("exited"),
@@ -371,7 +473,7 @@ mod tests {
             one["NetworkSettings"] = json!({"Networks": {"lan": {}, "podman": {}}});
         });
         assert!(networks.contains("lan, podman"), "{networks}");
-        assert!(refused(|one| one["Pod"] = "0c".into()).contains("pod"));
+        assert!(refused(|one| one["Pod"] = "0c".into()).contains("the pod 0c"));
         let health = refused(|one| one["Config"]["Healthcheck"] = json!({"Test": ["CMD"]}));
         assert!(health.contains("health check"), "{health}");
     }

@@ -13,8 +13,9 @@
 //!
 //! A container in a network of podman's comes to the same network at the target ([`network`]).
 //!
-//! Absent, and refused by name ([`inspect`]): pods, health checks, units of systemd, rootless
-//! podman.
+//! A container of a pod moves with its pod alone ([`pod`]).
+//!
+//! Absent, and refused by name ([`inspect`]): health checks, units of systemd, rootless podman.
 
 mod archive;
 pub mod arrive;
@@ -23,9 +24,11 @@ mod export;
 mod inspect;
 mod members;
 mod network;
+pub mod pod;
 pub mod volume;
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use criu_glue::options::DumpOptions;
@@ -34,6 +37,7 @@ use pageferry_cgroup::freezer::{CgroupError, Freezer};
 use pageferry_proto::id::ContainerId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::PodmanDescription;
+use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -45,6 +49,7 @@ use command::{CommandError, podman, podman_at_once, told};
 use export::ExportError;
 use inspect::Inspected;
 use network::Networked;
+use pod::InPod;
 use volume::Volume;
 
 /// The engine; looked up in `PATH`.
@@ -70,6 +75,9 @@ pub struct Podman {
     /// If it is in a network of podman's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     network: Option<Networked>,
+    /// If it is one of a pod's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pod: Option<InPod>,
 }
 
 /// A name in the journal.
@@ -91,8 +99,14 @@ pub enum PodmanError {
 impl Podman {
     /// The container of this name, if it runs here and can move. Blocks, while podman answers.
     pub fn find(name: &ContainerId) -> Result<Self, Failure> {
+        Self::find_in(name, None)
+    }
+
+    /// The same of one that moves with its pod, and all that are in it.
+    fn find_in(name: &ContainerId, pod: Option<(&InPod, &[&str])>) -> Result<Self, Failure> {
+        let (pod, others) = pod.unzip();
         let inspected = Inspected::of(name)?;
-        inspected.check(name)?;
+        inspected.check(name, pod)?;
         let runtime = inspected.runtime()?;
         let (container, state) = Container::read(runtime, inspected.id())?;
         state.check_maker()?;
@@ -102,8 +116,9 @@ impl Podman {
             id: ContainerName(inspected.id().clone()),
             image: ContainerName(inspected.image()?),
             restart: inspected.restart(),
-            volumes: inspected.volumes()?,
+            volumes: inspected.volumes(others.unwrap_or_default())?,
             network: inspected.networked()?,
+            pod: pod.cloned(),
         })
     }
 
@@ -117,6 +132,26 @@ impl Podman {
     pub fn folders(&self) -> Vec<PathBuf> {
         let paths = self.volumes.iter().map(Volume::path);
         paths.map(Path::to_owned).collect()
+    }
+
+    /// Whether it has a volume there.
+    fn has_volume_at(&self, path: &Path) -> bool {
+        self.volumes.iter().any(|volume| volume.path() == path)
+    }
+
+    /// Namespaces that are its pod's: CRIU is started in them, and dumps none of them.
+    pub fn open_namespaces(&self) -> Result<Vec<OwnedFd>, Failure> {
+        let Some(pod) = &self.pod else {
+            return self.container.open_namespaces();
+        };
+        let root = self.container.root();
+        let open = |kind: NamespaceKind| {
+            namespace::open(root, kind).map_err(|error| {
+                let text = format!("the {} namespace of process {root}: {error}", kind.file());
+                Failure::new(ErrorCode::WorkloadGone, text)
+            })
+        };
+        pod.namespaces().map(open).collect()
     }
 
     /// Whether podman deletes its links when it has ended, and what hangs on them.
@@ -141,12 +176,16 @@ impl Podman {
     /// its storage answers.
     pub fn describe(&self, pids: &[i32], named: &[PathBuf]) -> Result<Described, Failure> {
         let (_, state) = Container::read(self.container.runtime(), &self.id.0)?;
+        let bundle = self.container.bundle();
+        let mut folders = folders(&self.id.0, bundle);
+        folders.extend(self.pod.iter().flat_map(|pod| pod.folders(bundle)));
         let engine = Engine {
             manager: MANAGER,
-            folders: folders(&self.id.0, self.container.bundle()),
+            folders,
             pipes: state.pipes(),
             has_image: true,
-            is_sandboxed: false,
+            is_sandboxed: self.pod.is_some(),
+            is_party: self.pod.is_some(),
             has_network: self.network.is_some(),
         };
         let layer = |_: &Spec| Inspected::of(&self.id.0)?.layer();
@@ -231,6 +270,14 @@ impl Podman {
 fn folders(id: &ContainerId, bundle: &Path) -> Vec<PathBuf> {
     let volatile = Path::new(VOLATILE).join(id.as_str()).join("userdata");
     vec![bundle.to_owned(), volatile]
+}
+
+/// Where it has those of the infra container of a pod, of which `bundle` is that of another
+/// container: what it makes for all of the pod is bound into each from there.
+fn folders_of_infra(id: &ContainerId, bundle: &Path) -> Vec<PathBuf> {
+    let all = bundle.parent().and_then(Path::parent);
+    let all = all.unwrap_or(bundle);
+    folders(id, &all.join(id.as_str()).join("userdata"))
 }
 
 /// Where podman has what needs not outlive the node.

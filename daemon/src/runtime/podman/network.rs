@@ -66,9 +66,9 @@ pub struct Networked {
 /// What a container has of its network, as podman has exported it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    network: String,
-    subnets: Vec<Given>,
-    published: Vec<Published>,
+    pub(super) network: String,
+    pub(super) subnets: Vec<Given>,
+    pub(super) published: Vec<Published>,
 }
 
 /// A network, as `podman network ls` describes it.
@@ -95,15 +95,15 @@ struct Subnet {
 
 /// Ports of the node that are forwarded to the container.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-struct Published {
+pub(super) struct Published {
     #[serde(default)]
-    host_ip: String,
-    host_port: u16,
-    container_port: u16,
+    pub(super) host_ip: String,
+    pub(super) host_port: u16,
+    pub(super) container_port: u16,
     #[serde(default)]
-    range: u16,
+    pub(super) range: u16,
     #[serde(default)]
-    protocol: String,
+    pub(super) protocol: String,
 }
 
 /// Of podman's record of a container.

@@ -61,8 +61,9 @@ struct Inspected {
 }
 
 impl Volume {
-    /// The volume that is called so, which the container `id` has; if it can move.
-    pub fn of(name: &str, id: &str) -> Result<Self, Failure> {
+    /// The volume that is called so, which the containers `ids` have, that move together; if it can
+    /// move.
+    pub fn of(name: &str, ids: &[&str]) -> Result<Self, Failure> {
         let unfit = |text: String| Failure::new(ErrorCode::UnsupportedWorkload, text);
         let found = inspect(name).map_err(|why| unfit(format!("the volume {name}: {why}")))?;
         let volume = Self::fit(found)?;
@@ -77,7 +78,7 @@ impl Volume {
             "{{.ID}}",
         ];
         let users = podman_at_once(list).map_err(|error| unfit(told(&error)))?;
-        match users.lines().find(|user| *user != id) {
+        match users.lines().find(|user| !ids.contains(user)) {
             Some(other) => Err(unfit(format!(
                 "the container {other} has the volume {name}, too, which would leave with this one"
             ))),

@@ -39,13 +39,15 @@ pub struct Described {
 
 /// Looks at the tree of `pids`, `root` first. Blocks for a few milliseconds.
 ///
-/// Of `pipes` somebody who is not in the tree has the other end, and somebody has at the target.
+/// Of `pipes` somebody who is not in the tree has the other end, and somebody has at the target. If
+/// others move along who are in the same network, connections with them do, too: who is left
+/// behind is looked for when all are known.
 /// `storage` are paths the operator says both nodes share, or that travel along. Links, routes,
 /// the addresses spaces go by, the proofs of what is shared, the kernel's boot id, the processor
 /// and CRIU's version are left for the caller, who knows them.
 pub fn describe(
     root: i32,
-    (pids, pipes): (&[i32], &[u64]),
+    (pids, pipes, others_move_along): (&[i32], &[u64], bool),
     storage: &[PathBuf],
 ) -> Result<Described, Failure> {
     let gone = |error: &dyn std::fmt::Display| {
@@ -62,7 +64,9 @@ pub fn describe(
     let mut descriptors = Descriptors::of(pids, mounts.clone());
     let (spaces, tasks) = members(pids, storage, &mut descriptors)?;
     descriptors.check_pipes(pipes)?;
-    check_sockets(root, pids, &own, &descriptors)?;
+    if !others_move_along {
+        check_sockets(root, pids, &own, &descriptors)?;
+    }
     check_session(&process, &tasks)?;
     let (hostname, domainname) = names(root, &own)?;
     let link = |name: &str| {
@@ -102,6 +106,8 @@ pub fn describe(
             ..Needs::default()
         },
         container: None,
+        members: Vec::new(),
+        member_name: String::new(),
     };
     Ok(Described {
         description,

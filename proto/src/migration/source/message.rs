@@ -14,6 +14,7 @@ impl SourceMachine {
             TargetMessage::Accepted {
                 incarnation,
                 kept: _,
+                parks: _,
             } => self.accepted(now, incarnation),
             TargetMessage::Declined(failure) => self.target_gave_up(failure),
             TargetMessage::Failed(failure) => self.target_gave_up(failure),

@@ -213,6 +213,7 @@ impl TargetMachine {
         self.send(TargetMessage::Accepted {
             incarnation: self.incarnation,
             kept: Vec::new(),
+            parks: false,
         });
     }
 }

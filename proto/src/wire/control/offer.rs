@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use super::{ControlError, Offer, at_most, generation, micros, missing};
+use crate::id::{WorkloadKind, WorkloadName};
 use crate::migration::policy::{Policy, ROUNDS_LIMIT};
+use crate::wire::description::WorkloadDescription;
 use crate::wire::schema;
 use crate::wire::version::Version;
 
@@ -42,9 +44,12 @@ impl TryFrom<schema::Offer> for Offer {
         }
         let name = |field| move |source| ControlError::Name { field, source };
         let network = offer.network.map(|name| name.parse()).transpose();
+        let workload: WorkloadName = offer.workload.parse().map_err(name("offer.workload"))?;
+        let description = WorkloadDescription::try_from(description)?;
+        check_party(&workload, &description)?;
         Ok(Self {
             version: Version::chosen(offer.version).map_err(ControlError::Version)?,
-            workload: offer.workload.parse().map_err(name("offer.workload"))?,
+            workload,
             generation: generation("offer.generation", offer.generation)?,
             policy: Policy {
                 downtime_max: Duration::from_micros(policy.downtime_max_us),
@@ -54,8 +59,27 @@ impl TryFrom<schema::Offer> for Offer {
                 force_eager: policy.force_eager,
                 frozen_max: policy.frozen_max_us.map(Duration::from_micros),
             },
-            description: description.try_into()?,
+            description,
             network: network.map_err(name("offer.network"))?,
         })
+    }
+}
+
+/// A pod of podman is a party, and nothing else is one.
+fn check_party(
+    workload: &WorkloadName,
+    description: &WorkloadDescription,
+) -> Result<(), ControlError> {
+    let is_pod = workload.kind() == WorkloadKind::PodmanPod;
+    let container = description.container.as_ref();
+    let has_pod = container.is_some_and(|container| container.podman_pod.is_some());
+    if is_pod != has_pod {
+        return Err(missing("container.podman_pod"));
+    }
+    let is_named = !description.member_name.is_empty();
+    let is_party = is_named || !description.members.is_empty();
+    match is_pod == is_named && is_pod == is_party {
+        true => Ok(()),
+        false => Err(missing("description.member_name")),
     }
 }

@@ -1,4 +1,4 @@
-//! How a site begins: a workload surveyed, or found again from the journal.
+//! How a site begins: a workload surveyed.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,38 +7,35 @@ use std::time::Duration;
 use pageferry_cgroup::freezer::Freezer;
 use pageferry_pages::track::shared_bytes;
 use pageferry_pages::track::tree::Tree;
-use pageferry_proto::id::{MigrationId, NetworkName};
+use pageferry_proto::id::{MemberIndex, MigrationId, NetworkName, SpaceId};
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::description::WorkloadDescription;
+use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
 use pageferry_sys::namespace::{self, NamespaceKind};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 
+use super::begin::Found;
 use super::{Site, SourceNode};
 use crate::link::describe::describe as describe_network;
 use crate::link::port::Port;
 use crate::migration::ports::PortState;
-use crate::migration::source::calm::{Glance, Tries};
-use crate::migration::source::dumping::Dumping;
 use crate::migration::source::folders::Folders;
-use crate::migration::source::locked::FileLocks;
+use crate::migration::source::member;
 use crate::migration::source::network::Network;
-use crate::migration::source::sending::Sending;
-use crate::migration::source::state::{SiteState, encode_state};
+use crate::migration::source::state::{MemberState, SiteState, encode_state};
 use crate::migration::source::storage::Kept;
-use crate::migration::source::tracking::{Budget, Tracking, check_trackable};
-use crate::migration::source::waits::Waits;
+use crate::migration::source::tracking::check_trackable;
 use crate::migration::source::workload::{Workload, ended, unreadable};
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::copied::check_paths;
 use crate::runtime::cpu;
 use crate::runtime::detached;
-use crate::runtime::identity::{Anchor, Identity};
+use crate::runtime::identity::Anchor;
 use crate::runtime::ipc::Ipc;
-use crate::runtime::kind::Kind;
+use crate::runtime::kind::{Kind, Named, Party};
 use crate::runtime::limits;
 use crate::runtime::locks::Locks;
 use crate::runtime::process::describe::{Described, mounts};
@@ -62,18 +59,6 @@ pub struct Survey {
     pub state: DriverState,
     /// For the driver.
     pub site: Site,
-}
-
-/// What a survey, or a journal, says of a workload.
-#[derive(Debug)]
-struct Found {
-    workload: Workload,
-    network: Network,
-    memory_bytes: u64,
-    true_smaps: bool,
-    kept: Kept,
-    folders: Folders,
-    locks: Locks,
 }
 
 /// What was asked for, besides the policy.
@@ -178,51 +163,161 @@ async fn add_network(
     Ok(network.ports)
 }
 
-/// The folders that travel with the tree of `pids`.
+/// The folders that travel, those of each tree in the order of the trees.
 async fn add_folders(
-    description: &mut WorkloadDescription,
+    surveyed: &mut [Surveyed],
     node: &SourceNode,
     id: MigrationId,
-    (paths, root, pids): (Vec<PathBuf>, Option<RootFiles>, &[i32]),
 ) -> Result<Folders, Failure> {
     let keep = node.keep.clone();
-    let members = pids.to_vec();
-    let opening = move || Folders::open(keep, id, (&paths, root.as_ref()), &members);
-    let (folders, copied) = looking(description.root_pid, opening).await?;
-    description.copied = copied;
+    let root = surveyed[0].description.root_pid;
+    let pids: Vec<i32> = surveyed.iter().flat_map(|one| one.pids.clone()).collect();
+    let own = surveyed
+        .iter()
+        .map(|one| (one.copied.clone(), one.root_files.clone()));
+    let own: Vec<_> = own.collect();
+    let opening = move || Folders::open(keep, id, &own, &pids);
+    let (folders, copied) = looking(root, opening).await?;
+    for (one, copied) in surveyed.iter_mut().zip(copied) {
+        one.description.copied = copied;
+    }
     Ok(folders)
 }
 
-/// Folders that travel: those that were named, and what its engine has for it alone, which knows so
-/// from now on.
-fn travelling(kind: &mut Kind, asked: &Asked) -> Result<Vec<PathBuf>, Failure> {
+/// A folder that travels, and with which member.
+type Travelling = (MemberIndex, PathBuf);
+
+/// Folders that travel: those that were named, with the first member, and what its engine has for
+/// each alone, which knows so from now on.
+fn travelling(members: &mut [Kind], asked: &Asked) -> Result<Vec<Travelling>, Failure> {
     let named = asked.copied.iter().chain(&asked.shared);
     let is_named = |path: &PathBuf| named.clone().any(|named| path.starts_with(named));
-    let mut all = asked.copied.clone();
-    all.extend(kind.folders().into_iter().filter(|path| !is_named(path)));
-    check_paths(&all, &asked.shared)?;
-    kind.keep_folders(&all);
+    let first = asked.copied.iter().cloned();
+    let mut all: Vec<Travelling> = first.map(|path| (MemberIndex::FIRST, path)).collect();
+    for (member, kind) in MemberIndex::all(members.len()).zip(&*members) {
+        let own = kind.folders().into_iter().filter(|path| !is_named(path));
+        all.extend(own.map(|path| (member, path)));
+    }
+    let paths: Vec<PathBuf> = all.iter().map(|(_, path)| path.clone()).collect();
+    check_paths(&paths, &asked.shared)?;
+    members
+        .iter_mut()
+        .for_each(|kind| kind.keep_folders(&paths));
     Ok(all)
 }
 
 /// What its processes share by way of the kernel, if all of that can move.
-fn look_at_ipc(root: i32, node: &SourceNode, force: bool) -> Result<Ipc, Failure> {
-    let ipc = Ipc::of(root, force)?;
+fn look_at_ipc(
+    root: i32,
+    node: &SourceNode,
+    (force, is_shared): (bool, bool),
+) -> Result<Ipc, Failure> {
+    let mut ipc = Ipc::of(root, force)?;
+    if is_shared {
+        ipc = ipc.shared();
+    }
     let members = || Ok(Tree::read(root).map_err(io::Error::other)?.pids());
     ipc.look(members, |pid| node.support.undoes(pid))?;
     Ok(ipc)
 }
 
 impl Site {
-    /// Looks at a workload and says what the target must know, or why it cannot move.
+    /// Looks at a workload, each of its trees, and says what the target must know, or why it cannot
+    /// move.
     pub async fn survey(
         node: SourceNode,
         id: MigrationId,
-        mut kind: Kind,
+        named: Named,
         policy: Policy,
         asked: &Asked,
         cancelled: watch::Receiver<bool>,
     ) -> Result<Survey, Failure> {
+        let Named { party, mut members } = named;
+        let (mut storage, mut begun) = (None, Vec::new());
+        for (member, kind) in MemberIndex::all(members.len()).zip(&members) {
+            let (one, found) = Begun::of(member, kind, party.as_ref(), &node, asked).await?;
+            storage.get_or_insert(found);
+            begun.push(one);
+        }
+        let storage = storage.unwrap_or_default();
+        let copied = travelling(&mut members, asked)?;
+        let mut surveyed = Vec::new();
+        for (one, kind) in begun.into_iter().zip(members) {
+            surveyed.push(
+                one.survey(kind, (&node, id), (&storage, &copied), asked)
+                    .await?,
+            );
+        }
+        let root = surveyed[0].description.root_pid;
+        let (kept, shared) = looking(root, move || Kept::open(storage)).await?;
+        for one in &mut surveyed {
+            one.description.shared.clone_from(&shared);
+        }
+        let folders = add_folders(&mut surveyed, &node, id).await?;
+        let ports = if surveyed[0].workload.own.contains(&NamespaceKind::Net) {
+            add_network(&mut surveyed[0].description, root).await?
+        } else {
+            Vec::new()
+        };
+        let directory = node.migrations.join(id.to_string());
+        for one in &mut surveyed {
+            one.export(&node, &directory).await?;
+        }
+        for one in &mut surveyed {
+            one.place(&node, id)?;
+        }
+        let state = state_of(&surveyed, (&ports, &kept), (party.as_ref(), asked));
+        let (descriptions, trees): (Vec<_>, Vec<_>) =
+            surveyed.into_iter().map(Surveyed::split).unzip();
+        let description = block_in_place(|| together(descriptions, party.as_ref()))?;
+        let spaces = description.all_members().flat_map(|member| &member.spaces);
+        let memory_bytes = spaces.map(|space| space.memory_bytes).sum();
+        let found = Found {
+            party,
+            trees,
+            network: Network::new(ports),
+            memory_bytes,
+            true_smaps: asked.instead_of.is_some(),
+            kept,
+            folders,
+        };
+        Ok(Survey {
+            description,
+            state: encode_state(&state?)?,
+            site: Self::untouched(node, id, policy, found, cancelled),
+        })
+    }
+}
+
+/// A tree of which it is known that it is there, and that nothing of what only the kernel knows
+/// keeps it here.
+struct Begun {
+    member: MemberIndex,
+    anchor: Anchor,
+    pids: Vec<i32>,
+    locks: Locks,
+    ipc: Ipc,
+}
+
+/// A tree that has been looked at.
+struct Surveyed {
+    description: WorkloadDescription,
+    workload: Workload,
+    pids: Vec<i32>,
+    locks: Locks,
+    copied: Vec<PathBuf>,
+    root_files: Option<RootFiles>,
+}
+
+impl Begun {
+    /// With it comes the storage that both nodes share.
+    async fn of(
+        member: MemberIndex,
+        kind: &Kind,
+        party: Option<&Party>,
+        node: &SourceNode,
+        asked: &Asked,
+    ) -> Result<(Self, Storage), Failure> {
         let root = kind.root();
         // Everything below is read by its number.
         let anchor = Anchor::new(root).map_err(|_| ended(root))?;
@@ -231,157 +326,160 @@ impl Site {
         let (storage, locks) = find_storage(root, asked).await?;
         // Before files are opened: that would break the lease of one that is leased, and a message
         // queue would be taken for one.
-        let ipc = block_in_place(|| look_at_ipc(root, &node, asked.force_ipc))?;
+        let shares = party.is_some_and(|party| party.shares(NamespaceKind::Ipc));
+        let ipc = block_in_place(|| look_at_ipc(root, node, (asked.force_ipc, shares)))?;
         check_locks(&locks, &pids).await?;
-        let copied = travelling(&mut kind, asked)?;
-        let described = describe(&kind, &pids, &storage, &copied).await?;
-        let trackable = |pid: &i32| check_trackable(*pid, root, &node.support);
+        let begun = Self {
+            member,
+            anchor,
+            pids,
+            locks,
+            ipc,
+        };
+        Ok((begun, storage))
+    }
+
+    /// `copied` are all folders that travel.
+    async fn survey(
+        self,
+        kind: Kind,
+        (node, id): (&SourceNode, MigrationId),
+        (storage, copied): (&Storage, &[Travelling]),
+        asked: &Asked,
+    ) -> Result<Surveyed, Failure> {
+        let Self {
+            member,
+            anchor,
+            pids,
+            locks,
+            ipc,
+        } = self;
+        let all: Vec<PathBuf> = copied.iter().map(|(_, path)| path.clone()).collect();
+        let described = describe(&kind, &pids, storage, &all).await?;
+        let trackable = |pid: &i32| check_trackable(*pid, kind.root(), &node.support);
         block_in_place(|| pids.iter().try_for_each(trackable))?;
         let mut description = described.description;
-        block_in_place(|| add_needs(&mut description, &node, id, (&pids, &ipc)))?;
-        description.cpu = (!asked.force_cpu).then(cpu::read);
+        block_in_place(|| add_needs(&mut description, node, id, (&pids, &ipc)))?;
+        let is_first = member == MemberIndex::FIRST;
+        description.cpu = (is_first && !asked.force_cpu).then(cpu::read);
         description.boot_id = shared::boot_id().map_err(|error| internal(&error))?;
-        let (kept, shared) = looking(root, move || Kept::open(storage)).await?;
-        description.shared = shared;
-        let travels = (copied, described.root_files, &*pids);
-        let folders = add_folders(&mut description, &node, id, travels).await?;
-        let ports = if described.own.contains(&NamespaceKind::Net) {
-            add_network(&mut description, root).await?
-        } else {
-            Vec::new()
-        };
-        let (programs, directory) = (node.programs(), node.migrations.join(id.to_string()));
-        kind.export(&mut description, programs, &directory).await?;
-        if !anchor.is_alive() {
-            return Err(ended(root));
+        for space in &mut description.spaces {
+            let numbered = SpaceId::of(member, space.vpid.0);
+            space.vpid = numbered.map_err(|error| internal(&error))?;
         }
-        let freezer = place(&mut kind, &node, &pids, id)?;
-        let state = SiteState {
-            kind: kind.clone(),
-            started: anchor.identity().started,
-            boot: anchor.identity().boot.clone(),
-            freezer: freezer.path().to_owned(),
-            freezer_id: freezer.id(),
-            ports: ports.iter().map(PortState::of).collect(),
-            markers: kept.markers(),
-            asked: asked.clone(),
-        };
-        let spaces = description.spaces.iter();
-        let memory_bytes = spaces.map(|space| space.memory_bytes).sum();
-        let workload = Workload {
-            kind,
-            anchor: Some(anchor),
-            own: described.own,
-            ipc,
-            mounts: described.mounts,
-            described_mounts: description.mounts.clone(),
-            freezer,
-            outer: None,
-            standing: Vec::new(),
-            support: node.support.clone(),
-        };
-        let found = Found {
-            workload,
-            network: Network::new(ports),
-            memory_bytes,
-            true_smaps: asked.instead_of.is_some(),
-            kept,
-            folders,
-            locks,
-        };
-        Ok(Survey {
+        let own = copied.iter().filter(|(of, _)| *of == member);
+        Ok(Surveyed {
+            copied: own.map(|(_, path)| path.clone()).collect(),
+            root_files: described.root_files,
+            workload: Workload {
+                member,
+                kind,
+                anchor: Some(anchor),
+                own: described.own,
+                ipc,
+                mounts: described.mounts,
+                described_mounts: description.mounts.clone(),
+                // Until it is known where it is held.
+                freezer: Freezer::at(PathBuf::new()),
+                outer: None,
+                standing: Vec::new(),
+                support: node.support.clone(),
+            },
             description,
-            state: encode_state(&state)?,
-            site: Self::untouched(node, id, policy, found, cancelled),
+            pids,
+            locks,
         })
     }
+}
 
-    /// A site for a migration that a dead daemon has left: it can be thawed or released, unless it
-    /// `is_over`. Asks nothing of shared storage: one that does not answer holds up no restart.
-    pub async fn recover(
-        node: SourceNode,
-        id: MigrationId,
-        policy: Policy,
-        (state, is_over): (&DriverState, bool),
-        cancelled: watch::Receiver<bool>,
-    ) -> Result<Self, Failure> {
-        let state: SiteState = serde_json::from_slice(state.as_bytes()).map_err(|error| {
-            Failure::new(
-                ErrorCode::Internal,
-                format!("the journal of {id} is not readable: {error}"),
-            )
-        })?;
-        let identity = Identity {
-            pid: state.kind.root(),
-            started: state.started,
-            boot: state.boot.clone(),
-        };
-        let is_this_boot = identity.is_this_boot();
-        let freezer = state.freezer(is_this_boot);
-        let (freezer, outer) = match state.kind.is_shared().then(|| freezer.held_within()) {
-            Some(Some(within)) => (within, Some(freezer)),
-            Some(None) | None => (freezer, None),
-        };
-        // After another boot the same numbers mean other links.
-        let known: &[PortState] = match is_this_boot {
-            true => &state.ports,
-            false => &[],
-        };
-        let ports = PortState::again(known).await;
-        let ports = ports.map_err(|error| network_unfit(&error))?;
-        let workload = Workload {
-            kind: state.kind,
-            anchor: Anchor::again(&identity),
-            own: Vec::new(),
-            ipc: Ipc::default(),
-            mounts: None,
-            described_mounts: Vec::new(),
-            freezer,
-            outer,
-            standing: Vec::new(),
-            support: node.support.clone(),
-        };
-        let found = Found {
-            workload,
-            network: Network::new(ports),
-            memory_bytes: 0,
-            true_smaps: false,
-            // Of one that is over nothing is left to do.
-            folders: Folders::recovered(node.keep.clone(), id),
-            kept: Kept::recovered(if is_over { Vec::new() } else { state.markers }),
-            // No freeze will look for any; what was found is in the folder.
-            locks: Locks::default(),
-        };
-        Ok(Self::untouched(node, id, policy, found, cancelled))
+impl Surveyed {
+    async fn export(&mut self, node: &SourceNode, directory: &Path) -> Result<(), Failure> {
+        let workload = &self.workload;
+        let directory = member::folder(directory, workload.member);
+        let (description, programs) = (&mut self.description, node.programs());
+        workload
+            .kind
+            .export(description, programs, &directory)
+            .await?;
+        workload.check_root()
     }
 
-    fn untouched(
-        node: SourceNode,
-        id: MigrationId,
-        policy: Policy,
-        found: Found,
-        cancelled: watch::Receiver<bool>,
-    ) -> Self {
-        let directory = node.migrations.join(id.to_string());
-        let budget = Budget::new(&policy, node.eager_memory_max);
-        Self {
-            workload: found.workload,
-            network: found.network,
-            peer: None,
-            tracking: Tracking::new(node.support.clone(), budget, found.true_smaps),
-            dumping: Dumping::new(&node, directory.clone()),
-            kept: found.kept,
-            folders: found.folders,
-            locks: FileLocks::new(found.locks, directory.clone()),
-            sending: Sending::new(node.workers),
-            waits: Waits::new(cancelled),
-            tries: Tries::default(),
-            glance: Glance::default(),
-            memory_bytes: found.memory_bytes,
-            directory,
-            node,
-            policy,
+    /// The cgroup that is to hold it.
+    fn place(&mut self, node: &SourceNode, id: MigrationId) -> Result<(), Failure> {
+        self.workload.freezer = place(&mut self.workload.kind, node, &self.pids, id)?;
+        Ok(())
+    }
+
+    fn split(self) -> (WorkloadDescription, (Workload, Locks)) {
+        (self.description, (self.workload, self.locks))
+    }
+}
+
+/// What is to be known of all of it after a restart of the daemon.
+fn state_of(
+    surveyed: &[Surveyed],
+    (ports, kept): (&[Port], &Kept),
+    (party, asked): (Option<&Party>, &Asked),
+) -> Result<SiteState, Failure> {
+    let mut boot = String::new();
+    let mut members = Vec::new();
+    for one in surveyed {
+        let workload = &one.workload;
+        let gone = || ended(workload.root());
+        let identity = workload.anchor.as_ref().ok_or_else(gone)?.identity();
+        boot.clone_from(&identity.boot);
+        members.push(MemberState {
+            kind: workload.kind.clone(),
+            started: identity.started,
+            freezer: workload.freezer.path().to_owned(),
+            freezer_id: workload.freezer.id(),
+        });
+    }
+    let others = members.split_off(1);
+    let first = members.remove(0);
+    Ok(SiteState {
+        kind: first.kind,
+        started: first.started,
+        boot,
+        freezer: first.freezer,
+        freezer_id: first.freezer_id,
+        ports: ports.iter().map(PortState::of).collect(),
+        markers: kept.markers(),
+        asked: asked.clone(),
+        members: others,
+        party: party.cloned(),
+    })
+}
+
+/// One description of all members, and of what they are together.
+fn together(
+    mut members: Vec<WorkloadDescription>,
+    party: Option<&Party>,
+) -> Result<WorkloadDescription, Failure> {
+    if let Some(party) = party {
+        party.describe(&mut members)?;
+        // What they share the first one says, if it is the party's own.
+        let shared = [NamespaceKind::Net, NamespaceKind::Uts, NamespaceKind::Ipc];
+        let shared = shared.into_iter().filter(|kind| party.shares(*kind));
+        let shared = shared.fold(Namespaces::NONE, |all, kind| all.with(wire_of(kind)));
+        for member in members.iter_mut().skip(1) {
+            let bits = member.own_namespaces.bits() & !shared.bits();
+            member.own_namespaces = Namespaces::from_bits(bits).unwrap_or_default();
         }
+    }
+    let others = members.split_off(1);
+    let mut first = members.remove(0);
+    first.members = others;
+    Ok(first)
+}
+
+const fn wire_of(kind: NamespaceKind) -> Namespaces {
+    match kind {
+        NamespaceKind::Ipc => Namespaces::IPC,
+        NamespaceKind::Uts => Namespaces::UTS,
+        NamespaceKind::Net => Namespaces::NET,
+        NamespaceKind::Pid => Namespaces::PID,
+        NamespaceKind::Mount => Namespaces::MNT,
     }
 }
 

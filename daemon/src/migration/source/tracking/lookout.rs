@@ -11,10 +11,12 @@ use std::io;
 
 use pageferry_cgroup::freezer::Freezer;
 use pageferry_pages::track::{Support, refuse};
+use pageferry_proto::id::MemberIndex;
 use pageferry_proto::wire::code::Failure;
 use pageferry_sys::task;
 
 use crate::migration::source::failure::{failed_to_track, freeze_failed};
+use crate::migration::source::network::Sockets;
 use crate::migration::source::workload::Workload;
 use crate::migration::text::internal;
 use crate::runtime::ipc::Ipc;
@@ -34,19 +36,26 @@ pub struct Lookout {
     support: Support,
     /// Holds the tree.
     freezer: Freezer,
-    /// Those of its network namespace, if that is its own.
+    /// Those of its network namespace, if that is its own; of a party the first looks for all.
     connections: Option<Connections>,
+    /// The cgroups of other trees that are in that and move, too.
+    others: Vec<Freezer>,
     ipc: Ipc,
 }
 
 impl Lookout {
-    /// That of a workload whose tree is in its cgroup, and the connections of its own network.
-    pub fn new(workload: &Workload, support: Support, connections: Option<Connections>) -> Self {
+    /// That of a workload whose tree is in its cgroup, with the connections of its own network.
+    pub fn new(workload: &Workload, support: Support, sockets: &Sockets) -> Self {
+        let is_first = workload.member == MemberIndex::FIRST;
+        let connections = sockets.connections().filter(|_| is_first);
+        let mut others = sockets.freezers();
+        others.retain(|other| connections.is_some() && other.path() != workload.freezer.path());
         Self {
             root: workload.root(),
             support,
             freezer: workload.freezer.clone(),
             connections,
+            others,
             ipc: workload.ipc.clone(),
         }
     }
@@ -74,8 +83,19 @@ impl Lookout {
             }
         }
         if let Some(connections) = &self.connections {
+            let mut all = pids;
+            for other in &self.others {
+                let others = other.processes().map_err(|error| freeze_failed(&error))?;
+                for pid in others.into_iter().filter(|pid| 0 < *pid) {
+                    // What else is to be said of it says the look at its own tree.
+                    if let Ok(looked) = refuse::look(pid, &self.support) {
+                        sockets.extend(looked.sockets);
+                    }
+                    all.push(pid);
+                }
+            }
             let holds = |inode| sockets.contains(&inode);
-            loopback::check(connections, self.root, &pids, holds)?;
+            loopback::check(connections, self.root, &all, holds)?;
         }
         let members = || {
             let mut pids = self.freezer.processes().map_err(io::Error::other)?;

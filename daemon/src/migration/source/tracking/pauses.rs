@@ -94,9 +94,9 @@ enum Outcome {
 }
 
 impl Pauses {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(paused: Paused) -> Self {
         Self {
-            paused: Paused::default(),
+            paused,
             patience: PATIENCE_FIRST,
             letting_go: Duration::ZERO,
         }

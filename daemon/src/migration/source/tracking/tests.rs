@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pageferry_cgroup::freezer::{Freezer, FreezerRoot, FreezerVersion};
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_pages::read::Misses;
-use pageferry_proto::id::{Generation, MigrationId, Round, WorkloadName};
+use pageferry_proto::id::{Generation, MemberIndex, MigrationId, Round, WorkloadName};
 use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::source::SourceEvent;
 use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
@@ -55,13 +55,10 @@ impl Tracked {
         freezer.make().unwrap();
         freezer.adopt(|| Ok(vec![trial.pid()])).unwrap();
         let support = Support::probe().unwrap();
-        let policy = Policy {
-            force_eager: true,
-            ..Policy::DEFAULT
-        };
         let (cut, cancelled) = watch::channel(false);
         Self {
             workload: Workload {
+                member: MemberIndex::FIRST,
                 kind: Kind::of(&WorkloadName::Process(trial.pid())).unwrap(),
                 anchor: Some(Anchor::new(trial.pid()).unwrap()),
                 own: Vec::new(),
@@ -73,7 +70,7 @@ impl Tracked {
                 standing: Vec::new(),
                 support: support.clone(),
             },
-            tracking: Some(Tracking::new(support, Budget::new(&policy, 0), false)),
+            tracking: Some(Tracking::new(support, false, Paused::default())),
             trial: Some(trial),
             sockets: Sockets::default(),
             waits: Waits::new(cancelled),
@@ -139,6 +136,8 @@ impl Tracked {
             ports: Vec::new(),
             markers: Vec::new(),
             asked: Asked::default(),
+            members: Vec::new(),
+            party: None,
         };
         let node = SourceNode {
             criu: PathBuf::new(),
@@ -153,11 +152,12 @@ impl Tracked {
             workers: 1,
             eager_memory_max: 0,
             keep: pageferry_files::Keep::new(PathBuf::new()),
+            parking: crate::link::park::Means::Auto,
         };
         let (id, state) = (MigrationId::new([1; 16]), encode_state(&state).unwrap());
         let site = Site::recover(node, id, Policy::DEFAULT, (&state, false), cancelled).await;
         let mut site = site.unwrap();
-        site.tracking = self.tracking.take().unwrap();
+        site.members[0].tracking = self.tracking.take().unwrap();
         (self, site)
     }
 }
@@ -252,7 +252,7 @@ async fn a_frozen_tree_is_looked_at_once_more() {
         report.reason
     );
     tracked.workload.freezer.thaw().unwrap();
-    tracked.tracking = Some(site.tracking);
+    tracked.tracking = site.members.pop().map(|member| member.tracking);
     tracked.scan().unwrap();
     assert!(0 < tracked.paused().0);
     assert_eq!(tracked.tell("signals"), "0");

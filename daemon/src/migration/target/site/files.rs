@@ -3,37 +3,59 @@
 use std::time::Duration;
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::copied::CopiedPath;
+use pageferry_proto::wire::description::WorkloadDescription;
 
 use super::Site;
-use crate::runtime::kind::Arriving;
+use crate::migration::target::own::Own;
+use crate::runtime::kind::{Arriving, Coming};
 use crate::runtime::rootfs::RootPlace;
 
 /// How long the end of a migration waits until what its folders came through is gone.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Site {
-    /// Makes places for folders that come, and the volumes that some of them are.
+    /// Makes places for folders that come with each member, and the volumes that some of them are.
     pub(super) fn make_places(
         &self,
-        arriving: &Arriving,
-        (copied, root): (&[CopiedPath], Option<&RootPlace>),
+        coming: &Coming,
+        description: &WorkloadDescription,
     ) -> Result<(), Failure> {
         let folders = self.intake.folders();
-        folders.make_volumes(arriving.volumes())?;
-        folders.prepare(copied, root, arriving.looks_for_folders())
+        let roots = coming.members.iter().map(Arriving::root_place);
+        let roots = roots.collect::<Result<Vec<_>, _>>()?;
+        for arriving in &coming.members {
+            folders.make_volumes(arriving.volumes())?;
+        }
+        let members = coming.members.iter().zip(&roots);
+        let own = members.zip(description.all_members());
+        let own = own.map(|((arriving, root), described)| Own {
+            copied: &described.copied,
+            root: root.as_ref(),
+            are_looked_for: arriving.looks_for_folders(),
+        });
+        folders.prepare(&own.collect::<Vec<_>>())
     }
 
-    /// An engine has mounted what its container's files come to, by when its runtime waits.
-    pub(super) fn find_overlay(&self) -> Result<(), Failure> {
-        let overlay = self.arriving.as_ref().map(Arriving::overlay).transpose()?;
-        let overlay = overlay.flatten().ok_or_else(|| {
-            Failure::new(
-                ErrorCode::Internal,
-                "no engine has an overlay for its container",
-            )
-        })?;
-        self.intake.folders().found(&overlay)
+    /// Engines have mounted what their containers' files come to, by when their runtimes wait.
+    pub(super) fn find_overlays(&self) -> Result<(), Failure> {
+        for seat in &self.seats {
+            let Some(arriving) = &seat.arriving else {
+                continue;
+            };
+            if arriving.root_place()? != Some(RootPlace::Overlay) {
+                continue;
+            }
+            let overlay = arriving.overlay()?.ok_or_else(|| {
+                Failure::new(
+                    ErrorCode::Internal,
+                    "no engine has an overlay for its container",
+                )
+            })?;
+            self.intake
+                .folders()
+                .found(seat.member.number(), &overlay)?;
+        }
+        Ok(())
     }
 
     /// Folders that came with it are its own now. In the background: it takes as long as there are

@@ -72,7 +72,10 @@ impl Site {
         }
     }
 
-    async fn make_network(&mut self, description: &WorkloadDescription) -> Result<(), Failure> {
+    pub(super) async fn make_network(
+        &mut self,
+        description: &WorkloadDescription,
+    ) -> Result<(), Failure> {
         let bridge = self.bridge(&description.links)?;
         // What is begun is known from here on: it may be cut off.
         self.network = Some(Network::begun(self.id, description, &bridge));
@@ -84,7 +87,7 @@ impl Site {
         Ok(())
     }
 
-    async fn hold_network(
+    pub(super) async fn hold_network(
         &mut self,
         description: &WorkloadDescription,
         bridge: String,
@@ -102,7 +105,8 @@ impl Site {
     /// Finds what an engine has made, when its runtime waits, and takes it off the bridge that
     /// leads nowhere: nothing of it is attached to anything then. Answers with it, if there is one.
     pub(super) async fn join_engine_network(&mut self) -> Result<Option<OwnedFd>, Failure> {
-        let (Some(made), Some(arriving)) = (&self.engine_network, &self.arriving) else {
+        let arriving = self.seats.first().and_then(|seat| seat.arriving.as_ref());
+        let (Some(_), Some(arriving)) = (&self.engine_network, arriving) else {
             return Ok(None);
         };
         let Some(path) = block_in_place(|| arriving.network_path())? else {
@@ -112,13 +116,23 @@ impl Site {
             let text = format!("the network {} of the engine: {error}", path.display());
             Failure::new(ErrorCode::NetworkUnfit, text)
         })?;
-        let taken = made.hold.take_off(&net).await;
+        self.join_held(&net).await?;
+        Ok(Some(net))
+    }
+
+    /// Takes `net`, which an engine has made, off the bridge that leads nowhere, if it is what the
+    /// workload needs.
+    pub(super) async fn join_held(&mut self, net: &OwnedFd) -> Result<(), Failure> {
+        let Some(made) = &self.engine_network else {
+            return Ok(());
+        };
+        let taken = made.hold.take_off(net).await;
         taken.map_err(|error| network_unfit(&error))?;
         let wanted = (&*made.links, &*made.routes);
-        let found = Network::compare(&net, wanted, &made.bridge).await?;
+        let found = Network::compare(net, wanted, &made.bridge).await?;
         block_in_place(|| forget(&made.links));
         self.network = Some(found);
-        Ok(Some(net))
+        Ok(())
     }
 
     /// Looks for the bridge once more, before it is said that the workload is ready to run: nothing

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use pageferry_proto::id::PodUid;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::LinkDescription;
+use pageferry_proto::wire::needs::ResourceLimits;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::task::block_in_place;
 
@@ -53,8 +54,8 @@ impl Site {
     pub async fn expect(&mut self, uid: &PodUid) -> Result<(), Failure> {
         let directory = self.directory.clone();
         fs::create_dir_all(&directory).map_err(|error| internal(&error))?;
-        self.arriving_pod()?;
-        let pod = self.arriving.as_mut().and_then(Arriving::as_pod);
+        let seat = self.seats.first_mut().ok_or_else(no_pod)?;
+        let pod = seat.arriving.as_mut().and_then(Arriving::as_pod);
         let pod = pod.ok_or_else(no_pod)?;
         pod.expect(uid, &directory)?;
         let mut asked = Instant::now();
@@ -73,24 +74,13 @@ impl Site {
         let net = waits.net.try_clone().map_err(|error| internal(&error))?;
         self.namespaces.push((NamespaceKind::Net, net));
         here.waits = Some(waits);
-        let arriving = self.arriving.as_ref().ok_or_else(no_pod)?;
-        let made_by = arriving.made_by(&self.directory, &self.node.hierarchies);
-        self.made_by = made_by.map_err(|error| internal(&error))?;
-        self.groups.tree = Default::default();
-        self.make_groups()?;
-        self.start_pager().await?;
-        if arriving_writes(self.arriving.as_ref())? {
-            block_in_place(|| self.find_overlay())?;
-        }
+        let seat = self.seats.first_mut().ok_or_else(no_pod)?;
+        let arriving = seat.arriving.take().ok_or_else(no_pod)?;
+        seat.take(&self.node, arriving, ResourceLimits::default())?;
+        self.start_pagers().await?;
+        block_in_place(|| self.find_overlays())?;
         tracing::info!(migration = %self.id, pod = %uid, "the pod's container waits");
         Ok(())
-    }
-
-    fn arriving_pod(&self) -> Result<(), Failure> {
-        match self.arriving.as_ref().is_some_and(Arriving::is_pod) {
-            true => Ok(()),
-            false => Err(no_pod()),
-        }
     }
 
     /// Gives what is restored, and held, the names and the rank that its pod has here: CRIU has
@@ -111,8 +101,10 @@ impl Site {
         let Some(adj) = waits.oom_score_adj else {
             return Ok(());
         };
-        let pids = self.freezer.processes();
-        for pid in pids.map_err(|error| unfit("oom_score_adj", &error))? {
+        let pids = self.seats.iter().map(|seat| seat.freezer.processes());
+        let pids = pids.collect::<Result<Vec<_>, _>>();
+        let pids = pids.map_err(|error| unfit("oom_score_adj", &error))?;
+        for pid in pids.into_iter().flatten() {
             if pid <= 0 {
                 continue;
             }
@@ -124,11 +116,6 @@ impl Site {
         }
         Ok(())
     }
-}
-
-fn arriving_writes(arriving: Option<&Arriving>) -> Result<bool, Failure> {
-    let place = arriving.map(Arriving::root_place).transpose()?;
-    Ok(place.flatten().is_some())
 }
 
 fn no_pod() -> Failure {

@@ -1,21 +1,26 @@
-//! What the pager is asked for.
+//! What the pagers are asked for.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use pageferry_pager::message::{Namespace, RestoreRequest, RuntimeRequest};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_sys::namespace::NamespaceKind;
 
-use super::Site;
+use super::TargetNode;
+use super::seat::Seat;
 use crate::runtime::mounts::external_at_restore;
 use crate::runtime::oci::BOUND;
 
-impl Site {
-    /// The restore, without what only its images tell.
-    pub(super) fn restore_request(&self) -> RestoreRequest {
+/// Namespaces that a CRIU is started in.
+pub(super) type CriuNamespaces<'a> = [(Namespace, BorrowedFd<'a>)];
+
+impl Seat {
+    /// The restore from `images`, without what only those tell.
+    pub(super) fn restore_request(&self, node: &TargetNode, images: PathBuf) -> RestoreRequest {
         RestoreRequest {
-            criu: self.node.criu.clone(),
-            images_dir: self.intake.images(),
+            criu: node.criu.clone(),
+            images_dir: images,
             work_dir: self.directory.clone(),
             log_level: 2,
             cgroup_procs: self.groups.tree.procs_files(),
@@ -27,7 +32,7 @@ impl Site {
             external: external_at_restore(&self.mounts),
             root: self.mounts.first().map(|mount| mount.node_path.clone()),
             runtime: self.made_by.as_ref().map(|restore| RuntimeRequest {
-                stand_in: self.node.stand_in.clone(),
+                stand_in: node.stand_in.clone(),
                 program: restore.program.clone(),
                 is_engine: restore.is_engine,
                 arguments: restore.arguments.clone(),
@@ -46,13 +51,15 @@ impl Site {
             ..RestoreRequest::default()
         }
     }
+}
 
-    /// The namespaces that CRIU is started in.
-    pub(super) fn pager_namespaces(&self) -> Result<Vec<(Namespace, BorrowedFd<'_>)>, Failure> {
-        let own = self.namespaces.iter();
-        own.map(|(kind, fd)| Ok((pager_kind(*kind)?, fd.as_fd())))
-            .collect()
-    }
+/// The namespaces that the CRIU of each member is started in.
+pub(super) fn criu_namespaces(
+    own: &[(NamespaceKind, OwnedFd)],
+) -> Result<Vec<(Namespace, BorrowedFd<'_>)>, Failure> {
+    let own = own.iter();
+    own.map(|(kind, fd)| Ok((pager_kind(*kind)?, fd.as_fd())))
+        .collect()
 }
 
 fn pager_kind(kind: NamespaceKind) -> Result<Namespace, Failure> {

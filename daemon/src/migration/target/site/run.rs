@@ -1,119 +1,42 @@
-//! How a held workload comes to run, and to all of its memory.
-//!
-//! Invariants: the network is attached only for a tree that its pager holds; that nothing ran is
-//! said only when the pager, or its watcher, has said so.
+//! How a held workload gets its locks and its network, and how one that runs gets all of its
+//! memory.
 
+use std::future::poll_fn;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use pageferry_pager::client::{ClientError, Notice, PagerClient, Remains};
-use pageferry_pager::message::State as PagerState;
+use futures_util::future::try_join_all;
+use pageferry_pager::client::Notice;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::task::block_in_place;
 
-use super::{Network, Pager, Site, no_pager, pager_failed};
+use super::go::GO_TIMEOUT;
+use super::seat::Seat;
+use super::{Network, Site, no_pager, pager_failed};
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::detached;
-use crate::runtime::kind::{self, about_to_run, lose, runs, settle};
-
-/// How long a pager may take to let a tree go, or to undo it instead: five seconds for CRIU to give
-/// up, ten for its tasks to die, and then it says that they do not.
-const GO_TIMEOUT: Duration = Duration::from_secs(30);
+use crate::runtime::kind::settle;
 
 /// Announcements after the first, for switches that were busy: at these times after attaching.
 const ANNOUNCEMENTS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(500)];
-
-/// Why a workload does not run that was let go.
-#[derive(Debug)]
-pub enum LetGoError {
-    /// It died before its first instruction, and nothing of it is left.
-    NeverRan(Failure),
-    /// It may have run, and nothing of it runs or ever will: what is left of it has no memory, and
-    /// is frozen for good.
-    Lost(Failure),
-    /// It may run, or may yet.
-    Unclear(Failure),
-}
 
 impl Site {
     /// Has the held workload take its file locks on shared storage, all of them or not. Storage
     /// that hangs may hold that up: a discard cuts it off.
     pub async fn lock(&mut self) -> Result<(), Failure> {
-        let Some(Pager { client, .. }) = &self.pager else {
-            return Err(no_pager());
-        };
         let began = Instant::now();
-        client.lock().await.map_err(pager_failed)?;
+        let all = self.seats.iter().map(async |seat| {
+            let locked = seat.client()?.lock().await;
+            locked.map_err(pager_failed)
+        });
+        try_join_all(all).await?;
         tracing::debug!(migration = %self.id, took = ?began.elapsed(), "locked");
         Ok(())
     }
 
-    /// Attaches the network and lets the workload run. Only when `Running` is durable; doing it
-    /// again does no harm.
-    pub async fn let_go(&mut self) -> Result<(), LetGoError> {
-        // A daemon before this one may have come as far as that.
-        self.may_have_run = true;
-        block_in_place(|| about_to_run(&self.directory))?;
-        let went = self.go().await;
-        match &went {
-            // An engine's container is not ours to remove any more.
-            Ok(()) => block_in_place(|| runs(&self.directory)),
-            Err(LetGoError::NeverRan(_)) => {
-                self.may_have_run = false;
-                block_in_place(|| kind::never_ran(&self.directory));
-            }
-            Err(LetGoError::Lost(failure)) => {
-                block_in_place(|| lose(&self.directory, failure.text()));
-            }
-            Err(LetGoError::Unclear(_)) => {}
-        }
-        went
-    }
-
-    async fn go(&mut self) -> Result<(), LetGoError> {
-        let Some(Pager { client, .. }) = &self.pager else {
-            return self.without_pager();
-        };
-        let began = Instant::now();
-        // Where a tree is dying the kernel would answer for it, with resets.
-        if never_ran(client).await? != PagerState::Discarding {
-            self.attach().await?;
-        }
-        block_in_place(|| self.intake.folders().hand_over())?;
-        let attached = began.elapsed();
-        let Some(Pager { client, .. }) = &self.pager else {
-            return Err(no_pager().into());
-        };
-        let went = tokio::time::timeout(GO_TIMEOUT, client.go()).await;
-        match went.unwrap_or(Err(ClientError::Silent(GO_TIMEOUT))) {
-            Ok(()) => {}
-            // It may run, so it keeps its network.
-            Err(error @ ClientError::Failed { after_go: true, .. }) => {
-                return Err(pager_failed(error).into());
-            }
-            Err(error) => {
-                let known = match error {
-                    // What it has left was written before the connection closed.
-                    ClientError::Lost => self.without_pager(),
-                    _ => never_ran(client).await.map(drop),
-                };
-                if let Err(LetGoError::NeverRan(_)) = &known {
-                    self.detach().await;
-                }
-                known?;
-                if !matches!(error, ClientError::Lost) {
-                    return Err(pager_failed(error).into());
-                }
-            }
-        }
-        tracing::debug!(migration = %self.id, ?attached, resumed = ?began.elapsed(), "let go");
-        self.announce_again();
-        self.settle_folders();
-        Ok(())
-    }
-
     /// Attaches the network, in a bounded time.
-    async fn attach(&mut self) -> Result<(), Failure> {
+    pub(super) async fn attach(&mut self) -> Result<(), Failure> {
         let attached = tokio::time::timeout(GO_TIMEOUT, self.attach_links()).await;
         attached.unwrap_or_else(|_| {
             let text = format!("the network was not attached within {GO_TIMEOUT:?}");
@@ -122,9 +45,8 @@ impl Site {
     }
 
     async fn attach_links(&mut self) -> Result<(), Failure> {
-        let Some(Pager { client, .. }) = &self.pager else {
-            return Err(no_pager());
-        };
+        let mut pagers = self.seats.iter().filter_map(|seat| seat.pager.as_ref());
+        let client = &pagers.next().ok_or_else(no_pager)?.client;
         let has_links = self.network.as_ref().is_some_and(Network::has_links);
         if has_links && self.namespace(NamespaceKind::Net).is_none() {
             let status = client.status().await.map_err(pager_failed)?;
@@ -143,7 +65,7 @@ impl Site {
 
     /// Takes the network of a tree that has died away from its neighbours: the kernel would answer
     /// them with resets.
-    async fn detach(&self) {
+    pub(super) async fn detach(&self) {
         if let Some(network) = &self.network
             && let Err(error) = network.detach().await
         {
@@ -152,28 +74,8 @@ impl Site {
         }
     }
 
-    /// What an ended pager has left says whether the workload runs.
-    fn without_pager(&mut self) -> Result<(), LetGoError> {
-        let remains = Remains::read(&self.directory).map_err(|error| internal(&error))?;
-        match remains {
-            Remains::Filled(_) => {
-                self.settle_folders();
-                Ok(())
-            }
-            Remains::FillLost(line) => {
-                Err(LetGoError::Lost(Failure::new(ErrorCode::FillLost, line)))
-            }
-            Remains::RestoreLost(line) => {
-                let failure = Failure::new(ErrorCode::CriuFailed, line);
-                Err(LetGoError::NeverRan(failure))
-            }
-            Remains::Nothing if self.is_of_another_boot => Err(LetGoError::Lost(restarted())),
-            Remains::Nothing => Err(no_pager().into()),
-        }
-    }
-
     /// Repeats the announcements in the background.
-    fn announce_again(&self) {
+    pub(super) fn announce_again(&self) {
         let (Some(network), Some(net)) = (&self.network, self.namespace(NamespaceKind::Net)) else {
             return;
         };
@@ -192,32 +94,37 @@ impl Site {
         });
     }
 
-    /// Waits until all memory of the running workload is in place.
+    /// Waits until all memory of the running workload is in place. What is lost of a member is said
+    /// at once; the others run on.
     pub async fn filled(&mut self) -> Result<(), Failure> {
-        if let Some(pager) = &mut self.pager {
-            match pager.notices.recv().await {
-                Some(Notice::Filled(report)) => {
-                    tracing::info!(migration = %self.id, ?report, "filled");
-                }
-                Some(Notice::Failed { failure, .. }) => return Err(failure),
-                Some(Notice::Lost) | None => {
-                    self.without_pager().map_err(LetGoError::failure)?;
-                }
-            }
-        }
-        block_in_place(|| settle(&self.directory));
+        let boot = self.is_of_another_boot;
+        let seats = self.seats.iter_mut();
+        try_join_all(seats.map(|seat| seat.filled(boot))).await?;
+        self.over().await;
+        Ok(())
+    }
+
+    /// Nobody waits for any memory any more.
+    async fn over(&mut self) {
+        block_in_place(|| self.seats.iter().for_each(|seat| settle(&seat.directory)));
         self.folders_settled().await;
         self.end_hold().await;
         self.clear();
-        Ok(())
     }
 
     /// Waits until the pager of a workload that has not been let go tells of its end.
     pub async fn trouble(&mut self) -> Failure {
-        let Some(pager) = &mut self.pager else {
-            return std::future::pending().await;
-        };
-        let notice = pager.notices.recv().await;
+        let (index, notice) = poll_fn(|context| {
+            for (index, seat) in self.seats.iter_mut().enumerate() {
+                if let Some(pager) = &mut seat.pager
+                    && let Poll::Ready(notice) = pager.notices.poll_recv(context)
+                {
+                    return Poll::Ready((index, notice));
+                }
+            }
+            Poll::Pending
+        })
+        .await;
         // What is undone now may be unmounted. Nobody waits for whoever applies something yet.
         let folders = self.intake.folders().clone();
         drop(detached::begin("close", move || folders.close()));
@@ -225,46 +132,34 @@ impl Site {
             Some(Notice::Failed { failure, .. }) => failure,
             // Nothing is filled before it runs, so whatever else is said, the pager is at its end.
             Some(Notice::Filled(_) | Notice::Lost) | None => {
-                self.pager = None;
+                self.seats[index].pager = None;
                 no_pager()
             }
         }
     }
 }
 
-impl LetGoError {
-    fn failure(self) -> Failure {
-        match self {
-            Self::NeverRan(failure) | Self::Lost(failure) | Self::Unclear(failure) => failure,
+impl Seat {
+    /// Waits until it has all its memory, or never will. May be cut off, and asked again.
+    pub(super) async fn filled(&mut self, is_of_another_boot: bool) -> Result<(), Failure> {
+        if self.is_filled {
+            return Ok(());
         }
-    }
-}
-
-impl From<Failure> for LetGoError {
-    fn from(failure: Failure) -> Self {
-        Self::Unclear(failure)
-    }
-}
-
-fn restarted() -> Failure {
-    Failure::new(
-        ErrorCode::FillLost,
-        "this node was restarted after it was told to run the workload: whether it ran is not \
-         known, and nothing of it is left here",
-    )
-}
-
-/// Fails if the pager says that its tree died before it was let go, which it says only when nothing
-/// of the tree is left; else says how things stand. A pager that does not answer proves nothing,
-/// but its tree may be dying, and its network must not be attached.
-async fn never_ran(pager: &PagerClient) -> Result<PagerState, LetGoError> {
-    let status = tokio::time::timeout(GO_TIMEOUT, pager.status()).await;
-    let status = status.unwrap_or(Err(ClientError::Silent(GO_TIMEOUT)));
-    let status = status.map_err(pager_failed)?;
-    match status.failure {
-        Some(fault) if status.state == PagerState::Failed && !fault.after_go => {
-            Err(LetGoError::NeverRan(fault.failure()))
-        }
-        Some(_) | None => Ok(status.state),
+        let notice = match &mut self.pager {
+            Some(pager) => pager.notices.recv().await,
+            // It has filled, or a daemon before this one has been told.
+            None => Some(Notice::Lost),
+        };
+        let filled = match notice {
+            Some(Notice::Filled(report)) => {
+                tracing::info!(migration = %self.id, member = %self.member, ?report, "filled");
+                Ok(())
+            }
+            Some(Notice::Failed { failure, .. }) => Err(failure),
+            Some(Notice::Lost) | None => self.was_filled(is_of_another_boot),
+        };
+        self.is_filled = filled.is_ok();
+        self.is_lost = filled.is_err();
+        filled
     }
 }

@@ -6,14 +6,17 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use pageferry_cgroup::freezer::CgroupError;
+use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::task::block_in_place;
 
-use super::{Pager, Site};
+use super::Site;
+use super::seat::Seat;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::detached;
-use crate::runtime::kind::{leave, sweep};
+use crate::runtime::kind::{leave, leave_around, sweep, sweep_around};
 
 /// How long a pager may take to undo a restore: five seconds for CRIU to give up, ten for its tasks
 /// to die. One that takes longer is killed, and its watcher, and this, kill what is left.
@@ -53,28 +56,23 @@ impl Site {
         if let Err(failure) = closed.await {
             tracing::warn!(migration = %self.id, "an overlay stays open: {failure}");
         }
-        if let Some(pager) = self.pager.take() {
-            self.discard_pager(&pager).await;
-        }
+        join_all(self.seats.iter_mut().map(Seat::discard_pager)).await;
+        let may_have_run = self.may_have_run;
         let killed = block_in_place(|| {
-            // Also a CRIU that waits to be asked, and a pager that does not answer.
-            self.groups.pager.kill();
-            self.groups.tree.kill();
-            if !self.freezer.exists() {
-                return Ok(());
-            }
-            self.freezer.kill(KILL_TIMEOUT)?;
-            self.remove_freezer()
+            // Each, whatever becomes of another.
+            let killed = self.seats.iter().map(|seat| seat.kill(may_have_run));
+            killed.fold(Ok(()), Result::and)
         });
         // Whoever is left: what is bound is bound in the node's namespace, and dangerous there.
         block_in_place(|| self.sweep());
-        let why = match killed.is_err() && !self.freezer.is_empty() {
+        let is_left = self.seats.iter().any(|seat| !seat.freezer.is_empty());
+        let why = match killed.is_err() && is_left {
             true => Some("of a workload that could not be killed"),
-            false => self.may_have_run.then_some(MAY_HAVE_RUN),
+            false => may_have_run.then_some(MAY_HAVE_RUN),
         };
         let taken = self.take_back(why).await;
         killed.map_err(|error| internal(&error))?;
-        self.end_groups();
+        self.end_groups(|_| true);
         if let Some(network) = self.network.take() {
             network
                 .give_up()
@@ -117,23 +115,68 @@ impl Site {
         detached::within(name, ("folders that came", FOLDERS_TIMEOUT), work).await
     }
 
-    /// Removes the workload's cgroup, and what a runtime has left below it: a process of its own
-    /// may be there yet, which ends with it.
-    fn remove_freezer(&self) -> Result<(), CgroupError> {
-        let deadline = Instant::now() + END_TIMEOUT;
-        loop {
-            self.sweep();
-            if !self.freezer.exists() {
-                return Ok(());
+    /// Waits until nothing is left of members whose memory was lost in the fill, which are frozen
+    /// for good: somebody must kill them. The others get all of theirs meanwhile.
+    pub async fn emptied(&mut self) {
+        let boot = self.is_of_another_boot;
+        join_all(self.seats.iter_mut().map(|seat| seat.emptied(boot))).await;
+        block_in_place(|| {
+            let lost = self.seats.iter().filter(|seat| seat.is_lost);
+            lost.for_each(|seat| leave(&seat.directory));
+            if self.seats.iter().all(|seat| seat.is_lost) {
+                leave_around(&self.directory);
             }
-            match self.freezer.remove() {
-                Err(_) if Instant::now() < deadline => std::thread::sleep(REMOVE_POLL),
-                removed => return removed,
-            }
+            self.intake.folders().stay(MAY_HAVE_RUN);
+        });
+        self.settle_folders();
+        self.folders_settled().await;
+        self.end_groups(|seat| seat.is_lost);
+        self.end_hold().await;
+        self.clear();
+    }
+
+    /// Removes what was made for a workload that never ran. Of one that may have run nothing may go
+    /// that it has written.
+    fn sweep(&self) {
+        let seats = self.seats.iter();
+        seats.for_each(|seat| seat.sweep(self.may_have_run));
+        match self.may_have_run {
+            true => leave_around(&self.directory),
+            // An engine takes nothing away that has somebody in it.
+            false => sweep_around(&self.directory),
         }
     }
 
-    async fn discard_pager(&self, pager: &Pager) {
+    /// The workload has all its memory, or nothing of it is left. What proves that stays: the
+    /// journal does not say so yet.
+    pub(super) fn clear(&mut self) {
+        self.promise = None;
+        self.namespaces.clear();
+        block_in_place(|| {
+            self.seats.iter_mut().for_each(Seat::clear);
+            drop(fs::remove_dir_all(self.directory.join("images")));
+        });
+    }
+
+    /// Removes the cgroups of members that are `gone`, in which nobody is any more.
+    fn end_groups(&self, gone: impl Fn(&Seat) -> bool) {
+        let hierarchies = &self.node.hierarchies;
+        let seats = self.seats.iter().filter(|seat| gone(seat));
+        block_in_place(|| seats.for_each(|seat| seat.end_groups(hierarchies)));
+    }
+
+    /// Removes the folder of a migration that is over, and whose end the journal knows; or of which
+    /// there never was anything.
+    pub fn tidy(&self) {
+        block_in_place(|| drop(fs::remove_dir_all(&self.directory)));
+    }
+}
+
+impl Seat {
+    async fn discard_pager(&mut self) {
+        let Some(pager) = self.pager.take() else {
+            return;
+        };
         let discarded = tokio::time::timeout(DISCARD_TIMEOUT, pager.client.discard()).await;
         match discarded {
             Ok(Ok(())) => {}
@@ -148,68 +191,72 @@ impl Site {
         }
     }
 
-    /// Waits until nothing of the workload is left: memory that was lost in the fill has frozen it
-    /// for good, and somebody must kill it.
-    pub async fn emptied(&mut self) {
+    /// Kills whoever is left of it, also a CRIU that waits to be asked, and a pager that does not
+    /// answer.
+    fn kill(&self, may_have_run: bool) -> Result<(), CgroupError> {
+        self.groups.pager.kill();
+        self.groups.tree.kill();
+        if !self.freezer.exists() {
+            return Ok(());
+        }
+        self.freezer.kill(KILL_TIMEOUT)?;
+        self.remove_freezer(may_have_run)
+    }
+
+    /// Removes the tree's cgroup, and what a runtime has left below it: a process of its own may
+    /// be there yet, which ends with it.
+    fn remove_freezer(&self, may_have_run: bool) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + END_TIMEOUT;
+        loop {
+            self.sweep(may_have_run);
+            if !self.freezer.exists() {
+                return Ok(());
+            }
+            match self.freezer.remove() {
+                Err(_) if Instant::now() < deadline => std::thread::sleep(REMOVE_POLL),
+                removed => return removed,
+            }
+        }
+    }
+
+    fn sweep(&self, may_have_run: bool) {
+        match may_have_run {
+            true => leave(&self.directory),
+            false => sweep(&self.directory),
+        }
+    }
+
+    /// Waits until it has all its memory; or until nothing is left of it, if it never will.
+    async fn emptied(&mut self, is_of_another_boot: bool) {
+        if !self.is_lost && self.filled(is_of_another_boot).await.is_ok() {
+            return;
+        }
         while !self.freezer.is_empty() {
             tokio::time::sleep(EMPTY_POLL).await;
         }
         if let Err(error) = self.freezer.remove() {
             tracing::warn!(migration = %self.id, "its cgroup is left: {}", chain(&error));
         }
-        block_in_place(|| {
-            leave(&self.directory);
-            self.intake.folders().stay(MAY_HAVE_RUN);
-        });
-        self.settle_folders();
-        self.folders_settled().await;
-        self.end_groups();
-        self.end_hold().await;
-        self.clear();
     }
 
-    /// Removes what was made for a workload that never ran. Of one that may have run nothing may go
-    /// that it has written.
-    fn sweep(&self) {
-        match self.may_have_run {
-            true => leave(&self.directory),
-            false => sweep(&self.directory),
+    fn clear(&mut self) {
+        self.pager = None;
+        for group in [&self.groups.pager, &self.groups.watcher] {
+            if let Err(error) = group.remove(END_TIMEOUT) {
+                tracing::warn!(migration = %self.id, "a cgroup is left: {}", chain(&error));
+            }
         }
     }
 
-    /// The workload has all its memory, or nothing of it is left. What proves that stays: the
-    /// journal does not say so yet.
-    pub(super) fn clear(&mut self) {
-        self.pager = None;
-        self.promise = None;
-        self.namespaces.clear();
-        block_in_place(|| {
-            for group in [&self.groups.pager, &self.groups.watcher] {
-                if let Err(error) = group.remove(END_TIMEOUT) {
-                    tracing::warn!(migration = %self.id, "a cgroup is left: {}", chain(&error));
-                }
-            }
-            drop(fs::remove_dir_all(self.directory.join("images")));
-        });
-    }
-
-    /// Removes the workload's cgroups, in which nobody is any more.
-    fn end_groups(&self) {
+    fn end_groups(&self, hierarchies: &Hierarchies) {
         // Also what a daemon before this one has made for a limit.
-        let group = self.node.hierarchies.everywhere(&self.id.to_string());
+        let group = hierarchies.everywhere(&self.name);
         let group = match self.freezer.exists() {
             true => group.and(self.freezer.path().to_owned()),
             false => group,
         };
-        let removed = block_in_place(|| group.remove(END_TIMEOUT));
-        if let Err(error) = removed {
+        if let Err(error) = group.remove(END_TIMEOUT) {
             tracing::warn!(migration = %self.id, "a cgroup is left: {}", chain(&error));
         }
-    }
-
-    /// Removes the folder of a migration that is over, and whose end the journal knows; or of which
-    /// there never was anything.
-    pub fn tidy(&self) {
-        block_in_place(|| drop(fs::remove_dir_all(&self.directory)));
     }
 }
