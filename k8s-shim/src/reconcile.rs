@@ -5,7 +5,7 @@
 //! Absent: deciding anything.
 
 pub mod actions;
-mod gather;
+pub(crate) mod gather;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

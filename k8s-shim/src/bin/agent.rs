@@ -11,7 +11,7 @@ use pageferry_k8s::agent::daemon::Daemon;
 use pageferry_k8s::agent::node::Needs;
 use pageferry_k8s::agent::{self, Agent, node};
 use pageferry_k8s::logging;
-use tracing::{error, info};
+use tracing::info;
 
 /// Has a node's pageferryd do what Migrations say, and says in them what it says.
 #[derive(Debug, Parser)]
@@ -48,13 +48,7 @@ struct Arguments {
 #[tokio::main]
 async fn main() -> ExitCode {
     logging::start();
-    match run(Arguments::parse()).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            error!("{error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    logging::exit_code(run(Arguments::parse()).await)
 }
 
 async fn run(arguments: Arguments) -> Result<()> {

@@ -83,7 +83,7 @@ impl Course<'_> {
                 ..Decision::default()
             };
         }
-        if let Some(why) = self.has_no_turn(&source.node, node) {
+        if let Some(why) = self.has_no_turn(source, node) {
             return self.block(why);
         }
         let record = Record {
@@ -91,30 +91,9 @@ impl Course<'_> {
             source: Some(source.node.clone()),
             target: Some(node.clone()),
             address: source.address.clone(),
-            address_is_own: !source.came,
             ..self.to(Step::Copying)
         };
         record.into()
-    }
-
-    fn has_no_turn(&self, source: &str, target: &str) -> Option<Why> {
-        let seen = self.observed;
-        let limits = seen.limits;
-        if limits.per_cluster <= seen.others.len() {
-            let text = format!("{} moves go on or come first", seen.others.len());
-            return Some(Why::new("ClusterLimit", text));
-        }
-        for node in [source, target] {
-            let there = seen.others.iter();
-            let there = there
-                .filter(|other| other.anywhere || other.nodes.iter().any(|one| one == node))
-                .count();
-            if limits.per_node <= there {
-                let text = format!("{there} moves from or to node {node} go on or come first");
-                return Some(Why::new("NodeLimit", text));
-            }
-        }
-        None
     }
 
     /// What ends a move before the word is given.

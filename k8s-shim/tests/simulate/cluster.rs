@@ -95,7 +95,6 @@ impl Api {
         let source = self.pods.get(SOURCE).map(|pod| SourcePod {
             node: "node-a".to_owned(),
             address: Some("10.1.2.3".to_owned()),
-            came: false,
             deleting: pod.deleting,
             ready: pod.ready,
             marked: pod.marked,

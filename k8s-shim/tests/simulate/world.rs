@@ -212,6 +212,8 @@ impl World {
             Action::MarkSource => self.pod(SOURCE, |pod| pod.marked = true),
             Action::Adopt { uid, .. } => self.pod(uid, |pod| pod.owned = true),
             Action::DeleteSource => self.remove_source(),
+            // No pod here is evicted.
+            Action::EndEviction => {}
         }
     }
 
