@@ -20,6 +20,7 @@ pub mod kubectl;
 pub mod laps;
 pub mod movers;
 pub mod wait;
+pub mod watching;
 pub mod worker;
 
 use std::fs;

@@ -16,7 +16,9 @@ pub mod container_errors;
 pub mod container_faults;
 pub mod container_files;
 pub mod containers;
+mod crossing;
 pub mod direct;
+mod drain;
 pub mod faults;
 pub mod files;
 pub mod kubernetes;
@@ -27,9 +29,11 @@ pub mod podman_bridge;
 pub mod podman_errors;
 pub mod pods;
 pub mod redis;
+mod refusals;
 mod replicas;
 pub mod report;
 pub mod resources;
+mod served;
 pub mod session;
 pub mod settings;
 pub mod shapes;
@@ -58,6 +62,7 @@ pub struct Scenario {
 
 const DEMO: &str = "demo";
 const CONTAINERS: &str = "containers";
+const KUBERNETES: &str = "kubernetes";
 
 /// All scenarios, in the order in which they make sense.
 pub const ALL: [Scenario; 17] = [
@@ -152,7 +157,7 @@ pub const ALL: [Scenario; 17] = [
         run: containers::run,
     },
     Scenario {
-        name: "kubernetes",
+        name: KUBERNETES,
         summary: "a Kubernetes cluster, a pod at one node, its client at the other, nothing left",
         cases: true,
         run: kubernetes::run,
@@ -174,6 +179,7 @@ impl Scenario {
     pub fn named_cases(&self) -> &'static [(&'static str, &'static str)] {
         match self.name {
             CONTAINERS => &containers::CASES,
+            KUBERNETES => &kubernetes::CASES,
             _ => &[],
         }
     }

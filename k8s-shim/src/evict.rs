@@ -9,9 +9,7 @@ use kube::ResourceExt;
 use serde_json::Value;
 
 use crate::migration::{Migration, Outcome};
-use crate::names::{
-    BY_EVICTION, EVACUATION, MIGRATION, ON_EVICTION, REQUESTED_BY, daemon_id,
-};
+use crate::names::{BY_EVICTION, EVACUATION, MIGRATION, ON_EVICTION, REQUESTED_BY, daemon_id};
 use crate::observe::record;
 use crate::plan::{Step, Why};
 use crate::policy::{MigrationPolicySpec, OnEviction};
@@ -49,7 +47,12 @@ pub fn answer(asked: &Asked<'_>) -> Answer {
         return Answer::Evict(None);
     }
     let uid = pod.uid().unwrap_or_default();
-    let own = || asked.migrations.iter().filter(|one| one.spec.pod.uid == uid);
+    let own = || {
+        asked
+            .migrations
+            .iter()
+            .filter(|one| one.spec.pod.uid == uid)
+    };
     if let Some(open) = own().find(|one| record(one).step != Step::Ended) {
         return Answer::Wait(moving(pod, open));
     }
@@ -77,8 +80,9 @@ pub fn answer(asked: &Asked<'_>) -> Answer {
         );
         return Answer::Wait(text);
     }
-    let by_eviction =
-        |one: &&Migration| one.annotations().get(REQUESTED_BY).map(String::as_str) == Some(BY_EVICTION);
+    let by_eviction = |one: &&Migration| {
+        one.annotations().get(REQUESTED_BY).map(String::as_str) == Some(BY_EVICTION)
+    };
     let mut failed: Vec<&Migration> = ended(Outcome::Failed, FAILED_TIME)
         .filter(by_eviction)
         .collect();
@@ -104,8 +108,12 @@ pub fn moving(pod: &Pod, migration: &Migration) -> String {
     let target = course.target.as_deref();
     let to = target.map_or_else(String::new, |node| format!(" to node {node}"));
     let why = course.blocked.as_ref();
-    let why = why.map_or_else(String::new, |why| format!(": {}: {}", why.reason, why.message));
-    let phase = status.phase.map_or_else(String::new, |phase| format!(", {phase:?}"));
+    let why = why.map_or_else(String::new, |why| {
+        format!(": {}: {}", why.reason, why.message)
+    });
+    let phase = status
+        .phase
+        .map_or_else(String::new, |phase| format!(", {phase:?}"));
     format!(
         "{EVACUATION} of pod {}{to} by Migration {}{phase}{why}",
         of(pod),
@@ -136,7 +144,9 @@ fn wanted(pod: &Pod, policy: Option<&MigrationPolicySpec>) -> bool {
 /// Whether an eviction, the object of the API, is of this very pod, and is meant.
 pub fn is_meant(eviction: &Value, uid: Option<&str>) -> bool {
     let options = &eviction["deleteOptions"];
-    let dry = options["dryRun"].as_array().is_some_and(|all| !all.is_empty());
+    let dry = options["dryRun"]
+        .as_array()
+        .is_some_and(|all| !all.is_empty());
     let wanted = options["preconditions"]["uid"].as_str();
     !dry && wanted.is_none_or(|wanted| Some(wanted) == uid)
 }
@@ -211,11 +221,18 @@ mod tests {
     #[test]
     fn what_is_on_its_way_stays_whoever_asked_for_it() {
         let plain = pod(json!({}));
-        let open = [migration("m", "uid", json!({"step": "Copying", "target": "node-b"}))];
+        let open = [migration(
+            "m",
+            "uid",
+            json!({"step": "Copying", "target": "node-b"}),
+        )];
         let Answer::Wait(text) = answer(&asked(&plain, &open)) else {
             panic!("it is evicted");
         };
-        assert!(text.starts_with("Eviction triggered evacuation of pod shop/web"), "{text}");
+        assert!(
+            text.starts_with("Eviction triggered evacuation of pod shop/web"),
+            "{text}"
+        );
         assert!(text.contains("to node node-b by Migration m"), "{text}");
         let other = [migration("m", "another", json!({"step": "Copying"}))];
         assert_eq!(answer(&asked(&plain, &other)), Answer::Evict(None));
@@ -254,7 +271,10 @@ mod tests {
             let course = json!({"step": "Ended", "result": "Cancelled", "ended": ended});
             [migration("m", "uid", course)]
         };
-        assert!(matches!(answer(&asked(&wants, &cancelled(990))), Answer::Wait(_)));
+        assert!(matches!(
+            answer(&asked(&wants, &cancelled(990))),
+            Answer::Wait(_)
+        ));
         assert_eq!(answer(&asked(&wants, &cancelled(900))), Answer::Move);
     }
 
@@ -262,7 +282,10 @@ mod tests {
     fn a_dry_run_and_another_pods_eviction_mean_nothing() {
         let uid = Some("uid");
         assert!(is_meant(&json!({}), uid));
-        assert!(!is_meant(&json!({"deleteOptions": {"dryRun": ["All"]}}), uid));
+        assert!(!is_meant(
+            &json!({"deleteOptions": {"dryRun": ["All"]}}),
+            uid
+        ));
         let of = |uid: &str| json!({"deleteOptions": {"preconditions": {"uid": uid}}});
         assert!(is_meant(&of("uid"), uid));
         assert!(!is_meant(&of("other"), uid));

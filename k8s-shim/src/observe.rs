@@ -80,7 +80,11 @@ pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
         held: migration.finalizers().iter().any(|one| one == FINALIZER),
         deleting,
         resolve: resolve(migration),
-        target: target::choose(&migration.spec.target, source, &surroundings::cluster(objects)),
+        target: target::choose(
+            &migration.spec.target,
+            source,
+            &surroundings::cluster(objects),
+        ),
         source_report: status.source_report,
         target_report: status.target_report,
         down: down(&record, &objects.nodes),
@@ -138,7 +142,11 @@ pub fn policy(objects: &Objects) -> Option<&MigrationPolicySpec> {
         return named.map(|one| &one.spec);
     }
     let labels = objects.source.as_ref().map(|pod| pod.labels().clone());
-    selecting(&objects.policies, &labels.unwrap_or_default(), &objects.namespace)
+    selecting(
+        &objects.policies,
+        &labels.unwrap_or_default(),
+        &objects.namespace,
+    )
 }
 
 /// The first by name that selects a pod of these labels, in a namespace of those.

@@ -37,11 +37,7 @@ use serde::{Deserialize, Serialize};
         type_ = "integer",
         json_path = ".spec.atOnce.perCluster"
     ),
-    printcolumn(
-        name = "On eviction",
-        type_ = "string",
-        json_path = ".spec.onEviction"
-    ),
+    printcolumn(name = "On eviction", type_ = "string", json_path = ".spec.onEviction"),
     printcolumn(
         name = "Age",
         type_ = "date",

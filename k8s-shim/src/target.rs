@@ -99,7 +99,10 @@ fn unfit(node: &Node, pod: Option<&Pod>, cluster: &Cluster<'_>, named: bool) -> 
     let taints = node.spec.iter().flat_map(|one| one.taints.iter().flatten());
     let mut taints = taints.filter(|taint| taint.effect != "PreferNoSchedule");
     if let Some(taint) = taints.find(|taint| !tolerates(tolerations, taint)) {
-        let text = format!("{name} has the taint {}, which it does not tolerate", taint.key);
+        let text = format!(
+            "{name} has the taint {}, which it does not tolerate",
+            taint.key
+        );
         return Some(Why::new("TargetTainted", text));
     }
     let affinity = spec.affinity.as_ref();
@@ -118,9 +121,16 @@ fn unfit(node: &Node, pod: Option<&Pod>, cluster: &Cluster<'_>, named: bool) -> 
         return Some(Why::new("TargetAffinity", text));
     }
     cluster.pods?;
-    let priority = |pod: &Pod| pod.spec.as_ref().and_then(|spec| spec.priority).unwrap_or(0);
+    let priority = |pod: &Pod| {
+        pod.spec
+            .as_ref()
+            .and_then(|spec| spec.priority)
+            .unwrap_or(0)
+    };
     let own = pod.map_or(0, priority);
-    let others = cluster.at(&name).filter(|other| !named || own <= priority(other));
+    let others = cluster
+        .at(&name)
+        .filter(|other| !named || own <= priority(other));
     let lacks = room::lacks(node, others, pod?)?;
     Some(Why::new("TargetFull", format!("{name} is full: {lacks}")))
 }

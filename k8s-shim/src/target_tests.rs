@@ -101,9 +101,7 @@ fn what_the_scheduler_would_not_have_is_refused() {
             "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms},
         }}})
     };
-    let rule = |key: &str, operator: &str, value: &str| {
-        json!([{"matchExpressions": [{"key": key, "operator": operator, "values": [value]}]}])
-    };
+    let rule = |key: &str, operator: &str, value: &str| json!([{"matchExpressions": [{"key": key, "operator": operator, "values": [value]}]}]);
     let field = json!([{"matchFields": [
         {"key": "metadata.name", "operator": "In", "values": ["s"]},
     ]}]);
@@ -111,7 +109,11 @@ fn what_the_scheduler_would_not_have_is_refused() {
         ("a", json!({}), "TargetTainted"),
         ("a", tolerates(json!({"operator": "Exists"})), "a"),
         ("a", tolerates(json!({"key": "gpu", "value": "yes"})), "a"),
-        ("a", tolerates(json!({"key": "gpu", "value": "no"})), "TargetTainted"),
+        (
+            "a",
+            tolerates(json!({"key": "gpu", "value": "no"})),
+            "TargetTainted",
+        ),
         (
             "a",
             tolerates(json!({"key": "gpu", "operator": "Exists", "effect": "NoExecute"})),
@@ -119,7 +121,11 @@ fn what_the_scheduler_would_not_have_is_refused() {
         ),
         ("b", json!({}), "b"),
         ("b", json!({"nodeSelector": {"zone": "z"}}), "b"),
-        ("b", json!({"nodeSelector": {"zone": "y"}}), "TargetAffinity"),
+        (
+            "b",
+            json!({"nodeSelector": {"zone": "y"}}),
+            "TargetAffinity",
+        ),
         ("b", required(rule("zone", "In", "z")), "b"),
         ("b", required(rule("zone", "NotIn", "z")), "TargetAffinity"),
         ("b", required(rule("none", "NotIn", "z")), "b"),
@@ -138,8 +144,16 @@ fn what_the_scheduler_would_not_have_is_refused() {
 
 #[test]
 fn the_one_with_the_most_room_is_chosen() {
-    let nodes = [node("a", json!({})), node("b", json!({})), node("c", json!({}))];
-    let there = [pod("a", json!({})), pod("b", json!({"priority": -1})), pod("b", json!({}))];
+    let nodes = [
+        node("a", json!({})),
+        node("b", json!({})),
+        node("c", json!({})),
+    ];
+    let there = [
+        pod("a", json!({})),
+        pod("b", json!({"priority": -1})),
+        pod("b", json!({})),
+    ];
     let source = pod("s", json!({}));
     let mut cluster = Cluster {
         nodes: &nodes,
@@ -151,13 +165,24 @@ fn the_one_with_the_most_room_is_chosen() {
     // As many as possible go different ways.
     cluster.coming = vec![("c", Some(&source))];
     assert_eq!(said(choose(&any, Some(&source), &cluster)), "a");
-    cluster.coming = vec![("c", Some(&source)), ("c", Some(&source)), ("a", Some(&source))];
+    cluster.coming = vec![
+        ("c", Some(&source)),
+        ("c", Some(&source)),
+        ("a", Some(&source)),
+    ];
     let Target::None(why) = choose(&any, Some(&source), &cluster) else {
         panic!("there is room");
     };
     assert_eq!(why.reason, "NoTarget");
-    assert!(why.message.contains("a is full: it has 0 of cpu left"), "{}", why.message);
+    assert!(
+        why.message.contains("a is full: it has 0 of cpu left"),
+        "{}",
+        why.message
+    );
     // Whoever is named drives others away.
     assert_eq!(said(choose(&to("b"), Some(&source), &cluster)), "b");
-    assert_eq!(said(choose(&to("c"), Some(&source), &cluster)), "TargetFull");
+    assert_eq!(
+        said(choose(&to("c"), Some(&source), &cluster)),
+        "TargetFull"
+    );
 }

@@ -73,7 +73,9 @@ pub async fn run(client: Client, context: Arc<Context>) {
 /// descheduler takes the answer for a failure; it is tried again when the pod changes.
 async fn tell_descheduler(client: &Client, pod: &PartialObjectMeta<Pod>) {
     let annotations = pod.annotations();
-    let moves = annotations.get(ON_EVICTION).is_some_and(|what| what == "migrate");
+    let moves = annotations
+        .get(ON_EVICTION)
+        .is_some_and(|what| what == "migrate");
     if !moves || annotations.contains_key(EVICT_ONLY) {
         return;
     }

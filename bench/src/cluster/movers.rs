@@ -5,7 +5,9 @@
 //! agents are processes of their nodes.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -13,9 +15,11 @@ use serde_json::{Value, json};
 use super::certificates::write;
 use super::control::{ADMINISTRATOR, CGROUP, Part};
 use super::kubectl::Kubectl;
+use super::wait::until;
 use super::worker;
 use crate::lab::Lab;
 use crate::lab::inside::Inside;
+use crate::lab::network;
 use crate::lab::node::Node;
 
 /// They go when this goes.
@@ -29,9 +33,10 @@ pub struct Movers {
 impl Movers {
     /// Makes the resources and the rights known, and starts so many controllers, and the agents.
     pub fn start(lab: &Lab, kubectl: &Kubectl, controllers: usize) -> Result<Self> {
-        for objects in [DEFINITIONS, RIGHTS] {
+        for objects in [DEFINITIONS, RIGHTS, WEBHOOK] {
             kubectl.apply(objects)?;
         }
+        serve_service(lab, kubectl)?;
         let established = ["wait", "--for=condition=Established", "--timeout=20s"];
         let names = [
             "crd/migrations.pageferry.dev",
@@ -59,13 +64,44 @@ impl Movers {
     }
 }
 
-/// Starts a controller, which waits for the one that leads to end.
+/// Has the client's network serve what a Service of the cluster would lead to: nodes have no
+/// kube-proxy, and controllers are no pods here.
+fn serve_service(lab: &Lab, kubectl: &Kubectl) -> Result<()> {
+    let address = kubectl.run(&[
+        "get",
+        "service",
+        "pageferry-webhook",
+        "--namespace",
+        NAMESPACE,
+        "--output=jsonpath={.spec.clusterIP}",
+    ])?;
+    let tools = lab.nodes.first().context("a lab has at least one node")?;
+    let address: Ipv4Addr = address.trim().parse().context("a Service has an address")?;
+    network::ip(tools, &lab.client.net, &[], |_| {
+        format!("addr add {address}/32 dev lo\n")
+    })
+}
+
+/// Waits until the API server asks before it evicts.
+pub fn wait_asked(kubectl: &Kubectl) -> Result<()> {
+    let bundle = "--output=jsonpath={.webhooks[0].clientConfig.caBundle}";
+    let configuration = ["get", "validatingwebhookconfiguration", "pageferry", bundle];
+    until("the webhook has a certificate", WEBHOOK_TIME_MAX, || {
+        let found = kubectl.run(&configuration)?;
+        ensure!(!found.trim().is_empty(), "there is none");
+        Ok(())
+    })
+}
+
+/// Starts a controller, which waits for the one that leads to end. The first answers at the
+/// Service's address.
 pub fn start_controller(lab: &Lab, config: &Path, index: usize) -> Result<Part> {
     let program = built("pageferry-controller")?;
     let name = format!("pageferry-controller-{index}");
     let command = Inside::new(&program.display().to_string())
         .env("KUBECONFIG", &config.display().to_string())
         .env("POD_NAME", &name)
+        .env("PAGEFERRY_WEBHOOK", &format!("0.0.0.0:{}", 9443 + index))
         .env("RUST_LOG", LOG)
         .cgroups(&lab.cgroups(CGROUP)?)
         .enter(&lab.client.net)?;
@@ -128,6 +164,8 @@ pub fn built(name: &str) -> Result<PathBuf> {
 
 const DEFINITIONS: &str = include_str!("../../../deploy/crds.yaml");
 const RIGHTS: &str = include_str!("../../../deploy/kubernetes/rbac.yaml");
+const WEBHOOK: &str = include_str!("../../../deploy/kubernetes/webhook.yaml");
 const NAMESPACE: &str = "pageferry-system";
+const WEBHOOK_TIME_MAX: Duration = Duration::from_secs(30);
 const AGENT_CONFIG: &str = "/etc/kubernetes/agent.conf";
 const LOG: &str = "info";

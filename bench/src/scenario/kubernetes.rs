@@ -1,5 +1,6 @@
 //! `kubernetes`: a cluster in the lab, a pod with Redis at one node, a client pod at the other, all
-//! that kubectl does with them; and then nothing of it is left. With `--only by-hand` a pod moves.
+//! that kubectl does with them; and then nothing of it is left. With `--only` pods move, in one of
+//! several ways.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -8,7 +9,7 @@ use super::pods::{self, POD_TIME_MAX, Placed};
 use super::report::Report;
 use super::settings::Settings;
 use super::traces::Traces;
-use super::{annotated, by_hand, resources};
+use super::{annotated, by_hand, crossing, drain, refusals, resources};
 use crate::cluster::laps::Laps;
 use crate::cluster::wait::until;
 use crate::cluster::{self, Cluster, worker};
@@ -18,13 +19,9 @@ use crate::mover::outcome::round;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    let only = settings.only.as_deref();
-    match only {
-        None => {}
-        Some(BY_HAND | ANNOTATED) => settings.need_pageferry("stock CRIU moves no pods")?,
-        Some(other) => {
-            bail!("kubernetes has no case {other:?}, only {BY_HAND:?} and {ANNOTATED:?}")
-        }
+    let part = settings.only.as_deref().map(part).transpose()?;
+    if part.is_some() {
+        settings.need_pageferry("stock CRIU moves no pods")?;
     }
     let mut laps = Laps::start();
     let link = settings.link.clone().unwrap_or(Link::Unshaped);
@@ -35,9 +32,8 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let lab = Lab::up(&options)?;
     laps.lap("nodes are up");
     let cluster = Cluster::up(&lab, &mut laps);
-    let done = cluster.and_then(|cluster| match only {
-        Some(ANNOTATED) => annotated::run(&lab, &cluster, &mut laps, report),
-        Some(_) => by_hand::run(&lab, &cluster, &mut laps, report),
+    let done = cluster.and_then(|mut cluster| match part {
+        Some((run, moves)) => run(&lab, &mut cluster, &mut laps, report, moves),
         None => in_lab(&lab, &cluster, &mut laps),
     });
     if let (Err(_), Ok(kubectl)) = (&done, cluster::kubectl(&lab)) {
@@ -56,6 +52,82 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     }
     done
 }
+
+/// A part of the scenario; with how often it is to move something, where that may be said.
+type Part = fn(&Lab, &mut Cluster, &mut Laps, &mut Report, usize) -> Result<()>;
+
+/// The part that is asked for: by its name, or `NAME=MOVES`.
+fn part(only: &str) -> Result<(Part, usize)> {
+    let (name, moves) = match only.split_once('=') {
+        Some((name, moves)) => (name, Some(moves)),
+        None => (only, None),
+    };
+    let found = PARTS.iter().find(|part| part.name == name);
+    let part = found.with_context(|| {
+        let names: Vec<&str> = PARTS.iter().map(|part| part.name).collect();
+        format!("kubernetes has no part {name:?}, only {}", names.join(", "))
+    })?;
+    let moves = match moves {
+        None => part.moves,
+        Some(_) if part.moves == 0 => bail!("{name} always moves the same: leave out the number"),
+        Some(moves) => moves.parse().context("how often it is to move")?,
+    };
+    ensure!(0 < moves || part.moves == 0, "{name} moves at least once");
+    Ok((part.run, moves))
+}
+
+/// A part that is run alone.
+struct NamedPart {
+    name: &'static str,
+    what: &'static str,
+    run: Part,
+    /// How often it moves something unless it is said; 0 where that is fixed.
+    moves: usize,
+}
+
+/// What `--only` takes, and what that is.
+pub const CASES: [(&str, &str); PARTS.len()] = {
+    let mut cases = [("", ""); PARTS.len()];
+    let mut index = 0;
+    while index < PARTS.len() {
+        cases[index] = (PARTS[index].name, PARTS[index].what);
+        index += 1;
+    }
+    cases
+};
+
+const PARTS: [NamedPart; 5] = [
+    NamedPart {
+        name: "by-hand",
+        what: "a pod moves, each step by hand",
+        run: |lab, cluster, laps, report, _| by_hand::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: "annotated",
+        what: "pods move because they are annotated, one of them a Deployment's",
+        run: |lab, cluster, laps, report, _| annotated::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: "drain",
+        what: "kubectl drain: three pods of a Deployment move, and it ends with 0",
+        run: |lab, cluster, laps, report, _| drain::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: "crossing",
+        what: "two moves cross, and four wait for each other by the limits of a policy",
+        run: |lab, cluster, laps, report, _| crossing::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: "refusals",
+        what: "targets that do not take a pod, and moves cancelled in every phase",
+        run: |lab, cluster, laps, report, _| refusals::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+];
 
 fn in_lab(lab: &Lab, cluster: &Cluster, laps: &mut Laps) -> Result<()> {
     let [here, there] = [&lab.nodes[0], &lab.nodes[1]];
@@ -143,7 +215,16 @@ const CLIENT: &str = "client";
 const COUNTER: &str = "counter";
 /// So often the client must have been answered.
 const COUNT: usize = 10;
-/// A part of its own: a pod moves, each step by hand.
-const BY_HAND: &str = "by-hand";
-/// Another: a pod moves because it is annotated.
-const ANNOTATED: &str = "annotated";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_is_known_by_its_name() {
+        assert_eq!(part("drain").expect("a part").1, 0);
+        for wrong in ["annotated=3", "thirty"] {
+            part(wrong).map(|(_, moves)| moves).expect_err(wrong);
+        }
+    }
+}

@@ -49,7 +49,11 @@ async fn run(arguments: Arguments) -> Result<()> {
     let leadership = Leadership::new(client.clone(), &arguments.namespace, arguments.name.clone());
     let context = Arc::new(Context::new(client.clone(), Some(arguments.name)));
     let certificates = Arc::new(Certificates::default());
-    let kept = certificates::keep(client.clone(), arguments.namespace, Arc::clone(&certificates));
+    let kept = certificates::keep(
+        client.clone(),
+        arguments.namespace,
+        Arc::clone(&certificates),
+    );
     // All of them answer, and one leads.
     let answers = webhook::serve(arguments.webhook, Arc::clone(&context), certificates);
     tokio::select! {

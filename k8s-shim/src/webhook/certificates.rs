@@ -245,7 +245,10 @@ fn make(namespace: &str, before: Option<&Kept>) -> Result<Kept> {
     let certificate = server.signed_by(&key, &issuer);
     Ok(Kept {
         authority: bundle,
-        certificate: certificate.context("making a certificate")?.pem().into_bytes(),
+        certificate: certificate
+            .context("making a certificate")?
+            .pem()
+            .into_bytes(),
         key: key.serialize_pem().into_bytes(),
     })
 }

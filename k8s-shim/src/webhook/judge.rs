@@ -43,7 +43,10 @@ pub async fn judge(
     match answer {
         Answer::Evict(None) | Answer::Move => {}
         Answer::Evict(Some(why)) => {
-            let text = format!("pageferry does not move it: {}: {}", why.reason, why.message);
+            let text = format!(
+                "pageferry does not move it: {}: {}",
+                why.reason, why.message
+            );
             response.warnings = Some(vec![text]);
         }
         Answer::Wait(text) => {
@@ -80,9 +83,16 @@ async fn answer(
     let objects = read(context, &pod).await?;
     let migrations: Api<Migration> = Api::namespaced(client.clone(), namespace);
     let of_pod = ListParams::default().fields(&format!("spec.pod.name={}", request.name));
-    let known = migrations.list(&of_pod).await.trying("listing Migrations")?.items;
+    let known = migrations
+        .list(&of_pod)
+        .await
+        .trying("listing Migrations")?
+        .items;
     let came_by = match pod.labels().get(MIGRATION_NAME) {
-        Some(name) => migrations.get_opt(name).await.trying("reading a Migration")?,
+        Some(name) => migrations
+            .get_opt(name)
+            .await
+            .trying("reading a Migration")?,
         None => None,
     };
     let policy = observe::selecting(&objects.policies, pod.labels(), &objects.namespace);
@@ -110,9 +120,10 @@ async fn answer(
 fn dry(answer: &Answer) -> Option<Why> {
     match answer {
         Answer::Evict(why) => why.clone(),
-        Answer::Move | Answer::Wait(_) => {
-            Some(Why::new("DryRun", "it would move, or does, and is gone then"))
-        }
+        Answer::Move | Answer::Wait(_) => Some(Why::new(
+            "DryRun",
+            "it would move, or does, and is gone then",
+        )),
     }
 }
 
@@ -129,12 +140,7 @@ async fn read(context: &Context, pod: &Pod) -> Result<Objects, Error> {
 }
 
 /// Begins a move, if there can be one.
-async fn begin(
-    context: &Context,
-    pod: &Pod,
-    mut objects: Objects,
-    known: &[Migration],
-) -> Answer {
+async fn begin(context: &Context, pod: &Pod, mut objects: Objects, known: &[Migration]) -> Answer {
     let begun = async {
         let client = &context.client;
         let claims = gather::claims(client, pod).await?;
@@ -179,7 +185,9 @@ async fn make(context: &Context, pod: &Pod, known: &[Migration]) -> Result<Migra
         Ok(made) => {
             info!(migration = %made.name_any(), pod = pod.name_any(), "asked for by an eviction");
             let note = format!("it moves by Migration {}", made.name_any());
-            context.tell(pod, true, "EvictionMoves", "Evict", note).await;
+            context
+                .tell(pod, true, "EvictionMoves", "Evict", note)
+                .await;
             made
         }
         // Another one has answered the same.
@@ -208,19 +216,26 @@ async fn mark(context: &Context, pod: &Pod, migration: &Migration) {
         field_manager: Some(manager::CONTROLLER.to_owned()),
         ..PatchParams::default()
     };
-    let patched = pods.patch(&pod.name_any(), &parameters, &Patch::Merge(patch)).await;
+    let patched = pods
+        .patch(&pod.name_any(), &parameters, &Patch::Merge(patch))
+        .await;
     if let Err(error) = patched {
         warn!(%error, pod = pod.name_any(), "it does not say that it is evicted");
     }
 }
 
 async fn evicted(context: &Context, pod: &Pod, why: Why) -> Answer {
-    info!(pod = pod.name_any(), why.reason, why.message, "evicted, as it does not move");
+    info!(
+        pod = pod.name_any(),
+        why.reason, why.message, "evicted, as it does not move"
+    );
     let note = format!("{}: {}", why.reason, why.message);
-    context.tell(pod, false, "EvictedUnmoved", "Evict", note).await;
+    context
+        .tell(pod, false, "EvictedUnmoved", "Evict", note)
+        .await;
     Answer::Evict(Some(why))
 }
 
 const TOO_MANY_REQUESTS: u16 = 429;
 /// Less than the API server waits.
-const TIME_MAX: Duration = Duration::from_secs(8);
+const TIME_MAX: Duration = Duration::from_secs(4);

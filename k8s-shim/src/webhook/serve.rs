@@ -66,7 +66,9 @@ pub async fn serve(
 
 async fn converse(stream: TcpStream, acceptor: TlsAcceptor, context: Arc<Context>) -> Result<()> {
     let accepted = timeout(HANDSHAKE_TIME, acceptor.accept(stream)).await;
-    let stream = accepted.context("no handshake in time")?.context("the handshake")?;
+    let stream = accepted
+        .context("no handshake in time")?
+        .context("the handshake")?;
     let service = service_fn(move |request| {
         let context = Arc::clone(&context);
         async move { Ok::<_, Infallible>(respond(request, &context).await) }
