@@ -35,6 +35,7 @@ pub use observed::{
     Adoption, Disruption, Limits, NewPod, Observed, Other, Report, SourcePod, Target, Timeouts,
 };
 pub use record::{Record, Side, Step, Why};
+pub use turn::DISRUPTION;
 
 /// What to do: either the record changes, and then it is looked again, or all of the actions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use kube::ResourceExt;
 
 use crate::migration::Migration;
 use crate::observe::{Objects, record, selects};
-use crate::plan::{Disruption, Other, Step};
+use crate::plan::{DISRUPTION, Disruption, Other, Step};
 use crate::target::Cluster;
 
 /// Those that go on, and those that wait and came first: they go first.
@@ -29,7 +29,12 @@ fn before<'a>(
 
 /// The other moves, as far as limits go.
 pub fn others(migration: &Migration, all: &[Migration]) -> Vec<Other> {
-    let others = before(Some(migration), all).map(|other| {
+    let before = before(Some(migration), all).filter(|other| {
+        let course = record(other);
+        let waits = course.step == Step::Waiting;
+        !waits || course.blocked.is_none_or(|why| why.reason != DISRUPTION)
+    });
+    let others = before.map(|other| {
         let record = record(other);
         let wanted = other.spec.target.node.clone();
         let nodes = [record.source, record.target.or(wanted)];
@@ -151,6 +156,13 @@ mod tests {
             migration("young", 3, json!({})),
             migration("going", 4, at("Copying")),
             migration("ended", 0, at("Ended")),
+            migration(
+                "budget",
+                0,
+                json!({"course": {
+                    "step": "Waiting", "blocked": {"reason": DISRUPTION, "message": ""},
+                }}),
+            ),
         ];
         let others = others(&all[1], &all);
         assert_eq!(others.len(), 2);

@@ -2,6 +2,7 @@
 
 use super::observed::{Adoption, NewPod, Observed, Report, SourcePod, Target};
 use super::record::{Record, Side, Step, Why};
+use super::turn::DISRUPTION;
 use super::{Action, Broken, Decision};
 use crate::migration::Outcome;
 use crate::names::RESOLVE;
@@ -85,6 +86,11 @@ impl Course<'_> {
         }
         if let Some(why) = self.has_no_turn(source, node) {
             return self.block(why);
+        }
+        // Others are to count it before it begins.
+        let blocked = self.record().blocked.as_ref();
+        if blocked.is_some_and(|why| why.reason == DISRUPTION) {
+            return self.unblocked();
         }
         let record = Record {
             started: Some(seen.now),

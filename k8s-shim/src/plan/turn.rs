@@ -50,8 +50,12 @@ fn disrupts(budget: &Disruption) -> Option<Why> {
     } else {
         return None;
     };
-    Some(Why::new("DisruptionBudget", text))
+    Some(Why::new(DISRUPTION, text))
 }
+
+/// The reason of those that wait for a budget. It may never be kept, so that they keep nobody else
+/// from having his turn.
+pub const DISRUPTION: &str = "DisruptionBudget";
 
 #[cfg(test)]
 mod tests {
