@@ -2,7 +2,7 @@
 //! it ends as any drain does, and nobody notices.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};

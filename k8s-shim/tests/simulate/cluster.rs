@@ -100,6 +100,7 @@ impl Api {
             marked: pod.marked,
             owned: pod.owned,
             outdated: self.outdated.then(|| "a rollout".to_owned()),
+            evicting: false,
         });
         let new = self.new_pod().map(|pod| NewPod {
             uid: pod.uid.clone(),
