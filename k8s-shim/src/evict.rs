@@ -164,7 +164,7 @@ mod tests {
 
     use super::*;
 
-    fn pod(annotations: Value) -> Pod {
+    fn pod(annotations: &Value) -> Pod {
         let object = json!({
             "metadata": {
                 "name": "web", "namespace": "shop", "uid": "uid", "annotations": annotations,
@@ -174,7 +174,7 @@ mod tests {
         serde_json::from_value(object).expect("a pod")
     }
 
-    fn migration(name: &str, uid: &str, course: Value) -> Migration {
+    fn migration(name: &str, uid: &str, course: &Value) -> Migration {
         let object = json!({
             "apiVersion": "pageferry.dev/v1alpha1", "kind": "Migration",
             "metadata": {
@@ -199,9 +199,9 @@ mod tests {
 
     #[test]
     fn only_who_is_asked_to_moves() {
-        let plain = pod(json!({}));
+        let plain = pod(&json!({}));
         assert_eq!(answer(&asked(&plain, &[])), Answer::Evict(None));
-        let wants = pod(json!({ON_EVICTION: "migrate"}));
+        let wants = pod(&json!({ON_EVICTION: "migrate"}));
         assert_eq!(answer(&asked(&wants, &[])), Answer::Move);
         let policy: MigrationPolicySpec =
             serde_json::from_value(json!({"onEviction": "Migrate"})).expect("a policy");
@@ -211,7 +211,7 @@ mod tests {
         };
         assert_eq!(answer(&by_policy(&plain)), Answer::Move);
         // Its own word counts more.
-        let not = pod(json!({ON_EVICTION: "evict"}));
+        let not = pod(&json!({ON_EVICTION: "evict"}));
         assert_eq!(answer(&by_policy(&not)), Answer::Evict(None));
         let mut ended = wants.clone();
         ended.status = serde_json::from_value(json!({"phase": "Failed"})).ok();
@@ -220,11 +220,11 @@ mod tests {
 
     #[test]
     fn what_is_on_its_way_stays_whoever_asked_for_it() {
-        let plain = pod(json!({}));
+        let plain = pod(&json!({}));
         let open = [migration(
             "m",
             "uid",
-            json!({"step": "Copying", "target": "node-b"}),
+            &json!({"step": "Copying", "target": "node-b"}),
         )];
         let Answer::Wait(text) = answer(&asked(&plain, &open)) else {
             panic!("it is evicted");
@@ -234,29 +234,29 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("to node node-b by Migration m"), "{text}");
-        let other = [migration("m", "another", json!({"step": "Copying"}))];
+        let other = [migration("m", "another", &json!({"step": "Copying"}))];
         assert_eq!(answer(&asked(&plain, &other)), Answer::Evict(None));
         // The one that comes.
-        let comes = pod(json!({MIGRATION: "ab"}));
-        let by = migration("m", "uid", json!({"step": "Placing"}));
+        let comes = pod(&json!({MIGRATION: "ab"}));
+        let by = migration("m", "uid", &json!({"step": "Placing"}));
         let arriving = |by| Asked {
             came_by: Some(by),
             ..asked(&comes, &[])
         };
         assert!(matches!(answer(&arriving(&by)), Answer::Wait(_)));
-        let by = migration("m", "uid", json!({"step": "Ended"}));
+        let by = migration("m", "uid", &json!({"step": "Ended"}));
         assert_eq!(answer(&arriving(&by)), Answer::Evict(None));
     }
 
     #[test]
     fn a_drain_ends_where_moves_fail() {
-        let wants = pod(json!({ON_EVICTION: "migrate"}));
+        let wants = pod(&json!({ON_EVICTION: "migrate"}));
         let failed = |ended: i64| {
             let why = json!({"reason": "Unschedulable", "message": "no room"});
             migration(
                 "m",
                 "uid",
-                json!({"step": "Ended", "result": "Failed", "ended": ended, "why": why}),
+                &json!({"step": "Ended", "result": "Failed", "ended": ended, "why": why}),
             )
         };
         let mut all = vec![failed(900), failed(950), failed(-2000)];
@@ -269,7 +269,7 @@ mod tests {
         assert!(why.message.contains("3 moves failed") && why.message.contains("no room"));
         let cancelled = |ended: i64| {
             let course = json!({"step": "Ended", "result": "Cancelled", "ended": ended});
-            [migration("m", "uid", course)]
+            [migration("m", "uid", &course)]
         };
         assert!(matches!(
             answer(&asked(&wants, &cancelled(990))),

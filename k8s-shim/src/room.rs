@@ -211,7 +211,7 @@ mod tests {
         }
     }
 
-    fn pod(spec: serde_json::Value) -> Pod {
+    fn pod(spec: &serde_json::Value) -> Pod {
         serde_json::from_value(json!({"spec": spec})).expect("a pod")
     }
 
@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn a_pod_requests_what_its_containers_do() {
-        let cpu = |spec| requested(&pod(spec)).get("cpu").copied();
+        let cpu = |spec| requested(&pod(&spec)).get("cpu").copied();
         let two = json!([container("1"), container("500m")]);
         assert_eq!(cpu(json!({"containers": two})), Some(1500));
         let big = json!({"containers": [container("1")], "initContainers": [container("3")]});
@@ -243,15 +243,15 @@ mod tests {
             "cpu": "2", "memory": "1Gi", "pods": "2",
         }}}))
         .expect("a node");
-        let here = pod(json!({"containers": [container("1500m")]}));
+        let here = pod(&json!({"containers": [container("1500m")]}));
         let mut gone = here.clone();
         gone.status = serde_json::from_value(json!({"phase": "Succeeded"})).ok();
-        let comes = pod(json!({"containers": [container("1")]}));
+        let comes = pod(&json!({"containers": [container("1")]}));
         assert_eq!(lacks(&node, [].iter(), &comes), None);
         assert_eq!(lacks(&node, [gone].iter(), &comes), None);
         let why = lacks(&node, [here.clone()].iter(), &comes).expect("it is full");
         assert_eq!(why, "it has 500m of cpu left, and the pod requests 1");
-        let small = pod(json!({"containers": [container("1m")]}));
+        let small = pod(&json!({"containers": [container("1m")]}));
         let two = [small.clone(), small.clone()];
         let why = lacks(&node, two.iter(), &small).expect("it is full");
         assert!(why.contains("of pods"), "{why}");

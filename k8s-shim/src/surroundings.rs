@@ -121,7 +121,7 @@ mod tests {
 
     use super::*;
 
-    fn migration(name: &str, second: u32, status: Value) -> Migration {
+    fn migration(name: &str, second: u32, status: &Value) -> Migration {
         let object = json!({
             "apiVersion": "pageferry.dev/v1alpha1", "kind": "Migration",
             "metadata": {
@@ -151,15 +151,15 @@ mod tests {
     #[test]
     fn who_came_first_goes_first() {
         let all = [
-            migration("old", 1, json!({})),
-            migration("own", 2, json!({})),
-            migration("young", 3, json!({})),
-            migration("going", 4, at("Copying")),
-            migration("ended", 0, at("Ended")),
+            migration("old", 1, &json!({})),
+            migration("own", 2, &json!({})),
+            migration("young", 3, &json!({})),
+            migration("going", 4, &at("Copying")),
+            migration("ended", 0, &at("Ended")),
             migration(
                 "budget",
                 0,
-                json!({"course": {
+                &json!({"course": {
                     "step": "Waiting", "blocked": {"reason": DISRUPTION, "message": ""},
                 }}),
             ),
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn what_is_on_its_way_takes_room_once() {
         let mut objects = Objects {
-            others: vec![migration("going", 1, at("Placing"))],
+            others: vec![migration("going", 1, &at("Placing"))],
             pods: Some(vec![pod("going", "node-a")]),
             ..Objects::default()
         };
@@ -184,7 +184,7 @@ mod tests {
         objects.pods = Some(vec![pod("going", "node-a"), pod("new", "node-b")]);
         assert_eq!(coming(&objects), 0);
         objects.pods = None;
-        objects.others = vec![migration("going", 1, at("Aborting"))];
+        objects.others = vec![migration("going", 1, &at("Aborting"))];
         assert_eq!(coming(&objects), 0);
     }
 
@@ -204,13 +204,13 @@ mod tests {
         let mut other = pod("other", "node-a");
         other.metadata.labels = None;
         let objects = Objects {
-            migration: Some(migration("own", 5, json!({}))),
+            migration: Some(migration("own", 5, &json!({}))),
             budgets: vec![budget("web"), budget("db")],
             others: vec![
-                migration("going", 1, at("Copying")),
-                migration("other", 2, json!({})),
-                migration("gone", 3, json!({})),
-                migration("own", 5, json!({})),
+                migration("going", 1, &at("Copying")),
+                migration("other", 2, &json!({})),
+                migration("gone", 3, &json!({})),
+                migration("own", 5, &json!({})),
             ],
             pods: Some(vec![pod("going", "node-a"), other]),
             ..Objects::default()

@@ -26,8 +26,8 @@ pub fn run(lab: &Lab, cluster: &Cluster, laps: &mut Laps, report: &mut Report) -
     wait_ready(lab, kubectl, &mut movers)?;
     laps.lap("controllers and agents are up");
     let [here, there] = [&lab.nodes[0], &lab.nodes[1]];
-    let crossing = vec![("one", here, there), ("two", there, here)];
-    let (most, _) = move_all(lab, kubectl, crossing, "crossing", report)?;
+    let crossing = [("one", here, there), ("two", there, here)];
+    let (most, _) = move_all(lab, kubectl, &crossing, "crossing", report)?;
     ensure!(
         most == 2,
         "{most} moved at a time, and nothing keeps two from it"
@@ -35,8 +35,8 @@ pub fn run(lab: &Lab, cluster: &Cluster, laps: &mut Laps, report: &mut Report) -
     laps.lap("two moves have crossed");
     kubectl.apply(&policy().to_string())?;
     let four = ["first", "second", "third", "fourth"];
-    let four = four.map(|name| (name, here, there)).to_vec();
-    let (most, blocked) = move_all(lab, kubectl, four, "four with limits", report)?;
+    let four = four.map(|name| (name, here, there));
+    let (most, blocked) = move_all(lab, kubectl, &four, "four with limits", report)?;
     ensure!(most <= 2, "{most} moved at a time, and two may");
     ensure!(
         blocked.iter().any(|why| why == "ClusterLimit"),
@@ -52,18 +52,18 @@ pub fn run(lab: &Lab, cluster: &Cluster, laps: &mut Laps, report: &mut Report) -
 fn move_all(
     lab: &Lab,
     kubectl: &Kubectl,
-    ways: Vec<(&str, &Node, &Node)>,
+    ways: &[(&str, &Node, &Node)],
     what: &str,
     report: &mut Report,
 ) -> Result<(usize, Vec<String>)> {
     let mut watched = Vec::new();
-    for (name, from, _) in &ways {
+    for (name, from, _) in ways {
         kubectl.apply(&server(name, &worker::name(from)).to_string())?;
         watched.push(watch_lightly(lab, kubectl, name)?);
     }
     let migrations = Watching::start(kubectl, &["migrations"])?;
     let begun = Instant::now();
-    for (name, _, to) in &ways {
+    for (name, _, to) in ways {
         let wish = format!("pageferry.dev/migrate-to={}", worker::name(to));
         kubectl.run(&["annotate", "pod", name, &wish])?;
     }
@@ -72,7 +72,7 @@ fn move_all(
         let downtime = status["downtimeMs"].clone();
         report.figure_series(&format!("{what}: downtime, ms"), downtime);
     }
-    for (one, (_, _, to)) in watched.iter_mut().zip(&ways) {
+    for (one, (_, _, to)) in watched.iter_mut().zip(ways) {
         one.check_moved(lab, kubectl, to)?;
         let blackout = millis(one.clients.blackout_since(begun)?);
         report.figure_series(&format!("{what}: blackout, ms"), blackout);
