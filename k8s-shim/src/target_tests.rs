@@ -94,7 +94,10 @@ fn what_the_scheduler_would_not_have_is_refused() {
         nodes: &nodes,
         ..Cluster::default()
     };
-    let reason = |node: &str, spec: Value| said(choose(&to(node), Some(&pod("s", spec)), &cluster));
+    let reason = |node: &str, spec: Value| {
+        let source = pod("s", spec);
+        said(choose(&to(node), Some(&source), &cluster))
+    };
     let tolerates = |one: Value| json!({"tolerations": [one]});
     let required = |terms: Value| {
         json!({"affinity": {"nodeAffinity": {
