@@ -104,7 +104,10 @@ fn what_the_scheduler_would_not_have_is_refused() {
             "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms},
         }}})
     };
-    let rule = |key: &str, operator: &str, value: &str| json!([{"matchExpressions": [{"key": key, "operator": operator, "values": [value]}]}]);
+    let rule = |key: &str, operator: &str, value: &str| {
+        let rule = json!({"key": key, "operator": operator, "values": [value]});
+        json!([{"matchExpressions": [rule]}])
+    };
     let field = json!([{"matchFields": [
         {"key": "metadata.name", "operator": "In", "values": ["s"]},
     ]}]);
