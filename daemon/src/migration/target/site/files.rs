@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::copied::CopiedPath;
+use pageferry_proto::wire::copied::{CopiedForm, CopiedPath};
 
 use super::Site;
 use crate::runtime::kind::Arriving;
@@ -19,6 +19,11 @@ impl Site {
         arriving: &Arriving,
         (copied, root): (&[CopiedPath], Option<&RootPlace>),
     ) -> Result<(), Failure> {
+        let is_volume = |copied: &CopiedPath| copied.form == CopiedForm::Volume;
+        if !arriving.is_pod() && copied.iter().any(is_volume) {
+            let text = "a volume of a pod's comes with what is no pod";
+            return Err(Failure::new(ErrorCode::Malformed, text));
+        }
         let folders = self.intake.folders();
         folders.make_volumes(arriving.volumes())?;
         folders.prepare(copied, root, arriving.looks_for_folders())
@@ -34,6 +39,14 @@ impl Site {
             )
         })?;
         self.intake.folders().found(&overlay)
+    }
+
+    /// The kubelet has made the volumes that some of them come to, by when the runtime of the pod's
+    /// container waits.
+    pub(super) fn find_volumes(&mut self) -> Result<(), Failure> {
+        let pod = self.arriving.as_mut().and_then(Arriving::as_pod);
+        let Some(pod) = pod else { return Ok(()) };
+        self.intake.folders().found_volumes(|name| pod.volume(name))
     }
 
     /// Folders that came with it are its own now. In the background: it takes as long as there are

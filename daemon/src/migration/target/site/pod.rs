@@ -82,6 +82,7 @@ impl Site {
         if arriving_writes(self.arriving.as_ref())? {
             block_in_place(|| self.find_overlay())?;
         }
+        block_in_place(|| self.find_volumes())?;
         tracing::info!(migration = %self.id, pod = %uid, "the pod's container waits");
         Ok(())
     }
