@@ -293,6 +293,18 @@ pub enum Outcome {
     Cancelled,
 }
 
+impl Outcome {
+    /// As the API has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Succeeded => "Succeeded",
+            Self::SucceededWithoutRestore => "SucceededWithoutRestore",
+            Self::Failed => "Failed",
+            Self::Cancelled => "Cancelled",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -13,6 +13,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt};
 use pageferry_k8s::lease::Leadership;
+use pageferry_k8s::metrics::{self, Metrics};
 use pageferry_k8s::migration::Migration;
 use pageferry_k8s::names::MIGRATION_NAME;
 use pageferry_k8s::reconcile::{Context, reconcile, retry};
@@ -30,6 +31,9 @@ struct Arguments {
     /// What this one is called, as nobody else is.
     #[arg(long, env = "POD_NAME", default_value_t = format!("controller-{}", std::process::id()))]
     name: String,
+    /// Where metrics are served, at /metrics, such as 0.0.0.0:9464. Absent: nowhere.
+    #[arg(long, env = "PAGEFERRY_METRICS", value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
     /// Where the API server asks before it evicts a pod: by the Service pageferry-webhook, at the
     /// port of deploy/kubernetes/webhook.yaml.
     #[arg(long, env = "PAGEFERRY_WEBHOOK", default_value = "0.0.0.0:9443")]
@@ -46,8 +50,10 @@ async fn run(arguments: Arguments) -> Result<()> {
     let client = Client::try_default()
         .await
         .context("finding the cluster: in it, or by KUBECONFIG")?;
+    let metrics = Metrics::new(&metrics::CONTROLLER);
+    metrics.serve(arguments.metrics).await?;
     let leadership = Leadership::new(client.clone(), &arguments.namespace, arguments.name.clone());
-    let context = Arc::new(Context::new(client.clone(), Some(arguments.name)));
+    let context = Arc::new(Context::new(client.clone(), Some(arguments.name), metrics));
     let certificates = Arc::new(Certificates::default());
     let kept = certificates::keep(
         client.clone(),
@@ -69,6 +75,7 @@ async fn run(arguments: Arguments) -> Result<()> {
 
 async fn lead(client: Client, context: Arc<Context>, mut leadership: Leadership) -> Result<()> {
     leadership.acquire().await;
+    context.metrics.set(&metrics::LEADS, 1);
     tokio::select! {
         () = leadership.keep() => bail!("another one leads, or the API server does not answer"),
         () = trigger::run(client.clone(), Arc::clone(&context)) => bail!("the watch of pods ended"),
