@@ -43,8 +43,15 @@ pub fn run(lab: &Lab, cluster: &Cluster, laps: &mut Laps, report: &mut Report) -
 
 /// Waits until pods may come to all nodes, as agents say.
 pub fn wait_ready(lab: &Lab, kubectl: &Kubectl, movers: &mut Movers) -> Result<()> {
+    until("controllers and agents go on", POD_TIME_MAX, || {
+        movers.check()
+    })?;
+    wait_labels(lab, kubectl)
+}
+
+/// The same, whoever runs the agents.
+pub fn wait_labels(lab: &Lab, kubectl: &Kubectl) -> Result<()> {
     until("pods may come to all nodes", POD_TIME_MAX, || {
-        movers.check()?;
         let ready = ["get", "nodes", "--selector=pageferry.dev/ready=true"];
         let nodes = kubectl.json(&ready)?;
         let count = nodes["items"].as_array().map_or(0, Vec::len);
@@ -53,7 +60,7 @@ pub fn wait_ready(lab: &Lab, kubectl: &Kubectl, movers: &mut Movers) -> Result<(
     })
 }
 
-/// Has a pod move, and waits for the end of that; how its Migration stands then.
+/// Has a pod move, and waits for the end of that; the Migration as it is then.
 pub fn annotate(kubectl: &Kubectl, (name, uid): (&str, &str), to: &Node) -> Result<Value> {
     let wish = format!("pageferry.dev/migrate-to={}", worker::name(to));
     kubectl.run(&["annotate", "pod", name, &wish])?;
@@ -64,9 +71,10 @@ pub fn annotate(kubectl: &Kubectl, (name, uid): (&str, &str), to: &Node) -> Resu
         let migration = migrations
             .iter()
             .find(|one| one["spec"]["pod"]["uid"] == *uid);
-        let status = &migration.context("there is no Migration yet")?["status"];
+        let migration = migration.context("there is no Migration yet")?;
+        let status = &migration["status"];
         match status["result"].as_str() {
-            Some("Succeeded") => Ok(status.clone()),
+            Some("Succeeded") => Ok(migration.clone()),
             Some(_) => Err(Hopeless(format!("it ended otherwise: {status}")).into()),
             None => anyhow::bail!("it goes on: {status}"),
         }
@@ -83,6 +91,7 @@ fn move_pod(
     let (name, uid) = (watched.pod.name.clone(), watched.pod.uid.clone());
     let begun = Instant::now();
     let ended = annotate(kubectl, (&name, &uid), to)?;
+    let ended = &ended["status"];
     let took = begun.elapsed();
     watched.check_moved(lab, kubectl, to)?;
     let blackout = watched.clients.blackout_since(begun)?;

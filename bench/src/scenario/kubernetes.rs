@@ -9,7 +9,9 @@ use super::pods::{self, POD_TIME_MAX, Placed};
 use super::report::Report;
 use super::settings::Settings;
 use super::traces::Traces;
-use super::{annotated, by_hand, crossing, drain, refusals, resources};
+use super::{
+    annotated, by_hand, crossing, drain, empty_dir, install, kills, refusals, resources, twenty,
+};
 use crate::cluster::laps::Laps;
 use crate::cluster::wait::until;
 use crate::cluster::{self, Cluster, worker};
@@ -29,11 +31,11 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     options.keep = settings.keep;
     laps.lap("programs are built, or found");
     let before = Traces::now()?;
-    let lab = Lab::up(&options)?;
+    let mut lab = Lab::up(&options)?;
     laps.lap("nodes are up");
     let cluster = Cluster::up(&lab, &mut laps);
     let done = cluster.and_then(|mut cluster| match part {
-        Some((run, moves)) => run(&lab, &mut cluster, &mut laps, report, moves),
+        Some((run, moves)) => run(&mut lab, &mut cluster, &mut laps, report, moves),
         None => in_lab(&lab, &cluster, &mut laps),
     });
     if let (Err(_), Ok(kubectl)) = (&done, cluster::kubectl(&lab)) {
@@ -54,12 +56,13 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
 }
 
 /// A part of the scenario; with how often it is to move something, where that may be said.
-type Part = fn(&Lab, &mut Cluster, &mut Laps, &mut Report, usize) -> Result<()>;
+type Part = fn(&mut Lab, &mut Cluster, &mut Laps, &mut Report, usize) -> Result<()>;
 
-/// The part that is asked for: by its name, or `NAME=MOVES`.
+/// The part that is asked for: by its name, `NAME=MOVES`, or a number alone of [`twenty`].
 fn part(only: &str) -> Result<(Part, usize)> {
     let (name, moves) = match only.split_once('=') {
         Some((name, moves)) => (name, Some(moves)),
+        None if only.parse::<usize>().is_ok() => (TWENTY, Some(only)),
         None => (only, None),
     };
     let found = PARTS.iter().find(|part| part.name == name);
@@ -96,7 +99,7 @@ pub const CASES: [(&str, &str); PARTS.len()] = {
     cases
 };
 
-const PARTS: [NamedPart; 5] = [
+const PARTS: [NamedPart; 9] = [
     NamedPart {
         name: "by-hand",
         what: "a pod moves, each step by hand",
@@ -107,6 +110,30 @@ const PARTS: [NamedPart; 5] = [
         name: "annotated",
         what: "pods move because they are annotated, one of them a Deployment's",
         run: |lab, cluster, laps, report, _| annotated::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: TWENTY,
+        what: "20 moves of Redis with 512 MiB by annotation, or as many as twenty=N says",
+        run: |lab, cluster, laps, report, moves| twenty::run(lab, cluster, laps, report, moves),
+        moves: twenty::MOVES,
+    },
+    NamedPart {
+        name: "kills",
+        what: "30 moves, or kills=N, while controller, agents, daemons, kubelets are killed",
+        run: |lab, cluster, laps, report, moves| kills::run(lab, cluster, laps, report, moves),
+        moves: kills::MOVES,
+    },
+    NamedPart {
+        name: "install",
+        what: "nodes and cluster are prepared by the commands of deploy/README.md, and undone",
+        run: |lab, cluster, laps, report, _| install::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: "emptydir",
+        what: "pods with emptyDirs on disk and in memory move, every file and entry compared",
+        run: |lab, cluster, laps, report, _| empty_dir::run(lab, cluster, laps, report),
         moves: 0,
     },
     NamedPart {
@@ -215,15 +242,19 @@ const CLIENT: &str = "client";
 const COUNTER: &str = "counter";
 /// So often the client must have been answered.
 const COUNT: usize = 10;
+/// The part that a number alone means.
+const TWENTY: &str = "twenty";
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_part_is_known_by_its_name() {
-        assert_eq!(part("drain").expect("a part").1, 0);
-        for wrong in ["annotated=3", "thirty"] {
+    fn a_part_is_known_by_its_name_and_may_say_how_often() {
+        assert_eq!(part("twenty").expect("a part").1, twenty::MOVES);
+        assert_eq!(part("twenty=3").expect("a part").1, 3);
+        assert_eq!(part("7").expect("a part").1, 7);
+        for wrong in ["annotated=3", "twenty=0", "twenty=x", "thirty"] {
             part(wrong).map(|(_, moves)| moves).expect_err(wrong);
         }
     }

@@ -140,4 +140,4 @@ fn policy(spec: &Value) -> Value {
 }
 
 const NAME: &str = "trial";
-const DEFINITIONS: &str = include_str!("../../../deploy/crds.yaml");
+const DEFINITIONS: &str = include_str!("../../../deploy/kubernetes/crds.yaml");
