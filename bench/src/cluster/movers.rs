@@ -83,6 +83,18 @@ impl Movers {
         Ok(())
     }
 
+    /// Starts controllers again that have ended, as the kubelet does: without the API server none
+    /// keeps its lease.
+    pub fn revive(&mut self, lab: &Lab) -> Result<()> {
+        let config = lab.folder.kubernetes().join(CONTROLLER_CONFIG);
+        for (index, controller) in self.controllers.iter_mut().enumerate() {
+            if controller.check().is_err() {
+                *controller = start_controller(lab, &config, index)?;
+            }
+        }
+        Ok(())
+    }
+
     /// How often the controllers have seen a rule broken.
     pub fn violations(&self, lab: &Lab) -> Result<u64> {
         let all = (0..self.controllers.len()).map(|index| self.violations_of(lab, index));

@@ -152,6 +152,7 @@ impl Course {
             }
         }
         let status = until("the move ends", END_TIME_MAX, || {
+            self.movers.revive(lab)?;
             let status = status(&cluster.kubectl, &pod.uid, known)?;
             match status["result"].is_string() {
                 true => Ok(status),

@@ -35,6 +35,9 @@ const JOURNAL: &str = "/var/lib/pageferry/setup/kubernetes.json";
 /// Where the program for addresses keeps what must outlive a reboot.
 const ADDRESSES: &str = "/var/lib/pageferry/ipam";
 
+/// What that has in it; itself last.
+const ADDRESS_FOLDERS: [&str; 6] = ["away", "given", "kept", "left", "reserved", ""];
+
 /// How long containerd may take to be there again. With many containers it loads for long.
 const START_MAX: Duration = Duration::from_secs(90);
 const START_POLL: Duration = Duration::from_millis(200);
@@ -151,6 +154,10 @@ pub fn remove(how: &How) -> Result<String, SetupError> {
         }
     }
     said.push(remove_program()?);
+    for name in ADDRESS_FOLDERS {
+        // Unless something is in it.
+        drop(fs::remove_dir(Path::new(ADDRESSES).join(name)));
+    }
     if let Some(folder) = Path::new(INSTALLED).parent() {
         // Unless somebody else has something in it.
         drop(fs::remove_dir(folder));
