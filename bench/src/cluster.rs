@@ -20,6 +20,7 @@ pub mod kubectl;
 pub mod laps;
 pub mod movers;
 pub mod wait;
+pub mod watching;
 pub mod worker;
 
 use std::fs;
@@ -106,6 +107,23 @@ impl Cluster {
     }
 }
 
+impl Cluster {
+    /// Has the API server not be there for a while.
+    pub fn leave_for(&mut self, lab: &Lab, time: Duration) -> Result<()> {
+        let folder = lab.folder.kubernetes();
+        let server = self.control.get_mut(API_SERVER);
+        let server = server.context("a control plane has an API server")?;
+        server.kill()?;
+        std::thread::sleep(time);
+        *server = control::start_api_server(lab, &folder, &folder.join(PROGRAMS))?;
+        wait::until("the API server answers", SERVER_TIME_MAX, || {
+            server.check()?;
+            self.kubectl.run(&["get", "--raw", "/readyz"])
+        })?;
+        Ok(())
+    }
+}
+
 /// kubectl for the cluster of a lab, whoever brought it up.
 pub fn kubectl(lab: &Lab) -> Result<Kubectl> {
     let folder = lab.folder.kubernetes();
@@ -169,7 +187,9 @@ fn write(path: &Path, text: &str) -> Result<()> {
 }
 
 /// What pods name that come by a migration.
-const RUNTIME_CLASS: &str = include_str!("../../deploy/runtimeclass.yaml");
+const RUNTIME_CLASS: &str = include_str!("../../deploy/kubernetes/runtimeclass.yaml");
+/// Where it is among the parts of the control plane.
+const API_SERVER: usize = 1;
 /// Below the cluster's folder.
 const PROGRAMS: &str = "programs";
 /// Three seconds on an idle machine.

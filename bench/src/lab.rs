@@ -421,7 +421,7 @@ const NODES_MAX: usize = 8;
 /// Addresses 10.90.0.101 to 10.90.0.250.
 const WORKLOADS_MAX: usize = 150;
 /// Name, folder in the node, need.
-const BINARIES: [(&str, &str, Need); 12] = [
+const BINARIES: [(&str, &str, Need); 13] = [
     ("lab", "usr/local/bin", Need::Always),
     ("lab-writer", "usr/local/bin", Need::Always),
     ("lab-cases", "usr/local/bin", Need::Always),
@@ -432,7 +432,13 @@ const BINARIES: [(&str, &str, Need); 12] = [
     ("pageferry-oci", "usr/local/bin", Need::WithDaemons),
     ("pageferry-containerd", "usr/local/bin", Need::WithDaemons),
     ("pageferry-agent", "usr/local/bin", Need::WithKubernetes),
-    // Where Debian has CNI's plugins.
-    ("pageferry-ipam", "usr/lib/cni", Need::WithDaemons),
+    // The set-up puts it where CNI's plugins are.
+    ("pageferry-ipam", "usr/local/bin", Need::WithDaemons),
+    // What is in the images of a cluster's own pods.
+    (
+        "pageferry-controller",
+        "usr/local/bin",
+        Need::WithKubernetes,
+    ),
     ("libcriu_view.so", "usr/lib/pageferry", Need::WithDaemons),
 ];

@@ -16,9 +16,14 @@ pub mod container_errors;
 pub mod container_faults;
 pub mod container_files;
 pub mod containers;
+mod crossing;
 pub mod direct;
+mod drain;
+mod empty_dir;
 pub mod faults;
 pub mod files;
+mod install;
+mod kills;
 pub mod kubernetes;
 pub mod locks;
 pub mod memory;
@@ -29,15 +34,18 @@ pub mod podman_errors;
 pub mod podman_pod;
 pub mod pods;
 pub mod redis;
+mod refusals;
 mod replicas;
 pub mod report;
 pub mod resources;
+mod served;
 pub mod session;
 pub mod settings;
 pub mod shapes;
 pub mod stop_and_copy;
 pub mod traced;
 pub mod traces;
+mod twenty;
 pub mod volumes;
 pub mod writing;
 
@@ -60,6 +68,7 @@ pub struct Scenario {
 
 const DEMO: &str = "demo";
 const CONTAINERS: &str = "containers";
+const KUBERNETES: &str = "kubernetes";
 
 /// All scenarios, in the order in which they make sense.
 pub const ALL: [Scenario; 18] = [
@@ -160,7 +169,7 @@ pub const ALL: [Scenario; 18] = [
         run: containers::run,
     },
     Scenario {
-        name: "kubernetes",
+        name: KUBERNETES,
         summary: "a Kubernetes cluster, a pod at one node, its client at the other, nothing left",
         cases: true,
         run: kubernetes::run,
@@ -182,6 +191,7 @@ impl Scenario {
     pub fn named_cases(&self) -> &'static [(&'static str, &'static str)] {
         match self.name {
             CONTAINERS => &containers::CASES,
+            KUBERNETES => &kubernetes::CASES,
             _ => &[],
         }
     }

@@ -329,6 +329,11 @@ const INODES: &str = "stat -L -c %i /proc/10000/ns/net /run/netns/web";
 fn a_cluster_of_kubernetes_comes_up_serves_and_leaves_nothing() {
     check(&["kubernetes"], 0);
     check(&["kubernetes", "--only", "annotated"], 0);
+    check(&["kubernetes", "--only", "drain"], 0);
+    check(&["kubernetes", "--only", "twenty=2"], 2);
+    check(&["kubernetes", "--only", "emptydir"], 4);
+    check(&["kubernetes", "--only", "install"], 0);
+    check(&["kubernetes", "--only", "kills=3"], 0);
     let _turn = turn();
     done(&["up", "--kubernetes", "--bare", "--nodes", "3"]);
     let nodes = done(&["kubectl", "get", "nodes", "--output", "name"]);

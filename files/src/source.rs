@@ -117,33 +117,36 @@ impl Source {
                 "is a mount, and could not be put aside: name a folder in it",
             ));
         }
-        let (tree, ids) = base.map_or_else(Default::default, Record::into_parts);
-        Ok(Self {
-            tells: folder.tells()?,
-            folder,
-            overlay: None,
-            lifted: BTreeSet::new(),
-            shown: HashMap::new(),
-            next: tree.nodes.len() as u64,
-            tree,
-            ids,
-            seen: HashMap::new(),
-        })
+        let known = base.map_or_else(Default::default, Record::into_parts);
+        Self::over(folder, None, known)
+    }
+
+    /// Of a folder that its owner removes, be it a mount: the target has nothing of it.
+    pub fn open_volume(path: &Path) -> Result<Self, Error> {
+        Self::over(Folder::open(path)?, None, Default::default())
     }
 
     /// Of the upper layer of an overlay, which is mounted at `overlay`: what it shows there of this
     /// is to be shown by another one over the same layers, of which the target has nothing yet.
     pub fn open_layer(path: &Path, overlay: &Path) -> Result<Self, Error> {
-        let folder = Folder::open(path)?;
+        let (folder, overlay) = (Folder::open(path)?, Folder::open(overlay)?);
+        Self::over(folder, Some(overlay), Default::default())
+    }
+
+    fn over(
+        folder: Folder,
+        overlay: Option<Folder>,
+        (tree, ids): (Tree, HashMap<(Key, u8), NodeId>),
+    ) -> Result<Self, Error> {
         Ok(Self {
             tells: folder.tells()?,
             folder,
-            overlay: Some(Folder::open(overlay)?),
+            overlay,
             lifted: BTreeSet::new(),
             shown: HashMap::new(),
-            next: 0,
-            tree: Tree::default(),
-            ids: HashMap::new(),
+            next: tree.nodes.len() as u64,
+            tree,
+            ids,
             seen: HashMap::new(),
         })
     }

@@ -23,6 +23,7 @@ use tokio::sync::watch as channel;
 use tokio::task::AbortHandle;
 use tracing::{info, warn};
 
+use crate::metrics::Metrics;
 use crate::migration::Migration;
 use crate::plan::Side;
 use daemon::Daemon;
@@ -32,6 +33,7 @@ use pageferry_ipam::Folders;
 #[derive(Clone)]
 pub struct Agent {
     pub client: Client,
+    pub metrics: Metrics,
     pub daemon: Daemon,
     /// Where the node's program for addresses looks.
     pub folders: Folders,

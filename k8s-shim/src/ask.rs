@@ -25,6 +25,7 @@ use crate::trigger::migration_name;
 pub enum Ask {
     To(String),
     ToLabels(BTreeMap<String, String>),
+    ToAny,
     Watch,
     Cancel,
 }
@@ -75,6 +76,7 @@ impl Asking {
                 };
                 self.start(target).await?
             }
+            Ask::ToAny => self.start(Target::default()).await?,
             Ask::Watch => self.newest().await?,
             Ask::Cancel => self.cancel().await?,
         };
@@ -85,7 +87,7 @@ impl Asking {
         let result = self.follow(&migration).await?;
         let wanted = match ask {
             Ask::Cancel => result == Outcome::Cancelled,
-            Ask::To(_) | Ask::ToLabels(_) | Ask::Watch => result == Outcome::Succeeded,
+            Ask::To(_) | Ask::ToLabels(_) | Ask::ToAny | Ask::Watch => result == Outcome::Succeeded,
         };
         Ok(wanted)
     }

@@ -1,17 +1,16 @@
 //! What cannot move, by name, before anything is touched.
 //!
 //! Whatever is not known to work is refused. Absent: what only the node's daemon can see (open
-//! files, kinds of sockets, processors), which it refuses itself.
+//! files, kinds of sockets, processors), which it refuses itself; and nodes (`target.rs`).
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{Container, Node, Pod, PodSpec, Volume};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Volume};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
 
-use crate::migration;
-use crate::names::{OURS, READY, RUNTIME_CLASS};
-use crate::plan::{Target, Why};
+use crate::names::{OURS, RUNTIME_CLASS};
+use crate::plan::Why;
 
 /// Access modes of the claims that a pod's volumes name.
 pub type Claims = BTreeMap<String, Vec<String>>;
@@ -207,70 +206,6 @@ fn volume(volume: &Volume, claims: &Claims) -> Option<Why> {
         claim.claim_name
     );
     Some(Why::new("ReadWriteOnce", text))
-}
-
-/// The node that a pod would go to.
-pub fn target(wanted: &migration::Target, source: &str, nodes: &[Node]) -> Target {
-    if let Some(name) = &wanted.node {
-        let node = nodes.iter().find(|node| node.name_any() == *name);
-        let why = match node {
-            None => Some(Why::new(
-                "TargetUnknown",
-                format!("there is no node {name}"),
-            )),
-            Some(node) => unfit(node, source),
-        };
-        return why.map_or_else(|| Target::Node(name.clone()), Target::None);
-    }
-    let labels = wanted.node_selector.clone().unwrap_or_default();
-    let mut fitting: Vec<&Node> = nodes.iter().collect();
-    fitting.retain(|node| {
-        let has = |(name, value): (&String, &String)| node.labels().get(name) == Some(value);
-        labels.iter().all(has)
-    });
-    fitting.sort_by_key(|node| node.name_any());
-    let whys: Vec<Why> = fitting
-        .iter()
-        .filter_map(|node| unfit(node, source))
-        .collect();
-    match fitting.iter().find(|node| unfit(node, source).is_none()) {
-        Some(node) => Target::Node(node.name_any()),
-        None => {
-            let whys: Vec<String> = whys.into_iter().map(|why| why.message).collect();
-            let text = match whys.is_empty() {
-                true => "no node has the labels of spec.target.nodeSelector".to_owned(),
-                false => format!("no node with those labels will do: {}", whys.join("; ")),
-            };
-            Target::None(Why::new("NoTarget", text))
-        }
-    }
-}
-
-fn unfit(node: &Node, source: &str) -> Option<Why> {
-    let name = node.name_any();
-    let condition = |wanted: &str| {
-        let status = node.status.as_ref()?;
-        let mut conditions = status.conditions.iter().flatten();
-        conditions
-            .find(|one| one.type_ == wanted)
-            .map(|one| &one.status)
-    };
-    if name == source {
-        return Some(Why::new("TargetIsSource", format!("the pod is at {name}")));
-    }
-    if node.spec.as_ref().and_then(|spec| spec.unschedulable) == Some(true) {
-        return Some(Why::new("TargetCordoned", format!("{name} is cordoned")));
-    }
-    if condition("Ready").is_none_or(|status| status != "True") {
-        return Some(Why::new("TargetNotReady", format!("{name} is not ready")));
-    }
-    if node.labels().get(READY).is_none_or(|ready| ready != "true") {
-        let text = format!(
-            "{name} has no label {READY}=true: pageferryd, its agent or the wrapper is not there"
-        );
-        return Some(Why::new("TargetUnprepared", text));
-    }
-    None
 }
 
 #[cfg(test)]

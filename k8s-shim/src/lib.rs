@@ -1,7 +1,7 @@
 //! Kubernetes for pageferry.
 //!
-//! So far the resources alone: what a person or a controller writes to have a pod moved, and what
-//! is said of the move. Absent: controller, agent, and all that acts on them.
+//! What a person or an eviction asks for becomes a Migration; the controller plans it, and the
+//! agents have the nodes' daemons do it. Absent: all that is known of processes and memory.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::duplicated_attributes,
@@ -11,9 +11,12 @@
 pub mod agent;
 pub mod ask;
 pub mod eligible;
+pub mod evict;
+pub mod invariants;
 pub mod lease;
 pub mod logging;
 pub mod manifest;
+pub mod metrics;
 pub mod migration;
 pub mod names;
 pub mod newpod;
@@ -21,5 +24,9 @@ pub mod observe;
 pub mod plan;
 pub mod policy;
 pub mod reconcile;
+pub mod room;
 pub mod status;
+pub mod surroundings;
+pub mod target;
 pub mod trigger;
+pub mod webhook;

@@ -1,8 +1,10 @@
 //! What all programs here do at their start and end.
 
 use std::io::stderr;
+use std::process::ExitCode;
 
 use tokio::signal::unix::{SignalKind, signal};
+use tracing::error;
 use tracing_subscriber::EnvFilter;
 
 /// Logs to standard error, as RUST_LOG says.
@@ -24,5 +26,16 @@ pub async fn asked_to_end() {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = tokio::signal::ctrl_c() => {}
+    }
+}
+
+/// What a program ends with. Why it failed is logged.
+pub fn exit_code(done: anyhow::Result<()>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

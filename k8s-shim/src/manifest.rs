@@ -28,5 +28,5 @@ pub fn text() -> Result<String, serde_saphyr::ser::Error> {
 }
 
 /// Where the file is in the repository.
-pub const PATH: &str = "deploy/crds.yaml";
+pub const PATH: &str = "deploy/kubernetes/crds.yaml";
 const HEAD: &str = "# Generated: cargo run -p pageferry-k8s --bin crdgen\n";

@@ -83,7 +83,8 @@ use crate::plan::{Record, Report};
 pub struct MigrationSpec {
     /// The pod, which must be the very one.
     pub pod: PodReference,
-    /// Where it is to go.
+    /// Where it is to go. Absent: to any node that takes it.
+    #[serde(default)]
     pub target: Target,
     /// How its memory is moved.
     #[serde(default)]
@@ -107,11 +108,11 @@ pub struct PodReference {
     pub uid: String,
 }
 
-/// A node by its name, or any that has these labels.
+/// A node by its name, or any that has these labels, or any.
 #[derive(Clone, Debug, Default, Deserialize, Eq, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("has(self.node) != has(self.nodeSelector)")
+    validation = Rule::new("!has(self.node) || !has(self.nodeSelector)")
         .message("a target is either a node or a nodeSelector")
 )]
 pub struct Target {
@@ -290,6 +291,18 @@ pub enum Outcome {
     Failed,
     /// The pod goes on where it was, as it was asked for.
     Cancelled,
+}
+
+impl Outcome {
+    /// As the API has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Succeeded => "Succeeded",
+            Self::SucceededWithoutRestore => "SucceededWithoutRestore",
+            Self::Failed => "Failed",
+            Self::Cancelled => "Cancelled",
+        }
+    }
 }
 
 #[cfg(test)]

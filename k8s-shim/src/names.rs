@@ -2,6 +2,20 @@
 
 /// On a pod: the node that it is to move to. Taken off when the Migration is made.
 pub const MIGRATE_TO: &str = "pageferry.dev/migrate-to";
+/// What `migrate-to` says where any node will do: it is no name of one.
+pub const ANYWHERE: &str = "*";
+/// On a pod: what becomes of an eviction, `migrate` or `evict`, whatever a policy says.
+pub const ON_EVICTION: &str = "pageferry.dev/on-eviction";
+/// On a Migration: what asked for it, where no person did: `eviction`.
+pub const REQUESTED_BY: &str = "pageferry.dev/requested-by";
+/// Its value for an eviction.
+pub const BY_EVICTION: &str = "eviction";
+/// On a pod, for the descheduler: who evicts it has to expect that it only begins to go by that.
+pub const EVICT_ONLY: &str = "descheduler.alpha.kubernetes.io/request-evict-only";
+/// On a pod, for the descheduler: it is going, and by which Migration.
+pub const EVICTING: &str = "descheduler.alpha.kubernetes.io/eviction-in-progress";
+/// What the descheduler looks for in the answer to an eviction that has begun a move.
+pub const EVACUATION: &str = "Eviction triggered evacuation";
 /// On a pod: which move it came by, or is to come by: the id that the daemons know it by.
 pub const MIGRATION: &str = "pageferry.dev/migration";
 /// On a pod that comes: the name of its Migration, as a label, where it is short enough for one.

@@ -15,8 +15,8 @@ use kube::ResourceExt;
 use serde::{Deserialize, Serialize};
 
 use crate::names::{
-    ADOPT, KEEP_ADDRESS, MIGRATION, MIGRATION_NAME, ORIGIN, PREFIX, RESTORED, RUNTIME_CLASS,
-    TEMPLATE_HASH,
+    ADOPT, EVICTING, KEEP_ADDRESS, MIGRATION, MIGRATION_NAME, ON_EVICTION, ORIGIN, PREFIX,
+    RESTORED, RUNTIME_CLASS, TEMPLATE_HASH,
 };
 
 /// What a pod gets of its owner at the switch.
@@ -47,7 +47,9 @@ pub fn make(
     let mut labels = source.labels().clone();
     labels.remove(MIGRATION_NAME);
     let mut annotations = source.annotations().clone();
-    annotations.retain(|key, _| !key.starts_with(PREFIX));
+    annotations.retain(|key, _| !key.starts_with(PREFIX) || key == ON_EVICTION);
+    // It has arrived, and is evicted by nobody.
+    annotations.remove(EVICTING);
     let mut add = |key: &str, value: String| annotations.insert(key.to_owned(), value);
     add(MIGRATION, migration.id.clone());
     let origin = source.annotations().get(ORIGIN).cloned();

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{ContainerStatus, Node, Pod};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, OwnerReference, Time};
 use kube::core::{Selector, SelectorExt};
 use kube::{Resource, ResourceExt};
@@ -11,14 +12,15 @@ use kube::{Resource, ResourceExt};
 use crate::eligible::{self, Claims};
 use crate::migration::Migration;
 use crate::names::{
-    ADOPT, DELETION_COST, FINALIZER, KEEP_ADDRESS, MIGRATION, ORIGIN, OUT_OF_SERVICE, RESOLVE,
+    ADOPT, DELETION_COST, EVICTING, FINALIZER, MIGRATION, ORIGIN, OUT_OF_SERVICE, RESOLVE,
     RESTORED, daemon_id, next_pod,
 };
 use crate::newpod::Adopt;
 use crate::plan::{
-    Adoption, Limits, NewPod, Observed, Other, Record, Side, SourcePod, Step, Timeouts, Why,
+    Adoption, Limits, NewPod, Observed, Record, Side, SourcePod, Step, Timeouts, Why,
 };
 use crate::policy::{MigrationPolicy, MigrationPolicySpec};
+use crate::{surroundings, target};
 
 /// Everything that one Migration depends on.
 #[derive(Debug, Default)]
@@ -34,6 +36,10 @@ pub struct Objects {
     pub deployment: Option<Deployment>,
     pub claims: Claims,
     pub others: Vec<Migration>,
+    /// Those of the cluster, where it is to be known what room there is.
+    pub pods: Option<Vec<Pod>>,
+    /// Those of the pod's namespace.
+    pub budgets: Vec<PodDisruptionBudget>,
     pub policies: Vec<MigrationPolicy>,
     /// Labels of the pod's namespace.
     pub namespace: BTreeMap<String, String>,
@@ -74,12 +80,17 @@ pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
         held: migration.finalizers().iter().any(|one| one == FINALIZER),
         deleting,
         resolve: resolve(migration),
-        target: eligible::target(&migration.spec.target, &at, &objects.nodes),
+        target: target::choose(
+            &migration.spec.target,
+            source,
+            &surroundings::cluster(objects),
+        ),
         source_report: status.source_report,
         target_report: status.target_report,
         down: down(&record, &objects.nodes),
         absent: absent(&record, &objects.nodes),
-        others: others(migration, &objects.others),
+        others: surroundings::others(migration, &objects.others),
+        budgets: source.map_or_else(Vec::new, |pod| surroundings::budgets(pod, objects)),
         ..Observed::default()
     };
     if let Some(policy) = policy(objects) {
@@ -103,7 +114,6 @@ pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
         seen.source = Some(SourcePod {
             node: at,
             address: pod.status.as_ref().and_then(|status| status.pod_ip.clone()),
-            came: pod.annotations().contains_key(KEEP_ADDRESS),
             deleting: pod.metadata.deletion_timestamp.is_some(),
             ready: condition(pod, "Ready"),
             marked: pod
@@ -112,6 +122,7 @@ pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
                 .is_some_and(|cost| cost == LOWEST_COST),
             owned: eligible::owner(pod).is_some(),
             outdated: outdated(pod, objects),
+            evicting: pod.annotations().get(EVICTING) == Some(&migration.name_any()),
         });
     }
     let uid = migration.uid().unwrap_or_default();
@@ -131,18 +142,30 @@ pub fn policy(objects: &Objects) -> Option<&MigrationPolicySpec> {
         return named.map(|one| &one.spec);
     }
     let labels = objects.source.as_ref().map(|pod| pod.labels().clone());
-    let labels = labels.unwrap_or_default();
-    let mut policies: Vec<&MigrationPolicy> = objects.policies.iter().collect();
+    selecting(
+        &objects.policies,
+        &labels.unwrap_or_default(),
+        &objects.namespace,
+    )
+}
+
+/// The first by name that selects a pod of these labels, in a namespace of those.
+pub fn selecting<'a>(
+    policies: &'a [MigrationPolicy],
+    pod: &BTreeMap<String, String>,
+    namespace: &BTreeMap<String, String>,
+) -> Option<&'a MigrationPolicySpec> {
+    let mut policies: Vec<&MigrationPolicy> = policies.iter().collect();
     policies.sort_by_key(|one| one.name_any());
-    let selects = |selector: &LabelSelector, labels: &BTreeMap<String, String>| {
-        // One that nobody can read selects nothing.
-        Selector::try_from(selector.clone()).is_ok_and(|selector| selector.matches(labels))
-    };
     let mut specs = policies.into_iter().map(|one| &one.spec);
     specs.find(|spec| {
-        selects(&spec.pod_selector, &labels)
-            && selects(&spec.namespace_selector, &objects.namespace)
+        selects(&spec.pod_selector, pod) && selects(&spec.namespace_selector, namespace)
     })
+}
+
+/// One that nobody can read selects nothing.
+pub fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> bool {
+    Selector::try_from(selector.clone()).is_ok_and(|selector| selector.matches(labels))
 }
 
 /// One that is named and is not there: its limits are not known, and others were not asked for.
@@ -152,27 +175,6 @@ fn policy_unknown(objects: &Objects) -> Option<Why> {
         let text = format!("there is no MigrationPolicy {name}: make it, or name another one");
         Why::new("PolicyUnknown", text)
     })
-}
-
-fn others(migration: &Migration, all: &[Migration]) -> Vec<Other> {
-    let age = |one: &Migration| (one.metadata.creation_timestamp.clone(), one.uid());
-    let others = all.iter().filter(|other| other.uid() != migration.uid());
-    let others = others.filter_map(|other| {
-        let record = record(other);
-        match record.step {
-            Step::Ended => return None,
-            // Those that came first go first.
-            Step::Waiting if age(migration) <= age(other) => return None,
-            Step::Waiting => {}
-            _ => {}
-        }
-        let wanted = other.spec.target.node.clone();
-        let nodes = [record.source, record.target.or(wanted)];
-        let nodes: Vec<String> = nodes.into_iter().flatten().collect();
-        let anywhere = nodes.len() < 2;
-        Some(Other { nodes, anywhere })
-    });
-    others.collect()
 }
 
 fn resolve(migration: &Migration) -> Option<Side> {

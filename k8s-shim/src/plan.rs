@@ -29,11 +29,13 @@ mod record;
 mod switch;
 #[cfg(test)]
 mod tests;
+mod turn;
 
 pub use observed::{
-    Adoption, Limits, NewPod, Observed, Other, Report, SourcePod, Target, Timeouts,
+    Adoption, Disruption, Limits, NewPod, Observed, Other, Report, SourcePod, Target, Timeouts,
 };
 pub use record::{Record, Side, Step, Why};
+pub use turn::DISRUPTION;
 
 /// What to do: either the record changes, and then it is looked again, or all of the actions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -66,6 +68,8 @@ pub enum Action {
     Adopt { name: String, uid: String },
     /// The source pod, at once.
     DeleteSource,
+    /// The source pod stays: nobody is to wait for it to go.
+    EndEviction,
 }
 
 /// A rule that a test breaks, to see that somebody notices.

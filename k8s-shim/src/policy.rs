@@ -37,6 +37,7 @@ use serde::{Deserialize, Serialize};
         type_ = "integer",
         json_path = ".spec.atOnce.perCluster"
     ),
+    printcolumn(name = "On eviction", type_ = "string", json_path = ".spec.onEviction"),
     printcolumn(
         name = "Age",
         type_ = "date",
@@ -63,6 +64,20 @@ pub struct MigrationPolicySpec {
     pub timeouts: Timeouts,
     #[serde(default)]
     pub at_once: AtOnce,
+    /// What becomes of a pod that is evicted, by a drain or a descheduler. The pod's own annotation
+    /// pageferry.dev/on-eviction counts more.
+    #[serde(default)]
+    pub on_eviction: OnEviction,
+}
+
+/// What becomes of a pod that is evicted.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum OnEviction {
+    /// It ends.
+    #[default]
+    Evict,
+    /// It moves to another node, and is evicted if it cannot.
+    Migrate,
 }
 
 /// After what time a move is given up.

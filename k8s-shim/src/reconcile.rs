@@ -5,11 +5,11 @@
 //! Absent: deciding anything.
 
 pub mod actions;
-mod gather;
+pub(crate) mod gather;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, Patch, PatchParams};
@@ -17,8 +17,10 @@ use kube::runtime::controller::Action as Again;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource, ResourceExt};
 use serde_json::json;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
+use crate::invariants::{self, Suspicions};
+use crate::metrics::{self, Metrics};
 use crate::migration::{Budget, Migration, MigrationStatus, Outcome};
 use crate::names::manager;
 use crate::observe::{self, Objects};
@@ -59,6 +61,8 @@ impl<T> Trying<T> for Result<T, kube::Error> {
 pub struct Context {
     pub client: Client,
     recorder: Recorder,
+    pub metrics: Metrics,
+    suspicions: Suspicions,
     /// How often in a row the looks at a Migration, by its UID, came to nothing.
     failed: Mutex<BTreeMap<String, u32>>,
 }
@@ -70,7 +74,7 @@ impl std::fmt::Debug for Context {
 }
 
 impl Context {
-    pub fn new(client: Client, instance: Option<String>) -> Self {
+    pub fn new(client: Client, instance: Option<String>, metrics: Metrics) -> Self {
         let reporter = Reporter {
             controller: manager::CONTROLLER.to_owned(),
             instance,
@@ -78,6 +82,8 @@ impl Context {
         Self {
             recorder: Recorder::new(client.clone(), reporter),
             client,
+            metrics,
+            suspicions: Suspicions::default(),
             failed: Mutex::default(),
         }
     }
@@ -135,6 +141,7 @@ pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Resu
         context.went_well(&migration.uid().unwrap_or_default());
         return Ok(Again::await_change());
     };
+    let suspect = watch(&context, migration, &seen);
     let Decision {
         record,
         actions,
@@ -164,9 +171,22 @@ pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Resu
     context.went_well(&migration.uid().unwrap_or_default());
     Ok(match (acted || changed, again) {
         (true, _) => Again::requeue(SOON),
+        (false, _) if suspect => Again::requeue(LOOK_AGAIN),
         (false, Some(seconds)) => Again::requeue(Duration::from_secs(seconds.unsigned_abs())),
         (false, None) => Again::requeue(AT_LEAST),
     })
+}
+
+/// Counts rules that are broken. Whether something looks like it.
+fn watch(context: &Context, migration: &Migration, seen: &Observed) -> bool {
+    let broken = invariants::broken(seen);
+    let uid = migration.uid().unwrap_or_default();
+    let (counted, again) = context.suspicions.look(&uid, &broken, Instant::now());
+    for rule in counted {
+        error!(migration = %migration.name_any(), ?rule, ?seen, "a rule is broken: this is a bug");
+        context.metrics.count(&metrics::VIOLATIONS, rule.name());
+    }
+    again
 }
 
 /// What to do when a reconcile failed.
@@ -176,6 +196,7 @@ pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Resu
 )]
 pub fn retry(migration: Arc<Migration>, error: &Error, context: Arc<Context>) -> Again {
     let after = context.went_wrong(&migration.uid().unwrap_or_default());
+    context.metrics.count(&metrics::LOOKS_FAILED, "");
     warn!(migration = %migration.name_any(), %error, ?after, "trying again");
     Again::requeue(after)
 }
@@ -259,6 +280,18 @@ async fn tell(
     if before.step == record.step {
         return;
     }
+    if let Some(result) = record.result.filter(|_| record.step == Step::Ended) {
+        context.metrics.count(&metrics::MOVES, result.name());
+        let status = migration.status.as_ref();
+        let report = status.and_then(|status| status.source_report.as_ref());
+        let downtime = report
+            .filter(|report| report.moved)
+            .and_then(|one| one.downtime_ms);
+        let downtime = downtime.and_then(|ms| u64::try_from(ms).ok());
+        context
+            .metrics
+            .add(&metrics::DOWNTIME, "", downtime.unwrap_or_default());
+    }
     let why = &record.why;
     info!(migration = %name, from = ?before.step, to = ?record.step, ?why, "next step");
     let good = !matches!(
@@ -301,12 +334,7 @@ fn said(record: &Record) -> (String, String) {
         ),
         Step::Aborting => ("GivingUp", why),
         Step::Ended => {
-            let result = record.result.map_or("Ended", |result| match result {
-                Outcome::Succeeded => "Succeeded",
-                Outcome::SucceededWithoutRestore => "SucceededWithoutRestore",
-                Outcome::Failed => "Failed",
-                Outcome::Cancelled => "Cancelled",
-            });
+            let result = record.result.map_or("Ended", Outcome::name);
             return (result.to_owned(), why);
         }
     };
@@ -324,6 +352,8 @@ where
 }
 
 const SOON: Duration = Duration::from_millis(200);
+/// What looks broken is looked at again after this.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// At first, and then twice as long each time.
 const RETRY: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);

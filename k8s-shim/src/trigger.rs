@@ -20,7 +20,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use crate::migration::{Migration, MigrationSpec, Mode, PodReference, Target};
-use crate::names::{MIGRATE_TO, manager};
+use crate::names::{ANYWHERE, EVICT_ONLY, MIGRATE_TO, ON_EVICTION, REQUESTED_BY, manager};
 use crate::observe;
 use crate::plan::Step;
 use crate::reconcile::{Context, Error, Trying};
@@ -36,11 +36,14 @@ pub async fn run(client: Client, context: Arc<Context>) {
     loop {
         tokio::select! {
             change = changes.next() => match change {
-                Some(Ok(pod)) if pod.annotations().contains_key(MIGRATE_TO) => {
+                Some(Ok(pod)) => {
+                    tell_descheduler(&client, &pod).await;
+                    if !pod.annotations().contains_key(MIGRATE_TO) {
+                        continue;
+                    }
                     let key = (pod.namespace().unwrap_or_default(), pod.name_any());
                     wishes.entry(key).or_default();
                 }
-                Some(Ok(_)) => continue,
                 Some(Err(error)) => {
                     warn!(%error, "watching pods");
                     continue;
@@ -66,11 +69,42 @@ pub async fn run(client: Client, context: Arc<Context>) {
     }
 }
 
+/// One that says that it moves when it is evicted says so to the descheduler, too. Without that the
+/// descheduler takes the answer for a failure; it is tried again when the pod changes.
+async fn tell_descheduler(client: &Client, pod: &PartialObjectMeta<Pod>) {
+    let annotations = pod.annotations();
+    let moves = annotations
+        .get(ON_EVICTION)
+        .is_some_and(|what| what == "migrate");
+    if !moves || annotations.contains_key(EVICT_ONLY) {
+        return;
+    }
+    let pods: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
+    let patch = json!({"metadata": {
+        "uid": pod.metadata.uid, "annotations": {EVICT_ONLY: ""},
+    }});
+    let parameters = PatchParams {
+        field_manager: Some(manager::CONTROLLER.to_owned()),
+        ..PatchParams::default()
+    };
+    let name = pod.name_any();
+    let patched = pods.patch(&name, &parameters, &Patch::Merge(patch)).await;
+    if let Err(error) = patched {
+        warn!(%error, pod = name, "the descheduler does not know that it moves");
+    }
+}
+
 /// What was asked for, of which pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Wish {
     uid: String,
     node: String,
+}
+
+impl Wish {
+    fn named(&self) -> Option<&str> {
+        Some(self.node.as_str()).filter(|node| *node != ANYWHERE)
+    }
 }
 
 /// Makes the Migration that a pod's annotation asks for, and takes the annotation off.
@@ -106,7 +140,7 @@ async fn serve(
         .iter()
         .find(|one| observe::record(one).step != Step::Ended);
     if let Some(open) = open {
-        if open.spec.target.node.as_deref() != Some(node) {
+        if open.spec.target.node.as_deref() != wish.named() {
             let note = format!(
                 "it is already moved by {}, and not to {node}: cancel that first",
                 open.name_any()
@@ -117,7 +151,7 @@ async fn serve(
         }
         return take_off(&pods, &pod, &wish).await;
     }
-    let migration = asked(&pod, &wish, &known);
+    let migration = asked(&pod, wish.named(), None, &known);
     let parameters = PostParams {
         field_manager: Some(manager::CONTROLLER.to_owned()),
         ..PostParams::default()
@@ -137,22 +171,23 @@ async fn serve(
     take_off(&pods, &pod, &wish).await
 }
 
-/// The Migration that is asked for, with a name that none of `known` has.
-fn asked(pod: &Pod, wish: &Wish, known: &[Migration]) -> Migration {
+/// The Migration that is asked for, with a name that none of `known` has: to a node, or to any.
+/// `by`: who asks, where it is no person.
+pub fn asked(pod: &Pod, node: Option<&str>, by: Option<&str>, known: &[Migration]) -> Migration {
     let name = pod.name_any();
+    let uid = pod.uid().unwrap_or_default();
+    let by = by.map(|by| BTreeMap::from([(REQUESTED_BY.to_owned(), by.to_owned())]));
     Migration {
         metadata: ObjectMeta {
-            name: Some(migration_name(&name, &wish.uid, known)),
+            name: Some(migration_name(&name, &uid, known)),
             namespace: pod.namespace(),
+            annotations: by,
             ..ObjectMeta::default()
         },
         spec: MigrationSpec {
-            pod: PodReference {
-                name,
-                uid: wish.uid.clone(),
-            },
+            pod: PodReference { name, uid },
             target: Target {
-                node: Some(wish.node.clone()),
+                node: node.map(str::to_owned),
                 node_selector: None,
             },
             mode: Mode::default(),
@@ -224,15 +259,12 @@ mod tests {
     #[test]
     fn a_gap_in_the_numbers_is_no_name_twice() {
         let uid = "0f2c7f3e-8c1e-4a52-9a55-0d5f8f5d6c1a";
-        let wish = Wish {
-            uid: uid.to_owned(),
-            node: "node-b".to_owned(),
-        };
         let mut pod = Pod::default();
         pod.metadata.name = Some("web".to_owned());
+        pod.metadata.uid = Some(uid.to_owned());
         let mut known = Vec::new();
         for number in 1..=3 {
-            let next = asked(&pod, &wish, &known);
+            let next = asked(&pod, Some("node-b"), None, &known);
             assert_eq!(next.name_any(), format!("web-0f2c7f3e-{number}"));
             known.push(next);
         }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -47,7 +47,12 @@ pub struct WriterClient {
 impl WriterClient {
     /// Connects from inside a network namespace, waiting until the writer is ready.
     pub fn connect(net: impl AsFd, workload: &Workload, time_max: Duration) -> Result<Self> {
-        let target = SocketAddr::from((workload.link.address, PORT));
+        Self::connect_to(net, workload.link.address, time_max)
+    }
+
+    /// The same of one at an address.
+    pub fn connect_to(net: impl AsFd, address: Ipv4Addr, time_max: Duration) -> Result<Self> {
+        let target = SocketAddr::from((address, PORT));
         let deadline = Instant::now() + time_max;
         let stream = loop {
             match in_network(&net, || {

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
 use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::certificates::{Authority, Subject, key_pair, kubeconfig, write};
@@ -56,6 +58,23 @@ impl Part {
     }
 }
 
+impl Part {
+    /// `kill -9`.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill().context("killing a program")?;
+        self.child.wait().context("reaping a program")?;
+        Ok(())
+    }
+
+    /// As `kill` does by itself, and waits until it has ended.
+    pub fn end(&mut self) -> Result<()> {
+        let pid = self.child.id().cast_signed();
+        kill(Pid::from_raw(pid), Signal::SIGTERM).context("ending a program")?;
+        self.child.wait().context("reaping a program")?;
+        Ok(())
+    }
+}
+
 /// Makes what the control plane proves who it is with, and the administrator.
 pub fn make_identities(folder: &Path, authority: &Authority) -> Result<()> {
     write(&folder.join("ca.pem"), &authority.certificate)?;
@@ -97,6 +116,15 @@ pub fn start_server(lab: &Lab, folder: &Path, programs: &Path) -> Result<Vec<Par
         // Nothing of it outlives the lab.
         ("unsafe-no-fsync", "true".to_owned()),
     ];
+    Ok(vec![
+        start(lab, programs, "etcd", &etcd)?,
+        start_api_server(lab, folder, programs)?,
+    ])
+}
+
+/// Starts the API server alone.
+pub fn start_api_server(lab: &Lab, folder: &Path, programs: &Path) -> Result<Part> {
+    let path = |name: &str| folder.join(name).display().to_string();
     let server = [
         ("etcd-servers", ETCD.to_owned()),
         ("advertise-address", CLIENT_ADDRESS.to_string()),
@@ -118,10 +146,7 @@ pub fn start_server(lab: &Lab, folder: &Path, programs: &Path) -> Result<Vec<Par
         ("enable-admission-plugins", "NodeRestriction".to_owned()),
         ("allow-privileged", "true".to_owned()),
     ];
-    Ok(vec![
-        start(lab, programs, "etcd", &etcd)?,
-        start(lab, programs, "kube-apiserver", &server)?,
-    ])
+    start(lab, programs, "kube-apiserver", &server)
 }
 
 /// Starts what works on the objects of the API.

@@ -3,7 +3,7 @@
 //! It runs in the network of the lab's client, with the files of this machine.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -24,7 +24,12 @@ pub struct Kubectl {
 impl Kubectl {
     /// A command with all that it needs to reach the cluster.
     pub fn command(&self) -> Result<Inside> {
-        Inside::new(&self.program.display().to_string())
+        self.plugin(&self.program)
+    }
+
+    /// The same for another program that reaches the cluster as kubectl does.
+    pub fn plugin(&self, program: &Path) -> Result<Inside> {
+        Inside::new(&program.display().to_string())
             .env("KUBECONFIG", &self.config.display().to_string())
             .env("KUBECACHEDIR", &self.cache.display().to_string())
             .cgroups(&self.cgroups)

@@ -1,6 +1,7 @@
 //! What a node of the lab needs to be one of the cluster: containerd with images, a network of its
 //! own for pods, and a kubelet.
 
+use std::fs;
 use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result, ensure};
@@ -32,21 +33,38 @@ pub fn start_engine(lab: &Lab, node: &Node) -> Result<Engine> {
         .args(["-ec", PREPARE])
         .run()
         .with_context(|| format!("preparing node {}", node.name()))?;
-    write(&node.path(CNI_CONFIG), &cni_config(lab, node))?;
-    let config = [ENGINE_CONFIG_TEXT, HANDLER].concat();
-    write(&node.path(ENGINE_CONFIG), &config)?;
+    write(&node.path(CNI_CONFIG), &cni_config(node))?;
+    write(&node.path(ENGINE_CONFIG), ENGINE_CONFIG_TEXT)?;
+    if lab.has_daemons() {
+        // containerd reads what this does when it starts.
+        set_up(node, &[])?;
+    }
     let engine = Engine::start(node, ENGINE_CONFIG, &lab.folder.logs())?;
     let pause = format!("/{PROGRAMS}/{PAUSE_NAME}");
     make_image(node, PAUSE_IMAGE, PAUSE_FILE, &[pause])?;
     for file in [IMAGE_FILE, PAUSE_FILE] {
         containerd::import(node, NAMESPACE, file)?;
     }
-    if lab.has_daemons() {
-        let mut setup = node.command("pageferry")?;
-        setup = setup.args(["setup", "containerd"]);
-        setup.run()?;
-    }
     Ok(engine)
+}
+
+/// Has a node prepared for pods that come, or what else the flags say; what it said.
+pub fn set_up(node: &Node, flags: &[&str]) -> Result<String> {
+    let setup = ["setup", "kubernetes", "--config", ENGINE_CONFIG];
+    let command = node.command("pageferry")?.args(setup).args(flags);
+    command.run()
+}
+
+/// Fails unless its files are those that the lab wrote: nobody has set it up.
+pub fn check_untouched(node: &Node) -> Result<()> {
+    for (path, text) in [
+        (CNI_CONFIG, &*cni_config(node)),
+        (ENGINE_CONFIG, ENGINE_CONFIG_TEXT),
+    ] {
+        let now = fs::read_to_string(node.path(path)).with_context(|| format!("reading {path}"))?;
+        ensure!(now == text, "{path} of {} is {now}", name(node));
+    }
+    Ok(())
 }
 
 /// The bridge of each node's pods, and routes between the pods of all nodes, the client, and
@@ -93,6 +111,12 @@ pub fn start_kubelet(lab: &Lab, node: &Node, authority: &Authority) -> Result<Pa
     let config = kubeconfig(&server_url(), FOLDER.as_ref(), "node");
     write(&folder.join("node.conf"), &config.to_string())?;
     write(&folder.join("kubelet.json"), &kubelet_config(node))?;
+    run_kubelet(lab, node)
+}
+
+/// Runs it, of a node where one was started before.
+pub fn run_kubelet(lab: &Lab, node: &Node) -> Result<Part> {
+    let name = name(node);
     let command = node.command("kubelet")?.args([
         format!("--config={FOLDER}/kubelet.json"),
         format!("--kubeconfig={FOLDER}/node.conf"),
@@ -140,16 +164,12 @@ fn kubelet_config(node: &Node) -> String {
 
 /// A bridge of pods, and routes by way of the node: without address translation, so that pods and
 /// the client see each other's addresses.
-fn cni_config(lab: &Lab, node: &Node) -> String {
+fn cni_config(node: &Node) -> String {
     let range = json!({
         "type": "host-local",
         "ranges": [[{"subnet": pods(node)}]],
         "routes": [{"dst": "0.0.0.0/0"}],
     });
-    let addresses = match lab.has_daemons() {
-        true => json!({"type": "pageferry-ipam", "delegate": range}),
-        false => range,
-    };
     json!({
         "cniVersion": "1.1.0",
         "name": "lab",
@@ -158,7 +178,7 @@ fn cni_config(lab: &Lab, node: &Node) -> String {
             "bridge": BRIDGE,
             "isGateway": true,
             "hairpinMode": true,
-            "ipam": addresses,
+            "ipam": range,
         }],
     })
     .to_string()
@@ -181,6 +201,8 @@ pub fn check_no_pods(node: &Node) -> Result<()> {
     Ok(())
 }
 
+/// The program for addresses, where networks have theirs.
+pub const ADDRESSES: &str = "/usr/lib/cni/pageferry-ipam";
 /// What containerd has for the kubelet.
 pub const NAMESPACE: &str = "k8s.io";
 /// Whose ports the links of pods are.
@@ -190,7 +212,7 @@ const PAUSE_IMAGE: &str = "localhost/pause:1";
 const PAUSE_FILE: &str = "/srv/images/pause.tar";
 const FOLDER: &str = "/etc/kubernetes";
 const CNI_CONFIG: &str = "/etc/cni/net.d/10-lab.conflist";
-const ENGINE_CONFIG: &str = "/etc/containerd/kubernetes.toml";
+pub const ENGINE_CONFIG: &str = "/etc/containerd/kubernetes.toml";
 const ENGINE_CONFIG_TEXT: &str = r#"version = 3
 oom_score = 0
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
@@ -202,8 +224,6 @@ disable_apparmor = true
 bin_dirs = ["/usr/lib/cni"]
 conf_dir = "/etc/cni/net.d"
 "#;
-/// What pods are started by that come by a migration.
-const HANDLER: &str = include_str!("../../../deploy/containerd.toml");
 /// What the kubelet of a machine finds there. The tunables of the kernel that it sets are those of
 /// all of this machine: it gets files instead.
 const PREPARE: &str = "

@@ -22,14 +22,7 @@ use crate::mover::outcome::{millis, round};
 pub fn run(lab: &Lab, cluster: &Cluster, laps: &mut Laps, report: &mut Report) -> Result<()> {
     let kubectl = &cluster.kubectl;
     let mut movers = Movers::start(lab, kubectl, 2)?;
-    until("pods may come to all nodes", POD_TIME_MAX, || {
-        movers.check()?;
-        let ready = ["get", "nodes", "--selector=pageferry.dev/ready=true"];
-        let nodes = kubectl.json(&ready)?;
-        let count = nodes["items"].as_array().map_or(0, Vec::len);
-        ensure!(count == lab.nodes.len(), "they may come to {count}");
-        Ok(())
-    })?;
+    wait_ready(lab, kubectl, &mut movers)?;
     laps.lap("controllers and agents are up");
     let mut watched = Watched::start(lab, kubectl, &lab.nodes[0], SERVER)?;
     laps.lap("the pod of Redis is ready, and has clients");
@@ -48,6 +41,46 @@ pub fn run(lab: &Lab, cluster: &Cluster, laps: &mut Laps, report: &mut Report) -
     movers.check()
 }
 
+/// Waits until pods may come to all nodes, as agents say.
+pub fn wait_ready(lab: &Lab, kubectl: &Kubectl, movers: &mut Movers) -> Result<()> {
+    until("controllers and agents go on", POD_TIME_MAX, || {
+        movers.check()
+    })?;
+    wait_labels(lab, kubectl)
+}
+
+/// The same, whoever runs the agents.
+pub fn wait_labels(lab: &Lab, kubectl: &Kubectl) -> Result<()> {
+    until("pods may come to all nodes", POD_TIME_MAX, || {
+        let ready = ["get", "nodes", "--selector=pageferry.dev/ready=true"];
+        let nodes = kubectl.json(&ready)?;
+        let count = nodes["items"].as_array().map_or(0, Vec::len);
+        ensure!(count == lab.nodes.len(), "they may come to {count}");
+        Ok(())
+    })
+}
+
+/// Has a pod move, and waits for the end of that; the Migration as it is then.
+pub fn annotate(kubectl: &Kubectl, (name, uid): (&str, &str), to: &Node) -> Result<Value> {
+    let wish = format!("pageferry.dev/migrate-to={}", worker::name(to));
+    kubectl.run(&["annotate", "pod", name, &wish])?;
+    until(&format!("{name} has moved"), MOVE_TIME_MAX, || {
+        let of_pod = format!("--field-selector=spec.pod.name={name}");
+        let listed = kubectl.json(&["get", "migrations", &of_pod])?;
+        let migrations = listed["items"].as_array().context("a list")?;
+        let migration = migrations
+            .iter()
+            .find(|one| one["spec"]["pod"]["uid"] == *uid);
+        let migration = migration.context("there is no Migration yet")?;
+        let status = &migration["status"];
+        match status["result"].as_str() {
+            Some("Succeeded") => Ok(migration.clone()),
+            Some(_) => Err(Hopeless(format!("it ended otherwise: {status}")).into()),
+            None => anyhow::bail!("it goes on: {status}"),
+        }
+    })
+}
+
 fn move_pod(
     lab: &Lab,
     kubectl: &Kubectl,
@@ -56,23 +89,9 @@ fn move_pod(
     report: &mut Report,
 ) -> Result<()> {
     let (name, uid) = (watched.pod.name.clone(), watched.pod.uid.clone());
-    let wish = format!("pageferry.dev/migrate-to={}", worker::name(to));
     let begun = Instant::now();
-    kubectl.run(&["annotate", "pod", &name, &wish])?;
-    let ended = until(&format!("{name} has moved"), MOVE_TIME_MAX, || {
-        let of_pod = format!("--field-selector=spec.pod.name={name}");
-        let listed = kubectl.json(&["get", "migrations", &of_pod])?;
-        let migrations = listed["items"].as_array().context("a list")?;
-        let migration = migrations
-            .iter()
-            .find(|one| one["spec"]["pod"]["uid"] == *uid);
-        let status = &migration.context("there is no Migration yet")?["status"];
-        match status["result"].as_str() {
-            Some("Succeeded") => Ok(status.clone()),
-            Some(_) => Err(Hopeless(format!("it ended otherwise: {status}")).into()),
-            None => anyhow::bail!("it goes on: {status}"),
-        }
-    })?;
+    let ended = annotate(kubectl, (&name, &uid), to)?;
+    let ended = &ended["status"];
     let took = begun.elapsed();
     watched.check_moved(lab, kubectl, to)?;
     let blackout = watched.clients.blackout_since(begun)?;
@@ -93,7 +112,7 @@ fn move_pod(
 }
 
 /// What a person sees of it.
-fn say(kubectl: &Kubectl) -> Result<()> {
+pub fn say(kubectl: &Kubectl) -> Result<()> {
     println!("{}", kubectl.run(&["get", "migrations", "--output=wide"])?);
     let columns = "--output=custom-columns=\
         TYPE:.type,REASON:.reason,OBJECT:.involvedObject.name,NOTE:.message";

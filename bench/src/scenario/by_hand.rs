@@ -143,7 +143,7 @@ fn check_reserved(node: &Node, address: Ipv4Addr) -> Result<()> {
 /// Deletes the pod, and gives its address back where it is from.
 fn end(lab: &Lab, kubectl: &Kubectl, (pod, from): (&Placed, &Node)) -> Result<()> {
     kubectl.run(&["delete", "pod", &pod.name, "--timeout=60s"])?;
-    from.command(ADDRESSES)?
+    from.command(worker::ADDRESSES)?
         .args(["release", &pod.address.to_string()])
         .run()?;
     until("nothing is left of the pods", pods::POD_TIME_MAX, || {
@@ -177,5 +177,4 @@ fn away(address: Ipv4Addr) -> String {
 }
 
 const SERVER: &str = "redis";
-const ADDRESSES: &str = "/usr/lib/cni/pageferry-ipam";
 const STEP_TIME_MAX: Duration = Duration::from_secs(60);

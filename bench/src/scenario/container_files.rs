@@ -280,7 +280,8 @@ fn check_left(here: &Node, there: &Node, workload: &Workload) -> Result<()> {
     compare(&before, &describe(&container::root_at(here, container)?)?)
 }
 
-fn compare(before: &Entries, after: &Entries) -> Result<()> {
+/// Fails unless both are the same.
+pub(super) fn compare(before: &Entries, after: &Entries) -> Result<()> {
     for (name, entry) in before {
         let now = after.get(name);
         ensure!(
@@ -295,19 +296,23 @@ fn compare(before: &Entries, after: &Entries) -> Result<()> {
 }
 
 /// What there is, by its path.
-type Entries = BTreeMap<PathBuf, String>;
+pub(super) type Entries = BTreeMap<PathBuf, String>;
 
 /// What each entry is, but for what the writer writes.
 fn describe(root: &Path) -> Result<Entries> {
-    let written = root.join(FOLDER.trim_start_matches('/'));
+    // CRIU makes a folder in the other one while it dumps, and removes it.
+    describe_but(root, &[FOLDER.trim_start_matches('/'), "tmp"])
+}
+
+/// What each entry is, but for these and what is in them.
+pub(super) fn describe_but(root: &Path, but: &[&str]) -> Result<Entries> {
     let mut all = BTreeMap::new();
     let mut folders = vec![root.to_owned()];
     while let Some(folder) = folders.pop() {
         let entries = fs::read_dir(&folder);
         for entry in entries.with_context(|| format!("reading {}", folder.display()))? {
             let path = entry?.path();
-            // CRIU makes a folder in the other one while it dumps, and removes it.
-            if path == written || path == root.join("tmp") {
+            if but.iter().any(|but| path == root.join(but)) {
                 continue;
             }
             let metadata = fs::symlink_metadata(&path)?;

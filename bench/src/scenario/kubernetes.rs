@@ -1,5 +1,6 @@
 //! `kubernetes`: a cluster in the lab, a pod with Redis at one node, a client pod at the other, all
-//! that kubectl does with them; and then nothing of it is left. With `--only by-hand` a pod moves.
+//! that kubectl does with them; and then nothing of it is left. With `--only` pods move, in one of
+//! several ways.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -8,7 +9,9 @@ use super::pods::{self, POD_TIME_MAX, Placed};
 use super::report::Report;
 use super::settings::Settings;
 use super::traces::Traces;
-use super::{annotated, by_hand, resources};
+use super::{
+    annotated, by_hand, crossing, drain, empty_dir, install, kills, refusals, resources, twenty,
+};
 use crate::cluster::laps::Laps;
 use crate::cluster::wait::until;
 use crate::cluster::{self, Cluster, worker};
@@ -18,13 +21,9 @@ use crate::mover::outcome::round;
 
 /// The scenario.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    let only = settings.only.as_deref();
-    match only {
-        None => {}
-        Some(BY_HAND | ANNOTATED) => settings.need_pageferry("stock CRIU moves no pods")?,
-        Some(other) => {
-            bail!("kubernetes has no case {other:?}, only {BY_HAND:?} and {ANNOTATED:?}")
-        }
+    let part = settings.only.as_deref().map(part).transpose()?;
+    if part.is_some() {
+        settings.need_pageferry("stock CRIU moves no pods")?;
     }
     let mut laps = Laps::start();
     let link = settings.link.clone().unwrap_or(Link::Unshaped);
@@ -32,12 +31,11 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     options.keep = settings.keep;
     laps.lap("programs are built, or found");
     let before = Traces::now()?;
-    let lab = Lab::up(&options)?;
+    let mut lab = Lab::up(&options)?;
     laps.lap("nodes are up");
     let cluster = Cluster::up(&lab, &mut laps);
-    let done = cluster.and_then(|cluster| match only {
-        Some(ANNOTATED) => annotated::run(&lab, &cluster, &mut laps, report),
-        Some(_) => by_hand::run(&lab, &cluster, &mut laps, report),
+    let done = cluster.and_then(|mut cluster| match part {
+        Some((run, moves)) => run(&mut lab, &mut cluster, &mut laps, report, moves),
         None => in_lab(&lab, &cluster, &mut laps),
     });
     if let (Err(_), Ok(kubectl)) = (&done, cluster::kubectl(&lab)) {
@@ -56,6 +54,107 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     }
     done
 }
+
+/// A part of the scenario; with how often it is to move something, where that may be said.
+type Part = fn(&mut Lab, &mut Cluster, &mut Laps, &mut Report, usize) -> Result<()>;
+
+/// The part that is asked for: by its name, `NAME=MOVES`, or a number alone of [`twenty`].
+fn part(only: &str) -> Result<(Part, usize)> {
+    let (name, moves) = match only.split_once('=') {
+        Some((name, moves)) => (name, Some(moves)),
+        None if only.parse::<usize>().is_ok() => (TWENTY, Some(only)),
+        None => (only, None),
+    };
+    let found = PARTS.iter().find(|part| part.name == name);
+    let part = found.with_context(|| {
+        let names: Vec<&str> = PARTS.iter().map(|part| part.name).collect();
+        format!("kubernetes has no part {name:?}, only {}", names.join(", "))
+    })?;
+    let moves = match moves {
+        None => part.moves,
+        Some(_) if part.moves == 0 => bail!("{name} always moves the same: leave out the number"),
+        Some(moves) => moves.parse().context("how often it is to move")?,
+    };
+    ensure!(0 < moves || part.moves == 0, "{name} moves at least once");
+    Ok((part.run, moves))
+}
+
+/// A part that is run alone.
+struct NamedPart {
+    name: &'static str,
+    what: &'static str,
+    run: Part,
+    /// How often it moves something unless it is said; 0 where that is fixed.
+    moves: usize,
+}
+
+/// What `--only` takes, and what that is.
+pub const CASES: [(&str, &str); PARTS.len()] = {
+    let mut cases = [("", ""); PARTS.len()];
+    let mut index = 0;
+    while index < PARTS.len() {
+        cases[index] = (PARTS[index].name, PARTS[index].what);
+        index += 1;
+    }
+    cases
+};
+
+const PARTS: [NamedPart; 9] = [
+    NamedPart {
+        name: "by-hand",
+        what: "a pod moves, each step by hand",
+        run: |lab, cluster, laps, report, _| by_hand::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: "annotated",
+        what: "pods move because they are annotated, one of them a Deployment's",
+        run: |lab, cluster, laps, report, _| annotated::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: TWENTY,
+        what: "20 moves of Redis with 512 MiB by annotation, or as many as twenty=N says",
+        run: |lab, cluster, laps, report, moves| twenty::run(lab, cluster, laps, report, moves),
+        moves: twenty::MOVES,
+    },
+    NamedPart {
+        name: "kills",
+        what: "30 moves, or kills=N, while controller, agents, daemons, kubelets are killed",
+        run: |lab, cluster, laps, report, moves| kills::run(lab, cluster, laps, report, moves),
+        moves: kills::MOVES,
+    },
+    NamedPart {
+        name: "install",
+        what: "nodes and cluster are prepared by the commands of deploy/README.md, and undone",
+        run: |lab, cluster, laps, report, _| install::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: "emptydir",
+        what: "pods with emptyDirs on disk and in memory move, every file and entry compared",
+        run: |lab, cluster, laps, report, _| empty_dir::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: "drain",
+        what: "kubectl drain: three pods of a Deployment move, and it ends with 0",
+        run: |lab, cluster, laps, report, _| drain::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: "crossing",
+        what: "two moves cross, and four wait for each other by the limits of a policy",
+        run: |lab, cluster, laps, report, _| crossing::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: "refusals",
+        what: "targets that do not take a pod, and moves cancelled in every phase",
+        run: |lab, cluster, laps, report, _| refusals::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+];
 
 fn in_lab(lab: &Lab, cluster: &Cluster, laps: &mut Laps) -> Result<()> {
     let [here, there] = [&lab.nodes[0], &lab.nodes[1]];
@@ -143,7 +242,20 @@ const CLIENT: &str = "client";
 const COUNTER: &str = "counter";
 /// So often the client must have been answered.
 const COUNT: usize = 10;
-/// A part of its own: a pod moves, each step by hand.
-const BY_HAND: &str = "by-hand";
-/// Another: a pod moves because it is annotated.
-const ANNOTATED: &str = "annotated";
+/// The part that a number alone means.
+const TWENTY: &str = "twenty";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_is_known_by_its_name_and_may_say_how_often() {
+        assert_eq!(part("twenty").expect("a part").1, twenty::MOVES);
+        assert_eq!(part("twenty=3").expect("a part").1, 3);
+        assert_eq!(part("7").expect("a part").1, 7);
+        for wrong in ["annotated=3", "twenty=0", "twenty=x", "thirty"] {
+            part(wrong).map(|(_, moves)| moves).expect_err(wrong);
+        }
+    }
+}

@@ -65,10 +65,21 @@ pub struct Watched {
 impl Watched {
     /// Starts it at a node, fills it, and starts its clients.
     pub fn start(lab: &Lab, kubectl: &Kubectl, node: &Node, name: &str) -> Result<Self> {
+        Self::start_with(lab, kubectl, node, name, BYTES)
+    }
+
+    /// The same with so many bytes of values.
+    pub fn start_with(
+        lab: &Lab,
+        kubectl: &Kubectl,
+        node: &Node,
+        name: &str,
+        bytes: u64,
+    ) -> Result<Self> {
         kubectl.apply(&server(name, &worker::name(node)).to_string())?;
         let pod = Placed::wait(kubectl, name)?;
         let logs = lab.folder.logs().join(format!("load-{name}"));
-        let load = (Dataset::first_row(BYTES), LoadPlan::first_row());
+        let load = (Dataset::first_row(bytes), LoadPlan::first_row());
         let clients = Clients::start(&lab.client.net, pod.address, load, &logs)?;
         Ok(Self { pod, clients })
     }

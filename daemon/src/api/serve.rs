@@ -202,6 +202,7 @@ impl Control for LocalControl {
             migrations,
             refusals: self.registry.list_refusals().iter().map(refused).collect(),
             answers_kept: self.registry.answers_kept() as u64,
+            node: self.node.to_string(),
         }))
     }
 

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry_proto::id::{MigrationId, NetworkName, NodeName, PodUid, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
 
+use super::setup::kubernetes;
 use crate::config::units::Span;
 
 /// Moves a running workload to another node, so fast that nobody using it notices.
@@ -91,6 +92,13 @@ pub struct SetupArgs {
     /// Undo it, unless a container needs it
     #[arg(long)]
     pub remove: bool,
+    /// For kubernetes: containerd's main configuration
+    #[arg(long, value_name = "FILE", default_value = kubernetes::CONFIG)]
+    pub config: PathBuf,
+    /// For kubernetes: how containerd is started anew if it must be [default: systemctl restart
+    /// containerd, where systemd runs; else it is said that it must be]
+    #[arg(long, value_name = "COMMAND")]
+    pub restart: Option<String>,
 }
 
 /// An engine that something must be prepared for.
@@ -98,6 +106,8 @@ pub struct SetupArgs {
 pub enum Engine {
     /// containerd
     Containerd,
+    /// containerd, with the handler and the addresses that pods of Kubernetes need
+    Kubernetes,
 }
 
 /// The flags of `migrate`.

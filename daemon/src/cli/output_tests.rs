@@ -130,6 +130,7 @@ fn a_list_tells_of_refused_attempts_and_of_what_is_not_listed() {
             }),
         }],
         answers_kept: 2,
+        node: "a".to_owned(),
     };
     expect![[r"
         ID  WORKLOAD  ROLE  PEER  PHASE  ROUND  ON WIRE  DOWNTIME

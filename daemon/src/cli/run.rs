@@ -1,6 +1,7 @@
 //! The commands, carried out.
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use super::ca;
 use super::client::{self, CallError};
 use super::output::{self, Known, Listed, Moved};
 use super::progress::Shown;
-use super::setup;
+use super::setup::{self, kubernetes};
 use crate::config::units::Span;
 use crate::telemetry::Chain;
 
@@ -305,11 +306,19 @@ async fn next(statuses: &mut Streaming<Status>) -> Result<Status, CallError> {
 }
 
 fn set_up(arguments: &SetupArgs) -> ExitCode {
-    let Engine::Containerd = arguments.engine;
-    let done = match (arguments.check, arguments.remove) {
-        (true, _) => setup::check(),
-        (_, true) => setup::remove(),
-        _ => setup::install(),
+    let systemd = || Path::new("/run/systemd/system").is_dir();
+    let usual = || systemd().then(|| "systemctl restart containerd".to_owned());
+    let how = kubernetes::How {
+        config: arguments.config.clone(),
+        restart: arguments.restart.clone().or_else(usual),
+    };
+    let done = match (arguments.engine, arguments.check, arguments.remove) {
+        (Engine::Containerd, true, _) => setup::check(),
+        (Engine::Containerd, _, true) => setup::remove(),
+        (Engine::Containerd, ..) => setup::install(),
+        (Engine::Kubernetes, true, _) => kubernetes::check(&how),
+        (Engine::Kubernetes, _, true) => kubernetes::remove(&how),
+        (Engine::Kubernetes, ..) => kubernetes::install(&how),
     };
     match done {
         Ok(text) => {

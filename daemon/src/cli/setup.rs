@@ -1,7 +1,12 @@
-//! `pageferry setup containerd`: what containers that come are started by, put where they name it.
+//! `pageferry setup containerd`: what containers that come are started by, put where they name it;
+//! and with more around it [`kubernetes`].
 //!
 //! A container names the program for its whole life, so that it is not where packages put theirs,
 //! and is removed only when nobody names it.
+
+mod handler;
+pub mod kubernetes;
+mod network;
 
 use std::fs;
 use std::io;
@@ -9,7 +14,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pageferry_containerd::{Client, ClientError, SOCKET};
+use pageferry_containerd::{Client, ClientError, Container, SOCKET};
 use pageferry_oci::INSTALLED;
 
 /// Why it is not set up, or not undone.
@@ -53,6 +58,22 @@ pub enum SetupError {
         /// Their names.
         containers: Vec<String>,
     },
+    /// Pods have addresses that only the program for them knows of.
+    #[error(
+        "pods that have moved still have their addresses, as {} say: delete them first, or \
+         `pageferry-ipam release` what is left of them",
+        addresses.join(", ")
+    )]
+    Addresses {
+        /// The files.
+        addresses: Vec<String>,
+    },
+    /// containerd's configuration is none that the handler can be added to.
+    #[error(transparent)]
+    Handler(#[from] handler::Unfit),
+    /// Something is not there, or does not work.
+    #[error("{0}")]
+    Missing(String),
 }
 
 /// How long containerd may take to list its containers.
@@ -60,6 +81,11 @@ const LIST_MAX: Duration = Duration::from_secs(20);
 
 /// Puts the program there, in the place of one of another build.
 pub fn install() -> Result<String, SetupError> {
+    put_program()?;
+    check()
+}
+
+fn put_program() -> Result<(), SetupError> {
     let program = program()?;
     let installed = Path::new(INSTALLED);
     let failed = |action, path: &Path| {
@@ -79,8 +105,7 @@ pub fn install() -> Result<String, SetupError> {
     let written = fs::write(&part, program)
         .and_then(|()| fs::set_permissions(&part, fs::Permissions::from_mode(0o755)))
         .and_then(|()| fs::rename(&part, installed));
-    written.map_err(failed("cannot write", installed))?;
-    check()
+    written.map_err(failed("cannot write", installed))
 }
 
 /// Whether it is there, and containerd answers.
@@ -151,8 +176,19 @@ async fn named_in(client: &Client, namespace: &str) -> Result<Vec<String>, Clien
     let naming = all
         .iter()
         .filter(|container| container.program() == INSTALLED);
-    let name = |id: &str| format!("containerd/{namespace}/{id}");
-    Ok(naming.map(|container| name(container.id())).collect())
+    let name = |container: &Container| {
+        let label = |name: &str| container.labels().get(name);
+        let pod = label("io.kubernetes.pod.namespace").zip(label("io.kubernetes.pod.name"));
+        match pod {
+            Some((namespace, pod)) => format!("pod {namespace}/{pod}"),
+            None => format!("containerd/{namespace}/{}", container.id()),
+        }
+    };
+    let mut names: Vec<String> = naming.map(name).collect();
+    names.sort();
+    // A pod has a sandbox, too.
+    names.dedup();
+    Ok(names)
 }
 
 /// Some namespace: to list them, one must be in one.

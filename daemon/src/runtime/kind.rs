@@ -167,9 +167,8 @@ impl Kind {
     /// Folders of its engine that it has for its own, and that travel with it.
     pub fn folders(&self) -> Vec<PathBuf> {
         match self {
-            Self::Process(_) | Self::Container(_) | Self::Containerd(_) | Self::Pod(_) => {
-                Vec::new()
-            }
+            Self::Process(_) | Self::Container(_) | Self::Containerd(_) => Vec::new(),
+            Self::Pod(pod) => pod.folders(),
             Self::Podman(container) => container.folders(),
         }
     }

@@ -100,7 +100,6 @@ mod tests {
         Record {
             step,
             address: Some("10.1.2.3".to_owned()),
-            address_is_own: true,
             new_name: Some("web-m1".to_owned()),
             ..Record::default()
         }

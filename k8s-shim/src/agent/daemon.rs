@@ -86,13 +86,17 @@ impl Daemon {
         }
     }
 
+    /// What it is called among daemons; empty if it does not say.
+    ///
     /// # Errors
     /// If it does not answer.
-    pub async fn check(&self) -> Result<(), Error> {
+    pub async fn name(&self) -> Result<String, Error> {
         let request = schema::ListRequest { all: false };
-        self.call(self.client().list(Request::new(request)))
-            .await
-            .map(drop)
+        let listed = {
+            let mut client = self.client();
+            self.call(client.list(Request::new(request))).await?
+        };
+        Ok(listed.node)
     }
 
     /// # Errors

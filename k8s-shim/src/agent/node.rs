@@ -11,13 +11,14 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::Agent;
+use crate::metrics;
 use crate::names::{DAEMON, READY};
 
 /// What must be there for pods to come, besides the daemon.
 #[derive(Clone, Debug)]
 pub struct Needs {
-    /// What the daemon is called among daemons.
-    pub daemon: String,
+    /// What the daemon is called among daemons, if not as it says.
+    pub daemon: Option<String>,
     /// The program that containerd starts for pods that come.
     pub wrapper: PathBuf,
 }
@@ -26,8 +27,9 @@ pub struct Needs {
 pub async fn run(agent: Agent, needs: Needs) {
     let mut said = None;
     loop {
-        let missing = missing(&agent, &needs).await;
-        match set(&agent, &needs, missing.is_none()).await {
+        let (daemon, missing) = look(&agent, &needs).await;
+        agent.metrics.set(&metrics::READY, missing.is_none().into());
+        match set(&agent, daemon.as_deref(), missing.is_none()).await {
             Ok(()) if said.as_ref() == Some(&missing) => {}
             Ok(()) => {
                 match &missing {
@@ -42,10 +44,22 @@ pub async fn run(agent: Agent, needs: Needs) {
     }
 }
 
-async fn missing(agent: &Agent, needs: &Needs) -> Option<String> {
-    if let Err(error) = agent.daemon.check().await {
-        return Some(error.to_string());
+/// What the daemon is called, if it answers; and what is missing for pods to come.
+async fn look(agent: &Agent, needs: &Needs) -> (Option<String>, Option<String>) {
+    match agent.daemon.name().await {
+        Ok(name) => {
+            let name = Some(name).filter(|name| !name.is_empty());
+            let name = needs.daemon.clone().or(name);
+            (
+                name.or_else(|| Some(agent.node.clone())),
+                missing(needs).await,
+            )
+        }
+        Err(error) => (None, Some(error.to_string())),
     }
+}
+
+async fn missing(needs: &Needs) -> Option<String> {
     let there = tokio::fs::try_exists(&needs.wrapper).await;
     match there {
         Ok(true) => None,
@@ -54,19 +68,20 @@ async fn missing(agent: &Agent, needs: &Needs) -> Option<String> {
     }
 }
 
-async fn set(agent: &Agent, needs: &Needs, ready: bool) -> Result<(), kube::Error> {
+/// One that does not answer is called as ever.
+async fn set(agent: &Agent, daemon: Option<&str>, ready: bool) -> Result<(), kube::Error> {
     let nodes: Api<Node> = Api::all(agent.client.clone());
     let node = nodes.get(&agent.node).await?;
     let ready = ready.to_string();
     let right = node.labels().get(READY) == Some(&ready)
-        && node.annotations().get(DAEMON) == Some(&needs.daemon);
+        && daemon.is_none_or(|name| node.annotations().get(DAEMON).is_some_and(|is| is == name));
     if right {
         return Ok(());
     }
-    let patch = json!({"metadata": {
-        "labels": {READY: ready},
-        "annotations": {DAEMON: needs.daemon},
-    }});
+    let mut patch = json!({"metadata": {"labels": {READY: ready}}});
+    if let Some(daemon) = daemon {
+        patch["metadata"]["annotations"] = json!({DAEMON: daemon});
+    }
     let patch = Patch::Merge(patch);
     nodes
         .patch(&agent.node, &PatchParams::default(), &patch)

@@ -39,6 +39,19 @@ pub enum Call {
     Resolve,
 }
 
+impl Call {
+    /// What it is called among metrics.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Migrate => "migrate",
+            Self::Expect { .. } => "expect",
+            Self::Proceed => "proceed",
+            Self::Abort => "abort",
+            Self::Resolve => "resolve",
+        }
+    }
+}
+
 /// The next call, if there is one to make. `known` is none where the daemon has no such migration.
 pub fn next(side: Side, orders: &Orders, known: Option<&Known>) -> Option<Call> {
     if known.is_some_and(|known| known.is_final || known.refused) {

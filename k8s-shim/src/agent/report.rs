@@ -99,6 +99,20 @@ fn millis(micros: u64) -> Option<i32> {
     i32::try_from(micros.div_ceil(1000)).ok()
 }
 
+/// Whether it says only that the workload stands still, or is put together: usually over before
+/// anybody has heard of it.
+pub fn is_passing(report: &Report) -> bool {
+    let passes = [
+        "freezing",
+        "finishing",
+        "prepared",
+        "committed",
+        "restoring",
+        "ready",
+    ];
+    passes.contains(&report.phase.as_str()) && !report.fence_wanted && report.failure.is_none()
+}
+
 /// Whether one says more than figures that another does not.
 pub fn is_news(report: &Report, last: &Report) -> bool {
     let plain = |report: &Report| Report {
@@ -136,6 +150,22 @@ mod tests {
         assert!(!report(None, &none, false, 7).is_final);
         assert!(report(None, &none, true, 7).is_final);
         assert_eq!(known(None, &none), None);
+    }
+
+    #[test]
+    fn that_it_stands_still_is_said_at_once_only_if_somebody_must_help() {
+        let mut report = Report {
+            phase: "prepared".to_owned(),
+            ..Report::default()
+        };
+        assert!(is_passing(&report));
+        report.fence_wanted = true;
+        assert!(!is_passing(&report));
+        for said in ["copying", "done", "aborted", "running", "unknown"] {
+            said.clone_into(&mut report.phase);
+            report.fence_wanted = false;
+            assert!(!is_passing(&report), "{said}");
+        }
     }
 
     #[test]

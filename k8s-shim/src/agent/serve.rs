@@ -17,6 +17,7 @@ use super::daemon::Error;
 use super::orders::{self, Call, Orders};
 use super::report::{self, Besides};
 use super::{Agent, address};
+use crate::metrics;
 use crate::migration::Migration;
 use crate::names::{DAEMON, daemon_id, manager};
 use crate::observe;
@@ -49,6 +50,7 @@ pub async fn serve(agent: Agent, side: Side, mut changes: Receiver<Migration>) {
             refused: refused.and_then(|last| last.failure.clone()),
         },
         reported: last.map(|last| (last, Instant::now())),
+        passing: None,
         watching: None,
         status: None,
         agent,
@@ -81,6 +83,8 @@ struct Serving {
     besides: Besides,
     /// What was last said, and when.
     reported: Option<(Report, Instant)>,
+    /// Since when it is in a phase that passes.
+    passing: Option<Instant>,
     watching: Option<Streaming<schema::Status>>,
     status: Option<schema::Status>,
 }
@@ -97,6 +101,11 @@ impl Serving {
             let (name, side) = (migration.name_any(), self.side);
             info!(migration = %name, ?side, ?call, "calling the daemon");
             called = self.call(migration, &call).await;
+            let metrics = &self.agent.metrics;
+            metrics.count(&metrics::CALLS, call.name());
+            if called.is_err() {
+                metrics.count(&metrics::CALLS_FAILED, call.name());
+            }
             self.refresh().await?;
             // It may have ended by that, and then its address is given back before it is said.
             self.settle(migration)?;
@@ -107,7 +116,13 @@ impl Serving {
         let over = orders.step == Step::Ended && report.is_final;
         // Also where the call failed: the daemon is there, and how it stands is known.
         if self.is_due(&report) {
-            self.say(migration, &report).await?;
+            let said = self.say(migration, &report).await;
+            let counted = match said {
+                Ok(()) => &metrics::REPORTS,
+                Err(_) => &metrics::REPORTS_FAILED,
+            };
+            self.agent.metrics.count(counted, "");
+            said?;
             self.reported = Some((report, Instant::now()));
         }
         called.map(|()| over)
@@ -217,8 +232,15 @@ impl Serving {
         })
     }
 
-    /// News at once, figures every now and then, and that nothing has changed too.
-    fn is_due(&self, report: &Report) -> bool {
+    /// News at once, figures every now and then, and that nothing has changed too. That it stands
+    /// still is news only if it lasts: to say it costs processors that the hand-over needs, here
+    /// and where it is heard.
+    fn is_due(&mut self, report: &Report) -> bool {
+        if !report::is_passing(report) {
+            self.passing = None;
+        } else if self.passing.get_or_insert_with(Instant::now).elapsed() < PASSING {
+            return false;
+        }
         let Some((last, at)) = &self.reported else {
             return true;
         };
@@ -269,6 +291,8 @@ fn orders(migration: &Migration) -> Orders {
 const POLL: Duration = Duration::from_millis(250);
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(1);
+/// With [`LOOK_AGAIN`] it is said within two seconds.
+const PASSING: Duration = Duration::from_millis(750);
 const FIGURES: Duration = Duration::from_secs(1);
 const STILL_THERE: Duration = Duration::from_secs(10);
 const SAY_TIME: Duration = Duration::from_secs(5);

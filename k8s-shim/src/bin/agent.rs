@@ -1,5 +1,6 @@
 //! `pageferry-agent`: has a node's pageferryd do what Migrations say.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -11,7 +12,8 @@ use pageferry_k8s::agent::daemon::Daemon;
 use pageferry_k8s::agent::node::Needs;
 use pageferry_k8s::agent::{self, Agent, node};
 use pageferry_k8s::logging;
-use tracing::{error, info};
+use pageferry_k8s::metrics::{self, Metrics};
+use tracing::info;
 
 /// Has a node's pageferryd do what Migrations say, and says in them what it says.
 #[derive(Debug, Parser)]
@@ -20,7 +22,7 @@ struct Arguments {
     /// The node, as the cluster calls it.
     #[arg(long, env = "NODE_NAME")]
     node: String,
-    /// What pageferryd here is called, by its own configuration. Absent: as the node.
+    /// What pageferryd here is called. Absent: as it says itself.
     #[arg(long, env = "PAGEFERRY_NODE")]
     daemon_name: Option<String>,
     /// The socket of pageferryd.
@@ -43,32 +45,32 @@ struct Arguments {
         default_value = "/usr/local/lib/pageferry/pageferry-oci"
     )]
     wrapper: PathBuf,
+    /// Where metrics are served, at /metrics, such as 0.0.0.0:9464. Absent: nowhere.
+    #[arg(long, env = "PAGEFERRY_METRICS", value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     logging::start();
-    match run(Arguments::parse()).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            error!("{error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    logging::exit_code(run(Arguments::parse()).await)
 }
 
 async fn run(arguments: Arguments) -> Result<()> {
     let client = Client::try_default()
         .await
         .context("finding the cluster: in it, or by KUBECONFIG")?;
+    let metrics = Metrics::new(&metrics::AGENT);
+    metrics.serve(arguments.metrics).await?;
     let agent = Agent {
+        metrics,
         client,
         daemon: Daemon::new(&arguments.socket),
         folders: Folders::new(arguments.ipam_run, arguments.ipam_state),
-        node: arguments.node.clone(),
+        node: arguments.node,
     };
     let needs = Needs {
-        daemon: arguments.daemon_name.unwrap_or(arguments.node),
+        daemon: arguments.daemon_name,
         wrapper: arguments.wrapper,
     };
     tokio::select! {

@@ -20,7 +20,7 @@ struct Arguments {
     #[command(flatten)]
     what: What,
     /// The MigrationPolicy that is to hold, whichever selects the pod.
-    #[arg(long, requires = "to_node")]
+    #[arg(long, conflicts_with_all = ["watch", "cancel"])]
     policy: Option<String>,
     /// Say that it is begun, and do not wait for its end.
     #[arg(long)]
@@ -44,6 +44,9 @@ struct What {
     /// Labels of which the node is to have all.
     #[arg(long, value_name = "LABEL=VALUE,…")]
     to_selector: Option<String>,
+    /// Have it go to any node that takes it.
+    #[arg(long)]
+    anywhere: bool,
     /// Watch the move that goes on.
     #[arg(long)]
     watch: bool,
@@ -74,6 +77,7 @@ async fn run(arguments: Arguments) -> Result<bool> {
     let ask = match (what.to, what.to_selector) {
         (Some(node), _) => Ask::To(node),
         (None, Some(labels)) => Ask::ToLabels(ask::labels(&labels)?),
+        (None, None) if what.anywhere => Ask::ToAny,
         (None, None) if what.cancel => Ask::Cancel,
         (None, None) => Ask::Watch,
     };

@@ -96,8 +96,12 @@ impl Course<'_> {
             Some(Outcome::Succeeded | Outcome::SucceededWithoutRestore)
         );
         let left = self.left_new().filter(|_| !moved);
+        let source = self.observed.source.as_ref();
         let actions = match left {
             Some(delete) if !self.breaks(Broken::LeaveNew) => vec![delete],
+            _ if source.is_some_and(|source| source.evicting) && !moved => {
+                vec![Action::EndEviction]
+            }
             _ if self.observed.held => vec![Action::LetGo],
             _ => Vec::new(),
         };

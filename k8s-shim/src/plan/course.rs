@@ -2,6 +2,7 @@
 
 use super::observed::{Adoption, NewPod, Observed, Report, SourcePod, Target};
 use super::record::{Record, Side, Step, Why};
+use super::turn::DISRUPTION;
 use super::{Action, Broken, Decision};
 use crate::migration::Outcome;
 use crate::names::RESOLVE;
@@ -83,38 +84,22 @@ impl Course<'_> {
                 ..Decision::default()
             };
         }
-        if let Some(why) = self.has_no_turn(&source.node, node) {
+        if let Some(why) = self.has_no_turn(source, node) {
             return self.block(why);
+        }
+        // Others are to count it before it begins.
+        let blocked = self.record().blocked.as_ref();
+        if blocked.is_some_and(|why| why.reason == DISRUPTION) {
+            return self.unblocked();
         }
         let record = Record {
             started: Some(seen.now),
             source: Some(source.node.clone()),
             target: Some(node.clone()),
             address: source.address.clone(),
-            address_is_own: !source.came,
             ..self.to(Step::Copying)
         };
         record.into()
-    }
-
-    fn has_no_turn(&self, source: &str, target: &str) -> Option<Why> {
-        let seen = self.observed;
-        let limits = seen.limits;
-        if limits.per_cluster <= seen.others.len() {
-            let text = format!("{} moves go on or come first", seen.others.len());
-            return Some(Why::new("ClusterLimit", text));
-        }
-        for node in [source, target] {
-            let there = seen.others.iter();
-            let there = there
-                .filter(|other| other.anywhere || other.nodes.iter().any(|one| one == node))
-                .count();
-            if limits.per_node <= there {
-                let text = format!("{there} moves from or to node {node} go on or come first");
-                return Some(Why::new("NodeLimit", text));
-            }
-        }
-        None
     }
 
     /// What ends a move before the word is given.

@@ -39,6 +39,8 @@ pub struct Observed {
     pub absent: Vec<Side>,
     /// Other moves that go on, or wait and came before this one.
     pub others: Vec<Other>,
+    /// Disruption budgets that count the pod.
+    pub budgets: Vec<Disruption>,
     pub limits: Limits,
     pub timeouts: Timeouts,
 }
@@ -62,8 +64,6 @@ impl Default for Target {
 pub struct SourcePod {
     pub node: String,
     pub address: Option<String>,
-    /// It has come with its address, which is of another node's range.
-    pub came: bool,
     /// Somebody has deleted it.
     pub deleting: bool,
     /// It is as ready as a pod can be.
@@ -74,6 +74,8 @@ pub struct SourcePod {
     pub owned: bool,
     /// Its owner wants other pods by now, and why that is known.
     pub outdated: Option<String>,
+    /// It says of itself that this move is its eviction.
+    pub evicting: bool,
 }
 
 /// The pod that comes.
@@ -166,6 +168,18 @@ pub struct Other {
     pub nodes: Vec<String>,
     /// Not both of its nodes are known yet: it may be of any.
     pub anywhere: bool,
+}
+
+/// What a disruption budget says of the pods that it counts.
+#[derive(Clone, Debug, Default)]
+pub struct Disruption {
+    pub name: String,
+    /// How many of them are as ready as pods can be; copies that come do not count twice.
+    pub healthy: usize,
+    /// How many of them must be.
+    pub wanted: usize,
+    /// How many of them move, or come first.
+    pub moving: usize,
 }
 
 /// How many moves there are at the same time.

@@ -92,8 +92,6 @@ pub struct Record {
     /// What the pod is to keep, if its network lets it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
-    /// It is of the source node's own range.
-    pub address_is_own: bool,
     /// The word to the source's daemon to freeze. It is never taken back.
     pub proceed: bool,
     /// The side that is dead and stays so: somebody has made sure.

@@ -162,3 +162,17 @@ fn a_new_pod_that_is_not_taken_ends_it() {
     seen.record.step = Step::Moving;
     assert_eq!(new_pod_refused(&seen, "late"), None);
 }
+
+#[test]
+fn a_pod_that_stays_is_evicted_by_nobody() {
+    let mut seen = seen(Step::Ended);
+    seen.held = false;
+    seen.record.result = Some(Outcome::Failed);
+    assert_eq!(plan(&seen).actions, []);
+    if let Some(source) = &mut seen.source {
+        source.evicting = true;
+    }
+    assert_eq!(plan(&seen).actions, [Action::EndEviction]);
+    seen.record.result = Some(Outcome::Succeeded);
+    assert_eq!(plan(&seen).actions, []);
+}

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Context, Error, Trying, api};
 use crate::migration::Migration;
-use crate::names::{ADOPT, DELETION_COST, FINALIZER, RESTORED, daemon_id, manager};
+use crate::names::{ADOPT, DELETION_COST, EVICTING, FINALIZER, RESTORED, daemon_id, manager};
 use crate::newpod::{self, Adopt, Named};
 use crate::observe::{self, LOWEST_COST, Objects};
 use crate::plan::Action;
@@ -33,6 +33,11 @@ pub async fn act(
             change_pod(&pods, &pod.name, &pod.uid, change).await
         }
         Action::Adopt { name, uid } => adopt(&pods, objects, name, uid).await,
+        Action::EndEviction => {
+            let change = json!({"annotations": {EVICTING: null}});
+            let pod = &migration.spec.pod;
+            change_pod(&pods, &pod.name, &pod.uid, change).await
+        }
         Action::DeleteSource => {
             let pod = &migration.spec.pod;
             delete(&pods, &pod.name, &pod.uid, 0).await

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{Namespace, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
 
@@ -14,6 +15,7 @@ use crate::names::{ORIGIN, next_pod};
 use crate::observe::{self, Objects};
 use crate::plan::Step;
 use crate::policy::MigrationPolicy;
+use crate::surroundings;
 
 pub async fn gather(client: &Client, migration: &Migration) -> Result<Objects, Error> {
     let namespace = migration.namespace().unwrap_or_default();
@@ -30,16 +32,22 @@ pub async fn gather(client: &Client, migration: &Migration) -> Result<Objects, E
         .await
         .trying("reading the pod")?;
     let mut objects = Objects {
-        nodes: list(client, "nodes").await?,
-        policies: list::<MigrationPolicy>(client, "policies").await?,
+        nodes: listed(client, "nodes").await?,
+        policies: listed::<MigrationPolicy>(client, "policies").await?,
         ..Objects::default()
     };
     if record.step == Step::Waiting {
         // Limits count what is there now.
-        objects.others = list(client, "Migrations").await?;
+        objects.others = listed(client, "Migrations").await?;
         if let Some(pod) = &source {
             objects.claims = claims(client, pod).await?;
         }
+        if has_room(&migration, &objects) {
+            objects.pods = Some(self::pods(client).await?);
+        }
+        let budgets: Api<PodDisruptionBudget> = Api::namespaced(client.clone(), &namespace);
+        let listed = budgets.list(&ListParams::default()).await;
+        objects.budgets = listed.trying("listing disruption budgets")?.items;
         let namespaces: Api<Namespace> = Api::all(client.clone());
         let labels = namespaces
             .get(&namespace)
@@ -70,7 +78,22 @@ pub async fn gather(client: &Client, migration: &Migration) -> Result<Objects, E
     Ok(objects)
 }
 
-async fn list<K>(client: &Client, what: &str) -> Result<Vec<K>, Error>
+/// Whether there may be one more move. Where there may not, all the cluster's pods say nothing.
+fn has_room(migration: &Migration, objects: &Objects) -> bool {
+    let going = surroundings::others(migration, &objects.others).len();
+    going < PODS_READ_MAX
+}
+
+/// The cluster's pods that have not ended, as the API server last knew them: where there is room
+/// is the scheduler's to say.
+pub async fn pods(client: &Client) -> Result<Vec<Pod>, Error> {
+    let pods: Api<Pod> = Api::all(client.clone());
+    let running = "status.phase!=Succeeded,status.phase!=Failed";
+    let wanted = ListParams::default().fields(running).match_any();
+    Ok(pods.list(&wanted).await.trying("listing pods")?.items)
+}
+
+pub async fn listed<K>(client: &Client, what: &str) -> Result<Vec<K>, Error>
 where
     K: kube::Resource<DynamicType = ()> + Clone + std::fmt::Debug + serde::de::DeserializeOwned,
 {
@@ -100,7 +123,7 @@ async fn owners(client: &Client, pod: &Pod, objects: &mut Objects) -> Result<(),
     Ok(())
 }
 
-async fn claims(client: &Client, pod: &Pod) -> Result<Claims, Error> {
+pub async fn claims(client: &Client, pod: &Pod) -> Result<Claims, Error> {
     let namespace = pod.namespace().unwrap_or_default();
     let api: Api<PersistentVolumeClaim> = Api::namespaced(client.clone(), &namespace);
     let mut claims = BTreeMap::new();
@@ -116,3 +139,6 @@ async fn claims(client: &Client, pod: &Pod) -> Result<Claims, Error> {
     }
     Ok(claims)
 }
+
+/// With so many others before it a move waits, by all likely limits, and looks every few seconds.
+const PODS_READ_MAX: usize = 64;

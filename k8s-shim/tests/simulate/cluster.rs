@@ -95,12 +95,12 @@ impl Api {
         let source = self.pods.get(SOURCE).map(|pod| SourcePod {
             node: "node-a".to_owned(),
             address: Some("10.1.2.3".to_owned()),
-            came: false,
             deleting: pod.deleting,
             ready: pod.ready,
             marked: pod.marked,
             owned: pod.owned,
             outdated: self.outdated.then(|| "a rollout".to_owned()),
+            evicting: false,
         });
         let new = self.new_pod().map(|pod| NewPod {
             uid: pod.uid.clone(),

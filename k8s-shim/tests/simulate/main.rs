@@ -26,28 +26,42 @@ fn number(name: &str, default: u64) -> u64 {
     })
 }
 
-fn run(seed: u64, setup: Setup, log: &mut String) -> Result<String, String> {
+fn run(seed: u64, setup: Setup, log: &mut String) -> Result<End, String> {
     let mut world = World::new(seed, setup);
     let end = world.run();
     *log = world.log().to_owned();
-    end.map_err(|violation| format!("case {seed}: {violation}"))
+    let end = end.map_err(|violation| format!("case {seed}: {violation}"))?;
+    Ok(End {
+        end,
+        adopted_amid_faults: world.adopted_amid_faults,
+    })
 }
 
-fn cases(count: u64, setup: Setup) -> BTreeMap<String, u64> {
+/// How a case ended.
+struct End {
+    end: String,
+    adopted_amid_faults: bool,
+}
+
+/// How cases ended, and in how many the owner had its part in it while there were faults.
+fn cases(count: u64, setup: Setup) -> (BTreeMap<String, u64>, u64) {
     let first = number("SIMULATE_SEED", 0);
-    let mut ends = BTreeMap::new();
+    let (mut ends, mut adopted) = (BTreeMap::new(), 0);
     for seed in first..first + number("SIMULATE_CASES", count) {
         let mut log = String::new();
         match run(seed, setup, &mut log) {
-            Ok(end) if end != "Succeeded" && !setup.faults => {
+            Ok(End { end, .. }) if end != "Succeeded" && !setup.faults => {
                 panic!("case {seed}: {end} without a fault\n{log}")
             }
-            Ok(end) => *ends.entry(end).or_default() += 1,
+            Ok(one) => {
+                adopted += u64::from(one.adopted_amid_faults);
+                *ends.entry(one.end).or_default() += 1;
+            }
             Err(violation) => panic!("{violation}\n{log}"),
         }
     }
-    println!("{setup:?}: {ends:?}");
-    ends
+    println!("{setup:?}: {ends:?}, adopted amid faults in {adopted}");
+    (ends, adopted)
 }
 
 const CALM: Setup = Setup {
@@ -59,7 +73,7 @@ const CALM: Setup = Setup {
 #[test]
 fn without_faults_every_move_succeeds() {
     for owned in [false, true] {
-        let ends = cases(500, Setup { owned, ..CALM });
+        let (ends, _) = cases(500, Setup { owned, ..CALM });
         assert_eq!(ends.keys().collect::<Vec<_>>(), ["Succeeded"], "{ends:?}");
     }
 }
@@ -72,7 +86,8 @@ fn with_faults_no_rule_is_broken_and_every_move_ends() {
             faults: true,
             broken: None,
         };
-        let ends = cases(20_000, setup);
+        let (ends, adopted) = cases(20_000, setup);
+        assert_eq!(owned, adopted != 0, "adopted amid faults in {adopted}");
         // The faults are such that every end is met.
         for end in ["Succeeded", "Failed", "Cancelled"] {
             assert!(ends.contains_key(end), "{end} is never met: {ends:?}");

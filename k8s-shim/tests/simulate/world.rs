@@ -28,6 +28,8 @@ pub struct World {
     /// The new pod's container runs.
     pub new_alive: bool,
     pub new_restarted_before_end: bool,
+    /// The owner was given the new pod while things went wrong.
+    pub adopted_amid_faults: bool,
     /// The source's processes were killed while they were the workload.
     source_killed: bool,
     /// A kill waits for the thaw.
@@ -59,6 +61,7 @@ impl World {
             daemons: Daemons::default(),
             new_alive: false,
             new_restarted_before_end: false,
+            adopted_amid_faults: false,
             source_killed: false,
             kill_pending: false,
             lost: false,
@@ -210,8 +213,13 @@ impl World {
             Action::Release { uid, .. } => self.pod(uid, |pod| pod.held = false),
             Action::SetRestored { uid, .. } => self.pod(uid, |pod| pod.restored = true),
             Action::MarkSource => self.pod(SOURCE, |pod| pod.marked = true),
-            Action::Adopt { uid, .. } => self.pod(uid, |pod| pod.owned = true),
+            Action::Adopt { uid, .. } => {
+                self.adopted_amid_faults |= !self.calm;
+                self.pod(uid, |pod| pod.owned = true);
+            }
             Action::DeleteSource => self.remove_source(),
+            // No pod here is evicted.
+            Action::EndEviction => {}
         }
     }
 
@@ -291,14 +299,24 @@ impl World {
         let before = (self.daemons.source, self.daemons.target);
         let choices = if self.calm { 11 } else { 12 };
         // When it is calm it gives up what hangs, and that takes it longer than all else.
-        let choice = match self.random.below(choices) {
+        let first = match self.random.below(choices) {
             10 if self.random.once_in(10) => 11,
             choice => choice,
         };
-        self.daemons.step(choice, waiting.as_deref());
-        let after = (self.daemons.source, self.daemons.target);
-        if before != after {
-            self.say(&format!("daemons {after:?}"));
+        // Most often they do what they can: a move is to get to its end while there are faults.
+        let tries = if self.random.once_in(4) { 1 } else { 11 };
+        for index in 0..tries {
+            let choice = if first == 11 {
+                11
+            } else {
+                (first + index) % 11
+            };
+            self.daemons.step(choice, waiting.as_deref());
+            let after = (self.daemons.source, self.daemons.target);
+            if before != after {
+                self.say(&format!("daemons {after:?}"));
+                return;
+            }
         }
     }
 

@@ -17,7 +17,7 @@ pub const FILES_BYTES_MAX: u64 = 16 << 40;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CopiedPath {
     /// Where it is at the source, and is to be at the target; absolute. Empty for what is the
-    /// container's own.
+    /// container's own, and the name of a volume of its pod's.
     pub path: String,
     /// What it is.
     pub form: CopiedForm,
@@ -38,6 +38,8 @@ pub enum CopiedForm {
     Root(BundleFolder),
     /// What a container has written over the layers of its image: the upper layer of an overlay.
     Layer,
+    /// A volume that its pod has for as long as it lives, by the name that the pod has for it.
+    Volume,
 }
 
 /// What is said of the folder of a bundle.
@@ -88,6 +90,7 @@ impl From<&CopiedPath> for schema::CopiedPath {
             CopiedForm::Folder => (schema::CopiedForm::Folder, None),
             CopiedForm::Root(bundle) => (schema::CopiedForm::Root, Some(bundle)),
             CopiedForm::Layer => (schema::CopiedForm::Layer, None),
+            CopiedForm::Volume => (schema::CopiedForm::Volume, None),
         };
         Self {
             form: form.into(),
@@ -107,11 +110,12 @@ impl TryFrom<schema::CopiedPath> for CopiedPath {
 
     fn try_from(wire: schema::CopiedPath) -> Result<Self, ControlError> {
         let form = form(&wire)?;
-        let parts = wire.path.strip_prefix('/').unwrap_or_default();
-        // What is beside it is called by its name.
-        let is_odd = parts.split('/').any(|part| matches!(part, "" | "." | ".."));
-        let is_path = !is_odd && !wire.path.contains('\0');
-        if is_path != (form == CopiedForm::Folder) || (!is_path && !wire.path.is_empty()) {
+        let is_called = match form {
+            CopiedForm::Folder => is_path(&wire.path),
+            CopiedForm::Root(_) | CopiedForm::Layer => wire.path.is_empty(),
+            CopiedForm::Volume => is_name(&wire.path),
+        };
+        if !is_called {
             return Err(missing("copied path"));
         }
         short("copied path", wire.path.len(), PATH_BYTES_MAX)?;
@@ -133,6 +137,16 @@ impl TryFrom<schema::CopiedPath> for CopiedPath {
     }
 }
 
+/// Whether it is a plain absolute path: what is beside it is called by its name.
+fn is_path(path: &str) -> bool {
+    let parts = path.strip_prefix('/').unwrap_or_default();
+    parts.split('/').all(is_name)
+}
+
+fn is_name(name: &str) -> bool {
+    !matches!(name, "" | "." | "..") && !name.contains(['/', '\0'])
+}
+
 fn form(wire: &schema::CopiedPath) -> Result<CopiedForm, ControlError> {
     let invalid = |field, value: i64| Err(ControlError::Invalid { field, value });
     let bundle = BundleFolder {
@@ -147,6 +161,7 @@ fn form(wire: &schema::CopiedPath) -> Result<CopiedForm, ControlError> {
         Ok(schema::CopiedForm::Folder) => CopiedForm::Folder,
         Ok(schema::CopiedForm::Root) => CopiedForm::Root(bundle),
         Ok(schema::CopiedForm::Layer) => CopiedForm::Layer,
+        Ok(schema::CopiedForm::Volume) => CopiedForm::Volume,
         Err(_) => return invalid("copied.form", wire.form.into()),
     })
 }
@@ -168,6 +183,7 @@ mod tests {
         };
         assert_eq!(read("/srv/data", 0, 0), Ok(CopiedForm::Folder));
         assert_eq!(read("", 2, 0), Ok(CopiedForm::Layer));
+        assert_eq!(read("cache", 3, 0), Ok(CopiedForm::Volume));
         let bundle = BundleFolder {
             mode: 0o700,
             uid: 0,
@@ -189,10 +205,15 @@ mod tests {
             ("", 0),
             ("a", 0),
             ("a", 2),
+            ("", 3),
+            ("..", 3),
+            ("a/b", 3),
+            ("a\0b", 3),
+            ("/srv/data", 3),
         ] {
             assert!(read(path, form, 0).is_err(), "{path} {form}");
         }
         assert!(read("/srv/../data", 0, 0).is_err());
-        assert!(read("", 3, 0).is_err() && read("", 1, 0o10_000).is_err());
+        assert!(read("", 4, 0).is_err() && read("", 1, 0o10_000).is_err());
     }
 }

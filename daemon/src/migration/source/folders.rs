@@ -30,6 +30,7 @@ use crate::migration::folders::failed;
 use crate::migration::text::internal;
 use crate::net::stream::DataSender;
 use crate::runtime::oci::habits::Runtime;
+use crate::runtime::pod;
 use crate::runtime::rootfs::{self, RootFiles};
 use crate::runtime::{copied, in_use};
 
@@ -52,7 +53,7 @@ pub(super) struct Folders {
 
 #[derive(Debug)]
 struct Folder {
-    /// What goes aside; none of a layer, which its engine removes.
+    /// What goes aside; none of a layer or a volume of a pod's, which its engine removes.
     gone: Option<Gone>,
     /// None of one that a dead daemon has sent.
     source: Option<Arc<Mutex<Source>>>,
@@ -142,6 +143,36 @@ impl Folder {
         Ok((folder, told))
     }
 
+    /// The same of the volume `name` of a pod.
+    fn open_volume(
+        (path, name): (&Path, &str),
+        pids: &[i32],
+    ) -> Result<(Self, CopiedPath), Failure> {
+        let unfit = |error: Error| failed(&error, ErrorCode::FolderUnfit);
+        let source = Source::open_volume(path).map_err(unfit)?;
+        let (totals, files) = source.look().map_err(unfit)?;
+        copied::check_writers(path, &files, pids)?;
+        copied::check_mounted(path, pids)?;
+        let told = CopiedPath {
+            path: name.to_owned(),
+            form: CopiedForm::Volume,
+            entries: totals.entries,
+            bytes: totals.bytes,
+            base: None,
+        };
+        Ok((Self::of_engine(source), told))
+    }
+
+    /// One that goes when its engine removes it.
+    fn of_engine(source: Source) -> Self {
+        Self {
+            gone: None,
+            source: Some(Arc::new(Mutex::new(source))),
+            is_bundles: false,
+            has_base: false,
+        }
+    }
+
     /// The same of the upper layer of an overlay.
     fn open_layer(
         (upper, overlay): (&Path, &Path),
@@ -167,13 +198,7 @@ impl Folder {
             bytes: totals.bytes,
             base: None,
         };
-        let folder = Self {
-            gone: None,
-            source: Some(Arc::new(Mutex::new(source))),
-            is_bundles: false,
-            has_base: false,
-        };
-        Ok((folder, told))
+        Ok((Self::of_engine(source), told))
     }
 }
 
@@ -377,6 +402,10 @@ fn open_all(
             let text = format!("the name of {} is not UTF-8", path.display());
             return Err(Failure::new(ErrorCode::FolderUnfit, text));
         };
+        if let Some(volume) = pod::volume_name(path) {
+            all.push(Folder::open_volume((path, volume), pids)?);
+            continue;
+        }
         let form = (name.to_owned(), CopiedForm::Folder);
         all.push(Folder::open(keep, (path, path), form, pids)?);
     }
@@ -533,68 +562,5 @@ fn bytes(sent: &[Report]) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_cannot_go_aside_does_so_when_a_daemon_starts() {
-        let root = tempfile::tempdir().expect("a folder");
-        let keep = Keep::new(root.path().join("state"));
-        let path = root.path().join("data");
-        fs::create_dir(&path).expect("a folder");
-        let here = fs::symlink_metadata(&path).expect("it is there");
-        let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
-        let gone = Gone {
-            path: path.clone(),
-            inode: (here.dev(), here.ino()),
-            digest: Some([7; 32]),
-        };
-        let bytes = serde_json::to_vec(&[gone]).expect("JSON");
-        keep.write(&note(&keep, id), &bytes).expect("a note");
-        // What is in the way of the folder that it goes to.
-        let hidden = root.path().join(pageferry_files::HIDDEN);
-        fs::write(&hidden, "").expect("a file");
-        Folders::recovered(keep.clone(), id).set_aside();
-        assert!(path.exists() && !note(&keep, id).exists());
-        set_aside_left(&keep);
-        assert!(path.exists());
-        fs::remove_file(&hidden).expect("removed");
-        set_aside_left(&keep);
-        assert!(!path.exists());
-        assert!(keep.has(&path, &[7; 32]).is_some());
-        // Another one that comes there is not touched.
-        fs::create_dir(&path).expect("a folder");
-        set_aside_left(&keep);
-        assert!(path.exists());
-    }
-
-    #[test]
-    fn a_bundle_does_not_leave_that_somebody_else_has_mounted() {
-        use nix::mount::{MsFlags, mount};
-        use nix::sched::{CloneFlags, unshare};
-
-        let root = tempfile::tempdir().expect("a folder");
-        let keep = Keep::new(root.path().join("state"));
-        let (bundle, elsewhere) = (root.path().join("web"), root.path().join("elsewhere"));
-        fs::create_dir_all(bundle.join("rootfs")).expect("a folder");
-        fs::create_dir(&elsewhere).expect("a folder");
-        let files = RootFiles::Bundle {
-            root: bundle.join("rootfs"),
-            bundle: bundle.clone(),
-        };
-        let id: MigrationId = "0123456789abcdef0123456789abcdef".parse().expect("an id");
-        let open = || {
-            let alone = [(Vec::new(), Some(files.clone()))];
-            Folders::open(keep.clone(), id, &alone, &[]).map(drop)
-        };
-        open().expect("nobody uses it");
-        unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).expect("needs root");
-        let none: Option<&str> = None;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("needs root");
-        let from = bundle.join("rootfs");
-        mount(Some(&from), &elsewhere, none, MsFlags::MS_BIND, none).expect("needs root");
-        let refused = open().expect_err("it is mounted elsewhere");
-        assert_eq!(refused.code(), ErrorCode::FolderUnfit);
-        assert!(refused.text().contains("/elsewhere"), "{refused}");
-    }
-}
+#[path = "folders_tests.rs"]
+mod tests;

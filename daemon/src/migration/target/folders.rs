@@ -12,9 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pageferry_files::{
-    Digest, Error, Identity, Keep, Placed, Staging, Totals, admit, admit_in, may_come,
-};
+use pageferry_files::{Digest, Error, Identity, Keep, Placed, Staging, Totals, admit, may_come};
 use pageferry_proto::id::MigrationId;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::VolumeDescription;
@@ -23,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 
 use super::own::{Own, bundle_of, check_forms};
-use super::stage::{Stage, gone, stage};
+use super::stage::{Stage, found, gone, stage};
 use super::volumes::Volumes;
 use crate::migration::folders::failed;
 use crate::migration::text::{chain, internal};
@@ -46,12 +44,17 @@ pub struct Folders {
     volumes: Volumes,
 }
 
+/// The volume of a pod's that something comes to, if it does, and what it comes through.
+type Theirs = (Option<String>, Arc<Mutex<Stage>>);
+
 #[derive(Clone, Debug)]
 struct Folder {
     /// With which member it comes.
     member: usize,
-    /// None of what comes to an overlay of an engine.
+    /// None of what comes to something that an engine has made.
     placed: Option<Placed>,
+    /// The volume of its pod's that it comes to.
+    volume: Option<String>,
     /// It is put before anything comes, and filled where it is.
     ahead: bool,
     /// What a bundle is made like when it has all.
@@ -142,6 +145,7 @@ impl Folders {
                 was_there: noted.was_there,
                 stand_in: noted.stand_in,
             }),
+            volume: None,
             ahead: noted.ahead,
             like: None,
             may_run: noted.may_run,
@@ -230,10 +234,12 @@ impl Folders {
                 entries: coming.entries,
                 bytes: coming.bytes,
             };
-            if coming.form == CopiedForm::Layer {
+            if matches!(coming.form, CopiedForm::Layer | CopiedForm::Volume) {
+                let is_volume = coming.form == CopiedForm::Volume;
                 self.lock().push(Folder {
                     member,
                     placed: None,
+                    volume: is_volume.then(|| coming.path.clone()),
                     ahead: false,
                     like: None,
                     may_run: false,
@@ -264,6 +270,7 @@ impl Folders {
                     was_there,
                     stand_in: None,
                 }),
+                volume: None,
                 ahead: bundle.is_some(),
                 like: bundle.map(|(_, like)| like),
                 may_run: false,
@@ -276,23 +283,30 @@ impl Folders {
 
     /// The overlay is mounted that a layer of a member comes to. Before anything comes.
     pub fn found(&self, member: usize, overlay: &Path) -> Result<(), Failure> {
-        let unfit = |error: Error| failed(&error, ErrorCode::NodeUnfit);
-        for stage in self.layers(|folder| folder.member == member) {
-            let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Stage::Awaited(totals) = &*stage {
-                admit_in(overlay, totals).map_err(unfit)?;
-                *stage = Stage::Overlay(overlay.to_owned());
-                // It may be none.
-                stage.open().map_err(unfit)?;
+        let layers = self.of_engine(|folder| folder.member == member).into_iter();
+        let mut layers = layers.filter(|(volume, _)| volume.is_none());
+        layers.try_for_each(|(_, stage)| found(&stage, Stage::Overlay(overlay.to_owned())))
+    }
+
+    /// The volumes are there that some of them come to: each where `place` says. Before anything
+    /// comes.
+    pub fn found_volumes(
+        &self,
+        place: impl Fn(&str) -> Result<PathBuf, Failure>,
+    ) -> Result<(), Failure> {
+        for (volume, stage) in self.of_engine(|_| true) {
+            if let Some(volume) = volume {
+                let (root, base) = (place(&volume)?, None);
+                found(&stage, Stage::Ahead { root, base })?;
             }
         }
         Ok(())
     }
 
-    /// The workload is restored: checks that an overlay is the one that has what came. A runtime
-    /// that had died was started again, by an engine that makes another one then.
+    /// The workload is restored: checks that what an engine has made is what has what came. A
+    /// runtime that had died was started again, by an engine that makes another one then.
     pub fn check_restored(&self) -> Result<(), Failure> {
-        for stage in self.layers(|_| true) {
+        for (_, stage) in self.of_engine(|_| true) {
             let Stage::Proven(shown) = gone(&stage) else {
                 return Err(no_staging());
             };
@@ -305,20 +319,24 @@ impl Folders {
         Ok(())
     }
 
-    /// Closes what is open of overlays, which an engine could not unmount.
+    /// Closes what is open of what an engine has made, and could not unmount.
     pub fn close(&self) {
-        for stage in self.layers(|_| true) {
+        for (_, stage) in self.of_engine(|_| true) {
             drop(gone(&stage));
         }
     }
 
-    /// Those that come to an overlay, of the folders that are `wanted`.
-    fn layers(&self, wanted: impl Fn(&Folder) -> bool) -> Vec<Arc<Mutex<Stage>>> {
+    /// Those that come to something that an engine has made, of the folders that are `wanted`: to a
+    /// volume, or else to an overlay.
+    fn of_engine(&self, wanted: impl Fn(&Folder) -> bool) -> Vec<Theirs> {
         let all = self.lock();
-        let layers = all
+        let theirs = all
             .iter()
             .filter(|folder| folder.placed.is_none() && wanted(folder));
-        layers.filter_map(|folder| folder.staging.clone()).collect()
+        let theirs = theirs.filter_map(|folder| {
+            Some((folder.volume.clone(), Arc::clone(folder.staging.as_ref()?)))
+        });
+        theirs.collect()
     }
 
     /// Which of them this node has as the offer says.

@@ -41,7 +41,8 @@ pub(super) fn bundle_of<'a>(
 /// Checks that what comes as a container's own is what it has here, once.
 pub(super) fn check_forms(copied: &[CopiedPath], root: Option<&RootPlace>) -> Result<(), Failure> {
     let own = copied.iter().map(|coming| coming.form);
-    let own: Vec<_> = own.filter(|form| *form != CopiedForm::Folder).collect();
+    let beside = |form: &CopiedForm| matches!(form, CopiedForm::Folder | CopiedForm::Volume);
+    let own: Vec<_> = own.filter(|form| !beside(form)).collect();
     match (&own[..], root) {
         ([], None)
         | ([CopiedForm::Root(_)], Some(RootPlace::Bundle(_)))

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pageferry_files::{Digest, Error, Keep, Placed, Shown, Staging, Totals};
+use pageferry_files::{Digest, Error, Keep, Placed, Shown, Staging, Totals, admit_in};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
 use crate::migration::folders::failed;
@@ -22,12 +22,12 @@ pub(super) enum Stage {
         root: PathBuf,
         base: Option<Digest>,
     },
-    /// It comes to an overlay that is not mounted yet, and has so much.
+    /// It comes to what an engine has not made yet, and has so much.
     Awaited(Totals),
     /// It comes to this one.
     Overlay(PathBuf),
     Open(Box<Staging>),
-    /// All has come to an overlay, and nothing of it is open any more.
+    /// All has come to what an engine has made, and nothing of it is open any more.
     Proven(Shown),
     /// It is the workload's, or taken back.
     Gone,
@@ -51,7 +51,7 @@ impl Stage {
         }
     }
 
-    /// All has come: keeps by which the overlay is known.
+    /// All has come: keeps by which the mount is known.
     pub(super) fn prove(&mut self) -> Result<(), Error> {
         let shown = self.open()?.shown()?;
         *self = Self::Proven(shown);
@@ -77,6 +77,21 @@ pub(super) fn stage(
     put.map_err(|error| failed(&error, ErrorCode::PathTaken))?;
     let root = bundle.root();
     Ok(Stage::Ahead { root, base })
+}
+
+/// What an engine has made is there: what comes to it is applied at this stage.
+pub(super) fn found(awaited: &Mutex<Stage>, there: Stage) -> Result<(), Failure> {
+    let unfit = |error: Error| failed(&error, ErrorCode::NodeUnfit);
+    let mut stage = awaited.lock().unwrap_or_else(PoisonError::into_inner);
+    let (Stage::Awaited(totals), Stage::Overlay(made) | Stage::Ahead { root: made, .. }) =
+        (&*stage, &there)
+    else {
+        return Ok(());
+    };
+    admit_in(made, totals).map_err(unfit)?;
+    *stage = there;
+    // It may be none.
+    stage.open().map(drop).map_err(unfit)
 }
 
 /// What it was until now.

@@ -77,17 +77,7 @@ impl Arriving {
         check_node(description, Namespaces::NONE)?;
         version::check(Runtime::Runc, &self.described.runtime_version)?;
         check_spec(&self.described, None, &Named::of(description))?;
-        let unfit = |text: String| Err(Failure::new(ErrorCode::NodeUnfit, text));
-        let program = beside(PROGRAM);
-        if !program.is_file() {
-            return unfit(format!("the target has no {}", program.display()));
-        }
-        if !Path::new(INSTALLED).is_file() {
-            return unfit(format!(
-                "the target has no {INSTALLED}, which containerd is to start for the container: \
-                 run `pageferry setup containerd` there"
-            ));
-        }
+        check_programs()?;
         settle_left();
         self.check_names()
     }
@@ -195,18 +185,40 @@ impl Arriving {
             state,
         };
         arrival.write(directory)?;
-        Ok(Restore {
-            program: beside(PROGRAM),
-            is_engine: false,
-            arguments: vec![directory.to_string_lossy().into_owned()],
-            log: directory.join(LOG),
-            leaves,
-            // runc puts there what is to become CRIU.
-            cgroup_procs: Vec::new(),
-            cgroup: None,
-            undo: Vec::new(),
-            then: Vec::new(),
-        })
+        Ok(asked(directory, leaves))
+    }
+}
+
+/// Fails unless this node has what asks containerd, and what that starts as a runtime.
+pub fn check_programs() -> Result<(), Failure> {
+    for (program, how) in [
+        (&*beside(PROGRAM), "install it with the daemon"),
+        (
+            Path::new(INSTALLED),
+            "run `pageferry setup containerd` there",
+        ),
+    ] {
+        if !program.is_file() {
+            let text = format!("the target has no {}: {how}", program.display());
+            return Err(Failure::new(ErrorCode::NodeUnfit, text));
+        }
+    }
+    Ok(())
+}
+
+/// How containerd is asked for what an arrival in `directory`, the migration's, says.
+pub fn asked(directory: &Path, leaves: Leaves) -> Restore {
+    Restore {
+        program: beside(PROGRAM),
+        is_engine: false,
+        arguments: vec![directory.to_string_lossy().into_owned()],
+        log: directory.join(LOG),
+        leaves,
+        // runc puts there what is to become CRIU.
+        cgroup_procs: Vec::new(),
+        cgroup: None,
+        undo: Vec::new(),
+        then: Vec::new(),
     }
 }
 

@@ -10,6 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::copied::CopiedForm;
 use pageferry_proto::wire::description::WorkloadDescription;
 
 use super::spec::{Around, Bind, Spec};
@@ -28,7 +29,9 @@ pub struct Named {
 impl Named {
     /// What comes with an offer.
     pub fn of(description: &WorkloadDescription) -> Self {
-        let copied = description.copied.iter().map(|copied| &copied.path);
+        let folders = description.copied.iter();
+        let folders = folders.filter(|copied| copied.form == CopiedForm::Folder);
+        let copied = folders.map(|copied| &copied.path);
         let shared = description.shared.iter().map(|shared| &shared.path);
         Self {
             copied: copied.map(PathBuf::from).collect(),

@@ -2,7 +2,6 @@
 //! of its container waits until somebody says what that is restored from.
 
 use std::collections::HashMap;
-use std::env;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -10,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pageferry_containerd::{
-    Client, ClientError, LOG, PodArrival, PodError, PodOrder, PodRuntime, SOCKET,
+    Client, ClientError, PodArrival, PodError, PodOrder, PodRuntime, SOCKET,
 };
 use pageferry_oci::{Came, INSTALLED, Place, Places};
 use pageferry_proto::id::PodUid;
@@ -20,16 +19,17 @@ use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
 use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::time::timeout;
 
+use super::volumes::{is_own, volume_name};
 use super::{CONTAINER_NAME, KIND, NAMESPACE, POD_UID, ROOT, ask, engine_of};
+use crate::runtime::containerd::arrive::{asked, check_programs};
 use crate::runtime::oci::arrive::{Leaves, Restore, check_node, check_spec, prepare_with};
 use crate::runtime::oci::binds::Binds;
+use crate::runtime::oci::habits::Runtime;
 use crate::runtime::oci::read_config;
 use crate::runtime::oci::spec::Spec;
+use crate::runtime::oci::version;
 use crate::runtime::oci::volumes::Named;
 use crate::runtime::rootfs::RootPlace;
-
-/// What stands for the runtime here: it tells the one that waits, and ends when the container runs.
-const PROGRAM: &str = "pageferry-containerd";
 
 /// How long containerd may take to say what runs, while it is waited for what waits.
 const LIST_MAX: Duration = Duration::from_secs(2);
@@ -76,24 +76,12 @@ impl Arriving {
     /// Compares what it needs with this node. Blocks.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
         check_node(description, Namespaces::NONE)?;
+        version::check(Runtime::Runc, &self.described.runtime_version)?;
         let spec = Spec::parse(&self.described.config)?;
         let (bundle, streams) = (Path::new(&self.described.bundle), &self.pod.streams);
         let engine = engine_of(&spec, bundle, self.uid.as_str(), streams);
         check_spec(&self.described, Some(&engine), &Named::of(description))?;
-        let program = beside(PROGRAM);
-        for (program, how) in [
-            (&*program, "install it with the daemon"),
-            (
-                Path::new(INSTALLED),
-                "run `pageferry setup containerd` there",
-            ),
-        ] {
-            if !program.is_file() {
-                let text = format!("the target has no {}: {how}", program.display());
-                return Err(Failure::new(ErrorCode::NodeUnfit, text));
-            }
-        }
-        Ok(())
+        check_programs()
     }
 
     /// Where what it has written comes to, if it writes.
@@ -106,6 +94,24 @@ impl Arriving {
     pub fn overlay(&self) -> Option<PathBuf> {
         let (_, came) = self.came.as_ref()?;
         Some(came.bundle.join("rootfs"))
+    }
+
+    /// Where the kubelet here has the volume `name` of the pod's own, once the runtime of its
+    /// container waits.
+    pub fn volume(&self, name: &str) -> Result<PathBuf, Failure> {
+        let (place, came) = self.came()?;
+        let spec = Spec::parse(&read_config(&came.bundle)?)?;
+        let is_it =
+            |source: &&Path| is_own(source, &place.pod) && volume_name(source) == Some(name);
+        let found = spec.bound().map(|(source, _)| source).find(is_it);
+        found.map(Path::to_owned).ok_or_else(|| {
+            let Place { pod, container } = place;
+            let text = format!(
+                "the container {container} of pod {pod} has no emptyDir {name}, and that of its \
+                 source travels"
+            );
+            Failure::new(ErrorCode::FileDiffers, text)
+        })
     }
 
     /// Says in `directory`, the migration's, that it comes as pod `uid`: what is refused from now
@@ -280,18 +286,7 @@ impl Arriving {
             }),
         };
         arrival.write(directory)?;
-        Ok(Restore {
-            program: beside(PROGRAM),
-            is_engine: false,
-            arguments: vec![directory.to_string_lossy().into_owned()],
-            log: directory.join(LOG),
-            leaves,
-            // runc puts there what is to become CRIU.
-            cgroup_procs: Vec::new(),
-            cgroup: None,
-            undo: Vec::new(),
-            then: Vec::new(),
-        })
+        Ok(asked(directory, leaves))
     }
 }
 
@@ -371,13 +366,6 @@ pub fn refuse(directory: &Path) {
 fn unfit(why: &dyn std::fmt::Display) -> Failure {
     let text = format!("the container of the pod: {why}");
     Failure::new(ErrorCode::NodeUnfit, text)
-}
-
-/// A program of ours, which is where this one is.
-fn beside(program: &str) -> PathBuf {
-    let own = env::current_exe().ok();
-    let folder = own.as_deref().and_then(Path::parent);
-    folder.unwrap_or(Path::new("/usr/bin")).join(program)
 }
 
 #[cfg(test)]

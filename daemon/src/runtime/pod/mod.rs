@@ -11,15 +11,21 @@
 //! thawed in its cgroup afterwards; what is left is ended until the pod's cgroup is gone, whoever
 //! is restarted meanwhile.
 //!
+//! Volumes that are the pod's own (emptyDir) travel: each into the folder that the kubelet at the
+//! target has made for the volume of its name ([`volumes`]).
+//!
 //! Absent, and refused by name: several containers, host namespaces, processes that containers
-//! share, volumes with contents of the pod's own, devices, terminals, an open input.
+//! share, volumes of other kinds than these and those that the kubelet fills, devices, terminals,
+//! an open input.
 
 pub mod arrive;
 pub mod evacuate;
+mod volumes;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -42,6 +48,8 @@ use super::oci::read_config;
 use super::oci::spec::{Engine, Spec};
 use super::process::describe::Described;
 use evacuate::Evacuation;
+pub use volumes::volume_name;
+use volumes::{is_made, is_own, unmoved};
 
 /// The name space in which the kubelet has containerd keep them.
 const NAMESPACE: &str = "k8s.io";
@@ -53,16 +61,6 @@ const ROOT: &str = "/run/containerd/runc/k8s.io";
 const POD_UID: &str = "io.kubernetes.pod.uid";
 const KIND: &str = "io.cri-containerd.kind";
 const CONTAINER_NAME: &str = "io.kubernetes.container.name";
-
-/// Kinds of volumes that the kubelet fills, with the same at both nodes.
-const FILLED: [&str; 4] = ["configmap", "downward-api", "projected", "secret"];
-
-/// Where the kubelet has the volumes of a pod, in its folder of it; the kind of one is behind this.
-const VOLUMES: &str = "volumes";
-const KIND_PREFIX: &str = "kubernetes.io~";
-
-/// Where it has what containers see of volumes by a `subPath`.
-const SUB_PATHS: &str = "volume-subpaths";
 
 /// How long the killed tasks of its container may take to be out of its cgroup.
 const END_MAX: Duration = Duration::from_secs(20);
@@ -157,7 +155,9 @@ impl Pod {
         let bundle = self.container.bundle();
         let spec = Spec::parse(&read_config(bundle)?)?;
         self.check_spec(&spec)?;
-        let engine = engine_of(&spec, bundle, &self.uid, &self.streams);
+        let mut engine = engine_of(&spec, bundle, &self.uid, &self.streams);
+        // They are the container's own, and looked at as others that travel.
+        engine.folders.retain(|made| !is_own(made, &self.uid));
         let layer = |spec: &Spec| layer::find(&spec.root(bundle), None);
         let described = self
             .container
@@ -204,6 +204,19 @@ impl Pod {
             snapshot_parent: snapshot.parent,
             streams: self.streams.clone(),
         })
+    }
+
+    /// Folders of the kubelet's that its container has for its own, and that travel with it.
+    pub fn folders(&self) -> Vec<PathBuf> {
+        let spec = read_config(self.container.bundle());
+        let Ok(spec) = spec.and_then(|config| Spec::parse(&config)) else {
+            // Whoever describes it says why.
+            return Vec::new();
+        };
+        let sources = spec.bound().map(|(source, _)| source.to_owned());
+        let own = sources.filter(|source| is_own(source, &self.uid));
+        // A container may have one at several places.
+        own.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     /// Refuses what of its container is not moved yet, beside what no container may have.
@@ -329,55 +342,6 @@ fn pods_folder<'a>(held: &'a Path, uid: &str) -> Option<&'a Path> {
     is_pods.then_some(above)
 }
 
-/// Whether something that is bound is the kubelet's, of this pod, or of its sandbox.
-fn is_made(source: &Path, uid: &str) -> bool {
-    folder_of(source, "pods", uid) || is_sandboxes(source)
-}
-
-/// Whether a path leads through `folder` and something in it of this name.
-fn folder_of(path: &Path, folder: &str, name: &str) -> bool {
-    let parts: Vec<&str> = parts(path);
-    parts.windows(2).any(|pair| pair == [folder, name])
-}
-
-/// Whether it is of a sandbox of containerd.
-fn is_sandboxes(path: &Path) -> bool {
-    let parts = parts(path);
-    let engine = parts
-        .iter()
-        .any(|part| part.starts_with("io.containerd.grpc.v1.cri"));
-    engine && parts.contains(&"sandboxes")
-}
-
-fn parts(path: &Path) -> Vec<&str> {
-    let parts = path.components().filter_map(|part| match part {
-        Component::Normal(part) => part.to_str(),
-        _ => None,
-    });
-    parts.collect()
-}
-
-/// What of the kubelet's folder of pod `uid` something is, unless the kubelet at the target makes
-/// the same again: nothing else there may be taken for that, since what is in it would be lost.
-fn unmoved(source: &Path, uid: &str) -> Option<String> {
-    let parts = parts(source);
-    let at = parts.windows(2).position(|pair| pair == ["pods", uid])?;
-    match parts.get(at + 2..).unwrap_or_default() {
-        ["etc-hosts"] => None,
-        // Where a container says why it has ended.
-        ["containers", _, _] => None,
-        [VOLUMES, kind, _, ..] => {
-            let filled = kind.strip_prefix(KIND_PREFIX);
-            match filled.is_some_and(|kind| FILLED.contains(&kind)) {
-                true => None,
-                false => Some(format!("a volume of the kind {}", filled.unwrap_or(kind))),
-            }
-        }
-        [SUB_PATHS, name, ..] => Some(format!("a subPath of the volume {name}")),
-        other => Some(format!("the kubelet's {:?} of its pod", other.join("/"))),
-    }
-}
-
 fn is_empty(folder: &Path) -> bool {
     fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
 }
@@ -439,65 +403,6 @@ mod tests {
     use super::*;
 
     const UID: &str = "0b6ab9a8-5f4e-4b6c-9a3e-2f6f3a0c1d2e";
-
-    #[test]
-    fn what_the_kubelet_binds_is_of_this_pod_or_its_sandbox() {
-        let kubelet = format!("/var/lib/kubelet/pods/{UID}");
-        for made in [
-            format!("{kubelet}/etc-hosts"),
-            format!("{kubelet}/volumes/kubernetes.io~projected/token"),
-            "/var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes/0a/resolv.conf".to_owned(),
-            "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/0a/shm".to_owned(),
-        ] {
-            assert!(is_made(Path::new(&made), UID), "{made}");
-        }
-        for other in [
-            "/srv/data",
-            "/var/lib/kubelet/pods/other/etc-hosts",
-            "/sandboxes/0a",
-        ] {
-            assert!(!is_made(Path::new(other), UID), "{other}");
-        }
-    }
-
-    #[test]
-    fn of_what_the_kubelet_has_only_that_moves_which_it_makes_again() {
-        let unmoved = |rest: &str| {
-            let path = format!("/var/lib/kubelet/pods/{UID}/{rest}");
-            unmoved(Path::new(&path), UID)
-        };
-        for made in [
-            "etc-hosts",
-            "containers/web/1f0c9a3e",
-            "volumes/kubernetes.io~configmap/config",
-            "volumes/kubernetes.io~projected/kube-api-access-x2v4z",
-            "volumes/kubernetes.io~secret/token/..data",
-        ] {
-            assert_eq!(unmoved(made), None, "{made}");
-        }
-        for (other, named) in [
-            ("volumes/kubernetes.io~empty-dir/d", "empty-dir"),
-            ("volumes/kubernetes.io~csi/pvc/mount", "csi"),
-            ("volumes/secret/d", "secret"),
-            ("volumes/kubernetes.io~secret", "kubernetes.io~secret"),
-            (
-                "volume-subpaths/config/web/0",
-                "subPath of the volume config",
-            ),
-            ("volumes-x/kubernetes.io~secret/d", "volumes-x"),
-            (
-                "volumeDevices/kubernetes.io~local-volume/d",
-                "volumeDevices",
-            ),
-            ("plugins/kubernetes.io~empty-dir/d", "plugins"),
-            ("containers/web", "containers/web"),
-            ("", "of its pod"),
-        ] {
-            let what = unmoved(other).unwrap_or_default();
-            assert!(what.contains(named), "{other}: {what}");
-        }
-        assert_eq!(super::unmoved(Path::new("/srv/data"), UID), None);
-    }
 
     #[test]
     fn the_cgroup_of_a_pod_is_known_by_its_uid_in_either_spelling() {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::copied::{CopiedForm, CopiedPath};
 use pageferry_proto::wire::description::WorkloadDescription;
 
 use super::Site;
@@ -20,6 +21,13 @@ impl Site {
         coming: &Coming,
         description: &WorkloadDescription,
     ) -> Result<(), Failure> {
+        let is_volume = |copied: &CopiedPath| copied.form == CopiedForm::Volume;
+        for (arriving, described) in coming.members.iter().zip(description.all_members()) {
+            if !arriving.is_pod() && described.copied.iter().any(is_volume) {
+                let text = "a volume of a pod's comes with what is no pod";
+                return Err(Failure::new(ErrorCode::Malformed, text));
+            }
+        }
         let folders = self.intake.folders();
         let roots = coming.members.iter().map(Arriving::root_place);
         let roots = roots.collect::<Result<Vec<_>, _>>()?;
@@ -54,6 +62,19 @@ impl Site {
             self.intake
                 .folders()
                 .found(seat.member.number(), &overlay)?;
+        }
+        Ok(())
+    }
+
+    /// The kubelet has made the volumes that some of them come to, by when the runtime of the pod's
+    /// container waits.
+    pub(super) fn find_volumes(&mut self) -> Result<(), Failure> {
+        for seat in &mut self.seats {
+            let pod = seat.arriving.as_mut().and_then(Arriving::as_pod);
+            let Some(pod) = pod else { continue };
+            self.intake
+                .folders()
+                .found_volumes(|name| pod.volume(name))?;
         }
         Ok(())
     }

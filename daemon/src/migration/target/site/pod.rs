@@ -79,6 +79,7 @@ impl Site {
         seat.take(&self.node, arriving, ResourceLimits::default())?;
         self.start_pagers().await?;
         block_in_place(|| self.find_overlays())?;
+        block_in_place(|| self.find_volumes())?;
         tracing::info!(migration = %self.id, pod = %uid, "the pod's container waits");
         Ok(())
     }
