@@ -1,5 +1,6 @@
 //! `lab`: brings labs up and down and runs scenarios in them.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
 
@@ -12,6 +13,7 @@ use pageferry_bench::lab::inside::Inside;
 use pageferry_bench::lab::network::{BRIDGE, Link};
 use pageferry_bench::lab::{self, Lab, LabOptions};
 use pageferry_bench::mover::Mover;
+use pageferry_bench::mover::images;
 use pageferry_bench::mover::pageferry::Pageferry;
 use pageferry_bench::mover::stock_criu::StockCriu;
 use pageferry_bench::scenario;
@@ -113,6 +115,12 @@ enum Command {
     /// Start a workload.
     #[command(hide = true)]
     Launch,
+    /// Send the files of a folder to another node.
+    #[command(hide = true)]
+    SendImages { folder: PathBuf, target: Ipv4Addr },
+    /// Take the files that another node sends.
+    #[command(hide = true)]
+    ReceiveImages { folder: PathBuf },
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -207,6 +215,10 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::NodeInit => lab::init::node_init().map(|()| ExitCode::SUCCESS),
         Command::Hold => lab::init::hold().map(|()| ExitCode::SUCCESS),
         Command::Launch => launch::launcher().map(|()| ExitCode::SUCCESS),
+        Command::SendImages { folder, target } => {
+            images::send(&folder, target).map(|()| ExitCode::SUCCESS)
+        }
+        Command::ReceiveImages { folder } => images::receive(&folder).map(|()| ExitCode::SUCCESS),
     }
 }
 
