@@ -202,6 +202,13 @@ impl Lab {
         cgroup::create(&self.state.hierarchies, name)
     }
 
+    /// Gives its links another speed.
+    pub fn reshape(&mut self, link: &Link) -> Result<()> {
+        network::reshape(&self.switch.net, &self.nodes, link)?;
+        self.state.link = link.to_string();
+        self.folder.store(&self.state)
+    }
+
     pub fn link(&self) -> &str {
         &self.state.link
     }

@@ -1,5 +1,8 @@
 //! `lab`: brings labs up and down and runs scenarios in them.
 
+#[path = "lab/bench.rs"]
+mod bench;
+
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
@@ -104,6 +107,8 @@ enum Command {
               value_parser = whose)]
         container: Option<Whose>,
     },
+    /// Move workloads over links by pageferry and its peers, and compare.
+    Bench(bench::Arguments),
     /// Name the scenarios.
     List,
     /// Process 1 of a node.
@@ -204,6 +209,7 @@ fn run(command: Command) -> Result<ExitCode> {
                 ExitCode::FAILURE
             })
         }
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::List => {
             for scenario in &scenario::ALL {
                 println!("{:<14} {}", scenario.name, scenario.summary);

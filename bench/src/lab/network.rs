@@ -115,6 +115,28 @@ pub fn build(switch: &OwnedFd, client: &OwnedFd, nodes: &[Node], link: &Link) ->
     Ok(())
 }
 
+/// Gives the links of a lab that is up another speed.
+pub fn reshape(switch: &OwnedFd, nodes: &[Node], link: &Link) -> Result<()> {
+    let tools = nodes.first().context("a lab has at least one node")?;
+    for node in nodes {
+        let ends = [
+            (&node.namespaces.net, "eth0".to_owned()),
+            (switch, format!("node-{}", node.name())),
+        ];
+        for (net, interface) in ends {
+            match link {
+                Link::Shaped(rate) => shape(tools, net, &interface, rate)?,
+                Link::Unshaped => {
+                    let command = tool(tools, net, "tc")?;
+                    let free = ["qdisc", "replace", "dev", &interface, "root", "noqueue"];
+                    command.args(free).run().context("freeing a link")?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 fn connect_node(tools: &Node, switch: &OwnedFd, node: &Node) -> Result<()> {
     let port = format!("node-{}", node.name());
     let address = node.address();
