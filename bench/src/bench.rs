@@ -5,12 +5,19 @@
 //! bench/README.md. Invariants: a figure is measured or absent; what fails says why; peers get what
 //! makes them fastest, as far as it is theirs.
 
+pub mod ab;
+pub mod clients;
+pub mod compare;
 pub mod crowd;
+pub mod drawing;
 pub mod identity;
 pub mod journal;
 pub mod kinds;
 pub mod layer;
 pub mod plan;
+pub mod published;
+pub mod readme;
+pub mod report;
 pub mod run;
 pub mod series;
 pub mod subject;

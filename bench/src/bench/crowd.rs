@@ -105,9 +105,7 @@ impl Crowd {
             };
             let net = net.try_clone().context("duplicating a descriptor")?;
             let thread = std::thread::Builder::new().name(format!("client-{index}"));
-            let thread = thread.spawn(move || {
-                in_network(&net, || one.run().map(|()| one.done))?
-            });
+            let thread = thread.spawn(move || in_network(&net, || one.run().map(|()| one.done))?);
             crowd.counts.push(count);
             crowd.threads.push(thread.context("starting a client")?);
         }
@@ -126,7 +124,11 @@ impl Crowd {
     /// One does not get them.
     pub fn wait_for_answers(&self, answers: u64) -> Result<()> {
         let had = |count: &Arc<AtomicU64>| count.load(Ordering::Relaxed);
-        let wanted: Vec<u64> = self.counts.iter().map(|count| had(count) + answers).collect();
+        let wanted: Vec<u64> = self
+            .counts
+            .iter()
+            .map(|count| had(count) + answers)
+            .collect();
         let deadline = Instant::now() + ANSWER_TIME_MAX;
         loop {
             let mut all = self.counts.iter().zip(&wanted);

@@ -72,16 +72,18 @@ pub fn describe(series: &mut Series, cells: &[Wanted]) {
 }
 
 fn machine(lab: &Lab) -> Result<Machine> {
-    let read = |path: &str| {
-        std::fs::read_to_string(path).with_context(|| format!("reading {path}"))
-    };
+    let read =
+        |path: &str| std::fs::read_to_string(path).with_context(|| format!("reading {path}"));
     let after = |text: &str, name: &str| {
         let line = text.lines().find(|line| line.starts_with(name))?;
         Some(line.split_once(':')?.1.trim().to_owned())
     };
     let processors = read("/proc/cpuinfo")?;
     let memory = after(&read("/proc/meminfo")?, "MemTotal").unwrap_or_default();
-    let kib = memory.split(' ').next().and_then(|kib| kib.parse::<u64>().ok());
+    let kib = memory
+        .split(' ')
+        .next()
+        .and_then(|kib| kib.parse::<u64>().ok());
     Ok(Machine {
         processor: after(&processors, "model name").unwrap_or_default(),
         processors: std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
@@ -96,7 +98,9 @@ fn versions(node: &Node) -> BTreeMap<String, String> {
     let says = |(name, arguments): &(&str, &[&str])| -> Option<(String, String)> {
         let output = node.command(name).ok()?.args(*arguments).output().ok()?;
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-        let line = printed.lines().find(|line| line.bytes().any(|byte| byte.is_ascii_digit()))?;
+        let line = printed
+            .lines()
+            .find(|line| line.bytes().any(|byte| byte.is_ascii_digit()))?;
         let words = line.split_whitespace().take(VERSION_WORDS);
         Some(((*name).to_owned(), words.collect::<Vec<_>>().join(" ")))
     };
@@ -115,7 +119,11 @@ fn revision() -> String {
     };
     let changed = git(&["status", "--porcelain", "--untracked-files=no"]);
     let is_clean = changed.is_some_and(|changed| changed.is_empty());
-    if is_clean { head } else { format!("{head}-dirty") }
+    if is_clean {
+        head
+    } else {
+        format!("{head}-dirty")
+    }
 }
 
 const PROGRAMS: [(&str, &[&str]); 10] = [

@@ -49,7 +49,9 @@ impl Journal {
     /// moments. One that is not over at the end of the journal counts to `until`.
     pub fn gaps(&self, from: u64, until: u64, length_min: u64) -> Vec<Gap> {
         let first = self.0.partition_point(|answer| answer.at <= from);
-        let begin = first.checked_sub(1).map_or(from, |before| self.0[before].at);
+        let begin = first
+            .checked_sub(1)
+            .map_or(from, |before| self.0[before].at);
         let mut gaps = Vec::new();
         let mut last = begin;
         let rest = self.0[first..].iter().map(|answer| answer.at);
@@ -128,7 +130,9 @@ impl Journal {
 
 fn of_rank(sorted: &[u32], percent: usize) -> f64 {
     let rank = (sorted.len() * percent).div_ceil(100).max(1);
-    sorted.get(rank - 1).map_or(0.0, |micros| f64::from(*micros) / 1e3)
+    sorted
+        .get(rank - 1)
+        .map_or(0.0, |micros| f64::from(*micros) / 1e3)
 }
 
 /// Of the rate: 100 ms.
@@ -150,7 +154,10 @@ mod tests {
         });
         let (even, odd): (Vec<_>, Vec<_>) = times.partition(|ms| ms % 2 == 0);
         let answers = |times: Vec<u64>| {
-            let answers = times.into_iter().map(|ms| Answer { at: ms * MS, took: 500 });
+            let answers = times.into_iter().map(|ms| Answer {
+                at: ms * MS,
+                took: 500,
+            });
             answers.collect()
         };
         Journal::of_clients([answers(even), answers(odd)])
@@ -184,7 +191,13 @@ mod tests {
         let gap = journal.longest_gap(0, 9000 * MS).expect("a gap");
         assert_eq!((gap.from / MS, gap.to / MS), (2000, 9000));
         let nothing = Journal::default();
-        assert_eq!(nothing.longest_gap(0, 5 * MS), Some(Gap { from: 0, to: 5 * MS }));
+        assert_eq!(
+            nothing.longest_gap(0, 5 * MS),
+            Some(Gap {
+                from: 0,
+                to: 5 * MS
+            })
+        );
         assert_eq!(nothing.stretch(0, 5 * MS), None);
     }
 
@@ -199,7 +212,9 @@ mod tests {
 
     #[test]
     fn a_stretch_has_a_rate_and_percentiles() {
-        let stretch = journal(3, &[]).stretch(MS * 1000, MS * 2000).expect("answers");
+        let stretch = journal(3, &[])
+            .stretch(MS * 1000, MS * 2000)
+            .expect("answers");
         assert_eq!(stretch.answers, 1000);
         assert!((stretch.rate - 1000.0).abs() < 1e-6);
         assert!((stretch.p99_ms - 0.5).abs() < 1e-6);

@@ -85,7 +85,10 @@ impl Plan {
 fn all() -> impl Iterator<Item = Wanted> {
     KINDS.iter().flat_map(|entry| {
         LINKS.iter().flat_map(move |link| {
-            let fits = |system: &&System| entry.kind.packs(system.packing);
+            let fits = |system: &&System| {
+                let kind = &entry.kind;
+                kind.packs(system.packing) && (kind.is_redis() || !system.only_redis)
+            };
             let systems = SYSTEMS.iter().filter(fits);
             systems.map(move |system| Wanted {
                 entry,
@@ -98,7 +101,28 @@ fn all() -> impl Iterator<Item = Wanted> {
 
 impl Wanted {
     pub fn name(&self) -> String {
-        format!("{}/{}/{}", self.entry.kind.name, self.link.name, self.system.name)
+        format!(
+            "{}/{}/{}",
+            self.entry.kind.name, self.link.name, self.system.name
+        )
+    }
+
+    /// Whether the nodes need more than their image for it.
+    pub fn needs_layer(&self) -> bool {
+        self.system.needs_layer || self.entry.kind.needs_layer()
+    }
+
+    /// What this machine has no room for, in words.
+    pub fn crowded(&self, available_bytes: u64) -> Option<String> {
+        let needed = self.entry.kind.bytes() * self.system.copies + SPARE_BYTES;
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        (available_bytes < needed).then(|| {
+            format!(
+                "it needs {:.1} GiB in all, and this machine has {:.1} available",
+                gib(needed),
+                gib(available_bytes)
+            )
+        })
     }
 
     /// Its row of a series.
@@ -129,22 +153,23 @@ pub fn matches(patterns: &str, name: &str) -> bool {
         if pattern.contains('/') {
             is_like(pattern.as_bytes(), name.as_bytes())
         } else {
-            name.split('/').any(|part| is_like(pattern.as_bytes(), part.as_bytes()))
+            name.split('/')
+                .any(|part| is_like(pattern.as_bytes(), part.as_bytes()))
         }
     })
 }
 
 fn is_like(pattern: &[u8], text: &[u8]) -> bool {
     match (pattern, text) {
-        ([b'*', rest @ ..], _) => {
-            (0..=text.len()).any(|skipped| is_like(rest, &text[skipped..]))
-        }
+        ([b'*', rest @ ..], _) => (0..=text.len()).any(|skipped| is_like(rest, &text[skipped..])),
         ([one, rest @ ..], [other, text @ ..]) => one == other && is_like(rest, text),
         ([], []) => true,
         _ => false,
     }
 }
 
+/// What is left to everything else.
+const SPARE_BYTES: u64 = 1 << 30;
 /// A run takes up to a minute, and the lab some seconds to go up and down.
 const QUICK_BUDGET: Duration = Duration::from_secs(18 * 60);
 

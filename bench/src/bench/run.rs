@@ -11,8 +11,8 @@ use anyhow::{Context, Result, ensure};
 use super::layer::LAYER;
 use super::plan::{Plan, Wanted, shuffled};
 use super::series::{FILE, Run, Series};
-use super::{identity, table, trial};
-use crate::lab::network::{BRIDGE, Link};
+use super::{identity, report, table, trial};
+use crate::lab::network::{self, BRIDGE, Link};
 use crate::lab::{Lab, LabOptions};
 
 /// Runs a plan; the series is in the folder `out`. One that is there and is of the same machine,
@@ -54,6 +54,7 @@ pub fn run(plan: &Plan, out: &Path, command: &str) -> Result<Series> {
         }
     }
     series.write(&path)?;
+    report::write(&series, &out.join(report::FILE))?;
     Ok(series)
 }
 
@@ -70,7 +71,15 @@ fn fit_ones(lab: &Lab, cells: Vec<Wanted>, series: &mut Series) -> Result<Vec<Wa
             }
             reasons.insert(name, reason);
         }
+        let link: Link = cell.link.name.parse()?;
         let reason = reasons.get(name).cloned().flatten();
+        let reason = match reason {
+            Some(reason) => Some(reason),
+            None => match network::unfit(&lab.nodes, &link)? {
+                Some(reason) => Some(reason),
+                None => cell.crowded(available_bytes()?),
+            },
+        };
         let is_fit = reason.is_none();
         cell.row(series).unfit = reason;
         if is_fit {
@@ -78,6 +87,16 @@ fn fit_ones(lab: &Lab, cells: Vec<Wanted>, series: &mut Series) -> Result<Vec<Wa
         }
     }
     Ok(fit)
+}
+
+/// What the kernel says can be had without swapping.
+fn available_bytes() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo").context("reading /proc/meminfo")?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    Ok(kib.context("/proc/meminfo does not say MemAvailable")? << 10)
 }
 
 /// The lab in which everything runs; it is made anew when a move has failed in it.
@@ -92,9 +111,7 @@ impl Stage {
         let mut stage = Self {
             lab: None,
             daemons: cells.iter().any(|cell| cell.system.mover.needs_daemons()),
-            layer: cells
-                .iter()
-                .any(|cell| cell.system.needs_layer || cell.entry.kind.needs_layer()),
+            layer: cells.iter().any(Wanted::needs_layer),
         };
         stage.bring_up()?;
         Ok(stage)

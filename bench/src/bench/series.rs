@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 /// A whole benchmark.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Series {
     pub schema: String,
     pub machine: Machine,
@@ -138,12 +138,17 @@ impl Series {
     }
 
     pub fn cell(&self, workload: &str, link: &str, system: &str) -> Option<&Cell> {
-        self.cells.iter().find(|cell| cell.is(workload, link, system))
+        self.cells
+            .iter()
+            .find(|cell| cell.is(workload, link, system))
     }
 
     /// The cell of these names, made if there is none.
     pub fn cell_mut(&mut self, workload: &str, link: &str, system: &str) -> &mut Cell {
-        let found = self.cells.iter().position(|cell| cell.is(workload, link, system));
+        let found = self
+            .cells
+            .iter()
+            .position(|cell| cell.is(workload, link, system));
         let index = found.unwrap_or_else(|| {
             self.cells.push(Cell {
                 workload: workload.to_owned(),
@@ -184,7 +189,12 @@ impl Cell {
 
     /// Why there is no figure, in a few words.
     pub fn absence(&self) -> Option<&str> {
-        let failed = || self.runs.iter().rev().find_map(|run| run.failure.as_deref());
+        let failed = || {
+            self.runs
+                .iter()
+                .rev()
+                .find_map(|run| run.failure.as_deref())
+        };
         match self.good().next() {
             Some(_) => None,
             None => self.unfit.as_deref().or_else(failed).or(Some("not run")),
@@ -256,7 +266,10 @@ mod tests {
     fn a_summary_is_of_the_values_there_are() {
         assert_eq!(Summary::of(&[]), None);
         let one = Summary::of(&[3.0, 1.0, 2.0]).expect("values");
-        assert_eq!((one.count, one.median, one.least, one.most), (3, 2.0, 1.0, 3.0));
+        assert_eq!(
+            (one.count, one.median, one.least, one.most),
+            (3, 2.0, 1.0, 3.0)
+        );
         assert_eq!(Summary::of(&[1.0, 2.0]).map(|two| two.median), Some(1.5));
     }
 
@@ -276,7 +289,10 @@ mod tests {
             ..Run::default()
         });
         assert_eq!(cell.absence(), None);
-        assert_eq!(cell.summary(|run| run.gap_ms).map(|one| one.median), Some(2.0));
+        assert_eq!(
+            cell.summary(|run| run.gap_ms).map(|one| one.median),
+            Some(2.0)
+        );
     }
 
     #[test]

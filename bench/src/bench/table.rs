@@ -11,8 +11,14 @@ pub fn line(name: &str, run: &Run) -> String {
         ("downtime", run.downtime_ms.map(millis)),
         ("TTR90", run.ttr90_ms.map(millis)),
         ("total", run.total_ms.map(millis)),
-        ("on the wire", run.wire_bytes.map(|bytes| mebibytes(bytes as f64))),
-        ("CPU", run.cpu_per_gib().map(|cpu| format!("{cpu:.2} s/GiB"))),
+        (
+            "on the wire",
+            run.wire_bytes.map(|bytes| mebibytes(bytes as f64)),
+        ),
+        (
+            "CPU",
+            run.cpu_per_gib().map(|cpu| format!("{cpu:.2} s/GiB")),
+        ),
     ];
     let figures: Vec<String> = figures
         .into_iter()
@@ -116,7 +122,7 @@ pub fn tables(series: &Series) -> String {
     text
 }
 
-fn row(cell: &Cell) -> Vec<String> {
+pub fn row(cell: &Cell) -> Vec<String> {
     let failed = cell.runs.len() - cell.good().count();
     let runs = match failed {
         0 => cell.runs.len().to_string(),
@@ -126,7 +132,10 @@ fn row(cell: &Cell) -> Vec<String> {
         let summary = cell.summary(column.figure);
         summary.map_or("–".to_owned(), |summary| spread(&summary, column.text))
     });
-    [cell.system.clone(), runs].into_iter().chain(figures).collect()
+    [cell.system.clone(), runs]
+        .into_iter()
+        .chain(figures)
+        .collect()
 }
 
 /// Workloads and links of a series, in the order in which they came.
@@ -141,13 +150,11 @@ pub fn groups(series: &Series) -> Vec<(String, String)> {
     groups
 }
 
-pub fn cells_of<'a>(
-    series: &'a Series,
-    workload: &'a str,
-    link: &'a str,
-) -> impl Iterator<Item = &'a Cell> {
+pub fn cells_of<'a>(series: &'a Series, workload: &str, link: &str) -> Vec<&'a Cell> {
     let cells = series.cells.iter();
-    cells.filter(move |cell| cell.workload == workload && cell.link == link)
+    cells
+        .filter(|cell| cell.workload == workload && cell.link == link)
+        .collect()
 }
 
 /// "median (least to most)", without the latter where it is the same.
@@ -177,7 +184,10 @@ pub fn aligned(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or_default();
     let width = |index: usize| {
         let cells = rows.iter().filter_map(|row| row.get(index));
-        cells.map(|cell| cell.chars().count()).max().unwrap_or_default()
+        cells
+            .map(|cell| cell.chars().count())
+            .max()
+            .unwrap_or_default()
     };
     let widths: Vec<usize> = (0..count).map(width).collect();
     let mut text = String::new();

@@ -19,7 +19,7 @@ use crate::lab::Lab;
 use crate::measure::node::Counters;
 use crate::measure::{memory_peak, reset_memory_peak};
 use crate::mover::outcome::{Outcome, round};
-use crate::mover::{MoveOptions, Order};
+use crate::mover::{MoveOptions, Order, images};
 
 /// How long the stretches of a run are.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +68,8 @@ pub fn watch(
     system: &System,
     stretches: Stretches,
 ) -> Result<Run> {
+    // Those of an earlier move count as memory that is taken.
+    lab.nodes.iter().try_for_each(images::clear)?;
     std::thread::sleep(stretches.warm);
     let mut moments = Moments {
         calm: subject.crowd.now(),
@@ -141,7 +143,8 @@ fn conclude(run: &mut Run, lab: &Lab, subject: Subject, moments: Moments) {
     run.reconnects = seen.reconnects;
     run.verified = seen.wrong.is_empty();
     if let Some(wrong) = seen.wrong.first() {
-        run.failure.get_or_insert(format!("contents are wrong: {wrong}"));
+        run.failure
+            .get_or_insert(format!("contents are wrong: {wrong}"));
     }
     note_journal(run, &seen.journal, moments);
 }
@@ -175,7 +178,10 @@ fn note_usage(run: &mut Run, lab: &Lab, readings: &Readings, moments: Moments) {
             [&readings.calm, &readings.order, &readings.settled].map(|all| all[index]);
         calm_rate += (order.cpu_seconds - calm.cpu_seconds) / calm_seconds;
         wire += settled.sent_bytes.saturating_sub(order.sent_bytes);
-        cpu.insert(node.name().to_owned(), settled.cpu_seconds - order.cpu_seconds);
+        cpu.insert(
+            node.name().to_owned(),
+            settled.cpu_seconds - order.cpu_seconds,
+        );
         let peak = readings.peaks[index].zip(order.memory_bytes);
         if let Some((peak, before)) = peak {
             let more = peak.saturating_sub(before);
@@ -239,7 +245,8 @@ fn load(journal: &Journal, from: u64, until: u64) -> Option<Load> {
 
 fn read(lab: &Lab) -> Result<Vec<Counters>> {
     let read = lab.nodes.iter().map(Counters::read);
-    read.collect::<Result<_>>().context("reading what the nodes have used")
+    read.collect::<Result<_>>()
+        .context("reading what the nodes have used")
 }
 
 pub fn failed(failure: String) -> Run {

@@ -11,7 +11,7 @@ use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::crowd::{Client, CONNECT_TIME_MAX};
+use super::crowd::{CONNECT_TIME_MAX, Client};
 use crate::client::load::Dataset;
 use crate::client::resp::{Connection, Reply};
 use crate::content::{Generator, seed_of};
@@ -205,7 +205,11 @@ impl Zipf {
             return 1;
         }
         let spread = (self.eta * uniform - self.eta + 1.0).powf(self.alpha);
-        ((self.items as f64 * spread) as u64).min(self.items - 1)
+        let rank = (self.items as f64 * spread).max(0.0);
+        // Not negative, so that nothing is lost but the fraction.
+        #[expect(clippy::cast_sign_loss)]
+        let rank = rank as u64;
+        rank.min(self.items - 1)
     }
 }
 

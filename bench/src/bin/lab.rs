@@ -109,6 +109,8 @@ enum Command {
     },
     /// Move workloads over links by pageferry and its peers, and compare.
     Bench(bench::Arguments),
+    /// Compare two builds: their moves mixed in one run, with a rank test.
+    Ab(bench::AbArguments),
     /// Name the scenarios.
     List,
     /// Process 1 of a node.
@@ -210,12 +212,9 @@ fn run(command: Command) -> Result<ExitCode> {
             })
         }
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Ab(arguments) => bench::run_ab(&arguments),
         Command::List => {
-            for scenario in &scenario::ALL {
-                println!("{:<14} {}", scenario.name, scenario.summary);
-                let cases = scenario.named_cases().iter();
-                cases.for_each(|(name, what)| println!("  --only {name}: {what}"));
-            }
+            list();
             Ok(ExitCode::SUCCESS)
         }
         Command::NodeInit => lab::init::node_init().map(|()| ExitCode::SUCCESS),
@@ -225,6 +224,14 @@ fn run(command: Command) -> Result<ExitCode> {
             images::send(&folder, target).map(|()| ExitCode::SUCCESS)
         }
         Command::ReceiveImages { folder } => images::receive(&folder).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn list() {
+    for scenario in &scenario::ALL {
+        println!("{:<14} {}", scenario.name, scenario.summary);
+        let cases = scenario.named_cases().iter();
+        cases.for_each(|(name, what)| println!("  --only {name}: {what}"));
     }
 }
 

@@ -42,7 +42,10 @@ fn cpu_seconds(node: &Node) -> Result<f64> {
         .filter_map(|folder| fs::read_to_string(folder.join("cpu.stat")).ok());
     let micros = stats.find_map(|stat| field(&stat, "usage_usec"));
     let micros = micros.with_context(|| {
-        format!("no cgroup of node {} tells of CPU time (cpuacct, cpu.stat)", node.name())
+        format!(
+            "no cgroup of node {} tells of CPU time (cpuacct, cpu.stat)",
+            node.name()
+        )
     })?;
     Ok(micros as f64 / 1e6)
 }

@@ -79,7 +79,9 @@ impl<'a> Passage<'a> {
     /// `criu dump`, with further arguments.
     pub fn dump_command(&self, more: &[&str]) -> Result<Inside> {
         let pid = self.order.workload.pid.to_string();
-        let command = self.source.command_beside(self.order.workload.pid, "criu")?;
+        let command = self
+            .source
+            .command_beside(self.order.workload.pid, "criu")?;
         Ok(command
             .args(["dump", "-t", &pid, "-o", "dump.log"])
             .args(["--network-lock", "skip"])
@@ -157,7 +159,11 @@ impl<'a> Passage<'a> {
 /// else it could write to would stay open in the restored tree.
 pub fn start_quiet(command: Inside) -> Result<Child> {
     let null = || File::options().read(true).write(true).open("/dev/null");
-    command.stdin(null()?).stdout(null()?).stderr(null()?).spawn()
+    command
+        .stdin(null()?)
+        .stdout(null()?)
+        .stderr(null()?)
+        .spawn()
 }
 
 /// Waits for a child, at most so long; false if it ends in failure.
@@ -167,7 +173,10 @@ pub fn start_quiet(command: Inside) -> Result<Child> {
 pub fn wait_for(child: &mut Child, what: &str, time_max: Duration) -> Result<bool> {
     let deadline = Instant::now() + time_max;
     loop {
-        if let Some(status) = child.try_wait().with_context(|| format!("waiting for {what}"))? {
+        if let Some(status) = child
+            .try_wait()
+            .with_context(|| format!("waiting for {what}"))?
+        {
             return Ok(status.success());
         }
         if deadline < Instant::now() {
@@ -286,7 +295,10 @@ pub fn hear_ready(pipe: std::os::fd::OwnedFd) -> Result<bool> {
 pub fn number_of(path: &str) -> Result<&str> {
     let number = path.rsplit_once('/').map(|(_, number)| number);
     let number = number.context("a descriptor's path")?;
-    ensure!(number.bytes().all(|byte| byte.is_ascii_digit()), "{path} is no descriptor");
+    ensure!(
+        number.bytes().all(|byte| byte.is_ascii_digit()),
+        "{path} is no descriptor"
+    );
     Ok(number)
 }
 

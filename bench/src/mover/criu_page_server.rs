@@ -56,7 +56,7 @@ impl Mover for CriuPageServer {
         let track = if self.pre_dumps == 0 { &[] } else { &track[..] };
         let (mut server, near) = serve(&passage, FOLDER, track)?;
         passage.close()?;
-        if let Err(error) = dump(&passage, near, track) {
+        if let Err(error) = dump(&passage, &near, track) {
             let _ = server.kill();
             let _ = server.wait();
             return passage.give_up("criu-dump", &error);
@@ -72,7 +72,11 @@ impl Mover for CriuPageServer {
             copied,
             restored: Instant::now(),
         };
-        let mode = if self.pre_dumps == 0 { "page-server" } else { "pre-copy" };
+        let mode = if self.pre_dumps == 0 {
+            "page-server"
+        } else {
+            "pre-copy"
+        };
         Ok(Outcome::moved(passage.open(mode, wire_bytes, &ends)?))
     }
 
@@ -102,7 +106,12 @@ impl CriuPageServer {
         let path = command.inherit(&near)?;
         let command = command
             .args(["pre-dump", "-t", &pid.to_string(), "--images-dir", &folder])
-            .args(["--track-mem", "--page-server", "--ps-socket", number_of(&path)?])
+            .args([
+                "--track-mem",
+                "--page-server",
+                "--ps-socket",
+                number_of(&path)?,
+            ])
             .args(["-o", "pre-dump.log", "-v3", "--tcp-established"])
             .args(&track);
         command.run().context("criu pre-dump")?;
@@ -129,9 +138,9 @@ fn serve(
     Ok((start_quiet(command)?, near))
 }
 
-fn dump(passage: &Passage<'_>, near: std::net::TcpStream, track: &[&str]) -> Result<()> {
+fn dump(passage: &Passage<'_>, near: &std::net::TcpStream, track: &[&str]) -> Result<()> {
     let mut command = passage.dump_command(track)?;
-    let path = command.inherit(&near)?;
+    let path = command.inherit(near)?;
     let command = command.args(["--page-server", "--ps-socket", number_of(&path)?]);
     let success = command.output()?.status.success();
     finish_criu(passage.lab, passage.source, "dump", success)

@@ -17,11 +17,17 @@ use crate::lab::node::Node;
 
 /// Makes an empty folder for images at a node.
 pub fn make_folder(node: &Node) -> Result<()> {
+    clear(node)?;
+    fs::create_dir(node.path(FOLDER)).context("creating the folder of images")
+}
+
+/// Takes a node's images away: they are in its memory.
+pub fn clear(node: &Node) -> Result<()> {
     let images = node.path(FOLDER);
     if images.exists() {
-        fs::remove_dir_all(&images).context("removing the images of an earlier move")?;
+        fs::remove_dir_all(&images).context("removing images")?;
     }
-    fs::create_dir(&images).context("creating the folder of images")
+    Ok(())
 }
 
 /// Who waits for images at the target.
@@ -32,8 +38,14 @@ impl Receiver {
     /// Starts one, which listens when this returns.
     pub fn start(target: &Node, folder: &str) -> Result<Self> {
         let command = target.command(LAB)?.args(["receive-images", folder]);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-        let stdout = child.stdout.take().context("stdout was asked to be a pipe")?;
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let stdout = child
+            .stdout
+            .take()
+            .context("stdout was asked to be a pipe")?;
         let mut line = String::new();
         BufReader::new(stdout)
             .read_line(&mut line)
@@ -115,7 +127,10 @@ fn receive_files(mut stream: TcpStream, folder: &Path) -> Result<()> {
         stream.read_exact(&mut number)?;
         let length = u64::from_le_bytes(number);
         let name = Path::new(std::str::from_utf8(&name)?);
-        let is_plain = matches!(name.components().collect::<Vec<_>>()[..], [Component::Normal(_)]);
+        let is_plain = matches!(
+            name.components().collect::<Vec<_>>()[..],
+            [Component::Normal(_)]
+        );
         ensure!(is_plain, "an image is called {}", name.display());
         let mut file = File::create(folder.join(name))?;
         let copied = io::copy(&mut (&mut stream).take(length), &mut file)?;

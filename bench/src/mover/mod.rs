@@ -12,6 +12,9 @@ pub mod disk_tar;
 pub mod images;
 pub mod outcome;
 pub mod pageferry;
+pub mod redis_aof;
+pub mod redis_replica;
+pub mod runc_checkpoint;
 pub mod stock_criu;
 
 use std::fmt::Debug;
