@@ -25,7 +25,9 @@ pub fn gaps(cells: &[&Cell]) -> Result<String> {
     let rows = all.len();
     let height = u32::try_from(rows).unwrap_or(1) * ROW + 44;
     drawn(height, |area| {
-        let scale = (least.max(0.1) / 1.6..most * 1.6).log_scale();
+        // Whole powers of ten: those have labels.
+        let power = |ms: f64, up: f64| 10_f64.powf((ms.max(0.1).log10() + up).floor());
+        let scale = (power(least, -0.05)..power(most, 1.05)).log_scale();
         let mut chart = ChartBuilder::on(&area)
             .x_label_area_size(34)
             .y_label_area_size(LABELS)
@@ -108,7 +110,7 @@ fn timeline(
     let mut chart = ChartBuilder::on(part)
         .caption(&cell.system, title)
         .x_label_area_size(22)
-        .y_label_area_size(56)
+        .y_label_area_size(64)
         .margin_right(12)
         .build_cartesian_2d(BEFORE..end, 0.0..most * 1.05)
         .map_err(failed)?;
@@ -169,9 +171,9 @@ fn failed(error: impl std::fmt::Display) -> anyhow::Error {
 const WIDTH: u32 = 560;
 const ROW: u32 = 26;
 const TIMELINE: u32 = 104;
-const LABELS: u32 = 150;
+const LABELS: u32 = 158;
 const FONT: &str = "sans-serif";
-const FONT_SIZE: u32 = 12;
+const FONT_SIZE: u32 = 14;
 /// Seconds that are shown before the order.
 const BEFORE: f64 = -2.0;
 /// Both can be told from white and from black.

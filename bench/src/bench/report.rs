@@ -146,7 +146,9 @@ fn group(body: &mut String, series: &Series, workload: &str, link: &str) -> Resu
             }
         }
     }
-    *body += &html_table(&rows);
+    if rows.len() > 1 {
+        *body += &html_table(&rows);
+    }
     if !absent.is_empty() {
         let _ = write!(body, "<ul>{absent}</ul>");
     }

@@ -114,7 +114,9 @@ pub fn tables(series: &Series) -> String {
                 None => rows.push(row(cell)),
             }
         }
-        text += &aligned(&rows);
+        if rows.len() > 1 {
+            text += &aligned(&rows);
+        }
         for reason in absent {
             let _ = writeln!(text, "  {reason}");
         }

@@ -121,6 +121,11 @@ pub fn watch(
     };
     note_outcome(&mut run, &outcome);
     note_usage(&mut run, lab, &readings, moments);
+    if system.only_redis {
+        // What Redis sends is not the nodes' own: only it knows.
+        let told = outcome.moved.as_ref().map(|moved| moved.wire_bytes);
+        run.wire_bytes = told.filter(|bytes| *bytes > 0);
+    }
     conclude(&mut run, lab, subject, moments);
     Ok(run)
 }

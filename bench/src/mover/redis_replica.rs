@@ -44,6 +44,12 @@ impl Mover for RedisReplica {
         let master = order.workload;
         let memory_bytes = master.memory_bytes(source)?;
         let begun = Instant::now();
+        // Else the master waits for 5 s whether other replicas come.
+        let at_once = "CONFIG SET repl-diskless-sync-delay 0";
+        ensure!(
+            says(source, master.link.address, at_once, "OK")?,
+            "the master does not let itself be configured"
+        );
         let replica = start_replica(target, master)?;
         let up = "master_link_status:up";
         let link = &replica.link;
@@ -63,6 +69,9 @@ impl Mover for RedisReplica {
         })
         .context("the replica does not become the master")?;
         let promoted = Instant::now();
+        let wire_bytes = replicated_bytes(source, master)?;
+        // Clients hear that their connections have ended, and need not find out.
+        says(source, master.link.address, "CLIENT KILL TYPE normal", "")?;
         master.link.close(source)?;
         take_address(target, &replica, master)?;
         let moved = Instant::now();
@@ -74,7 +83,7 @@ impl Mover for RedisReplica {
             to: order.to.to_owned(),
             rounds: 0,
             memory_bytes,
-            wire_bytes: 0,
+            wire_bytes,
             downtime_ms: millis(moved - failing),
             parts_ms: Parts {
                 commit: millis(promoted - failing),
@@ -120,6 +129,18 @@ fn start_replica(target: &Node, master: &Workload) -> Result<Workload> {
     };
     launch(target, &spec, &replica.link).context("starting the replica")?;
     Ok(replica)
+}
+
+/// What a master has sent to its replicas, as it says.
+fn replicated_bytes(node: &Node, master: &Workload) -> Result<u64> {
+    let asked = node
+        .command("redis-cli")?
+        .args(["-h", &master.link.address.to_string(), "INFO", "stats"])
+        .run()?;
+    let mut lines = asked.lines();
+    let bytes = lines.find_map(|line| line.strip_prefix("total_net_repl_output_bytes:"));
+    let bytes = bytes.and_then(|bytes| bytes.trim().parse().ok());
+    bytes.context("Redis does not say what it has sent to its replicas")
 }
 
 /// The replica gets the master's address besides its own, and everybody is told.
