@@ -179,10 +179,16 @@ fn a_benchmark_measures_a_move_and_draws_it() {
     let measured = [run.gap_ms, run.downtime_ms, run.total_ms, run.cpu_per_gib()];
     assert!(measured.iter().all(Option::is_some), "{run:?}");
     // All that is in memory must go, and compresses less than three times.
-    assert!(run.memory_bytes < run.wire_bytes.map(|bytes| 3 * bytes), "{run:?}");
+    assert!(
+        run.memory_bytes < run.wire_bytes.map(|bytes| 3 * bytes),
+        "{run:?}"
+    );
     assert!(!run.timeline.is_empty() && run.calm.is_some(), "{run:?}");
     let page = std::fs::read_to_string(folder.path().join("report.html")).expect("a report");
-    assert!(page.contains("<svg") && page.ends_with("</html>\n"), "{page}");
+    assert!(
+        page.contains("<svg") && page.ends_with("</html>\n"),
+        "{page}"
+    );
     assert_clean();
 }
 

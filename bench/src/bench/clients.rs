@@ -58,6 +58,71 @@ impl Client for Pinger {
     }
 }
 
+/// Who is sent frames at a constant rate by the self-checking writer: an answer is a frame.
+#[derive(Debug)]
+pub struct Viewer {
+    target: SocketAddr,
+    frames_per_second: u32,
+    judges: bool,
+    wire: Option<Wire>,
+    /// Of the last frame.
+    number: u64,
+    wrong: Vec<String>,
+}
+
+impl Viewer {
+    pub fn new(target: SocketAddr, frames_per_second: u32, judges: bool) -> Self {
+        Self {
+            target,
+            frames_per_second,
+            judges,
+            wire: None,
+            number: 0,
+            wrong: Vec::new(),
+        }
+    }
+}
+
+impl Client for Viewer {
+    fn connect(&mut self) -> Result<()> {
+        self.wire = None;
+        let mut wire = Wire::open_here(self.target, CONNECT_TIME_MAX)?;
+        let rate = self.frames_per_second;
+        self.number = frame_number(&wire.ask(format!("stream {rate}\n").as_bytes())?)?;
+        self.wire = Some(wire);
+        Ok(())
+    }
+
+    fn ask(&mut self) -> Result<()> {
+        let wire = self.wire.as_mut().context(NOT_CONNECTED)?;
+        let number = frame_number(&wire.line()?)?;
+        let wanted = self.number + 1;
+        if number != wanted && self.wrong.len() < WRONG_MAX {
+            self.wrong
+                .push(format!("frame {number} came, not {wanted}"));
+        }
+        self.number = number;
+        Ok(())
+    }
+
+    fn judge(&mut self) -> Result<Vec<String>> {
+        self.wire = None;
+        let mut wrong = std::mem::take(&mut self.wrong);
+        let mut pinger = Pinger::new(self.target, self.judges);
+        pinger.connect()?;
+        wrong.extend(pinger.judge()?);
+        Ok(wrong)
+    }
+}
+
+fn frame_number(line: &str) -> Result<u64> {
+    let number = line
+        .strip_prefix("frame ")
+        .and_then(|rest| rest.split(' ').next());
+    let number = number.and_then(|number| number.parse().ok());
+    number.with_context(|| format!("not a frame: {line:?}"))
+}
+
 /// A client of the program that changes arrays of numpy: how many steps has it done?
 #[derive(Debug)]
 pub struct Stepper {

@@ -199,7 +199,7 @@ const fn redis(bytes: u64, clients: u32) -> What {
     }
 }
 
-pub static KINDS: [Entry; 15] = [
+pub static KINDS: [Entry; 16] = [
     quick(entry(
         "redis-ycsb-a",
         "Redis, 256 MiB of values of 1,000 bytes, YCSB-A: 8 clients, 4,000 requests/s, half of \
@@ -234,6 +234,16 @@ pub static KINDS: [Entry; 15] = [
         "Redis, 1 GiB of values of 1,000 bytes, YCSB-A: 8 clients, 4,000 requests/s",
         Content::Random,
         redis(1 << 30, 8),
+    ),
+    entry(
+        "stream",
+        "64 MiB that send a frame of 512 bytes to each of 4 viewers 30 times a second; a stall is a \
+         time without any frame of 100 ms",
+        Content::Text,
+        What::Stream {
+            viewers: 4,
+            frames_per_second: 30,
+        },
     ),
     entry(
         "memcached",

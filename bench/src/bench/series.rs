@@ -203,6 +203,12 @@ impl Cell {
 }
 
 impl Run {
+    /// Times of 100 ms at least without an answer, as the viewer of a video notices them.
+    pub fn stalls(&self) -> usize {
+        let gaps = self.gaps_ms.iter();
+        gaps.filter(|(_, length)| STALL_MS <= *length).count()
+    }
+
     pub fn cpu_per_gib(&self) -> Option<f64> {
         let gib = self.memory_bytes? as f64 / GIB;
         let all: f64 = self.cpu_seconds.values().sum();
@@ -255,6 +261,8 @@ impl Summary {
 pub const SCHEMA: &str = "pageferry-bench/1.0";
 const SCHEMA_MAJOR: &str = "pageferry-bench/1.";
 pub const FILE: &str = "series.json";
+/// Three frames of thirty a second.
+const STALL_MS: f64 = 100.0;
 const GIB: f64 = (1_u64 << 30) as f64;
 const BROWNOUT_SECONDS_MIN: f64 = 0.1;
 

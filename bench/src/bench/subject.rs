@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
-use super::clients::{Browser, Pinger, Setter, Stepper, VALUE_BYTES};
+use super::clients::{Browser, Pinger, Setter, Stepper, VALUE_BYTES, Viewer};
 use super::crowd::{Client, Crowd, Pace, Seen};
 use super::ycsb::Ycsb;
 use crate::app::{numpy, state};
@@ -67,6 +67,11 @@ pub(super) enum What {
         rate: u32,
         pattern: Pattern,
     },
+    /// A writer that sends frames.
+    Stream {
+        viewers: u32,
+        frames_per_second: u32,
+    },
     Memcached {
         clients: u64,
         /// Of each client.
@@ -114,6 +119,7 @@ impl Kind {
         match self.what {
             What::Redis { .. } => self.start_redis(lab, at, packing),
             What::Writer { .. } => self.start_writer(lab, at, packing),
+            What::Stream { .. } => self.start_stream(lab, at),
             What::Memcached { .. } => self.start_memcached(lab, at),
             What::Nginx { .. } => self.start_nginx(lab, at),
             What::Numpy => start_numpy(lab, at),
@@ -178,6 +184,31 @@ impl Kind {
             workload,
             ((0..PINGERS).map(one).collect(), PINGS_PER_SECOND),
         )
+    }
+
+    fn start_stream(&self, lab: &mut Lab, at: &str) -> Result<Subject> {
+        let What::Stream {
+            viewers,
+            frames_per_second,
+        } = self.what
+        else {
+            bail!("{} is no stream", self.name)
+        };
+        let mut options = Options::new(STREAM_BYTES);
+        options.content = self.content;
+        let (workload, client) = writer::start(lab, at, &options, |_| {})?;
+        drop(client);
+        let target = SocketAddr::from((workload.link.address, WRITER_PORT));
+        let one = |index| -> Box<dyn Client> {
+            Box::new(Viewer::new(target, frames_per_second, index == 0))
+        };
+        // They wait for what comes: the rate is the server's.
+        let crowd = Crowd::start(
+            &lab.client.net,
+            (0..viewers).map(one).collect(),
+            Pace { per_second: None },
+        )?;
+        Ok(Subject { workload, crowd })
     }
 
     fn start_memcached(&self, lab: &mut Lab, at: &str) -> Result<Subject> {
@@ -254,6 +285,7 @@ impl Kind {
             What::Redis { bytes, .. } => bytes,
             What::Writer { memory, .. } => memory as u64,
             What::Memcached { clients, keys, .. } => clients * (keys * VALUE_BYTES) as u64,
+            What::Stream { .. } => STREAM_BYTES as u64,
             What::Nginx { .. } => 16 << 20,
             What::Numpy => 64 << 20,
         }
@@ -327,6 +359,7 @@ fn start_joined(lab: &mut Lab, at: &str, mut plan: Plan) -> Result<Workload> {
     Whose::Runtime(Runtime::Runc).start(lab, at, &plan)
 }
 
+const STREAM_BYTES: usize = 64 << 20;
 const MEMCACHED_PORT: u16 = 11_211;
 const STEP_QUESTIONS_PER_SECOND: u32 = 500;
 /// Each asks once in 2 ms.

@@ -43,7 +43,7 @@ pub struct Column {
 }
 
 /// All of them.
-pub const COLUMNS: [Column; 10] = [
+pub const COLUMNS: [Column; 11] = [
     Column {
         title: "gap",
         figure: |run| run.gap_ms,
@@ -53,6 +53,11 @@ pub const COLUMNS: [Column; 10] = [
         title: "TTR90",
         figure: |run| run.ttr90_ms,
         text: millis,
+    },
+    Column {
+        title: "stalls",
+        figure: |run| Some(run.stalls() as f64),
+        text: |count| format!("{count:.0}"),
     },
     Column {
         title: "downtime",

@@ -217,9 +217,13 @@ fn note_journal(run: &mut Run, journal: &Journal, moments: Moments) {
     run.timeline_from_ms = round(since(calm));
     run.timeline = journal.windows(calm, end, WINDOW);
     let from = order.saturating_sub(HOLD);
-    let gaps = journal.gaps(from, end, GAP_MIN).into_iter();
+    let mut gaps = journal.gaps(from, end, GAP_MIN);
+    // A load that asks seldom has many: the longest count.
+    gaps.sort_by_key(|gap| std::cmp::Reverse(gap.length()));
+    gaps.truncate(GAPS_MAX);
+    gaps.sort_by_key(|gap| gap.from);
     run.gaps_ms = gaps
-        .take(GAPS_MAX)
+        .into_iter()
         .map(|gap| (round(since(gap.from)), round(gap.length() as f64 / 1e6)))
         .collect();
     let Some(gap) = journal.longest_gap(order, settled.max(ended)) else {
