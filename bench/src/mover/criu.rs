@@ -7,11 +7,11 @@
 
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::child::start_quiet;
 use super::outcome::{Move, Outcome, Parts, millis};
 use super::{Order, images};
 use crate::lab::Lab;
@@ -155,39 +155,6 @@ impl<'a> Passage<'a> {
     }
 }
 
-/// Starts a program of CRIU's that works beside a restore or a dump; its log says it all. Whatever
-/// else it could write to would stay open in the restored tree.
-pub fn start_quiet(command: Inside) -> Result<Child> {
-    let null = || File::options().read(true).write(true).open("/dev/null");
-    command
-        .stdin(null()?)
-        .stdout(null()?)
-        .stderr(null()?)
-        .spawn()
-}
-
-/// Waits for a child, at most so long; false if it ends in failure.
-///
-/// # Errors
-/// It does not end; it is killed then.
-pub fn wait_for(child: &mut Child, what: &str, time_max: Duration) -> Result<bool> {
-    let deadline = Instant::now() + time_max;
-    loop {
-        if let Some(status) = child
-            .try_wait()
-            .with_context(|| format!("waiting for {what}"))?
-        {
-            return Ok(status.success());
-        }
-        if deadline < Instant::now() {
-            let _ = child.kill();
-            let _ = child.wait();
-            bail!("{what} does not end within {time_max:?}");
-        }
-        std::thread::sleep(POLL);
-    }
-}
-
 fn prepare(source: &Node, target: &Node, workload: &Workload) -> Result<i32> {
     let holder = target.hold(HoldSpec {
         net: true,
@@ -311,4 +278,3 @@ pub const COMMON: [&str; 5] = [
 ];
 const PIPE_MAX: &str = "/proc/sys/fs/pipe-max-size";
 const PIPE_BYTES: u64 = 4 << 20;
-const POLL: Duration = Duration::from_millis(2);

@@ -12,9 +12,8 @@ use anyhow::{Context, Result, ensure};
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
-use super::criu::{
-    COMMON, Ends, LargePipes, Passage, finish_criu, hear_ready, number_of, start_quiet, wait_for,
-};
+use super::child::{start_quiet, wait_for};
+use super::criu::{COMMON, Ends, LargePipes, Passage, finish_criu, hear_ready, number_of};
 use super::images::{FOLDER, Receiver};
 use super::outcome::{Outcome, millis};
 use super::{Mover, Order};

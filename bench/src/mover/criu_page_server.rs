@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::criu::{Ends, Passage, finish_criu, has_feature, number_of, start_quiet, wait_for};
+use super::child::{start_quiet, wait_for};
+use super::criu::{Ends, Passage, finish_criu, has_feature, number_of};
 use super::images::{self, FOLDER, Receiver};
 use super::outcome::Outcome;
 use super::{Mover, Order};

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::criu::{Ends, Passage, wait_for};
+use super::child::wait_for;
+use super::criu::{Ends, Passage};
 use super::images::FOLDER;
 use super::outcome::Outcome;
 use super::{Mover, Order};

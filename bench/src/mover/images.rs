@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::criu::wait_for;
+use super::child::wait_for;
 use crate::lab::node::Node;
 
 /// Makes an empty folder for images at a node.

@@ -5,6 +5,7 @@
 //! at its node, with its link open; an error is the lab's own trouble, and says nothing about the
 //! workload.
 
+pub mod child;
 pub mod criu;
 pub mod criu_lazy;
 pub mod criu_page_server;

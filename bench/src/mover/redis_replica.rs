@@ -69,7 +69,7 @@ impl Mover for RedisReplica {
         })
         .context("the replica does not become the master")?;
         let promoted = Instant::now();
-        let wire_bytes = replicated_bytes(source, master)?;
+        let wire_bytes = received_bytes(target, &replica)?;
         // Clients hear that their connections have ended, and need not find out.
         says(source, master.link.address, "CLIENT KILL TYPE normal", "")?;
         master.link.close(source)?;
@@ -131,16 +131,14 @@ fn start_replica(target: &Node, master: &Workload) -> Result<Workload> {
     Ok(replica)
 }
 
-/// What a master has sent to its replicas, as it says.
-fn replicated_bytes(node: &Node, master: &Workload) -> Result<u64> {
-    let asked = node
-        .command("redis-cli")?
-        .args(["-h", &master.link.address.to_string(), "INFO", "stats"])
-        .run()?;
-    let mut lines = asked.lines();
-    let bytes = lines.find_map(|line| line.strip_prefix("total_net_repl_output_bytes:"));
-    let bytes = bytes.and_then(|bytes| bytes.trim().parse().ok());
-    bytes.context("Redis does not say what it has sent to its replicas")
+/// What a replica has received: from its master alone, as clients do not know it yet.
+fn received_bytes(node: &Node, replica: &Workload) -> Result<u64> {
+    let path = node.process(replica.pid).join("net/dev");
+    let text = std::fs::read_to_string(path).context("reading what a replica has received")?;
+    let mut lines = text.lines().map(str::trim_start);
+    let line = lines.find_map(|line| line.strip_prefix("eth0:"));
+    let bytes = line.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    bytes.context("a replica without eth0")
 }
 
 /// The replica gets the master's address besides its own, and everybody is told.
