@@ -120,13 +120,13 @@ pub fn watch(
         ..Run::default()
     };
     note_outcome(&mut run, &outcome);
+    conclude(&mut run, lab, subject, moments);
     note_usage(&mut run, lab, &readings, moments);
     if system.only_redis {
         // What Redis sends is not the nodes' own: only it knows.
         let told = outcome.moved.as_ref().map(|moved| moved.wire_bytes);
         run.wire_bytes = told.filter(|bytes| *bytes > 0);
     }
-    conclude(&mut run, lab, subject, moments);
     Ok(run)
 }
 
@@ -194,9 +194,11 @@ fn note_usage(run: &mut Run, lab: &Lab, readings: &Readings, moments: Moments) {
         }
     }
     run.wire_bytes = Some(wire);
-    // What the workload would have used anyway, and at which node is not known: taken from both by
-    // their shares.
-    let own = calm_rate * seconds(moments.order, moments.settled);
+    // What the workload would have used anyway, but for the gap, and at which node is not known:
+    // taken from both by their shares.
+    let gap = run.gap_ms.unwrap_or_default() / 1e3;
+    let served = (seconds(moments.order, moments.settled) - gap).max(0.0);
+    let own = calm_rate * served;
     let all: f64 = cpu.values().sum();
     for (name, used) in cpu {
         let beyond = (used - own * used / all.max(f64::MIN_POSITIVE)).max(0.0);

@@ -17,7 +17,7 @@ use super::{Order, images};
 use crate::lab::Lab;
 use crate::lab::init::HoldSpec;
 use crate::lab::inside::{Inside, in_network};
-use crate::lab::network::mac_of;
+use crate::lab::network::{CLIENT_ADDRESS, ip, mac_of, mac_text};
 use crate::lab::node::Node;
 use crate::sys;
 use crate::workload::Workload;
@@ -162,11 +162,21 @@ fn prepare(source: &Node, target: &Node, workload: &Workload) -> Result<i32> {
         ipc: true,
     })?;
     workload.link.create(target, &target.network_of(holder)?)?;
+    know_client(target, holder)?;
     set_host_name(target, holder, &host_name(source, workload.pid)?)?;
     for node in [source, target] {
         images::make_folder(node)?;
     }
     Ok(holder)
+}
+
+/// Tells a network that is made ready where the client is. Else the first packet of what is restored
+/// there, which it sends while the link is closed, has it ask and ask again only after a second.
+pub fn know_client(target: &Node, inside: i32) -> Result<()> {
+    let mac = mac_text(mac_of(CLIENT_ADDRESS));
+    ip(target, &target.network_of(inside)?, &[], |_| {
+        format!("neigh replace {CLIENT_ADDRESS} lladdr {mac} dev eth0 nud reachable\n")
+    })
 }
 
 fn open_link(target: &Node, holder: i32, workload: &Workload) -> Result<()> {

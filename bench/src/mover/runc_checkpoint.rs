@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::criu::announce;
+use super::criu::{announce, know_client};
 use super::images::{self, FOLDER, Receiver};
 use super::outcome::{Move, Outcome, Parts, millis};
 use super::{Mover, Order};
@@ -101,6 +101,7 @@ fn prepare(source: &Node, target: &Node, order: &Order<'_>, id: &str) -> Result<
     let holder = hold_network(target)?;
     let link = &order.workload.link;
     link.create(target, &target.network_of(holder)?)?;
+    know_client(target, holder)?;
     let path = target.path(format!("{}/config.json", container::bundle(id)));
     let text = fs::read_to_string(&path).context("reading the bundle at the target")?;
     let mut spec: Value = serde_json::from_str(&text).context("reading the bundle")?;
