@@ -9,8 +9,8 @@
 //! Plain std: the binary should map little and be easy to dump.
 //!
 //! Protocol, one line each way: `ping` → `pong`; `status` → `ok ticks=N dirtied=N …`; `verify` →
-//! `ok verified=PAGES`; `rate N` → `ok`; `stream N` → `frame NUMBER …` N times a second from then on;
-//! anything after a mismatch → `mismatch …`.
+//! `ok verified=PAGES`; `rate N` → `ok`; `stream N` → `frame NUMBER …` N times a second from then
+//! on; anything after a mismatch → `mismatch …`.
 
 pub mod case;
 pub mod options;

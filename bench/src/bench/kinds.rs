@@ -209,7 +209,8 @@ pub static KINDS: [Entry; 16] = [
     )),
     quick(entry(
         "writer",
-        "the self-checking writer, 256 MiB, 5,000 pages/s (20 MB/s) written in 64 MiB, 2,000 pings/s",
+        "the self-checking writer, 256 MiB, 5,000 pages/s (20 MB/s) written in 64 MiB, 2,000 \
+         pings/s",
         Content::Text,
         What::Writer {
             memory: 256 << 20,
@@ -237,8 +238,8 @@ pub static KINDS: [Entry; 16] = [
     ),
     entry(
         "stream",
-        "64 MiB that send a frame of 512 bytes to each of 4 viewers 30 times a second; a stall is a \
-         time without any frame of 100 ms",
+        "64 MiB that send a frame of 512 bytes to each of 4 viewers 30 times a second; a stall is \
+         a time without any frame of 100 ms",
         Content::Text,
         What::Stream {
             viewers: 4,

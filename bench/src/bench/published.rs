@@ -83,9 +83,9 @@ pub static ALL: [Published; 2] = [
             ),
         ],
         differs: "Theirs: two servers, 25 Gbit/s RDMA, 500,000 records of 10,240 bytes (5.12 GB), \
-                  16 clients as fast as they can (32 for SwiftBaton itself). Here: one machine with \
-                  both nodes and the clients on it, a veth pair, 100,000 such records (1 GB), 16 \
-                  clients as fast as they can, so that the workload and the move share the \
+                  16 clients as fast as they can (32 for SwiftBaton itself). Here: one machine \
+                  with both nodes and the clients on it, a veth pair, 100,000 such records (1 GB), \
+                  16 clients as fast as they can, so that the workload and the move share the \
                   processors. Their post-copy is their own, ours stock CRIU's.",
     },
     Published {
@@ -112,9 +112,9 @@ pub static ALL: [Published; 2] = [
             ),
         ],
         differs: "Theirs: pods of Kubernetes 1.18 on two servers, CRIU 3.17, 3 Gbit/s, keys of 8 \
-                  bytes and values of 1 KB, 20 clients, Zipf 1.22, half reads and half writes. Here: \
-                  a bare tree, one machine, keys of 10 bytes and values of 1,000, 20 clients of \
-                  4,000 requests per second together, Zipf 0.99; no pod is made anew.",
+                  bytes and values of 1 KB, 20 clients, Zipf 1.22, half reads and half writes. \
+                  Here: a bare tree, one machine, keys of 10 bytes and values of 1,000, 20 clients \
+                  of 4,000 requests per second together, Zipf 0.99; no pod is made anew.",
     },
 ];
 

@@ -24,8 +24,8 @@ fn page(series: &Series) -> Result<String> {
     let machine = &series.machine;
     let _ = write!(
         body,
-        "<h1>How workloads move</h1><p>{} moves on one machine, which ran {} nodes, the clients and \
-         everything else: {} × {}, {:.0} GiB, Linux {}. Sources {}.</p>",
+        "<h1>How workloads move</h1><p>{} moves on one machine, which ran {} nodes, the clients \
+         and everything else: {} × {}, {:.0} GiB, Linux {}. Sources {}.</p>",
         series.runs(),
         machine.nodes_on_it,
         machine.processors,
@@ -35,9 +35,9 @@ fn page(series: &Series) -> Result<String> {
         escaped(&series.revision)
     );
     body += "<p>Each figure is a median, with the least and the most of its runs behind it. \
-             <b>Gap</b>: the longest time in which no client finished a request. <b>TTR90</b>: from \
-             there until nine tenths of the final rate are back and hold. <b>Wire</b>: IP bytes \
-             that the nodes sent each other.</p>";
+             <b>Gap</b>: the longest time in which no client finished a request. <b>TTR90</b>: \
+             from there until nine tenths of the final rate are back and hold. <b>Wire</b>: IP \
+             bytes that the nodes sent each other.</p>";
     body += &main_table(series);
     for (workload, link) in groups(series) {
         group(&mut body, series, &workload, &link)?;

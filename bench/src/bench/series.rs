@@ -215,8 +215,8 @@ impl Run {
         (!self.cpu_seconds.is_empty()).then_some(all / gib)
     }
 
-    /// The rate while it was copied, as a share of that of the undisturbed stretch. The copying must
-    /// have lasted for a tenth of a second to be one.
+    /// The rate while it was copied, as a share of that of the undisturbed stretch. The copying
+    /// must have lasted for a tenth of a second to be one.
     pub fn brownout(&self) -> Option<f64> {
         let (calm, copied) = (self.calm?, self.before_gap?);
         (BROWNOUT_SECONDS_MIN <= copied.seconds).then_some(copied.per_second / calm.per_second)

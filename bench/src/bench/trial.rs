@@ -1,7 +1,8 @@
 //! One move of one cell, from a fresh workload to the comparison of its contents.
 //!
 //! ```text
-//!   start ─ fill ─ clients ─ warm ─┤ calm │ order ── copying ──┤ gap ├── filling ── settled │ after ├─ compare
+//!   start ─ fill ─ clients ─ warm ─┤ calm │ order ── copying ──┤ gap ├── filling ── settled
+//!                                                                  │ after ├─ compare
 //! ```
 //! An error or a refusal is a failure of the run, never of the benchmark: what was seen until there
 //! is kept.

@@ -170,8 +170,8 @@ fn prepare(source: &Node, target: &Node, workload: &Workload) -> Result<i32> {
     Ok(holder)
 }
 
-/// Tells a network that is made ready where the client is. Else the first packet of what is restored
-/// there, which it sends while the link is closed, has it ask and ask again only after a second.
+/// Tells a network that is made ready where the client is. Else the first packet of what is
+/// restored there, sent while the link is closed, has it ask, and again only after a second.
 pub fn know_client(target: &Node, inside: i32) -> Result<()> {
     let mac = mac_text(mac_of(CLIENT_ADDRESS));
     ip(target, &target.network_of(inside)?, &[], |_| {
