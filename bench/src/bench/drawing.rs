@@ -31,7 +31,7 @@ pub fn gaps(cells: &[&Cell]) -> Result<String> {
         let mut chart = ChartBuilder::on(&area)
             .x_label_area_size(34)
             .y_label_area_size(LABELS)
-            .margin_right(16)
+            .margin_right(34)
             .margin_top(4)
             .build_cartesian_2d(scale, 0.0..rows as f64)
             .map_err(failed)?;
