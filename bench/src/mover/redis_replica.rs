@@ -70,8 +70,7 @@ impl Mover for RedisReplica {
         .context("the replica does not become the master")?;
         let promoted = Instant::now();
         let wire_bytes = received_bytes(target, &replica)?;
-        // Clients hear that their connections have ended, and need not find out.
-        says(source, master.link.address, "CLIENT KILL TYPE normal", "")?;
+        send_clients_away(source, master)?;
         master.link.close(source)?;
         take_address(target, &replica, master)?;
         let moved = Instant::now();
@@ -129,6 +128,18 @@ fn start_replica(target: &Node, master: &Workload) -> Result<Workload> {
     };
     launch(target, &spec, &replica.link).context("starting the replica")?;
     Ok(replica)
+}
+
+/// Has clients hear that their connections have ended, so that they need not find out; and none
+/// comes back, by one connection: there is no room for another.
+fn send_clients_away(source: &Node, master: &Workload) -> Result<()> {
+    let last_words = "CONFIG SET maxclients 1\nCLIENT KILL TYPE normal\n";
+    source
+        .command("redis-cli")?
+        .args(["-h", &master.link.address.to_string()])
+        .run_with_input(last_words)
+        .context("sending the master's clients away")?;
+    Ok(())
 }
 
 /// What a replica has received: from its master alone, as clients do not know it yet.
