@@ -9,6 +9,8 @@ use super::table::{millis, spread};
 /// The table, with where its figures are from.
 pub fn section(series: &Series) -> String {
     let mut text = String::new();
+    let mut commands = series.commands.clone();
+    commands.dedup();
     let _ = writeln!(
         text,
         "{} moves, {} × {}, Linux {}, revision {}; `{}`:\n",
@@ -17,7 +19,7 @@ pub fn section(series: &Series) -> String {
         series.machine.processor,
         series.machine.kernel,
         series.revision,
-        series.commands.join("`, `"),
+        commands.join("`, `"),
     );
     text += "| workload | link | gap | best peer's gap | peer / ours: gap | total | wire |\n";
     text += "|---|---|---|---|---|---|---|\n";
