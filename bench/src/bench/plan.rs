@@ -64,20 +64,23 @@ impl Plan {
         }
     }
 
-    /// The cells: those of the set that the pattern names; if the quick set has none of them, of
-    /// all.
+    /// The cells: those of the set that the patterns name; of a pattern that names none of the quick
+    /// set, all.
     pub fn cells(&self) -> Vec<Wanted> {
-        let named = all().filter(|cell| {
-            let name = cell.name();
-            self.only.as_deref().is_none_or(|only| matches(only, &name))
-        });
-        let named: Vec<Wanted> = named.collect();
-        let quick: Vec<Wanted> = named.iter().copied().filter(Wanted::is_quick).collect();
-        if self.full || quick.is_empty() {
-            named
-        } else {
-            quick
+        let everything: Vec<Wanted> = all().collect();
+        let mut chosen = vec![false; everything.len()];
+        for pattern in self.only.as_deref().unwrap_or("*").split(',') {
+            let named = |cell: &Wanted| matches(pattern, &cell.name());
+            let is_in_quick = everything.iter().any(|cell| named(cell) && cell.is_quick());
+            for (cell, chosen) in everything.iter().zip(&mut chosen) {
+                let wanted = self.full || !is_in_quick || cell.is_quick();
+                *chosen |= named(cell) && wanted;
+            }
         }
+        let chosen = everything.into_iter().zip(chosen);
+        chosen
+            .filter_map(|(cell, chosen)| chosen.then_some(cell))
+            .collect()
     }
 }
 
@@ -208,5 +211,8 @@ mod tests {
             let found: Vec<String> = plan.cells().iter().map(Wanted::name).collect();
             assert_eq!(found, [cell.name()]);
         }
+        // Also beside one that is.
+        plan.only = Some("writer/unshaped/pageferry,writer/10gbit/pageferry".to_owned());
+        assert_eq!(plan.cells().len(), 2);
     }
 }
