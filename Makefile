@@ -3,7 +3,7 @@ CARGO ?= cargo
 ARGS ?=
 LAB = $${CARGO_TARGET_DIR:-target}/release/lab
 
-.PHONY: build demo test clean tools
+.PHONY: build demo bench test clean tools
 
 build: tools
 	$(CARGO) build --release --workspace
@@ -11,6 +11,11 @@ build: tools
 # Moves a live Redis between two nodes and prints how long it was gone. ARGS=--keep leaves them up.
 demo: build
 	$(LAB) run demo $(ARGS)
+
+# Pageferry and its peers over the workloads and links that tell most, in 20 minutes; the report is
+# target/bench/report.html. ARGS=--full for all, or others of `lab bench`.
+bench: build
+	$(LAB) bench $(ARGS)
 
 # In one command: with other packages chosen, crates have other features and are built again. The
 # lab tests (bench/tests/lab.rs) need root, and take turns.

@@ -66,6 +66,13 @@ pub struct Lab {
 impl Lab {
     /// Brings a lab up; it comes down again when the value is dropped, unless it is to be kept.
     pub fn up(options: &LabOptions) -> Result<Self> {
+        let lab_binary = lab_binary()?;
+        let built = lab_binary.parent();
+        Self::up_with(options, built.context("the lab's binary is in a folder")?)
+    }
+
+    /// The same with the programs under test from another folder than that of the lab's own.
+    pub fn up_with(options: &LabOptions, built: &Path) -> Result<Self> {
         ensure!(nix::unistd::geteuid().is_root(), "the lab needs root");
         ensure!(
             (1..=NODES_MAX).contains(&options.nodes),
@@ -93,7 +100,7 @@ impl Lab {
             ..State::default()
         };
         folder.store(&state)?;
-        match build(&folder, layers, options, &mut state) {
+        match build(&folder, (layers, built), options, &mut state) {
             Ok(Built {
                 nodes,
                 switch,
@@ -201,6 +208,13 @@ impl Lab {
         cgroup::create(&self.state.hierarchies, name)
     }
 
+    /// Gives its links another speed.
+    pub fn reshape(&mut self, link: &Link) -> Result<()> {
+        network::reshape(&self.switch.net, &self.nodes, link)?;
+        self.state.link = link.to_string();
+        self.folder.store(&self.state)
+    }
+
     pub fn link(&self) -> &str {
         &self.state.link
     }
@@ -250,12 +264,12 @@ struct Built {
 
 fn build(
     folder: &RunFolder,
-    mut layers: Vec<PathBuf>,
+    (mut layers, built): (Vec<PathBuf>, &Path),
     options: &LabOptions,
     state: &mut State,
 ) -> Result<Built> {
     let lab_binary = lab_binary()?;
-    make_layer(&folder.layer(), &lab_binary, options.daemons)?;
+    make_layer(&folder.layer(), (&lab_binary, built), options.daemons)?;
     layers.insert(0, folder.layer());
     let (scratch, shared) = (folder.scratch(), folder.shared());
     std::fs::create_dir_all(&shared).context("creating the shared folder")?;
@@ -374,12 +388,12 @@ fn lab_binary() -> Result<PathBuf> {
 
 /// Copies the binaries under test to where nodes see them. A copy, so that a build during a run
 /// changes nothing in a running lab.
-fn make_layer(layer: &Path, lab_binary: &Path, daemons: bool) -> Result<()> {
-    let built = lab_binary
-        .parent()
-        .context("the lab's binary is in a folder")?;
+fn make_layer(layer: &Path, (lab_binary, built): (&Path, &Path), daemons: bool) -> Result<()> {
     for (name, folder, need) in BINARIES {
-        let source = built.join(name);
+        let source = match need {
+            Need::Always => lab_binary.with_file_name(name),
+            _ => built.join(name),
+        };
         if !source.is_file() {
             let needed = match need {
                 Need::Always => true,

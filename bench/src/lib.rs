@@ -5,6 +5,7 @@
 //! its binaries.
 
 pub mod app;
+pub mod bench;
 pub mod cases;
 pub mod client;
 pub mod cluster;

@@ -2,6 +2,8 @@
 //!
 //! A process that ends between two samples loses its last interval: at most [`PERIOD`] of CPU time.
 
+pub mod node;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::PathBuf;

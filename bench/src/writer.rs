@@ -9,7 +9,8 @@
 //! Plain std: the binary should map little and be easy to dump.
 //!
 //! Protocol, one line each way: `ping` → `pong`; `status` → `ok ticks=N dirtied=N …`; `verify` →
-//! `ok verified=PAGES`; `rate N` → `ok`; anything after a mismatch → `mismatch …`.
+//! `ok verified=PAGES`; `rate N` → `ok`; `stream N` → `frame NUMBER …` N times a second from then
+//! on; anything after a mismatch → `mismatch …`.
 
 pub mod case;
 pub mod options;
@@ -93,6 +94,7 @@ fn serve(writer: &mut Writer, listener: &TcpListener) -> Result<()> {
                 clients.push(Client {
                     stream,
                     line: Vec::new(),
+                    frames: None,
                 });
             }
         }
@@ -100,6 +102,7 @@ fn serve(writer: &mut Writer, listener: &TcpListener) -> Result<()> {
         let now = Instant::now();
         if now >= next_tick {
             writer.tick();
+            clients.retain_mut(|client| client.send_frames(now).is_ok());
             // After an outage there is nothing to catch up with.
             next_tick = (next_tick + TICK).max(now);
         }
@@ -123,6 +126,14 @@ fn wait_for_input(listener: &TcpListener, clients: &[Client], time: Duration) ->
 struct Client {
     stream: TcpStream,
     line: Vec<u8>,
+    frames: Option<Frames>,
+}
+
+/// A client that is sent something at a constant rate, as of a video.
+struct Frames {
+    period: Duration,
+    next: Instant,
+    number: u64,
 }
 
 impl Client {
@@ -144,12 +155,40 @@ impl Client {
         while let Some(end) = self.line.iter().position(|byte| *byte == b'\n') {
             let line = String::from_utf8_lossy(&self.line[..end]).into_owned();
             self.line.drain(..=end);
+            if let Some(rate) = line.trim().strip_prefix("stream ") {
+                let rate = rate.parse().unwrap_or(1).clamp(1, FRAMES_MAX);
+                self.frames = Some(Frames {
+                    period: Duration::from_secs(1) / rate,
+                    next: Instant::now(),
+                    number: 0,
+                });
+                continue;
+            }
             let mut answer = writer.answer(line.trim());
             answer.push('\n');
             // Answers are far shorter than a socket's buffer.
             self.stream.write_all(answer.as_bytes())?;
         }
         Ok(())
+    }
+}
+
+impl Client {
+    /// Sends the frame that is due. What was due while it did not run is not made up for. An error
+    /// means that the client is gone, or takes nothing any more.
+    fn send_frames(&mut self, now: Instant) -> io::Result<()> {
+        let Some(frames) = &mut self.frames else {
+            return Ok(());
+        };
+        if now < frames.next {
+            return Ok(());
+        }
+        frames.next = (frames.next + frames.period).max(now);
+        frames.number += 1;
+        let mut frame = format!("frame {} ", frames.number);
+        frame.extend(std::iter::repeat_n('.', FRAME_BYTES - 1 - frame.len()));
+        frame.push('\n');
+        self.stream.write_all(frame.as_bytes())
     }
 }
 
@@ -263,4 +302,7 @@ impl Writer {
 pub const PORT: u16 = 7000;
 const TICK: Duration = Duration::from_millis(1);
 const CLIENTS_MAX: usize = 16;
+/// As a client of a game or of a call has them.
+pub const FRAME_BYTES: usize = 512;
+const FRAMES_MAX: u32 = 1000;
 const LINE_MAX: usize = 1024;

@@ -9,6 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use pageferry_bench::bench::series::Series;
 use pageferry_bench::scenario::report::Report;
 
 static TURN: Mutex<()> = Mutex::new(());
@@ -170,6 +171,38 @@ fn memory_that_is_remapped_while_it_is_copied_arrives_right() {
 #[test]
 fn workloads_that_criu_cannot_dump_as_they_are_move_or_are_refused_by_name() {
     check(&["cases"], 40);
+}
+
+/// One cell of the benchmark, moved once: everything is measured, and there is a report.
+#[test]
+fn a_benchmark_measures_a_move_and_draws_it() {
+    let _turn = turn();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().to_str().expect("a plain path");
+    let only = ["--only", "writer/unshaped/pageferry", "--repeats", "1"];
+    let bench = [&["bench", "--out", out][..], &only].concat();
+    let printed = done(&bench);
+    let series = Series::read(&folder.path().join("series.json")).expect("a series");
+    let cell = series.cell("writer", "unshaped", "pageferry");
+    let [run] = &cell.expect("the cell").runs[..] else {
+        panic!("{printed}")
+    };
+    assert_eq!(run.failure, None, "{printed}");
+    assert!(run.verified && run.reconnects == 0, "{run:?}");
+    let measured = [run.gap_ms, run.downtime_ms, run.total_ms, run.cpu_per_gib()];
+    assert!(measured.iter().all(Option::is_some), "{run:?}");
+    // All that is in memory must go, and compresses less than three times.
+    assert!(
+        run.memory_bytes < run.wire_bytes.map(|bytes| 3 * bytes),
+        "{run:?}"
+    );
+    assert!(!run.timeline.is_empty() && run.calm.is_some(), "{run:?}");
+    let page = std::fs::read_to_string(folder.path().join("report.html")).expect("a report");
+    assert!(
+        page.contains("<svg") && page.ends_with("</html>\n"),
+        "{page}"
+    );
+    assert_clean();
 }
 
 #[test]

@@ -21,6 +21,12 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("app", &["client", "content", "lab", "workload"]),
     ("mover", &["lab", "sys", "workload"]),
     (
+        "bench",
+        &[
+            "app", "client", "content", "lab", "measure", "mover", "workload", "writer",
+        ],
+    ),
+    (
         "scenario",
         &[
             "app", "client", "cluster", "content", "lab", "measure", "mover", "sys", "workload",

@@ -19,7 +19,7 @@ pub const LAYER: LayerPlan = LayerPlan {
     ],
     files: &[
         (JAVA_SOURCE, include_str!("programs/Heap.java")),
-        (ARRAYS, include_str!("programs/arrays.py")),
+        (ARRAYS, ARRAYS_TEXT),
     ],
     script: "\
 rm -rf /var/lib/postgresql/*/main
@@ -33,7 +33,8 @@ test -s Heap.class
 
 /// Where the compiled [`JAVA_SOURCE`] is.
 pub const JAVA_CLASSES: &str = "/usr/local/lib/lab";
-/// The program of [`super::numpy`].
+/// The program of [`super::numpy`], and where it is.
+pub const ARRAYS_TEXT: &str = include_str!("programs/arrays.py");
 pub const ARRAYS: &str = "/usr/local/lib/lab/arrays.py";
 /// The program of [`super::jvm`].
 const JAVA_SOURCE: &str = "/usr/local/lib/lab/Heap.java";

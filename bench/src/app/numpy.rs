@@ -9,19 +9,23 @@ use crate::lab::Lab;
 use crate::workload::WorkloadPlan;
 
 pub fn start(lab: &mut Lab, node: &str) -> Result<Box<dyn App>> {
-    let plan = WorkloadPlan {
+    Ok(Box::new(Computing::start(lab, node, &plan(), replay)?))
+}
+
+/// How it is started.
+pub fn plan() -> WorkloadPlan {
+    WorkloadPlan {
         name: "numpy".to_owned(),
         arguments: ["/usr/bin/python3", "-B", ARRAYS]
             .map(str::to_owned)
             .to_vec(),
         own_pid_mnt: false,
         uid: None,
-    };
-    Ok(Box::new(Computing::start(lab, node, &plan, replay)?))
+    }
 }
 
 /// What `arrays.py` holds after so many steps: integers and floating-point numbers.
-fn replay(steps: u64) -> u64 {
+pub fn replay(steps: u64) -> u64 {
     let spread = |index: u64| index.wrapping_mul(FACTOR);
     let indices = 0..LENGTH as u64;
     let integers = indices

@@ -110,7 +110,7 @@ impl Asker for Watcher {
 }
 
 /// The numbers of an answer, without signs.
-fn numbers<const N: usize>(answer: &str) -> Result<[u64; N]> {
+pub fn numbers<const N: usize>(answer: &str) -> Result<[u64; N]> {
     let numbers = answer.split(' ').map(str::parse::<u64>);
     let numbers: Option<Vec<u64>> = numbers.map(Result::ok).collect();
     let numbers = numbers.and_then(|numbers| <[u64; N]>::try_from(numbers).ok());
@@ -129,7 +129,7 @@ pub fn mix(number: u64) -> u64 {
 /// What the programs multiply by: odd, so that nothing that is lost comes back.
 pub const FACTOR: u64 = 6_364_136_223_846_793_005;
 /// Where both programs listen.
-const PORT: u16 = 7450;
+pub const PORT: u16 = 7450;
 const PERIOD: Duration = Duration::from_millis(1);
 /// A quarter of a second.
 const ANSWERS_AROUND: u64 = 250;

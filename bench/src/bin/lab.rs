@@ -1,5 +1,9 @@
 //! `lab`: brings labs up and down and runs scenarios in them.
 
+#[path = "lab/bench.rs"]
+mod bench;
+
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
 
@@ -12,6 +16,7 @@ use pageferry_bench::lab::inside::Inside;
 use pageferry_bench::lab::network::{BRIDGE, Link};
 use pageferry_bench::lab::{self, Lab, LabOptions};
 use pageferry_bench::mover::Mover;
+use pageferry_bench::mover::images;
 use pageferry_bench::mover::pageferry::Pageferry;
 use pageferry_bench::mover::stock_criu::StockCriu;
 use pageferry_bench::scenario;
@@ -102,6 +107,10 @@ enum Command {
               value_parser = whose)]
         container: Option<Whose>,
     },
+    /// Move workloads over links by pageferry and its peers, and compare.
+    Bench(bench::Arguments),
+    /// Compare two builds: their moves mixed in one run, with a rank test.
+    Ab(bench::AbArguments),
     /// Name the scenarios.
     List,
     /// Process 1 of a node.
@@ -113,6 +122,12 @@ enum Command {
     /// Start a workload.
     #[command(hide = true)]
     Launch,
+    /// Send the files of a folder to another node.
+    #[command(hide = true)]
+    SendImages { folder: PathBuf, target: Ipv4Addr },
+    /// Take the files that another node sends.
+    #[command(hide = true)]
+    ReceiveImages { folder: PathBuf },
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -196,17 +211,27 @@ fn run(command: Command) -> Result<ExitCode> {
                 ExitCode::FAILURE
             })
         }
+        Command::Bench(arguments) => bench::run(&arguments),
+        Command::Ab(arguments) => bench::run_ab(&arguments),
         Command::List => {
-            for scenario in &scenario::ALL {
-                println!("{:<14} {}", scenario.name, scenario.summary);
-                let cases = scenario.named_cases().iter();
-                cases.for_each(|(name, what)| println!("  --only {name}: {what}"));
-            }
+            list();
             Ok(ExitCode::SUCCESS)
         }
         Command::NodeInit => lab::init::node_init().map(|()| ExitCode::SUCCESS),
         Command::Hold => lab::init::hold().map(|()| ExitCode::SUCCESS),
         Command::Launch => launch::launcher().map(|()| ExitCode::SUCCESS),
+        Command::SendImages { folder, target } => {
+            images::send(&folder, target).map(|()| ExitCode::SUCCESS)
+        }
+        Command::ReceiveImages { folder } => images::receive(&folder).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn list() {
+    for scenario in &scenario::ALL {
+        println!("{:<14} {}", scenario.name, scenario.summary);
+        let cases = scenario.named_cases().iter();
+        cases.for_each(|(name, what)| println!("  --only {name}: {what}"));
     }
 }
 

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -28,7 +29,12 @@ pub type Program = Lines<ChildStdout, ChildStdin>;
 impl Wire {
     /// Connects from inside a network namespace.
     pub fn open(net: impl AsFd, target: SocketAddr) -> Result<Self> {
-        let stream = in_network(net, || TcpStream::connect_timeout(&target, ANSWER_TIME_MAX))?
+        in_network(net, || Self::open_here(target, ANSWER_TIME_MAX))?
+    }
+
+    /// Connects from the network of this thread.
+    pub fn open_here(target: SocketAddr, time_max: Duration) -> Result<Self> {
+        let stream = TcpStream::connect_timeout(&target, time_max)
             .with_context(|| format!("connecting to {target}"))?;
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(ANSWER_TIME_MAX))?;

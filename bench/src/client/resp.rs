@@ -32,8 +32,13 @@ pub enum Reply {
 impl Connection {
     /// Connects from inside a network namespace.
     pub fn open(net: impl AsFd, address: Ipv4Addr) -> Result<Self> {
+        in_network(net, || Self::open_here(address, ANSWER_TIME_MAX))?
+    }
+
+    /// Connects from the network of this thread.
+    pub fn open_here(address: Ipv4Addr, time_max: Duration) -> Result<Self> {
         let target = SocketAddr::from((address, redis::PORT));
-        let stream = in_network(net, || TcpStream::connect_timeout(&target, ANSWER_TIME_MAX))?
+        let stream = TcpStream::connect_timeout(&target, time_max)
             .with_context(|| format!("connecting to {target}"))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(ANSWER_TIME_MAX))?;

@@ -25,7 +25,40 @@ pub enum Link {
     Unshaped,
     /// A rate as `tc` understands it ("1gbit", "200mbit").
     Shaped(String),
+    /// Radio: a rate, a delay and packets that are lost. Needs netem.
+    Radio(&'static Radio),
 }
+
+/// A link by radio, as `tc` understands it; half of the delay is at each end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Radio {
+    pub name: &'static str,
+    rate: &'static str,
+    delay: &'static str,
+    loss: &'static str,
+}
+
+/// Rates, delays and losses that were measured in the field.
+static RADIOS: [Radio; 3] = [
+    Radio {
+        name: "wifi",
+        rate: "800mbit",
+        delay: "2500us",
+        loss: "0.00001%",
+    },
+    Radio {
+        name: "lte",
+        rate: "50mbit",
+        delay: "20ms",
+        loss: "0.08%",
+    },
+    Radio {
+        name: "satellite",
+        rate: "100mbit",
+        delay: "22500us",
+        loss: "1%",
+    },
+];
 
 impl FromStr for Link {
     type Err = anyhow::Error;
@@ -33,6 +66,9 @@ impl FromStr for Link {
     fn from_str(text: &str) -> Result<Self> {
         if text == "unshaped" {
             return Ok(Self::Unshaped);
+        }
+        if let Some(radio) = RADIOS.iter().find(|radio| radio.name == text) {
+            return Ok(Self::Radio(radio));
         }
         let digits = text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
         if digits.len() == text.len() || !["kbit", "mbit", "gbit"].contains(&digits) {
@@ -47,6 +83,7 @@ impl fmt::Display for Link {
         match self {
             Self::Unshaped => f.write_str("unshaped"),
             Self::Shaped(rate) => f.write_str(rate),
+            Self::Radio(radio) => f.write_str(radio.name),
         }
     }
 }
@@ -107,11 +144,61 @@ pub fn build(switch: &OwnedFd, client: &OwnedFd, nodes: &[Node], link: &Link) ->
     })?;
     for node in nodes {
         connect_node(tools, switch, node)?;
-        if let Link::Shaped(rate) = link {
-            shape(tools, &node.namespaces.net, "eth0", rate)?;
-            shape(tools, switch, &format!("node-{}", node.name()), rate)?;
+    }
+    reshape(switch, nodes, link)
+}
+
+/// Gives the links of a lab that is up another speed.
+pub fn reshape(switch: &OwnedFd, nodes: &[Node], link: &Link) -> Result<()> {
+    let tools = nodes.first().context("a lab has at least one node")?;
+    for node in nodes {
+        let ends = [
+            (&node.namespaces.net, "eth0".to_owned()),
+            (switch, format!("node-{}", node.name())),
+        ];
+        for (net, interface) in ends {
+            match link {
+                Link::Shaped(rate) => shape(tools, net, &interface, rate)?,
+                Link::Unshaped => {
+                    let command = tool(tools, net, "tc")?;
+                    let free = ["qdisc", "replace", "dev", &interface, "root", "noqueue"];
+                    command.args(free).run().context("freeing a link")?;
+                }
+                Link::Radio(radio) => disturb(tools, net, &interface, radio)?,
+            }
         }
     }
+    Ok(())
+}
+
+/// Why a link cannot be had on this machine, if it cannot.
+pub fn unfit(nodes: &[Node], link: &Link) -> Result<Option<String>> {
+    let Link::Radio(radio) = link else {
+        return Ok(None);
+    };
+    let tools = nodes.first().context("a lab has at least one node")?;
+    let net = &tools.namespaces.net;
+    if disturb(tools, net, "lo", radio).is_err() {
+        let why = "this kernel has no netem (CONFIG_NET_SCH_NETEM) to delay and lose packets";
+        return Ok(Some(why.to_owned()));
+    }
+    let free = ["qdisc", "del", "dev", "lo", "root"];
+    tool(tools, net, "tc")?
+        .args(free)
+        .run()
+        .context("freeing a link")?;
+    Ok(None)
+}
+
+/// Delays and loses what an interface sends.
+fn disturb(tools: &Node, net: &OwnedFd, interface: &str, radio: &Radio) -> Result<()> {
+    let netem = ["qdisc", "replace", "dev", interface, "root", "netem"];
+    tool(tools, net, "tc")?
+        .args(netem)
+        .args(["delay", radio.delay, "loss", radio.loss, "rate", radio.rate])
+        .args(["limit", RADIO_PACKETS])
+        .run()
+        .context("disturbing a link")?;
     Ok(())
 }
 
@@ -148,9 +235,14 @@ fn shape(tools: &Node, net: &OwnedFd, interface: &str, rate: &str) -> Result<()>
     let arguments = [
         "qdisc", "replace", "dev", interface, "root", "tbf", "rate", rate,
     ];
-    // The burst holds one full GSO packet and 1 ms at 1 Gbit/s; the queue is what a switch port
-    // has.
-    let bucket = ["burst", "256kb", "latency", "20ms"];
+    // The burst holds one full GSO packet and 1 ms at 1 Gbit/s, or more for faster links; the
+    // queue is what a switch port has.
+    let burst = if rate.ends_with("gbit") && rate != "1gbit" {
+        "2mb"
+    } else {
+        "256kb"
+    };
+    let bucket = ["burst", burst, "latency", "20ms"];
     command
         .args(arguments)
         .args(bucket)
@@ -236,6 +328,8 @@ pub fn tool(tools: &Node, net: impl AsFd, program: &str) -> Result<Inside> {
         .enter(net)
 }
 
+/// What is under way in a delay of 23 ms at 100 Mbit/s, and as much again.
+const RADIO_PACKETS: &str = "1000";
 const NODE_FIRST: u8 = 11;
 const WORKLOAD_FIRST: u8 = 101;
 

@@ -5,8 +5,17 @@
 //! at its node, with its link open; an error is the lab's own trouble, and says nothing about the
 //! workload.
 
+pub mod child;
+pub mod criu;
+pub mod criu_lazy;
+pub mod criu_page_server;
+pub mod disk_tar;
+pub mod images;
 pub mod outcome;
 pub mod pageferry;
+pub mod redis_aof;
+pub mod redis_replica;
+pub mod runc_checkpoint;
 pub mod stock_criu;
 
 use std::fmt::Debug;
@@ -25,6 +34,14 @@ pub trait Mover: Debug + Sync {
 
     /// Whether the nodes run `pageferryd` for it.
     fn needs_daemons(&self) -> bool;
+
+    /// Why it can move nothing here, if it cannot: what this kernel or these nodes lack.
+    ///
+    /// # Errors
+    /// It could not be found out.
+    fn unfit(&self, _: &Lab) -> Result<Option<String>> {
+        Ok(None)
+    }
 
     /// Moves a workload and waits until it runs at the other node, or stays.
     ///
