@@ -114,6 +114,7 @@ fn start_replica(target: &Node, master: &Workload) -> Result<Workload> {
         link: WorkloadLink::new(REPLICA),
         container: None,
         containerd: None,
+        pod: None,
     };
     let mut plan = redis::plan();
     let of = ["--replicaof".to_owned(), master.link.address.to_string()];
