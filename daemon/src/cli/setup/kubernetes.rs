@@ -182,7 +182,7 @@ fn add_handler(config: &Path, before: &Dump, journal: &mut Journal) -> Result<St
         before: main,
         after,
     }));
-    journal.change(changes)?;
+    journal.change(&changes)?;
     let read = dump(config).and_then(|after| Ok(before.check_after(&after)?));
     if let Err(error) = read {
         journal.undo()?;
@@ -214,7 +214,7 @@ fn add_network(dump: &Dump, journal: &mut Journal) -> Result<String, SetupError>
     if let Some(after) = new {
         let before = Some(text);
         let path = path.clone();
-        journal.change(vec![Changed {
+        journal.change(&[Changed {
             path,
             before,
             after,
@@ -359,13 +359,13 @@ impl Journal {
     }
 
     /// Makes or changes files, and notes that before.
-    fn change(&mut self, changes: Vec<Changed>) -> Result<(), SetupError> {
+    fn change(&mut self, changes: &[Changed]) -> Result<(), SetupError> {
         for folder in changes.iter().filter_map(|one| one.path.parent()) {
             if !folder.exists() && !self.folders.iter().any(|made| made == folder) {
                 self.folders.push(folder.to_owned());
             }
         }
-        self.files.extend(changes.iter().cloned());
+        self.files.extend_from_slice(changes);
         self.write()?;
         changes
             .iter()
