@@ -51,14 +51,14 @@ impl Site {
     ) -> Result<SourceEvent, Failure> {
         let attempt = Attempt { generation, round };
         let began = Instant::now();
-        self.network
-            .parking
-            .forward(self.sending.data()?, generation);
         let mut scans = match self.last_scan().await? {
             Ok(scans) => scans,
             Err(unfit) => return self.unfit(unfit),
         };
         let scanned = began.elapsed();
+        self.network
+            .parking
+            .forward(self.sending.data()?, generation);
         let (dumped, sent) = self.dump_and_send(&scans, attempt).await?;
         let sums = sent
             .iter()
