@@ -123,6 +123,7 @@ fn a_pod_of_podman_moves_there_and_back_as_one() {
 
 /// Whoever moves one of its containers is killed: all of it runs at one node.
 #[test]
+#[ignore = "takes 7 minutes, and the gate of a CRIU that has to wait for others is easily missed"]
 fn a_pod_of_podman_runs_at_one_node_whoever_is_killed() {
     check(&["containers", "--only", "podman-pod-faults"], 1);
 }

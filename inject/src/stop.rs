@@ -1,6 +1,7 @@
 //! Stopping every thread that can see a process's descriptors, and letting all go again.
 
 use std::collections::HashSet;
+use std::io;
 use std::time::{Duration, Instant};
 
 use pageferry_sys::ptrace::{self, Resume, Stop, TracersEnd};
@@ -185,6 +186,8 @@ pub(crate) fn seize(tid: i32, end: TracersEnd) -> Result<bool, InjectError> {
                     tid,
                     tracer: status.tracer,
                 }),
+                // It has ended between the two.
+                Err(error) if is_gone(&error) => Ok(false),
                 Ok(_) | Err(_) => Err(InjectError::Seize { tid, source }),
             };
         }
@@ -198,6 +201,10 @@ pub(crate) fn seize(tid: i32, end: TracersEnd) -> Result<bool, InjectError> {
             source,
         }),
     }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// Where a thread that was asked to stop is.

@@ -64,8 +64,8 @@ impl Plan {
         }
     }
 
-    /// The cells: those of the set that the patterns name; of a pattern that names none of the quick
-    /// set, all.
+    /// The cells: those of the set that the patterns name; of a pattern that names none of the
+    /// quick set, all.
     pub fn cells(&self) -> Vec<Wanted> {
         let everything: Vec<Wanted> = all().collect();
         let mut chosen = vec![false; everything.len()];

@@ -3,6 +3,8 @@
 //! Its image is made at the first node and loaded at the others, so that it has one id. The network
 //! is a veth of the lab's, and podman keeps the log.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
@@ -135,17 +137,37 @@ pub fn check_gone(node: &Node, container: &Container) -> Result<()> {
     check_nothing_left(node)
 }
 
-/// Whether nothing is left of any container of podman here.
+/// Whether nothing is left of any container of podman here. The folder of a move that is over goes
+/// when its source has sent on what still came, which takes some seconds.
 pub fn check_nothing_left(node: &Node) -> Result<()> {
+    let deadline = Instant::now() + LEFT_MAX;
+    loop {
+        let left = left_of_any(node)?;
+        if left.is_empty() {
+            return Ok(());
+        }
+        let name = node.name();
+        ensure!(
+            Instant::now() < deadline,
+            "node {name} still has, after {LEFT_MAX:?}, {left}"
+        );
+        std::thread::sleep(POLL);
+    }
+}
+
+fn left_of_any(node: &Node) -> Result<String> {
     let script = "ls -A /run/crun | grep -v '^\\.'; \
                   find /sys/fs/cgroup -type d -name 'libpod-*' | grep -v conmon; \
                   grep -e criu-root -e overlay-containers /proc/mounts; \
                   ls -d /run/pageferry/migrations/*/container.tar; true";
     let left = node.command("sh")?.args(["-c", script]).output()?;
-    let left = String::from_utf8_lossy(&left.stdout).into_owned();
-    ensure!(left.is_empty(), "node {} still has {left}", node.name());
-    Ok(())
+    Ok(String::from_utf8_lossy(&left.stdout).into_owned())
 }
+
+/// How long something of a move that is over may be left.
+const LEFT_MAX: Duration = Duration::from_secs(15);
+
+const POLL: Duration = Duration::from_millis(100);
 
 /// Ends it as an operator would, and sees that nothing is left.
 pub fn end(node: &Node, container: &Container) -> Result<()> {

@@ -198,7 +198,7 @@ impl Site {
         self.sending.connect(data);
     }
 
-    /// Waits a moment for what the target has to say, after a stream that it takes no more. A target
+    /// Waits a moment for what the target has to say, after a stream that it takes no more. One
     /// that gives up stops its streams and says why, and the streams may be faster. Once it is
     /// heard, or that the connection is lost, the wait is cut by what follows.
     pub(super) async fn hear_why(&self) {
