@@ -167,8 +167,6 @@ fn left_of_any(node: &Node) -> Result<String> {
 /// How long something of a move that is over may be left.
 const LEFT_MAX: Duration = Duration::from_secs(15);
 
-const POLL: Duration = Duration::from_millis(100);
-
 /// Ends it as an operator would, and sees that nothing is left.
 pub fn end(node: &Node, container: &Container) -> Result<()> {
     delete(node, container)?;
@@ -253,4 +251,4 @@ const STORE: &str = "/var/lib/containers";
 /// When podman starts it again: whenever it ends.
 const POLICY_NAME: &str = "always";
 const POLLS: u32 = 50;
-const POLL: std::time::Duration = std::time::Duration::from_millis(100);
+const POLL: Duration = Duration::from_millis(100);
