@@ -73,6 +73,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             eager_memory_max: config.limits.eager_memory_max,
             keep: shelf.keep(),
             parking: means(config.parking),
+            postcopy: config.postcopy,
         },
         target: TargetNode {
             criu: config.criu.clone(),
@@ -89,6 +90,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             shelf,
             workers,
             parks: config.parking != Parking::Off,
+            drains: config.postcopy,
         },
         endpoint: Arc::clone(&endpoint),
         journals,
@@ -197,9 +199,8 @@ fn defaults(config: &Config) -> Policy {
         downtime_max: config.migrate.downtime_max,
         rounds_max: config.migrate.rounds_max,
         timeout: config.migrate.timeout,
-        verify: false,
-        force_eager: false,
         frozen_max: config.migrate.frozen_max,
+        ..Policy::DEFAULT
     }
 }
 

@@ -61,6 +61,7 @@ const FULL: &str = r#"
     listen = "10.0.0.1:7440"
     state_dir = "/s"
     run_dir = "/r"
+    postcopy = false
     [tls]
     ca = "/t/ca"
     certificate = "/t/crt"
@@ -99,6 +100,7 @@ fn a_file_may_say_everything() {
     assert_eq!(config.peers.len(), 2);
     assert_eq!(config.bridge.as_deref(), Some("br0"));
     assert_eq!(config.parking, Parking::Capture);
+    assert!(!config.postcopy);
     assert_eq!(config.pager, Path::new("/opt/bin/pageferry-pager"));
     assert_eq!(config.limits.lanes, 3);
     assert_eq!(config.migrate.timeout, Duration::from_secs(600));
@@ -119,6 +121,7 @@ fn a_flag_wins_over_the_file() {
         "--peer=b=9.9.9.9:9",
         "--bridge=fb",
         "--parking=off",
+        "--postcopy=true",
         "--criu=/fcriu",
         "--criu-view-library=/fv",
         "--criu-stand-in=/fi",
