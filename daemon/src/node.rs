@@ -197,9 +197,8 @@ fn defaults(config: &Config) -> Policy {
         downtime_max: config.migrate.downtime_max,
         rounds_max: config.migrate.rounds_max,
         timeout: config.migrate.timeout,
-        verify: false,
-        force_eager: false,
         frozen_max: config.migrate.frozen_max,
+        ..Policy::DEFAULT
     }
 }
 

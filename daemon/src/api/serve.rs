@@ -335,6 +335,7 @@ fn parse_migrate(
             .frozen_max_us
             .map(Duration::from_micros)
             .or(defaults.frozen_max),
+        ..defaults
     };
     let shared: Vec<PathBuf> = request
         .shared_paths

@@ -339,8 +339,10 @@ impl Drop for StreamWriter {
 /// Bytes a stream of this kind may have after its prefix.
 fn bytes_max(kind: StreamKind) -> u64 {
     match kind {
-        StreamKind::Parcel => PARCEL_BYTES_MAX as u64,
-        StreamKind::LiveSet => (SetHeader::BYTES + set::WIRE_BYTES_MAX + CHECKSUM_BYTES) as u64,
+        StreamKind::Parcel | StreamKind::Fetched => PARCEL_BYTES_MAX as u64,
+        StreamKind::LiveSet | StreamKind::AbsentSet => {
+            (SetHeader::BYTES + set::WIRE_BYTES_MAX + CHECKSUM_BYTES) as u64
+        }
         StreamKind::ImageFile => {
             ImageFileHeader::BYTES_MAX as u64 + IMAGE_BYTES_MAX + CHECKSUM_BYTES as u64
         }

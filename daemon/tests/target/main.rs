@@ -361,6 +361,8 @@ fn last(images: u32) -> Final {
     Final {
         locks: 0,
         files: 0,
+        absent_sets: 0,
+        absent_pages: PageCount::ZERO,
         generation: Generation::FIRST,
         round: Round::FIRST,
         parcels: 0,

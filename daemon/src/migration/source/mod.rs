@@ -390,6 +390,7 @@ impl SourceDriver {
                 }
             }
             SourceAction::CompareSmaps
+            | SourceAction::Drain
             | SourceAction::Finish { .. }
             | SourceAction::Freeze { .. }
             | SourceAction::Release
@@ -503,12 +504,20 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
         SourceAction::Track => site.track().await.map(|()| SourceEvent::TrackingReady {
             memory: site.memory(),
         }),
-        SourceAction::SendRound { round, folders } => {
+        SourceAction::SendRound {
+            round,
+            folders,
+            pages: _,
+        } => {
             let sent = site.round(round, folders).await;
             sent.map(SourceEvent::RoundSent)
         }
         SourceAction::Freeze { .. } => site.freeze().await,
-        SourceAction::Finish { generation, round } => site.finish(generation, round).await,
+        SourceAction::Finish {
+            generation,
+            round,
+            absent: _,
+        } => site.finish(generation, round).await,
         SourceAction::CompareSmaps => site.compare_smaps().await.map(|()| SourceEvent::SmapsEqual),
         SourceAction::Thaw { untrack } => site.thaw(untrack).await.map(|lost| match lost {
             None => SourceEvent::Thawed { untrack },
@@ -516,7 +525,9 @@ async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
         }),
         SourceAction::Release => site.release().await.map(|()| SourceEvent::Released),
         SourceAction::Unlock => site.unlock().await.map(|()| SourceEvent::Unlocked),
-        SourceAction::Connect
+        // The offer said that no pages may be missing.
+        SourceAction::Drain
+        | SourceAction::Connect
         | SourceAction::Journal(_)
         | SourceAction::Report(_)
         | SourceAction::Send(_) => Err(Failure::new(

@@ -328,6 +328,11 @@ impl Shared {
             StreamKind::LiveSet => self.take_live(&whole(&mut reader).await?),
             StreamKind::Digests => self.take_digests(&whole(&mut reader).await?),
             StreamKind::Parked => self.parking.take(&whole(&mut reader).await?),
+            // `Accepted` said that no pages may be missing.
+            StreamKind::AbsentSet | StreamKind::Fetched => Err(Failure::new(
+                ErrorCode::PostcopyForbidden,
+                "pages are missing, which this node does not take",
+            )),
             StreamKind::Files => {
                 let header = Folders::header(&mut reader).await?;
                 self.enter(|ledger| ledger.admit_files(header.round))?;

@@ -99,6 +99,8 @@ fn last(digests: u32) -> Final {
         verify: 0 < digests,
         locks: 0,
         files: 0,
+        absent_sets: 0,
+        absent_pages: PageCount::ZERO,
     }
 }
 

@@ -402,7 +402,8 @@ impl TargetDriver {
                     self.lost();
                 }
             }
-            TargetAction::Discard
+            TargetAction::Abandon
+            | TargetAction::Discard
             | TargetAction::LetGo { .. }
             | TargetAction::Lock
             | TargetAction::Prepare(_)
@@ -574,7 +575,9 @@ async fn perform(site: &mut Site, action: TargetAction) -> Result<TargetEvent, F
             Ok(()) => TargetEvent::Discarded,
             Err(failure) => TargetEvent::DiscardFailed(failure),
         }),
-        TargetAction::AwaitFinal(_)
+        // `Accepted` said that no pages may be missing.
+        TargetAction::Abandon
+        | TargetAction::AwaitFinal(_)
         | TargetAction::AwaitRound(_)
         | TargetAction::Journal(_)
         | TargetAction::Report(_)

@@ -104,6 +104,8 @@ impl Site {
             digests: rest.digests,
             locks: rest.locks,
             files: rest.files,
+            absent_sets: 0,
+            absent_pages: PageCount::ZERO,
             raw_bytes: sums.raw_bytes,
             wire_bytes: sums.wire_bytes,
         }))
