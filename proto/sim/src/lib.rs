@@ -41,18 +41,24 @@
 mod attempt;
 mod course;
 mod deaths;
+mod drain;
 mod driver;
+mod end;
 mod expire;
+mod intake;
 mod jobs;
 mod journal;
 mod lock;
 mod memory;
 mod node;
+mod offer;
 mod oracle;
+mod sabotage;
 mod step;
 mod world;
 
 pub use course::Strayed;
 pub use oracle::Violation;
+pub use sabotage::Sabotage;
 pub use step::{Op, Step};
 pub use world::{Setup, Survivor, World};

@@ -1,0 +1,656 @@
+//! A workload that runs at the target while pages of it are at the source, clause by clause.
+
+#![allow(clippy::unwrap_used)]
+
+mod rig;
+
+use std::time::Duration;
+
+use pageferry_proto::id::{Round, SpaceId};
+use pageferry_proto::migration::handoff::{REDIAL, RESEND, RETRY, Side};
+use pageferry_proto::migration::policy::{Mode, OnTimeout, Policy};
+use pageferry_proto::migration::record::{Entry, ReadyEntry};
+use pageferry_proto::migration::source::{
+    FinalReport, SILENCE_MAX, SourceAction, SourceEvent, SourceMachine, SourceOffer,
+};
+use pageferry_proto::migration::status::Phase;
+use pageferry_proto::migration::target::{TargetAction, TargetEvent, answer};
+use pageferry_proto::page::{PageCount, PageIndex, PageRun};
+use pageferry_proto::set::PageSet;
+use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_proto::wire::control::{Fetch, Final, SourceMessage, TargetMessage};
+use rig::*;
+
+const DRAINING: SourceMessage = SourceMessage::Draining {
+    generation: GENERATION,
+};
+const STARTED: TargetMessage = TargetMessage::Started {
+    generation: GENERATION,
+    root_pid: None,
+};
+const FILLED: TargetMessage = TargetMessage::Filled {
+    generation: GENERATION,
+};
+const FILLED_ENTRY: Entry = Entry::Filled {
+    generation: GENERATION,
+};
+const STARTED_ENTRY: Entry = Entry::Started {
+    generation: GENERATION,
+};
+const GO: SourceMessage = SourceMessage::Go {
+    generation: GENERATION,
+};
+const COMMIT: Entry = Entry::Commit {
+    generation: GENERATION,
+    drains: true,
+};
+
+fn policy(mode: Mode) -> Policy {
+    Policy {
+        mode,
+        ..Policy::DEFAULT
+    }
+}
+
+fn gone() -> Failure {
+    Failure::new(ErrorCode::WorkloadGone, "the copy is gone")
+}
+
+/// What is said and written of it.
+fn lost(why: &Failure) -> Failure {
+    let text = format!("pages of the workload, which ran at the target, are lost: {why}");
+    Failure::new(ErrorCode::LostInDrain, text)
+}
+
+fn fence() -> Failure {
+    Failure::new(ErrorCode::Fenced, "the operator declared the source dead")
+}
+
+fn drain_lost(failure: Failure) -> SourceMessage {
+    SourceMessage::DrainLost {
+        generation: GENERATION,
+        failure,
+    }
+}
+
+fn target_lost(failure: Failure) -> TargetMessage {
+    TargetMessage::DrainLost {
+        generation: GENERATION,
+        failure,
+    }
+}
+
+fn say(message: SourceMessage) -> SourceAction {
+    SourceAction::Send(message)
+}
+
+fn answers(message: TargetMessage) -> TargetAction {
+    TargetAction::Send(message)
+}
+
+/// Offered to a target that takes, or does not take, a workload with pages missing.
+fn offered_to(policy: Policy, drains: bool) -> (Source, Vec<SourceAction>) {
+    let now = Default::default();
+    let offer = SourceOffer {
+        policy,
+        ..source_offer()
+    };
+    let machine = SourceMachine::new(offer, now);
+    let mut source = Source { machine, now };
+    source.actions();
+    source.feed(SourceEvent::Journalled(record(match offered() {
+        Entry::Offered(entry) => {
+            Entry::Offered(pageferry_proto::migration::record::OfferedEntry { policy, ..entry })
+        }
+        entry => entry,
+    })));
+    source.feed(SourceEvent::PeerConnected);
+    let actions = source.hear(TargetMessage::Accepted {
+        incarnation: INCARNATION,
+        kept: Vec::new(),
+        parks: false,
+        drains,
+    });
+    (source, actions)
+}
+
+/// The first round is held, and what follows.
+fn after_a_round(source: &mut Source, sent: u64, left: u64) -> Vec<SourceAction> {
+    source.feed(SourceEvent::RoundSent(round_report(1, sent, left)));
+    source.hear(TargetMessage::RoundHeld {
+        round: Round::FIRST,
+    })
+}
+
+fn report_with_absent(absent: u64) -> FinalReport {
+    FinalReport {
+        absent_sets: u32::from(0 < absent),
+        absent_pages: PageCount(absent),
+        ..final_report()
+    }
+}
+
+/// Committed, with pages missing.
+fn committed() -> Source {
+    let mut source = Source::with(policy(Mode::Postcopy));
+    assert_eq!(
+        after_a_round(&mut source, 0, 1000),
+        [SourceAction::Freeze {
+            round: Round::FIRST.next()
+        }]
+    );
+    source.feed(SourceEvent::Frozen);
+    source.feed(SourceEvent::Finished(report_with_absent(1000)));
+    source.hear(TargetMessage::FinalHeld {
+        generation: GENERATION,
+    });
+    source.hear(ready());
+    assert_eq!(source.feed(SourceEvent::SmapsEqual), [journal(COMMIT)]);
+    source.journalled(COMMIT);
+    source
+}
+
+fn draining() -> Source {
+    let mut source = committed();
+    let actions = source.hear(STARTED);
+    let expected = [journal(STARTED_ENTRY), SourceAction::Drain, say(DRAINING)];
+    assert_eq!(actions, expected);
+    assert_eq!(source.journalled(STARTED_ENTRY), []);
+    source
+}
+
+fn ready_with_absent() -> Entry {
+    let Entry::Ready(ready) = ready_entry() else {
+        unreachable!("a readiness")
+    };
+    Entry::Ready(ReadyEntry {
+        drains: true,
+        ..ready
+    })
+}
+
+fn last_with_absent() -> Final {
+    Final {
+        absent_sets: 1,
+        absent_pages: PageCount(1000),
+        ..last(1)
+    }
+}
+
+fn held_with_absent() -> Target {
+    let mut target = Target::receiving();
+    target.hear(SourceMessage::Final(last_with_absent()));
+    target.feed(TargetEvent::FinalStored);
+    let restored = TargetEvent::Restored { state: state() };
+    assert_eq!(target.feed(restored), [target_journal(ready_with_absent())]);
+    target.journalled(ready_with_absent());
+    target
+}
+
+fn filling() -> Target {
+    let mut target = held_with_absent();
+    target.hear(GO);
+    target.feed(TargetEvent::Locked);
+    target.journalled(running());
+    assert_eq!(target.feed(TargetEvent::Resumed), [answers(STARTED)]);
+    target
+}
+
+// clause: P-1
+#[test]
+fn pages_are_missing_only_if_policy_and_target_allow_it() {
+    for mode in [Mode::Hybrid, Mode::Postcopy] {
+        let (source, actions) = offered_to(policy(mode), false);
+        assert!(actions.iter().any(is_abort), "{actions:?}");
+        let failure = source.status().failure.unwrap();
+        assert_eq!(failure.code(), ErrorCode::PostcopyForbidden);
+    }
+    let (source, actions) = offered_to(
+        Policy {
+            on_timeout: OnTimeout::Postcopy,
+            ..Policy::DEFAULT
+        },
+        false,
+    );
+    assert!(actions.iter().any(is_abort), "{actions:?}");
+    assert_eq!(source.status().phase, Phase::Aborting);
+    // A writer that no round catches up with is frozen at once then, as without a mode.
+    let (mut source, actions) = offered_to(policy(Mode::Auto), false);
+    assert_eq!(actions, [SourceAction::Track]);
+    source.feed(SourceEvent::TrackingReady {
+        memory: PageCount(1000),
+    });
+    let round = Round::FIRST.next();
+    let actions = after_a_round(&mut source, 100_000, 100_000);
+    assert_eq!(actions, [SourceAction::Freeze { round }]);
+    let finish = SourceAction::Finish {
+        generation: GENERATION,
+        round,
+        absent: false,
+    };
+    assert_eq!(source.feed(SourceEvent::Frozen), [finish]);
+    // Nobody leaves pages behind who was not told to.
+    let actions = source.feed(SourceEvent::Finished(report_with_absent(1)));
+    assert!(actions.iter().any(is_abort), "{actions:?}");
+}
+
+// clause: R-10
+#[test]
+fn postcopy_sends_no_page_before_it_freezes_and_none_in_the_freeze() {
+    let (mut source, _) = offered_to(policy(Mode::Postcopy), true);
+    let memory = PageCount(1000);
+    let round = Round::FIRST;
+    let look = SourceAction::SendRound {
+        round,
+        folders: true,
+        pages: false,
+    };
+    assert_eq!(source.feed(SourceEvent::TrackingReady { memory }), [look]);
+    let round = round.next();
+    let actions = after_a_round(&mut source, 0, 1000);
+    assert_eq!(actions, [SourceAction::Freeze { round }]);
+    let finish = SourceAction::Finish {
+        generation: GENERATION,
+        round,
+        absent: true,
+    };
+    assert_eq!(source.feed(SourceEvent::Frozen), [finish]);
+    let actions = source.feed(SourceEvent::Finished(report_with_absent(7)));
+    let said = Final {
+        absent_sets: 1,
+        absent_pages: PageCount(7),
+        ..last(2)
+    };
+    assert_eq!(actions[0], say(SourceMessage::Final(said)));
+}
+
+// clause: R-11
+#[test]
+fn the_end_of_time_cancels_or_freezes_at_the_end_of_the_round() {
+    let timeout = Policy::TIMEOUT;
+    for (on_timeout, absent) in [(OnTimeout::Force, false), (OnTimeout::Postcopy, true)] {
+        let mut source = Source::with(Policy {
+            on_timeout,
+            ..Policy::DEFAULT
+        });
+        assert_eq!(source.wait(timeout), []);
+        let round = Round::FIRST.next();
+        let actions = after_a_round(&mut source, 100_000, 80_000);
+        assert_eq!(actions, [SourceAction::Freeze { round }], "{on_timeout}");
+        let finish = SourceAction::Finish {
+            generation: GENERATION,
+            round,
+            absent,
+        };
+        assert_eq!(source.feed(SourceEvent::Frozen), [finish]);
+    }
+    let mut source = Source::copying();
+    let actions = source.wait(timeout);
+    assert_aborts(&actions, &source, ErrorCode::Timeout);
+}
+
+// clause: P-6
+// clause: H-7
+#[test]
+fn the_copy_is_kept_until_the_target_has_all_pages_on_disk() {
+    let mut source = draining();
+    let status = source.status();
+    assert_eq!((status.phase, status.drains), (Phase::Draining, true));
+    assert!(status.parts.downtime().is_some());
+    // It says so again, and on new connections too.
+    assert_eq!(source.wait(RESEND), [say(DRAINING)]);
+    assert_eq!(source.hear(STARTED), []);
+    source.feed(SourceEvent::PeerLost);
+    assert_eq!(source.wait(REDIAL), [SourceAction::Connect]);
+    assert_eq!(source.feed(SourceEvent::PeerConnected), [say(DRAINING)]);
+    assert_eq!(source.hear(FILLED), [journal(FILLED_ENTRY)]);
+    let kill = [SourceAction::Release, say_settled()];
+    assert_eq!(source.journalled(FILLED_ENTRY), kill);
+    assert_eq!(source.feed(SourceEvent::Released), [say_settled()]);
+    let status = source.status();
+    assert_eq!((status.phase, status.drains), (Phase::Done, false));
+    assert_eq!(status.failure, None);
+}
+
+// clause: P-6
+#[test]
+fn nothing_thaws_a_copy_that_drains() {
+    let text = |code| Failure::new(code, "x");
+    let refused = TargetMessage::Refused {
+        generation: GENERATION,
+        failure: None,
+    };
+    let unknown = TargetMessage::Unknown {
+        generation: GENERATION,
+    };
+    for event in [
+        SourceEvent::AbortRequested,
+        SourceEvent::Failure(text(ErrorCode::Internal)),
+        SourceEvent::Fenced(Side::Source),
+        SourceEvent::Message(refused),
+        SourceEvent::Message(unknown),
+        SourceEvent::Message(TargetMessage::Failed(text(ErrorCode::Aborted))),
+        SourceEvent::Unlocked,
+        SourceEvent::PeerRefused(text(ErrorCode::PeerUntrusted)),
+    ] {
+        let mut source = draining();
+        assert_eq!(source.feed(event.clone()), [], "{event:?}");
+        assert_eq!(source.status().phase, Phase::Draining, "{event:?}");
+    }
+}
+
+// clause: P-6
+#[test]
+fn a_start_that_cannot_be_written_is_written_again_and_served_meanwhile() {
+    let mut source = committed();
+    source.hear(STARTED);
+    assert_eq!(source.journal_failed(STARTED_ENTRY), []);
+    assert_eq!(source.status().phase, Phase::Draining);
+    let again = source.wait(RETRY);
+    assert!(again.contains(&journal(STARTED_ENTRY)), "{again:?}");
+    source.journalled(STARTED_ENTRY);
+    assert_eq!(source.status().failure, None);
+}
+
+// clause: P-11
+// clause: J-3
+#[test]
+fn a_restarted_source_goes_on_draining() {
+    let mut source = Source::recovered(&[offered(), COMMIT, STARTED_ENTRY]);
+    let expected = [
+        journal(STARTED_ENTRY),
+        SourceAction::Drain,
+        SourceAction::Connect,
+    ];
+    assert_eq!(source.actions(), expected);
+    assert_eq!(source.feed(SourceEvent::PeerConnected), [say(DRAINING)]);
+    // The commit says it: whether the start was heard need not be on disk.
+    let mut source = Source::recovered(&[offered(), COMMIT]);
+    assert_eq!(source.actions(), [journal(COMMIT)]);
+    source.journalled(COMMIT);
+    source.feed(SourceEvent::Unlocked);
+    source.feed(SourceEvent::PeerConnected);
+    let actions = source.hear(STARTED);
+    assert!(actions.contains(&SourceAction::Drain), "{actions:?}");
+    // It has heard all it needs.
+    let mut source = Source::recovered(&[offered(), COMMIT, STARTED_ENTRY, FILLED_ENTRY]);
+    assert_eq!(source.actions(), [journal(FILLED_ENTRY)]);
+    assert_eq!(source.journalled(FILLED_ENTRY), [SourceAction::Release]);
+}
+
+// clause: P-7
+#[test]
+fn the_target_says_filled_when_that_is_on_disk_and_whenever_it_is_asked() {
+    let mut target = filling();
+    let status = target.status();
+    assert_eq!((status.phase, status.drains), (Phase::Running, true));
+    assert_eq!(target.hear(DRAINING), []);
+    let filled = target_journal(FILLED_ENTRY);
+    assert_eq!(target.feed(TargetEvent::Filled), [filled.clone()]);
+    assert_eq!(target.hear(DRAINING), []);
+    assert_eq!(target.journal_failed(FILLED_ENTRY), []);
+    assert_eq!(target.wait(), [filled]);
+    let said = [answers(FILLED), target_journal(Entry::Done)];
+    assert_eq!(target.journalled(FILLED_ENTRY), said);
+    assert_eq!(target.hear(DRAINING), [answers(FILLED)]);
+    target.journalled(Entry::Done);
+    assert_eq!(target.hear(DRAINING), [answers(FILLED)]);
+    assert_eq!(target.hear(drain_lost(gone())), [answers(FILLED)]);
+    let status = target.status();
+    assert_eq!((status.phase, status.drains), (Phase::Done, false));
+    // The answer outlives the journal.
+    let entries = [
+        accepted(),
+        ready_with_absent(),
+        running(),
+        FILLED_ENTRY,
+        Entry::Done,
+    ];
+    let kept = answer(&records(&entries)).unwrap().unwrap();
+    let kept: Vec<Entry> = kept.into_iter().map(|record| record.entry).collect();
+    let mut target = Target::recovered(&kept);
+    assert_eq!(target.hear(DRAINING), [answers(FILLED)]);
+}
+
+// clause: P-8
+#[test]
+fn a_lost_connection_changes_nothing_but_what_is_said_of_it() {
+    let mut target = filling();
+    assert_eq!(target.feed(TargetEvent::PeerLost), []);
+    let status = target.status();
+    assert_eq!((status.phase, status.fence_wanted), (Phase::Running, true));
+    assert_eq!(target.feed(TargetEvent::PeerConnected), []);
+    assert!(!target.status().fence_wanted);
+    let mut source = draining();
+    source.feed(SourceEvent::PeerLost);
+    source.wait(SILENCE_MAX);
+    let status = source.status();
+    assert_eq!((status.phase, status.fence_wanted), (Phase::Draining, true));
+    source.feed(SourceEvent::PeerConnected);
+    source.hear(TargetMessage::Fetch(Fetch {
+        generation: GENERATION,
+        space: SpaceId(1),
+        pages: PageSet::from(PageRun::new(PageIndex(1), PageCount(1)).unwrap()),
+        urgent: true,
+    }));
+    assert!(!source.status().fence_wanted);
+}
+
+// clause: P-9
+#[test]
+fn what_the_source_has_lost_the_target_may_have() {
+    let mut source = draining();
+    let lost_here = say(drain_lost(gone()));
+    assert_eq!(
+        source.feed(SourceEvent::DrainLost(gone())),
+        [lost_here.clone()]
+    );
+    assert_eq!(source.wait(RESEND), [lost_here]);
+    // It has all of it: nothing is lost.
+    assert_eq!(source.hear(FILLED), [journal(FILLED_ENTRY)]);
+    source.journalled(FILLED_ENTRY);
+    source.feed(SourceEvent::Released);
+    assert_eq!(source.status().failure, None);
+    // It lacks something, and has that on disk.
+    let mut source = draining();
+    source.feed(SourceEvent::DrainLost(gone()));
+    let entry = Entry::Aborted(lost(&gone()));
+    assert_eq!(
+        source.hear(target_lost(lost(&gone()))),
+        [journal(entry.clone())]
+    );
+    let kill = [SourceAction::Release, say_settled()];
+    assert_eq!(source.journalled(entry), kill);
+    source.feed(SourceEvent::Released);
+    let status = source.status();
+    assert_eq!(status.phase, Phase::Aborted);
+    assert_eq!(status.failure, Some(lost(&gone())));
+}
+
+// clause: P-9
+#[test]
+fn what_lacks_pages_for_good_is_abandoned_once_that_is_on_disk() {
+    let entry = Entry::Aborted(lost(&gone()));
+    for event in [
+        TargetEvent::Message(drain_lost(gone())),
+        TargetEvent::DrainLost(gone()),
+    ] {
+        let mut target = filling();
+        assert_eq!(target.feed(event), [target_journal(entry.clone())]);
+        assert_eq!(target.hear(DRAINING), []);
+        assert_eq!(target.journal_failed(entry.clone()), []);
+        assert_eq!(target.wait(), [target_journal(entry.clone())]);
+        let said = answers(target_lost(lost(&gone())));
+        let expected = [TargetAction::Abandon, said.clone()];
+        assert_eq!(target.journalled(entry.clone()), expected);
+        assert_eq!(target.hear(DRAINING), [said.clone()]);
+        // It has run: nobody is to think otherwise.
+        assert_eq!(target.hear(GO), [answers(STARTED)]);
+        assert_eq!(target.feed(TargetEvent::Failure(failure())), []);
+        assert_eq!(target.wait(), [TargetAction::Abandon]);
+        let done = target_journal(Entry::Done);
+        assert_eq!(target.feed(TargetEvent::Abandoned), [done]);
+        target.journalled(Entry::Done);
+        assert_eq!(target.hear(drain_lost(gone())), [said]);
+        let status = target.status();
+        assert_eq!(status.phase, Phase::Aborted);
+        assert_eq!(status.failure, Some(lost(&gone())));
+    }
+}
+
+// clause: P-9
+#[test]
+fn what_is_lost_before_it_is_known_to_run_is_abandoned_then() {
+    let mut target = held_with_absent();
+    target.hear(GO);
+    target.feed(TargetEvent::Locked);
+    assert_eq!(target.feed(TargetEvent::DrainLost(gone())), []);
+    target.journalled(running());
+    let expected = [
+        answers(STARTED),
+        target_journal(Entry::Aborted(lost(&gone()))),
+    ];
+    assert_eq!(target.feed(TargetEvent::Resumed), expected);
+    // Before that is written it need not run at all.
+    let mut target = held_with_absent();
+    let actions = target.feed(TargetEvent::DrainLost(gone()));
+    assert_eq!(actions, [target_journal(refused())]);
+}
+
+// clause: P-11
+#[test]
+fn a_restarted_target_goes_on_abandoning() {
+    let entry = Entry::Aborted(lost(&gone()));
+    let mut records = vec![accepted(), ready_with_absent(), running(), entry.clone()];
+    let mut target = Target::recovered(&records);
+    assert_eq!(target.actions(), [target_journal(entry.clone())]);
+    let said = answers(target_lost(lost(&gone())));
+    let expected = [TargetAction::Abandon, said.clone()];
+    assert_eq!(target.journalled(entry), expected);
+    records.push(Entry::Done);
+    let kept = answer(&self::rig::records(&records)).unwrap().unwrap();
+    let kept: Vec<Entry> = kept.into_iter().map(|record| record.entry).collect();
+    for entries in [&records, &kept] {
+        let mut target = Target::recovered(entries);
+        assert!(target.machine.is_finished());
+        assert_eq!(target.hear(DRAINING), [said.clone()]);
+        assert_eq!(target.hear(GO), [answers(STARTED)]);
+    }
+}
+
+// clause: P-10
+#[test]
+fn a_fence_of_the_target_kills_what_drains_and_thaws_nothing() {
+    let mut source = draining();
+    let fenced = Failure::new(
+        ErrorCode::Fenced,
+        "the operator declared the target dead, which ran it",
+    );
+    let entry = Entry::Aborted(lost(&fenced));
+    assert_eq!(
+        source.feed(SourceEvent::Fenced(Side::Target)),
+        [journal(entry.clone())]
+    );
+    assert_eq!(source.journalled(entry.clone()), [SourceAction::Release]);
+    // Nobody is left to be told.
+    assert_eq!(source.feed(SourceEvent::Released), [journal(Entry::Done)]);
+    assert_eq!(source.status().phase, Phase::Aborted);
+    let records = [offered(), COMMIT, STARTED_ENTRY, entry.clone()];
+    let mut source = Source::recovered(&records);
+    assert_eq!(source.actions(), [journal(entry.clone())]);
+    let actions = source.journalled(entry);
+    assert_eq!(actions, [SourceAction::Release]);
+    // Before it is known to have started, it comes back.
+    let mut source = committed();
+    let fenced = Entry::Fenced {
+        generation: GENERATION,
+    };
+    assert_eq!(
+        source.feed(SourceEvent::Fenced(Side::Target)),
+        [journal(fenced.clone())]
+    );
+    assert_eq!(source.journalled(fenced), [THAW]);
+}
+
+// clause: P-10
+#[test]
+fn a_fence_of_the_source_ends_what_lacks_pages() {
+    let mut target = filling();
+    let entry = Entry::Aborted(lost(&fence()));
+    let actions = target.feed(TargetEvent::Fenced(Side::Source));
+    assert_eq!(actions, [target_journal(entry)]);
+    // What is only held is not begun for nothing.
+    let mut target = held_with_absent();
+    let actions = target.feed(TargetEvent::Fenced(Side::Source));
+    assert_eq!(actions, [target_journal(refused())]);
+    let failure = target.status().failure.unwrap();
+    assert_eq!(failure.code(), ErrorCode::LostInDrain);
+    // What has all is not ended by it.
+    let mut target = filling();
+    target.feed(TargetEvent::Filled);
+    assert_eq!(target.feed(TargetEvent::Fenced(Side::Source)), []);
+    assert_eq!(target.status().phase, Phase::Running);
+}
+
+// clause: P-12
+#[test]
+fn a_target_that_lost_what_ran_says_so_to_a_source_that_drains() {
+    let mut target = Target::recovered(&[accepted(), ready_with_absent(), running()]);
+    target.actions();
+    target.journalled(running());
+    let [TargetAction::Journal(record)] = &target.feed(TargetEvent::Lost(gone()))[..] else {
+        panic!("no record");
+    };
+    let entry = record.entry.clone();
+    assert_eq!(entry, Entry::Aborted(gone()));
+    assert_eq!(target.hear(DRAINING), []);
+    target.journalled(entry);
+    assert_eq!(target.hear(DRAINING), [answers(target_lost(lost(&gone())))]);
+    // A source that does not know that it ran is not told so: its operator decides.
+    let unknown = TargetMessage::Unknown {
+        generation: GENERATION,
+    };
+    assert_eq!(target.hear(GO), [answers(unknown)]);
+}
+
+#[test]
+fn a_maimed_copy_that_the_target_would_need_is_asked_back() {
+    let mut source = Source::with(policy(Mode::Postcopy));
+    after_a_round(&mut source, 0, 1000);
+    source.feed(SourceEvent::Frozen);
+    source.feed(SourceEvent::Finished(FinalReport {
+        locks: 1,
+        ..report_with_absent(1000)
+    }));
+    source.hear(TargetMessage::FinalHeld {
+        generation: GENERATION,
+    });
+    source.hear(ready());
+    source.feed(SourceEvent::SmapsEqual);
+    assert_eq!(source.journalled(COMMIT), [SourceAction::Unlock]);
+    for _ in 1..pageferry_proto::migration::source::UNLOCK_TRIES_MAX {
+        source.feed(SourceEvent::Failure(gone()));
+        assert_eq!(source.wait(Duration::from_secs(1)), [SourceAction::Unlock]);
+    }
+    let query = SourceMessage::Query {
+        generation: GENERATION,
+    };
+    assert_eq!(source.feed(SourceEvent::Failure(gone())), [say(query)]);
+}
+
+#[test]
+fn a_final_round_that_could_leave_pages_and_left_none_is_a_whole_move() {
+    let mut source = Source::with(policy(Mode::Postcopy));
+    after_a_round(&mut source, 0, 1000);
+    source.feed(SourceEvent::Frozen);
+    source.feed(SourceEvent::Finished(report_with_absent(0)));
+    source.hear(TargetMessage::FinalHeld {
+        generation: GENERATION,
+    });
+    source.hear(ready());
+    assert_eq!(source.feed(SourceEvent::SmapsEqual), [journal(commit())]);
+    source.journalled(commit());
+    assert_eq!(source.hear(STARTED), [journal(STARTED_ENTRY)]);
+    let kill = [SourceAction::Release, say_settled()];
+    assert_eq!(source.journalled(STARTED_ENTRY), kill);
+}
