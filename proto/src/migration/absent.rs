@@ -180,6 +180,12 @@ impl Absent {
         })
     }
 
+    /// Whether all of these pages were missing in the beginning: no others are to be stored.
+    pub fn was_missing(&self, space: SpaceId, pages: &PageSet) -> bool {
+        let state = self.spaces.get(&space);
+        state.is_some_and(|state| pages.runs().iter().all(|run| state.expected.covers(run)))
+    }
+
     /// These pages have come. Answers those that were missing: they are to be written to memory.
     pub fn arrived(&mut self, space: SpaceId, pages: &PageSet) -> Result<PageSet, NeverMissing> {
         let never = |strange: &PageSet| NeverMissing {

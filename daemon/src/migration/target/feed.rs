@@ -72,6 +72,9 @@ struct Books {
     asked: Vec<Ask>,
 }
 
+/// Something is asked of the source.
+type Asked = Option<(Generation, Ask)>;
+
 impl Feed {
     /// These pages have not come.
     pub fn begin(&self, generation: Option<Generation>, missing: BTreeMap<SpaceId, PageSet>) {
