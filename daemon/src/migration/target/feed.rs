@@ -88,7 +88,16 @@ impl Feed {
 
     /// Whether pages are missing.
     pub fn is_needed(&self) -> bool {
-        self.left() != PageCount::ZERO
+        let books = self.lock();
+        books
+            .absent
+            .as_ref()
+            .is_some_and(|absent| !absent.is_empty())
+    }
+
+    /// Nobody waits for anything any more: the workload has all that it needs, or is no more.
+    pub fn end(&self) {
+        *self.lock() = Books::default();
     }
 
     /// How many pages are missing.

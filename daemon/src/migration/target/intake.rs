@@ -364,6 +364,10 @@ impl Shared {
 
     /// Takes in pages that were asked for while the workload runs, or is restored.
     async fn take_fetched(&self, parcel: Bytes) -> Result<(), Failure> {
+        // What was asked for twice may come when the workload has all.
+        if !self.feed.is_needed() {
+            return Ok(());
+        }
         let feed = self.feed.clone();
         let is_missing = move |space, pages: &PageSet| feed.is_missing(space, pages);
         let fetched = self.receiver.fetch(parcel, is_missing).await;
@@ -436,10 +440,9 @@ impl Shared {
         let absent = accounts.iter().filter(|account| !account.absent.is_empty());
         let absent = absent.map(|account| (account.space, account.absent.clone()));
         let absent: BTreeMap<SpaceId, PageSet> = absent.collect();
-        if !absent.is_empty() {
-            let generation = self.lock().ledger.generation();
-            self.feed.begin(Some(generation), absent);
-        }
+        // Also if nothing is: an attempt that was given up may have lacked some.
+        let generation = self.lock().ledger.generation();
+        self.feed.begin(Some(generation), absent);
         let sum = |count: fn(&Account) -> PageCount| accounts.iter().map(count).sum::<PageCount>();
         tracing::info!(
             spaces = accounts.len(),
