@@ -453,8 +453,25 @@ fn a_fence_of_the_target_kills_what_drains_and_thaws_nothing() {
     let records = [offered(), COMMIT, STARTED_ENTRY, entry.clone()];
     let mut source = Source::recovered(&records);
     assert_eq!(source.actions(), [journal(entry.clone())]);
-    let actions = source.journalled(entry);
+    let actions = source.journalled(entry.clone());
     assert_eq!(actions, [SourceAction::Release]);
+    // That it has started need not be on disk for that.
+    let mut source = Source::recovered(&[offered(), COMMIT, entry.clone()]);
+    assert_eq!(source.actions(), [journal(entry.clone())]);
+    assert_eq!(source.journalled(entry.clone()), [SourceAction::Release]);
+    // A refusal for the same reason is none of that: it did not start.
+    let mut source = committed();
+    let actions = source.hear(TargetMessage::Refused {
+        generation: GENERATION,
+        failure: Some(lost(&fenced)),
+    });
+    let [SourceAction::Journal(record)] = &actions[..] else {
+        panic!("{actions:?}");
+    };
+    let refused = record.entry.clone();
+    let mut source = Source::recovered(&[offered(), COMMIT, refused.clone()]);
+    source.actions();
+    assert_eq!(source.journalled(refused), [THAW]);
     // Before it is known to have started, it comes back.
     let mut source = committed();
     let fenced = Entry::Fenced {
