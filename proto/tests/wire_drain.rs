@@ -60,14 +60,17 @@ fn decoded(message: impl Into<Message>) -> Result<Message, ControlError> {
 #[test]
 fn what_the_source_says_of_a_drain_keeps_its_bytes() {
     let generation = generation();
-    check(SourceMessage::Draining { generation }, &expect![""]);
+    check(
+        SourceMessage::Draining { generation },
+        &expect!["05000000ba01020803"],
+    );
     let failure = failure();
     check(
         SourceMessage::DrainLost {
             generation,
             failure,
         },
-        &expect![""],
+        &expect!["0f000000c2010c0803120808531204676f6e65"],
     );
     let last = Final {
         generation,
@@ -75,22 +78,31 @@ fn what_the_source_says_of_a_drain_keeps_its_bytes() {
         absent_pages: PageCount(300),
         ..rig::last(9)
     };
-    check(SourceMessage::Final(last), &expect![""]);
+    check(
+        SourceMessage::Final(last),
+        &expect!["14000000920111080310091801200528013009580160ac02"],
+    );
 }
 
 // clause: N-1
 #[test]
 fn what_the_target_says_of_a_drain_keeps_its_bytes() {
     let generation = generation();
-    check(fetch(set(&[(16, 4), (300, 1)])), &expect![""]);
-    check(TargetMessage::Filled { generation }, &expect![""]);
+    check(
+        fetch(set(&[(16, 4), (300, 1)])),
+        &expect!["10000000d2030d080310071a0510049802012001"],
+    );
+    check(
+        TargetMessage::Filled { generation },
+        &expect!["05000000da03020803"],
+    );
     let failure = failure();
     check(
         TargetMessage::DrainLost {
             generation,
             failure,
         },
-        &expect![""],
+        &expect!["0f000000e2030c0803120808531204676f6e65"],
     );
 }
 

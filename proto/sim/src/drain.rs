@@ -220,12 +220,16 @@ impl World {
 
     /// The source is about to run the workload.
     pub(super) fn check_not_drained(&self) -> Result<(), Violation> {
-        let ours = self.source.journal.durable();
-        let started = |record: &Record| matches!(record.entry, Entry::Started { .. });
         self.demand(
-            !(self.is_drain() && ours.iter().any(started)),
+            !(self.is_drain() && self.has_heard_started()),
             "the source thaws what has run at the target with pages missing",
         )
+    }
+
+    /// Whether it is on the source's disk that the workload runs at the target.
+    pub(super) fn has_heard_started(&self) -> bool {
+        let started = |record: &Record| matches!(record.entry, Entry::Started { .. });
+        self.source.journal.durable().iter().any(started)
     }
 
     /// Whether the commit says that pages were missing.
@@ -297,12 +301,15 @@ impl World {
         if !self.is_drain() || self.starts == 0 {
             return Ok(());
         }
-        let lost = lost_in_drain(&self.target.journal.durable());
+        let theirs = self.target.journal.durable();
         let runs = self.target.workload == TargetWorkload::Running;
-        self.demand(!(lost && runs), "what is lost in the drain runs on")?;
-        let ours = self.source.journal.durable();
-        let heard = |record: &Record| matches!(record.entry, Entry::Started { .. });
-        if runs || !ours.iter().any(heard) {
+        self.demand(
+            !(lost_in_drain(&theirs) && runs),
+            "what is lost in the drain runs on",
+        )?;
+        let filled = |record: &Record| matches!(record.entry, Entry::Filled { .. });
+        // What is lost when all of it was there is not lost in the drain.
+        if runs || !self.has_heard_started() || theirs.iter().any(filled) {
             return Ok(());
         }
         let code = |side| {

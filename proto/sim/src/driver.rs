@@ -340,22 +340,24 @@ impl World {
             }
             TargetAction::Report(status) => return self.check_report(1, status.generation),
             TargetAction::Restore { generation: _ } => TargetJob::Restore,
-            TargetAction::Send(mut message) => {
-                if let TargetMessage::Accepted { drains, .. } = &mut message {
-                    *drains = self.takes_missing;
-                }
-                self.check_said_by_target(&message)?;
-                if self.link.up {
-                    let bytes = Message::from(message).encode().expect("a small message");
-                    self.link.to_source.push_back(bytes);
-                }
-                return Ok(());
-            }
+            TargetAction::Send(message) => return self.target_sends(message),
         };
         let undone = matches!(job, TargetJob::Prepare | TargetJob::Restore);
         let hangs = undone && std::mem::take(&mut self.target.hang_next);
         let job = if hangs { TargetJob::Hung } else { job };
         self.target.jobs.push(job);
+        Ok(())
+    }
+
+    fn target_sends(&mut self, mut message: TargetMessage) -> Result<(), Violation> {
+        if let TargetMessage::Accepted { drains, .. } = &mut message {
+            *drains = self.takes_missing;
+        }
+        self.check_said_by_target(&message)?;
+        if self.link.up {
+            let bytes = Message::from(message).encode().expect("a small message");
+            self.link.to_source.push_back(bytes);
+        }
         Ok(())
     }
 

@@ -42,7 +42,8 @@ impl World {
             }
             return wanted;
         }
-        if target == Some(Phase::Running) && self.source.dead {
+        let waits = self.next_timer().is_none();
+        if target == Some(Phase::Running) && self.source.dead && waits {
             let wanted = self
                 .status(Side::Target)
                 .is_some_and(|status| status.fence_wanted);

@@ -84,7 +84,7 @@ impl World {
 
     pub(super) fn thaws_by_fence(&self) -> bool {
         self.sabotage == Some(Sabotage::ThawsByFence)
-            && self.source.drain_asked
             && self.source.workload == SourceWorkload::Frozen
+            && self.has_heard_started()
     }
 }

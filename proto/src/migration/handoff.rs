@@ -183,6 +183,10 @@ impl Evidence {
     pub(crate) fn refused(generation: Generation, reason: Option<Failure>) -> Self {
         let text = "the target refused to run the workload";
         let failure = match reason {
+            // Its own record of that means that the workload has run, and is never thawed.
+            Some(reason) if is_lost_in_drain(&reason) => {
+                Failure::new(ErrorCode::Refused, format!("{text}: {}", reason.text()))
+            }
             Some(reason) => Failure::new(reason.code(), format!("{text}: {}", reason.text())),
             None => Failure::new(ErrorCode::Refused, text),
         };
@@ -216,6 +220,13 @@ impl Evidence {
 }
 
 impl SourceFacts {
+    /// Whether the target has run the workload. That need not be on record by itself: what came of
+    /// it says as much.
+    pub(crate) fn has_started(&self) -> bool {
+        let is_lost = self.aborted.as_ref().is_some_and(is_lost_in_drain);
+        self.started || (self.drains && (self.filled || is_lost))
+    }
+
     pub(crate) fn from_records(records: &[Record]) -> Result<Self, RecoverError> {
         let mut facts = Self::default();
         for record in records {

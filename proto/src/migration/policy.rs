@@ -285,13 +285,20 @@ impl Convergence {
         if self.predicted_downtime.is_some_and(|it| it <= budget) {
             return Decision::Freeze(FreezeReason::Converged);
         }
-        match policy.mode {
-            Mode::Precopy if is_last => Decision::TimeOver,
-            Mode::Precopy => Decision::Round,
-            _ if is_last => self.switch(FreezeReason::RoundsMax),
-            _ if self.stall.is_met(left_bytes) => self.switch(FreezeReason::Smallest),
-            _ => Decision::Round,
+        if policy.mode == Mode::Precopy {
+            return if is_last {
+                Decision::TimeOver
+            } else {
+                Decision::Round
+            };
         }
+        if is_last {
+            return self.switch(FreezeReason::RoundsMax);
+        }
+        if self.stall.is_met(left_bytes) {
+            return self.switch(FreezeReason::Smallest);
+        }
+        Decision::Round
     }
 
     /// Whether the rounds that are allowed will bring the downtime below its bound, if each leaves

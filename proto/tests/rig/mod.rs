@@ -1,6 +1,8 @@
 //! Machines in a vice: feed an event, look at the actions.
 
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
+
+pub mod drain;
 
 use std::time::Duration;
 

@@ -65,6 +65,15 @@ impl SourceMachine {
                 failure,
             },
         };
+        // One that nobody has sent yet is superseded, so that they do not pile up.
+        self.actions.retain(|action| {
+            !matches!(
+                action,
+                SourceAction::Send(
+                    SourceMessage::Draining { .. } | SourceMessage::DrainLost { .. }
+                )
+            )
+        });
         self.send_or_dial(now, message);
     }
 

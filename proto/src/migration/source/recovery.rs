@@ -82,7 +82,7 @@ impl SourceMachine {
                 Outcome::Moved
             };
             self.state = State::Over(Over::Closed { outcome });
-        } else if facts.started {
+        } else if facts.has_started() {
             self.resume_started(facts, now);
         } else if let Some(generation) = facts.commit {
             self.resume_decided(generation, facts);

@@ -105,18 +105,18 @@ impl TargetMachine {
         if !self.drains {
             return false;
         }
-        let failure = lost_in_drain(failure);
         match &self.state {
             State::Held(Held::Readying { .. } | Held::Ready { .. } | Held::Locking { .. }) => {
-                self.withdraw(failure);
+                let text = format!("{}, and pages that were to follow with it", failure.text());
+                self.withdraw(Failure::new(ErrorCode::LostInDrain, text));
                 true
             }
             State::Decided(_, Fate::Running(Run::Filling)) => {
-                self.abandon(&failure);
+                self.abandon(failure);
                 true
             }
             State::Decided(_, Fate::Running(Run::Recording { .. } | Run::LettingGo { .. })) => {
-                self.pages_lost.get_or_insert(failure);
+                self.pages_lost.get_or_insert_with(|| failure.clone());
                 true
             }
             State::Unready(_) | State::Decided(..) | State::Absent(_) => false,

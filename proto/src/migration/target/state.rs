@@ -209,7 +209,8 @@ impl State {
         match self {
             Self::Unready(_) | Self::Absent(_) => false,
             Self::Held(_) => true,
-            Self::Decided(_, Fate::Running(run)) => !run.is_filled(),
+            Self::Decided(_, Fate::Running(Run::Filled | Run::Closing | Run::Closed)) => false,
+            Self::Decided(_, Fate::Running(_)) => true,
             Self::Decided(..) => false,
         }
     }
