@@ -248,7 +248,7 @@ impl Config {
                 .parking
                 .or(network.parsed("parking")?)
                 .unwrap_or(Parking::Auto),
-            postcopy: args.postcopy.or(root.boolean("postcopy")?).unwrap_or(true),
+            postcopy: args.postcopy.or(root.boolean("postcopy")?).unwrap_or(false),
             criu: path(&args.criu, criu.path("path")?, CRIU),
             view_library: path(
                 &args.criu_view_library,
