@@ -44,12 +44,22 @@ pub struct Drain(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    /// None before the tree is frozen, and after it was thawed.
-    readers: watch::Sender<Option<Arc<Readers>>>,
+    stage: watch::Sender<Stage>,
     fill: Lane,
     urgent: Lane,
     sent: Arc<Sent>,
     waiting: AtomicUsize,
+}
+
+/// What may be read.
+#[derive(Clone, Debug, Default)]
+enum Stage {
+    /// The tree is not frozen, or was not found yet.
+    #[default]
+    NotYet,
+    Frozen(Arc<Readers>),
+    /// It may run again, or is no more.
+    Over,
 }
 
 #[derive(Debug)]
@@ -71,7 +81,7 @@ impl Drain {
     /// One that reads and encodes what is not urgent on so many threads.
     pub(super) fn new(workers: usize, sent: Arc<Sent>) -> Self {
         let shared = Shared {
-            readers: watch::Sender::default(),
+            stage: watch::Sender::default(),
             // One reads while another one waits for the network.
             fill: Lane::new(workers.max(1) + 1),
             urgent: Lane::new(URGENT_MAX),
@@ -83,17 +93,18 @@ impl Drain {
 
     /// From here on the tree is frozen, and may be read.
     pub(super) fn begin(&self, readers: Readers) {
-        self.0.readers.send_replace(Some(Arc::new(readers)));
+        let frozen = Stage::Frozen(Arc::new(readers));
+        self.0.stage.send_replace(frozen);
     }
 
     /// Whether it is read already.
     pub(super) fn has_begun(&self) -> bool {
-        self.0.readers.borrow().is_some()
+        matches!(*self.0.stage.borrow(), Stage::Frozen(_))
     }
 
     /// The tree may run, or is no more.
     pub(super) fn end(&self) {
-        self.0.readers.send_replace(None);
+        self.0.stage.send_replace(Stage::Over);
     }
 
     /// Answers a request over this connection, in the background. `lost` hears of what can never be
@@ -133,14 +144,13 @@ impl Shared {
             return Ok(());
         };
         // A daemon that was restarted may be asked before it has found the tree.
-        let mut known = self.readers.subscribe();
-        let Ok(readers) = known.wait_for(Option::is_some).await.map(|it| it.clone()) else {
-            return Ok(());
+        let mut stage = self.stage.subscribe();
+        let known = stage.wait_for(|stage| !matches!(stage, Stage::NotYet));
+        let readers = match known.await.map(|stage| stage.clone()) {
+            Ok(Stage::Frozen(readers)) => readers,
+            Ok(Stage::NotYet | Stage::Over) | Err(_) => return Ok(()),
         };
-        let reader = readers
-            .as_ref()
-            .and_then(|readers| readers.get(&fetch.space));
-        let Some(reader) = reader else {
+        let Some(reader) = readers.get(&fetch.space) else {
             let text = format!("process {} of the frozen workload is gone", fetch.space);
             return Err(Failure::new(ErrorCode::WorkloadGone, text));
         };
