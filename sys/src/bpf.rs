@@ -81,11 +81,7 @@ pub fn open_iterator(link: impl AsFd) -> io::Result<File> {
 /// Loads a program that is run for every packet (`BPF_PROG_TYPE_SCHED_CLS`), to be attached to what
 /// leaves by a link, or to what comes in by one. It has the name by which [`detach`] finds it:
 /// none, or one of letters and `_`.
-pub fn load_classifier(
-    instructions: &[u64],
-    license: &CStr,
-    name: Name,
-) -> io::Result<OwnedFd> {
+pub fn load_classifier(instructions: &[u64], license: &CStr, name: Name) -> io::Result<OwnedFd> {
     let count = u32::try_from(instructions.len()).map_err(io::Error::other)?;
     let mut attributes = ProgramAttributes {
         name,
@@ -199,7 +195,11 @@ fn attached(index: u32, way: Way) -> io::Result<Vec<u32>> {
 
 /// The program of that id, if it is still there.
 fn open_program(id: u32) -> io::Result<Option<OwnedFd>> {
-    let mut attributes = IdAttributes { id, next: 0, flags: 0 };
+    let mut attributes = IdAttributes {
+        id,
+        next: 0,
+        flags: 0,
+    };
     // SAFETY: the structure is the beginning of the kernel's and points to nothing.
     match unsafe { call(PROG_BY_ID, &mut attributes) } {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),

@@ -400,7 +400,10 @@ mod tests {
         assert_eq!((delivered(&mut order), order.is_whole()), (vec![], false));
         order.put(sent);
         assert!(!order.is_whole());
-        assert_eq!((delivered(&mut order), order.is_whole()), (vec![1, 2], true));
+        assert_eq!(
+            (delivered(&mut order), order.is_whole()),
+            (vec![1, 2], true)
+        );
         // Of another attempt it says nothing.
         order.put(parked(FIRST.next(), 0, &[3]));
         order.put(mark());
