@@ -2,13 +2,14 @@
 //! workload here if it stays.
 //!
 //! ```text
-//! close ── from here on what comes is kept
-//! shut ─── the tree is frozen: nothing of it leaves
-//! forward  from the final round on the target has what is kept, and what comes then
-//! let_speak  it stays, and is about to run
-//! stop, deliver  it stays: it has all of it here    mark ── it runs there, and has all of it there
-//!                                                   relay ─ for some seconds what still comes here
-//!                                                           is sent there
+//! close ──── from here on what comes is kept
+//! shut ───── the tree is frozen: nothing of it leaves
+//! forward ── from the final round on the target has what is kept, and what comes then
+//!
+//! it stays:  let_speak, before it runs: what it says is not lost
+//!            stop, deliver: it has all of it here
+//! it left:   mark: the target hears that it has all that came before
+//!            relay: for some seconds what still comes here is sent there
 //! ```
 //!
 //! Invariants: ports need not be closed where [`Parking::is_whole`], and nothing passes them when a
