@@ -193,6 +193,11 @@ impl Site {
         self.network.parking.accepted(parks);
     }
 
+    /// The workload runs at the target.
+    pub fn started(&self) {
+        self.network.parking.mark();
+    }
+
     /// Sends over this connection from now on.
     pub fn connect(&mut self, data: Option<DataSender>) {
         self.sending.connect(data);
@@ -389,6 +394,7 @@ impl Site {
     /// what is lost, if processes of a copy that was given away have ended.
     pub async fn thaw(&mut self, untrack: bool) -> Result<Option<Failure>, Failure> {
         self.kept.thawed();
+        self.network.parking.let_speak();
         self.network.lo.open();
         let letting_go = self.members.iter_mut().map(|member| {
             let Member {
