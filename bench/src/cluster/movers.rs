@@ -119,6 +119,19 @@ impl Movers {
         numbers.sum()
     }
 
+    /// How often the controllers have written that they saw one broken, those among them that are
+    /// gone with what they had counted.
+    pub fn violations_written(&self, lab: &Lab) -> Result<usize> {
+        let mut all = 0;
+        for index in 0..self.controllers.len() {
+            let log = controller_log(lab, index);
+            let text = fs::read_to_string(&log);
+            let text = text.with_context(|| format!("reading {}", log.display()))?;
+            all += text.lines().filter(|line| line.contains(BROKEN)).count();
+        }
+        Ok(all)
+    }
+
     /// # Errors
     /// When one of them has ended.
     pub fn check(&mut self) -> Result<()> {
@@ -169,8 +182,12 @@ pub fn start_controller(lab: &Lab, config: &Path, index: usize) -> Result<Part> 
         .env("RUST_LOG", LOG)
         .cgroups(&lab.cgroups(CGROUP)?)
         .enter(&lab.client.net)?;
-    let log = lab.folder.logs().join(CGROUP).join(format!("{name}.log"));
-    Part::start(&name, command, log)
+    Part::start(&name, command, controller_log(lab, index))
+}
+
+fn controller_log(lab: &Lab, index: usize) -> PathBuf {
+    let name = format!("pageferry-controller-{index}.log");
+    lab.folder.logs().join(CGROUP).join(name)
 }
 
 /// Starts the agent of a node.
@@ -261,6 +278,8 @@ const NAMESPACE: &str = "pageferry-system";
 const CONTROLLER_CONFIG: &str = "pageferry-controller.conf";
 const METRICS_PORT: u16 = 9464;
 const METRICS_TIME_MAX: Duration = Duration::from_secs(5);
+/// What a controller writes when it counts one.
+const BROKEN: &str = "a rule is broken";
 const VIOLATIONS: &str = "pageferry_invariant_violations_total{";
 const WEBHOOK_TIME_MAX: Duration = Duration::from_secs(30);
 const AGENT_CONFIG: &str = "/etc/kubernetes/agent.conf";
