@@ -95,6 +95,15 @@ impl Movers {
         Ok(())
     }
 
+    /// The same, until all go on and answer; how often those that do have seen a rule broken.
+    pub fn wait_revived(&mut self, lab: &Lab) -> Result<u64> {
+        until("controllers go on, and answer", REVIVED_TIME_MAX, || {
+            self.revive(lab)?;
+            self.check()?;
+            self.violations(lab)
+        })
+    }
+
     /// How often the controllers have seen a rule broken.
     pub fn violations(&self, lab: &Lab) -> Result<u64> {
         let all = (0..self.controllers.len()).map(|index| self.violations_of(lab, index));
@@ -281,6 +290,7 @@ const METRICS_TIME_MAX: Duration = Duration::from_secs(5);
 /// What a controller writes when it counts one.
 const BROKEN: &str = "a rule is broken";
 const VIOLATIONS: &str = "pageferry_invariant_violations_total{";
+const REVIVED_TIME_MAX: Duration = Duration::from_secs(60);
 const WEBHOOK_TIME_MAX: Duration = Duration::from_secs(30);
 const AGENT_CONFIG: &str = "/etc/kubernetes/agent.conf";
 const LOG: &str = "info";

@@ -75,7 +75,7 @@ pub fn run(
         report.figure(&format!("moves that ended as {result}"), *count);
     }
     laps.lap("it has moved while others were killed");
-    course.violations += course.movers.violations(lab)?;
+    course.violations += course.movers.wait_revived(lab)?;
     let written = course.movers.violations_written(lab)?;
     ensure!(
         written == 0,
@@ -174,7 +174,8 @@ impl Course {
         self.watched.pod = Placed::wait(&cluster.kubectl, name)?;
         self.check_once(lab, &cluster.kubectl)?;
         self.watched.clients.wait_for_writes(WRITES_AFTER)?;
-        annotated::wait_ready(lab, &cluster.kubectl, &mut self.movers)?;
+        self.movers.wait_revived(lab)?;
+        annotated::wait_labels(lab, &cluster.kubectl)?;
         *self.results.entry(result.to_owned()).or_default() += 1;
         let reason = status["reason"].as_str().unwrap_or_default();
         if result == "SucceededWithoutRestore" {
