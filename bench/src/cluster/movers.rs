@@ -99,7 +99,7 @@ impl Movers {
     pub fn wait_revived(&mut self, lab: &Lab) -> Result<u64> {
         until("controllers go on, and answer", REVIVED_TIME_MAX, || {
             self.revive(lab)?;
-            self.check()?;
+            self.agents.iter_mut().try_for_each(Part::check)?;
             self.violations(lab)
         })
     }
@@ -111,7 +111,7 @@ impl Movers {
     }
 
     /// How often one of them has.
-    pub fn violations_of(&self, lab: &Lab, index: usize) -> Result<u64> {
+    fn violations_of(&self, lab: &Lab, index: usize) -> Result<u64> {
         let text = metrics(lab, metrics_address(index))?;
         let counted = text.lines().filter(|line| line.starts_with(VIOLATIONS));
         let counted: Vec<&str> = counted.collect();
