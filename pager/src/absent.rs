@@ -1,7 +1,7 @@
 //! Pages of a store that have not come yet, and who waits for them.
 //!
-//! A page of a store is *held*, *zero* (a hole that is known to be one), or *absent*: its contents
-//! are still elsewhere. Until it is said to have arrived, an absent page is neither copied nor taken
+//! A page of a store is *held*, *zero* (a hole known to be one), or *absent*: its contents are
+//! still elsewhere. Until it is said to have arrived, an absent page is neither copied nor taken
 //! for zero. Where pages of a process have moved to says [`crate::space`]; here all is by the place
 //! in the store, so nothing that a workload does to its memory changes what is absent.
 //!

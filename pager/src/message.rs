@@ -72,8 +72,8 @@ pub enum Request {
         /// Of which space, the first page, and how many.
         runs: Vec<(u32, u64, u64)>,
     },
-    /// What has not arrived of the spaces after this one, if any; what threads wait for is told once
-    /// more.
+    /// What has not arrived of the spaces after this one, if any; what threads wait for is told
+    /// once more.
     Missing {
         /// The last one that was told.
         after: Option<u32>,

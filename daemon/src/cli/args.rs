@@ -145,12 +145,13 @@ pub struct MigrateArgs {
     #[arg(long)]
     pub hold: bool,
     /// How its memory moves: precopy, all before it runs at the target; postcopy, all after that;
-    /// hybrid, after it what rounds do not bring; auto, as precopy if rounds will do, else as hybrid.
-    /// Until all has followed, the loss of either node loses the workload [default: precopy]
+    /// hybrid, after it what rounds do not bring; auto, as precopy if rounds will do, else as
+    /// hybrid. Until all has followed, the loss of either node loses the workload [default:
+    /// precopy]
     #[arg(long, value_name = "MODE")]
     pub mode: Option<Mode>,
-    /// When it is not frozen in time: cancel; force, freeze whatever that costs; or postcopy, and let
-    /// what is left follow [default: cancel]
+    /// When it is not frozen in time: cancel; force, freeze whatever that costs; or postcopy, and
+    /// let what is left follow [default: cancel]
     #[arg(long, value_name = "WHAT")]
     pub on_timeout: Option<OnTimeout>,
     /// Compare every page at both nodes by digest while the workload is frozen

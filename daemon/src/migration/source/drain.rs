@@ -8,8 +8,8 @@
 //! What is missing the target knows. Here is no state but the processes: what was asked for on a
 //! connection that is lost is asked for again on the next, of the next daemon, too.
 //!
-//! Invariants: only a frozen tree is read; a page that cannot be read is never taken for zero, it is
-//! said that it is lost; urgent requests wait for none that is not.
+//! Invariants: only a frozen tree is read; a page that cannot be read is never taken for zero, but
+//! said to be lost; urgent requests wait for none that is not.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

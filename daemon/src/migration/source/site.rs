@@ -71,8 +71,8 @@ const WHY_MAX: Duration = Duration::from_millis(500);
 
 /// What whoever has chosen a mode is told before it is too late.
 const FOLLOWS: &str = "memory may follow the workload: from then until all is there it is lost if \
-    either node dies, or if its frozen copy is killed or cannot be read; a lost connection does not \
-    lose it";
+    either node dies, or if its frozen copy is killed or cannot be read; a lost connection does \
+    not lose it";
 
 /// What every source of this node shares.
 #[derive(Debug, Clone)]
@@ -214,6 +214,11 @@ impl Site {
     pub fn accepted(&mut self, kept: &[u32], parks: bool) {
         self.folders.accepted(kept);
         self.network.parking.accepted(parks);
+    }
+
+    /// The workload runs at the target.
+    pub fn started(&self) {
+        self.network.parking.mark();
     }
 
     /// Sends over this connection from now on.
@@ -413,10 +418,11 @@ impl Site {
     }
 
     /// Undoes everything down to a running workload; with `untrack`, tracking too. Answers with
-    /// what is lost, if processes of a copy that was given away have ended.
+    /// what is lost, if processes of a copy that was given away have ended, or are about to.
     pub async fn thaw(&mut self, untrack: bool) -> Result<Option<Failure>, Failure> {
         self.drain.end();
         self.kept.thawed();
+        self.network.parking.let_speak();
         self.network.lo.open();
         let letting_go = self.members.iter_mut().map(|member| {
             let Member {
@@ -434,8 +440,14 @@ impl Site {
             let of_this = locks.take_back(&workload.freezer).await?;
             lost = lost.or(of_this);
         }
-        let thawed = self.members.iter_mut().map(|member| member.workload.thaw());
-        thawed.fold(Ok(()), Result::and)?;
+        let mut thawed = Ok(());
+        for member in &mut self.members {
+            match member.workload.thaw() {
+                Ok(told) => lost = lost.or(told),
+                Err(failure) => thawed = thawed.and(Err(failure)),
+            }
+        }
+        thawed?;
         self.network.reopen(untrack).await?;
         if !untrack {
             self.begin_dumping()?;

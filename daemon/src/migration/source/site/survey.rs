@@ -73,8 +73,8 @@ fn check_mode(policy: &Policy, members: &[Kind], is_allowed: bool) -> Result<(),
     let forbidden = |text: &str| Err(Failure::new(ErrorCode::PostcopyForbidden, text));
     if !is_allowed {
         return forbidden(
-            "this node's configuration does not allow that a workload runs before all its memory is \
-             there (postcopy = true): move it with --mode precopy",
+            "this node's configuration does not allow that a workload runs before all its memory \
+             is there (postcopy = true): move it with --mode precopy",
         );
     }
     match members {

@@ -106,8 +106,8 @@ impl Site {
         Ok(())
     }
 
-    /// The workload has run, and pages of it never come: it is frozen for good, at once. Waits until
-    /// nothing is left of it; somebody must kill it.
+    /// The workload has run, and pages of it never come: it is frozen for good, at once. Waits
+    /// until nothing is left of it; somebody must kill it.
     pub async fn abandon(&mut self) -> Result<(), Failure> {
         const WHY: &str = "pages of its memory were lost with its source";
         for seat in &mut self.seats {
