@@ -53,7 +53,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let criu_version = probe_criu(&config).await?;
     check_stand_in(&config.stand_in)?;
     let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    let memory = memory_of(hierarchies.clone());
     let endpoint = Arc::new(endpoint_of(&config)?);
     let shelf = Shelf::new(config.folders_dir());
     kind::go_on_ending();
@@ -83,10 +82,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             pager: config.pager.clone(),
             migrations,
             freezers,
+            memory: memory_of(hierarchies.clone()),
             hierarchies,
             bridge: config.bridge.clone(),
             holds: Holds::default(),
-            memory,
             shelf,
             workers,
             parks: config.parking != Parking::Off,

@@ -313,18 +313,8 @@ fn named<T: FromStr<Err: std::fmt::Display>>(text: Option<&str>, default: T) -> 
     text.map_or(Ok(default), parse)
 }
 
-fn parse_migrate(
-    request: schema::MigrateRequest,
-    defaults: Policy,
-) -> Result<MigrateRequest, Status> {
-    let workload: WorkloadName = request.workload.parse().map_err(|error| {
-        Status::invalid_argument(format!("workload {:?}: {error}", request.workload))
-    })?;
-    let is_pod = matches!(workload, WorkloadName::Pod(_));
-    let target = request
-        .to
-        .parse()
-        .map_err(|error| Status::invalid_argument(format!("node {:?}: {error}", request.to)))?;
+/// How it is to move, as far as that is said.
+fn parse_policy(request: &schema::MigrateRequest, defaults: Policy) -> Result<Policy, Status> {
     let rounds_max = request.rounds_max.unwrap_or(defaults.rounds_max);
     if rounds_max == 0 || rounds_max > ROUNDS_LIMIT {
         return Err(Status::invalid_argument(format!(
@@ -337,7 +327,7 @@ fn parse_migrate(
     let duration = |micros: Option<u64>, default| micros.map_or(default, Duration::from_micros);
     let mode = named(request.mode.as_deref(), defaults.mode)?;
     let on_timeout = named(request.on_timeout.as_deref(), defaults.on_timeout)?;
-    let policy = Policy {
+    Ok(Policy {
         downtime_max: duration(request.downtime_max_us, defaults.downtime_max),
         rounds_max,
         timeout: duration(request.timeout_us, defaults.timeout),
@@ -350,7 +340,22 @@ fn parse_migrate(
         mode,
         on_timeout,
         downtime_bound: defaults.downtime_bound,
-    };
+    })
+}
+
+fn parse_migrate(
+    request: schema::MigrateRequest,
+    defaults: Policy,
+) -> Result<MigrateRequest, Status> {
+    let workload: WorkloadName = request.workload.parse().map_err(|error| {
+        Status::invalid_argument(format!("workload {:?}: {error}", request.workload))
+    })?;
+    let is_pod = matches!(workload, WorkloadName::Pod(_));
+    let target = request
+        .to
+        .parse()
+        .map_err(|error| Status::invalid_argument(format!("node {:?}: {error}", request.to)))?;
+    let policy = parse_policy(&request, defaults)?;
     let shared: Vec<PathBuf> = request
         .shared_paths
         .into_iter()

@@ -4,7 +4,7 @@ use pageferry_pages::digest::of_page;
 use pageferry_pages::encode::Encoder;
 use pageferry_pages::store::StoreLimits;
 use pageferry_proto::page::{PAGE_SIZE, PageIndex, PageRun};
-use pageferry_proto::wire::stream::{ImageName, seal};
+use pageferry_proto::wire::stream::{ImageFileHeader, ImageName, seal};
 
 use super::*;
 use crate::net::tests::{Cluster, within};
