@@ -79,6 +79,7 @@ const DAEMON: Modules = &[
 ];
 
 const PAGER: Modules = &[
+    ("absent", &["space"]),
     ("ahead", &["message", "runtime"]),
     ("channel", &["message", "pageferry_sys"]),
     (
