@@ -21,8 +21,9 @@
 //! [`target::TargetAction::Discard`]) first ends what is under way, and an event of an action
 //! that was undone may still arrive: the machines ignore it.
 //!
-//! [`handoff`] says why at most one side runs. [`policy`] decides when to freeze, [`ledger`]
-//! what the target holds, and [`mod@absent`] what it lacks and asks for next. Absent: any knowledge of how pages are found, sent or restored.
+//! [`handoff`] says why at most one side runs. [`policy`] decides when to freeze, [`ledger`] what
+//! the target holds, and [`mod@absent`] what it lacks and asks for next. Absent: any knowledge of
+//! how pages are found, sent or restored.
 
 pub mod absent;
 pub mod handoff;

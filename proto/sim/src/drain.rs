@@ -1,5 +1,5 @@
-//! A workload that runs at the target while pages of it are at the source: what both drivers do, and
-//! what must never be then.
+//! A workload that runs at the target while pages of it are at the source: what both drivers do,
+//! and what must never be then.
 
 use std::collections::BTreeMap;
 

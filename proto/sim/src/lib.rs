@@ -22,8 +22,8 @@
 //!   durable and before `Go`, and which others may take then;
 //! - a workload that has stood still for as long as the policy allows, and is not committed, is
 //!   asked back: whatever hangs then is cut;
-//! - of a workload that started with pages missing, each page that it can read is that of the freeze
-//!   or what it has written since, and each other one is still to come;
+//! - of a workload that started with pages missing, each page that it can read is that of the
+//!   freeze or what it has written since, and each other one is still to come;
 //! - a copy of which the target lacks pages is neither thawed nor killed, and that all are there is
 //!   on the target's disk before the source hears it;
 //! - what is lost in a drain has a cause that is not a link or a daemon, runs nowhere, and is said

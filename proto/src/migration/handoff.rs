@@ -9,8 +9,9 @@
 //! - a refusal by the target, durable there before it was sent, and recorded here;
 //! - a fence: the operator's word that the target is dead, recorded here.
 //!
-//! Of a workload that starts with pages missing the copy is frozen for good once the target has said
-//! that it runs, until all of them are there or lost: after that neither proof counts any more.
+//! Of a workload that starts with pages missing the copy is frozen for good once the target has
+//! said that it runs, until all of them are there or lost: after that neither proof counts any
+//! more.
 //!
 //! The target's rule mirrors it: `Running` is durable before the workload is let go, `Refused`
 //! before it is sent, and after `Refused` there is no `Running`. The other order needs proof that

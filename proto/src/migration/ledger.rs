@@ -338,7 +338,8 @@ impl Ledger {
 
     /// After the final round: checks that every live page is held or absent, and digested if the
     /// final message says so, and accounts for every page that came. The caller then drops the
-    /// surplus from the store: also what is held of absent pages, which is outdated. A space without a live set is gone at the source, and all of it is surplus.
+    /// surplus from the store: also what is held of absent pages, which is outdated. A space
+    /// without a live set is gone at the source, and all of it is surplus.
     pub fn settle(&self, held: &BTreeMap<SpaceId, HeldPages>) -> Result<Vec<Account>, LedgerError> {
         let last = match &self.last {
             Some(last) if self.end.is_none() => last,

@@ -56,8 +56,8 @@ pub struct StreamPrefix {
     pub migration: MigrationId,
 }
 
-/// What precedes a set of pages: on a stream of a live or absent set that is all there is, on a digests
-/// stream one digest per page follows it.
+/// What precedes a set of pages: on a stream of a live or absent set that is all there is, on a
+/// digests stream one digest per page follows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SetHeader {
     /// The attempt that the set belongs to.

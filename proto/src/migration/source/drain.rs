@@ -1,8 +1,8 @@
 //! The workload runs at the target with pages missing, which only the frozen copy here has.
 //!
 //! Invariants: from when the target has said that the workload runs, nothing thaws the copy, no
-//! refusal and no fence either, and no restart, as the commit says that it drains. It is killed when
-//! the target has all pages on record, or when it is on record that the rest is lost.
+//! refusal and no fence either, and no restart, as the commit says that it drains. It is killed
+//! when the target has all pages on record, or when it is on record that the rest is lost.
 //!
 //! Whether it is lost only the target can tell: what cannot be read here may be there already. So
 //! the target is asked. If it is dead the operator says so, and that is the end of the workload.

@@ -99,8 +99,8 @@ impl TargetMachine {
         }
     }
 
-    /// The operator says that the source is dead, which alone has what is missing. Says whether that
-    /// means anything here.
+    /// The operator says that the source is dead, which alone has what is missing. Says whether
+    /// that means anything here.
     pub(super) fn fenced_in_drain(&mut self, failure: &Failure) -> bool {
         if !self.drains {
             return false;
