@@ -149,7 +149,12 @@ impl World {
     pub(super) fn check_said_by_source(&self, message: &SourceMessage) -> Result<(), Violation> {
         match message {
             SourceMessage::Go { generation } => {
-                let is_commit = |entry: &Entry| matches!(entry, Entry::Commit { generation: ours, .. } if ours == generation);
+                let is_commit = |entry: &Entry| match entry {
+                    Entry::Commit {
+                        generation: ours, ..
+                    } => ours == generation,
+                    _ => false,
+                };
                 let durable = self.source.journal.durable();
                 self.demand(
                     durable.iter().any(|record| is_commit(&record.entry)),
