@@ -212,10 +212,24 @@ fn watch(context: &Context, migration: &Migration, seen: &Observed) -> bool {
     reason = "its type is the controller's"
 )]
 pub fn retry(migration: Arc<Migration>, error: &Error, context: Arc<Context>) -> Again {
+    if is_conflict(error) {
+        return Again::requeue(SOON);
+    }
     let after = context.went_wrong(&migration.uid().unwrap_or_default());
     context.metrics.count(&metrics::LOOKS_FAILED, "");
     warn!(migration = %migration.name_any(), %error, ?after, "trying again");
     Again::requeue(after)
+}
+
+/// Whether only somebody else has written meanwhile, such as an agent: what is known is old, and
+/// nothing is wrong.
+fn is_conflict(error: &Error) -> bool {
+    match error {
+        Error::Api { error, .. } => {
+            matches!(&**error, kube::Error::Api(status) if status.code == 409)
+        }
+        Error::Object(_) | Error::Refused { .. } => false,
+    }
 }
 
 fn retry_after(times: u32) -> Duration {
@@ -378,6 +392,21 @@ const NOTE_MAX: usize = 1000;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_was_overtaken_looks_again_at_once() {
+        let said = |code: u16| {
+            let status = serde_json::json!({"code": code, "status": "Failure"});
+            let status = serde_json::from_value(status).expect("a status");
+            Error::Api {
+                what: "writing the status".to_owned(),
+                error: Box::new(kube::Error::Api(Box::new(status))),
+            }
+        };
+        assert!(is_conflict(&said(409)));
+        assert!(!is_conflict(&said(500)));
+        assert!(!is_conflict(&Error::Object("gone".to_owned())));
+    }
 
     #[test]
     fn it_is_tried_less_and_less_often() {
