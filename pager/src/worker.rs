@@ -73,6 +73,8 @@ struct Member {
     token: u64,
     /// Pages that threads wait for and that could not be served yet.
     waiting: Vec<PageIndex>,
+    /// When the first of them was read.
+    waiting_since: Option<Instant>,
     cursor: Cursor,
     /// Nothing is copied before this, after an error.
     trouble_until: Option<Instant>,
@@ -200,6 +202,7 @@ impl Worker {
                 uffd,
                 token,
                 waiting,
+                waiting_since: None,
                 cursor,
                 trouble_until: None,
             };
@@ -264,6 +267,9 @@ impl Worker {
         }
         let after = house.family.missing();
         if let Some(state) = house.members.get_mut(&member) {
+            if !batch.faults.is_empty() {
+                state.waiting_since.get_or_insert_with(Instant::now);
+            }
             state.waiting.extend(batch.faults);
         }
         self.count(before, after);
@@ -325,12 +331,16 @@ impl Worker {
                 }
             }
         }
+        let took = state.waiting_since.map(|since| since.elapsed());
+        if state.waiting.is_empty() {
+            state.waiting_since = None;
+        }
         let after = house.family.missing();
         self.count(before, after);
-        self.shared
-            .counters
-            .faults
-            .fetch_add(served, Ordering::Relaxed);
+        if 0 < served {
+            let counters = &self.shared.counters;
+            counters.served(served, took.unwrap_or_default());
+        }
         match end {
             Some(Ok(())) => self.forget(space, member),
             Some(Err(error)) => self.trouble(space, member, &error),

@@ -12,3 +12,4 @@ pub mod session;
 pub mod source;
 pub mod target;
 pub mod text;
+pub mod timeline;

@@ -17,7 +17,7 @@ mod repeated;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use pageferry_proto::id::{MigrationId, NodeName, PodUid, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
@@ -25,6 +25,7 @@ use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceMachine, SourceOffer};
 use pageferry_proto::migration::status::Phase;
+use pageferry_proto::migration::timeline::SURVEY;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -36,8 +37,10 @@ use super::source::site::{Asked, Site as SourceSite, SourceNode};
 use super::source::{Ended, SourceDriver, SourceParts, SourceRequest};
 use super::target::TargetRequest;
 use super::target::site::TargetNode;
-use super::text::chain;
+use super::text::{chain, internal};
+use super::timeline::{Timeline, View};
 use crate::net::endpoint::Endpoint;
+use crate::runtime::identity;
 use crate::runtime::kind::Named;
 
 /// Requests that may wait for a driver.
@@ -96,6 +99,7 @@ struct Entry {
     /// If it leaves this node.
     departing: Option<Departing>,
     status: watch::Receiver<Arc<Progress>>,
+    timeline: Timeline,
     requests: Requests,
     /// It was over long ago, and its source asks once more: not listed.
     is_answer: bool,
@@ -195,7 +199,10 @@ impl Registry {
         let id = request.id.unwrap_or_else(|| MigrationId::new(random()));
         let (cancel, cancelled) = watch::channel(false);
         let (node, asked) = (parts.source.clone(), &request.asked);
+        let surveying = Instant::now();
         let survey = SourceSite::survey(node, id, named, request.policy, asked, cancelled).await?;
+        let timeline = survey.site.waits().timeline().clone();
+        timeline.ended(SURVEY, String::new(), surveying.elapsed());
         let journal = parts
             .journals
             .create(id)
@@ -293,6 +300,7 @@ impl Registry {
     ) {
         let (id, begun) = (machine.id(), journal.begun());
         let (recovered, root) = (origin.is_recovered(), site.root());
+        let timeline = site.waits().timeline().clone();
         let notes = site.notes();
         for note in &notes {
             tracing::warn!(migration = %id, "{note}");
@@ -330,6 +338,7 @@ impl Registry {
                 request: Arc::clone(&request),
             }),
             status: watched,
+            timeline,
             requests: Requests::Source(requests),
             is_answer: false,
         };
@@ -413,6 +422,15 @@ impl Registry {
     pub fn watch(&self, id: MigrationId) -> Result<watch::Receiver<Arc<Progress>>, Failure> {
         let entry = self.entry(id).map(|entry| entry.status);
         entry.or_else(|failure| self.watch_kept(id).ok_or(failure))
+    }
+
+    /// What took how long in a migration, and how it stands.
+    pub fn timeline(&self, id: MigrationId) -> Result<(Arc<Progress>, View), Failure> {
+        let progress = Arc::clone(&self.watch(id)?.borrow());
+        let boot = identity::boot().map_err(|error| internal(&error))?;
+        let entry = self.lock().get(&id).cloned();
+        let view = entry.map(|entry| entry.timeline.view(&boot));
+        Ok((progress, view.unwrap_or_default()))
     }
 
     /// Asks a migration to give up.

@@ -157,7 +157,10 @@ const PAGER: Modules = &[
             "start",
         ],
     ),
-    ("serve", &["pageferry_pages", "pageferry_sys", "worker"]),
+    (
+        "serve",
+        &["message", "pageferry_pages", "pageferry_sys", "worker"],
+    ),
     ("shield", &["error"]),
     ("signals", &[]),
     ("space", &[]),

@@ -227,7 +227,8 @@ impl World {
             | TargetMessage::Declined(_)
             | TargetMessage::Failed(_)
             | TargetMessage::Forgotten { .. }
-            | TargetMessage::RoundHeld { .. } => Ok(()),
+            | TargetMessage::RoundHeld { .. }
+            | TargetMessage::Spans(_) => Ok(()),
         }
     }
 

@@ -446,6 +446,7 @@ impl SourceMachine {
             policy: self.policy,
             description: *description,
             network,
+            spans: true,
         })));
     }
 

@@ -7,6 +7,7 @@
 
 mod error;
 mod offer;
+mod spans;
 
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use prost::Message as _;
 
 use crate::id::{Generation, Incarnation, MigrationId, NetworkName, Round, WorkloadName};
 use crate::migration::policy::Policy;
+use crate::migration::timeline::Spans;
 use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::copied::COPIED_PATHS_MAX;
@@ -151,6 +153,9 @@ pub enum TargetMessage {
         /// The round.
         round: Round,
     },
+    /// What the target has measured. No machine says or hears it: whoever performs one does, to a
+    /// source whose offer says that it takes it.
+    Spans(Box<Spans>),
     /// The workload runs at the target.
     Started {
         /// The started generation.
@@ -182,6 +187,8 @@ pub struct Offer {
     pub description: WorkloadDescription,
     /// The network namespace at the target that it is to join; none: one is made for it.
     pub network: Option<NetworkName>,
+    /// The source takes [`TargetMessage::Spans`].
+    pub spans: bool,
 }
 
 /// How many parcels and pages a round had.
@@ -350,6 +357,7 @@ impl TargetMessage {
             Self::RoundHeld { round } => Wire::RoundHeld(schema::RoundHeld {
                 round: round.number(),
             }),
+            Self::Spans(spans) => Wire::Spans(spans.as_ref().into()),
             Self::Started {
                 generation,
                 root_pid,
@@ -443,6 +451,7 @@ impl TryFrom<Wire> for Message {
                 round: round("round_held.round", held.round)?,
             }
             .into(),
+            Wire::Spans(spans) => Target::Spans(Box::new(spans.try_into()?)).into(),
             Wire::Started(started) => {
                 let generation = generation("started.generation", started.generation)?;
                 Target::Started {

@@ -415,6 +415,7 @@ pub fn offer() -> Offer {
         policy: Policy::DEFAULT,
         description: description(),
         network: None,
+        spans: false,
     }
 }
 

@@ -9,6 +9,7 @@
 //! happens; the machine's timers bound how long that may take.
 
 mod calm;
+mod course;
 mod delivered;
 pub mod dump;
 mod dumping;
@@ -55,6 +56,7 @@ use super::session::{self, Session};
 use crate::net::endpoint::Endpoint;
 use crate::net::lanes::{self, SourceSession};
 use crate::net::stream::DataSender;
+use course::Course;
 use sent::Sent;
 use site::Site;
 use tracking::Paused;
@@ -100,6 +102,8 @@ pub struct SourceDriver {
     paused: Paused,
     /// What the operation under way waits for.
     waits: Waits,
+    /// Notes what takes how long.
+    course: Course,
     /// Whether a difference in smaps is a reason to start again.
     repeatable: bool,
     /// The migration that was started in place of this one, before a restart.
@@ -202,6 +206,7 @@ impl SourceDriver {
             notes: parts.site.notes(),
             paused: parts.site.paused(),
             waits: parts.site.waits(),
+            course: Course::new(parts.site.waits().timeline()),
             site: Some(Box::new(parts.site)),
             operation: None,
             waiting: VecDeque::new(),
@@ -248,6 +253,7 @@ impl SourceDriver {
         if let Some(site) = &mut self.site {
             site.relayed().await;
         }
+        self.hear_the_rest().await;
         if let Some(connection) = self.connection.take() {
             connection.session.close().await;
         }
@@ -308,6 +314,7 @@ impl SourceDriver {
         if let SourceEvent::Failure(failure) = &event {
             tracing::warn!(migration = %self.machine.id(), %failure, "failed");
         }
+        self.course.takes(&event);
         self.machine.handle(self.clock.now(), event);
     }
 
@@ -331,6 +338,9 @@ impl SourceDriver {
     fn take_in(&mut self, incoming: Incoming) {
         match incoming {
             Incoming::Event(event) => self.handle(event),
+            Incoming::Of(number, SourceEvent::Message(TargetMessage::Spans(told))) => {
+                self.course.hear(number == self.connections, *told);
+            }
             Incoming::Of(number, event) if number == self.connections => {
                 if event == SourceEvent::PeerLost {
                     self.connection = None;
@@ -372,6 +382,7 @@ impl SourceDriver {
     }
 
     async fn perform(&mut self, action: SourceAction) {
+        self.course.performs(&action);
         match action {
             SourceAction::Connect => self.connect(),
             SourceAction::Journal(record) => self.write(record).await,
@@ -429,8 +440,10 @@ impl SourceDriver {
             .send_replace(self.waiting.iter().any(ends_others));
         let connection = self.connection.as_ref();
         site.connect(connection.map(|connection| connection.data.clone()));
+        let span = self.course.begins(&action);
         self.operation = Some(tokio::spawn(async move {
             let event = operation(&mut site, action).await;
+            drop(span);
             (site, event)
         }));
     }
@@ -478,8 +491,11 @@ impl SourceDriver {
             data,
             lanes,
         } = session;
-        let events = self.events.clone();
+        let (events, course) = (self.events.clone(), self.course.clone());
         let session = Session::open(sender, receiver, lanes, move |said| {
+            if let Ok(message) = &said {
+                course.hears(message);
+            }
             let events = events.clone();
             async move {
                 let incoming = match said {

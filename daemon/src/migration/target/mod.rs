@@ -8,6 +8,7 @@
 //! of an older one.
 
 pub mod admission;
+mod course;
 pub mod folders;
 mod images;
 pub mod intake;
@@ -39,6 +40,7 @@ use super::log::Log;
 use super::progress::Progress;
 use super::session::{self, Session};
 use crate::net::lanes::TargetSession;
+use course::Course;
 use intake::Intake;
 use site::{LetGoError, Site};
 
@@ -93,6 +95,8 @@ pub struct TargetDriver {
     recovered: bool,
     /// How it ended may not be on disk: what proves it must be found by the next daemon.
     end_unwritten: bool,
+    /// Notes what takes how long, and tells the source.
+    course: Course,
     log: Log,
 }
 
@@ -168,6 +172,7 @@ impl TargetDriver {
             machine: parts.machine,
             clock: parts.clock,
             intake: parts.site.intake(),
+            course: Course::new(parts.site.timeline()),
             root_pid: parts.site.root_pid(),
             expected: None,
             pod_waits: false,
@@ -246,7 +251,11 @@ impl TargetDriver {
         if let TargetEvent::JournalFailed(record) = &event {
             self.end_unwritten |= matches!(record.entry, Entry::Aborted(_) | Entry::Done);
         }
+        let is_filled = self.course.takes(&event);
         self.machine.handle(self.clock.now(), event);
+        if is_filled {
+            self.tell(true);
+        }
     }
 
     fn requested(&mut self, request: TargetRequest) {
@@ -320,7 +329,11 @@ impl TargetDriver {
                 }
             })
         };
+        let course = self.course.clone();
         let mut session = Session::open(sender, receiver, lanes, move |said| {
+            if let Ok(message) = &said {
+                course.hears(message);
+            }
             let events = events.clone();
             async move {
                 let event = said.map_or(TargetEvent::PeerLost, TargetEvent::Message);
@@ -355,10 +368,12 @@ impl TargetDriver {
     }
 
     async fn perform(&mut self, action: TargetAction) {
+        self.course.performs(&action);
         match action {
             TargetAction::AwaitFinal(last) => {
-                let intake = Arc::clone(&self.intake);
+                let (intake, span) = (Arc::clone(&self.intake), self.course.begins_check());
                 self.await_streams(async move {
+                    let _checking = span;
                     intake.folders().check_last(last.files)?;
                     intake.complete(last).await?;
                     locked::check(&intake.all_images(), last.locks)?;
@@ -395,12 +410,7 @@ impl TargetDriver {
                     }
                     _ => {}
                 }
-                // Without a session the source asks again when it is back.
-                if let Some(session) = &self.session
-                    && !session.say(message)
-                {
-                    self.lost();
-                }
+                self.say(message);
             }
             TargetAction::Discard
             | TargetAction::LetGo { .. }
@@ -551,6 +561,7 @@ async fn operation(
 }
 
 async fn perform(site: &mut Site, action: TargetAction) -> Result<TargetEvent, Failure> {
+    let _performing = course::span_of(&action).map(|name| site.timeline().begin(name));
     match action {
         TargetAction::Prepare(offer) => site
             .prepare(&offer)

@@ -25,6 +25,7 @@ impl From<&Offer> for schema::Offer {
             }),
             description: Some((&offer.description).into()),
             network: offer.network.as_ref().map(ToString::to_string),
+            spans: offer.spans,
         }
     }
 }
@@ -61,6 +62,7 @@ impl TryFrom<schema::Offer> for Offer {
             },
             description,
             network: network.map_err(name("offer.network"))?,
+            spans: offer.spans,
         })
     }
 }

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageferry_proto::migration::timeline::PARKING;
 use pageferry_proto::wire::description::LinkDescription;
 use tokio::task::block_in_place;
 
@@ -26,7 +27,9 @@ impl Site {
     /// Gives the workload, which runs, what came for it; what came here a little later, for the
     /// source may have something on the way that others sent before.
     pub(super) fn deliver_frames(&self) {
+        let delivering = self.timeline.begin(PARKING);
         block_in_place(|| self.intake.parking().deliver());
+        drop(delivering);
         let intake = Arc::clone(&self.intake);
         tokio::spawn(async move {
             tokio::time::sleep(ON_THE_WAY).await;
