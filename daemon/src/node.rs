@@ -5,6 +5,7 @@
 //! reaches it finds a daemon that knows all its migrations.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use nix::unistd::{AccessFlags, access};
 use pageferry_cgroup::freezer::FreezerRoot;
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_ipam::Folders;
+use pageferry_pager::message::FAULT_TIMES_US;
 use pageferry_pages::track::Support;
 use pageferry_proto::migration::policy::Policy;
 use tokio::signal::unix::{SignalKind, signal};
@@ -25,6 +27,7 @@ use crate::config::parking::Parking;
 use crate::link::hold::Holds;
 use crate::link::park::Means;
 use crate::link::route;
+use crate::metrics::{self, Metrics};
 use crate::migration::journal::Journals;
 use crate::migration::registry::{Registry, RegistryParts};
 use crate::migration::source::site::SourceNode;
@@ -57,6 +60,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let endpoint = Arc::new(endpoint_of(&config)?);
     let shelf = Shelf::new(config.folders_dir());
     kind::go_on_ending();
+    let metrics = Metrics::new(&FAULT_TIMES_US);
     let journals = Journals::open(&config.journal_dir()).context("opening the journals")?;
     let registry = Registry::recover(RegistryParts {
         source: SourceNode {
@@ -73,6 +77,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             eager_memory_max: config.limits.eager_memory_max,
             keep: shelf.keep(),
             parking: means(config.parking),
+            metrics: metrics.clone(),
         },
         target: TargetNode {
             criu: config.criu.clone(),
@@ -89,15 +94,18 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             shelf,
             workers,
             parks: config.parking != Parking::Off,
+            metrics: metrics.clone(),
         },
         endpoint: Arc::clone(&endpoint),
         journals,
         lanes: config.limits.lanes,
         incoming_max: config.limits.incoming_max,
         outgoing_max: config.limits.outgoing_max,
+        metrics: metrics.clone(),
     })
     .await
     .context("reading the journals")?;
+    serve_metrics(config.metrics, metrics, &registry).await?;
     let defaults = defaults(&config);
     let listener = Listener::start(endpoint);
     let control = api::LocalControl::new(config.node.clone(), registry.clone(), defaults);
@@ -111,6 +119,25 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tracing::info!("stopping");
     registry.give_up().await;
     served.stop().await;
+    Ok(())
+}
+
+/// Serves what is counted until the daemon ends, if it is to be.
+async fn serve_metrics(
+    address: Option<SocketAddr>,
+    metrics: Metrics,
+    registry: &Registry,
+) -> anyhow::Result<()> {
+    let Some(address) = address else {
+        return Ok(());
+    };
+    let registry = registry.clone();
+    let ask = move || {
+        let registry = registry.clone();
+        async move { registry.standing().await }
+    };
+    let (address, _) = metrics::serve(address, metrics, ask).await?;
+    tracing::info!(%address, "metrics are served");
     Ok(())
 }
 

@@ -39,6 +39,7 @@ fn everything_but_the_name_and_the_address_has_a_default() {
             stand_in: "/opt/bin/pageferry-criu",
             tracer: true,
             pager: "/opt/bin/pageferry-pager",
+            metrics: None,
             limits: Limits {
                 incoming_max: 4,
                 outgoing_max: 4,
@@ -61,6 +62,7 @@ const FULL: &str = r#"
     listen = "10.0.0.1:7440"
     state_dir = "/s"
     run_dir = "/r"
+    metrics = "127.0.0.1:9464"
     [tls]
     ca = "/t/ca"
     certificate = "/t/crt"
@@ -97,6 +99,7 @@ const FULL: &str = r#"
 fn a_file_may_say_everything() {
     let config = resolve(FULL, &[]).unwrap();
     assert_eq!(config.peers.len(), 2);
+    assert_eq!(config.metrics, Some("127.0.0.1:9464".parse().unwrap()));
     assert_eq!(config.bridge.as_deref(), Some("br0"));
     assert_eq!(config.parking, Parking::Capture);
     assert_eq!(config.pager, Path::new("/opt/bin/pageferry-pager"));

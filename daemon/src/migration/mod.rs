@@ -4,6 +4,7 @@ pub mod clock;
 pub mod folders;
 pub mod journal;
 pub mod log;
+pub mod paths;
 pub mod ports;
 pub mod progress;
 pub mod refusals;

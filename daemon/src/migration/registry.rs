@@ -8,6 +8,7 @@
 //! [`FINISHED_MAX`](super::journal::FINISHED_MAX) whole, and of older ones what a source may ask;
 //! the last refused attempts.
 
+mod counted;
 mod finished;
 mod incoming;
 mod local;
@@ -39,6 +40,7 @@ use super::target::TargetRequest;
 use super::target::site::TargetNode;
 use super::text::{chain, internal};
 use super::timeline::{Timeline, View};
+use crate::metrics::Metrics;
 use crate::net::endpoint::Endpoint;
 use crate::runtime::identity;
 use crate::runtime::kind::Named;
@@ -69,6 +71,8 @@ pub struct RegistryParts {
     pub incoming_max: usize,
     /// Outgoing migrations at once.
     pub outgoing_max: usize,
+    /// Counts what becomes of them.
+    pub metrics: Metrics,
 }
 
 /// The migrations of this node. Cheap to clone.
@@ -155,6 +159,7 @@ impl Registry {
         let begun = self.depart(request).await;
         begun.map_err(|failure| {
             let failure = self.say_where(&workload, failure);
+            self.inner.parts.metrics.refused(failure.code());
             self.refusals().add(Refusal {
                 at: SystemTime::now(),
                 workload,
@@ -342,6 +347,7 @@ impl Registry {
             requests: Requests::Source(requests),
             is_answer: false,
         };
+        self.count(&entry);
         self.lock().insert(id, entry);
         let registry = self.clone();
         self.run(async move {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use pageferry::cli::ca;
 use pageferry::link::hold::Holds;
 use pageferry::link::park::Means;
+use pageferry::metrics::Metrics;
 use pageferry::migration::journal::Journals;
 use pageferry::migration::progress::Progress;
 use pageferry::migration::registry::{Registry, RegistryParts};
@@ -139,6 +140,7 @@ impl Node {
             shelf: self.shelf(),
             workers: 1,
             parks: true,
+            metrics: Metrics::default(),
         }
     }
 
@@ -161,6 +163,7 @@ impl Node {
                 eager_memory_max: 0,
                 keep: self.shelf().keep(),
                 parking: Means::Auto,
+                metrics: Metrics::default(),
             },
             target: self.target(),
             endpoint,
@@ -168,6 +171,7 @@ impl Node {
             lanes: 1,
             incoming_max: 4,
             outgoing_max: 4,
+            metrics: Metrics::default(),
         };
         Registry::recover(parts).await.unwrap()
     }

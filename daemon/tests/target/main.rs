@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::cli::ca;
 use pageferry::link::hold::Holds;
+use pageferry::metrics::Metrics;
 use pageferry::migration::clock::Clock;
 use pageferry::migration::journal::Journals;
 use pageferry::migration::progress::Progress;
@@ -112,6 +113,7 @@ impl Target {
             shelf: Shelf::new(folder.path().join("folders")),
             workers: 1,
             parks: true,
+            metrics: Metrics::default(),
         };
         let journals = Journals::open(&folder.path().join("journal")).unwrap();
         let clock = Clock::start();

@@ -239,6 +239,19 @@ mod tests {
         Exchange { asked, heard, said }
     }
 
+    /// `ARCHITECTURE.md` has them in a table, in this order.
+    #[test]
+    fn the_dictionary_is_written_down() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../ARCHITECTURE.md");
+        let document = std::fs::read_to_string(path).unwrap();
+        let (_, section) = document.split_once("### Spans").unwrap();
+        let rows = section.lines().skip_while(|line| !line.starts_with("| `"));
+        let rows: Vec<&str> = rows.take_while(|line| line.starts_with("| `")).collect();
+        let row = |(name, at, what): &(&str, &str, &str)| format!("| `{name}` | {at} | {what} |");
+        let names: Vec<String> = NAMES.iter().map(row).collect();
+        assert_eq!(rows, names);
+    }
+
     fn span(name: &str, begin: u64, end: u64) -> Span {
         Span {
             name: name.to_owned(),

@@ -174,6 +174,7 @@ impl Registry {
             requests: Requests::Target(requests.clone()),
             is_answer: matches!(origin, Origin::Answer),
         };
+        self.count(&entry);
         self.lock().insert(id, entry);
         let registry = self.clone();
         self.run(async move {

@@ -16,7 +16,6 @@ use pageferry_proto::migration::source::{RetryReport, SourceEvent, Wait};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::parcel::ParcelHeader;
 use pageferry_proto::wire::stream::{SetHeader, StreamKind, seal};
 
 use super::failure::lost;
@@ -24,6 +23,8 @@ use super::sent::Sent;
 use super::tracking::{Scans, Tracking};
 use super::unread::{Unsent, Verdict};
 use super::waits::Waits;
+use crate::metrics::Metrics;
+use crate::migration::paths::paths;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
 
@@ -33,6 +34,7 @@ pub(super) struct Sending {
     sender: Sender,
     /// What the round under way has sent.
     sent: Arc<Sent>,
+    metrics: Metrics,
     /// Opens data streams, while there is a session.
     data: Option<DataSender>,
 }
@@ -45,17 +47,20 @@ pub(super) struct Attempt {
 }
 
 /// Parcels on one connection are data streams of it.
-struct Parcels<'a>(&'a DataSender, &'a Sent);
+struct Parcels<'a>(&'a DataSender, &'a Sent, &'a Metrics);
 
 impl ParcelSink for Parcels<'_> {
     type Error = SendStreamError;
 
     async fn send(&self, parcel: Bytes) -> Result<(), SendStreamError> {
         let wire_bytes = parcel.len() as u64;
-        let raw_bytes =
-            ParcelHeader::decode(&parcel).map_or(0, |(header, _)| header.pages().bytes());
+        let paths = paths(&parcel).unwrap_or_default();
+        let queued = self.2.queued(wire_bytes);
         self.0.send_stream(StreamKind::Parcel, parcel).await?;
-        self.1.add(raw_bytes, wire_bytes);
+        drop(queued);
+        let pages = PageCount(paths.zero + paths.raw + paths.lz4);
+        self.1.add(pages.bytes(), wire_bytes);
+        self.2.pages_sent(paths);
         Ok(())
     }
 }
@@ -103,11 +108,12 @@ impl Sums {
 }
 
 impl Sending {
-    /// Reads and encodes on `workers` threads.
-    pub(super) fn new(workers: usize) -> Self {
+    /// Reads and encodes on `workers` threads, and counts.
+    pub(super) fn new(workers: usize, metrics: &Metrics) -> Self {
         Self {
             sender: Sender::new(workers),
             sent: Arc::default(),
+            metrics: metrics.clone(),
             data: None,
         }
     }
@@ -147,7 +153,7 @@ impl Sending {
             if pages.is_empty() {
                 continue;
             }
-            let sink = Parcels(&data, &self.sent);
+            let sink = Parcels(&data, &self.sent, &self.metrics);
             let read = (&reader, misses);
             let sending = self.sender.round(*id, read, pages, round, &sink);
             match waits.on(Wait::Pages, sending).await? {

@@ -59,6 +59,7 @@ use super::storage::Kept;
 use super::tracking::{Budget, Paused};
 use super::waits::Waits;
 use crate::link::park::Means;
+use crate::metrics::Metrics;
 use crate::migration::text::internal;
 use crate::net::stream::DataSender;
 use crate::runtime::kind::{Kind, Party};
@@ -96,6 +97,8 @@ pub struct SourceNode {
     pub keep: Keep,
     /// How what comes for a frozen workload is kept.
     pub parking: Means,
+    /// Counts what is sent.
+    pub metrics: Metrics,
 }
 
 impl SourceNode {
@@ -433,6 +436,9 @@ impl Site {
     /// Ends the frozen copy: it runs elsewhere now.
     pub async fn release(&mut self) -> Result<(), Failure> {
         self.folders.close();
+        if let Some((kept, lost)) = self.network.parking.counts() {
+            self.node.metrics.frames_kept(kept as u64, lost);
+        }
         self.network
             .lead_away(self.trees().first(), self.peer)
             .await;

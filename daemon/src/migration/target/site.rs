@@ -48,6 +48,7 @@ use super::intake::Intake;
 use super::network::{Network, NetworkState};
 use crate::link::hold::Holds;
 use crate::link::loopback::LoGate;
+use crate::metrics::Metrics;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::migration::timeline::Timeline;
 use crate::runtime::kind::Coming;
@@ -99,6 +100,8 @@ pub struct TargetNode {
     pub workers: usize,
     /// Whether what came for a frozen workload is taken from its source.
     pub parks: bool,
+    /// Counts what comes.
+    pub metrics: Metrics,
 }
 
 /// What a restarted daemon needs to find: kept in the journal.
@@ -157,6 +160,7 @@ impl Site {
         let store = Arc::new(Store::new(UNPROMISED));
         let folders = Folders::new(node.shelf.clone(), id);
         let intake = Intake::new(store, images, folders, node.workers)?;
+        let intake = intake.counted_by(&node.metrics);
         if !node.parks {
             intake.parking().close();
         }

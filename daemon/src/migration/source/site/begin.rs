@@ -107,7 +107,7 @@ impl Site {
             peer: None,
             kept: found.kept,
             folders: found.folders,
-            sending: Sending::new(node.workers),
+            sending: Sending::new(node.workers, &node.metrics),
             waits: Waits::new(cancelled),
             tries: Tries::default(),
             glance: Glance::default(),

@@ -153,6 +153,7 @@ impl Tracked {
             eager_memory_max: 0,
             keep: pageferry_files::Keep::new(PathBuf::new()),
             parking: crate::link::park::Means::Auto,
+            metrics: crate::metrics::Metrics::default(),
         };
         let (id, state) = (MigrationId::new([1; 16]), encode_state(&state).unwrap());
         let site = Site::recover(node, id, Policy::DEFAULT, (&state, false), cancelled).await;

@@ -1,10 +1,13 @@
 //! What a pager has measured of a restore, as spans of the timeline.
 
+use std::time::Duration;
+
 use pageferry_pager::message::{Course, Restored};
 use pageferry_proto::id::MemberIndex;
 use pageferry_proto::migration::timeline as names;
 
 use super::Site;
+use crate::metrics::Filled;
 
 impl Site {
     /// Keeps how each member's restore went.
@@ -17,7 +20,7 @@ impl Site {
         }
     }
 
-    /// Keeps how each member was filled.
+    /// Keeps how each member was filled, and counts it.
     pub(super) fn keep_fills(&self) {
         for seat in &self.seats {
             let Some((end, report)) = &seat.fill else {
@@ -26,6 +29,13 @@ impl Site {
             let begin = end.saturating_sub(report.fill_ms.saturating_mul(1_000_000));
             let detail = member_detail(seat.member);
             self.timeline.keep(names::FILL, detail, (begin, *end));
+            self.node.metrics.filled(&Filled {
+                took: Duration::from_millis(report.fill_ms),
+                pages: report.pages,
+                faults: report.faults,
+                faults_by_time: &report.faults_by_time,
+                fault_time: Duration::from_nanos(report.fault_ns),
+            });
         }
     }
 }

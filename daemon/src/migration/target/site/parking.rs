@@ -28,8 +28,9 @@ impl Site {
     /// source may have something on the way that others sent before.
     pub(super) fn deliver_frames(&self) {
         let delivering = self.timeline.begin(PARKING);
-        block_in_place(|| self.intake.parking().deliver());
+        let given = block_in_place(|| self.intake.parking().deliver());
         drop(delivering);
+        self.node.metrics.frames_given(given);
         let intake = Arc::clone(&self.intake);
         tokio::spawn(async move {
             tokio::time::sleep(ON_THE_WAY).await;
