@@ -73,7 +73,7 @@ fn pageferry(node: &Node, arguments: &[&str]) -> Result<String> {
 fn config_text(node: &Node, nodes: &[Node], bridge: &str, plan: &DaemonPlan) -> String {
     let DaemonPlan { tracer, parking } = plan;
     let mut text = format!(
-        "node = \"{}\"\nlisten = \"{}:{PORT}\"\n\n[network]\nbridge = \"{bridge}\"\n\
+        "node = \"{}\"\nlisten = \"{}:{PORT}\"\nmetrics = \"{METRICS}\"\n\n[network]\nbridge = \"{bridge}\"\n\
          parking = \"{parking}\"\n\
          \n[criu]\ntracer = {tracer}\n",
         node.name(),
@@ -187,6 +187,8 @@ fn copy_logs(from: &Path, into: &Path, prefix: &str) -> Result<()> {
 const CONFIG_FOLDER: &str = "/etc/pageferry";
 const AUTHORITY: &str = "/etc/pageferry/authority";
 const PORT: u16 = 7440;
+/// Where each daemon says what it counts, in the network of its node.
+pub const METRICS: &str = "127.0.0.1:9464";
 /// What daemons log unless the environment's `PAGEFERRY_LOG` says otherwise.
 const LOG_FILTER: &str = "info";
 /// A cold start probes the kernel through CRIU first.

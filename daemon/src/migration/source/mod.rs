@@ -250,10 +250,13 @@ impl SourceDriver {
             }
         }
         // Over the connection that is there yet.
-        if let Some(site) = &mut self.site {
-            site.relayed().await;
-        }
-        self.hear_the_rest().await;
+        let mut site = self.site.take();
+        let relayed = async {
+            if let Some(site) = &mut site {
+                site.relayed().await;
+            }
+        };
+        tokio::join!(relayed, self.hear_the_rest());
         if let Some(connection) = self.connection.take() {
             connection.session.close().await;
         }
