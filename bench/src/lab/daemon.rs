@@ -23,6 +23,8 @@ pub struct DaemonPlan {
     pub tracer: bool,
     /// How it keeps what comes for a frozen workload.
     pub parking: &'static str,
+    /// Whether it says what it counts. Builds before the endpoint know no such key.
+    pub metrics: bool,
 }
 
 impl Default for DaemonPlan {
@@ -31,6 +33,7 @@ impl Default for DaemonPlan {
         Self {
             tracer: true,
             parking: "auto",
+            metrics: false,
         }
     }
 }
@@ -71,9 +74,15 @@ fn pageferry(node: &Node, arguments: &[&str]) -> Result<String> {
 }
 
 fn config_text(node: &Node, nodes: &[Node], bridge: &str, plan: &DaemonPlan) -> String {
-    let DaemonPlan { tracer, parking } = plan;
+    let DaemonPlan {
+        tracer, parking, ..
+    } = plan;
+    let metrics = match plan.metrics {
+        true => format!("metrics = \"{METRICS}\"\n"),
+        false => String::new(),
+    };
     let mut text = format!(
-        "node = \"{}\"\nlisten = \"{}:{PORT}\"\nmetrics = \"{METRICS}\"\n\n[network]\nbridge = \"{bridge}\"\n\
+        "node = \"{}\"\nlisten = \"{}:{PORT}\"\n{metrics}\n[network]\nbridge = \"{bridge}\"\n\
          parking = \"{parking}\"\n\
          \n[criu]\ntracer = {tracer}\n",
         node.name(),

@@ -11,6 +11,7 @@ use super::session::Session;
 use super::settings::Settings;
 use crate::client::load::{Dataset, LoadPlan};
 use crate::lab::Lab;
+use crate::lab::daemon::DaemonPlan;
 use crate::measure::scrape::Scrape;
 use crate::mover::MoveOptions;
 use crate::mover::outcome::{Move, millis, round};
@@ -33,6 +34,10 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         Some(other) => bail!("there is no case {other}: small, 1g, 4g"),
     };
     let mut lab = settings.lab(2)?;
+    lab.restart_daemons(&DaemonPlan {
+        metrics: true,
+        ..DaemonPlan::default()
+    })?;
     let dataset = Dataset::first_row(bytes);
     let load = LoadPlan::first_row();
     let mut session = Session::start(&mut lab, settings.mover, "a", dataset, load)?;
