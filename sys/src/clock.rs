@@ -30,6 +30,9 @@ mod tests {
             .expect("seconds");
         // It has hundredths.
         let (least, most) = (before as f64 / 1e9 - 0.02, after as f64 / 1e9 + 0.02);
-        assert!((least..=most).contains(&seconds), "{least} {seconds} {most}");
+        assert!(
+            (least..=most).contains(&seconds),
+            "{least} {seconds} {most}"
+        );
     }
 }

@@ -39,8 +39,13 @@ fn span(span: &Value) -> Option<Span> {
 /// From when to when it stood still.
 fn downtime(spans: &[Span]) -> Option<(f64, f64)> {
     let is_part = |span: &&Span| span.role == SOURCE && PARTS.contains(&span.name.as_str());
-    let parts = spans.iter().filter(is_part).filter(|span| 0.0 <= span.begin_ms);
-    let end = parts.map(|span| span.begin_ms + span.took_ms).max_by(f64::total_cmp)?;
+    let parts = spans
+        .iter()
+        .filter(is_part)
+        .filter(|span| 0.0 <= span.begin_ms);
+    let end = parts
+        .map(|span| span.begin_ms + span.took_ms)
+        .max_by(f64::total_cmp)?;
     Some((0.0, end))
 }
 
@@ -131,9 +136,7 @@ mod tests {
     use serde_json::json;
 
     fn timeline() -> Value {
-        let span = |role: &str, name: &str, begin: f64, took: f64| {
-            json!({"role": role, "name": name, "detail": "", "begin_ms": begin, "took_ms": took})
-        };
+        let span = |role: &str, name: &str, begin: f64, took: f64| json!({"role": role, "name": name, "detail": "", "begin_ms": begin, "took_ms": took});
         json!({"spans": [
             span("source", "round", -900.0, 800.0),
             span("source", "freeze", 0.0, 2.0),
@@ -149,7 +152,14 @@ mod tests {
     #[test]
     fn what_is_kept_is_the_downtime_and_the_fill() {
         let names: Vec<String> = of(&timeline()).into_iter().map(|span| span.name).collect();
-        let expected = ["freeze", "final_round", "dump", "restore", "restore", "fill"];
+        let expected = [
+            "freeze",
+            "final_round",
+            "dump",
+            "restore",
+            "restore",
+            "fill",
+        ];
         assert_eq!(names, expected);
         assert!(of(&json!({"spans": []})).is_empty() && of(&json!({})).is_empty());
     }

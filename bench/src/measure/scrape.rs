@@ -128,7 +128,10 @@ mod tests {
         let same = read("pageferryd_a_total 2\npageferryd_b 1\n");
         assert_eq!(same.step_back_from(&before), None);
         let back = read("pageferryd_a_total 1\npageferryd_b 2\n");
-        assert!(back.step_back_from(&before).is_some_and(|why| why.contains("a_total")));
+        assert!(
+            back.step_back_from(&before)
+                .is_some_and(|why| why.contains("a_total"))
+        );
         let gone = read("pageferryd_a_total 2\n");
         assert!(gone.step_back_from(&before).is_some());
     }

@@ -176,7 +176,9 @@ fn judge_timeline(lab: &Lab, id: &str, moved: &Move, report: &mut Report) -> Res
     let sum: f64 = parts.map(|(begin, end)| end - begin).sum();
     if CLOCKS_MS < (sum - moved.downtime_ms).abs() {
         let downtime = moved.downtime_ms;
-        report.fail(format!("timeline: its parts are {sum} ms, and not {downtime}"));
+        report.fail(format!(
+            "timeline: its parts are {sum} ms, and not {downtime}"
+        ));
     }
     let within = |inner: (&str, &str), outer: (&str, &str)| {
         let (inner, outer) = (find(spans, inner.0, inner.1), find(spans, outer.0, outer.1));

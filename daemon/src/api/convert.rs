@@ -61,11 +61,7 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
     }
 }
 
-pub(super) fn timeline(
-    node: &NodeName,
-    progress: &Progress,
-    view: &View,
-) -> schema::TimelineReply {
+pub(super) fn timeline(node: &NodeName, progress: &Progress, view: &View) -> schema::TimelineReply {
     let (own, other) = match progress.status.role {
         Side::Source => (schema::Side::Source, schema::Side::Target),
         Side::Target => (schema::Side::Target, schema::Side::Source),

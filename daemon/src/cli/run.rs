@@ -22,8 +22,8 @@ use super::client::{self, CallError};
 use super::output::{self, Known, Listed, Moved};
 use super::progress::Shown;
 use super::setup::{self, kubernetes};
-use super::timeline::chrome::Trace;
 use super::timeline;
+use super::timeline::chrome::Trace;
 use crate::config::units::Span;
 use crate::telemetry::Chain;
 
@@ -125,7 +125,10 @@ async fn show_timeline(
         complain(&format!("cannot write {}: {error}", path.display()));
         return Ok(ExitCode::FAILURE);
     }
-    say(&format!("{}: open it with https://ui.perfetto.dev", path.display()));
+    say(&format!(
+        "{}: open it with https://ui.perfetto.dev",
+        path.display()
+    ));
     Ok(ExitCode::SUCCESS)
 }
 

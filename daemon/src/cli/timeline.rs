@@ -77,7 +77,11 @@ impl<'a> Timeline<'a> {
         let (source, target) = nodes(reply);
         let entry = |span: &'a Span| Entry {
             role: role(span),
-            node: if span.node() == Side::Target { target } else { source },
+            node: if span.node() == Side::Target {
+                target
+            } else {
+                source
+            },
             name: &span.name,
             detail: &span.detail,
             begin_ms: nanos(span.begin_ns),
@@ -167,12 +171,19 @@ fn heading(reply: &TimelineReply) -> String {
     let Some(status) = &reply.status else {
         return String::new();
     };
-    let mut text = format!("{} from {source} to {target}, {}", status.workload, status.phase);
+    let mut text = format!(
+        "{} from {source} to {target}, {}",
+        status.workload, status.phase
+    );
     if let Some(downtime) = status.downtime_us {
         text += &format!(", downtime {:.1} ms", millis(downtime));
     }
     let other = &status.peer;
-    text += &match (reply.one_clock, reply.clock_ahead_ns, reply.clock_uncertainty_ns) {
+    text += &match (
+        reply.one_clock,
+        reply.clock_ahead_ns,
+        reply.clock_uncertainty_ns,
+    ) {
         (true, ..) => "\nboth nodes have one clock".to_owned(),
         (false, Some(ahead), Some(wrong)) => format!(
             "\nthe clock of {other} is {:.3} ms ahead, \u{b1} {:.3} ms",
@@ -250,7 +261,11 @@ fn group(rows: &[&Row<'_>], columns: usize) -> String {
     let bar_width = columns.saturating_sub(used).max(BAR_COLUMNS_MIN);
     let mut text = format!(
         "  {:node_width$}  {:label_width$}  {:>10}  {:>10}  {}",
-        "", "", "at ms", "took ms", scale(begin, finish, bar_width)
+        "",
+        "",
+        "at ms",
+        "took ms",
+        scale(begin, finish, bar_width)
     );
     for row in rows {
         let line = format!(
@@ -268,7 +283,10 @@ fn group(rows: &[&Row<'_>], columns: usize) -> String {
 
 /// Where a scale begins and ends.
 fn scale(begin: i64, finish: i64, width: usize) -> String {
-    let (left, right) = (format!("|{:.1}", nanos(begin)), format!("{:.1}|", nanos(finish)));
+    let (left, right) = (
+        format!("|{:.1}", nanos(begin)),
+        format!("{:.1}|", nanos(finish)),
+    );
     let gap = width.saturating_sub(left.len() + right.len());
     format!("{left}{}{right}", " ".repeat(gap))
 }

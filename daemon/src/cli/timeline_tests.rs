@@ -85,7 +85,10 @@ fn what_is_missing_is_said() {
     // No freeze: everything is on one scale.
     reply.spans.truncate(2);
     let text = draw(&reply, COLUMNS);
-    assert!(text.contains("all that is known") && !text.contains("downtime:"), "{text}");
+    assert!(
+        text.contains("all that is known") && !text.contains("downtime:"),
+        "{text}"
+    );
     reply.spans.clear();
     assert!(draw(&reply, COLUMNS).starts_with("nothing is known"));
 }
@@ -129,7 +132,9 @@ fn a_trace_has_each_span_once_and_on_a_thread_they_nest() {
     assert_eq!(thread("freeze"), thread("ports"));
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("trace.json");
-    chrome::Trace::of(&reply).write(&path).expect("it is written");
+    chrome::Trace::of(&reply)
+        .write(&path)
+        .expect("it is written");
     let read = std::fs::read(&path).expect("it is there");
     let read: serde_json::Value = serde_json::from_slice(&read).expect("JSON");
     assert_eq!(read, trace);

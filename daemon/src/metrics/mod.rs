@@ -562,7 +562,10 @@ impl Metrics {
     pub fn filled(&self, filled: &Filled<'_>) {
         let counted = &self.0.counted;
         let add = |path, pages| {
-            counted.filled_pages.get_or_create(&Path { path }).inc_by(pages);
+            counted
+                .filled_pages
+                .get_or_create(&Path { path })
+                .inc_by(pages);
         };
         add("fault", filled.faults);
         add("fill", filled.pages.saturating_sub(filled.faults));
@@ -582,7 +585,11 @@ impl Metrics {
     }
 
     fn frames(&self, fate: &'static str, count: u64) {
-        self.0.counted.frames.get_or_create(&Fate { fate }).inc_by(count);
+        self.0
+            .counted
+            .frames
+            .get_or_create(&Fate { fate })
+            .inc_by(count);
     }
 
     /// So many bytes wait to be sent, until what is returned is dropped.

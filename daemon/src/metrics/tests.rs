@@ -73,7 +73,10 @@ fn families(text: &str) -> BTreeMap<String, (String, String)> {
         let (name, rest) = line.strip_prefix(what)?.split_once(' ')?;
         Some((name.to_owned(), rest.to_owned()))
     };
-    let helps: BTreeMap<_, _> = text.lines().filter_map(|line| rest(line, "# HELP ")).collect();
+    let helps: BTreeMap<_, _> = text
+        .lines()
+        .filter_map(|line| rest(line, "# HELP "))
+        .collect();
     let kinds = text.lines().filter_map(|line| rest(line, "# TYPE "));
     let both = kinds.map(|(name, kind)| {
         let help = helps[&name].clone();
@@ -154,7 +157,9 @@ fn what_waits_is_counted_while_it_does() {
     let metrics = metrics();
     let depth = |name: &str| {
         let text = metrics.text(&Standing::default());
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.expect("it is there").to_owned()
     };
     let (one, two) = (metrics.queued(100), metrics.queued(50));
@@ -240,9 +245,14 @@ async fn they_are_served_at_one_path() {
     let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
     assert!(head.contains("application/openmetrics-text"), "{head}");
-    assert!(body.contains("pageferryd_promised_bytes 1073741824"), "{body}");
+    assert!(
+        body.contains("pageferryd_promised_bytes 1073741824"),
+        "{body}"
+    );
     assert!(get(address, "/").await.starts_with("HTTP/1.1 404"));
-    let taken = serve(address, metrics(), ask).await.expect_err("it is taken");
+    let taken = serve(address, metrics(), ask)
+        .await
+        .expect_err("it is taken");
     assert!(taken.to_string().contains(&address.to_string()), "{taken}");
     serving.abort();
 }
@@ -270,7 +280,11 @@ async fn more_than_a_few_at_once_are_told_to_come_again() {
     assert!(get(address, "/metrics").await.starts_with("HTTP/1.1 503"));
     go.send_replace(true);
     for one in waiting {
-        assert!(one.await.expect("it is answered").starts_with("HTTP/1.1 200"));
+        assert!(
+            one.await
+                .expect("it is answered")
+                .starts_with("HTTP/1.1 200")
+        );
     }
     serving.abort();
 }

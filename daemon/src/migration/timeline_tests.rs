@@ -43,7 +43,10 @@ fn what_may_come_for_each_space_is_kept_in_a_freeze_alone_and_is_one() {
     }
     drop(timeline.begin_in_freeze(SCAN));
     timeline.end_part();
-    let pages = names(&timeline).iter().filter(|name| *name == PAGES).count();
+    let pages = names(&timeline)
+        .iter()
+        .filter(|name| *name == PAGES)
+        .count();
     // A machine that is busy may have taken its time between two of them.
     assert!((1..SPANS_MAX / 2).contains(&pages), "{pages}");
     assert_eq!(timeline.view("boot").dropped, 0);
@@ -68,7 +71,12 @@ fn records_end_in_the_order_in_which_they_are_written() {
     timeline.written();
     timeline.written();
     timeline.written();
-    let details: Vec<String> = timeline.view("b").own.into_iter().map(|one| one.detail).collect();
+    let details: Vec<String> = timeline
+        .view("b")
+        .own
+        .into_iter()
+        .map(|one| one.detail)
+        .collect();
     assert_eq!(details, ["commit", "started"]);
 }
 
@@ -145,5 +153,8 @@ fn of_a_message_that_is_said_again_the_first_time_counts_and_of_an_answer_the_la
         timeline.said(asked);
         timeline.heard(asked);
     }
-    assert_eq!(timeline.told(String::new(), false).exchanges.len(), EXCHANGES_MAX);
+    assert_eq!(
+        timeline.told(String::new(), false).exchanges.len(),
+        EXCHANGES_MAX
+    );
 }

@@ -112,9 +112,15 @@ fn end(progress: &Progress, timeline: &Timeline, metrics: &Metrics) {
 /// From the ports being closed at the source to the last span of the hand-over at the target, if
 /// both are known on one clock.
 fn blackout(view: &View) -> Option<Duration> {
-    let closings = view.own.iter().filter(|span| span.name == PORTS && view.zero <= span.begin);
+    let closings = view
+        .own
+        .iter()
+        .filter(|span| span.name == PORTS && view.zero <= span.begin);
     let closed = closings.map(|span| span.begin).min()?;
-    let last = view.others.iter().filter(|span| span.name == PARKING || span.name == GO);
+    let last = view
+        .others
+        .iter()
+        .filter(|span| span.name == PARKING || span.name == GO);
     let last = last.map(|span| span.end).max()?;
     Some(Duration::from_nanos(last.checked_sub(closed)?))
 }

@@ -4,8 +4,8 @@
 //! What the target has measured it tells when the workload runs, and when its memory is complete.
 //! For that the connection is kept a little longer, when all else is over.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pageferry_proto::migration::record::Entry;
@@ -124,12 +124,15 @@ impl SourceDriver {
             while self.connection.is_some() && self.course.is_told_more() {
                 let ours = self.connections;
                 match self.incoming.recv().await {
-                    Some(Incoming::Of(number, SourceEvent::Message(TargetMessage::Spans(told)))) => {
+                    Some(Incoming::Of(
+                        number,
+                        SourceEvent::Message(TargetMessage::Spans(told)),
+                    )) => {
                         self.course.hear(number == ours, *told);
                     }
-                    Some(Incoming::Of(number, SourceEvent::PeerLost) | Incoming::Lost(number, _))
-                        if number == ours =>
-                    {
+                    Some(
+                        Incoming::Of(number, SourceEvent::PeerLost) | Incoming::Lost(number, _),
+                    ) if number == ours => {
                         return;
                     }
                     Some(_) => {}

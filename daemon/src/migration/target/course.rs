@@ -1,8 +1,8 @@
 //! Where the driver's events and actions meet the timeline, and what the source is told of it: once
 //! when the workload runs, and once when all of its memory is in place.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pageferry_proto::migration::target::{TargetAction, TargetEvent};
 use pageferry_proto::migration::timeline::{self as names, Spans};

@@ -65,8 +65,7 @@ impl TryFrom<schema::Span> for Span {
     fn try_from(wire: schema::Span) -> Result<Self, ControlError> {
         short("span.name", wire.name.len(), TEXT_BYTES_MAX)?;
         short("span.detail", wire.detail.len(), TEXT_BYTES_MAX)?;
-        let is_name =
-            |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+        let is_name = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
         let odd = wire.name.bytes().find(|byte| !is_name(*byte));
         if odd.is_some() || wire.name.is_empty() {
             return Err(invalid("span.name", odd.unwrap_or(0)));
