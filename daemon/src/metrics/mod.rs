@@ -268,28 +268,28 @@ impl Counted {
     fn begin_all(&self) {
         for role in ["source", "target"] {
             for result in ["moved", "failed"] {
-                self.ended.get_or_create(&Ended { role, result });
+                drop(self.ended.get_or_create(&Ended { role, result }));
             }
         }
         for code in ErrorCode::ALL.iter().map(|code| code.name()) {
-            self.failures.get_or_create(&Why { code });
-            self.refusals.get_or_create(&Why { code });
+            drop(self.failures.get_or_create(&Why { code }));
+            drop(self.refusals.get_or_create(&Why { code }));
         }
         for part in PARTS {
-            self.parts.get_or_create(&Part { part });
+            drop(self.parts.get_or_create(&Part { part }));
         }
         for path in SENT {
-            self.sent_pages.get_or_create(&Path { path });
-            self.received_pages.get_or_create(&Path { path });
+            drop(self.sent_pages.get_or_create(&Path { path }));
+            drop(self.received_pages.get_or_create(&Path { path }));
         }
         for path in ["fault", "fill"] {
-            self.filled_pages.get_or_create(&Path { path });
+            drop(self.filled_pages.get_or_create(&Path { path }));
         }
         for fate in FATES {
-            self.frames.get_or_create(&Fate { fate });
+            drop(self.frames.get_or_create(&Fate { fate }));
         }
         for kind in KINDS {
-            self.journals.get_or_create(&Kind { kind });
+            drop(self.journals.get_or_create(&Kind { kind }));
         }
         self.stand(&[]);
     }

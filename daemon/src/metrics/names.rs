@@ -31,7 +31,7 @@ impl Counted {
             self.refusals.clone(),
         );
         let seconds = |registry: &mut Registry, name: &str, help: &str, histogram: &Histogram| {
-            registry.register_with_unit(name, help, histogram.clone(), Unit::Seconds);
+            registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
         };
         seconds(
             registry,
@@ -42,8 +42,8 @@ impl Counted {
         registry.register_with_unit(
             "downtime_part",
             "The parts of that, in their order",
-            self.parts.clone(),
             Unit::Seconds,
+            self.parts.clone(),
         );
         seconds(
             registry,
@@ -74,7 +74,7 @@ impl Counted {
 
     fn register_memory(&self, registry: &mut Registry) {
         let bytes = |registry: &mut Registry, name: &str, help: &str, counter: &Counter| {
-            registry.register_with_unit(name, help, counter.clone(), Unit::Bytes);
+            registry.register_with_unit(name, help, Unit::Bytes, counter.clone());
         };
         bytes(
             registry,
@@ -113,14 +113,14 @@ impl Counted {
         registry.register_with_unit(
             "fill",
             "From a workload being let go to its last page",
-            self.fill.clone(),
             Unit::Seconds,
+            self.fill.clone(),
         );
         registry.register_with_unit(
             "fault",
             "From a page fault being read to it being served. Counted when a fill has ended",
-            self.faults.clone(),
             Unit::Seconds,
+            self.faults.clone(),
         );
     }
 
@@ -128,8 +128,8 @@ impl Counted {
         registry.register_with_unit(
             "send_queue",
             "Bytes of parcels that wait for the network",
-            self.send_queue.clone(),
             Unit::Bytes,
+            self.send_queue.clone(),
         );
         registry.register(
             "receiving_streams",
@@ -144,14 +144,14 @@ impl Counted {
         registry.register_with_unit(
             "promised",
             "Memory promised to incoming workloads",
-            self.promised.clone(),
             Unit::Bytes,
+            self.promised.clone(),
         );
         registry.register_with_unit(
             "stored",
             "Memory that incoming workloads have in stores and images",
-            self.stored.clone(),
             Unit::Bytes,
+            self.stored.clone(),
         );
         registry.register(
             "journals",
@@ -161,8 +161,8 @@ impl Counted {
         registry.register_with_unit(
             "journal",
             "What they take on disk",
-            self.journal_bytes.clone(),
             Unit::Bytes,
+            self.journal_bytes.clone(),
         );
     }
 }

@@ -108,10 +108,9 @@ impl Timeline {
     /// Begins a span of the freeze; nothing while there is none.
     pub fn begin_in_freeze(&self, name: &'static str) -> Option<Open> {
         self.lock().part?;
-        Some(Open {
-            extends: true,
-            ..self.begin(name)
-        })
+        let mut open = self.begin(name);
+        open.extends = true;
+        Some(open)
     }
 
     /// Keeps a span that was measured elsewhere; nothing if a time is missing.

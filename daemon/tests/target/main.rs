@@ -318,6 +318,7 @@ fn offer(description: WorkloadDescription) -> Offer {
         policy: Policy::DEFAULT,
         description,
         network: None,
+        spans: false,
     }
 }
 
