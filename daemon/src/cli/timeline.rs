@@ -7,7 +7,7 @@
 pub mod chrome;
 
 use pageferry_api::{Side, Span, TimelineReply};
-use pageferry_proto::migration::timeline::{FREEZE, PARTS};
+use pageferry_proto::migration::timeline::{FINAL_HELD, FREEZE, LET_GO, PARTS};
 use serde::Serialize;
 
 use super::output::{self, millis};
@@ -17,6 +17,9 @@ pub const COLUMNS: usize = 100;
 
 /// Columns of a bar, at least.
 const BAR_COLUMNS_MIN: usize = 16;
+
+/// What only sums up others, or waits for what the other node does: no reason by itself.
+const SUMS: [&str; 2] = [LET_GO, FINAL_HELD];
 
 /// How many of the longest spans are named.
 const LONGEST: usize = 3;
@@ -55,8 +58,6 @@ struct Row<'a> {
     node: &'a str,
     span: &'a Span,
     depth: usize,
-    /// None of its node is within it.
-    is_leaf: bool,
 }
 
 /// Both nodes' names: the source's first.
@@ -230,17 +231,9 @@ fn rows(reply: &TimelineReply) -> Vec<Row<'_>> {
             Side::Source | Side::Unspecified => (source, &mut open[0]),
         };
         open.retain(|outer| end(span) <= end(rows[*outer].span));
-        if let Some(outer) = open.last() {
-            rows[*outer].is_leaf = false;
-        }
         let depth = open.len();
         open.push(rows.len());
-        rows.push(Row {
-            node,
-            span,
-            depth,
-            is_leaf: true,
-        });
+        rows.push(Row { node, span, depth });
     }
     rows
 }
@@ -309,17 +302,16 @@ fn bar(span: &Span, (begin, finish): (i64, i64), width: usize) -> String {
     format!("{}{body}", " ".repeat(first))
 }
 
-/// The longest of what is made of nothing else, with its node.
+/// The longest of what does not only sum up others, with its node. What goes on beside something
+/// else is named too: one of the two is waited for.
 fn longest(rows: &[Row<'_>], downtime: Option<(i64, i64)>) -> Vec<String> {
     let Some((begin, finish)) = downtime else {
         return Vec::new();
     };
     let is_within = |row: &&Row<'_>| begin <= row.span.begin_ns && end(row.span) <= finish;
-    let mut leaves: Vec<&Row<'_>> = rows
-        .iter()
-        .filter(is_within)
-        .filter(|row| row.is_leaf && !PARTS.contains(&row.span.name.as_str()))
-        .collect();
+    let is_sum = |name: &str| PARTS.contains(&name) || SUMS.contains(&name);
+    let within = rows.iter().filter(is_within);
+    let mut leaves: Vec<&Row<'_>> = within.filter(|row| !is_sum(&row.span.name)).collect();
     leaves.sort_by_key(|row| std::cmp::Reverse(row.span.duration_ns));
     let named = leaves.iter().take(LONGEST).map(|row| {
         let took = nanos(took(row.span));

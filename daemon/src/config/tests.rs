@@ -127,6 +127,7 @@ fn a_flag_wins_over_the_file() {
         "--criu-stand-in=/fi",
         "--criu-tracer=false",
         "--pager=/fp",
+        "--metrics=127.0.0.1:9999",
         "--incoming-max=11",
         "--outgoing-max=12",
         "--lanes=8",
@@ -170,7 +171,7 @@ fn an_unknown_key_is_refused_with_the_nearest_one() {
     );
     check_refused(
         "[metrics]\nlisten = 'x'",
-        &expect!["configuration key metrics is not known"],
+        &expect!["configuration key metrics must be a string, and is table"],
     );
 }
 

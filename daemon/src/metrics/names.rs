@@ -1,4 +1,7 @@
 //! What each metric is called, and what it is, in the words of the catalogue.
+//!
+//! Histograms have their unit in their name alone: a line of its own for that is not taken by every
+//! parser.
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::Histogram;
@@ -31,30 +34,29 @@ impl Counted {
             self.refusals.clone(),
         );
         let seconds = |registry: &mut Registry, name: &str, help: &str, histogram: &Histogram| {
-            registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
+            registry.register(name, help, histogram.clone());
         };
         seconds(
             registry,
-            "downtime",
+            "downtime_seconds",
             "How long workloads stood still that have left, by the source's clock",
             &self.downtime,
         );
-        registry.register_with_unit(
-            "downtime_part",
+        registry.register(
+            "downtime_part_seconds",
             "The parts of that, in their order",
-            Unit::Seconds,
             self.parts.clone(),
         );
         seconds(
             registry,
-            "blackout",
+            "blackout_seconds",
             "From the ports being closed here to the last word there: known where both nodes' \
              spans are on one clock",
             &self.blackout,
         );
         seconds(
             registry,
-            "migration",
+            "migration_seconds",
             "How long whole migrations took that have left",
             &self.elapsed,
         );
@@ -110,16 +112,14 @@ impl Counted {
              Counted when a fill has ended",
             self.filled_pages.clone(),
         );
-        registry.register_with_unit(
-            "fill",
+        registry.register(
+            "fill_seconds",
             "From a workload being let go to its last page",
-            Unit::Seconds,
             self.fill.clone(),
         );
-        registry.register_with_unit(
-            "fault",
+        registry.register(
+            "fault_seconds",
             "From a page fault being read to it being served. Counted when a fill has ended",
-            Unit::Seconds,
             self.faults.clone(),
         );
     }
