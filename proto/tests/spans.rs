@@ -53,7 +53,7 @@ fn they_keep_their_bytes_and_read_back() {
     let message = message(|_| ());
     let bytes = message.encode().unwrap();
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    expect![[r#""#]].assert_eq(&hex);
+    expect![["44000000fa03410a016212200a09637269755f747265651201311910000000000000002120000000000000001a160802100719010000000000000021020000000000000020032801"]].assert_eq(&hex);
     assert_eq!(back(&message), Ok(message));
 }
 
