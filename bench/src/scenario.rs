@@ -19,6 +19,7 @@ pub mod containers;
 mod crossing;
 pub mod direct;
 mod drain;
+mod eager;
 mod empty_dir;
 pub mod faults;
 pub mod files;

@@ -6,6 +6,7 @@
 
 pub mod actions;
 pub(crate) mod gather;
+mod moment;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,11 +22,12 @@ use tracing::{error, info, warn};
 
 use crate::invariants::{self, Suspicions};
 use crate::metrics::{self, Metrics};
-use crate::migration::{Budget, Migration, MigrationStatus, Outcome};
+use crate::migration::{Migration, MigrationStatus, Outcome};
 use crate::names::manager;
 use crate::observe::{self, Objects};
 use crate::plan::{Action, Decision, Observed, Record, Step, new_pod_refused, plan};
-use crate::status;
+use crate::{probes, status};
+use moment::Moments;
 
 /// Why a look at a Migration came to nothing: it is looked at again.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +65,7 @@ pub struct Context {
     recorder: Recorder,
     pub metrics: Metrics,
     suspicions: Suspicions,
+    moments: Moments,
     /// How often in a row the looks at a Migration, by its UID, came to nothing.
     failed: Mutex<BTreeMap<String, u32>>,
 }
@@ -84,6 +87,7 @@ impl Context {
             client,
             metrics,
             suspicions: Suspicions::default(),
+            moments: Moments::default(),
             failed: Mutex::default(),
         }
     }
@@ -134,6 +138,9 @@ impl Context {
 /// # Errors
 /// What the API server said. Nothing is half done by it that would not be done again.
 pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Result<Again, Error> {
+    if let Some(left) = context.moments.left(&migration) {
+        return Ok(Again::requeue(left));
+    }
     let objects = gather::gather(&context.client, &migration).await?;
     let now = Timestamp::now().as_second();
     let (Some(seen), Some(migration)) = (observe::observe(&objects, now), &objects.migration)
@@ -147,9 +154,19 @@ pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Resu
         actions,
         again,
     } = plan(&seen);
+    let hands_over =
+        |record: &&Record| record.step == Step::Moving && seen.record.step != record.step;
+    let hands_over = record.as_ref().filter(hands_over);
+    if let Some(record) = hands_over {
+        // Before it, and not while the pod stands still.
+        tell(&context, &objects, migration, &seen.record, record).await;
+    }
     let changed = write(&context, &objects, migration, &seen, record.as_ref()).await?;
     if let Some(record) = &record {
-        tell(&context, &objects, migration, &seen.record, record).await;
+        match hands_over {
+            Some(_) => context.moments.begin(migration),
+            None => tell(&context, &objects, migration, &seen.record, record).await,
+        }
         context.went_well(&migration.uid().unwrap_or_default());
         return Ok(Again::requeue(SOON));
     }
@@ -224,11 +241,7 @@ async fn write(
     let mut status = status::make(record, seen, &before, container.as_deref(), generation);
     // What holds is what held when it began.
     if seen.record.step == Step::Waiting && record.step != Step::Waiting {
-        status.budget = observe::policy(objects).map(|policy| Budget {
-            downtime_ms: Some(policy.downtime_budget_ms.into()),
-            frozen_ms: Some(policy.timeouts.frozen_ms.into()),
-            move_ms: Some(i64::from(policy.timeouts.move_seconds) * 1000),
-        });
+        status.budget = probes::budget(observe::policy(objects), observe::source(objects));
     }
     let ours = MigrationStatus {
         source_report: None,

@@ -351,6 +351,10 @@ impl SourceDriver {
                 match &event {
                     SourceEvent::Message(TargetMessage::Started { root_pid, .. }) => {
                         self.pid_at_target = *root_pid;
+                        // Before anything is written down: others wait for it.
+                        if let Some(site) = &self.site {
+                            site.started();
+                        }
                     }
                     // No operation is under way before the offer is accepted.
                     SourceEvent::Message(TargetMessage::Accepted { kept, parks, .. }) => {

@@ -196,6 +196,11 @@ impl Site {
         self.network.parking.accepted(parks);
     }
 
+    /// The workload runs at the target.
+    pub fn started(&self) {
+        self.network.parking.mark();
+    }
+
     /// Sends over this connection from now on.
     pub fn connect(&mut self, data: Option<DataSender>) {
         self.sending.connect(data);
@@ -389,9 +394,10 @@ impl Site {
     }
 
     /// Undoes everything down to a running workload; with `untrack`, tracking too. Answers with
-    /// what is lost, if processes of a copy that was given away have ended.
+    /// what is lost, if processes of a copy that was given away have ended, or are about to.
     pub async fn thaw(&mut self, untrack: bool) -> Result<Option<Failure>, Failure> {
         self.kept.thawed();
+        self.network.parking.let_speak();
         self.network.lo.open();
         let letting_go = self.members.iter_mut().map(|member| {
             let Member {
@@ -409,8 +415,14 @@ impl Site {
             let of_this = locks.take_back(&workload.freezer).await?;
             lost = lost.or(of_this);
         }
-        let thawed = self.members.iter_mut().map(|member| member.workload.thaw());
-        thawed.fold(Ok(()), Result::and)?;
+        let mut thawed = Ok(());
+        for member in &mut self.members {
+            match member.workload.thaw() {
+                Ok(told) => lost = lost.or(told),
+                Err(failure) => thawed = thawed.and(Err(failure)),
+            }
+        }
+        thawed?;
         self.network.reopen(untrack).await?;
         if !untrack {
             self.begin_dumping()?;

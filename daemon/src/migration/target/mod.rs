@@ -194,7 +194,8 @@ impl TargetDriver {
         }
     }
 
-    /// Runs the migration to its end, and until the source has gone: it may ask once more.
+    /// Runs the migration to its end, and until the source has gone: it may ask once more, or send
+    /// what still comes there for the workload. For that nothing is needed but the intake.
     ///
     /// `session` is the one that began it; a recovered migration has none.
     pub async fn run(mut self, session: Option<Box<TargetSession>>) -> Over {
@@ -208,8 +209,14 @@ impl TargetDriver {
             while let Some(action) = self.machine.poll_action() {
                 self.perform(action).await;
             }
-            if self.machine.is_finished() && self.operation.is_none() && self.session.is_none() {
-                break;
+            if self.machine.is_finished() && self.operation.is_none() {
+                if self.session.is_none() {
+                    break;
+                }
+                // Of one that has given up, streams may still come that are written there.
+                if self.machine.status(self.clock.now()).phase == Phase::Done {
+                    self.tidy();
+                }
             }
             tokio::select! {
                 Some(incoming) = self.incoming.recv() => self.take_in(incoming),
@@ -221,13 +228,18 @@ impl TargetDriver {
                 }
             }
         }
-        if let Some(site) = self.site.filter(|_| !self.end_unwritten) {
-            site.tidy();
-        }
+        self.tidy();
         if self.machine.is_begun() {
             Over::Begun
         } else {
             Over::NeverBegun
+        }
+    }
+
+    /// Removes the folder of what is over, unless the journal may not know that.
+    fn tidy(&mut self) {
+        if let Some(site) = self.site.take().filter(|_| !self.end_unwritten) {
+            site.tidy();
         }
     }
 
