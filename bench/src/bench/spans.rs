@@ -136,7 +136,11 @@ mod tests {
     use serde_json::json;
 
     fn timeline() -> Value {
-        let span = |role: &str, name: &str, begin: f64, took: f64| json!({"role": role, "name": name, "detail": "", "begin_ms": begin, "took_ms": took});
+        let span = |role: &str, name: &str, begin: f64, took: f64| {
+            let (begin_ms, took_ms) = (begin, took);
+            json!({"role": role, "name": name, "detail": "",
+                "begin_ms": begin_ms, "took_ms": took_ms})
+        };
         json!({"spans": [
             span("source", "round", -900.0, 800.0),
             span("source", "freeze", 0.0, 2.0),

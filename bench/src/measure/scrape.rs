@@ -111,7 +111,8 @@ mod tests {
 
     #[test]
     fn series_are_told_from_each_other_and_from_those_with_longer_names() {
-        let text = "# HELP x y.\npageferryd_sent_total 7\npageferryd_sent_pages_total{path=\"a\"} 1\n\
+        let text = "# HELP x y.\npageferryd_sent_total 7\n\
+                    pageferryd_sent_pages_total{path=\"a\"} 1\n\
                     pageferryd_sent_pages_total{path=\"b\"} 2\n";
         let scrape = read(text);
         assert_eq!(scrape.get("sent_total").ok(), Some(7.0));

@@ -17,6 +17,7 @@ mod network;
 pub mod orphans;
 pub mod own;
 pub mod parking;
+mod requests;
 pub mod site;
 mod stage;
 mod volumes;
@@ -24,7 +25,7 @@ mod volumes;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use pageferry_proto::id::{PodUid, WorkloadName};
+use pageferry_proto::id::PodUid;
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::record::Entry;
 use pageferry_proto::migration::status::Phase;
@@ -268,52 +269,6 @@ impl TargetDriver {
         if is_filled {
             self.tell(true);
         }
-    }
-
-    fn requested(&mut self, request: TargetRequest) {
-        match request {
-            TargetRequest::Abort => self.handle(TargetEvent::AbortRequested),
-            TargetRequest::Fence(side) => self.handle(TargetEvent::Fenced(side)),
-            TargetRequest::Expect { pod, answer } => {
-                // Who has asked may have gone away.
-                drop(answer.send(self.expect(pod)));
-            }
-            TargetRequest::Connected(session) => self.connected(*session),
-        }
-    }
-
-    /// It is to come as this pod: waits for that, beside the rounds.
-    fn expect(&mut self, pod: PodUid) -> Result<(), Failure> {
-        let status = self.machine.status(self.clock.now());
-        let refused = |code, text: String| Err(Failure::new(code, text));
-        match (&self.expected, &status.workload) {
-            (Some(expected), _) if *expected == pod => return Ok(()),
-            (Some(expected), _) => {
-                let text = format!("the migration comes as pod {expected} already");
-                return refused(ErrorCode::IdTaken, text);
-            }
-            (None, Some(WorkloadName::Pod(_))) => {}
-            (None, _) => {
-                let text = "the migration is none of a pod".to_owned();
-                return refused(ErrorCode::UnsupportedWorkload, text);
-            }
-        }
-        if !matches!(status.phase, Phase::Accepted | Phase::Receiving) {
-            let text = format!("the migration is {}, and expects no pod", status.phase);
-            return refused(ErrorCode::Unexpected, text);
-        }
-        self.expected = Some(pod.clone());
-        self.waiting.push_back(Operation::Expect(pod));
-        self.next_operation();
-        Ok(())
-    }
-
-    /// Says how things stand once more: the driver knows more of it.
-    fn say_again(&self) {
-        let pod_waits = self.pod_waits;
-        self.status.send_modify(|progress| {
-            Arc::make_mut(progress).waiting = pod_waits;
-        });
     }
 
     fn connected(&mut self, session: TargetSession) {
