@@ -105,13 +105,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     })
     .await
     .context("reading the journals")?;
-    serve_metrics(config.metrics, metrics, &registry).await?;
-    let defaults = defaults(&config);
     let listener = Listener::start(endpoint);
-    let control = api::LocalControl::new(config.node.clone(), registry.clone(), defaults);
-    let served = api::serve(&config.api_socket(), control).context("opening the control socket")?;
-    tracing::info!(node = %config.node, listen = %config.listen, peers = config.peers.len(),
-        socket = %config.api_socket().display(), "ready");
+    let served = open(&config, &registry, metrics).await?;
     let upkeep = tokio::spawn(async { tokio::join!(settle_what_is_left(), sweep_routes()) });
     let told = accept_until_told_to_stop(listener, &registry).await;
     upkeep.abort();
@@ -120,6 +115,20 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     registry.give_up().await;
     served.stop().await;
     Ok(())
+}
+
+/// Opens what this node is asked by.
+async fn open(
+    config: &Config,
+    registry: &Registry,
+    metrics: Metrics,
+) -> anyhow::Result<api::Served> {
+    serve_metrics(config.metrics, metrics, registry).await?;
+    let control = api::LocalControl::new(config.node.clone(), registry.clone(), defaults(config));
+    let served = api::serve(&config.api_socket(), control).context("opening the control socket")?;
+    tracing::info!(node = %config.node, listen = %config.listen, peers = config.peers.len(),
+        socket = %config.api_socket().display(), "ready");
+    Ok(served)
 }
 
 /// Serves what is counted until the daemon ends, if it is to be.
