@@ -75,7 +75,7 @@ fn what_is_beyond_a_limit_is_refused_by_name() {
     refused("span.name", |spans| spans.spans[0].name = "A".to_owned());
     refused("span.name", |spans| spans.spans[0].name = "a".repeat(33));
     refused("span.detail", |spans| {
-        spans.spans[0].detail = "\n".to_owned()
+        spans.spans[0].detail = "\n".to_owned();
     });
     refused("span.end", |spans| spans.spans[0].end = 0);
     let all = message(|spans| spans.spans = vec![span(); SPANS_MAX]);
