@@ -20,6 +20,7 @@ pub mod readme;
 pub mod report;
 pub mod run;
 pub mod series;
+pub mod spans;
 pub mod subject;
 pub mod table;
 pub mod trial;

@@ -3,6 +3,7 @@
 //! A process that ends between two samples loses its last interval: at most [`PERIOD`] of CPU time.
 
 pub mod node;
+pub mod scrape;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;

@@ -29,6 +29,7 @@ pub mod kubernetes;
 pub mod locks;
 pub mod memory;
 pub mod nginx;
+pub mod observe;
 pub mod parking;
 pub mod podman_bridge;
 pub mod podman_errors;
@@ -69,6 +70,7 @@ pub struct Scenario {
 }
 
 const DEMO: &str = "demo";
+const OBSERVE: &str = "observe";
 const CONTAINERS: &str = "containers";
 const KUBERNETES: &str = "kubernetes";
 const POSTCOPY: &str = "postcopy";
@@ -92,6 +94,12 @@ pub const ALL: [Scenario; 19] = [
         summary: "one move of Redis with 512 MiB under write load, or of its --container",
         cases: false,
         run: redis::demo,
+    },
+    Scenario {
+        name: OBSERVE,
+        summary: "one move of Redis: do the daemons' metrics and the timeline fit it?",
+        cases: true,
+        run: observe::run,
     },
     Scenario {
         name: "chain",
@@ -199,6 +207,7 @@ impl Scenario {
     /// What `--only` takes, and what that is; of those whose cases are not all called by one name.
     pub fn named_cases(&self) -> &'static [(&'static str, &'static str)] {
         match self.name {
+            OBSERVE => &observe::CASES,
             CONTAINERS => &containers::CASES,
             KUBERNETES => &kubernetes::CASES,
             POSTCOPY => &postcopy::NAMES,

@@ -73,6 +73,11 @@ fn assert_clean() {
 }
 
 #[test]
+fn what_daemons_tell_of_a_move_fits_it() {
+    check(&["observe", "--only", "small"], 1);
+}
+
+#[test]
 fn clients_survive_a_move_by_stock_criu() {
     check(&["stop_and_copy"], 1);
 }

@@ -86,6 +86,10 @@ pub struct DaemonArgs {
     /// The pager to run [default: pageferry-pager beside pageferryd]
     #[arg(long, value_name = "FILE", help_heading = "Machinery")]
     pub pager: Option<PathBuf>,
+    /// Where metrics are served, at /metrics over plain HTTP, such as 127.0.0.1:9464
+    /// [default: nowhere]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Machinery")]
+    pub metrics: Option<SocketAddr>,
 
     /// Workloads arriving at the same time [default: 4]
     #[arg(long, value_name = "COUNT", help_heading = "Limits")]

@@ -62,6 +62,8 @@ pub struct Config {
     pub tracer: bool,
     /// The pager to run.
     pub pager: PathBuf,
+    /// Where metrics are served; nowhere without.
+    pub metrics: Option<SocketAddr>,
     /// What this node does at most.
     pub limits: Limits,
     /// What a migration does unless it is told otherwise.
@@ -266,6 +268,7 @@ impl Config {
                 .clone()
                 .or(pager.path("path")?)
                 .unwrap_or_else(|| beside.join("pageferry-pager")),
+            metrics: args.metrics.or(root.parsed("metrics")?),
             limits: limits(root.section("limits")?, args)?,
             migrate: migrate(root.section("migrate")?, args)?,
             node,

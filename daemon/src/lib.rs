@@ -15,6 +15,7 @@ pub mod args;
 pub mod cli;
 pub mod config;
 pub mod link;
+pub mod metrics;
 pub mod migration;
 pub mod net;
 pub mod node;

@@ -5,6 +5,7 @@
 //! reaches it finds a daemon that knows all its migrations.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use nix::unistd::{AccessFlags, access};
 use pageferry_cgroup::freezer::FreezerRoot;
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_ipam::Folders;
+use pageferry_pager::message::FAULT_TIMES_US;
 use pageferry_pages::track::Support;
 use pageferry_proto::migration::policy::Policy;
 use tokio::signal::unix::{SignalKind, signal};
@@ -25,6 +27,7 @@ use crate::config::parking::Parking;
 use crate::link::hold::Holds;
 use crate::link::park::Means;
 use crate::link::route;
+use crate::metrics::{self, Metrics};
 use crate::migration::journal::Journals;
 use crate::migration::registry::{Registry, RegistryParts};
 use crate::migration::source::site::SourceNode;
@@ -56,6 +59,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let endpoint = Arc::new(endpoint_of(&config)?);
     let shelf = Shelf::new(config.folders_dir());
     kind::go_on_ending();
+    let metrics = Metrics::new(&FAULT_TIMES_US);
     let journals = Journals::open(&config.journal_dir()).context("opening the journals")?;
     let registry = Registry::recover(RegistryParts {
         source: SourceNode {
@@ -73,6 +77,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             keep: shelf.keep(),
             parking: means(config.parking),
             postcopy: config.postcopy,
+            metrics: metrics.clone(),
         },
         target: TargetNode {
             criu: config.criu.clone(),
@@ -90,21 +95,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             workers,
             parks: config.parking != Parking::Off,
             drains: config.postcopy,
+            metrics: metrics.clone(),
         },
         endpoint: Arc::clone(&endpoint),
         journals,
         lanes: config.limits.lanes,
         incoming_max: config.limits.incoming_max,
         outgoing_max: config.limits.outgoing_max,
+        metrics: metrics.clone(),
     })
     .await
     .context("reading the journals")?;
-    let defaults = defaults(&config);
     let listener = Listener::start(endpoint);
-    let control = api::LocalControl::new(config.node.clone(), registry.clone(), defaults);
-    let served = api::serve(&config.api_socket(), control).context("opening the control socket")?;
-    tracing::info!(node = %config.node, listen = %config.listen, peers = config.peers.len(),
-        socket = %config.api_socket().display(), "ready");
+    let served = open(&config, &registry, metrics).await?;
     let upkeep = tokio::spawn(async { tokio::join!(settle_what_is_left(), sweep_routes()) });
     let told = accept_until_told_to_stop(listener, &registry).await;
     upkeep.abort();
@@ -112,6 +115,39 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tracing::info!("stopping");
     registry.give_up().await;
     served.stop().await;
+    Ok(())
+}
+
+/// Opens what this node is asked by.
+async fn open(
+    config: &Config,
+    registry: &Registry,
+    metrics: Metrics,
+) -> anyhow::Result<api::Served> {
+    serve_metrics(config.metrics, metrics, registry).await?;
+    let control = api::LocalControl::new(config.node.clone(), registry.clone(), defaults(config));
+    let served = api::serve(&config.api_socket(), control).context("opening the control socket")?;
+    tracing::info!(node = %config.node, listen = %config.listen, peers = config.peers.len(),
+        socket = %config.api_socket().display(), "ready");
+    Ok(served)
+}
+
+/// Serves what is counted until the daemon ends, if it is to be.
+async fn serve_metrics(
+    address: Option<SocketAddr>,
+    metrics: Metrics,
+    registry: &Registry,
+) -> anyhow::Result<()> {
+    let Some(address) = address else {
+        return Ok(());
+    };
+    let registry = registry.clone();
+    let ask = move || {
+        let registry = registry.clone();
+        async move { registry.standing().await }
+    };
+    let (address, _) = metrics::serve(address, metrics, ask).await?;
+    tracing::info!(%address, "metrics are served");
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 //! Levels: *error*: what an operator asked for failed. *warn*: abnormal, and it went on. *info*:
 //! edges of phases, once. *debug*: may repeat. *trace*: per parcel.
 //!
-//! Absent: files, rotation, metrics. Whoever starts the daemon keeps its stderr.
+//! Absent: files, rotation, metrics (`metrics`). Whoever starts the daemon keeps its stderr.
 
 use std::error::Error;
 use std::fmt;

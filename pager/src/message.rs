@@ -267,6 +267,38 @@ pub struct Restored {
     pub restore_ms: u64,
     /// What its cgroup is known by: a runtime that was started again has made another one.
     pub freezer_id: Option<FolderId>,
+    /// What took how long.
+    #[serde(default)]
+    pub course: Course,
+}
+
+/// When a restore was how far, in nanoseconds since the boot. What was not reached, or was not told
+/// by a pager of an older build, is 0.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Course {
+    /// It was asked for.
+    pub asked: u64,
+    /// CRIU has begun: its first word on the lazy-pages socket.
+    pub begun: u64,
+    /// The first userfaultfd came.
+    pub first_memory: u64,
+    /// The last one came.
+    pub last_memory: u64,
+    /// CRIU holds the tree.
+    pub held: u64,
+    /// All that is missing can be filled.
+    pub probed: u64,
+}
+
+impl Course {
+    /// A userfaultfd has come at this time.
+    pub(crate) const fn memory(&mut self, now: u64) {
+        if self.first_memory == 0 {
+            self.first_memory = now;
+        }
+        self.last_memory = now;
+    }
 }
 
 /// A failure, as it is written in a message.
@@ -295,6 +327,13 @@ pub struct FillReport {
     /// How long threads waited for pages that had not come yet.
     #[serde(default)]
     pub waited: Waited,
+    /// Faults by the time from when they were read to when they were served: at most so many
+    /// microseconds as [`FAULT_TIMES_US`] says, and the last ones longer.
+    #[serde(default)]
+    pub faults_by_time: [u64; FAULT_TIMES_US.len() + 1],
+    /// The sum of those times, in nanoseconds.
+    #[serde(default)]
+    pub fault_ns: u64,
 }
 
 /// How long threads waited for pages that had not come yet, in microseconds.
@@ -309,6 +348,9 @@ pub struct Waited {
     /// The longest.
     pub max_us: u64,
 }
+
+/// The edges by which times of faults are counted, in microseconds.
+pub const FAULT_TIMES_US: [u64; 8] = [50, 100, 250, 500, 1_000, 5_000, 25_000, 100_000];
 
 /// How things stand.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

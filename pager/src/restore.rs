@@ -21,7 +21,6 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use criu_glue::lazy::{LazyMessage, LazySocket, Session};
@@ -30,6 +29,7 @@ use criu_glue::rpc::{Conversation, Ending, Event, NotifyScript, TalkError};
 use pageferry_cgroup::freezer::{CgroupError, Freezer};
 use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
+use pageferry_sys::clock::since_boot;
 use pageferry_sys::gate::Gate;
 use pageferry_sys::uffd::Uffd;
 use tokio::sync::mpsc;
@@ -38,7 +38,7 @@ use tracing::{info, warn};
 use crate::ahead::Ready;
 use crate::failure::RestoreError;
 use crate::locks::Locks;
-use crate::message::{Fault, FillReport, RestoreRequest, Restored};
+use crate::message::{Course, Fault, FillReport, RestoreRequest, Restored};
 use crate::plan::Plan;
 use crate::runtime::Runtime;
 use crate::serve::{Counters, Homes, Server, Space};
@@ -144,6 +144,7 @@ struct Restore {
     options: Option<RestoreOptions>,
     /// CRIU has said "finished" on the lazy-pages socket.
     finished: bool,
+    course: Course,
 }
 
 /// Runs a restore to its end. Decisions come in, what happens goes out; `counters` is given the
@@ -158,12 +159,13 @@ pub async fn run(
         // Only a pager that is ending does not listen.
         let _ = progress.send(what);
     };
-    let start = Instant::now();
+    let (start, asked) = (Instant::now(), since_boot());
     let mut restore = match Restore::start(job).await {
         Ok(restore) => restore,
         Err(error) => return tell(Progress::Failed(error.fault(None))),
     };
     let _ = counters.send(restore.server.counters());
+    restore.course.asked = asked;
     let prepared = tokio::select! {
         prepared = restore.prepare() => prepared,
         () = discarded(&mut decisions) => return tell(restore.discard().await),
@@ -181,6 +183,7 @@ pub async fn run(
         root_pid,
         restore_ms,
         freezer_id: restore.cgroup.id(),
+        course: restore.course,
     }));
     match restore.held(&mut decisions, root_pid, &tell).await {
         Held::Decided(Decision::Go | Decision::Lock) => {}
@@ -282,6 +285,7 @@ impl Restore {
             runtime,
             options,
             finished: false,
+            course: Course::default(),
         })
     }
 
@@ -293,7 +297,7 @@ impl Restore {
         }
         let root_pid = loop {
             match self.next().await? {
-                Heard::Connected => {}
+                Heard::Connected => self.course.begun = since_boot(),
                 Heard::Lazy(message) => self.take_over(message)?,
                 Heard::Event(Event::Notify {
                     script: NotifyScript::PostRestore,
@@ -308,6 +312,7 @@ impl Restore {
                 }
             }
         };
+        self.course.held = since_boot();
         let deadline = tokio::time::sleep(ARRIVAL_TIMEOUT);
         tokio::pin!(deadline);
         while let Some(space) = self.plan.first() {
@@ -323,6 +328,7 @@ impl Restore {
             }
         }
         self.server.probe().await.map_err(RestoreError::Serve)?;
+        self.course.probed = since_boot();
         Ok(root_pid)
     }
 
@@ -363,7 +369,10 @@ impl Restore {
 
     fn take_over(&mut self, message: LazyMessage) -> Result<(), RestoreError> {
         let (vpid, fd) = match message {
-            LazyMessage::Uffd { vpid, fd } => (vpid, Some(fd)),
+            LazyMessage::Uffd { vpid, fd } => {
+                self.course.memory(since_boot());
+                (vpid, Some(fd))
+            }
             LazyMessage::Dead { vpid } => (vpid, None),
             LazyMessage::Finished => return Err(RestoreError::Early),
             _ => return Ok(()),
@@ -504,15 +513,7 @@ impl Restore {
         }
         // CRIU has exited by itself; this only collects its status.
         drop(self.criu.end(GIVE_UP_TIMEOUT).await);
-        let counters = self.server.counters();
-        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        FillReport {
-            fill_ms: u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX),
-            pages: load(&counters.settled),
-            faults: load(&counters.faults),
-            unmapped: load(&counters.unmapped),
-            waited: counters.waited.sum_up(),
-        }
+        self.server.counters().report(start.elapsed())
     }
 
     async fn discard(&mut self) -> Progress {

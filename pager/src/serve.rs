@@ -30,6 +30,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pageferry_pages::store::MemoryFile;
@@ -41,6 +42,7 @@ use pageferry_sys::uffd::{EVENTS, Uffd};
 use tokio::sync::oneshot;
 
 use crate::latency::Latency;
+use crate::message::{FAULT_TIMES_US, FillReport};
 use crate::worker::Worker;
 
 /// Most serving threads. Two fill a third faster than one; beyond, memory is the limit.
@@ -63,6 +65,38 @@ pub struct Counters {
     pub absent: AtomicU64,
     /// How long threads waited for pages that were absent.
     pub waited: Latency,
+    /// Faults by the time they took: see [`FillReport::faults_by_time`].
+    pub fault_times: [AtomicU64; FAULT_TIMES_US.len() + 1],
+    /// Nanoseconds that they took together.
+    pub fault_ns: AtomicU64,
+}
+
+impl Counters {
+    /// So many faults were served that were read `took` ago, or later.
+    pub(crate) fn served(&self, faults: u64, took: Duration) {
+        self.faults.fetch_add(faults, Ordering::Relaxed);
+        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let bucket = FAULT_TIMES_US.iter().position(|edge| micros <= *edge);
+        let bucket = bucket.unwrap_or(FAULT_TIMES_US.len());
+        self.fault_times[bucket].fetch_add(faults, Ordering::Relaxed);
+        let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        self.fault_ns
+            .fetch_add(nanos.saturating_mul(faults), Ordering::Relaxed);
+    }
+
+    /// What they say of a fill that has taken so long.
+    pub(crate) fn report(&self, took: Duration) -> FillReport {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        FillReport {
+            fill_ms: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+            pages: load(&self.settled),
+            faults: load(&self.faults),
+            unmapped: load(&self.unmapped),
+            waited: self.waited.sum_up(),
+            faults_by_time: self.fault_times.each_ref().map(load),
+            fault_ns: load(&self.fault_ns),
+        }
+    }
 }
 
 /// A page of a store that a thread waits for, and that is absent.

@@ -84,6 +84,8 @@ struct Member {
     /// Pages that threads wait for and that could not be served yet, but for what is absent; and
     /// since when, where that has been.
     waiting: Vec<(PageIndex, Option<Instant>)>,
+    /// When the first of them was read.
+    waiting_since: Option<Instant>,
     cursor: Cursor,
     /// Nothing is copied before this, after an error.
     trouble_until: Option<Instant>,
@@ -224,6 +226,7 @@ impl Worker {
                 uffd,
                 token,
                 waiting,
+                waiting_since: None,
                 cursor,
                 trouble_until: None,
             };
@@ -297,6 +300,9 @@ impl Worker {
         }
         let after = house.family.missing();
         if let Some(state) = house.members.get_mut(&member) {
+            if !batch.faults.is_empty() {
+                state.waiting_since.get_or_insert_with(Instant::now);
+            }
             let faults = batch.faults.into_iter().map(|page| (page, None));
             state.waiting.extend(faults);
         }
@@ -376,13 +382,17 @@ impl Worker {
                 }
             }
         }
+        let took = state.waiting_since.map(|since| since.elapsed());
+        if state.waiting.is_empty() {
+            state.waiting_since = None;
+        }
         let after = house.family.missing();
         self.count(before, after);
         wanted.into_iter().for_each(|page| self.want(space, page));
-        self.shared
-            .counters
-            .faults
-            .fetch_add(served, Ordering::Relaxed);
+        if 0 < served {
+            let counters = &self.shared.counters;
+            counters.served(served, took.unwrap_or_default());
+        }
         match end {
             Some(Ok(())) => self.forget(space, member),
             Some(Err(error)) => self.trouble(space, member, &error),

@@ -34,4 +34,5 @@ pub mod record;
 pub mod source;
 pub mod status;
 pub mod target;
+pub mod timeline;
 pub mod timer;

@@ -186,6 +186,7 @@ fn offer() -> Offer {
         },
         description: description(),
         network: None,
+        spans: false,
     }
 }
 

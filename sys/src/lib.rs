@@ -10,6 +10,7 @@
 
 pub mod bound;
 pub mod bpf;
+pub mod clock;
 pub mod cpu;
 pub mod divert;
 pub mod fdpass;

@@ -142,9 +142,9 @@ pub fn median_run(cell: &Cell) -> Option<&Run> {
         .min_by(|a, b| distance(a).total_cmp(&distance(b)))
 }
 
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub(super) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-fn drawn(height: u32, draw: impl FnOnce(Area<'_>) -> Result<()>) -> Result<String> {
+pub(super) fn drawn(height: u32, draw: impl FnOnce(Area<'_>) -> Result<()>) -> Result<String> {
     let mut text = String::new();
     draw(SVGBackend::with_string(&mut text, (WIDTH, height)).into_drawing_area())?;
     // What is drawn in black takes the colour of the text around it, in the light and in the dark.
@@ -163,7 +163,7 @@ fn colour_of(cell: &Cell) -> RGBColor {
     }
 }
 
-fn failed(error: impl std::fmt::Display) -> anyhow::Error {
+pub(super) fn failed(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("drawing: {error}")
 }
 
@@ -172,10 +172,10 @@ const WIDTH: u32 = 560;
 const ROW: u32 = 26;
 const TIMELINE: u32 = 104;
 const LABELS: u32 = 158;
-const FONT: &str = "sans-serif";
-const FONT_SIZE: u32 = 14;
+pub(super) const FONT: &str = "sans-serif";
+pub(super) const FONT_SIZE: u32 = 14;
 /// Seconds that are shown before the order.
 const BEFORE: f64 = -2.0;
 /// Both can be told from white and from black.
-const OURS: RGBColor = RGBColor(0x2f, 0x81, 0xf7);
+pub(super) const OURS: RGBColor = RGBColor(0x2f, 0x81, 0xf7);
 const PEER: RGBColor = RGBColor(0xd9, 0x8a, 0x1f);

@@ -60,6 +60,7 @@ pub fn slim(series: &Series) -> Series {
     let mut slim = series.clone();
     for run in slim.cells.iter_mut().flat_map(|cell| &mut cell.runs) {
         run.timeline.clear();
+        run.spans.clear();
         run.gaps_ms.clear();
     }
     slim

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use super::compare::{Comparison, Pair, comparisons};
 use super::series::Series;
 use super::table::{COLUMNS, cells_of, groups, mebibytes, millis, spread};
-use super::{drawing, published};
+use super::{drawing, published, spans};
 
 pub const FILE: &str = "report.html";
 
@@ -161,6 +161,17 @@ fn group(body: &mut String, series: &Series, workload: &str, link: &str) -> Resu
             drawing::gaps(&cells)?,
             drawing::timelines(&cells)?
         );
+    }
+    for cell in cells {
+        let run = drawing::median_run(cell);
+        if let Some(svg) = run.map(spans::drawn).transpose()?.flatten() {
+            let _ = write!(
+                body,
+                "<figure><figcaption>Where the downtime of {} goes, in the move whose gap is the \
+                 median: blue at the source, green at the target</figcaption>{svg}</figure>",
+                escaped(&cell.system)
+            );
+        }
     }
     Ok(())
 }

@@ -102,6 +102,22 @@ pub struct Run {
     pub timeline: Vec<u32>,
     #[serde(default)]
     pub timeline_from_ms: f64,
+    /// What took how long within the downtime, and the fill behind it: of pageferry alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spans: Vec<Span>,
+}
+
+/// What took how long at one node, from when the freeze was asked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Span {
+    /// `source` or `target`.
+    pub role: String,
+    /// As in the dictionary of ARCHITECTURE.md.
+    pub name: String,
+    #[serde(default)]
+    pub detail: String,
+    pub begin_ms: f64,
+    pub took_ms: f64,
 }
 
 /// What clients had in a stretch of time.
@@ -258,7 +274,7 @@ impl Summary {
 }
 
 /// Major and minor: the minor one is raised when fields are added.
-pub const SCHEMA: &str = "pageferry-bench/1.0";
+pub const SCHEMA: &str = "pageferry-bench/1.1";
 const SCHEMA_MAJOR: &str = "pageferry-bench/1.";
 pub const FILE: &str = "series.json";
 /// Three frames of thirty a second.

@@ -15,11 +15,13 @@ use anyhow::{Context, Result};
 use super::journal::{Gap, HOLD, Journal, WINDOW};
 use super::kinds::System;
 use super::series::{Load, Run};
+use super::spans;
 use super::subject::{Kind, SETTLE_TIME_MAX, Subject};
 use crate::lab::Lab;
 use crate::measure::node::Counters;
 use crate::measure::{memory_peak, reset_memory_peak};
 use crate::mover::outcome::{Outcome, round};
+use crate::mover::pageferry::timeline;
 use crate::mover::{MoveOptions, Order, images};
 
 /// How long the stretches of a run are.
@@ -121,6 +123,7 @@ pub fn watch(
         ..Run::default()
     };
     note_outcome(&mut run, &outcome);
+    note_spans(&mut run, lab, &outcome, system);
     conclude(&mut run, lab, subject, moments);
     note_usage(&mut run, lab, &readings, moments);
     if system.only_redis {
@@ -171,6 +174,20 @@ fn note_outcome(run: &mut Run, outcome: &Outcome) {
     .into_iter()
     .map(|(name, value)| (name.to_owned(), value))
     .collect();
+}
+
+/// What took how long, if the mover notes that. A move without it is as good a move.
+fn note_spans(run: &mut Run, lab: &Lab, outcome: &Outcome, system: &System) {
+    let (Some(id), true) = (&outcome.id, system.mover.needs_daemons()) else {
+        return;
+    };
+    let known = lab
+        .node(FROM)
+        .and_then(|source| timeline(source, id, SPANS_TIME_MAX));
+    match known {
+        Ok(known) => run.spans = spans::of(&known),
+        Err(error) => eprintln!("no timeline: {error:#}"),
+    }
 }
 
 fn note_usage(run: &mut Run, lab: &Lab, readings: &Readings, moments: Moments) {
@@ -270,6 +287,8 @@ pub fn failed(failure: String) -> Run {
 
 const FROM: &str = "a";
 const TO: &str = "b";
+/// Longer than a source hears of the fill after it has ended.
+const SPANS_TIME_MAX: Duration = Duration::from_secs(5);
 /// Shorter ones are the scheduler's.
 const GAP_MIN: u64 = 5_000_000;
 const GAPS_MAX: usize = 64;

@@ -23,6 +23,8 @@ pub struct DaemonPlan {
     pub tracer: bool,
     /// How it keeps what comes for a frozen workload.
     pub parking: &'static str,
+    /// Whether it says what it counts. Builds before the endpoint know no such key.
+    pub metrics: bool,
 }
 
 impl Default for DaemonPlan {
@@ -31,6 +33,7 @@ impl Default for DaemonPlan {
         Self {
             tracer: true,
             parking: "auto",
+            metrics: false,
         }
     }
 }
@@ -71,10 +74,15 @@ fn pageferry(node: &Node, arguments: &[&str]) -> Result<String> {
 }
 
 fn config_text(node: &Node, nodes: &[Node], bridge: &str, plan: &DaemonPlan) -> String {
-    let DaemonPlan { tracer, parking } = plan;
+    let DaemonPlan {
+        tracer, parking, ..
+    } = plan;
+    let metrics = match plan.metrics {
+        true => format!("metrics = \"{METRICS}\"\n"),
+        false => String::new(),
+    };
     let mut text = format!(
-        "node = \"{}\"\nlisten = \"{}:{PORT}\"\npostcopy = true\n\
-         \n[network]\nbridge = \"{bridge}\"\n\
+        "node = \"{}\"\nlisten = \"{}:{PORT}\"\npostcopy = true\n{metrics}\n[network]\nbridge = \"{bridge}\"\n\
          parking = \"{parking}\"\n\
          \n[criu]\ntracer = {tracer}\n",
         node.name(),
@@ -188,6 +196,8 @@ fn copy_logs(from: &Path, into: &Path, prefix: &str) -> Result<()> {
 const CONFIG_FOLDER: &str = "/etc/pageferry";
 const AUTHORITY: &str = "/etc/pageferry/authority";
 const PORT: u16 = 7440;
+/// Where each daemon says what it counts, in the network of its node.
+pub const METRICS: &str = "127.0.0.1:9464";
 /// What daemons log unless the environment's `PAGEFERRY_LOG` says otherwise.
 const LOG_FILTER: &str = "info";
 /// A cold start probes the kernel through CRIU first.

@@ -169,6 +169,26 @@ pub fn show(node: &Node, id: &str) -> Result<Value> {
     Ok(last_object(&String::from_utf8_lossy(&output.stdout)))
 }
 
+/// What took how long in a migration, at both nodes: asked of its source, which hears of the fill
+/// when it has ended. Waits for that, at most so long.
+pub fn timeline(node: &Node, id: &str, time_max: Duration) -> Result<Value> {
+    let deadline = Instant::now() + time_max;
+    loop {
+        let command = node.command("pageferry")?;
+        let printed = command.args(["show", id, "--timeline", "--json"]).run()?;
+        let known = last_object(&printed);
+        if known["whole"] == true {
+            return Ok(known);
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "node {} has not heard of all spans: {known}",
+            node.name()
+        );
+        std::thread::sleep(POLL);
+    }
+}
+
 /// Where a migration of a workload that is not over yet stands: its id and phase.
 pub fn under_way(node: &Node, workload: &str) -> Option<(String, String)> {
     list(node).ok()?.into_iter().find_map(|one| {

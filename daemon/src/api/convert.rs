@@ -6,10 +6,12 @@ use pageferry_api as schema;
 use pageferry_proto::id::NodeName;
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::status::{Parts, Phase};
+use pageferry_proto::migration::timeline::Span;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
 use crate::migration::progress::{Progress, Waited};
 use crate::migration::refusals::Refusal;
+use crate::migration::timeline::View;
 
 pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
     let status = &progress.status;
@@ -61,6 +63,36 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
         mode: progress.mode.map(|mode| mode.to_string()),
         waited: progress.waited.map(waited),
         missing_bytes: progress.missing.map(|pages| pages.bytes()),
+    }
+}
+
+pub(super) fn timeline(node: &NodeName, progress: &Progress, view: &View) -> schema::TimelineReply {
+    let (own, other) = match progress.status.role {
+        Side::Source => (schema::Side::Source, schema::Side::Target),
+        Side::Target => (schema::Side::Target, schema::Side::Source),
+    };
+    let of = |side: schema::Side| move |one: &Span| span(side, view.zero, one);
+    let spans = view.own.iter().map(of(own));
+    schema::TimelineReply {
+        status: Some(status(node, progress)),
+        spans: spans.chain(view.others.iter().map(of(other))).collect(),
+        clock_ahead_ns: view.offset.map(|offset| offset.ahead),
+        clock_uncertainty_ns: view.offset.map(|offset| offset.uncertainty),
+        one_clock: view.is_one_clock,
+        dropped: view.dropped,
+        whole: view.is_whole,
+    }
+}
+
+fn span(side: schema::Side, zero: u64, span: &Span) -> schema::Span {
+    let since = i128::from(span.begin) - i128::from(zero);
+    schema::Span {
+        node: side.into(),
+        name: span.name.clone(),
+        detail: span.detail.clone(),
+        // The range is that of some hundred years.
+        begin_ns: i64::try_from(since).unwrap_or_default(),
+        duration_ns: span.end.saturating_sub(span.begin),
     }
 }
 

@@ -25,7 +25,7 @@ use tonic::transport::Server;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
-use super::convert::{named_side, refusal, refused, status};
+use super::convert::{named_side, refusal, refused, status, timeline};
 use crate::migration::progress::Progress;
 use crate::migration::registry::{MigrateRequest, Registry};
 use crate::migration::source::site::Asked;
@@ -214,6 +214,15 @@ impl Control for LocalControl {
         let watcher = self.watcher(&request.into_inner().id)?;
         let progress = Arc::clone(&watcher.borrow());
         Ok(Response::new(status(&self.node, &progress)))
+    }
+
+    async fn timeline(
+        &self,
+        request: Request<schema::TimelineRequest>,
+    ) -> Result<Response<schema::TimelineReply>, Status> {
+        let known = self.registry.timeline(parse_id(&request.into_inner().id)?);
+        let (progress, view) = known.map_err(|failure| refusal(&failure))?;
+        Ok(Response::new(timeline(&self.node, &progress, &view)))
     }
 
     async fn watch(

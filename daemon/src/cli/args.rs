@@ -32,7 +32,7 @@ pub enum Command {
     /// it began
     List(ListArgs),
     /// One migration, as it stands
-    Show(OneArgs),
+    Show(ShowArgs),
     /// One migration, until its end
     Watch(OneArgs),
     /// Give a migration up; the workload stays where it is
@@ -201,6 +201,22 @@ pub struct OneArgs {
     /// Print JSON, one object in a line
     #[arg(long)]
     pub json: bool,
+}
+
+/// The flags of `show`.
+#[derive(Debug, Args)]
+pub struct ShowArgs {
+    #[command(flatten)]
+    pub one: OneArgs,
+    /// What took how long, at both nodes: drawn, or with --json each span
+    ///
+    /// A target tells its source of its spans when the workload runs, and when its memory is
+    /// filled. So ask the source; the target knows its own. They are lost with the daemon.
+    #[arg(long)]
+    pub timeline: bool,
+    /// Write the timeline to a file that Perfetto and Chrome open (trace events)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "timeline"])]
+    pub chrome: Option<PathBuf>,
 }
 
 /// A side, as typed.

@@ -10,5 +10,6 @@ mod output;
 mod progress;
 mod run;
 mod setup;
+mod timeline;
 
 pub use run::run;

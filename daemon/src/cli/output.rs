@@ -242,6 +242,11 @@ impl Moved {
     }
 }
 
+/// An object in one line.
+pub fn json(object: &impl Serialize) -> String {
+    serde_json::to_string(object).expect("plain structs have a JSON form")
+}
+
 /// How a migration ended, in a few lines.
 pub fn summary(status: &Status) -> String {
     let Status {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use pageferry_api::control_client::ControlClient;
 use pageferry_api::{
     self as schema, AbortRequest, ExpectRequest, ForgetRequest, ListRequest, MigrateRequest,
-    ProceedRequest, ResolveRequest, ShowRequest, Status, WatchRequest,
+    ProceedRequest, ResolveRequest, ShowRequest, Status, TimelineRequest, WatchRequest,
 };
 use pageferry_proto::migration::handoff::Side;
 use serde::Serialize;
@@ -16,12 +16,14 @@ use tokio::time::{Instant, timeout_at};
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use super::args::{CaCommand, Cli, Command, Engine, MigrateArgs, OneArgs, SetupArgs};
+use super::args::{CaCommand, Cli, Command, Engine, MigrateArgs, OneArgs, SetupArgs, ShowArgs};
 use super::ca;
 use super::client::{self, CallError};
 use super::output::{self, Known, Listed, Moved};
 use super::progress::Shown;
 use super::setup::{self, kubernetes};
+use super::timeline;
+use super::timeline::chrome::Trace;
 use crate::config::units::Span;
 use crate::telemetry::Chain;
 
@@ -56,7 +58,10 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
                 say(&output::list(&known));
             }
         }
-        Command::Show(arguments) => {
+        Command::Show(arguments) if arguments.timeline || arguments.chrome.is_some() => {
+            return show_timeline(daemon, &arguments).await;
+        }
+        Command::Show(ShowArgs { one: arguments, .. }) => {
             let request = ShowRequest {
                 id: arguments.id.to_string(),
             };
@@ -100,6 +105,30 @@ async fn carry_out(cli: Cli) -> Result<ExitCode, CallError> {
         // They were carried out above.
         Command::Ca(_) | Command::Migrate(_) | Command::Setup(_) => {}
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Shows what took how long, or writes it down.
+async fn show_timeline(
+    mut daemon: ControlClient<Channel>,
+    arguments: &ShowArgs,
+) -> Result<ExitCode, CallError> {
+    let request = TimelineRequest {
+        id: arguments.one.id.to_string(),
+    };
+    let reply = daemon.timeline(request).await?.into_inner();
+    let Some(path) = &arguments.chrome else {
+        say(&timeline::text(&reply, arguments.one.json));
+        return Ok(ExitCode::SUCCESS);
+    };
+    if let Err(error) = Trace::of(&reply).write(path) {
+        complain(&format!("cannot write {}: {error}", path.display()));
+        return Ok(ExitCode::FAILURE);
+    }
+    say(&format!(
+        "{}: open it with https://ui.perfetto.dev",
+        path.display()
+    ));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -367,7 +396,7 @@ fn say(text: &str) {
 }
 
 fn say_json(object: &impl Serialize) {
-    say(&serde_json::to_string(object).expect("plain structs have a JSON form"));
+    say(&output::json(object));
 }
 
 fn complain(text: &str) {

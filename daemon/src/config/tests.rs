@@ -40,6 +40,7 @@ fn everything_but_the_name_and_the_address_has_a_default() {
             stand_in: "/opt/bin/pageferry-criu",
             tracer: true,
             pager: "/opt/bin/pageferry-pager",
+            metrics: None,
             limits: Limits {
                 incoming_max: 4,
                 outgoing_max: 4,
@@ -63,6 +64,7 @@ const FULL: &str = r#"
     state_dir = "/s"
     run_dir = "/r"
     postcopy = true
+    metrics = "127.0.0.1:9464"
     [tls]
     ca = "/t/ca"
     certificate = "/t/crt"
@@ -99,6 +101,7 @@ const FULL: &str = r#"
 fn a_file_may_say_everything() {
     let config = resolve(FULL, &[]).unwrap();
     assert_eq!(config.peers.len(), 2);
+    assert_eq!(config.metrics, Some("127.0.0.1:9464".parse().unwrap()));
     assert_eq!(config.bridge.as_deref(), Some("br0"));
     assert_eq!(config.parking, Parking::Capture);
     assert!(config.postcopy);
@@ -128,6 +131,7 @@ fn a_flag_wins_over_the_file() {
         "--criu-stand-in=/fi",
         "--criu-tracer=false",
         "--pager=/fp",
+        "--metrics=127.0.0.1:9999",
         "--incoming-max=11",
         "--outgoing-max=12",
         "--lanes=8",
@@ -171,7 +175,7 @@ fn an_unknown_key_is_refused_with_the_nearest_one() {
     );
     check_refused(
         "[metrics]\nlisten = 'x'",
-        &expect!["configuration key metrics is not known"],
+        &expect!["configuration key metrics must be a string, and is table"],
     );
 }
 

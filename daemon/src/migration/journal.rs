@@ -267,6 +267,13 @@ impl Journals {
         fs::remove_file(&path).map_err(|source| JournalError::Remove { path, source })
     }
 
+    /// What all files of the folder take, in bytes, as far as they can be read.
+    pub fn bytes(&self) -> u64 {
+        let files = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let known = files.filter_map(|file| file.metadata().ok());
+        known.map(|metadata| metadata.len()).sum()
+    }
+
     fn list(&self) -> Result<Vec<MigrationId>, JournalError> {
         let refuse = |source| JournalError::Folder {
             folder: self.folder.clone(),

@@ -8,6 +8,7 @@
 //! [`FINISHED_MAX`](super::journal::FINISHED_MAX) whole, and of older ones what a source may ask;
 //! the last refused attempts.
 
+mod counted;
 mod finished;
 mod incoming;
 mod local;
@@ -17,7 +18,7 @@ mod repeated;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use pageferry_proto::id::{MigrationId, NodeName, PodUid, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
@@ -25,6 +26,7 @@ use pageferry_proto::migration::policy::Policy;
 use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceMachine, SourceOffer};
 use pageferry_proto::migration::status::Phase;
+use pageferry_proto::migration::timeline::SURVEY;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -36,8 +38,11 @@ use super::source::site::{Asked, Site as SourceSite, SourceNode};
 use super::source::{Ended, SourceDriver, SourceParts, SourceRequest};
 use super::target::TargetRequest;
 use super::target::site::TargetNode;
-use super::text::chain;
+use super::text::{chain, internal};
+use super::timeline::{Timeline, View};
+use crate::metrics::Metrics;
 use crate::net::endpoint::Endpoint;
+use crate::runtime::identity;
 use crate::runtime::kind::Named;
 
 /// Requests that may wait for a driver.
@@ -66,6 +71,8 @@ pub struct RegistryParts {
     pub incoming_max: usize,
     /// Outgoing migrations at once.
     pub outgoing_max: usize,
+    /// Counts what becomes of them.
+    pub metrics: Metrics,
 }
 
 /// The migrations of this node. Cheap to clone.
@@ -96,6 +103,7 @@ struct Entry {
     /// If it leaves this node.
     departing: Option<Departing>,
     status: watch::Receiver<Arc<Progress>>,
+    timeline: Timeline,
     requests: Requests,
     /// It was over long ago, and its source asks once more: not listed.
     is_answer: bool,
@@ -151,6 +159,7 @@ impl Registry {
         let begun = self.depart(request).await;
         begun.map_err(|failure| {
             let failure = self.say_where(&workload, failure);
+            self.inner.parts.metrics.refused(failure.code());
             self.refusals().add(Refusal {
                 at: SystemTime::now(),
                 workload,
@@ -195,7 +204,10 @@ impl Registry {
         let id = request.id.unwrap_or_else(|| MigrationId::new(random()));
         let (cancel, cancelled) = watch::channel(false);
         let (node, asked) = (parts.source.clone(), &request.asked);
+        let surveying = Instant::now();
         let survey = SourceSite::survey(node, id, named, request.policy, asked, cancelled).await?;
+        let timeline = survey.site.waits().timeline().clone();
+        timeline.ended(SURVEY, String::new(), surveying.elapsed());
         let journal = parts
             .journals
             .create(id)
@@ -293,6 +305,7 @@ impl Registry {
     ) {
         let (id, begun) = (machine.id(), journal.begun());
         let (recovered, root) = (origin.is_recovered(), site.root());
+        let timeline = site.waits().timeline().clone();
         let notes = site.notes();
         for note in &notes {
             tracing::warn!(migration = %id, "{note}");
@@ -330,9 +343,11 @@ impl Registry {
                 request: Arc::clone(&request),
             }),
             status: watched,
+            timeline,
             requests: Requests::Source(requests),
             is_answer: false,
         };
+        self.count(&entry);
         self.lock().insert(id, entry);
         let registry = self.clone();
         self.run(async move {
@@ -413,6 +428,15 @@ impl Registry {
     pub fn watch(&self, id: MigrationId) -> Result<watch::Receiver<Arc<Progress>>, Failure> {
         let entry = self.entry(id).map(|entry| entry.status);
         entry.or_else(|failure| self.watch_kept(id).ok_or(failure))
+    }
+
+    /// What took how long in a migration, and how it stands.
+    pub fn timeline(&self, id: MigrationId) -> Result<(Arc<Progress>, View), Failure> {
+        let progress = Arc::clone(&self.watch(id)?.borrow());
+        let boot = identity::boot().map_err(|error| internal(&error))?;
+        let entry = self.lock().get(&id).cloned();
+        let view = entry.map(|entry| entry.timeline.view(&boot));
+        Ok((progress, view.unwrap_or_default()))
     }
 
     /// Asks a migration to give up.

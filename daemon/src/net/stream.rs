@@ -177,6 +177,11 @@ impl StreamReader {
         Ok(Some(chunk))
     }
 
+    /// Bytes that have come, after the prefix.
+    pub fn received(&self) -> u64 {
+        self.limit - self.left
+    }
+
     /// Whether nothing is left. Waits for the next byte or the end.
     pub async fn is_over(&mut self) -> Result<bool, ReadStreamError> {
         let Some(chunk) = self.chunk().await? else {

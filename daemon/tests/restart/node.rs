@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use pageferry::cli::ca;
 use pageferry::link::hold::Holds;
 use pageferry::link::park::Means;
+use pageferry::metrics::Metrics;
 use pageferry::migration::journal::Journals;
 use pageferry::migration::progress::Progress;
 use pageferry::migration::registry::{Registry, RegistryParts};
@@ -140,6 +141,7 @@ impl Node {
             workers: 1,
             parks: true,
             drains: true,
+            metrics: Metrics::default(),
         }
     }
 
@@ -163,6 +165,7 @@ impl Node {
                 keep: self.shelf().keep(),
                 parking: Means::Auto,
                 postcopy: true,
+                metrics: Metrics::default(),
             },
             target: self.target(),
             endpoint,
@@ -170,6 +173,7 @@ impl Node {
             lanes: 1,
             incoming_max: 4,
             outgoing_max: 4,
+            metrics: Metrics::default(),
         };
         Registry::recover(parts).await.unwrap()
     }

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::cli::ca;
 use pageferry::link::hold::Holds;
+use pageferry::metrics::Metrics;
 use pageferry::migration::clock::Clock;
 use pageferry::migration::journal::Journals;
 use pageferry::migration::progress::Progress;
@@ -113,6 +114,7 @@ impl Target {
             workers: 1,
             parks: true,
             drains: true,
+            metrics: Metrics::default(),
         };
         let journals = Journals::open(&folder.path().join("journal")).unwrap();
         let clock = Clock::start();
@@ -317,6 +319,7 @@ fn offer(description: WorkloadDescription) -> Offer {
         policy: Policy::DEFAULT,
         description,
         network: None,
+        spans: false,
     }
 }
 

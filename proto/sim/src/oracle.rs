@@ -246,7 +246,8 @@ impl World {
             | TargetMessage::Failed(_)
             | TargetMessage::Fetch(_)
             | TargetMessage::Forgotten { .. }
-            | TargetMessage::RoundHeld { .. } => Ok(()),
+            | TargetMessage::RoundHeld { .. }
+            | TargetMessage::Spans(_) => Ok(()),
         }
     }
 

@@ -478,6 +478,7 @@ impl SourceMachine {
             policy: self.policy,
             description: *description,
             network,
+            spans: true,
         })));
     }
 

@@ -9,6 +9,7 @@ mod decode;
 mod error;
 mod fetch;
 mod offer;
+mod spans;
 
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use prost::Message as _;
 
 use crate::id::{Generation, Incarnation, MigrationId, NetworkName, Round, WorkloadName};
 use crate::migration::policy::Policy;
+use crate::migration::timeline::Spans;
 use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::description::WorkloadDescription;
@@ -183,6 +185,9 @@ pub enum TargetMessage {
         /// The round.
         round: Round,
     },
+    /// What the target has measured. No machine says or hears it: whoever performs one does, to a
+    /// source whose offer says that it takes it.
+    Spans(Box<Spans>),
     /// The workload runs at the target.
     Started {
         /// The started generation.
@@ -214,6 +219,8 @@ pub struct Offer {
     pub description: WorkloadDescription,
     /// The network namespace at the target that it is to join; none: one is made for it.
     pub network: Option<NetworkName>,
+    /// The source takes [`TargetMessage::Spans`].
+    pub spans: bool,
 }
 
 /// How many parcels and pages a round had.
@@ -405,6 +412,7 @@ impl TargetMessage {
             Self::RoundHeld { round } => Wire::RoundHeld(schema::RoundHeld {
                 round: round.number(),
             }),
+            Self::Spans(spans) => Wire::Spans(spans.as_ref().into()),
             Self::Started {
                 generation,
                 root_pid,

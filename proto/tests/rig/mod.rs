@@ -424,6 +424,7 @@ pub fn offer() -> Offer {
         policy: Policy::DEFAULT,
         description: description(),
         network: None,
+        spans: false,
     }
 }
 

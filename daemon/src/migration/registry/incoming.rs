@@ -150,6 +150,7 @@ impl Registry {
     ) {
         let (id, begun) = (machine.id(), journal.begun());
         let recovered = origin.is_recovered();
+        let timeline = site.timeline().clone();
         let (status, watched) = watch::channel(Arc::new(Progress {
             recovered,
             pid_at_target: site.root_pid(),
@@ -169,9 +170,11 @@ impl Registry {
             begun,
             departing: None,
             status: watched,
+            timeline,
             requests: Requests::Target(requests.clone()),
             is_answer: matches!(origin, Origin::Answer),
         };
+        self.count(&entry);
         self.lock().insert(id, entry);
         let registry = self.clone();
         self.run(async move {

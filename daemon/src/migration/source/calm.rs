@@ -21,6 +21,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
 
 use pageferry_proto::migration::source::{SourceEvent, Wait};
+use pageferry_proto::migration::timeline::LOOK;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::task::block_in_place;
 
@@ -29,6 +30,7 @@ use super::member::Trees;
 use super::network::{Network, Sockets};
 use super::sending::Sums;
 use super::waits::Waits;
+use crate::migration::timeline::Open;
 use crate::runtime::passing::{self, Passing, Sleepers, State};
 
 /// Closes the ports and freezes the cgroups, each of them before anything is dumped, or says which
@@ -67,6 +69,7 @@ pub(super) async fn freeze(
         })));
     }
     let frozen = Instant::now();
+    let _looking = look(waits);
     // Before anything is looked at: kernels send for those that are frozen, too.
     network.lo.shut()?;
     network.parking.shut()?;
@@ -76,6 +79,10 @@ pub(super) async fn freeze(
     }
     tracing::debug!(took = ?began.elapsed(), looked = ?frozen.elapsed(), "frozen");
     Ok(found)
+}
+
+fn look(waits: &Waits) -> Option<Open> {
+    waits.timeline().begin_in_freeze(LOOK)
 }
 
 /// When a running workload was last seen in no passing state.
@@ -124,7 +131,9 @@ async fn close_calmly(
             gate.close(waits).await?;
         }
         let closed = Instant::now();
+        let looking = look(waits);
         let left = wait_closed(trees, sockets).await?;
+        drop(looking);
         tracing::debug!(closing, ?left, waited = ?closed.elapsed(), "ports closed");
         match left {
             None => break,
@@ -149,6 +158,7 @@ async fn wait_open(
     sockets: &mut Sockets,
     waits: &Waits,
 ) -> Result<Option<Passing>, Failure> {
+    let _looking = look(waits);
     let began = Instant::now();
     let mut sleepers = Sleepers::default();
     loop {
@@ -165,7 +175,7 @@ async fn wait_open(
         if patience < began.elapsed() {
             return Ok(found);
         }
-        waits.begin(Wait::Cgroup).check()?;
+        waits.check(Wait::Cgroup)?;
         tokio::time::sleep(PAUSE_OPEN).await;
     }
 }

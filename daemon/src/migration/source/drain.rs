@@ -26,6 +26,7 @@ use tokio::sync::{Semaphore, watch};
 use super::sending::Fetched;
 use super::sent::Sent;
 use super::workload::Workload;
+use crate::metrics::Metrics;
 use crate::migration::text::chain;
 use crate::net::stream::{DataSender, SendStreamError};
 
@@ -48,6 +49,7 @@ struct Shared {
     fill: Lane,
     urgent: Lane,
     sent: Arc<Sent>,
+    metrics: Metrics,
     waiting: AtomicUsize,
 }
 
@@ -79,13 +81,14 @@ impl Lane {
 
 impl Drain {
     /// One that reads and encodes what is not urgent on so many threads.
-    pub(super) fn new(workers: usize, sent: Arc<Sent>) -> Self {
+    pub(super) fn new(workers: usize, sent: Arc<Sent>, metrics: &Metrics) -> Self {
         let shared = Shared {
             stage: watch::Sender::default(),
             // One reads while another one waits for the network.
             fill: Lane::new(workers.max(1) + 1),
             urgent: Lane::new(URGENT_MAX),
             sent,
+            metrics: metrics.clone(),
             waiting: AtomicUsize::new(0),
         };
         Self(Arc::new(shared))
@@ -159,7 +162,7 @@ impl Shared {
         } else {
             data.clone()
         };
-        let sink = Fetched(&data, &self.sent);
+        let sink = Fetched(&data, &self.sent, &self.metrics);
         let how = (reader, Misses::Settle);
         let sent = lane
             .sender

@@ -9,6 +9,7 @@
 //! happens; the machine's timers bound how long that may take.
 
 mod calm;
+mod course;
 mod delivered;
 mod drain;
 pub mod dump;
@@ -27,6 +28,7 @@ pub mod sent;
 pub mod site;
 mod state;
 mod storage;
+mod telling;
 mod tracking;
 mod unread;
 mod verify;
@@ -39,11 +41,9 @@ use std::time::Duration;
 
 use pageferry_proto::id::{MigrationId, NodeName};
 use pageferry_proto::migration::handoff::Side;
-use pageferry_proto::migration::policy::Mode;
 use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine};
-use pageferry_proto::migration::status::{Phase, Status};
-use pageferry_proto::page::PageCount;
+
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::{Fetch, SourceMessage, TargetMessage};
 use tokio::sync::{mpsc, watch};
@@ -58,10 +58,12 @@ use super::session::{self, Session};
 use crate::net::endpoint::Endpoint;
 use crate::net::lanes::{self, SourceSession};
 use crate::net::stream::DataSender;
+use course::Course;
 use drain::Drain;
 use operation::{Performed, ends_others, operation};
 use sent::Sent;
 use site::Site;
+use telling::Measured;
 use tracking::Paused;
 use waits::Waits;
 
@@ -111,6 +113,8 @@ pub struct SourceDriver {
     paused: Paused,
     /// What the operation under way waits for.
     waits: Waits,
+    /// Notes what takes how long.
+    course: Course,
     /// Whether a difference in smaps is a reason to start again.
     repeatable: bool,
     /// The migration that was started in place of this one, before a restart.
@@ -130,29 +134,6 @@ pub struct SourceDriver {
     endpoint: Arc<Endpoint>,
     peer: NodeName,
     lanes: u8,
-}
-
-/// What a freeze came to.
-#[derive(Clone, Copy, Debug, Default)]
-struct Measured {
-    /// How long CRIU held the tasks.
-    frozen: Option<Duration>,
-    /// How long shared storage was synced.
-    synced: Option<Duration>,
-    /// Pages of the final round, and those that were to follow it.
-    final_pages: Option<u64>,
-    followed: Option<PageCount>,
-}
-
-impl Measured {
-    /// How the memory has moved, of which the machine says what rounds have sent.
-    fn mode(&self, status: &Status) -> Option<Mode> {
-        Some(match (self.followed?, status.sent_bytes) {
-            (PageCount::ZERO, _) => Mode::Precopy,
-            (_, 0) => Mode::Postcopy,
-            _ => Mode::Hybrid,
-        })
-    }
 }
 
 /// What the driver needs besides machine and site.
@@ -240,6 +221,7 @@ impl SourceDriver {
             notes: parts.site.notes(),
             paused: parts.site.paused(),
             waits: parts.site.waits(),
+            course: Course::new(parts.site.waits().timeline()),
             site: Some(Box::new(parts.site)),
             operation: None,
             waiting: VecDeque::new(),
@@ -283,9 +265,13 @@ impl SourceDriver {
             }
         }
         // Over the connection that is there yet.
-        if let Some(site) = &mut self.site {
-            site.relayed().await;
-        }
+        let mut site = self.site.take();
+        let relayed = async {
+            if let Some(site) = &mut site {
+                site.relayed().await;
+            }
+        };
+        tokio::join!(relayed, self.hear_the_rest());
         if let Some(connection) = self.connection.take() {
             connection.session.close().await;
         }
@@ -295,79 +281,11 @@ impl SourceDriver {
         }
     }
 
-    /// Between the reports of the machine: what a long round has sent so far, and how often the
-    /// workload was paused for its scan.
-    fn tell_progress(&mut self) {
-        let (raw_bytes, wire_bytes) = self.sent.take();
-        if self.is_drained {
-            self.fetched.0 += raw_bytes;
-            self.fetched.1 += wire_bytes;
-        }
-        let (pauses, longest_pause) = self.paused.told();
-        self.status.send_if_modified(|progress| {
-            if raw_bytes == 0 && progress.pauses == pauses {
-                return false;
-            }
-            let progress = Arc::make_mut(progress);
-            progress.status.sent_bytes += raw_bytes;
-            progress.status.wire_bytes += wire_bytes;
-            progress.pauses = pauses;
-            progress.longest_pause = longest_pause;
-            true
-        });
-    }
-
-    fn publish(&mut self, status: Status) {
-        // The machine counts whole rounds: its sums replace those of the pieces. What was fetched
-        // is of none.
-        let (raw_bytes, wire_bytes) = self.sent.take();
-        if self.is_drained {
-            self.fetched.0 += raw_bytes;
-            self.fetched.1 += wire_bytes;
-        }
-        let mode = self.measured.mode(&status);
-        let mut status = status;
-        status.sent_bytes += self.fetched.0;
-        status.wire_bytes += self.fetched.1;
-        let Measured {
-            frozen,
-            synced,
-            final_pages,
-            followed,
-        } = self.measured;
-        let (pauses, longest_pause) = self.paused.told();
-        let outdated = |failure: &Failure| failure.code() == ErrorCode::SmapsDiffer;
-        let repeat = self.repeatable
-            && status.phase == Phase::Aborted
-            && status.failure.as_ref().is_some_and(outdated);
-        let progress = Progress {
-            status,
-            frozen,
-            synced,
-            pauses,
-            longest_pause,
-            final_pages,
-            followed,
-            mode,
-            successor: self.successor,
-            pid_at_target: self.pid_at_target,
-            waiting: false,
-            missing: None,
-            waited: None,
-            notes: self.notes.clone(),
-            recovered: self.recovered,
-        };
-        if repeat {
-            self.held_back = Some(progress);
-        } else {
-            self.status.send_replace(Arc::new(progress));
-        }
-    }
-
     fn handle(&mut self, event: SourceEvent) {
         if let SourceEvent::Failure(failure) = &event {
             tracing::warn!(migration = %self.machine.id(), %failure, "failed");
         }
+        self.course.takes(&event);
         self.machine.handle(self.clock.now(), event);
     }
 
@@ -395,6 +313,9 @@ impl SourceDriver {
                 if number == self.connections =>
             {
                 self.fetch(fetch);
+            }
+            Incoming::Of(number, SourceEvent::Message(TargetMessage::Spans(told))) => {
+                self.course.hear(number == self.connections, *told);
             }
             Incoming::Of(number, event) if number == self.connections => {
                 if event == SourceEvent::PeerLost {
@@ -441,6 +362,7 @@ impl SourceDriver {
     }
 
     async fn perform(&mut self, action: SourceAction) {
+        self.course.performs(&action);
         match action {
             SourceAction::Connect => self.connect(),
             SourceAction::Journal(record) => self.write(record).await,
@@ -517,8 +439,10 @@ impl SourceDriver {
             .send_replace(self.waiting.iter().any(ends_others));
         let connection = self.connection.as_ref();
         site.connect(connection.map(|connection| connection.data.clone()));
+        let span = self.course.begins(&action);
         self.operation = Some(tokio::spawn(async move {
             let event = operation(&mut site, action).await;
+            drop(span);
             (site, event)
         }));
     }
@@ -574,8 +498,11 @@ impl SourceDriver {
             data,
             lanes,
         } = session;
-        let events = self.events.clone();
+        let (events, course) = (self.events.clone(), self.course.clone());
         let session = Session::open(sender, receiver, lanes, move |said| {
+            if let Ok(message) = &said {
+                course.hears(message);
+            }
             let events = events.clone();
             async move {
                 let incoming = match said {

@@ -246,8 +246,13 @@ impl Parking {
         relays
     }
 
+    /// How many frames wait, and for how many there was no room.
+    pub(super) fn counts(&self) -> Option<(usize, u64)> {
+        self.park.as_ref().map(|park| park.lot().counts())
+    }
+
     fn tell_counts(&self, workload: &Workload) {
-        let Some((kept, lost)) = self.park.as_ref().map(|park| park.lot().counts()) else {
+        let Some((kept, lost)) = self.counts() else {
             return;
         };
         let root = workload.root();

@@ -16,7 +16,6 @@ use pageferry_proto::migration::source::{RetryReport, SourceEvent, Wait};
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::parcel::ParcelHeader;
 use pageferry_proto::wire::stream::{SetHeader, StreamKind, seal};
 
 use super::failure::lost;
@@ -24,6 +23,8 @@ use super::sent::Sent;
 use super::tracking::{Scans, Tracking};
 use super::unread::{Unsent, Verdict};
 use super::waits::Waits;
+use crate::metrics::Metrics;
+use crate::migration::paths::paths;
 use crate::migration::text::{chain, internal};
 use crate::net::stream::{DataSender, SendStreamError};
 
@@ -33,6 +34,7 @@ pub(super) struct Sending {
     sender: Sender,
     /// What the round under way has sent.
     sent: Arc<Sent>,
+    metrics: Metrics,
     /// Opens data streams, while there is a session.
     data: Option<DataSender>,
 }
@@ -45,16 +47,20 @@ pub(super) struct Attempt {
 }
 
 /// Parcels on one connection are data streams of it.
-struct Parcels<'a>(&'a DataSender, &'a Sent);
+struct Parcels<'a>(&'a DataSender, &'a Sent, &'a Metrics);
 
 /// The same of parcels that were asked for.
-pub(super) struct Fetched<'a>(pub(super) &'a DataSender, pub(super) &'a Sent);
+pub(super) struct Fetched<'a>(
+    pub(super) &'a DataSender,
+    pub(super) &'a Sent,
+    pub(super) &'a Metrics,
+);
 
 impl ParcelSink for Parcels<'_> {
     type Error = SendStreamError;
 
     async fn send(&self, parcel: Bytes) -> Result<(), SendStreamError> {
-        send_parcel((self.0, self.1), StreamKind::Parcel, parcel).await
+        send_parcel((self.0, self.1, self.2), StreamKind::Parcel, parcel).await
     }
 }
 
@@ -62,19 +68,23 @@ impl ParcelSink for Fetched<'_> {
     type Error = SendStreamError;
 
     async fn send(&self, parcel: Bytes) -> Result<(), SendStreamError> {
-        send_parcel((self.0, self.1), StreamKind::Fetched, parcel).await
+        send_parcel((self.0, self.1, self.2), StreamKind::Fetched, parcel).await
     }
 }
 
 async fn send_parcel(
-    (data, sent): (&DataSender, &Sent),
+    (data, sent, metrics): (&DataSender, &Sent, &Metrics),
     kind: StreamKind,
     parcel: Bytes,
 ) -> Result<(), SendStreamError> {
     let wire_bytes = parcel.len() as u64;
-    let raw_bytes = ParcelHeader::decode(&parcel).map_or(0, |(header, _)| header.pages().bytes());
+    let paths = paths(&parcel).unwrap_or_default();
+    let queued = metrics.queued(wire_bytes);
     data.send_stream(kind, parcel).await?;
-    sent.add(raw_bytes, wire_bytes);
+    drop(queued);
+    let pages = PageCount(paths.zero + paths.raw + paths.lz4);
+    sent.add(pages.bytes(), wire_bytes);
+    metrics.pages_sent(paths);
     Ok(())
 }
 
@@ -126,11 +136,12 @@ impl Sums {
 }
 
 impl Sending {
-    /// Reads and encodes on `workers` threads.
-    pub(super) fn new(workers: usize) -> Self {
+    /// Reads and encodes on `workers` threads, and counts.
+    pub(super) fn new(workers: usize, metrics: &Metrics) -> Self {
         Self {
             sender: Sender::new(workers),
             sent: Arc::default(),
+            metrics: metrics.clone(),
             data: None,
         }
     }
@@ -170,7 +181,7 @@ impl Sending {
             if pages.is_empty() {
                 continue;
             }
-            let sink = Parcels(&data, &self.sent);
+            let sink = Parcels(&data, &self.sent, &self.metrics);
             let read = (&reader, misses);
             let sending = self.sender.round(*id, read, pages, round, &sink);
             match waits.on(Wait::Pages, sending).await? {

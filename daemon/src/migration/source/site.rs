@@ -61,6 +61,7 @@ use super::storage::Kept;
 use super::tracking::{Budget, Paused};
 use super::waits::Waits;
 use crate::link::park::Means;
+use crate::metrics::Metrics;
 use crate::migration::text::internal;
 use crate::net::stream::DataSender;
 use crate::runtime::kind::{Kind, Party};
@@ -105,6 +106,8 @@ pub struct SourceNode {
     pub parking: Means,
     /// Whether workloads may leave with pages missing.
     pub postcopy: bool,
+    /// Counts what is sent.
+    pub metrics: Metrics,
 }
 
 impl SourceNode {
@@ -473,6 +476,9 @@ impl Site {
     /// Ends the frozen copy: it runs elsewhere now.
     pub async fn release(&mut self) -> Result<(), Failure> {
         self.folders.close();
+        if let Some((kept, lost)) = self.network.parking.counts() {
+            self.node.metrics.frames_kept(kept as u64, lost);
+        }
         // First the links: whatever the dying sockets say reaches nobody.
         self.leave().await?;
         self.drain.end();

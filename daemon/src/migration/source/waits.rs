@@ -10,14 +10,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use pageferry_proto::migration::source::{Wait, Waiting};
+use pageferry_proto::migration::timeline as names;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::sync::watch;
+
+use crate::migration::timeline::{Open, Timeline};
 
 /// What the operation under way waits for. Clones are of the same.
 #[derive(Clone, Debug)]
 pub struct Waits {
     cut: watch::Receiver<bool>,
     open: Arc<Mutex<Vec<(Wait, Instant)>>>,
+    timeline: Timeline,
 }
 
 /// A wait, until this is dropped.
@@ -25,6 +29,7 @@ pub struct Waits {
 pub(super) struct Begun<'a> {
     waits: &'a Waits,
     wait: (Wait, Instant),
+    _span: Option<Open>,
 }
 
 impl Waits {
@@ -33,7 +38,13 @@ impl Waits {
         Self {
             cut,
             open: Arc::default(),
+            timeline: Timeline::default(),
         }
+    }
+
+    /// Where what takes long is noted.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
     }
 
     /// What is waited for now, and since when.
@@ -70,7 +81,20 @@ impl Waits {
     pub(super) fn begin(&self, what: Wait) -> Begun<'_> {
         let wait = (what, Instant::now());
         self.open().push(wait);
-        Begun { waits: self, wait }
+        let span = span_of(what).and_then(|name| self.timeline.begin_in_freeze(name));
+        Begun {
+            waits: self,
+            wait,
+            _span: span,
+        }
+    }
+
+    /// An error once what would be waited for is cut.
+    pub(super) fn check(&self, what: Wait) -> Result<(), Failure> {
+        match *self.cut.borrow() {
+            true => Err(was_cut(what)),
+            false => Ok(()),
+        }
     }
 
     fn open(&self) -> MutexGuard<'_, Vec<(Wait, Instant)>> {
@@ -86,11 +110,7 @@ impl Begun<'_> {
 
     /// An error once it is to end early.
     pub(super) fn check(&self) -> Result<(), Failure> {
-        if self.is_cut() {
-            Err(was_cut(self.wait.0))
-        } else {
-            Ok(())
-        }
+        self.waits.check(self.wait.0)
     }
 }
 
@@ -101,6 +121,25 @@ impl Drop for Begun<'_> {
             open.swap_remove(place);
         }
     }
+}
+
+/// What a wait is called in the timeline. What the target is waited for has other spans.
+const fn span_of(what: Wait) -> Option<&'static str> {
+    Some(match what {
+        Wait::Prepared => names::PREPARED,
+        Wait::Ports => names::PORTS,
+        Wait::Cgroup => names::CGROUP,
+        Wait::Scan => names::SCAN,
+        Wait::Dump => names::DUMP,
+        Wait::Pages => names::PAGES,
+        Wait::LiveSets => names::LIVE_SETS,
+        Wait::Digests => names::DIGESTS,
+        Wait::Images => names::IMAGES,
+        Wait::Files => names::FILES,
+        Wait::Storage => names::STORAGE,
+        Wait::Smaps => names::SMAPS,
+        Wait::Held | Wait::Ready => return None,
+    })
 }
 
 /// The machine has asked for a thaw meanwhile, and knows why: nobody reads this.

@@ -172,6 +172,18 @@ impl Ledger {
         admit(needed, &rooms, promised.fold(0, u64::saturating_add))
     }
 
+    /// What has been promised, and what of it is taken, in bytes.
+    pub fn totals(&self) -> (u64, u64) {
+        let accounts = self.lock();
+        let totals = accounts.promised.values().map(|account| {
+            let taken = PageCount(account.taken.load(Ordering::Relaxed)).bytes();
+            (account.promised, taken)
+        });
+        totals.fold((0, 0), |(promised, taken), (more, of)| {
+            (promised.saturating_add(more), taken.saturating_add(of))
+        })
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Accounts> {
         let accounts = self.0.accounts.lock();
         accounts.unwrap_or_else(PoisonError::into_inner)

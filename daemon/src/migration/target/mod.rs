@@ -8,6 +8,7 @@
 //! of an older one.
 
 pub mod admission;
+mod course;
 mod feed;
 pub mod folders;
 mod images;
@@ -18,6 +19,7 @@ mod operation;
 pub mod orphans;
 pub mod own;
 pub mod parking;
+mod requests;
 pub mod site;
 mod stage;
 mod volumes;
@@ -26,7 +28,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry_proto::id::{PodUid, WorkloadName};
+use pageferry_proto::id::PodUid;
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::record::Entry;
 use pageferry_proto::migration::status::Phase;
@@ -44,6 +46,7 @@ use super::log::Log;
 use super::progress::{Progress, Waited};
 use super::session::{self, Session};
 use crate::net::lanes::TargetSession;
+use course::Course;
 use intake::Intake;
 use operation::{CutBy, Operation, Performed, operation};
 use site::Site;
@@ -106,6 +109,8 @@ pub struct TargetDriver {
     drains: bool,
     /// How it ended may not be on disk: what proves it must be found by the next daemon.
     end_unwritten: bool,
+    /// Notes what takes how long, and tells the source.
+    course: Course,
     log: Log,
 }
 
@@ -161,6 +166,7 @@ impl TargetDriver {
             machine: parts.machine,
             clock: parts.clock,
             intake: parts.site.intake(),
+            course: Course::new(parts.site.timeline()),
             root_pid: parts.site.root_pid(),
             waited: None,
             expected: None,
@@ -257,53 +263,11 @@ impl TargetDriver {
         if let TargetEvent::JournalFailed(record) = &event {
             self.end_unwritten |= matches!(record.entry, Entry::Aborted(_) | Entry::Done);
         }
+        let is_filled = self.course.takes(&event);
         self.machine.handle(self.clock.now(), event);
-    }
-
-    fn requested(&mut self, request: TargetRequest) {
-        match request {
-            TargetRequest::Abort => self.handle(TargetEvent::AbortRequested),
-            TargetRequest::Fence(side) => self.handle(TargetEvent::Fenced(side)),
-            TargetRequest::Expect { pod, answer } => {
-                // Who has asked may have gone away.
-                drop(answer.send(self.expect(pod)));
-            }
-            TargetRequest::Connected(session) => self.connected(*session),
+        if is_filled {
+            self.tell(true);
         }
-    }
-
-    /// It is to come as this pod: waits for that, beside the rounds.
-    fn expect(&mut self, pod: PodUid) -> Result<(), Failure> {
-        let status = self.machine.status(self.clock.now());
-        let refused = |code, text: String| Err(Failure::new(code, text));
-        match (&self.expected, &status.workload) {
-            (Some(expected), _) if *expected == pod => return Ok(()),
-            (Some(expected), _) => {
-                let text = format!("the migration comes as pod {expected} already");
-                return refused(ErrorCode::IdTaken, text);
-            }
-            (None, Some(WorkloadName::Pod(_))) => {}
-            (None, _) => {
-                let text = "the migration is none of a pod".to_owned();
-                return refused(ErrorCode::UnsupportedWorkload, text);
-            }
-        }
-        if !matches!(status.phase, Phase::Accepted | Phase::Receiving) {
-            let text = format!("the migration is {}, and expects no pod", status.phase);
-            return refused(ErrorCode::Unexpected, text);
-        }
-        self.expected = Some(pod.clone());
-        self.waiting.push_back(Operation::Expect(pod));
-        self.next_operation();
-        Ok(())
-    }
-
-    /// Says how things stand once more: the driver knows more of it.
-    fn say_again(&self) {
-        let pod_waits = self.pod_waits;
-        self.status.send_modify(|progress| {
-            Arc::make_mut(progress).waiting = pod_waits;
-        });
     }
 
     fn connected(&mut self, session: TargetSession) {
@@ -331,7 +295,11 @@ impl TargetDriver {
                 }
             })
         };
+        let course = self.course.clone();
         let mut session = Session::open(sender, receiver, lanes, move |said| {
+            if let Ok(message) = &said {
+                course.hears(message);
+            }
             let events = events.clone();
             async move {
                 let event = said.map_or(TargetEvent::PeerLost, TargetEvent::Message);
@@ -396,10 +364,12 @@ impl TargetDriver {
     }
 
     async fn perform(&mut self, action: TargetAction) {
+        self.course.performs(&action);
         match action {
             TargetAction::AwaitFinal(last) => {
-                let intake = Arc::clone(&self.intake);
+                let (intake, span) = (Arc::clone(&self.intake), self.course.begins_check());
                 self.await_streams(async move {
+                    let _checking = span;
                     intake.folders().check_last(last.files)?;
                     intake.complete(last).await?;
                     locked::check(&intake.all_images(), last.locks)?;
@@ -444,12 +414,7 @@ impl TargetDriver {
                     }
                     _ => {}
                 }
-                // Without a session the source asks again when it is back.
-                if let Some(session) = &self.session
-                    && !session.say(message)
-                {
-                    self.lost();
-                }
+                self.say(message);
             }
             TargetAction::Abandon
             | TargetAction::Discard

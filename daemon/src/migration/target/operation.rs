@@ -4,6 +4,7 @@ use pageferry_proto::id::PodUid;
 use pageferry_proto::migration::target::{TargetAction, TargetEvent};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
+use super::course;
 use super::site::{LetGoError, Site};
 
 /// What works on a site.
@@ -110,6 +111,7 @@ pub(super) async fn operation(
 }
 
 async fn perform(site: &mut Site, action: TargetAction) -> Result<TargetEvent, Failure> {
+    let _performing = course::span_of(&action).map(|name| site.timeline().begin(name));
     match action {
         TargetAction::Prepare(offer) => site
             .prepare(&offer)

@@ -82,15 +82,18 @@ impl Parking {
         }
     }
 
-    /// The workload has been let go: it has what its source kept, and has sent so far.
-    pub(super) fn deliver(&self) {
+    /// The workload has been let go: it has what its source kept, and has sent so far. Returns how
+    /// many frames.
+    pub(super) fn deliver(&self) -> u64 {
         let mut state = self.lock();
         if state.course == Course::Waits {
             let given = state.give();
             state.course = Course::Delivers;
             let lost = state.order.lost();
             tracing::debug!(given, lost, "the workload has what its source kept for it");
+            return given;
         }
+        0
     }
 
     /// It has what has come here, too, and from here on what comes passes, whether or not its

@@ -6,6 +6,7 @@
 //! was recovered can let go or discard what a dead daemon has prepared, since the pager that holds
 //! the workload has outlived it.
 
+mod course;
 mod files;
 mod go;
 mod loopback;
@@ -31,6 +32,7 @@ use pageferry_pager::client::ClientError;
 use pageferry_pages::store::{Growth, MemoryFile, Store, StoreLimits};
 use pageferry_proto::id::{MemberIndex, MigrationId, SpaceId};
 use pageferry_proto::migration::record::DriverState;
+use pageferry_proto::migration::timeline as names;
 use pageferry_proto::page::PageCount;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
@@ -48,7 +50,9 @@ use super::intake::Intake;
 use super::network::{Network, NetworkState};
 use crate::link::hold::Holds;
 use crate::link::loopback::LoGate;
+use crate::metrics::Metrics;
 use crate::migration::text::{chain, internal, network_unfit};
+use crate::migration::timeline::Timeline;
 use crate::runtime::kind::Coming;
 use crate::runtime::shared::lengths;
 use crate::runtime::{detached, identity};
@@ -100,6 +104,8 @@ pub struct TargetNode {
     pub parks: bool,
     /// Whether workloads may come with pages missing, which the loss of their source would lose.
     pub drains: bool,
+    /// Counts what comes.
+    pub metrics: Metrics,
 }
 
 /// What a restarted daemon needs to find: kept in the journal.
@@ -147,6 +153,8 @@ pub struct Site {
     promise: Option<Arc<Promise>>,
     /// From the request to CRIU's post-restore: that of the member that took longest.
     pub(super) restore_time: Option<Duration>,
+    /// Where what takes long is noted.
+    timeline: Timeline,
 }
 
 impl Site {
@@ -156,6 +164,7 @@ impl Site {
         let store = Arc::new(Store::new(UNPROMISED));
         let folders = Folders::new(node.shelf.clone(), id);
         let intake = Intake::new(store, images, folders, node.workers)?;
+        let intake = intake.counted_by(&node.metrics);
         if !node.parks {
             intake.parking().close();
         }
@@ -181,6 +190,7 @@ impl Site {
             is_of_another_boot: false,
             promise: None,
             restore_time: None,
+            timeline: Timeline::default(),
         }
     }
 
@@ -299,6 +309,11 @@ impl Site {
     /// member.
     pub fn root_pid(&self) -> Option<i32> {
         self.seats.first().and_then(|seat| seat.root_pid)
+    }
+
+    /// Where what takes long is noted.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
     }
 
     /// Where streams of pages and images go.
@@ -442,6 +457,7 @@ impl Site {
     /// time. What fails of one is the failure of all.
     pub async fn restore(&mut self) -> Result<DriverState, Failure> {
         let images = self.images();
+        let planning = self.timeline.begin(names::PLAN);
         for folder in images.clone() {
             detached::done("lengths", move || lengths::check(&folder)).await??;
         }
@@ -453,7 +469,10 @@ impl Site {
             plans.collect::<Result<Vec<_>, Failure>>()
         })?;
         block_in_place(|| self.check_connections(&images))?;
+        drop(planning);
+        let putting = self.timeline.begin(names::PUT);
         block_in_place(|| self.intake.folders().put())?;
+        drop(putting);
         let namespaces = request::criu_namespaces(&self.namespaces)?;
         let inside: &request::CriuNamespaces<'_> = &namespaces;
         for seat in &self.seats {
@@ -464,6 +483,8 @@ impl Site {
         let seats = self.seats.iter_mut().zip(plans);
         let restored = try_join_all(seats.map(|(seat, plan)| seat.restore(node, plan, inside)));
         let restored = restored.await?;
+        self.keep_course(&restored);
+        let settling = self.timeline.begin(names::SETTLE);
         block_in_place(|| self.intake.folders().check_restored())?;
         let mut is_made_anew = false;
         for (seat, restored) in self.seats.iter_mut().zip(&restored) {
@@ -481,6 +502,7 @@ impl Site {
         }
         block_in_place(|| self.settle_pod())?;
         self.check_bridges().await?;
+        drop(settling);
         tracing::info!(migration = %self.id, root = self.root_pid(), members = self.seats.len(),
             took = ?self.restore_time, "restored and held");
         self.state()

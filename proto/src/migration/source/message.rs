@@ -40,6 +40,8 @@ impl SourceMachine {
                 failure,
             } => self.refused(generation, failure),
             TargetMessage::RoundHeld { round } => self.round_held(now, round),
+            // Whoever performs this keeps them.
+            TargetMessage::Spans(_) => {}
             TargetMessage::Started {
                 generation,
                 root_pid: _,

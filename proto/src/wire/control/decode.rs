@@ -118,6 +118,7 @@ impl TryFrom<Wire> for Message {
                 round: round("round_held.round", held.round)?,
             }
             .into(),
+            Wire::Spans(spans) => Target::Spans(Box::new(spans.try_into()?)).into(),
             Wire::Started(started) => {
                 let generation = generation("started.generation", started.generation)?;
                 Target::Started {

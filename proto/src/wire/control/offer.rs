@@ -28,6 +28,7 @@ impl From<&Offer> for schema::Offer {
             }),
             description: Some((&offer.description).into()),
             network: offer.network.as_ref().map(ToString::to_string),
+            spans: offer.spans,
         }
     }
 }
@@ -58,6 +59,7 @@ impl TryFrom<schema::Offer> for Offer {
             policy,
             description,
             network: network.map_err(name("offer.network"))?,
+            spans: offer.spans,
         })
     }
 }

@@ -100,9 +100,9 @@ impl Site {
                 workload,
             }
         };
-        let sending = Sending::new(node.workers);
+        let sending = Sending::new(node.workers, &node.metrics);
         Self {
-            drain: Drain::new(node.workers, sending.sent()),
+            drain: Drain::new(node.workers, sending.sent(), &node.metrics),
             has_left: false,
             party: found.party,
             members: found.trees.into_iter().map(member).collect(),

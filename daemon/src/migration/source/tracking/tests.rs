@@ -154,6 +154,7 @@ impl Tracked {
             keep: pageferry_files::Keep::new(PathBuf::new()),
             parking: crate::link::park::Means::Auto,
             postcopy: false,
+            metrics: crate::metrics::Metrics::default(),
         };
         let (id, state) = (MigrationId::new([1; 16]), encode_state(&state).unwrap());
         let site = Site::recover(node, id, Policy::DEFAULT, (&state, false), cancelled).await;

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use pageferry_pager::client::{ClientError, PagerClient, Remains};
 use pageferry_pager::message::State as PagerState;
+use pageferry_proto::migration::timeline as names;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::task::block_in_place;
 
@@ -95,6 +96,7 @@ impl Site {
     async fn go(&mut self) -> Result<(), LetGoError> {
         let began = Instant::now();
         let is_of_another_boot = self.is_of_another_boot;
+        let standing = self.timeline.begin(names::STANDING);
         let seats = self.seats.iter();
         let mut standings = join_all(seats.map(|seat| seat.standing(is_of_another_boot))).await;
         // Where a tree is dying the kernel would answer for it, with resets.
@@ -104,15 +106,20 @@ impl Site {
             }
         }
         self.judged(judge(standings))?;
+        drop(standing);
         if self.seats.iter().all(|seat| seat.pager.is_none()) {
             self.settle_folders();
             return Ok(());
         }
+        let attaching = self.timeline.begin(names::NETWORK);
         self.attach().await?;
         block_in_place(|| self.intake.folders().hand_over())?;
+        drop(attaching);
         let attached = began.elapsed();
+        let going = self.timeline.begin(names::GO);
         let seats = self.seats.iter();
         let went = join_all(seats.map(|seat| seat.go(is_of_another_boot))).await;
+        drop(going);
         let judged = judge(went);
         if let Err(LetGoError::NeverRan(_)) = &judged {
             self.detach().await;

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageferry_proto::migration::timeline::PARKING;
 use pageferry_proto::wire::description::LinkDescription;
 use tokio::task::block_in_place;
 
@@ -26,7 +27,10 @@ impl Site {
     /// Gives the workload, which runs, what came for it; what came here when the source has said
     /// that nothing is on its way that others sent before, or has not said so for a while.
     pub(super) fn deliver_frames(&self) {
-        block_in_place(|| self.intake.parking().deliver());
+        let delivering = self.timeline.begin(PARKING);
+        let given = block_in_place(|| self.intake.parking().deliver());
+        drop(delivering);
+        self.node.metrics.frames_given(given);
         let intake = Arc::clone(&self.intake);
         tokio::spawn(async move {
             tokio::time::sleep(ON_THE_WAY).await;

@@ -9,6 +9,7 @@ use futures_util::future::try_join_all;
 use pageferry_pager::client::Notice;
 use pageferry_pager::message::FillReport;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
+use pageferry_sys::clock::since_boot;
 use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::task::block_in_place;
 
@@ -102,6 +103,7 @@ impl Site {
         let boot = self.is_of_another_boot;
         let seats = self.seats.iter_mut();
         try_join_all(seats.map(|seat| seat.filled(boot))).await?;
+        self.keep_fills();
         self.over().await;
         Ok(())
     }
@@ -191,6 +193,7 @@ impl Seat {
             Some(Notice::Filled(report)) => {
                 tracing::info!(migration = %self.id, member = %self.member, ?report, "filled");
                 self.waited = Some(waited(&report));
+                self.fill = Some((since_boot(), report));
                 Ok(())
             }
             Some(Notice::Failed { failure, .. }) => Err(failure),

@@ -12,7 +12,7 @@ use pageferry_cgroup::freezer::Freezer;
 use pageferry_cgroup::hierarchies::{Group, Groups};
 use pageferry_cgroup::identity::FolderId;
 use pageferry_pager::client::{Notice, PagerClient, Spawn};
-use pageferry_pager::message::{RestoreRequest, Restored};
+use pageferry_pager::message::{FillReport, RestoreRequest, Restored};
 use pageferry_pages::store::{SpaceStore, Store};
 use pageferry_proto::id::{MemberIndex, MigrationId, SpaceId};
 use pageferry_proto::set::PageSet;
@@ -76,6 +76,8 @@ pub(super) struct Seat {
     pub(super) is_filled: bool,
     /// How long threads of it waited for what had not come.
     pub(super) waited: Option<Waited>,
+    /// When its pager told so, in nanoseconds since the boot, and what.
+    pub(super) fill: Option<(u64, FillReport)>,
     /// It may have run, and never will again.
     pub(super) is_lost: bool,
 }
@@ -130,6 +132,7 @@ impl Seat {
             pager: None,
             is_filled: false,
             waited: None,
+            fill: None,
             is_lost: false,
         }
     }
