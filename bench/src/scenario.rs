@@ -27,6 +27,7 @@ mod kills;
 pub mod kubernetes;
 pub mod locks;
 pub mod memory;
+mod multi;
 pub mod nginx;
 pub mod parking;
 pub mod podman_bridge;
