@@ -175,16 +175,23 @@ const POD_FAULTS: [Fault; 21] = [
 ];
 
 /// Kills while a pod of podman moves: all of it runs at one node, and nothing of it is at the
-/// other.
-pub fn run_pod(settings: &Settings, report: &mut Report) -> Result<()> {
+/// other. Only those in whose name `which` is.
+pub fn run_pod(settings: &Settings, which: &str, report: &mut Report) -> Result<()> {
     let whose = Whose::Runtime(Runtime::Podman);
+    let faults = POD_FAULTS
+        .iter()
+        .filter(|fault| fault.name().contains(which));
+    let faults: Vec<&Fault> = faults.collect();
+    ensure!(
+        !faults.is_empty(),
+        "none of these kills is called {which:?}"
+    );
     let mut lab = settings.lab_with(whose.layer(), 2)?;
     let mut engines = whose.start_engines(&lab)?;
     bridged::join_segment(&lab)?;
     let mut pod = PodSession::start(&mut lab, settings)?;
-    for fault in &POD_FAULTS {
-        let Fault { gate, side, who } = fault;
-        let what = || format!("podman-pod {gate:?} {side:?} {who:?}");
+    for fault in faults {
+        let what = || format!("podman-pod {}", fault.name());
         let came = fault.come(&mut lab, (whose, &mut engines), &mut pod.session);
         let came = came.with_context(what)?;
         pod.check(&lab).with_context(what)?;
@@ -207,8 +214,7 @@ pub fn run_bridged(settings: &Settings, report: &mut Report) -> Result<()> {
     let (dataset, load) = (Dataset::first_row(BYTES), LoadPlan::first_row());
     let mut session = Session::watch(&lab, settings.mover, "a", held, dataset, load)?;
     for fault in &BRIDGE_FAULTS {
-        let Fault { gate, side, who } = fault;
-        let what = || format!("podman-bridge {gate:?} {side:?} {who:?}");
+        let what = || format!("podman-bridge {}", fault.name());
         let came = fault.come(&mut lab, (whose, &mut engines), &mut session);
         let came = came.with_context(what)?;
         let gone = lab.node(other(&session.at))?;
@@ -238,8 +244,7 @@ pub fn run(settings: &Settings, whose: Whose, report: &mut Report) -> Result<()>
         let came = fault.come(&mut lab, (whose, &mut engines), &mut session);
         match came {
             Ok(came) => {
-                let Fault { gate, side, who } = fault;
-                println!("{} {gate:?} {side:?} {who:?}: {came}", whose.name());
+                println!("{} {}: {came}", whose.name(), fault.name());
             }
             Err(error) => {
                 report.fail(format!("{} {fault:?}: {error:#}", whose.name()));
@@ -256,6 +261,12 @@ pub fn run(settings: &Settings, whose: Whose, report: &mut Report) -> Result<()>
 }
 
 impl Fault {
+    /// As it is printed, and chosen.
+    fn name(&self) -> String {
+        let Self { gate, side, who } = self;
+        format!("{gate:?} {side:?} {who:?}")
+    }
+
     /// Tries until its gate was met; where the container runs then, and how the move ended.
     fn come(&self, lab: &mut Lab, who: Owner<'_>, session: &mut Session) -> Result<String> {
         let (whose, engines) = who;

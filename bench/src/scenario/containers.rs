@@ -32,8 +32,10 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         Some(PODMAN_BRIDGE_FAULTS) => return container_faults::run_bridged(settings, report),
         Some(PODMAN_ERRORS) => return podman_errors::run(settings, report),
         Some(PODMAN_POD) => return podman_pod::run(settings, report),
-        Some(PODMAN_POD_FAULTS) => return container_faults::run_pod(settings, report),
         _ => {}
+    }
+    if let Some(which) = only.and_then(|only| only.strip_prefix(PODMAN_POD_FAULTS)) {
+        return container_faults::run_pod(settings, which.trim_start(), report);
     }
     if only == Some(PODMAN_VOLUME) {
         let mut lab = settings.lab_with(&container::LAYER, 2)?;
@@ -224,7 +226,10 @@ pub const CASES: [(&str, &str); 14] = [
         "podman-pod",
         "a pod of three containers that talk to each other, there and back twice",
     ),
-    ("podman-pod-faults", "kill -9 of whoever moves one of them"),
+    (
+        "podman-pod-faults, \"podman-pod-faults WHICH\"",
+        "kill -9 of whoever moves one of them; WHICH: of these names only, as \"PostRestore Target\"",
+    ),
 ];
 
 /// What is done with the containers of a runtime.

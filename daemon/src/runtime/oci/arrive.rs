@@ -418,7 +418,7 @@ pub fn sweep(directory: &Path) {
     }
     for (cgroup, _) in note.cgroups.iter().filter(|(path, id)| id.is_at(path)) {
         // With anybody in it, it is no leftover.
-        drop(fs::remove_dir(cgroup));
+        bound::remove_empty(cgroup);
     }
 }
 
@@ -579,6 +579,7 @@ mod tests {
             fs::remove_dir_all(path).unwrap();
             fs::rename(path.with_extension("ours"), path).unwrap();
         }
+        fs::create_dir(cgroup.join(".proxy-crun")).unwrap();
         sweep(folder.path());
         assert!(!state.exists() && !cgroup.exists());
         // One that had not asked yet.

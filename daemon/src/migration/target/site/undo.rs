@@ -71,7 +71,10 @@ impl Site {
             false => may_have_run.then_some(MAY_HAVE_RUN),
         };
         let taken = self.take_back(why).await;
-        killed.map_err(|error| internal(&error))?;
+        let killed = killed.map_err(|error| internal(&error));
+        if is_left {
+            return killed.and(taken);
+        }
         self.end_groups(|_| true);
         if let Some(network) = self.network.take() {
             network
@@ -81,8 +84,8 @@ impl Site {
         }
         self.end_hold().await;
         self.clear();
-        self.tidy();
-        taken
+        // With an error it is tried again, and what says how is in there.
+        killed.inspect(|()| self.tidy()).and(taken)
     }
 
     /// Takes back what has come of folders, unless there is a reason why something of them may be
