@@ -53,7 +53,7 @@ pub fn run(
     laps.lap("the pod of three is ready, and has clients");
     for number in 1..=moves {
         let to = course.other(lab)?;
-        let said = course.move_pod(lab, kubectl, to, report);
+        let said = course.move_pod((lab, kubectl), &mut movers, to, report);
         let said = said.with_context(|| format!("move {number}"))?;
         println!("move {number}: {said}");
         movers.check()?;
@@ -135,8 +135,8 @@ impl Course {
     /// Moves it, and sees that all of it is as it was.
     fn move_pod(
         &mut self,
-        lab: &Lab,
-        kubectl: &Kubectl,
+        (lab, kubectl): (&Lab, &Kubectl),
+        movers: &mut Movers,
         to: &Node,
         report: &mut Report,
     ) -> Result<String> {
@@ -149,7 +149,10 @@ impl Course {
         let from = self.at(lab, true)?;
         let before = entries(from, &uid)?;
         let begun = Instant::now();
-        let ended = annotated::annotate(kubectl, (&name, &uid), to)?;
+        annotate(kubectl, &name, &worker::name(to))?;
+        let ended = ended(lab, kubectl, movers, &uid)?;
+        let result = ended["status"]["result"].as_str();
+        ensure!(result == Some("Succeeded"), "it ended otherwise: {ended}");
         let took = round(begun.elapsed().as_secs_f64());
         let mut moved = twenty::moved(from, &ended)?;
         self.watched.check_moved(lab, kubectl, to)?;
@@ -207,8 +210,7 @@ impl Course {
             let node = self.other(lab)?;
             (node.name().to_owned(), worker::name(node))
         };
-        let wish = format!("pageferry.dev/migrate-to={to_name}");
-        kubectl.run(&["annotate", "--overwrite", "pod", &pod.name, &wish])?;
+        annotate(kubectl, &pod.name, &to_name)?;
         let held = until("a container has come, and is held", POD_TIME_MAX, || {
             holders(lab.node(&to)?)?
                 .first()
@@ -225,14 +227,7 @@ impl Course {
                 lab.restart_daemon(&to)?;
             }
         }
-        let status = until("the move ends", END_TIME_MAX, || {
-            movers.revive(lab)?;
-            let status = newest(kubectl, &pod.uid)?;
-            match status["result"].is_string() {
-                true => Ok(status),
-                false => bail!("it is at {status}"),
-            }
-        })?;
+        let status = ended(lab, kubectl, movers, &pod.uid)?["status"].take();
         let result = status["result"].as_str().unwrap_or_default().to_owned();
         let name = match result.starts_with("Succeeded") {
             true => status["newPod"]["name"].as_str().unwrap_or_default(),
@@ -318,14 +313,33 @@ fn entries(node: &Node, uid: &str) -> Result<Entries> {
     describe_but(&path, &[written])
 }
 
-/// How the newest move of a pod of this UID stands.
+fn annotate(kubectl: &Kubectl, pod: &str, to: &str) -> Result<()> {
+    let wish = format!("pageferry.dev/migrate-to={to}");
+    let annotate = ["annotate", "--overwrite", "pod", pod, &wish];
+    kubectl.run(&annotate).map(drop)
+}
+
+/// Waits for the end of the newest move of a pod of this UID. A controller that cannot keep its
+/// lease ends, and is started again.
+fn ended(lab: &Lab, kubectl: &Kubectl, movers: &mut Movers, uid: &str) -> Result<Value> {
+    until("the move ends", END_TIME_MAX, || {
+        movers.revive(lab)?;
+        let newest = newest(kubectl, uid)?;
+        match newest["status"]["result"].is_string() {
+            true => Ok(newest),
+            false => bail!("it is at {}", newest["status"]),
+        }
+    })
+}
+
+/// The newest move of a pod of this UID.
 fn newest(kubectl: &Kubectl, uid: &str) -> Result<Value> {
     let sorted = ["get", "migrations", "--sort-by=.metadata.creationTimestamp"];
     let listed = kubectl.json(&sorted)?;
     let all = listed["items"].as_array().context("a list")?;
     let mut of_pod = all.iter().filter(|one| one["spec"]["pod"]["uid"] == *uid);
     let newest = of_pod.next_back().context("there is no Migration yet")?;
-    Ok(newest["status"].clone())
+    Ok(newest.clone())
 }
 
 fn shop(node: &str, writer: &[String]) -> Value {
