@@ -85,6 +85,8 @@ fn run(command: &Command, arguments: &[OsString]) -> Result<Option<Infallible>, 
             if let Some(held) = held {
                 // The engine knows the container's cgroups by now.
                 ahead::join(held.holder, process::id().cast_signed())?;
+                let said = orders.start(space, id);
+                said.map_err(|error| error.to_string())?;
             }
             Ok(None)
         }

@@ -1,7 +1,8 @@
 //! Orders to restore, as files: `wanted/SPACE/ID` and, once a `create` has it, `taken/SPACE/ID`.
 //!
-//! Of an order that [is ahead](Order::is_ahead) there are two more, which go with it: `held/SPACE/ID`
-//! says which process stands for the container, and `passed/SPACE/ID` that its engine may go on.
+//! Of an order that [is ahead](Order::is_ahead) there are three more, which go with it:
+//! `held/SPACE/ID` says which process stands for the container, `passed/SPACE/ID` that its engine may
+//! go on, and `started/SPACE/ID` that it has.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -94,6 +95,23 @@ impl Orders {
 
     fn held_at(&self, space: &str, id: &str) -> PathBuf {
         self.0.join("held").join(space).join(id)
+    }
+
+    fn started_at(&self, space: &str, id: &str) -> PathBuf {
+        self.0.join("started").join(space).join(id)
+    }
+
+    /// Says that the engine has started a container that is ahead: it knows what stands for that.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn start(&self, space: &str, id: &str) -> Result<(), OrderError> {
+        put(&self.started_at(space, id), "")
+    }
+
+    /// Whether the engine has started it.
+    pub fn is_started(&self, space: &str, id: &str) -> bool {
+        self.started_at(space, id).exists()
     }
 
     /// Lets the engine of a container that is ahead go on. Process `within` is in the container's
@@ -240,7 +258,12 @@ impl Orders {
         if self.has(space, id) {
             return Ok(());
         }
-        for path in [self.passed_at(space, id), self.held_at(space, id)] {
+        let beside = [
+            self.passed_at(space, id),
+            self.held_at(space, id),
+            self.started_at(space, id),
+        ];
+        for path in beside {
             match fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     return Err(OrderError {
@@ -398,11 +421,15 @@ mod tests {
         assert_eq!(orders.passed("default", "web").unwrap(), None);
         orders.pass("default", "web", 7).unwrap();
         assert_eq!(orders.passed("default", "web").unwrap(), Some(7));
+        assert!(!orders.is_started("default", "web"));
+        orders.start("default", "web").unwrap();
+        assert!(orders.is_started("default", "web"));
         orders.clear("default", "web", "other").unwrap();
         assert_eq!(orders.held("default", "web").unwrap(), Some(held));
         orders.clear("default", "web", "m").unwrap();
         assert_eq!(orders.held("default", "web").unwrap(), None);
         assert_eq!(orders.passed("default", "web").unwrap(), None);
+        assert!(!orders.is_started("default", "web"));
         fs::write(folder.path().join("held/default/web"), "5").unwrap();
         let error = orders.held("default", "web").unwrap_err();
         assert!(error.to_string().contains("held/default/web"), "{error}");

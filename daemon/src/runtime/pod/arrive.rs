@@ -225,29 +225,22 @@ impl Arriving {
         passed.map_err(|error| unfit(&error))
     }
 
-    /// Fails if containerd does not have what stands for a container that is ahead: nobody would end
-    /// what is restored in it, or begin it anew without that. Blocks, while containerd answers.
+    /// Fails if containerd has not started a container that is ahead, as it does before it creates
+    /// the next one: it would not know what stands for it, and nobody would end what is restored
+    /// there. It cannot be asked: while it creates another one of the pod it does not answer.
     pub fn check_passed(&self) -> Result<(), Failure> {
         let (place, came) = self.came()?;
-        if !self.is_ahead {
+        if !self.is_ahead || Orders::of_node().is_started(&came.space, &came.id) {
             return Ok(());
         }
-        let held = Orders::of_node().held(&came.space, &came.id);
-        let held = held.map_err(|error| unfit(&error))?;
-        let task = ask(async |client| client.task(&came.id).await)?;
-        let has = task.filter(|task| task.is_running).map(|task| task.pid);
-        let wanted = held.and_then(|held| u32::try_from(held.holder).ok());
-        match has.is_some() && has == wanted {
-            true => Ok(()),
-            false => Err(Failure::new(
-                ErrorCode::RuntimeFailed,
-                format!(
-                    "the container {} of pod {} was to wait for others of its pod, and containerd \
-                     does not have it any more: see the pod's events",
-                    place.container, place.pod
-                ),
-            )),
-        }
+        Err(Failure::new(
+            ErrorCode::RuntimeFailed,
+            format!(
+                "the container {} of pod {} was to wait for others of its pod, and containerd has \
+                 not started it: see the pod's events",
+                place.container, place.pod
+            ),
+        ))
     }
 
     /// Compares what waits with what comes. Blocks, while containerd answers.

@@ -100,8 +100,7 @@ impl Site {
                 "a container of the pod waits");
         }
         for seat in &mut self.seats {
-            let container = seat.comes()?;
-            block_in_place(|| container.check_passed())?;
+            seat.comes()?.check_passed()?;
         }
         block_in_place(|| self.find_overlays())?;
         block_in_place(|| self.find_volumes())
@@ -118,10 +117,11 @@ impl Site {
                 }
             }
             tokio::time::sleep(POLL).await;
-            if COLD_POLL <= asked.elapsed() {
-                for number in left {
-                    self.seats[*number].comes()?.check_not_cold(uid).await?;
-                }
+            // While a container of a pod is created its engine says nothing of any of them.
+            if COLD_POLL <= asked.elapsed()
+                && let [first, ..] = left
+            {
+                self.seats[*first].comes()?.check_not_cold(uid).await?;
                 asked = Instant::now();
             }
         }
