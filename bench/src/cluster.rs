@@ -108,19 +108,19 @@ impl Cluster {
 }
 
 impl Cluster {
-    /// Has the API server not be there for a while.
-    pub fn leave_for(&mut self, lab: &Lab, time: Duration) -> Result<()> {
+    /// Has the API server not be there while something is done.
+    pub fn without_server(&mut self, lab: &Lab, work: impl FnOnce() -> Result<()>) -> Result<()> {
         let folder = lab.folder.kubernetes();
         let server = self.control.get_mut(API_SERVER);
         let server = server.context("a control plane has an API server")?;
         server.kill()?;
-        std::thread::sleep(time);
+        let worked = work();
         *server = control::start_api_server(lab, &folder, &folder.join(PROGRAMS))?;
         wait::until("the API server answers", SERVER_TIME_MAX, || {
             server.check()?;
             self.kubectl.run(&["get", "--raw", "/readyz"])
         })?;
-        Ok(())
+        worked
     }
 }
 

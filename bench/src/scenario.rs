@@ -19,6 +19,7 @@ pub mod containers;
 mod crossing;
 pub mod direct;
 mod drain;
+mod eager;
 mod empty_dir;
 pub mod faults;
 pub mod files;
@@ -34,6 +35,7 @@ pub mod podman_bridge;
 pub mod podman_errors;
 pub mod podman_pod;
 pub mod pods;
+pub mod postcopy;
 pub mod redis;
 mod refusals;
 mod replicas;
@@ -70,9 +72,10 @@ pub struct Scenario {
 const DEMO: &str = "demo";
 const CONTAINERS: &str = "containers";
 const KUBERNETES: &str = "kubernetes";
+const POSTCOPY: &str = "postcopy";
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 18] = [
+pub const ALL: [Scenario; 19] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",
@@ -134,6 +137,12 @@ pub const ALL: [Scenario; 18] = [
         run: parking::run,
     },
     Scenario {
+        name: POSTCOPY,
+        summary: "memory that follows a writer of twice the link's rate, with kills and a cut",
+        cases: true,
+        run: postcopy::run,
+    },
+    Scenario {
         name: "apps",
         summary: "real applications under load, 5 moves each, with a proof that nothing is lost",
         cases: true,
@@ -193,6 +202,7 @@ impl Scenario {
         match self.name {
             CONTAINERS => &containers::CASES,
             KUBERNETES => &kubernetes::CASES,
+            POSTCOPY => &postcopy::NAMES,
             _ => &[],
         }
     }

@@ -107,6 +107,12 @@ fn a_web_server_moves_while_clients_connect_and_no_request_fails() {
     check(&["nginx", "--only", "few"], 4);
 }
 
+/// TCP and datagrams, some of which wait unread, over IPv4 and IPv6.
+#[test]
+fn what_comes_in_a_freeze_reaches_a_workload_in_order_and_once() {
+    check(&["parking", "--only", "few"], 8);
+}
+
 /// Redis as a bare tree, and in containers of runc, crun, podman and containerd, there and back
 /// each.
 #[test]

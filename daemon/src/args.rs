@@ -66,6 +66,10 @@ pub struct DaemonArgs {
     /// programs of the kernel; or off, which drops them [default: auto]
     #[arg(long, value_name = "MEANS", help_heading = "Machinery")]
     pub parking: Option<Parking>,
+    /// Whether workloads may leave this node, or come to it, before all their memory is there: then
+    /// the loss of either node loses them until it is [default: false]
+    #[arg(long, value_name = "BOOL", help_heading = "Machinery")]
+    pub postcopy: Option<bool>,
     /// The criu to run [default: criu, looked for in PATH]
     #[arg(long, value_name = "FILE", help_heading = "Machinery")]
     pub criu: Option<PathBuf>,

@@ -50,6 +50,8 @@ pub struct Config {
     pub bridge: Option<String>,
     /// How what comes for a workload that stands still is kept.
     pub parking: Parking,
+    /// Whether workloads may leave this node, or come to it, before all their memory is there.
+    pub postcopy: bool,
     /// The criu to run: a path, or a name to look for in `PATH`.
     pub criu: PathBuf,
     /// Library preloaded into criu.
@@ -246,6 +248,7 @@ impl Config {
                 .parking
                 .or(network.parsed("parking")?)
                 .unwrap_or(Parking::Auto),
+            postcopy: args.postcopy.or(root.boolean("postcopy")?).unwrap_or(false),
             criu: path(&args.criu, criu.path("path")?, CRIU),
             view_library: path(
                 &args.criu_view_library,

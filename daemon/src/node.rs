@@ -53,7 +53,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let criu_version = probe_criu(&config).await?;
     check_stand_in(&config.stand_in)?;
     let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    let memory = memory_of(hierarchies.clone());
     let endpoint = Arc::new(endpoint_of(&config)?);
     let shelf = Shelf::new(config.folders_dir());
     kind::go_on_ending();
@@ -73,6 +72,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             eager_memory_max: config.limits.eager_memory_max,
             keep: shelf.keep(),
             parking: means(config.parking),
+            postcopy: config.postcopy,
         },
         target: TargetNode {
             criu: config.criu.clone(),
@@ -82,13 +82,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             pager: config.pager.clone(),
             migrations,
             freezers,
+            memory: memory_of(hierarchies.clone()),
             hierarchies,
             bridge: config.bridge.clone(),
             holds: Holds::default(),
-            memory,
             shelf,
             workers,
             parks: config.parking != Parking::Off,
+            drains: config.postcopy,
         },
         endpoint: Arc::clone(&endpoint),
         journals,
@@ -197,9 +198,8 @@ fn defaults(config: &Config) -> Policy {
         downtime_max: config.migrate.downtime_max,
         rounds_max: config.migrate.rounds_max,
         timeout: config.migrate.timeout,
-        verify: false,
-        force_eager: false,
         frozen_max: config.migrate.frozen_max,
+        ..Policy::DEFAULT
     }
 }
 

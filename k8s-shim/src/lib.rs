@@ -23,6 +23,7 @@ pub mod newpod;
 pub mod observe;
 pub mod plan;
 pub mod policy;
+pub mod probes;
 pub mod reconcile;
 pub mod room;
 pub mod status;

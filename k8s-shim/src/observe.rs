@@ -20,7 +20,7 @@ use crate::plan::{
     Adoption, Limits, NewPod, Observed, Record, Side, SourcePod, Step, Timeouts, Why,
 };
 use crate::policy::{MigrationPolicy, MigrationPolicySpec};
-use crate::{surroundings, target};
+use crate::{probes, surroundings, target};
 
 /// Everything that one Migration depends on.
 #[derive(Debug, Default)]
@@ -107,6 +107,7 @@ pub fn observe(objects: &Objects, now: i64) -> Option<Observed> {
     }
     if let Some(pod) = source {
         seen.refusal = eligible::refusal(pod, &objects.claims).or_else(|| policy_unknown(objects));
+        seen.eager = probes::eager(policy(objects), pod);
         seen.new_name = next_pod(
             &pod.name_any(),
             pod.annotations().get(ORIGIN).map(String::as_str),

@@ -6,6 +6,7 @@
 
 pub mod actions;
 pub(crate) mod gather;
+mod moment;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,11 +23,12 @@ use tracing::{error, info, warn};
 use crate::eligible;
 use crate::invariants::{self, Suspicions};
 use crate::metrics::{self, Metrics};
-use crate::migration::{Budget, Migration, MigrationStatus, Outcome};
+use crate::migration::{Migration, MigrationStatus, Outcome};
 use crate::names::manager;
 use crate::observe::{self, Objects};
 use crate::plan::{Action, Decision, Observed, Record, Step, new_pod_refused, plan};
-use crate::status;
+use crate::{probes, status};
+use moment::Moments;
 
 /// Why a look at a Migration came to nothing: it is looked at again.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +66,7 @@ pub struct Context {
     recorder: Recorder,
     pub metrics: Metrics,
     suspicions: Suspicions,
+    moments: Moments,
     /// How often in a row the looks at a Migration, by its UID, came to nothing.
     failed: Mutex<BTreeMap<String, u32>>,
 }
@@ -85,6 +88,7 @@ impl Context {
             client,
             metrics,
             suspicions: Suspicions::default(),
+            moments: Moments::default(),
             failed: Mutex::default(),
         }
     }
@@ -135,6 +139,9 @@ impl Context {
 /// # Errors
 /// What the API server said. Nothing is half done by it that would not be done again.
 pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Result<Again, Error> {
+    if let Some(left) = context.moments.left(&migration) {
+        return Ok(Again::requeue(left));
+    }
     let objects = gather::gather(&context.client, &migration).await?;
     let now = Timestamp::now().as_second();
     let (Some(seen), Some(migration)) = (observe::observe(&objects, now), &objects.migration)
@@ -148,9 +155,19 @@ pub async fn reconcile(migration: Arc<Migration>, context: Arc<Context>) -> Resu
         actions,
         again,
     } = plan(&seen);
+    let hands_over =
+        |record: &&Record| record.step == Step::Moving && seen.record.step != record.step;
+    let hands_over = record.as_ref().filter(hands_over);
+    if let Some(record) = hands_over {
+        // Before it, and not while the pod stands still.
+        tell(&context, &objects, migration, &seen.record, record).await;
+    }
     let changed = write(&context, &objects, migration, &seen, record.as_ref()).await?;
     if let Some(record) = &record {
-        tell(&context, &objects, migration, &seen.record, record).await;
+        match hands_over {
+            Some(_) => context.moments.begin(migration),
+            None => tell(&context, &objects, migration, &seen.record, record).await,
+        }
         context.went_well(&migration.uid().unwrap_or_default());
         return Ok(Again::requeue(SOON));
     }
@@ -196,10 +213,24 @@ fn watch(context: &Context, migration: &Migration, seen: &Observed) -> bool {
     reason = "its type is the controller's"
 )]
 pub fn retry(migration: Arc<Migration>, error: &Error, context: Arc<Context>) -> Again {
+    if is_conflict(error) {
+        return Again::requeue(SOON);
+    }
     let after = context.went_wrong(&migration.uid().unwrap_or_default());
     context.metrics.count(&metrics::LOOKS_FAILED, "");
     warn!(migration = %migration.name_any(), %error, ?after, "trying again");
     Again::requeue(after)
+}
+
+/// Whether only somebody else has written meanwhile, such as an agent: what is known is old, and
+/// nothing is wrong.
+fn is_conflict(error: &Error) -> bool {
+    match error {
+        Error::Api { error, .. } => {
+            matches!(&**error, kube::Error::Api(status) if status.code == 409)
+        }
+        Error::Object(_) | Error::Refused { .. } => false,
+    }
 }
 
 fn retry_after(times: u32) -> Duration {
@@ -224,11 +255,7 @@ async fn write(
     let mut status = status::make(record, seen, &before, &containers, generation);
     // What holds is what held when it began.
     if seen.record.step == Step::Waiting && record.step != Step::Waiting {
-        status.budget = observe::policy(objects).map(|policy| Budget {
-            downtime_ms: Some(policy.downtime_budget_ms.into()),
-            frozen_ms: Some(policy.timeouts.frozen_ms.into()),
-            move_ms: Some(i64::from(policy.timeouts.move_seconds) * 1000),
-        });
+        status.budget = probes::budget(observe::policy(objects), observe::source(objects));
     }
     let ours = MigrationStatus {
         source_report: None,
@@ -365,6 +392,21 @@ const NOTE_MAX: usize = 1000;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_was_overtaken_looks_again_at_once() {
+        let said = |code: u16| {
+            let status = serde_json::json!({"code": code, "status": "Failure"});
+            let status = serde_json::from_value(status).expect("a status");
+            Error::Api {
+                what: "writing the status".to_owned(),
+                error: Box::new(kube::Error::Api(Box::new(status))),
+            }
+        };
+        assert!(is_conflict(&said(409)));
+        assert!(!is_conflict(&said(500)));
+        assert!(!is_conflict(&Error::Object("gone".to_owned())));
+    }
 
     #[test]
     fn it_is_tried_less_and_less_often() {

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pageferry_proto::id::{MigrationId, SpaceId};
+use pageferry_proto::page::PageIndex;
 use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::Failure;
 use pageferry_sys::fdpass::FDS_MAX;
@@ -31,6 +32,9 @@ use crate::plan::{self, PlanError};
 
 /// How long a pager may take from its start to its socket.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Runs of one message.
+const ARRIVED_RUNS_MAX: usize = 1024;
 
 /// How a pager is started.
 #[derive(Debug, Clone)]
@@ -55,6 +59,22 @@ pub struct PagerClient {
     asked: Arc<Mutex<Asked>>,
     id: AtomicU64,
     reader: tokio::task::JoinHandle<()>,
+    /// What threads wait for, until somebody listens to that.
+    wanted: Mutex<Option<mpsc::UnboundedReceiver<Vec<Wanted>>>>,
+}
+
+/// A page that threads wait for, and that has not come: its space, as the pager knows it.
+pub type Wanted = (SpaceId, PageIndex);
+
+/// What has not come of a space.
+#[derive(Debug)]
+pub struct Missing {
+    /// Which, as the pager knows it.
+    pub space: SpaceId,
+    /// Where its pages are to go.
+    pub store: OwnedFd,
+    /// The pages.
+    pub pages: PageSet,
 }
 
 /// What a pager tells unasked.
@@ -131,9 +151,12 @@ pub enum ClientError {
     Answer(Box<Reply>),
 }
 
+/// An answer, and what came with it.
+type Answer = (Reply, Vec<OwnedFd>);
+
 #[derive(Debug, Default)]
 struct Asked {
-    waiting: HashMap<u64, oneshot::Sender<Reply>>,
+    waiting: HashMap<u64, oneshot::Sender<Answer>>,
     /// The connection is gone: nobody answers any more.
     lost: bool,
 }
@@ -199,7 +222,9 @@ impl PagerClient {
         let channel = Arc::new(channel);
         let asked = Arc::new(Mutex::new(Asked::default()));
         let (notices, received) = mpsc::unbounded_channel();
-        let reader = tokio::spawn(read(channel.clone(), asked.clone(), notices));
+        let (wants, wanted) = mpsc::unbounded_channel();
+        let heard = (notices, wants);
+        let reader = tokio::spawn(read(channel.clone(), asked.clone(), heard));
         let id = AtomicU64::new(1);
         Ok((
             Self {
@@ -207,6 +232,7 @@ impl PagerClient {
                 asked,
                 id,
                 reader,
+                wanted: Mutex::new(Some(wanted)),
             },
             received,
         ))
@@ -221,17 +247,81 @@ impl PagerClient {
     /// Tells which pages are to be filled. Each space must have a store, and every space that CRIU
     /// will restore must be told, also one without pages.
     pub async fn plan(&self, plans: &[(SpaceId, &PageSet)]) -> Result<(), ClientError> {
-        for part in plans.chunks(FDS_MAX) {
+        self.lists(plans, |spaces| Request::Plan { spaces }).await
+    }
+
+    /// Tells which of the planned pages are not in the stores yet. After [`PagerClient::plan`].
+    pub async fn absent(&self, absent: &[(SpaceId, &PageSet)]) -> Result<(), ClientError> {
+        self.lists(absent, |spaces| Request::Absent { spaces })
+            .await
+    }
+
+    async fn lists(
+        &self,
+        lists: &[(SpaceId, &PageSet)],
+        request: impl Fn(Vec<u32>) -> Request,
+    ) -> Result<(), ClientError> {
+        for part in lists.chunks(FDS_MAX) {
             let runs: Result<Vec<OwnedFd>, _> = part
                 .iter()
-                .map(|(_, pending)| plan::write_runs(pending))
+                .map(|(_, pages)| plan::write_runs(pages))
                 .collect();
             let runs = runs.map_err(ClientError::Plan)?;
             let fds: Vec<BorrowedFd<'_>> = runs.iter().map(AsFd::as_fd).collect();
             let spaces = part.iter().map(|(space, _)| space.0).collect();
-            self.ask_ok(Request::Plan { spaces }, &fds).await?;
+            self.ask_ok(request(spaces), &fds).await?;
         }
         Ok(())
+    }
+
+    /// What threads wait for of that, from now on; none if somebody else has it.
+    pub fn wanted(&self) -> Option<mpsc::UnboundedReceiver<Vec<Wanted>>> {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        wanted.take()
+    }
+
+    /// Tells that pages are in the store that were not. Doing it again does no harm.
+    pub async fn arrived(&self, space: SpaceId, pages: &PageSet) -> Result<(), ClientError> {
+        for part in pages.runs().chunks(ARRIVED_RUNS_MAX) {
+            let runs = part.iter();
+            let runs = runs.map(|run| (space.0, run.start().0, run.count().0));
+            let runs = runs.collect();
+            self.ask_ok(Request::Arrived { runs }, &[]).await?;
+        }
+        Ok(())
+    }
+
+    /// What has not arrived yet of a tree that is restored: what whoever asks first must bring, and
+    /// what one that was restarted must bring still. Threads that wait for any of it are told of
+    /// again.
+    pub async fn missing(&self) -> Result<Vec<Missing>, ClientError> {
+        let mut all: Vec<Missing> = Vec::new();
+        loop {
+            let after = all.last().map(|last| last.space.0);
+            let (reply, fds) = self.ask_for(Request::Missing { after }, &[]).await?;
+            let Reply::Missing(spaces) = reply else {
+                return Err(reply.into());
+            };
+            if spaces.is_empty() {
+                return Ok(all);
+            }
+            if fds.len() != 2 * spaces.len() {
+                return Err(ClientError::Answer(Box::new(Reply::Missing(spaces))));
+            }
+            let mut fds = fds.into_iter();
+            for space in spaces {
+                let (Some(store), Some(runs)) = (fds.next(), fds.next()) else {
+                    break;
+                };
+                let pages = plan::read_runs(&File::from(runs)).map_err(ClientError::Plan)?;
+                let space = SpaceId(space);
+                all.push(Missing {
+                    space,
+                    store,
+                    pages,
+                });
+            }
+        }
     }
 
     /// Hands over the gate of the loopback that the tree will use: the pager shuts it for the
@@ -321,6 +411,14 @@ impl PagerClient {
     }
 
     async fn ask(&self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, ClientError> {
+        Ok(self.ask_for(request, fds).await?.0)
+    }
+
+    async fn ask_for(
+        &self,
+        request: Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Answer, ClientError> {
         let id = self.id.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
         {
@@ -416,16 +514,26 @@ fn last_line(log: &Path) -> String {
 async fn read(
     channel: Arc<Channel>,
     asked: Arc<Mutex<Asked>>,
-    notices: mpsc::UnboundedSender<Notice>,
+    (notices, wants): (
+        mpsc::UnboundedSender<Notice>,
+        mpsc::UnboundedSender<Vec<Wanted>>,
+    ),
 ) {
     let lock = || asked.lock().unwrap_or_else(PoisonError::into_inner);
-    while let Ok(Some((told, _))) = channel.receive::<Told>().await {
+    while let Ok(Some((told, fds))) = channel.receive::<Told>().await {
         let notice = match told {
             Told::Reply { id, reply } => {
                 if let Some(answer) = lock().waiting.remove(&id) {
                     // Whoever asked may not wait any more.
-                    let _ = answer.send(reply);
+                    let _ = answer.send((reply, fds));
                 }
+                continue;
+            }
+            Told::Wanted(pages) => {
+                let wanted = pages.into_iter();
+                let wanted = wanted.map(|(space, page)| (SpaceId(space), PageIndex(page)));
+                // Where nothing is absent nobody listens, and nothing is wanted.
+                let _ = wants.send(wanted.collect());
                 continue;
             }
             Told::Filled(report) => Notice::Filled(report),

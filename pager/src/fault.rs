@@ -31,6 +31,7 @@ use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
 use pageferry_sys::uffd::{Message, Stop, Uffd};
 use tracing::warn;
 
+use crate::absent::Absent;
 use crate::space::{Family, MemberId};
 
 /// How long after an event others are taken to have been at work at the same time. A thread that
@@ -83,6 +84,8 @@ pub enum Served {
     Done,
     /// Not before the events have been read.
     Later,
+    /// Not before this page of the store has arrived.
+    Absent(PageIndex),
     /// The process is gone.
     Gone,
 }
@@ -231,11 +234,15 @@ pub fn serve(
     family: &mut Family,
     member: MemberId,
     uffd: &Uffd,
-    store: &MemoryFile,
+    (store, absent): (&MemoryFile, &Absent),
     page: PageIndex,
 ) -> Result<Served, FillError> {
     let Some(piece) = family.at(member, page) else {
         return serve_zero(uffd, page);
+    };
+    let piece = match absent.held_part(piece) {
+        Some(held) if held.run.start() == page => held,
+        Some(_) | None => return Ok(Served::Absent(piece.store)),
     };
     let count = piece.run.count().0.min(FAULT_PAGES);
     let mut buffer = [0; FAULT_PAGES as usize * PAGE_SIZE];

@@ -21,6 +21,7 @@
 
 #![forbid(unsafe_code)]
 
+mod absent;
 mod ahead;
 pub mod channel;
 pub mod client;
@@ -28,6 +29,7 @@ pub mod error;
 mod failure;
 mod fault;
 mod fill;
+mod latency;
 mod locks;
 mod marks;
 pub mod message;

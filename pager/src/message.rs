@@ -2,8 +2,8 @@
 //!
 //! One message per packet of a `SOCK_SEQPACKET` socket, in JSON, with descriptors beside it. The
 //! daemon asks ([`Ask`]); the pager answers each question once, when it has the answer, which may
-//! be after answers to later questions ([`Told::Reply`]). Two things it tells unasked, because they
-//! happen while nobody asks ([`Told::Filled`], [`Told::Failed`]).
+//! be after answers to later questions ([`Told::Reply`]). Three things it tells unasked, because
+//! they happen while nobody asks ([`Told::Filled`], [`Told::Failed`], [`Told::Wanted`]).
 //!
 //! Every question may be asked again, by the same daemon or by one that was restarted, and gets the
 //! answer that is true by then: a second [`Request::Go`] is answered [`Reply::Resumed`], too.
@@ -13,6 +13,9 @@
 //! | `space` | the store | `ok` |
 //! | `plan` | per space, in order, a memfd of pending runs ([`crate::plan`]) | `ok` |
 //! | `lo-gate` | a program on the tree's loopback, and its switch | `ok`, `failed` |
+//! | `absent` | as for `plan`, of planned pages whose contents are to come | `ok` |
+//! | `arrived` | – | `ok` |
+//! | `missing` | – | `missing`, with the store and a memfd of runs for each space |
 //! | `prepare` | as for `restore` | `prepared`, `failed` |
 //! | `restore` | the namespaces, then the inherited ones | `restored`, `failed` |
 //! | `lock` | – | `ok`, `failed` |
@@ -58,6 +61,22 @@ pub enum Request {
     Plan {
         /// Which spaces, in the order of the descriptors.
         spaces: Vec<u32>,
+    },
+    /// Here are pages of the plan whose contents are not in the stores yet.
+    Absent {
+        /// Which spaces, in the order of the descriptors.
+        spaces: Vec<u32>,
+    },
+    /// Contents of such pages are in the stores now. May be said again of the same.
+    Arrived {
+        /// Of which space, the first page, and how many.
+        runs: Vec<(u32, u64, u64)>,
+    },
+    /// What has not arrived of the spaces after this one, if any; what threads wait for is told
+    /// once more.
+    Missing {
+        /// The last one that was told.
+        after: Option<u32>,
     },
     /// Here is the gate of the loopback that the tree will use: it is to be shut from the restore
     /// on, and open before the tree runs.
@@ -208,6 +227,9 @@ pub enum Told {
     },
     /// All memory is filled. The pager has nothing left to do and ends.
     Filled(FillReport),
+    /// Threads wait for these pages, which have not arrived: space and page. Each is told once, and
+    /// again after a `missing`.
+    Wanted(Vec<(u32, u64)>),
     /// It came to an end that nobody asked about: CRIU died while the tree was held (nothing is
     /// left of the tree then), or failed after it was let go.
     Failed(Fault),
@@ -230,6 +252,8 @@ pub enum Reply {
     Resumed,
     /// It was not done.
     Failed(Fault),
+    /// These spaces have not all their pages; none: there are no more such.
+    Missing(Vec<u32>),
     /// How things stand.
     Status(Status),
 }
@@ -268,6 +292,22 @@ pub struct FillReport {
     pub faults: u64,
     /// Planned pages that had no mapping when their turn came, although nothing had told so.
     pub unmapped: u64,
+    /// How long threads waited for pages that had not come yet.
+    #[serde(default)]
+    pub waited: Waited,
+}
+
+/// How long threads waited for pages that had not come yet, in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waited {
+    /// How many faults that were.
+    pub faults: u64,
+    /// The median, within an eighth.
+    pub p50_us: u64,
+    /// What 99 of 100 took at most, within an eighth.
+    pub p99_us: u64,
+    /// The longest.
+    pub max_us: u64,
 }
 
 /// How things stand.
@@ -281,6 +321,12 @@ pub struct Status {
     pub filled_pages: u64,
     /// Pages still missing.
     pub pending_pages: u64,
+    /// Those of them whose contents have not come yet.
+    #[serde(default)]
+    pub absent_pages: u64,
+    /// How long threads waited for such.
+    #[serde(default)]
+    pub waited: Waited,
     /// Faults served.
     pub faults: u64,
     /// Errors met in the fill; the pages are tried again.

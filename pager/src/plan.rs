@@ -3,6 +3,7 @@
 //! Pending runs come in a memfd: pairs of little-endian `u64`, first page and count, ascending and
 //! neither overlapping nor touching being usual but not needed. A page that is not listed is zero,
 //! or is restored by CRIU itself. Listing a page that is zero costs its copy.
+//! Some of them may be absent: their contents come to the store later. That list has the same form.
 //! Guard pages (`MADV_GUARD_INSTALL`) must not be listed: filling one takes its guard away.
 
 use std::collections::BTreeMap;
@@ -32,6 +33,8 @@ pub struct Planned {
     pub store: MemoryFile,
     /// Which pages are missing; absent until told.
     pub pending: Option<PageSet>,
+    /// Those of them whose contents are not in the store yet.
+    pub absent: PageSet,
 }
 
 /// Why something cannot be part of a plan.
@@ -58,6 +61,9 @@ pub enum PlanError {
     /// Pages of a space whose store was never told.
     #[error("space {} is planned but has no store", .0.0)]
     Storeless(SpaceId),
+    /// Pages are to come that are not planned.
+    #[error("pages of space {} are absent, and not planned", .0.0)]
+    Unplanned(SpaceId),
     /// A store whose pages were never told.
     #[error("space {} has a store but is not planned", .0.0)]
     Planless(SpaceId),
@@ -86,6 +92,7 @@ impl Plan {
             Planned {
                 store,
                 pending: None,
+                absent: PageSet::new(),
             },
         );
         Ok(())
@@ -99,6 +106,27 @@ impl Plan {
             .ok_or(PlanError::Storeless(space))?;
         planned.pending = Some(read_runs(&File::from(runs))?);
         Ok(())
+    }
+
+    /// Which of the missing pages of a space have not come to its store.
+    pub fn absent(&mut self, space: SpaceId, runs: OwnedFd) -> Result<(), PlanError> {
+        let planned = self.spaces.get_mut(&space);
+        let planned = planned.ok_or(PlanError::Storeless(space))?;
+        let pending = planned.pending.as_ref().ok_or(PlanError::Planless(space))?;
+        let absent = read_runs(&File::from(runs))?;
+        if !pending.is_superset(&absent) {
+            return Err(PlanError::Unplanned(space));
+        }
+        planned.absent = absent;
+        Ok(())
+    }
+
+    /// What is absent of all spaces.
+    pub fn take_absent(&mut self) -> BTreeMap<SpaceId, PageSet> {
+        let spaces = self.spaces.iter_mut();
+        spaces
+            .map(|(space, planned)| (*space, std::mem::take(&mut planned.absent)))
+            .collect()
     }
 
     /// The spaces, if the plan is whole: `expected` of them, each with its store and its pages.
@@ -147,7 +175,8 @@ pub fn write_runs(set: &PageSet) -> Result<OwnedFd, PlanError> {
     Ok(file.into())
 }
 
-fn read_runs(file: &File) -> Result<PageSet, PlanError> {
+/// The pages that a list has.
+pub fn read_runs(file: &File) -> Result<PageSet, PlanError> {
     let length = file.metadata().map_err(PlanError::Runs)?.len();
     if (RUN_BYTES * RUNS_MAX) as u64 <= length || length % RUN_BYTES as u64 != 0 {
         return Err(PlanError::Length(length));
@@ -195,6 +224,14 @@ mod tests {
         plan.pending(SpaceId(1), runs()).unwrap();
         assert!(matches!(plan.complete(2), Err(PlanError::Count { .. })));
         plan.complete(1).unwrap();
+        let unplanned = plan.absent(SpaceId(1), write_runs(&set(5, 7)).unwrap());
+        assert!(matches!(unplanned, Err(PlanError::Unplanned(SpaceId(1)))));
+        plan.absent(SpaceId(1), write_runs(&set(7, 2)).unwrap())
+            .unwrap();
+        assert_eq!(
+            plan.take_absent(),
+            BTreeMap::from([(SpaceId(1), set(7, 2))])
+        );
         assert_eq!(plan.pages(), PageCount(6));
         assert_eq!(plan.take(SpaceId(1)).unwrap().1, set(5, 6));
         assert!(plan.take(SpaceId(1)).is_none());

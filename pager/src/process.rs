@@ -7,15 +7,15 @@
 //! Invariants: one daemon is listened to at a time; a tree that is restored is never given up
 //! because of what happens here; the process ends only when nothing is left to hold.
 
+mod memory;
+
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pageferry_cgroup::freezer::Freezer;
-use pageferry_proto::id::SpaceId;
 use pageferry_proto::wire::code::ErrorCode;
 use pageferry_sys::fdpass::watched_for_reading;
 use pageferry_sys::gate::Gate;
@@ -26,15 +26,14 @@ use tracing::{info, warn};
 use crate::ahead::{Ahead, Ready};
 use crate::channel::{Channel, ChannelError, Listener, next_question};
 use crate::error::PagerError;
-use crate::failure::{no_gate, no_network, planned, unexpected};
+use crate::failure::{no_gate, no_network, unexpected};
 use crate::marks::{self, FILLED, READY, SOCKET};
 use crate::message::{
-    Ask, Fault, FillReport, Namespace, Reply, Request, RestoreRequest, Restored, State, Status,
-    Told,
+    Ask, Fault, FillReport, Namespace, Reply, Request, RestoreRequest, Restored, State, Told,
 };
 use crate::plan::Plan;
 use crate::restore::{self, Decision, Job, Progress};
-use crate::serve::Counters;
+use crate::serve::{Counters, Homes, Wanted};
 pub use crate::shield::CgroupFiles;
 use crate::shield::{join, shield};
 use crate::signals::Signals;
@@ -46,6 +45,9 @@ const IDLE_MAX: Duration = Duration::from_secs(600);
 
 /// How often a pager that nobody talks to looks whether it is still needed.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Absent pages of one message.
+const WANTED_MAX: usize = 512;
 
 /// Runs a pager with its files in `directory`. To be called while the process has one thread.
 pub fn run(directory: &Path, cgroups: &CgroupFiles) -> Result<(), PagerError> {
@@ -77,7 +79,9 @@ async fn serve(
     let pidfd = pidfd.map_err(PagerError::Runtime)?;
     let mut look = tokio::time::interval(LOOK_EVERY);
     let (told, mut progress) = mpsc::unbounded_channel();
-    let mut desk = Desk::new(directory, watcher, network, nice, told);
+    let (want, mut wanted) = mpsc::unbounded_channel();
+    let mut wants = Vec::new();
+    let mut desk = Desk::new(directory, watcher, network, nice, (told, want));
     let mut watched = true;
     while !desk.is_over() {
         tokio::select! {
@@ -87,6 +91,7 @@ async fn serve(
                 None => desk.disconnected(),
             },
             Some(what) = progress.recv() => desk.progressed(what).await,
+            _ = wanted.recv_many(&mut wants, WANTED_MAX) => desk.want(&mut wants).await,
             name = signals.next() => desk.signalled(name),
             _ = look.tick() => desk.look(),
             _ = pidfd.readable(), if watched => {
@@ -104,6 +109,8 @@ struct Desk {
     watcher: Arc<Watcher>,
     network: Arc<OwnedFd>,
     progress: mpsc::UnboundedSender<Progress>,
+    /// Hears of absent pages that threads wait for.
+    wanted: mpsc::UnboundedSender<Wanted>,
     connection: Option<Channel>,
     /// Questions that are answered later.
     waiting: Vec<(u64, Awaited)>,
@@ -112,6 +119,8 @@ struct Desk {
     decisions: Option<mpsc::UnboundedSender<Decision>>,
     counters: Option<oneshot::Receiver<Arc<Counters>>>,
     counted: Option<Arc<Counters>>,
+    /// Where pages that were absent are waited for.
+    homes: Arc<Homes>,
     cgroup: Option<Freezer>,
     /// Of the loopback, until the restore has it.
     lo_gate: Option<Gate>,
@@ -146,13 +155,17 @@ impl Desk {
         watcher: Arc<Watcher>,
         network: Arc<OwnedFd>,
         nice: i32,
-        progress: mpsc::UnboundedSender<Progress>,
+        (progress, wanted): (
+            mpsc::UnboundedSender<Progress>,
+            mpsc::UnboundedSender<Wanted>,
+        ),
     ) -> Self {
         Self {
             directory: directory.to_owned(),
             watcher,
             network,
             progress,
+            wanted,
             connection: None,
             waiting: Vec::new(),
             state: State::Idle,
@@ -160,6 +173,7 @@ impl Desk {
             decisions: None,
             counters: None,
             counted: None,
+            homes: Arc::default(),
             cgroup: None,
             lo_gate: None,
             criu: None,
@@ -243,7 +257,10 @@ impl Desk {
         let id = ask.id;
         let reply = match ask.request {
             Request::Space { space } => Some(self.store(space, fds)),
-            Request::Plan { spaces } => Some(self.pending(&spaces, fds)),
+            Request::Plan { spaces } => Some(self.planned(&spaces, fds, Plan::pending)),
+            Request::Absent { spaces } => Some(self.planned(&spaces, fds, Plan::absent)),
+            Request::Arrived { runs } => Some(self.arrived(&runs)),
+            Request::Missing { after } => return self.missing(id, after).await,
             Request::LoGate => Some(self.lo_gate(fds)),
             Request::Prepare(request) => Some(self.prepare(*request, fds).await),
             Request::Restore(request) => self.restore(id, *request, fds).await,
@@ -255,25 +272,6 @@ impl Desk {
         if let Some(reply) = reply {
             self.tell(&Told::Reply { id, reply }).await;
         }
-    }
-
-    fn store(&mut self, space: u32, mut fds: Vec<OwnedFd>) -> Reply {
-        match (self.state, fds.pop(), fds.pop()) {
-            (State::Idle, Some(fd), None) => planned(self.plan.store(SpaceId(space), fd)),
-            (State::Idle, _, _) => unexpected("a space needs one descriptor"),
-            _ => self.out_of_order("a space"),
-        }
-    }
-
-    fn pending(&mut self, spaces: &[u32], fds: Vec<OwnedFd>) -> Reply {
-        if self.state != State::Idle {
-            return self.out_of_order("a plan");
-        }
-        if spaces.len() != fds.len() {
-            return unexpected("a plan needs a descriptor for each space");
-        }
-        let mut pairs = spaces.iter().zip(fds);
-        planned(pairs.try_for_each(|(space, fd)| self.plan.pending(SpaceId(*space), fd)))
     }
 
     fn lo_gate(&mut self, fds: Vec<OwnedFd>) -> Reply {
@@ -363,11 +361,14 @@ impl Desk {
         };
         // The restore itself says so if it is not one.
         self.cgroup = Some(request.cgroup());
+        let mut plan = std::mem::take(&mut self.plan);
+        self.homes = Arc::new(Homes::new(plan.take_absent(), self.wanted.clone()));
         let job = Job {
             request,
             namespaces,
             inherited,
-            plan: std::mem::take(&mut self.plan),
+            plan,
+            homes: self.homes.clone(),
             lo_gate: self.lo_gate.take(),
             watcher: self.watcher.clone(),
             criu,
@@ -553,39 +554,21 @@ impl Desk {
 
     /// Whether it was told.
     async fn tell(&mut self, told: &Told) -> bool {
+        self.tell_with(told, &[]).await
+    }
+
+    async fn tell_with(&mut self, told: &Told, fds: &[BorrowedFd<'_>]) -> bool {
         let Some(channel) = &self.connection else {
             return false;
         };
         // A daemon that does not read must not keep the pager from its work.
-        match tokio::time::timeout(LOOK_EVERY, channel.send(told, &[])).await {
+        match tokio::time::timeout(LOOK_EVERY, channel.send(told, fds)).await {
             Ok(Ok(())) => return true,
             Ok(Err(error)) => warn!(%error, "the daemon cannot be told"),
             Err(_) => warn!("the daemon does not read"),
         }
         self.disconnected();
         false
-    }
-
-    fn status(&mut self) -> Status {
-        if let Some(counters) = &mut self.counters
-            && let Ok(counters) = counters.try_recv()
-        {
-            self.counted = Some(counters);
-        }
-        let counters = self.counted.as_deref();
-        let load = |count: fn(&Counters) -> &std::sync::atomic::AtomicU64| {
-            counters.map_or(0, |counters| count(counters).load(Ordering::Relaxed))
-        };
-        Status {
-            state: self.state,
-            root_pid: self.restored.map(|restored| restored.root_pid),
-            filled_pages: load(|counters| &counters.settled),
-            pending_pages: load(|counters| &counters.pending) + self.plan.pages().0,
-            faults: load(|counters| &counters.faults),
-            errors: load(|counters| &counters.errors),
-            watched: self.watcher.is_alive(),
-            failure: self.fault.clone(),
-        }
     }
 
     fn out_of_order(&self, what: &str) -> Reply {

@@ -41,7 +41,7 @@ use crate::locks::Locks;
 use crate::message::{Fault, FillReport, RestoreRequest, Restored};
 use crate::plan::Plan;
 use crate::runtime::Runtime;
-use crate::serve::{Counters, Server, Space};
+use crate::serve::{Counters, Homes, Server, Space};
 use crate::start::{At, LOG, make_ready, open, options};
 pub use crate::waits::Decision;
 use crate::waits::{discarded, locked};
@@ -76,6 +76,8 @@ pub struct Job {
     pub inherited: Vec<OwnedFd>,
     /// What is missing where.
     pub plan: Plan,
+    /// Where pages that are absent are waited for.
+    pub homes: Arc<Homes>,
     /// Of the loopback that the tree uses, if it has been handed over.
     pub lo_gate: Option<Gate>,
     /// Holds the descriptors, too.
@@ -238,7 +240,8 @@ impl Restore {
             work: Some(open(&work_dir)?),
         };
         let (filled_tell, filled) = mpsc::unbounded_channel();
-        let server = Server::start(&filled_tell, job.nice).map_err(RestoreError::Serve)?;
+        let server =
+            Server::start(&filled_tell, job.nice, job.homes).map_err(RestoreError::Serve)?;
         let socket = LazySocket::bind(&work_dir).map_err(RestoreError::Lazy)?;
         let options = options(&job.request, directories, &job.inherited);
         let locks = Arc::new(Locks::of(&job.request)?);
@@ -370,12 +373,7 @@ impl Restore {
             (Some(fd), Some((store, pending))) => {
                 let uffd =
                     Uffd::from_fd(fd).map_err(|source| RestoreError::Uffd { vpid, source })?;
-                let space = Space {
-                    id,
-                    uffd,
-                    pending,
-                    store,
-                };
+                let space = Space::new(id, uffd, pending, store);
                 self.server.adopt(space).map_err(RestoreError::Serve)
             }
             (Some(_), None) => Err(RestoreError::Unplanned(vpid)),
@@ -513,6 +511,7 @@ impl Restore {
             pages: load(&counters.settled),
             faults: load(&counters.faults),
             unmapped: load(&counters.unmapped),
+            waited: counters.waited.sum_up(),
         }
     }
 

@@ -84,6 +84,16 @@ impl Family {
         self.members.get(&member)?.from(page)
     }
 
+    /// What `member` waits for first of these pages of the store.
+    pub fn waiting_for(&self, member: MemberId, store: PageRun) -> Option<Piece> {
+        self.members.get(&member)?.of_store(store)
+    }
+
+    /// The parts of a run of the store that no member waits for.
+    pub fn unneeded(&self, store: PageRun) -> Vec<PageRun> {
+        self.usage.unneeded(store)
+    }
+
     /// Everything that `member` waits for, upwards.
     pub fn pieces(&self, member: MemberId) -> impl Iterator<Item = Piece> {
         self.members
@@ -168,7 +178,8 @@ impl Family {
 }
 
 impl Piece {
-    fn store_run(&self) -> PageRun {
+    /// Where its contents are in the store.
+    pub fn store_run(&self) -> PageRun {
         run(self.store.0, self.store.0 + self.run.count().0)
     }
 
@@ -185,6 +196,9 @@ impl Piece {
 struct Pending {
     /// First page in memory → how many, and the store page of the first. Disjoint.
     pieces: BTreeMap<u64, (u64, u64)>,
+    /// The store page of the first → the first page in memory, of the same pieces: a page of the
+    /// store is at one place of a memory at most.
+    places: BTreeMap<u64, u64>,
     pages: u64,
 }
 
@@ -201,10 +215,26 @@ impl Pending {
             .or_else(|| self.pieces.range(page.0..).next().map(piece))
     }
 
+    /// The first of its pieces that has pages of this run of the store, cut to that.
+    fn of_store(&self, store: PageRun) -> Option<Piece> {
+        let before = self.places.range(..=store.start().0).next_back();
+        let above = self.places.range(store.start().0..store.end().0).next();
+        before.into_iter().chain(above).find_map(|(_, start)| {
+            let whole = piece(self.pieces.get_key_value(start)?);
+            let part = whole.store_run().intersection(&store)?;
+            let at = whole.run.start().0 + (part.start().0 - whole.store.0);
+            Some(Piece {
+                run: run(at, at + part.count().0),
+                store: part.start(),
+            })
+        })
+    }
+
     /// Its pages must not be waited for yet.
     fn insert(&mut self, piece: Piece) {
         let (start, count) = (piece.run.start().0, piece.run.count().0);
         self.pieces.insert(start, (count, piece.store.0));
+        self.places.insert(piece.store.0, start);
         self.pages += count;
     }
 
@@ -220,6 +250,7 @@ impl Pending {
             .collect();
         for whole in touched {
             self.pieces.remove(&whole.run.start().0);
+            self.places.remove(&whole.store.0);
             self.pages -= whole.run.count().0;
             taken.extend(whole.within(part));
             let before = PageRun::between(whole.run.start(), part.start());
@@ -270,6 +301,20 @@ impl Usage {
                 self.needed.insert(start, (end - start, users - 1));
             }
         }
+    }
+
+    /// The parts of `part` that nobody needs.
+    fn unneeded(&self, part: PageRun) -> Vec<PageRun> {
+        let first = self.needed.range(..part.start().0).next_back();
+        let first = first.map_or(part.start().0, |(start, _)| *start);
+        let mut position = part.start().0;
+        let mut parts = Vec::new();
+        for (start, (count, _)) in self.needed.range(first..part.end().0) {
+            parts.extend(PageRun::between(PageIndex(position), PageIndex(*start)).ok());
+            position = position.max(start + count);
+        }
+        parts.extend(PageRun::between(PageIndex(position), part.end()).ok());
+        parts
     }
 
     /// Takes the needed runs inside `part` out and answers them; what sticks out stays.

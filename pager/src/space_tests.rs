@@ -169,12 +169,37 @@ fn compare(family: &Family, naive: &Naive) {
             );
         }
     }
+    compare_by_store(family, naive);
     let idle = naive
         .stored
         .iter()
         .filter(|page| !naive.needed(**page))
         .count();
     assert_eq!(family.unpunched().0, idle as u64);
+}
+
+/// The same, asked by the pages of the store.
+fn compare_by_store(family: &Family, naive: &Naive) {
+    let part = piece_run(PAGES / 4, PAGES / 2);
+    let pages = part.start().0..part.end().0;
+    for (id, all) in &naive.members {
+        let wanted = all.values().filter(|store| pages.contains(store)).min();
+        let found = family.waiting_for(*id, part);
+        assert_eq!(found.map(|piece| piece.store.0), wanted.copied());
+        for offset in 0..found.map_or(0, |piece| piece.run.count().0) {
+            let piece = found.unwrap();
+            let store = all.get(&(piece.run.start().0 + offset)).copied();
+            assert_eq!(store, Some(piece.store.0 + offset));
+            assert!(pages.contains(&(piece.store.0 + offset)));
+        }
+    }
+    let unneeded: Vec<u64> = family
+        .unneeded(part)
+        .iter()
+        .flat_map(|run| run.start().0..run.end().0)
+        .collect();
+    let expected: Vec<u64> = pages.filter(|page| !naive.needed(*page)).collect();
+    assert_eq!(unneeded, expected);
 }
 
 proptest! {

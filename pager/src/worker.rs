@@ -1,5 +1,7 @@
 //! One serving thread. See [`crate::serve`].
 
+mod arrivals;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
@@ -15,6 +17,7 @@ use pageferry_proto::page::{PageCount, PageIndex};
 use pageferry_sys::uffd::Uffd;
 use tracing::{error, warn};
 
+use crate::absent::{Absent, Waiter};
 use crate::fault::{self, Batch, Change, FillError, Served};
 use crate::fill::{self, Chunk, Cursor};
 use crate::serve::{Command, ServeError, Shared, Space};
@@ -32,6 +35,10 @@ const RETRY_MS: u16 = 1;
 
 /// Pause after an error, in milliseconds: the page stays missing and its thread waits.
 const TROUBLE_MS: u64 = 50;
+
+/// How often it is looked whether those who wait for what is absent are still there, in
+/// milliseconds: their end is no event.
+const LOOK_MS: u16 = 1000;
 
 /// Most descriptors told ready in one turn.
 const READY_MAX: usize = 64;
@@ -56,6 +63,8 @@ pub(super) struct Worker {
     last_fault: Option<Instant>,
     fault_turns: u32,
     last_filled: (SpaceId, MemberId),
+    /// When it was last looked who still needs what is absent.
+    looked: Instant,
     buffer: Vec<u8>,
 }
 
@@ -64,6 +73,7 @@ pub(super) struct Worker {
 struct Household {
     family: Family,
     store: MemoryFile,
+    absent: Absent,
     members: BTreeMap<MemberId, Member>,
 }
 
@@ -71,11 +81,19 @@ struct Household {
 struct Member {
     uffd: Uffd,
     token: u64,
-    /// Pages that threads wait for and that could not be served yet.
-    waiting: Vec<PageIndex>,
+    /// Pages that threads wait for and that could not be served yet, but for what is absent; and
+    /// since when, where that has been.
+    waiting: Vec<(PageIndex, Option<Instant>)>,
     cursor: Cursor,
     /// Nothing is copied before this, after an error.
     trouble_until: Option<Instant>,
+}
+
+impl Household {
+    /// Whether the fill of a member has anything to do before something arrives.
+    fn is_fillable(&self, member: &Member) -> bool {
+        !member.cursor.is_starved() || self.absent.is_empty()
+    }
 }
 
 impl Worker {
@@ -95,6 +113,7 @@ impl Worker {
             last_fault: None,
             fault_turns: 0,
             last_filled: (SpaceId(0), MemberId(0)),
+            looked: Instant::now(),
             buffer: vec![0; fill::BUFFER_BYTES],
         })
     }
@@ -118,6 +137,7 @@ impl Worker {
                     None => {}
                 }
             }
+            self.look();
             let faults = self.serve_waiting();
             self.fault_turns = if faults == 0 { 0 } else { self.fault_turns + 1 };
             if 0 < faults {
@@ -134,17 +154,19 @@ impl Worker {
     fn timeout(&self) -> EpollTimeout {
         let now = Instant::now();
         let mut timeout = EpollTimeout::NONE;
-        for member in self
+        let members = self
             .families
             .values()
-            .flat_map(|house| house.members.values())
-        {
+            .flat_map(|house| house.members.values().map(move |member| (house, member)));
+        for (house, member) in members {
             let troubled = member.trouble_until.is_some_and(|until| now < until);
-            if self.filling && !troubled {
+            if self.filling && !troubled && house.is_fillable(member) {
                 return EpollTimeout::ZERO;
             }
             if troubled || !member.waiting.is_empty() {
                 timeout = EpollTimeout::from(RETRY_MS);
+            } else if self.filling && timeout.is_none() {
+                timeout = EpollTimeout::from(LOOK_MS);
             }
         }
         timeout
@@ -157,6 +179,11 @@ impl Worker {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Adopt(space) => self.adopt(*space),
+                Command::Arrived(space, pages) => self.arrived(space, &pages),
+                Command::Missing(answer) => {
+                    // As for a probe.
+                    let _ = answer.send(self.missing());
+                }
                 Command::Probe(answer) => {
                     // Whoever asked may have given up.
                     let _ = answer.send(self.probe());
@@ -171,16 +198,13 @@ impl Worker {
 
     fn adopt(&mut self, space: Space) {
         let (family, founder) = Family::new(&space.pending);
-        let members = BTreeMap::new();
-        let store = space.store;
-        self.families.insert(
-            space.id,
-            Household {
-                family,
-                store,
-                members,
-            },
-        );
+        let house = Household {
+            family,
+            store: space.store,
+            absent: Absent::new(space.absent),
+            members: BTreeMap::new(),
+        };
+        self.families.insert(space.id, house);
         self.register(space.id, founder, space.uffd);
     }
 
@@ -251,6 +275,15 @@ impl Worker {
             return;
         };
         let before = house.family.missing();
+        if !batch.changes.is_empty() {
+            // It may be told by none of them where what threads wait for is now.
+            let waiters = house.absent.look_again(member);
+            if let Some(state) = house.members.get_mut(&member) {
+                let waiting = waiters.iter().map(|it| (it.page, Some(it.since)));
+                state.waiting.extend(waiting);
+                state.cursor.look_again();
+            }
+        }
         for change in batch.changes {
             match change {
                 Change::Fork(uffd) => children.push((house.family.fork(member), uffd)),
@@ -264,7 +297,8 @@ impl Worker {
         }
         let after = house.family.missing();
         if let Some(state) = house.members.get_mut(&member) {
-            state.waiting.extend(batch.faults);
+            let faults = batch.faults.into_iter().map(|page| (page, None));
+            state.waiting.extend(faults);
         }
         self.count(before, after);
         for (child, uffd) in children {
@@ -298,6 +332,7 @@ impl Worker {
         let Household {
             family,
             store,
+            absent,
             members,
         } = house;
         let Some(state) = members.get_mut(&member) else {
@@ -305,14 +340,30 @@ impl Worker {
         };
         let mut served = 0;
         let mut end = None;
-        while let Some(page) = state.waiting.last().copied() {
+        let mut wanted = Vec::new();
+        while let Some((page, since)) = state.waiting.last().copied() {
             let near = family.at(member, page).map(|piece| piece.store);
-            match fault::serve(family, member, &state.uffd, store, page) {
+            match fault::serve(family, member, &state.uffd, (store, absent), page) {
                 Ok(Served::Done) => {
                     state.waiting.pop();
                     state.trouble_until = None;
                     served += 1;
+                    let waited = since.map(|since| since.elapsed());
+                    let counters = &self.shared.counters;
+                    waited.into_iter().for_each(|it| counters.waited.note(it));
                     near.into_iter().for_each(|near| punch(family, store, near));
+                }
+                Ok(Served::Absent(page_of_store)) => {
+                    state.waiting.pop();
+                    let since = since.unwrap_or_else(Instant::now);
+                    let waiter = Waiter {
+                        member,
+                        page,
+                        since,
+                    };
+                    if absent.wait(page_of_store, waiter) {
+                        wanted.push(page_of_store);
+                    }
                 }
                 Ok(Served::Later) => break,
                 Ok(Served::Gone) => {
@@ -327,6 +378,7 @@ impl Worker {
         }
         let after = house.family.missing();
         self.count(before, after);
+        wanted.into_iter().for_each(|page| self.want(space, page));
         self.shared
             .counters
             .faults
@@ -358,6 +410,7 @@ impl Worker {
         let Household {
             family,
             store,
+            absent,
             members,
         } = house;
         let Some(state) = members.get_mut(&member) else {
@@ -368,7 +421,7 @@ impl Worker {
             family,
             member,
             uffd,
-            store,
+            (store, absent),
             cursor,
             pages_max,
             &mut self.buffer,
@@ -383,7 +436,7 @@ impl Worker {
         self.count(before, after);
         self.last_filled = (space, member);
         match end {
-            Ok(Chunk::Some) => {}
+            Ok(Chunk::Some | Chunk::Starved) => {}
             Ok(Chunk::Later) => std::thread::yield_now(),
             Ok(Chunk::Complete | Chunk::Gone) => self.forget(space, member),
             Err(error) => self.trouble(space, member, &error),
@@ -393,10 +446,12 @@ impl Worker {
     /// The member after the one that was filled last. Parent and child in turn keep their places
     /// in the store close together, so that it can be punched behind both.
     fn next_to_fill(&self, now: Instant) -> Option<(SpaceId, MemberId)> {
-        let fillable = |state: &Member| state.trouble_until.is_none_or(|until| until <= now);
+        let is_ready = |state: &Member| state.trouble_until.is_none_or(|until| until <= now);
         let candidates = || {
             self.families.iter().flat_map(|(space, house)| {
-                let members = house.members.iter().filter(|(_, state)| fillable(state));
+                let fillable = move |state: &Member| is_ready(state) && house.is_fillable(state);
+                let members = house.members.iter();
+                let members = members.filter(move |(_, state)| fillable(state));
                 members.map(move |(member, _)| (*space, *member))
             })
         };
@@ -411,6 +466,7 @@ impl Worker {
         };
         let before = house.family.missing();
         house.family.forget(member);
+        drop(house.absent.look_again(member));
         if let Some(state) = house.members.remove(&member) {
             self.tokens.remove(&state.token);
             // Closing removes it from the epoll set only when no duplicate is open anywhere.
@@ -422,6 +478,9 @@ impl Worker {
             for run in house.family.take_unpunched() {
                 warn_unpunched(house.store.punch(run));
             }
+            let absent = house.absent.len().0;
+            let counter = &self.shared.counters.absent;
+            counter.fetch_sub(absent, Ordering::Relaxed);
             self.families.remove(&space);
         }
         self.count(before, after);

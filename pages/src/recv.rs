@@ -11,6 +11,7 @@ use bytes::Bytes;
 use pageferry_proto::id::{Round, SpaceId};
 use pageferry_proto::migration::ledger::LedgerError;
 use pageferry_proto::page::PageCount;
+use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::ErrorCode;
 use thiserror::Error;
 use tokio::sync::Semaphore;
@@ -51,6 +52,12 @@ pub enum ReceiveError {
     /// It has no place in what the source says.
     #[error("a parcel has no place in the ledger")]
     Refused(#[source] LedgerError),
+    /// It has pages that nobody waits for.
+    #[error("a parcel has pages of space {space} that are not missing")]
+    Unasked {
+        /// The space.
+        space: SpaceId,
+    },
     /// The store did not take it.
     #[error("cannot store a parcel of round {round}")]
     Store {
@@ -71,6 +78,7 @@ impl ReceiveError {
         match self {
             Self::Parcel(source) => source.code(),
             Self::Refused(source) => source.code(),
+            Self::Unasked { .. } => ErrorCode::Unexpected,
             Self::Store { source, .. } => source.code(),
             Self::Cut => ErrorCode::Restarted,
         }
@@ -113,6 +121,21 @@ impl Receiver {
         let decoded = tokio::task::spawn_blocking(decode).await;
         decoded.map_err(|_| ReceiveError::Cut)?
     }
+
+    /// The same of a parcel of no round: pages that were asked for, each of which must be one that
+    /// `is_missing` says is. Answers with its space and pages when their contents are in the store.
+    ///
+    /// Few, and waited for: they do not wait for the threads that rounds have.
+    pub async fn fetch(
+        &self,
+        parcel: Bytes,
+        is_missing: impl FnOnce(SpaceId, &PageSet) -> bool + Send + 'static,
+    ) -> Result<(SpaceId, PageSet), ReceiveError> {
+        let shared = Arc::clone(&self.0);
+        let decode = move || shared.fetch(&parcel, is_missing);
+        let decoded = tokio::task::spawn_blocking(decode).await;
+        decoded.map_err(|_| ReceiveError::Cut)?
+    }
 }
 
 impl Shared {
@@ -125,15 +148,34 @@ impl Shared {
         let (space, round) = (parcel.space(), parcel.round());
         let admitted = admit(round).map_err(ReceiveError::Refused)?;
         let pages = PageCount(parcel.data_pages().0 + parcel.zero().len().0);
-        let lock = || self.decoders.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut decoder = lock().pop().unwrap_or_default();
-        let taken = self.store.take(&mut decoder, &parcel);
-        lock().push(decoder);
-        taken.map_err(|source| ReceiveError::Store { round, source })?;
+        self.take(&parcel)?;
         Ok(Received {
             admitted,
             space,
             pages,
         })
+    }
+
+    fn fetch(
+        &self,
+        bytes: &Bytes,
+        is_missing: impl FnOnce(SpaceId, &PageSet) -> bool,
+    ) -> Result<(SpaceId, PageSet), ReceiveError> {
+        let parcel = Parcel::parse(bytes).map_err(ReceiveError::Parcel)?;
+        let (space, pages) = (parcel.space(), parcel.data().union(&parcel.zero()));
+        if !is_missing(space, &pages) {
+            return Err(ReceiveError::Unasked { space });
+        }
+        self.take(&parcel)?;
+        Ok((space, pages))
+    }
+
+    fn take(&self, parcel: &Parcel<'_>) -> Result<(), ReceiveError> {
+        let round = parcel.round();
+        let lock = || self.decoders.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut decoder = lock().pop().unwrap_or_default();
+        let taken = self.store.take(&mut decoder, parcel);
+        lock().push(decoder);
+        taken.map_err(|source| ReceiveError::Store { round, source })
     }
 }

@@ -221,11 +221,14 @@ impl PageSet {
 
     /// How many pages of `run` are in the set. Linear in the runs that have any.
     pub fn count_of(&self, run: &PageRun) -> PageCount {
+        self.parts_of(*run).map(|part| part.count()).sum()
+    }
+
+    /// The pages of `run` that are in the set, in order.
+    pub fn parts_of(&self, run: PageRun) -> impl Iterator<Item = PageRun> + '_ {
         let first = self.runs.partition_point(|held| held.end() <= run.start());
         let held = self.runs[first..].iter();
-        held.map_while(|held| held.intersection(run))
-            .map(|part| part.count())
-            .sum()
+        held.map_while(move |held| held.intersection(&run))
     }
 
     /// The pages of this set that are not in `other`.

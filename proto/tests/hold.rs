@@ -34,7 +34,11 @@ fn round(source: &mut Source, number: u32, dirtied: u64) -> Vec<SourceAction> {
 
 fn sends(number: u32, folders: bool) -> SourceAction {
     let round = Round::new(number).unwrap();
-    SourceAction::SendRound { round, folders }
+    SourceAction::SendRound {
+        round,
+        folders,
+        pages: true,
+    }
 }
 
 fn freezes(number: u32) -> SourceAction {

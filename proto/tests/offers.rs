@@ -84,9 +84,13 @@ fn an_offer_says_which_folders_travel_and_the_answer_which_of_them_are_kept() {
         incarnation: INCARNATION,
         kept: vec![0, 3],
         parks: true,
+        drains: true,
     });
     let bytes = accepted.encode().unwrap();
-    assert!(bytes.ends_with(b"\x12\x02\x00\x03\x18\x01"), "{bytes:x?}");
+    assert!(
+        bytes.ends_with(b"\x12\x02\x00\x03\x18\x01\x20\x01"),
+        "{bytes:x?}"
+    );
     assert_eq!(Message::decode(&bytes[frame::HEADER_BYTES..]), Ok(accepted));
 }
 

@@ -37,6 +37,7 @@ fn a_freeze_that_is_given_up_thaws_and_waits_for_what_is_on_its_way() {
     assert_eq!(source.feed(SourceEvent::Thawed { untrack: false }), []);
     let next = SourceAction::SendRound {
         folders: true,
+        pages: true,
         round: round.next(),
     };
     assert_eq!(source.hear(TargetMessage::RoundHeld { round }), [next]);
@@ -49,6 +50,7 @@ fn the_workload_runs_for_a_while_between_a_thaw_and_the_next_round() {
     let round = Round::FIRST.next();
     let next = SourceAction::SendRound {
         folders: true,
+        pages: true,
         round: round.next(),
     };
     let mut source = Source::finishing();
@@ -129,7 +131,12 @@ fn each_attempt_at_the_final_round_has_a_generation_of_its_own() {
     give_up(&mut source, &mut round);
     let generation = GENERATION.next();
     let actions = source.feed(SourceEvent::Frozen);
-    assert_eq!(actions, [SourceAction::Finish { generation, round }]);
+    let finish = SourceAction::Finish {
+        generation,
+        round,
+        absent: false,
+    };
+    assert_eq!(actions, [finish]);
     let actions = source.feed(SourceEvent::Finished(final_report()));
     let last = Final {
         generation,

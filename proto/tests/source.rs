@@ -61,6 +61,7 @@ fn the_next_round_starts_when_this_one_is_held() {
     let round = Round::FIRST;
     let next = SourceAction::SendRound {
         folders: true,
+        pages: true,
         round: round.next(),
     };
     assert_eq!(source.hear(TargetMessage::RoundHeld { round }), [next]);
@@ -399,8 +400,12 @@ fn only_what_was_committed_can_be_started() {
         generation: GENERATION,
         failure: None,
     };
-    let mut source = Source::recovered(&[offered(), Entry::Commit { generation }]);
-    source.journalled(Entry::Commit { generation });
+    let commit = Entry::Commit {
+        generation,
+        drains: false,
+    };
+    let mut source = Source::recovered(&[offered(), commit.clone()]);
+    source.journalled(commit);
     assert_eq!(source.hear(older), []);
     assert_eq!(source.status().phase, Phase::Committed);
 }

@@ -87,6 +87,7 @@ fn an_offer_is_accepted_when_everything_is_prepared_and_that_is_on_disk() {
         incarnation: INCARNATION,
         kept: Vec::new(),
         parks: false,
+        drains: false,
     };
     assert_eq!(target.journalled(accepted()), [send(accept)]);
     let mut target = Target::new();

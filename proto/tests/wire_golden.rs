@@ -287,6 +287,8 @@ fn messages_of_the_source_keep_their_bytes() {
         verify: true,
         locks: 0,
         files: 0,
+        absent_sets: 0,
+        absent_pages: PageCount::ZERO,
     };
     check(
         SourceMessage::Final(end),

@@ -59,8 +59,8 @@ pub fn remove_unless(state: &Path, left: &[PathBuf]) {
     }
 }
 
-/// Removes a folder with the empty ones in it, if there is nothing else: a cgroup that nobody is in,
-/// with what a killed runtime has made below it.
+/// Removes a folder with the empty ones in it, if there is nothing else: a cgroup that nobody is
+/// in, with what a killed runtime has made below it.
 pub fn remove_empty(folder: &Path) {
     for below in fs::read_dir(folder).into_iter().flatten().flatten() {
         drop(fs::remove_dir(below.path()));

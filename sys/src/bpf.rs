@@ -3,7 +3,8 @@
 //!
 //! Iterators are in Linux since 5.8, those over what one task has since 6.1
 //! (`union bpf_iter_link_info` in `include/uapi/linux/bpf.h`). Programs are attached to links by
-//! TCX since 6.6, beside whatever others have there. Absent: what a program does; and maps, but for
+//! TCX since 6.6, beside whatever others have there: for as long as somebody has a descriptor, or
+//! for as long as the link is there ([`attach`]). Absent: what a program does; and maps, but for
 //! one number.
 
 #![allow(unsafe_code)]
@@ -78,10 +79,12 @@ pub fn open_iterator(link: impl AsFd) -> io::Result<File> {
 }
 
 /// Loads a program that is run for every packet (`BPF_PROG_TYPE_SCHED_CLS`), to be attached to what
-/// leaves by a link, or by whoever has its descriptor to what comes in by one.
-pub fn load_classifier(instructions: &[u64], license: &CStr) -> io::Result<OwnedFd> {
+/// leaves by a link, or to what comes in by one. It has the name by which [`detach`] finds it:
+/// none, or one of letters and `_`.
+pub fn load_classifier(instructions: &[u64], license: &CStr, name: Name) -> io::Result<OwnedFd> {
     let count = u32::try_from(instructions.len()).map_err(io::Error::other)?;
     let mut attributes = ProgramAttributes {
+        name,
         program_type: PROGRAM_TYPE_CLASSIFIER,
         instruction_count: count,
         instructions: instructions.as_ptr() as u64,
@@ -108,6 +111,114 @@ pub fn attach_egress(program: impl AsFd, index: u32) -> io::Result<OwnedFd> {
     // SAFETY: the structure has the kernel's layout (asserted below) and points to nothing: the
     // fields behind `flags` are those of TCX here, a relative and a revision, which are both none.
     unsafe { call(LINK_CREATE, &mut attributes) }
+}
+
+/// What a program is called, with the zeros that end it.
+pub type Name = [u8; 16];
+
+/// Which packets of a link a program is attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Those that come in by it.
+    In,
+    /// Those that leave by it.
+    Out,
+}
+
+impl Way {
+    const fn attach_type(self) -> u32 {
+        match self {
+            Self::In => TCX_INGRESS,
+            Self::Out => TCX_EGRESS,
+        }
+    }
+}
+
+/// Attaches a loaded program to the link `index` of the network namespace that the calling thread
+/// is in, before the programs that others have there. It stays as long as the link, whoever ends.
+/// No packet is lost by that, as it would be where a queueing discipline has to be made for it.
+/// Blocks for some milliseconds.
+pub fn attach(program: impl AsFd, index: u32, way: Way) -> io::Result<()> {
+    let mut attributes = AttachAttributes {
+        target: index,
+        program: descriptor(&program)?,
+        attach_type: way.attach_type(),
+        flags: BEFORE,
+        ..AttachAttributes::default()
+    };
+    // SAFETY: the structure has the kernel's layout (asserted below) and points to nothing.
+    unsafe { ask(PROG_ATTACH, &mut attributes) }.map(drop)
+}
+
+/// Takes programs of that name off a link, that [`attach`] has attached, whoever called it. Blocks
+/// for some milliseconds if there are any.
+pub fn detach(name: &Name, index: u32, way: Way) -> io::Result<()> {
+    for id in attached(index, way)? {
+        let Some(program) = open_program(id)? else {
+            continue;
+        };
+        if name_of(&program)? != *name {
+            continue;
+        }
+        let mut attributes = AttachAttributes {
+            target: index,
+            program: descriptor(&program)?,
+            attach_type: way.attach_type(),
+            ..AttachAttributes::default()
+        };
+        // SAFETY: the structure has the kernel's layout (asserted below) and points to nothing.
+        match unsafe { ask(PROG_DETACH, &mut attributes) } {
+            // Somebody else has done so meanwhile; or it is attached by a descriptor.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EBUSY)) => {}
+            detached => detached.map(drop)?,
+        }
+    }
+    Ok(())
+}
+
+/// The ids of the programs that are attached to a link by TCX.
+fn attached(index: u32, way: Way) -> io::Result<Vec<u32>> {
+    let mut ids = [0; PROGRAMS_MAX];
+    let mut attributes = QueryAttributes {
+        target: index,
+        attach_type: way.attach_type(),
+        programs: ids.as_mut_ptr() as u64,
+        count: PROGRAMS_MAX as u32,
+        ..QueryAttributes::default()
+    };
+    // SAFETY: the structure has the kernel's layout (asserted below) and points to room for as many
+    // ids as it says, which lives until the end of this function.
+    unsafe { ask(PROG_QUERY, &mut attributes) }?;
+    let count = usize::try_from(attributes.count).map_err(io::Error::other)?;
+    Ok(ids.into_iter().take(count).collect())
+}
+
+/// The program of that id, if it is still there.
+fn open_program(id: u32) -> io::Result<Option<OwnedFd>> {
+    let mut attributes = IdAttributes {
+        id,
+        next: 0,
+        flags: 0,
+    };
+    // SAFETY: the structure is the beginning of the kernel's and points to nothing.
+    match unsafe { call(PROG_BY_ID, &mut attributes) } {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        opened => opened.map(Some),
+    }
+}
+
+fn name_of(program: &OwnedFd) -> io::Result<Name> {
+    let mut info = ProgramInfo::default();
+    let mut attributes = InfoAttributes {
+        object: descriptor(program)?,
+        length: size_of::<ProgramInfo>() as u32,
+        info: &raw mut info as u64,
+    };
+    // SAFETY: the structure has the kernel's layout (asserted below) and points to `info`, which
+    // lives until the end of this function, with its size. It asks for no instructions and no maps:
+    // what it says of room for them is 0.
+    unsafe { ask(GET_INFO, &mut attributes) }?;
+    Ok(info.name)
 }
 
 /// One number that a program can look up, by the key 0 (`BPF_MAP_TYPE_ARRAY`): 0 at the beginning.
@@ -218,7 +329,7 @@ struct ProgramAttributes {
     log_buffer: u64,
     kernel_version: u32,
     flags: u32,
-    name: [u8; 16],
+    name: Name,
     interface: u32,
     expected_attach_type: u32,
     types: u32,
@@ -242,6 +353,63 @@ struct LinkAttributes {
     info: u64,
     info_length: u32,
     reserved: u32,
+}
+
+/// `union bpf_attr` for `BPF_PROG_ATTACH` and `BPF_PROG_DETACH`.
+#[repr(C)]
+#[derive(Default)]
+struct AttachAttributes {
+    target: u32,
+    program: u32,
+    attach_type: u32,
+    flags: u32,
+    replaced: u32,
+    relative: u32,
+    revision: u64,
+}
+
+/// `union bpf_attr` for `BPF_PROG_QUERY`.
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttributes {
+    target: u32,
+    attach_type: u32,
+    query_flags: u32,
+    flags: u32,
+    programs: u64,
+    count: u32,
+    padding: u32,
+    program_flags: u64,
+    links: u64,
+    link_flags: u64,
+    revision: u64,
+}
+
+/// `union bpf_attr` for `BPF_PROG_GET_FD_BY_ID`.
+#[repr(C)]
+struct IdAttributes {
+    id: u32,
+    next: u32,
+    flags: u32,
+}
+
+/// `struct bpf_prog_info`, up to the last field that is used: the kernel fills as much as it is
+/// given.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramInfo {
+    program_type: u32,
+    id: u32,
+    tag: u64,
+    compiled_length: u32,
+    length: u32,
+    compiled: u64,
+    instructions: u64,
+    loaded: u64,
+    owner: u32,
+    map_count: u32,
+    maps: u64,
+    name: Name,
 }
 
 /// `union bpf_attr` for `BPF_ITER_CREATE`.
@@ -310,18 +478,29 @@ const _: () = assert!(size_of::<MapInfo>() == 24);
 const _: () = assert!(std::mem::offset_of!(ProgramAttributes, expected_attach_type) == 68);
 const _: () = assert!(size_of::<LinkAttributes>() == 32);
 const _: () = assert!(size_of::<TaskInfo>() == 16);
+const _: () = assert!(size_of::<AttachAttributes>() == 32);
+const _: () = assert!(size_of::<QueryAttributes>() == 64);
+const _: () = assert!(std::mem::offset_of!(QueryAttributes, count) == 24);
+const _: () = assert!(std::mem::offset_of!(ProgramInfo, name) == 64);
 
 const MAP_CREATE: libc::c_int = 0;
 const MAP_UPDATE_ELEMENT: libc::c_int = 2;
 const PROG_LOAD: libc::c_int = 5;
+const PROG_ATTACH: libc::c_int = 8;
+const PROG_DETACH: libc::c_int = 9;
+const PROG_BY_ID: libc::c_int = 13;
 const GET_INFO: libc::c_int = 15;
+const PROG_QUERY: libc::c_int = 16;
 const LINK_CREATE: libc::c_int = 28;
 const ITER_CREATE: libc::c_int = 33;
 const MAP_TYPE_ARRAY: u32 = 2;
 const PROGRAM_TYPE_CLASSIFIER: u32 = 3;
 const PROGRAM_TYPE_TRACING: u32 = 26;
 const TRACE_ITERATOR: u32 = 28;
+const TCX_INGRESS: u32 = 46;
 const TCX_EGRESS: u32 = 47;
+/// As many as the kernel has of one way of a link.
+const PROGRAMS_MAX: usize = 64;
 /// Without anything that it is relative to: before all.
 const BEFORE: u32 = 1 << 3;
 
@@ -338,7 +517,7 @@ mod tests {
         again.set(0).expect("set");
         let file = File::open("/proc/self/exe").expect("a file");
         assert!(Number::from_fd(file.into()).is_err());
-        let program = load_classifier(&[0xb7, 0x95], c"MIT").expect("r0 = 0; exit");
+        let program = load_classifier(&[0xb7, 0x95], c"MIT", [0; 16]).expect("r0 = 0; exit");
         let refused = Number::from_fd(program).expect_err("a program");
         assert!(refused.to_string().contains("no map"), "{refused}");
     }
@@ -346,8 +525,10 @@ mod tests {
     #[test]
     fn what_a_link_does_not_know_is_refused() {
         // An unknown instruction, and a link that is none.
-        assert!(load_classifier(&[0xff], c"MIT").is_err());
-        let program = load_classifier(&[0xb7, 0x95], c"MIT").expect("r0 = 0; exit");
+        assert!(load_classifier(&[0xff], c"MIT", [0; 16]).is_err());
+        let program = load_classifier(&[0xb7, 0x95], c"MIT", [0; 16]).expect("r0 = 0; exit");
         assert!(attach_egress(&program, u32::MAX).is_err());
+        assert!(attach(&program, u32::MAX, Way::In).is_err());
+        assert!(detach(&[0; 16], u32::MAX, Way::Out).is_err());
     }
 }

@@ -3,12 +3,13 @@
 //!
 //! What it does is a number, which whoever has it changes for the next packet on. To what it is
 //! attached, and for how long, its owner decides: by [`Divert::hold`] for as long as somebody has
-//! the descriptor, or by the descriptor of its program.
+//! the descriptor, or by [`Divert::attach`] for as long as the link is there. No packet is lost or
+//! doubled by that.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use crate::bpf::{Number, attach_egress, load_classifier};
+use crate::bpf::{self, Name, Number, Way, attach_egress, load_classifier};
 use crate::gate::{EXIT, TCX_DROP, TCX_NEXT, instruction};
 
 /// The program and its number: it lets everything pass at the beginning.
@@ -26,8 +27,14 @@ impl Divert {
     /// Loads one, which is attached to nothing.
     pub fn load() -> io::Result<Self> {
         let number = Number::new()?;
-        let program = load_classifier(&program(&number), c"MIT")?;
+        let program = load_classifier(&program(&number), c"MIT", NAME)?;
         Ok(Self { program, number })
+    }
+
+    /// Attaches it, by TCX, to what passes the link `index` of the network namespace that the
+    /// calling thread is in, until [`detach`], or until the link is gone. Blocks for some 8 ms.
+    pub fn attach(&self, index: u32, way: Way) -> io::Result<()> {
+        bpf::attach(&self.program, index, way)
     }
 
     /// Attaches it, by TCX, to what leaves by the link `index` of the network namespace that the
@@ -56,11 +63,17 @@ impl Divert {
     }
 }
 
-impl AsFd for Divert {
-    /// That of its program.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.program.as_fd()
+/// Takes off the link `index` what [`Divert::attach`] has attached, in whichever process. That
+/// there is no such link, and that the kernel has no TCX, is no error. Blocks for some 16 ms if
+/// there is something to take off.
+pub fn detach(index: u32) -> io::Result<()> {
+    for way in [Way::In, Way::Out] {
+        match bpf::detach(&NAME, index, way) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EINVAL)) => {}
+            detached => detached?,
+        }
     }
+    Ok(())
 }
 
 impl Drop for Held {
@@ -106,6 +119,7 @@ fn program(number: &Number) -> [u64; 17] {
     ]
 }
 
+const NAME: Name = *b"pageferry_port\0\0";
 const PASS: u32 = 0;
 /// The number of loopback in every network namespace, which nothing is diverted to.
 const DROP: u32 = 1;
@@ -114,6 +128,8 @@ const DROP: u32 = 1;
 mod tests {
     use std::net::UdpSocket;
     use std::process::Command;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
 
     use super::*;
     use crate::namespace::{NamespaceKind, create, run_inside};
@@ -200,6 +216,67 @@ mod tests {
             assert_eq!(arrived(&socket), [5]);
             assert!(divert.divert_to(1).is_err());
             drop(held);
+        });
+    }
+
+    #[test]
+    fn what_is_attached_stays_until_it_is_taken_off_and_loses_nothing_by_that() {
+        with_a_link(|index, socket| {
+            let from = UdpSocket::bind("10.9.0.1:0").expect("an address");
+            let send = |byte: u8| drop(from.send_to(&[byte], "10.9.0.2:7"));
+            let is_over = AtomicBool::new(false);
+            let attached = |divert: &Divert| {
+                for way in [Way::Out, Way::In] {
+                    divert.attach(index, way).expect("TCX");
+                }
+            };
+            // One after the other: the other end has it at once, or never. A link that has just
+            // been taken up may not pass the first.
+            let passes = |number: u8| {
+                let deadline = Instant::now() + Duration::from_secs(10);
+                while arrived(&socket).last() != Some(&number) && Instant::now() < deadline {
+                    if number == 0 {
+                        send(0);
+                    }
+                    std::thread::yield_now();
+                }
+                assert!(Instant::now() < deadline, "number {number} is lost");
+            };
+            passes(0);
+            std::thread::scope(|scope| {
+                let sender = scope.spawn(|| {
+                    let mut number = 1;
+                    while !is_over.load(Ordering::Relaxed) {
+                        send(number);
+                        passes(number);
+                        number = number.checked_add(1).unwrap_or(1);
+                    }
+                });
+                for _ in 0..4 {
+                    attached(&Divert::load().expect("BPF"));
+                    detach(index).expect("taken off");
+                }
+                is_over.store(true, Ordering::Relaxed);
+                sender.join().expect("none is lost");
+            });
+            // It outlives whoever has it.
+            let divert = Divert::load().expect("BPF");
+            attached(&divert);
+            divert.drop_all().expect("set");
+            drop(divert);
+            send(1);
+            assert_eq!(arrived(&socket), [0; 0]);
+            // Those that end by themselves stay.
+            let other = Divert::load().expect("BPF");
+            let held = other.hold(index).expect("TCX");
+            detach(index).expect("taken off");
+            send(2);
+            assert_eq!(arrived(&socket), [2]);
+            other.drop_all().expect("set");
+            send(3);
+            assert_eq!(arrived(&socket), [0; 0]);
+            drop(held);
+            detach(u32::MAX).expect("there is none");
         });
     }
 

@@ -24,7 +24,7 @@ impl Gate {
     /// thread is in. What bears the mark `passes` always does. Blocks for some 16 ms.
     pub fn attach(index: u32, passes: i32) -> io::Result<Self> {
         let is_shut = Number::new()?;
-        let program = load_classifier(&program(&is_shut, passes), c"MIT")?;
+        let program = load_classifier(&program(&is_shut, passes), c"MIT", [0; 16])?;
         let link = Some(attach_egress(&program, index)?);
         Ok(Self { link, is_shut })
     }

@@ -196,6 +196,11 @@ impl Uffd {
         self.probe(0) == Err(Errno::EAGAIN)
     }
 
+    /// Whether its process is gone, with all its memory. No event tells.
+    pub fn is_gone(&self) -> bool {
+        self.probe(0) == Err(Errno::ESRCH)
+    }
+
     /// Whether the page at `start` is in a mapping that is registered with some userfaultfd. `None`
     /// while the mappings change.
     pub fn is_registered(&self, start: u64) -> Option<bool> {

@@ -95,6 +95,15 @@ impl Movers {
         Ok(())
     }
 
+    /// The same, until all go on and answer; how often those that do have seen a rule broken.
+    pub fn wait_revived(&mut self, lab: &Lab) -> Result<u64> {
+        until("controllers go on, and answer", REVIVED_TIME_MAX, || {
+            self.revive(lab)?;
+            self.agents.iter_mut().try_for_each(Part::check)?;
+            self.violations(lab)
+        })
+    }
+
     /// How often the controllers have seen a rule broken.
     pub fn violations(&self, lab: &Lab) -> Result<u64> {
         let all = (0..self.controllers.len()).map(|index| self.violations_of(lab, index));
@@ -102,7 +111,7 @@ impl Movers {
     }
 
     /// How often one of them has.
-    pub fn violations_of(&self, lab: &Lab, index: usize) -> Result<u64> {
+    fn violations_of(&self, lab: &Lab, index: usize) -> Result<u64> {
         let text = metrics(lab, metrics_address(index))?;
         let counted = text.lines().filter(|line| line.starts_with(VIOLATIONS));
         let counted: Vec<&str> = counted.collect();
@@ -117,6 +126,19 @@ impl Movers {
             number.with_context(|| format!("a metric is {line:?}"))
         });
         numbers.sum()
+    }
+
+    /// How often the controllers have written that they saw one broken, those among them that are
+    /// gone with what they had counted.
+    pub fn violations_written(&self, lab: &Lab) -> Result<usize> {
+        let mut all = 0;
+        for index in 0..self.controllers.len() {
+            let log = controller_log(lab, index);
+            let text = fs::read_to_string(&log);
+            let text = text.with_context(|| format!("reading {}", log.display()))?;
+            all += text.lines().filter(|line| line.contains(BROKEN)).count();
+        }
+        Ok(all)
     }
 
     /// # Errors
@@ -169,8 +191,12 @@ pub fn start_controller(lab: &Lab, config: &Path, index: usize) -> Result<Part> 
         .env("RUST_LOG", LOG)
         .cgroups(&lab.cgroups(CGROUP)?)
         .enter(&lab.client.net)?;
-    let log = lab.folder.logs().join(CGROUP).join(format!("{name}.log"));
-    Part::start(&name, command, log)
+    Part::start(&name, command, controller_log(lab, index))
+}
+
+fn controller_log(lab: &Lab, index: usize) -> PathBuf {
+    let name = format!("pageferry-controller-{index}.log");
+    lab.folder.logs().join(CGROUP).join(name)
 }
 
 /// Starts the agent of a node.
@@ -261,7 +287,10 @@ const NAMESPACE: &str = "pageferry-system";
 const CONTROLLER_CONFIG: &str = "pageferry-controller.conf";
 const METRICS_PORT: u16 = 9464;
 const METRICS_TIME_MAX: Duration = Duration::from_secs(5);
+/// What a controller writes when it counts one.
+const BROKEN: &str = "a rule is broken";
 const VIOLATIONS: &str = "pageferry_invariant_violations_total{";
+const REVIVED_TIME_MAX: Duration = Duration::from_secs(60);
 const WEBHOOK_TIME_MAX: Duration = Duration::from_secs(30);
 const AGENT_CONFIG: &str = "/etc/kubernetes/agent.conf";
 const LOG: &str = "info";

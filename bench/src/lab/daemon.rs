@@ -73,7 +73,8 @@ fn pageferry(node: &Node, arguments: &[&str]) -> Result<String> {
 fn config_text(node: &Node, nodes: &[Node], bridge: &str, plan: &DaemonPlan) -> String {
     let DaemonPlan { tracer, parking } = plan;
     let mut text = format!(
-        "node = \"{}\"\nlisten = \"{}:{PORT}\"\n\n[network]\nbridge = \"{bridge}\"\n\
+        "node = \"{}\"\nlisten = \"{}:{PORT}\"\npostcopy = true\n\
+         \n[network]\nbridge = \"{bridge}\"\n\
          parking = \"{parking}\"\n\
          \n[criu]\ntracer = {tracer}\n",
         node.name(),

@@ -79,6 +79,8 @@ pub struct MoveOptions {
     pub force_eager: bool,
     /// Move although something of System V objects is lost.
     pub force_ipc: bool,
+    /// How its memory moves: absent, all of it before it runs at the target.
+    pub mode: Option<String>,
     /// A time as the command line takes it ("60s").
     pub timeout: Option<String>,
     pub downtime_max: Option<String>,

@@ -60,6 +60,9 @@ impl Migration {
         if flags.force_ipc {
             command = command.arg("--force-ipc");
         }
+        if let Some(mode) = &flags.mode {
+            command = command.args(["--mode", mode]);
+        }
         if let Some(timeout) = &flags.timeout {
             command = command.args(["--timeout", timeout]);
         }

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::pods::{POD_TIME_MAX, Watched, successor};
@@ -12,11 +12,13 @@ use super::report::Report;
 use crate::cluster::kubectl::Kubectl;
 use crate::cluster::laps::Laps;
 use crate::cluster::movers::Movers;
-use crate::cluster::wait::{Hopeless, until};
+use crate::cluster::wait::until;
+use crate::cluster::watching::Watching;
 use crate::cluster::{Cluster, worker};
 use crate::lab::Lab;
 use crate::lab::node::Node;
-use crate::mover::outcome::{millis, round};
+use crate::mover::outcome::{Move, millis, round};
+use crate::mover::pageferry::show;
 
 /// The part of the scenario `kubernetes`.
 pub fn run(lab: &Lab, cluster: &Cluster, laps: &mut Laps, report: &mut Report) -> Result<()> {
@@ -62,23 +64,49 @@ pub fn wait_labels(lab: &Lab, kubectl: &Kubectl) -> Result<()> {
 
 /// Has a pod move, and waits for the end of that; the Migration as it is then.
 pub fn annotate(kubectl: &Kubectl, (name, uid): (&str, &str), to: &Node) -> Result<Value> {
+    // Nobody asks the API server while it moves.
+    let migrations = Watching::start(kubectl, &["migrations"])?;
     let wish = format!("pageferry.dev/migrate-to={}", worker::name(to));
     kubectl.run(&["annotate", "pod", name, &wish])?;
-    until(&format!("{name} has moved"), MOVE_TIME_MAX, || {
-        let of_pod = format!("--field-selector=spec.pod.name={name}");
-        let listed = kubectl.json(&["get", "migrations", &of_pod])?;
-        let migrations = listed["items"].as_array().context("a list")?;
-        let migration = migrations
-            .iter()
-            .find(|one| one["spec"]["pod"]["uid"] == *uid);
-        let migration = migration.context("there is no Migration yet")?;
-        let status = &migration["status"];
-        match status["result"].as_str() {
-            Some("Succeeded") => Ok(migration.clone()),
-            Some(_) => Err(Hopeless(format!("it ended otherwise: {status}")).into()),
-            None => anyhow::bail!("it goes on: {status}"),
+    end_of(&migrations, uid).with_context(|| format!("moving the pod {name}"))
+}
+
+/// The Migration of the pod of this UID, when it has ended well.
+pub fn end_of(migrations: &Watching, uid: &str) -> Result<Value> {
+    migrations.wait("it has moved", MOVE_TIME_MAX, |event| {
+        let object = &event.object;
+        if object["spec"]["pod"]["uid"] != *uid {
+            return Ok(None);
+        }
+        match object["status"]["result"].as_str() {
+            Some("Succeeded") => Ok(Some(object.clone())),
+            Some(_) => bail!("it ended otherwise: {}", object["status"]),
+            None => Ok(None),
         }
     })
+}
+
+/// What daemons call the move of a Migration.
+fn daemon_id(migration: &Value) -> String {
+    let uid = migration["metadata"]["uid"].as_str().unwrap_or_default();
+    uid.replace('-', "")
+}
+
+/// What a Migration that has moved a pod away from a node was, as the node says.
+pub fn moved(from: &Node, migration: &Value) -> Result<Move> {
+    read_move(&show(from, &daemon_id(migration))?)
+}
+
+/// What a node says of a migration that has moved something.
+fn read_move(shown: &Value) -> Result<Move> {
+    ensure!(shown["moved"] == true, "the source says {shown}");
+    let mut object = shown.clone();
+    object["mode"] = Value::from("precopy");
+    object["from"] = shown["node"].clone();
+    object["to"] = shown["peer"].clone();
+    object["rounds"] = shown["round"].clone();
+    object["restore_ms"] = shown["parts_ms"]["restore"].clone();
+    serde_json::from_value(object).with_context(|| format!("the source says {shown}"))
 }
 
 fn move_pod(
@@ -89,12 +117,18 @@ fn move_pod(
     report: &mut Report,
 ) -> Result<()> {
     let (name, uid) = (watched.pod.name.clone(), watched.pod.uid.clone());
+    let from = lab.nodes.iter();
+    let mut from = from.filter(|node| worker::name(node) == watched.pod.node);
+    let from = from.next().context("the pod is at a node of the lab")?;
     let begun = Instant::now();
-    let ended = annotate(kubectl, (&name, &uid), to)?;
-    let ended = &ended["status"];
+    let migration = annotate(kubectl, (&name, &uid), to)?;
+    let ended = &migration["status"];
     let took = begun.elapsed();
     watched.check_moved(lab, kubectl, to)?;
     let blackout = watched.clients.blackout_since(begun)?;
+    let mut moved = moved(from, &migration)?;
+    moved.blackout_ms = Some(millis(blackout));
+    report.push(moved);
     let new = ended["newPod"]["name"].as_str().unwrap_or_default();
     ensure!(new == successor(&name), "{name} came as {new}");
     let seconds = round(took.as_secs_f64());
@@ -138,4 +172,4 @@ pub fn say(kubectl: &Kubectl) -> Result<()> {
 const SERVER: &str = "redis";
 /// There and back.
 const MOVES: usize = 2;
-const MOVE_TIME_MAX: Duration = Duration::from_secs(120);
+const MOVE_TIME_MAX: Duration = Duration::from_secs(180);

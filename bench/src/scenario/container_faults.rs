@@ -470,7 +470,7 @@ const BYTES: u64 = 64 << 20; // 64 MiB
 /// A quarter of a second of the first row.
 const WRITES_AROUND: u64 = 3_000;
 /// A gate is met by polling, and may last for milliseconds.
-const TRIES: usize = 5;
+const TRIES: usize = 12;
 const POLL: Duration = Duration::from_millis(1);
 /// What was killed is missed, what was stopped is waited for, and what is begun is there.
 const NOTICE: Duration = Duration::from_millis(300);

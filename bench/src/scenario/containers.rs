@@ -228,7 +228,8 @@ pub const CASES: [(&str, &str); 14] = [
     ),
     (
         "podman-pod-faults, \"podman-pod-faults WHICH\"",
-        "kill -9 of whoever moves one of them; WHICH: of these names only, as \"PostRestore Target\"",
+        "kill -9 of whoever moves one of them; WHICH: of these names only, as \"PostRestore \
+         Target\"",
     ),
 ];
 

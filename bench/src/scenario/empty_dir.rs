@@ -12,7 +12,6 @@ use super::annotated;
 use super::container_files::{Entries, compare, describe_but};
 use super::pods::{POD_TIME_MAX, Placed, check_gone, pod, successor};
 use super::report::Report;
-use super::twenty;
 use crate::client::writer::WriterClient;
 use crate::cluster::kubectl::Kubectl;
 use crate::cluster::laps::Laps;
@@ -90,7 +89,7 @@ impl Course {
         let from = from.context("it is at a node of the lab")?;
         let (before, sizes) = (entries(from, &uid)?, sizes(from, &uid)?);
         let ended = annotated::annotate(kubectl, (&name, &uid), to)?;
-        report.push(twenty::moved(from, &ended)?);
+        report.push(annotated::moved(from, &ended)?);
         let new = successor(&name);
         let pod = Placed::wait(kubectl, &new)?;
         ensure!(pod.node == worker::name(to), "{new} is at {}", pod.node);

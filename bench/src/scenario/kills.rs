@@ -5,6 +5,7 @@
 //! Who and when comes from a seed, which is printed, and which `KILLS_SEED` says. After each move
 //! the pod runs once, at one node, and its clients are still connected; no rule was seen broken.
 
+use std::collections::BTreeMap;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::annotated;
+use super::faults::wait_for_phase;
 use super::pods::{POD_TIME_MAX, Placed, Watched};
 use super::report::Report;
 use crate::cluster::kubectl::Kubectl;
@@ -42,7 +44,8 @@ pub fn run(
         watched: Watched::start_with(lab, &cluster.kubectl, &lab.nodes[0], SERVER, BYTES)?,
         generator: Generator(seed),
         movers,
-        violations: 0,
+        filled: false,
+        results: BTreeMap::new(),
     };
     annotated::wait_ready(lab, &cluster.kubectl, &mut course.movers)?;
     laps.lap("controllers and agents are up, and the pod of Redis has clients");
@@ -56,11 +59,28 @@ pub fn run(
         let said = said.with_context(|| format!("move {number} of seed {seed}, {what:?}"))?;
         println!("move {number}: {said}");
     }
+    for _ in 0..UPDATES_MAX {
+        if course.filled {
+            break;
+        }
+        let said = course.suffer(lab, cluster, Blow::Update, report)?;
+        println!("the fill was over before it was met, so once more: {said}");
+    }
+    report.figure("agents were replaced during a fill", course.filled);
+    if !course.filled {
+        report.fail("no fill was met");
+    }
+    for (result, count) in &course.results {
+        report.figure(&format!("moves that ended as {result}"), *count);
+    }
     laps.lap("it has moved while others were killed");
-    course.violations += course.movers.violations(lab)?;
-    report.figure("rules seen broken", course.violations);
-    if 0 < course.violations {
-        report.fail(format!("{} rules were seen broken", course.violations));
+    let violations = course.movers.wait_revived(lab)?;
+    let written = course.movers.violations_written(lab)?;
+    report.figure("rules seen broken", violations);
+    if 0 < violations || 0 < written {
+        report.fail(format!(
+            "rules were seen broken: {violations} by those that go on, {written} as logs say"
+        ));
     }
     let pod = course.watched.finish(report)?;
     laps.lap("all that was written is there");
@@ -95,8 +115,10 @@ struct Course {
     watched: Watched,
     generator: Generator,
     movers: Movers,
-    /// Of controllers that were killed.
-    violations: u64,
+    /// Agents were replaced while a pod was filled.
+    filled: bool,
+    /// How often a move ended so.
+    results: BTreeMap<String, u64>,
 }
 
 impl Course {
@@ -129,28 +151,7 @@ impl Course {
         let wish = format!("pageferry.dev/migrate-to={to}");
         let annotate = ["annotate", "--overwrite", "pod", &pod.name, &wish];
         cluster.kubectl.run(&annotate)?;
-        match blow {
-            Blow::Kill((victim, after)) => {
-                sleep(Duration::from_millis(after));
-                self.kill(lab, cluster, victim)?;
-            }
-            Blow::Away => {
-                sleep(Duration::from_millis(self.generator.below(MOMENTS_MS)));
-                cluster.leave_for(lab, AWAY)?;
-            }
-            Blow::Update => {
-                until("the pod is being filled", END_TIME_MAX, || {
-                    let status = status(&cluster.kubectl, &pod.uid, known)?;
-                    let step = status["course"]["step"].as_str().unwrap_or_default();
-                    ensure!(
-                        ["Switching", "Cleaning", "Ended"].contains(&step),
-                        "at {step}"
-                    );
-                    Ok(())
-                })?;
-                self.movers.replace_agents(lab)?;
-            }
-        }
+        self.strike(lab, cluster, blow, (&pod, &to))?;
         let status = until("the move ends", END_TIME_MAX, || {
             self.movers.revive(lab)?;
             let status = status(&cluster.kubectl, &pod.uid, known)?;
@@ -168,8 +169,9 @@ impl Course {
         self.watched.pod = Placed::wait(&cluster.kubectl, name)?;
         self.check_once(lab, &cluster.kubectl)?;
         self.watched.clients.wait_for_writes(WRITES_AFTER)?;
-        annotated::wait_ready(lab, &cluster.kubectl, &mut self.movers)?;
-        report.figure_series("results", result);
+        self.movers.wait_revived(lab)?;
+        annotated::wait_labels(lab, &cluster.kubectl)?;
+        *self.results.entry(result.to_owned()).or_default() += 1;
         let reason = status["reason"].as_str().unwrap_or_default();
         if result == "SucceededWithoutRestore" {
             report.fail(format!("{blow:?}: the pod began anew: {reason}"));
@@ -180,8 +182,47 @@ impl Course {
         ))
     }
 
+    /// Does it, some time after the annotation.
+    fn strike(
+        &mut self,
+        lab: &mut Lab,
+        cluster: &mut Cluster,
+        blow: Blow,
+        (pod, to): (&Placed, &str),
+    ) -> Result<()> {
+        match blow {
+            Blow::Kill((victim, after)) => {
+                sleep(Duration::from_millis(after));
+                self.kill(lab, cluster, victim)?;
+            }
+            Blow::Away => {
+                sleep(Duration::from_millis(self.generator.below(MOMENTS_MS)));
+                cluster.without_server(lab, || {
+                    sleep(AWAY);
+                    Ok(())
+                })?;
+            }
+            Blow::Update => {
+                let there = lab.nodes.iter().find(|node| worker::name(node) == to);
+                let there = there.context("it is a node of the lab")?.name();
+                let workload = format!("pod/{}", pod.uid);
+                let filled = wait_for_phase(lab, &workload, (there, "running"))?;
+                self.filled |= filled.is_some();
+                self.movers.replace_agents(lab)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Whether it runs once: one pod, and one process of it at all nodes.
     fn check_once(&self, lab: &Lab, kubectl: &Kubectl) -> Result<()> {
+        let name = &self.watched.pod.name;
+        let pod = kubectl.json(&["get", "pod", name])?;
+        let containers = &pod["status"]["containerStatuses"];
+        ensure!(
+            containers[0]["restartCount"] == 0,
+            "{name} was started anew: {containers}"
+        );
         until("the pod is there once", POD_TIME_MAX, || {
             let listed = kubectl.json(&["get", "pods", &format!("--selector=app={SERVER}")])?;
             let pods = listed["items"].as_array().map_or(0, Vec::len);
@@ -205,8 +246,7 @@ impl Course {
                     .rsplit_once('-')
                     .and_then(|(_, index)| index.parse().ok());
                 let index = index.with_context(|| format!("{holder:?} leads"))?;
-                // With it goes what it has counted.
-                self.violations += self.movers.violations_of(lab, index)?;
+                // With it goes what it has counted, but for what it has written.
                 self.movers.kill_controller(lab, index)
             }
             Victim::Agent(node) => self.movers.kill_agent(lab, node),
@@ -255,3 +295,5 @@ const AWAY: Duration = Duration::from_secs(30);
 /// Another controller leads after 15 s, and an agent counts as silent after 30 s.
 const END_TIME_MAX: Duration = Duration::from_secs(300);
 const WRITES_AFTER: u64 = 3_000;
+/// So often it is tried again to meet a fill.
+const UPDATES_MAX: usize = 3;

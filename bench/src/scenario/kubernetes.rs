@@ -10,8 +10,8 @@ use super::report::Report;
 use super::settings::Settings;
 use super::traces::Traces;
 use super::{
-    annotated, by_hand, crossing, drain, empty_dir, install, kills, multi, refusals, resources,
-    twenty,
+    annotated, by_hand, crossing, drain, eager, empty_dir, install, kills, multi, refusals,
+    resources, twenty,
 };
 use crate::cluster::laps::Laps;
 use crate::cluster::wait::until;
@@ -100,7 +100,7 @@ pub const CASES: [(&str, &str); PARTS.len()] = {
     cases
 };
 
-const PARTS: [NamedPart; 10] = [
+const PARTS: [NamedPart; 11] = [
     NamedPart {
         name: "by-hand",
         what: "a pod moves, each step by hand",
@@ -154,6 +154,12 @@ const PARTS: [NamedPart; 10] = [
         name: "crossing",
         what: "two moves cross, and four wait for each other by the limits of a policy",
         run: |lab, cluster, laps, report, _| crossing::run(lab, cluster, laps, report),
+        moves: 0,
+    },
+    NamedPart {
+        name: "eager",
+        what: "eager probes: moves, also without API server after the commit, and for a fence",
+        run: |lab, cluster, laps, report, _| eager::run(lab, cluster, laps, report),
         moves: 0,
     },
     NamedPart {

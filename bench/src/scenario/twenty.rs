@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::annotated;
@@ -17,8 +17,7 @@ use crate::cluster::watching::{Event, Watching};
 use crate::cluster::{Cluster, worker};
 use crate::lab::Lab;
 use crate::lab::node::Node;
-use crate::mover::outcome::{Move, millis, round};
-use crate::mover::pageferry::show;
+use crate::mover::outcome::{millis, round};
 
 /// How often it moves, unless it is said.
 pub const MOVES: usize = 20;
@@ -102,34 +101,19 @@ impl Course {
         let wish = format!("pageferry.dev/migrate-to={}", worker::name(to));
         let begun = Instant::now();
         cluster.kubectl.run(&["annotate", "pod", &name, &wish])?;
-        let ended = self.end_of(&uid)?;
+        let ended = annotated::end_of(&self.migrations, &uid)?;
         let ready = self.pods.wait("the new pod is ready", TIME_MAX, |event| {
             let is_it = event.object["metadata"]["name"] == *new && is_ready(&event.object);
             Ok(is_it.then_some(event.at))
         })?;
         let blackout = self.watched.clients.blackout_since(begun)?;
-        let mut moved = moved(from, &ended)?;
+        let mut moved = annotated::moved(from, &ended)?;
         moved.blackout_ms = Some(millis(blackout));
         report.push(moved);
         let parts = self.parts_of(&uid, (begun, ready))?;
         println!("  {}", said(&parts));
         self.parts.push(parts);
         self.watched.check_moved(lab, &cluster.kubectl, to)
-    }
-
-    /// The Migration of the pod of this UID, when it has ended well.
-    fn end_of(&self, uid: &str) -> Result<Value> {
-        self.migrations.wait("it has moved", TIME_MAX, |event| {
-            let object = &event.object;
-            if object["spec"]["pod"]["uid"] != *uid {
-                return Ok(None);
-            }
-            match object["status"]["result"].as_str() {
-                Some("Succeeded") => Ok(Some(object.clone())),
-                Some(_) => bail!("it ended otherwise: {}", object["status"]),
-                None => Ok(None),
-            }
-        })
     }
 
     /// How long each part took, by when it was first heard that it was over.
@@ -156,29 +140,6 @@ impl Course {
         }
         Ok(parts)
     }
-}
-
-/// What daemons call the move of a Migration.
-fn daemon_id(migration: &Value) -> String {
-    let uid = migration["metadata"]["uid"].as_str().unwrap_or_default();
-    uid.replace('-', "")
-}
-
-/// What a Migration that has moved a pod away from a node was, as the node says.
-pub fn moved(from: &Node, migration: &Value) -> Result<Move> {
-    read_move(&show(from, &daemon_id(migration))?)
-}
-
-/// What a node says of a migration that has moved something.
-fn read_move(shown: &Value) -> Result<Move> {
-    ensure!(shown["moved"] == true, "the source says {shown}");
-    let mut object = shown.clone();
-    object["mode"] = Value::from("precopy");
-    object["from"] = shown["node"].clone();
-    object["to"] = shown["peer"].clone();
-    object["rounds"] = shown["round"].clone();
-    object["restore_ms"] = shown["parts_ms"]["restore"].clone();
-    serde_json::from_value(object).with_context(|| format!("the source says {shown}"))
 }
 
 fn is_ready(pod: &Value) -> bool {

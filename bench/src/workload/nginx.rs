@@ -50,17 +50,21 @@ pub fn start_as(
     lab: &mut Lab,
     launch: impl FnOnce(&mut Lab, Vec<String>) -> Result<Workload>,
 ) -> Result<Workload> {
-    let shared = lab.folder.shared();
-    let folder = shared.join("nginx");
-    fs::create_dir_all(&folder).context("creating nginx's folder")?;
-    let blob: Vec<u8> = (0..BLOB_BYTES).map(blob_byte).collect();
-    fs::write(folder.join("blob"), blob).context("writing what nginx serves")?;
-    fs::write(folder.join("nginx.conf"), configuration()).context("configuring nginx")?;
+    write_files(lab)?;
     let configuration = format!("{FOLDER}/nginx.conf");
     let arguments = [PROGRAM, "-c", &configuration];
     let workload = launch(lab, arguments.map(str::to_owned).to_vec())?;
     workload.wait_until_it_listens(lab, PORT)?;
     Ok(workload)
+}
+
+/// Writes what it serves, `blob`, and how it is configured, `nginx.conf`, to [`FOLDER`].
+pub fn write_files(lab: &Lab) -> Result<()> {
+    let folder = lab.folder.shared().join("nginx");
+    fs::create_dir_all(&folder).context("creating nginx's folder")?;
+    let blob: Vec<u8> = (0..BLOB_BYTES).map(blob_byte).collect();
+    fs::write(folder.join("blob"), blob).context("writing what nginx serves")?;
+    fs::write(folder.join("nginx.conf"), configuration()).context("configuring nginx")
 }
 
 /// Nothing is written to a folder of one node alone, but for the temporary folders that nginx makes

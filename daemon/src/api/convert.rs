@@ -8,7 +8,7 @@ use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::status::{Parts, Phase};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 
-use crate::migration::progress::Progress;
+use crate::migration::progress::{Progress, Waited};
 use crate::migration::refusals::Refusal;
 
 pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
@@ -56,6 +56,11 @@ pub(super) fn status(node: &NodeName, progress: &Progress) -> schema::Status {
         holding: status.holding,
         waiting: progress.waiting,
         notes: progress.notes.clone(),
+        drains: status.drains,
+        followed_bytes: progress.followed.map(|pages| pages.bytes()),
+        mode: progress.mode.map(|mode| mode.to_string()),
+        waited: progress.waited.map(waited),
+        missing_bytes: progress.missing.map(|pages| pages.bytes()),
     }
 }
 
@@ -88,6 +93,15 @@ fn parts(parts: &Parts) -> schema::Parts {
         restore_us: parts.restore.map(micros),
         commit_us: parts.commit.map(micros),
         handoff_us: parts.handoff.map(micros),
+    }
+}
+
+fn waited(waited: Waited) -> schema::Waited {
+    schema::Waited {
+        faults: waited.faults,
+        p50_us: waited.p50_us,
+        p99_us: waited.p99_us,
+        max_us: waited.max_us,
     }
 }
 

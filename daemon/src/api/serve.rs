@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -303,6 +304,45 @@ fn parse_id(text: &str) -> Result<MigrationId, Status> {
         .map_err(|error| Status::invalid_argument(format!("migration {text:?}: {error}")))
 }
 
+/// What a text names, or the default if there is none.
+fn named<T: FromStr<Err: std::fmt::Display>>(text: Option<&str>, default: T) -> Result<T, Status> {
+    let parse = |text: &str| {
+        let parsed = text.parse();
+        parsed.map_err(|error: T::Err| Status::invalid_argument(error.to_string()))
+    };
+    text.map_or(Ok(default), parse)
+}
+
+/// How it is to move, as far as that is said.
+fn parse_policy(request: &schema::MigrateRequest, defaults: Policy) -> Result<Policy, Status> {
+    let rounds_max = request.rounds_max.unwrap_or(defaults.rounds_max);
+    if rounds_max == 0 || rounds_max > ROUNDS_LIMIT {
+        return Err(Status::invalid_argument(format!(
+            "rounds-max {rounds_max} is not between 1 and {ROUNDS_LIMIT}"
+        )));
+    }
+    if request.frozen_max_us == Some(0) {
+        return Err(Status::invalid_argument("frozen-max must be above zero"));
+    }
+    let duration = |micros: Option<u64>, default| micros.map_or(default, Duration::from_micros);
+    let mode = named(request.mode.as_deref(), defaults.mode)?;
+    let on_timeout = named(request.on_timeout.as_deref(), defaults.on_timeout)?;
+    Ok(Policy {
+        downtime_max: duration(request.downtime_max_us, defaults.downtime_max),
+        rounds_max,
+        timeout: duration(request.timeout_us, defaults.timeout),
+        verify: request.verify,
+        force_eager: request.force_eager,
+        frozen_max: request
+            .frozen_max_us
+            .map(Duration::from_micros)
+            .or(defaults.frozen_max),
+        mode,
+        on_timeout,
+        downtime_bound: defaults.downtime_bound,
+    })
+}
+
 fn parse_migrate(
     request: schema::MigrateRequest,
     defaults: Policy,
@@ -315,27 +355,7 @@ fn parse_migrate(
         .to
         .parse()
         .map_err(|error| Status::invalid_argument(format!("node {:?}: {error}", request.to)))?;
-    let rounds_max = request.rounds_max.unwrap_or(defaults.rounds_max);
-    if rounds_max == 0 || rounds_max > ROUNDS_LIMIT {
-        return Err(Status::invalid_argument(format!(
-            "rounds-max {rounds_max} is not between 1 and {ROUNDS_LIMIT}"
-        )));
-    }
-    if request.frozen_max_us == Some(0) {
-        return Err(Status::invalid_argument("frozen-max must be above zero"));
-    }
-    let duration = |micros: Option<u64>, default| micros.map_or(default, Duration::from_micros);
-    let policy = Policy {
-        downtime_max: duration(request.downtime_max_us, defaults.downtime_max),
-        rounds_max,
-        timeout: duration(request.timeout_us, defaults.timeout),
-        verify: request.verify,
-        force_eager: request.force_eager,
-        frozen_max: request
-            .frozen_max_us
-            .map(Duration::from_micros)
-            .or(defaults.frozen_max),
-    };
+    let policy = parse_policy(&request, defaults)?;
     let shared: Vec<PathBuf> = request
         .shared_paths
         .into_iter()

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry_proto::id::{MigrationId, NetworkName, NodeName, PodUid, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::policy::{Mode, OnTimeout};
 
 use super::setup::kubernetes;
 use crate::config::units::Span;
@@ -143,6 +144,16 @@ pub struct MigrateArgs {
     /// Copy on, round after round, and do not freeze before `pageferry proceed ID`
     #[arg(long)]
     pub hold: bool,
+    /// How its memory moves: precopy, all before it runs at the target; postcopy, all after that;
+    /// hybrid, after it what rounds do not bring; auto, as precopy if rounds will do, else as
+    /// hybrid. Until all has followed, the loss of either node loses the workload [default:
+    /// precopy]
+    #[arg(long, value_name = "MODE")]
+    pub mode: Option<Mode>,
+    /// When it is not frozen in time: cancel; force, freeze whatever that costs; or postcopy, and
+    /// let what is left follow [default: cancel]
+    #[arg(long, value_name = "WHAT")]
+    pub on_timeout: Option<OnTimeout>,
     /// Compare every page at both nodes by digest while the workload is frozen
     #[arg(long)]
     pub verify: bool,

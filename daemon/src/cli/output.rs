@@ -3,7 +3,7 @@
 //! The JSON is stable: fields are added, never renamed or removed. Times are in milliseconds, sizes
 //! in bytes; what was not measured is null.
 
-use pageferry_api::{ListReply, Parts, Refusal, Side, Status};
+use pageferry_api::{Failure, ListReply, Parts, Refusal, Side, Status};
 use serde::Serialize;
 
 use super::client::CallError;
@@ -41,7 +41,19 @@ pub struct Known<'a> {
     unsettled: bool,
     holding: bool,
     waiting: bool,
+    drains: bool,
+    missing_bytes: Option<u64>,
+    waited: Option<Waits>,
     error: Option<ErrorObject>,
+}
+
+/// How long threads waited for pages that had not come.
+#[derive(Debug, Serialize)]
+struct Waits {
+    faults: u64,
+    p50_ms: f64,
+    p99_ms: f64,
+    max_ms: f64,
 }
 
 /// What `list` prints.
@@ -66,7 +78,7 @@ pub struct Refused<'a> {
 pub struct Moved {
     id: Option<String>,
     workload: String,
-    mode: &'static str,
+    mode: String,
     from: String,
     to: String,
     rounds: Option<u32>,
@@ -142,6 +154,14 @@ impl<'a> Known<'a> {
             unsettled: status.unsettled,
             holding: status.holding,
             waiting: status.waiting,
+            drains: status.drains,
+            missing_bytes: status.missing_bytes,
+            waited: status.waited.map(|waited| Waits {
+                faults: waited.faults,
+                p50_ms: millis(waited.p50_us),
+                p99_ms: millis(waited.p99_us),
+                max_ms: millis(waited.max_us),
+            }),
             error: error(status),
         }
     }
@@ -180,7 +200,7 @@ impl Moved {
         Self {
             id: Some(status.id.clone()),
             workload: status.workload.clone(),
-            mode: MODE,
+            mode: status.mode.clone().unwrap_or_else(|| PRECOPY.to_owned()),
             from: status.node.clone(),
             to: status.peer.clone(),
             rounds: rounds(status),
@@ -215,7 +235,7 @@ impl Moved {
             id,
             workload,
             to,
-            mode: MODE,
+            mode: PRECOPY.to_owned(),
             error: Some(error),
             ..Self::default()
         }
@@ -235,6 +255,12 @@ pub fn summary(status: &Status) -> String {
             Some(failure) => format!("{}: {}", failure.code, failure.text),
             None => "no reason was given".to_owned(),
         };
+        let is_lost = |failure: &Failure| failure.code == "lost-in-drain";
+        if status.failure.as_ref().is_some_and(is_lost) {
+            return format!(
+                "{workload} is lost: it ran at {peer}, without all its memory\n  {why}"
+            );
+        }
         return format!("{workload} runs on at {node}, it has not moved to {peer}\n  {why}");
     }
     let mut text = format!("{workload} moved from {node} to {peer}");
@@ -254,6 +280,9 @@ pub fn summary(status: &Status) -> String {
     }
     if let Some(pages) = status.final_pages {
         text += &format!(", {pages} pages in the final round");
+    }
+    if let Some(followed) = status.followed_bytes.filter(|bytes| *bytes > 0) {
+        text += &format!("\n  {} followed it", Bytes(followed).rounded());
     }
     if status.retries > 0 {
         text += &format!("\n  freezes given up before: {}", status.retries);
@@ -387,6 +416,12 @@ pub fn line(status: &Status) -> String {
     if status.waiting {
         text += ", its container waits";
     }
+    if let Some(missing) = status.missing_bytes.filter(|bytes| *bytes > 0) {
+        text += &format!(", {} to come", Bytes(missing).rounded());
+    }
+    if status.drains {
+        text += ", lost if either node dies now";
+    }
     if status.fence_wanted {
         text += ", the peer is gone: bring it back, or see `pageferry resolve --help`";
     }
@@ -472,7 +507,7 @@ fn error(status: &Status) -> Option<ErrorObject> {
 }
 
 /// How memory travels: copied in rounds before the freeze.
-const MODE: &str = "precopy";
+const PRECOPY: &str = "precopy";
 
 #[cfg(test)]
 #[path = "output_tests.rs"]

@@ -176,6 +176,8 @@ fn request(arguments: MigrateArgs) -> MigrateRequest {
         shared_paths: arguments.shared,
         copied_paths: arguments.copy,
         hold: arguments.hold,
+        mode: arguments.mode.map(|mode| mode.to_string()),
+        on_timeout: arguments.on_timeout.map(|what| what.to_string()),
         verify: arguments.verify,
         force_eager: arguments.force_eager,
         force_cpu: arguments.force_cpu,

@@ -34,6 +34,7 @@ fn everything_but_the_name_and_the_address_has_a_default() {
             peers: {},
             bridge: None,
             parking: Auto,
+            postcopy: false,
             criu: "criu",
             view_library: "/usr/lib/pageferry/libcriu_view.so",
             stand_in: "/opt/bin/pageferry-criu",
@@ -61,6 +62,7 @@ const FULL: &str = r#"
     listen = "10.0.0.1:7440"
     state_dir = "/s"
     run_dir = "/r"
+    postcopy = true
     [tls]
     ca = "/t/ca"
     certificate = "/t/crt"
@@ -99,6 +101,7 @@ fn a_file_may_say_everything() {
     assert_eq!(config.peers.len(), 2);
     assert_eq!(config.bridge.as_deref(), Some("br0"));
     assert_eq!(config.parking, Parking::Capture);
+    assert!(config.postcopy);
     assert_eq!(config.pager, Path::new("/opt/bin/pageferry-pager"));
     assert_eq!(config.limits.lanes, 3);
     assert_eq!(config.migrate.timeout, Duration::from_secs(600));
@@ -119,6 +122,7 @@ fn a_flag_wins_over_the_file() {
         "--peer=b=9.9.9.9:9",
         "--bridge=fb",
         "--parking=off",
+        "--postcopy=false",
         "--criu=/fcriu",
         "--criu-view-library=/fv",
         "--criu-stand-in=/fi",

@@ -534,7 +534,10 @@ impl Origin {
 
 /// From here on only the target or an operator ends it.
 const fn is_decided(phase: Phase) -> bool {
-    matches!(phase, Phase::Committed | Phase::Reclaiming)
+    matches!(
+        phase,
+        Phase::Committed | Phase::Draining | Phase::Reclaiming
+    )
 }
 
 fn parse(id: MigrationId, recovered: &Recovered) -> Result<Vec<Record>, Failure> {

@@ -90,6 +90,11 @@ impl<M: Role + Send + 'static> Session<M> {
         self.tasks.extend(tasks);
     }
 
+    /// For whoever has messages of their own, and waits until they are taken. They end with this.
+    pub fn messages(&self) -> mpsc::Sender<M> {
+        self.messages.clone()
+    }
+
     /// Queues a message; false when the peer takes none any more.
     pub fn say(&self, message: M) -> bool {
         self.messages.try_send(message).is_ok()

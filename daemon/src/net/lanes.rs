@@ -7,6 +7,7 @@
 //!          ── lane 1…: Hello, Welcome ───────────────►  joins the session of lane 0
 //!          ══ lane 0, first stream: control ════════►
 //!          ══ any lane, data streams ═══════════════►  DataReceiver::next()
+//!          ══ one more lane, if wanted: urgent ones ═►
 //! ```
 //!
 //! Invariants:
@@ -242,7 +243,26 @@ pub async fn dial(
     migration: MigrationId,
     lanes: u8,
 ) -> Result<SourceSession, LanesError> {
-    let lanes = u32::from(lanes.max(1));
+    dial_all(endpoint, peer, migration, (lanes, false)).await
+}
+
+/// The same, and one more lane for what is urgent.
+pub async fn dial_with_urgent(
+    endpoint: &Endpoint,
+    peer: &NodeName,
+    migration: MigrationId,
+    lanes: u8,
+) -> Result<SourceSession, LanesError> {
+    dial_all(endpoint, peer, migration, (lanes, true)).await
+}
+
+async fn dial_all(
+    endpoint: &Endpoint,
+    peer: &NodeName,
+    migration: MigrationId,
+    (lanes, urgent): (u8, bool),
+) -> Result<SourceSession, LanesError> {
+    let lanes = u32::from(lanes.max(1)) + u32::from(urgent);
     let shared = Arc::new(Shared::new(peer.clone(), lanes));
     let session = Lanes {
         shared: Arc::clone(&shared),
@@ -277,7 +297,11 @@ pub async fn dial(
         version: welcome.version,
         sender: sender.into_role(),
         receiver: receiver.into_role(),
-        data: DataSender::new(&connections, migration),
+        data: {
+            let last = connections.split_last().filter(|_| urgent);
+            let (urgent, others) = last.unzip();
+            DataSender::new(others.unwrap_or(&connections), urgent, migration)
+        },
         lanes: session,
     })
 }

@@ -56,6 +56,8 @@ pub struct StreamReader {
 #[derive(Clone, Debug)]
 pub struct DataSender {
     lanes: Arc<[Outlet]>,
+    /// A lane of which nothing else is sent, if there is one.
+    urgent: Option<Arc<[Outlet]>>,
     migration: MigrationId,
 }
 
@@ -226,14 +228,29 @@ impl Drop for StreamReader {
 }
 
 impl DataSender {
-    pub(super) fn new(connections: &[quinn::Connection], migration: MigrationId) -> Self {
+    pub(super) fn new(
+        connections: &[quinn::Connection],
+        urgent: Option<&quinn::Connection>,
+        migration: MigrationId,
+    ) -> Self {
         let outlet = |connection: &quinn::Connection| Outlet {
             connection: connection.clone(),
             queued: AtomicU64::new(0),
         };
         Self {
             lanes: connections.iter().map(outlet).collect(),
+            urgent: urgent.map(|connection| Arc::from([outlet(connection)])),
             migration,
+        }
+    }
+
+    /// For what does not wait behind anything else: on a lane of its own, if there is one.
+    #[must_use]
+    pub fn urgent(&self) -> Self {
+        let lanes = self.urgent.as_ref().unwrap_or(&self.lanes);
+        Self {
+            lanes: Arc::clone(lanes),
+            ..self.clone()
         }
     }
 
@@ -339,8 +356,10 @@ impl Drop for StreamWriter {
 /// Bytes a stream of this kind may have after its prefix.
 fn bytes_max(kind: StreamKind) -> u64 {
     match kind {
-        StreamKind::Parcel => PARCEL_BYTES_MAX as u64,
-        StreamKind::LiveSet => (SetHeader::BYTES + set::WIRE_BYTES_MAX + CHECKSUM_BYTES) as u64,
+        StreamKind::Parcel | StreamKind::Fetched => PARCEL_BYTES_MAX as u64,
+        StreamKind::LiveSet | StreamKind::AbsentSet => {
+            (SetHeader::BYTES + set::WIRE_BYTES_MAX + CHECKSUM_BYTES) as u64
+        }
         StreamKind::ImageFile => {
             ImageFileHeader::BYTES_MAX as u64 + IMAGE_BYTES_MAX + CHECKSUM_BYTES as u64
         }

@@ -58,6 +58,7 @@ fn ran() -> Vec<Entry> {
         Entry::Ready(ReadyEntry {
             generation: GENERATION,
             incarnation,
+            drains: false,
             state,
         }),
         Entry::Running {
@@ -334,6 +335,7 @@ async fn storage_that_does_not_answer_holds_up_no_restart() {
     over.extend([
         Entry::Commit {
             generation: GENERATION,
+            drains: false,
         },
         Entry::Started {
             generation: GENERATION,
@@ -438,6 +440,7 @@ async fn a_refused_attempt_is_remembered_and_a_workload_that_moved_is_found() {
         }),
         Entry::Commit {
             generation: GENERATION,
+            drains: false,
         },
         Entry::Started {
             generation: GENERATION,

@@ -139,6 +139,7 @@ impl Node {
             shelf: self.shelf(),
             workers: 1,
             parks: true,
+            drains: true,
         }
     }
 
@@ -161,6 +162,7 @@ impl Node {
                 eager_memory_max: 0,
                 keep: self.shelf().keep(),
                 parking: Means::Auto,
+                postcopy: true,
             },
             target: self.target(),
             endpoint,

@@ -23,7 +23,10 @@ const GONE: i32 = i32::MAX;
 fn moved() -> Vec<Entry> {
     let mut entries = offered(GONE, 1, Path::new("/gone"));
     let generation = GENERATION;
-    entries.push(Entry::Commit { generation });
+    entries.push(Entry::Commit {
+        generation,
+        drains: false,
+    });
     entries.push(Entry::Started { generation });
     entries.push(Entry::Done);
     entries

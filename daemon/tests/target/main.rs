@@ -112,6 +112,7 @@ impl Target {
             shelf: Shelf::new(folder.path().join("folders")),
             workers: 1,
             parks: true,
+            drains: true,
         };
         let journals = Journals::open(&folder.path().join("journal")).unwrap();
         let clock = Clock::start();
@@ -361,6 +362,8 @@ fn last(images: u32) -> Final {
     Final {
         locks: 0,
         files: 0,
+        absent_sets: 0,
+        absent_pages: PageCount::ZERO,
         generation: Generation::FIRST,
         round: Round::FIRST,
         parcels: 0,

@@ -79,6 +79,7 @@ const DAEMON: Modules = &[
 ];
 
 const PAGER: Modules = &[
+    ("absent", &["space"]),
     ("ahead", &["message", "runtime"]),
     ("channel", &["message", "pageferry_sys"]),
     (
@@ -90,11 +91,21 @@ const PAGER: Modules = &[
         "failure",
         &["message", "pageferry_cgroup", "plan", "serve", "watcher"],
     ),
-    ("fault", &["pageferry_pages", "pageferry_sys", "space"]),
+    (
+        "fault",
+        &["absent", "pageferry_pages", "pageferry_sys", "space"],
+    ),
     (
         "fill",
-        &["fault", "pageferry_pages", "pageferry_sys", "space"],
+        &[
+            "absent",
+            "fault",
+            "pageferry_pages",
+            "pageferry_sys",
+            "space",
+        ],
     ),
+    ("latency", &["message"]),
     ("lib", &[]),
     (
         "locks",
@@ -157,7 +168,10 @@ const PAGER: Modules = &[
             "start",
         ],
     ),
-    ("serve", &["pageferry_pages", "pageferry_sys", "worker"]),
+    (
+        "serve",
+        &["latency", "pageferry_pages", "pageferry_sys", "worker"],
+    ),
     ("shield", &["error"]),
     ("signals", &[]),
     ("space", &[]),
@@ -167,6 +181,7 @@ const PAGER: Modules = &[
     (
         "worker",
         &[
+            "absent",
             "fault",
             "fill",
             "pageferry_pages",

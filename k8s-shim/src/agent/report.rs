@@ -113,10 +113,17 @@ pub fn is_passing(report: &Report) -> bool {
     passes.contains(&report.phase.as_str()) && !report.fence_wanted && report.failure.is_none()
 }
 
+/// Whether it says only that what was told to hand over has not begun to yet: as short.
+pub fn is_about_to_pass(report: &Report, proceed: bool) -> bool {
+    let copies = matches!(report.phase.as_str(), "copying" | "receiving");
+    proceed && copies && !report.fence_wanted && report.failure.is_none()
+}
+
 /// Whether one says more than figures that another does not.
 pub fn is_news(report: &Report, last: &Report) -> bool {
     let plain = |report: &Report| Report {
         at: 0,
+        round: None,
         bytes: None,
         eta_seconds: None,
         predicted_downtime_ms: None,
@@ -165,6 +172,9 @@ mod tests {
             said.clone_into(&mut report.phase);
             report.fence_wanted = false;
             assert!(!is_passing(&report), "{said}");
+            let told = is_about_to_pass(&report, true);
+            assert_eq!(told, said == "copying", "{said}");
+            assert!(!is_about_to_pass(&report, false), "{said}");
         }
     }
 
@@ -182,6 +192,7 @@ mod tests {
         let first = report(Some(&status), &Besides::default(), false, 7);
         assert_eq!((first.eta_seconds, first.downtime_ms), (Some(6), Some(1)));
         let later = schema::Status {
+            round: 2,
             sent_bytes: Some(500),
             wire_bytes: Some(40),
             ..status.clone()

@@ -115,7 +115,7 @@ impl Serving {
         let report = report::report(self.status.as_ref(), &self.besides, given_up, now);
         let over = orders.step == Step::Ended && report.is_final;
         // Also where the call failed: the daemon is there, and how it stands is known.
-        if self.is_due(&report) {
+        if self.is_due(&report, orders.proceed) {
             let said = self.say(migration, &report).await;
             let counted = match said {
                 Ok(()) => &metrics::REPORTS,
@@ -235,8 +235,9 @@ impl Serving {
     /// News at once, figures every now and then, and that nothing has changed too. That it stands
     /// still is news only if it lasts: to say it costs processors that the hand-over needs, here
     /// and where it is heard.
-    fn is_due(&mut self, report: &Report) -> bool {
-        if !report::is_passing(report) {
+    fn is_due(&mut self, report: &Report, proceed: bool) -> bool {
+        let passes = report::is_passing(report) || report::is_about_to_pass(report, proceed);
+        if !passes {
             self.passing = None;
         } else if self.passing.get_or_insert_with(Instant::now).elapsed() < PASSING {
             return false;

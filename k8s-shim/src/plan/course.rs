@@ -140,7 +140,17 @@ impl Course<'_> {
 
     fn source_failed(&self) -> Option<Why> {
         let report = self.observed.source_report.as_ref()?;
-        (report.is_final && !report.moved && report.phase != UNKNOWN).then(|| failure(report))
+        if !report.is_final || report.moved || report.phase == UNKNOWN {
+            return None;
+        }
+        let why = failure(report);
+        match &self.observed.eager {
+            Some(eager) if why.reason == FROZEN_TOO_LONG => {
+                let text = format!("{}: {eager}", why.message);
+                Some(Why::new(FROZEN_TOO_LONG, text))
+            }
+            _ => Some(why),
+        }
     }
 
     fn copy(&self) -> Decision {
@@ -498,6 +508,8 @@ pub fn side_name(side: Side) -> &'static str {
     }
 }
 
+/// It stood still for as long as it may, or would have.
+const FROZEN_TOO_LONG: &str = "FrozenTooLong";
 /// A daemon's migration that it does not have.
 pub const UNKNOWN: &str = "unknown";
 /// How often what waits is looked at, in seconds: reports come by themselves.

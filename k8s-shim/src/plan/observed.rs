@@ -43,6 +43,8 @@ pub struct Observed {
     pub budgets: Vec<Disruption>,
     pub limits: Limits,
     pub timeouts: Timeouts,
+    /// How long the pod may stand still, and for which probe of its own, where that is little.
+    pub eager: Option<String>,
 }
 
 /// Where a pod would go.

@@ -176,3 +176,25 @@ fn a_pod_that_stays_is_evicted_by_nobody() {
     seen.record.result = Some(Outcome::Succeeded);
     assert_eq!(plan(&seen).actions, []);
 }
+
+#[test]
+fn a_freeze_that_probes_cut_short_says_so() {
+    let probe = "the liveness probe of container web has the kubelet end it after 1 s";
+    for (reason, said) in [("FrozenTooLong", true), ("CriuFailed", false)] {
+        let mut seen = with_new(Step::Moving, Adoption::Nobody);
+        seen.eager = Some(probe.to_owned());
+        seen.source_report = Some(Report {
+            is_final: true,
+            failure: Some(Why::new(reason, "the freeze was given up after 0.8 s")),
+            ..report("aborted")
+        });
+        let record = plan(&seen).record.expect("a record");
+        let why = record.why.expect("why");
+        assert_eq!((record.step, &*why.reason), (Step::Aborting, reason));
+        assert!(
+            why.message.starts_with("the freeze was given up"),
+            "{why:?}"
+        );
+        assert_eq!(why.message.contains(probe), said, "{why:?}");
+    }
+}

@@ -74,8 +74,29 @@ pub async fn gather(client: &Client, migration: &Migration) -> Result<Objects, E
         objects.adopter = found.trying("reading the ReplicaSet that adopts")?;
     }
     objects.source = source;
-    objects.migration = Some(migration);
+    objects.migration = latest(&migrations, &migration).await?;
     Ok(objects)
+}
+
+/// The Migration as it is now. Agents say something in it each second, and all the rest takes a
+/// while to read: what is written down then, with the version that was looked at, would be refused
+/// again and again.
+async fn latest(
+    migrations: &Api<Migration>,
+    migration: &Migration,
+) -> Result<Option<Migration>, Error> {
+    let name = migration.name_any();
+    let found = migrations.get_opt(&name).await;
+    let found = found.trying("reading the Migration once more")?;
+    let found = found.filter(|found| found.uid() == migration.uid());
+    // By the step it was chosen what else to read.
+    let is_as_it_was = |now: &Migration| observe::record(now) == observe::record(migration);
+    match found.as_ref().is_none_or(is_as_it_was) {
+        true => Ok(found),
+        false => Err(Error::Object(format!(
+            "{name} has got on while it was looked at"
+        ))),
+    }
 }
 
 /// Whether there may be one more move. Where there may not, all the cluster's pods say nothing.

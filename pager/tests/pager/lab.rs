@@ -65,6 +65,9 @@ pub struct Tree {
     pub spaces: Vec<u64>,
     /// Offsets of pages that each reads before it may run.
     pub early: Vec<u64>,
+    /// Offsets of the first page, and how many from there, of pages of the first space that are not
+    /// in its store yet.
+    pub absent: Vec<(u64, u64)>,
     /// "Finished" is said only when the test says so.
     pub finish_by_hand: bool,
     /// The stand-in for CRIU looks whether its loopback is shut, and open when it is answered.
@@ -78,10 +81,25 @@ impl Tree {
         Self {
             spaces: vec![pages],
             early: Vec::new(),
+            absent: Vec::new(),
             finish_by_hand: false,
             probes_loopback: false,
             fail,
         }
+    }
+
+    /// All of it is absent.
+    pub fn absent(pages: u64) -> Self {
+        Self {
+            absent: vec![(0, pages)],
+            ..Self::of(pages)
+        }
+    }
+
+    /// What is absent of the first space.
+    pub fn absent_pages(&self) -> PageSet {
+        let runs = self.absent.iter();
+        PageSet::from_runs(runs.map(|(offset, count)| run(FIRST_PAGE + offset, *count)))
     }
 
     pub fn by_hand(self) -> Self {
@@ -151,15 +169,31 @@ impl Lab {
         let mut sets = Vec::new();
         for (index, (vpid, count)) in vpids(tree).zip(&tree.spaces).enumerate() {
             let first = FIRST_PAGE + index as u64 * NEXT_SPACE;
-            let store = store(first, *count);
+            let absent = match index {
+                0 => tree.absent_pages(),
+                _ => PageSet::new(),
+            };
+            let all = PageSet::from(run(first, *count));
+            let store = store();
+            put(&store, &all.difference(&absent));
             let space = SpaceId(u32::try_from(vpid).unwrap());
             self.client.space(space, store.as_fd()).await.unwrap();
             self.stores.insert(space.0, store);
-            let run = PageRun::new(PageIndex(first), PageCount(*count)).unwrap();
-            sets.push((space, PageSet::from(run)));
+            sets.push((space, all, absent));
         }
-        let plans: Vec<_> = sets.iter().map(|(space, set)| (*space, set)).collect();
+        let plans: Vec<_> = sets.iter().map(|(space, all, _)| (*space, all)).collect();
         self.client.plan(&plans).await.unwrap();
+        if !tree.absent.is_empty() {
+            let absent: Vec<_> = sets.iter().map(|(space, _, set)| (*space, set)).collect();
+            self.client.absent(&absent).await.unwrap();
+        }
+    }
+
+    /// Brings pages of the first space that were absent.
+    pub async fn bring(&self, pages: &PageSet) {
+        let space = SpaceId(u32::try_from(VPID).unwrap());
+        put(&self.stores[&space.0], pages);
+        self.client.arrived(space, pages).await.unwrap();
     }
 
     /// The request that restores `tree` by the stand-in for CRIU.
@@ -352,20 +386,29 @@ pub fn vpids(tree: &Tree) -> impl Iterator<Item = i32> + use<> {
     VPID..VPID + i32::try_from(tree.spaces.len()).unwrap()
 }
 
-/// A store with the contents of `count` pages from `first` on.
-fn store(first: u64, count: u64) -> File {
+/// An empty store.
+fn store() -> File {
     let file = File::from(memfd_create("store", MFdFlags::MFD_CLOEXEC).unwrap());
     file.set_len(1 << 47).unwrap();
-    let mut bytes = vec![0; 64 * PAGE as usize];
-    for start in (0..count).step_by(64) {
-        let part = 64.min(count - start);
-        for (page, chunk) in (first + start..).zip(bytes.chunks_exact_mut(PAGE as usize)) {
-            contents(page, chunk);
-        }
-        let part = &bytes[..(part * PAGE) as usize];
-        file.write_all_at(part, (first + start) * PAGE).unwrap();
-    }
     file
+}
+
+/// Puts the contents of pages into a store.
+pub fn put(store: &File, pages: &PageSet) {
+    for part in pages.partition(PageCount(64)) {
+        for run in part.runs() {
+            let mut bytes = vec![0; usize::try_from(run.bytes()).unwrap()];
+            let chunks = bytes.chunks_exact_mut(PAGE as usize);
+            for (page, chunk) in (run.start().0..).zip(chunks) {
+                contents(page, chunk);
+            }
+            store.write_all_at(&bytes, run.address()).unwrap();
+        }
+    }
+}
+
+pub fn run(start: u64, count: u64) -> PageRun {
+    PageRun::new(PageIndex(start), PageCount(count)).unwrap()
 }
 
 /// New cgroups, and the folder of the tree's freezer among them.

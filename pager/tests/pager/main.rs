@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod absent;
 mod criu;
 mod fates;
 mod lab;

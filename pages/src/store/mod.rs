@@ -17,6 +17,9 @@
 //! call of this module, is not seen. That the file still has as many pages as were written can be
 //! asked for, and costs nothing.
 //!
+//! A workload may run before all its pages have come. Then its memory files are the pager's: it
+//! keeps them when a daemon dies, and the next one goes on writing to the same ([`Store::adopt`]).
+//!
 //! Absent: serving faults; telling what is missing to anybody (set algebra of the caller's).
 
 mod digests;
@@ -192,6 +195,19 @@ impl Store {
         let space = Arc::new(space);
         spaces.insert(id, Arc::clone(&space));
         Ok(space)
+    }
+
+    /// The space `id`, with a memory file that a store before this one has made. What that holds is
+    /// not known here: nothing of it counts as held.
+    pub fn adopt(&self, id: SpaceId, memory: MemoryFile) -> Result<(), StoreError> {
+        let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
+        let max = self.spaces_max;
+        if max <= spaces.len() && !spaces.contains_key(&id) {
+            return Err(StoreError::TooManySpaces { space: id, max });
+        }
+        let space = SpaceStore::over(id, memory, Arc::clone(&self.used), false);
+        spaces.insert(id, Arc::new(space));
+        Ok(())
     }
 
     /// All spaces, in the order of their ids.

@@ -90,14 +90,24 @@ impl SpaceStore {
     ) -> Result<Self, StoreError> {
         let memory = MemoryFile::create(&format!("pageferry-{id}"));
         let memory = memory.map_err(|source| StoreError::Create { space: id, source })?;
-        Ok(Self {
+        Ok(Self::over(id, memory, used, digests))
+    }
+
+    /// One of whose file nothing is known to be held.
+    pub(super) fn over(
+        id: SpaceId,
+        memory: MemoryFile,
+        used: Arc<AtomicU64>,
+        digests: bool,
+    ) -> Self {
+        Self {
             id,
             memory,
             turn: Mutex::default(),
             held: Mutex::default(),
             digests: digests.then(Mutex::default),
             used,
-        })
+        }
     }
 
     /// Which space it is.

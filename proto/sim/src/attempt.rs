@@ -1,13 +1,64 @@
 //! What belongs to one attempt at the final round, at both sides.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
-use super::node::{Attempt, Images, Last, Stream};
+use super::node::{Attempt, Images, Last, Sending, Stream};
 use super::world::World;
-use pageferry_proto::id::Generation;
+use pageferry_proto::id::{Generation, Round, SpaceId};
+use pageferry_proto::page::PageCount;
+use pageferry_proto::set::PageSet;
+
+/// Pages of a simulated parcel: few, so that a round has several.
+const PARCEL_PAGES: PageCount = PageCount(3);
 
 impl World {
-    pub(super) fn last(&self, generation: Generation) -> Last {
+    /// A round, with pages or without.
+    pub(super) fn sending(&mut self, round: Round, pages: bool) -> Sending {
+        let scan = match pages {
+            true => self.source.memory.scan(),
+            false => BTreeMap::new(),
+        };
+        let cut = |(space, pages): (SpaceId, PageSet)| {
+            let parts = pages.partition(PARCEL_PAGES).into_iter();
+            parts.map(move |part| (space, part)).collect::<Vec<_>>()
+        };
+        Sending {
+            round,
+            parcels: scan.into_iter().flat_map(cut).collect(),
+            absent: Vec::new(),
+            sent: 0,
+            pages: 0,
+            last: None,
+        }
+    }
+
+    /// The final round: what is dirty is sent, or said to be absent.
+    pub(super) fn final_sending(
+        &mut self,
+        round: Round,
+        generation: Generation,
+        absent: bool,
+    ) -> Sending {
+        let absent: Vec<(SpaceId, PageSet)> = match absent {
+            true => self.source.memory.scan().into_iter().collect(),
+            false => Vec::new(),
+        };
+        let mut last = self.last(generation);
+        let set = |(space, absent): &(SpaceId, PageSet)| Stream::AbsentSet {
+            generation,
+            space: *space,
+            absent: absent.clone(),
+        };
+        last.unsent.extend(absent.iter().map(set));
+        Sending {
+            absent,
+            last: Some(last),
+            // All that was dirty is absent, if anything is.
+            ..self.sending(round, true)
+        }
+    }
+
+    fn last(&self, generation: Generation) -> Last {
         let memory = &self.source.memory.memory;
         let live = memory.live();
         let spaces = u32::try_from(live.len()).expect("few spaces");
@@ -19,11 +70,13 @@ impl World {
                 space,
                 live,
             });
-            unsent.push_back(Stream::Digests {
-                generation,
-                space,
-                pages,
-            });
+            if self.verifies {
+                unsent.push_back(Stream::Digests {
+                    generation,
+                    space,
+                    pages,
+                });
+            }
         }
         let images = images(generation);
         let image = |(name, generation)| Stream::Image { generation, name };
@@ -32,7 +85,7 @@ impl World {
         Last {
             live_sets: spaces,
             images: files,
-            digests: spaces,
+            digests: if self.verifies { spaces } else { 0 },
             unsent,
         }
     }

@@ -49,7 +49,7 @@ impl World {
     /// The source is about to begin this.
     pub(super) fn source_begins(&mut self, action: &SourceAction) -> Result<(), Violation> {
         match action {
-            SourceAction::SendRound { round, folders } => {
+            SourceAction::SendRound { round, folders, .. } => {
                 self.demand(
                     self.may_freeze || !folders,
                     "folders travel in a round of a migration that is held",
@@ -60,12 +60,14 @@ impl World {
                 self.may_freeze,
                 "a migration that is held freezes without anybody's word",
             ),
-            SourceAction::Finish { generation, round } => {
+            SourceAction::Finish {
+                generation, round, ..
+            } => {
                 self.sent.attempt = Some(*generation);
                 self.check_round(*round)
             }
             SourceAction::Journal(record) => match &record.entry {
-                Entry::Commit { generation } => self.demand(
+                Entry::Commit { generation, .. } => self.demand(
                     self.sent.last == Some(*generation),
                     "the source commits another attempt than the final message was of",
                 ),
@@ -103,6 +105,8 @@ impl World {
                 )
             }
             SourceMessage::Abort { .. }
+            | SourceMessage::DrainLost { .. }
+            | SourceMessage::Draining { .. }
             | SourceMessage::Go { .. }
             | SourceMessage::Offer(_)
             | SourceMessage::Query { .. }
@@ -114,6 +118,11 @@ impl World {
         if let TargetMessage::RoundHeld { round } = message {
             self.sent.held = Some(*round);
         }
+    }
+
+    /// The attempt that the final message was of.
+    pub(super) const fn final_generation(&self) -> Option<Generation> {
+        self.sent.last
     }
 
     /// Reports that a freeze is given up of which `Final` was said.
@@ -192,10 +201,12 @@ impl World {
     /// round is there, nothing is any more.
     pub(super) fn takes_in(&mut self, stream: &Stream) -> bool {
         let stray = match stream {
-            Stream::Digests { generation, .. }
+            Stream::AbsentSet { generation, .. }
+            | Stream::Digests { generation, .. }
             | Stream::Image { generation, .. }
             | Stream::LiveSet { generation, .. } => *generation == Generation::LAST,
             Stream::Parcel { round, .. } => *round == last_round(),
+            Stream::Fetched { .. } => false,
         };
         let taken = &mut self.target.taken;
         if stray && !taken.complete && self.target.ledger.is_some() {

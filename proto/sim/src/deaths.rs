@@ -5,6 +5,7 @@ use super::memory::Memory;
 use super::node::{SourceJob, SourceWorkload, TargetWorkload};
 use super::oracle::Violation;
 use super::world::{World, workload_gone};
+use pageferry_proto::migration::absent::Absent;
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::source::SourceEvent;
 use pageferry_proto::migration::target::TargetEvent;
@@ -15,6 +16,7 @@ impl World {
         if self.source.workload == SourceWorkload::Frozen && self.commit_found() {
             self.source.workload = SourceWorkload::Maimed;
             self.release_locks(Side::Source);
+            self.lose_pages();
         }
     }
 
@@ -30,6 +32,7 @@ impl World {
             Side::Source => self.source.workload = SourceWorkload::Gone,
             Side::Target => {
                 self.target.store = Memory::default();
+                self.target.absent = Absent::default();
                 self.target.workload = match self.target.workload {
                     TargetWorkload::Nothing => TargetWorkload::Nothing,
                     // What told that it never ran is lost with the power.
@@ -37,6 +40,7 @@ impl World {
                     | TargetWorkload::Dropped
                     | TargetWorkload::Running
                     | TargetWorkload::Lost => TargetWorkload::Lost,
+                    TargetWorkload::Ended => TargetWorkload::Ended,
                 };
             }
         }
@@ -51,9 +55,9 @@ impl World {
     }
 
     /// Only one side can be fenced: nobody is left to tell about the second.
-    pub(super) fn fence(&mut self, dead: Side) {
+    pub(super) fn fence(&mut self, dead: Side) -> Result<(), Violation> {
         if self.source.dead || self.target.dead {
-            return;
+            return Ok(());
         }
         let kept = self.locks.clone();
         self.lose_power(dead, 0);
@@ -70,9 +74,13 @@ impl World {
             }
             Side::Target => {
                 self.target.dead = true;
+                if self.thaws_by_fence() {
+                    self.thaw_at_source(true)?;
+                }
                 self.at_source(SourceEvent::Fenced(Side::Target));
             }
         }
+        Ok(())
     }
 
     /// A thaw takes the lock back first; where another has it the workload stays frozen.

@@ -9,17 +9,16 @@ use super::memory::Memory;
 use super::node::{Attempt, Sending, SourceJob, SourceWorkload, Stream, TargetJob, TargetWorkload};
 use super::oracle::Violation;
 use super::world::{PAGE_DURATION, World, workload_gone};
-use pageferry_proto::id::{Generation, Round, SpaceId};
+use pageferry_proto::migration::absent::Absent;
 use pageferry_proto::migration::handoff::Side;
-use pageferry_proto::migration::ledger::{Arrival, Ledger, LedgerError};
+use pageferry_proto::migration::ledger::Ledger;
 use pageferry_proto::migration::policy::{FilesReport, RoundReport};
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::migration::source::{FinalReport, RetryReport, SourceAction, SourceEvent};
 use pageferry_proto::migration::target::{LET_GO_TRIES_MAX, TargetAction, TargetEvent};
-use pageferry_proto::page::{PAGE_SIZE, PageCount, PageIndex, PageRun};
-use pageferry_proto::set::PageSet;
+use pageferry_proto::page::{PAGE_SIZE, PageCount};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::control::{Message, SourceMessage};
+use pageferry_proto::wire::control::{Message, SourceMessage, TargetMessage};
 
 impl World {
     pub(super) fn at_source(&mut self, event: SourceEvent) {
@@ -63,10 +62,15 @@ impl World {
         let job = match action {
             SourceAction::CompareSmaps => SourceJob::CompareSmaps,
             SourceAction::Connect => SourceJob::Connect,
-            SourceAction::Finish { generation, round } => {
+            SourceAction::Drain => return self.drain_at_source(),
+            SourceAction::Finish {
+                generation,
+                round,
+                absent,
+            } => {
                 let memory = self.source.memory.memory.clone();
                 self.frozen = Some((memory, images(generation)));
-                SourceJob::Send(self.sending(round, Some(generation)))
+                SourceJob::Send(self.final_sending(round, generation, absent))
             }
             SourceAction::Freeze { round: _ } => {
                 if self.source.workload == SourceWorkload::Running {
@@ -77,6 +81,7 @@ impl World {
             }
             SourceAction::Journal(ref record) => {
                 self.check_aborted(&record.entry)?;
+                self.check_lost(Side::Source, record)?;
                 let place = self.source.journal.write(record);
                 SourceJob::Journal { action, place }
             }
@@ -95,9 +100,11 @@ impl World {
                 }
                 return Ok(());
             }
-            SourceAction::SendRound { round, folders: _ } => {
-                SourceJob::Send(self.sending(round, None))
-            }
+            SourceAction::SendRound {
+                round,
+                folders: _,
+                pages,
+            } => SourceJob::Send(self.sending(round, pages)),
             SourceAction::Thaw { untrack } => self.thaw_at_source(untrack)?,
             SourceAction::Track => {
                 self.source.memory.restart();
@@ -130,28 +137,13 @@ impl World {
                     *job = SourceJob::Late(SourceEvent::Failure(injected()));
                 }
                 SourceJob::Connect
+                | SourceJob::Fetch(_)
                 | SourceJob::Journal { .. }
                 | SourceJob::Late(_)
                 | SourceJob::Release
                 | SourceJob::Thaw { .. }
                 | SourceJob::Unlock => {}
             }
-        }
-    }
-
-    fn sending(&mut self, round: Round, attempt: Option<Generation>) -> Sending {
-        let scan = self.source.memory.scan();
-        let cut = |(space, pages): (SpaceId, PageSet)| {
-            let parts = pages.partition(PARCEL_PAGES).into_iter();
-            parts.map(move |part| (space, part)).collect::<Vec<_>>()
-        };
-        let parcels = scan.into_iter().flat_map(cut).collect();
-        Sending {
-            round,
-            parcels,
-            sent: 0,
-            pages: 0,
-            last: attempt.map(|generation| self.last(generation)),
         }
     }
 
@@ -168,6 +160,7 @@ impl World {
         let event = match job {
             SourceJob::CompareSmaps => outcome(SourceEvent::SmapsEqual),
             SourceJob::Connect => return self.connect(failed),
+            SourceJob::Fetch(fetch) => return self.answer_fetch(fetch, failed),
             SourceJob::Freeze if self.source.gives_up() => retry(0, PageCount::ZERO),
             SourceJob::Freeze => outcome(SourceEvent::Frozen),
             SourceJob::Journal {
@@ -212,7 +205,7 @@ impl World {
     /// at any point before its end.
     fn send_on(&mut self, mut sending: Sending, place: usize) {
         if sending.last.is_some() && self.source.gives_up() {
-            for (space, pages) in &sending.parcels {
+            for (space, pages) in sending.parcels.iter().chain(&sending.absent) {
                 self.source.memory.put_back(*space, pages);
             }
             return self.at_source(retry(sending.sent, PageCount(sending.pages)));
@@ -258,6 +251,8 @@ impl World {
             digests: last.digests,
             locks: u32::try_from(self.locks.len()).expect("few locks"),
             files: 0,
+            absent_sets: u32::try_from(sending.absent.len()).expect("few spaces"),
+            absent_pages: sending.absent.iter().map(|(_, pages)| pages.len()).sum(),
             raw_bytes,
             wire_bytes: raw_bytes / 2,
         };
@@ -278,6 +273,7 @@ impl World {
             return self.at_source(SourceEvent::PeerLost);
         }
         if std::mem::replace(&mut self.link.target_thinks, true) {
+            self.forget_asked();
             self.at_target(TargetEvent::PeerLost);
         }
         self.break_link();
@@ -294,6 +290,10 @@ impl World {
         self.trace
             .push(format!("  target begins {}", brief(&action)));
         let job = match action {
+            TargetAction::Abandon => {
+                self.abandon()?;
+                TargetJob::Abandon
+            }
             TargetAction::AwaitFinal(last) => {
                 self.target_hears_final(last.generation);
                 let ended = self
@@ -320,6 +320,7 @@ impl World {
             }
             TargetAction::Journal(ref record) => {
                 self.check_over(record)?;
+                self.check_lost(Side::Target, record)?;
                 let place = self.target.journal.write(record);
                 TargetJob::Journal { action, place }
             }
@@ -339,19 +340,24 @@ impl World {
             }
             TargetAction::Report(status) => return self.check_report(1, status.generation),
             TargetAction::Restore { generation: _ } => TargetJob::Restore,
-            TargetAction::Send(message) => {
-                self.check_said_by_target(&message)?;
-                if self.link.up {
-                    let bytes = Message::from(message).encode().expect("a small message");
-                    self.link.to_source.push_back(bytes);
-                }
-                return Ok(());
-            }
+            TargetAction::Send(message) => return self.target_sends(message),
         };
         let undone = matches!(job, TargetJob::Prepare | TargetJob::Restore);
         let hangs = undone && std::mem::take(&mut self.target.hang_next);
         let job = if hangs { TargetJob::Hung } else { job };
         self.target.jobs.push(job);
+        Ok(())
+    }
+
+    fn target_sends(&mut self, mut message: TargetMessage) -> Result<(), Violation> {
+        if let TargetMessage::Accepted { drains, .. } = &mut message {
+            *drains = self.takes_missing;
+        }
+        self.check_said_by_target(&message)?;
+        if self.link.up {
+            let bytes = Message::from(message).encode().expect("a small message");
+            self.link.to_source.push_back(bytes);
+        }
         Ok(())
     }
 
@@ -370,12 +376,16 @@ impl World {
         self.target.ledger = None;
         self.target.store = Memory::default();
         self.target.attempt = Attempt::default();
+        self.target.absent = Absent::default();
         match self.target.workload {
             TargetWorkload::Held | TargetWorkload::Dropped => {
                 self.target.workload = TargetWorkload::Nothing;
                 self.release_locks(Side::Target);
             }
-            TargetWorkload::Nothing | TargetWorkload::Running | TargetWorkload::Lost => {}
+            TargetWorkload::Nothing
+            | TargetWorkload::Running
+            | TargetWorkload::Lost
+            | TargetWorkload::Ended => {}
         }
         for job in &mut self.target.jobs {
             match job {
@@ -385,7 +395,8 @@ impl World {
                 | TargetJob::Stored(_) => {
                     *job = TargetJob::Late(TargetEvent::Failure(injected()));
                 }
-                TargetJob::Discard
+                TargetJob::Abandon
+                | TargetJob::Discard
                 | TargetJob::Fill
                 | TargetJob::Journal { .. }
                 | TargetJob::Late(_)
@@ -407,9 +418,10 @@ impl World {
         };
         let state = || DriverState::new(b"target".to_vec()).expect("six bytes");
         let event = match job {
+            TargetJob::Abandon => outcome(TargetEvent::Abandoned),
             TargetJob::Discard if failed => TargetEvent::DiscardFailed(injected()),
             TargetJob::Discard => TargetEvent::Discarded,
-            TargetJob::Fill => TargetEvent::Filled,
+            TargetJob::Fill => return self.filled(),
             TargetJob::Journal {
                 action: TargetAction::Journal(record),
                 place,
@@ -417,7 +429,9 @@ impl World {
                 if failed {
                     TargetEvent::JournalFailed(record)
                 } else {
-                    self.target.journal.sync(place);
+                    if !self.spoils_record(&record.entry) {
+                        self.target.journal.sync(place);
+                    }
                     TargetEvent::Journalled(record)
                 }
             }
@@ -446,7 +460,8 @@ impl World {
                 TargetWorkload::Nothing
                 | TargetWorkload::Dropped
                 | TargetWorkload::Running
-                | TargetWorkload::Lost => TargetEvent::Failure(workload_gone()),
+                | TargetWorkload::Lost
+                | TargetWorkload::Ended => TargetEvent::Failure(workload_gone()),
             },
             TargetJob::Prepare => outcome(TargetEvent::Prepared { state: state() }),
             TargetJob::Restore if failed => TargetEvent::Failure(injected()),
@@ -459,110 +474,6 @@ impl World {
         };
         self.at_target(event);
     }
-
-    /// A data stream arrives. Its pages are in the store before the ledger knows of them.
-    pub(super) fn stream(&mut self, place: usize) {
-        let stream = self.streams.remove(place);
-        if !self.takes_in(&stream) {
-            return;
-        }
-        let Some(ledger) = &mut self.target.ledger else {
-            return;
-        };
-        let attempt = &mut self.target.attempt;
-        let entered = match stream {
-            Stream::Digests {
-                generation,
-                space,
-                pages,
-            } => ledger
-                .digests(generation, space, set_of(&pages))
-                .map(|arrival| {
-                    attempt.belong_to(ledger.generation());
-                    if arrival == Arrival::Kept {
-                        attempt.digests.push((space, pages));
-                    }
-                }),
-            Stream::Image { generation, name } => ledger.image(generation).map(|arrival| {
-                attempt.belong_to(ledger.generation());
-                if arrival == Arrival::Kept {
-                    attempt.images.insert(name, generation);
-                }
-            }),
-            Stream::LiveSet {
-                generation,
-                space,
-                live,
-            } => ledger.live_set(generation, space, live).map(drop),
-            Stream::Parcel {
-                space,
-                round,
-                pages,
-            } => match ledger.admit(round) {
-                Ok(admitted) => {
-                    let count = PageCount(pages.len() as u64);
-                    for (page, version) in pages {
-                        self.target.store.insert(space, page, version);
-                    }
-                    ledger.parcel(admitted, space, count)
-                }
-                Err(error) => Err(error),
-            },
-        };
-        self.enter(entered);
-    }
-
-    /// After every entry in the ledger: is the open round complete?
-    fn enter(&mut self, entered: Result<(), LedgerError>) {
-        let Some(ledger) = &mut self.target.ledger else {
-            return;
-        };
-        self.target.attempt.belong_to(ledger.generation());
-        let event = match entered.and_then(|()| ledger.round_held()) {
-            Ok(None) => return,
-            Ok(Some(round)) => match ledger.settle(&self.target.store.held()) {
-                Ok(accounts) => {
-                    self.target.taken.complete = true;
-                    for account in accounts {
-                        self.target.store.remove(account.space, &account.surplus);
-                    }
-                    self.verified()
-                }
-                Err(LedgerError::NotFinal) => TargetEvent::RoundStored { round },
-                Err(error) => ledger_failure(&error),
-            },
-            Err(error) => {
-                // Nothing more is taken in.
-                self.target.ledger = None;
-                ledger_failure(&error)
-            }
-        };
-        self.target.jobs.push(TargetJob::Stored(event));
-    }
-
-    /// Whether each digest is that of the page in the store.
-    fn verified(&self) -> TargetEvent {
-        let store = &self.target.store;
-        let equal = |(space, pages): &(SpaceId, Vec<(u64, u32)>)| {
-            store.read(*space, &set_of(pages)) == *pages
-        };
-        if self.target.attempt.digests.iter().all(equal) {
-            TargetEvent::FinalStored
-        } else {
-            let text = "the digests are not those of the store";
-            TargetEvent::Failure(Failure::new(ErrorCode::VerifyMismatch, text))
-        }
-    }
-}
-
-fn set_of(pages: &[(u64, u32)]) -> PageSet {
-    let run = |(page, _): &(u64, u32)| PageRun::new(PageIndex(*page), PageCount(1));
-    let set = pages.iter().map(run).collect::<Result<PageSet, _>>();
-    set.expect("small page numbers")
-}
-
-fn ledger_failure(error: &LedgerError) -> TargetEvent {
-    TargetEvent::Failure(Failure::new(error.code(), error.to_string()))
 }
 
 pub(super) fn retry(parcels: u32, pages: PageCount) -> SourceEvent {
@@ -591,6 +502,3 @@ const BRIEF_CHARS: usize = 90;
 /// How long the simulated workload runs after some of the freezes that were given up. While it
 /// does, all that is in flight arrives, so that nothing would ever be late.
 const PAUSE: Duration = Duration::from_millis(25);
-
-/// Pages of a simulated parcel: few, so that a round has several.
-const PARCEL_PAGES: PageCount = PageCount(3);

@@ -13,7 +13,11 @@ impl World {
 
     pub(super) fn target_jobs(&self) -> Vec<usize> {
         let writes = |job: &TargetJob| matches!(job, TargetJob::Journal { .. });
-        let hangs = |job: &TargetJob| matches!(job, TargetJob::Hung);
+        let lacks = !self.target.absent.is_empty() && !self.says_filled_early();
+        let hangs = |job: &TargetJob| match job {
+            TargetJob::Fill => lacks,
+            job => matches!(job, TargetJob::Hung),
+        };
         allowed(&self.target.jobs, writes, hangs)
     }
 }

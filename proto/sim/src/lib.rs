@@ -21,10 +21,19 @@
 //! - nobody runs without the workload's file lock, which the source lets go when the commit is
 //!   durable and before `Go`, and which others may take then;
 //! - a workload that has stood still for as long as the policy allows, and is not committed, is
-//!   asked back: whatever hangs then is cut.
+//!   asked back: whatever hangs then is cut;
+//! - of a workload that started with pages missing, each page that it can read is that of the
+//!   freeze or what it has written since, and each other one is still to come;
+//! - a copy of which the target lacks pages is neither thawed nor killed, and that all are there is
+//!   on the target's disk before the source hears it;
+//! - what is lost in a drain has a cause that is not a link or a daemon, runs nowhere, and is said
+//!   to be lost by every node that lives.
+//!
+//! [`Sabotage`] breaks each of the last three once on purpose: a test sees it caught.
 //!
 //! [`World::settle`] ends all faults, and demands that both machines finish in a bounded number
-//! of steps and that exactly one workload runs, unless what ran it lost its power.
+//! of steps and that exactly one workload runs, unless what ran it, or had pages of it, lost its
+//! power.
 //!
 //! What is modelled of the disk: a record that was fsynced survives; one that was not, or whose
 //! fsync failed, may or may not be found, at every crash anew. What is modelled of the link: the
@@ -41,18 +50,24 @@
 mod attempt;
 mod course;
 mod deaths;
+mod drain;
 mod driver;
+mod end;
 mod expire;
+mod intake;
 mod jobs;
 mod journal;
 mod lock;
 mod memory;
 mod node;
+mod offer;
 mod oracle;
+mod sabotage;
 mod step;
 mod world;
 
 pub use course::Strayed;
 pub use oracle::Violation;
+pub use sabotage::Sabotage;
 pub use step::{Op, Step};
 pub use world::{Setup, Survivor, World};

@@ -69,6 +69,20 @@ impl Memory {
             .collect()
     }
 
+    /// What is left without those pages.
+    pub(super) fn without(&self, gone: impl Fn(SpaceId, PageIndex) -> bool) -> Self {
+        let mut left = self.clone();
+        for (space, pages) in &mut left.spaces {
+            pages.retain(|page, _| !gone(*space, PageIndex(*page)));
+        }
+        left.spaces.retain(|_, pages| !pages.is_empty());
+        left
+    }
+
+    pub(super) fn version(&self, space: SpaceId, page: u64) -> Option<u32> {
+        self.spaces.get(&space)?.get(&page).copied()
+    }
+
     pub(super) fn pages(&self) -> PageCount {
         PageCount(self.spaces.values().map(|pages| pages.len() as u64).sum())
     }

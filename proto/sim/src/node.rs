@@ -6,11 +6,13 @@ use super::course::Taken;
 use super::journal::Journal;
 use super::memory::{Memory, TrackedMemory};
 use pageferry_proto::id::{Generation, Round, SpaceId};
+use pageferry_proto::migration::absent::Absent;
 use pageferry_proto::migration::ledger::Ledger;
 use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine};
 use pageferry_proto::migration::target::{TargetAction, TargetEvent, TargetMachine};
 use pageferry_proto::migration::timer::Time;
 use pageferry_proto::set::PageSet;
+use pageferry_proto::wire::control::Fetch;
 
 #[derive(Debug)]
 pub(super) struct SourceNode {
@@ -37,6 +39,8 @@ pub(super) struct SourceNode {
     pub(super) abort_asked: bool,
     /// It got a maimed copy back.
     pub(super) back_in_part: bool,
+    /// The driver was told that the target fetches what it lacks.
+    pub(super) drain_asked: bool,
     /// Without power for good.
     pub(super) dead: bool,
 }
@@ -53,8 +57,12 @@ pub(super) struct TargetNode {
     pub(super) taken: Taken,
     /// What has arrived of the attempt that the ledger collects.
     pub(super) attempt: Attempt,
-    /// What was restored from the store, and from which images.
+    /// What was restored from the store, and from which images; later what has followed, too.
     pub(super) restored: (Memory, Images),
+    /// What is still to follow, as the pager knows it.
+    pub(super) absent: Absent,
+    /// What the workload has written here.
+    pub(super) written: Memory,
     pub(super) actions: VecDeque<TargetAction>,
     pub(super) jobs: Vec<TargetJob>,
     pub(super) fail_next: bool,
@@ -95,6 +103,8 @@ pub(super) enum TargetWorkload {
     Running,
     /// Lost with the power.
     Lost,
+    /// It ran, and was frozen for good.
+    Ended,
 }
 
 /// An action of the source that is under way.
@@ -102,6 +112,8 @@ pub(super) enum TargetWorkload {
 pub(super) enum SourceJob {
     CompareSmaps,
     Connect,
+    /// The target asks for pages.
+    Fetch(Fetch),
     Freeze,
     /// Under way until it is undone.
     Hung,
@@ -124,6 +136,8 @@ pub(super) enum SourceJob {
 pub(super) struct Sending {
     pub(super) round: Round,
     pub(super) parcels: VecDeque<(SpaceId, PageSet)>,
+    /// Pages that are not sent.
+    pub(super) absent: Vec<(SpaceId, PageSet)>,
     pub(super) sent: u32,
     pub(super) pages: u64,
     /// What follows the parcels of the final round.
@@ -142,6 +156,7 @@ pub(super) struct Last {
 /// An action of the target that is under way.
 #[derive(Debug)]
 pub(super) enum TargetJob {
+    Abandon,
     Discard,
     Fill,
     /// Under way until it is undone.
@@ -163,6 +178,15 @@ pub(super) enum TargetJob {
 /// A data stream in flight.
 #[derive(Clone, Debug)]
 pub(super) enum Stream {
+    AbsentSet {
+        generation: Generation,
+        space: SpaceId,
+        absent: PageSet,
+    },
+    Fetched {
+        space: SpaceId,
+        pages: Vec<(u64, u32)>,
+    },
     Digests {
         generation: Generation,
         space: SpaceId,
@@ -209,6 +233,7 @@ impl SourceNode {
         self.knows_maimed = false;
         self.abort_asked = false;
         self.back_in_part = false;
+        self.drain_asked = false;
         self.journal.crash(found);
     }
 }
@@ -221,6 +246,8 @@ impl TargetNode {
         self.jobs.clear();
         self.ledger = None;
         self.attempt = Attempt::default();
+        // The pager keeps what is missing; who asked for it is gone.
+        self.absent.disconnected();
         self.fail_next = false;
         self.hang_next = false;
         self.journal.crash(found);

@@ -1,5 +1,6 @@
 //! What must never be, asked at the moments when it could come to be.
 
+use super::memory::Memory;
 use super::node::{SourceJob, SourceWorkload, TargetJob, TargetWorkload};
 use super::world::World;
 use pageferry_proto::migration::handoff::Side;
@@ -43,6 +44,7 @@ impl World {
             self.target.workload != TargetWorkload::Running,
             "the source thaws what runs at the target",
         )?;
+        self.check_not_drained()?;
         let ours = self.source.journal.durable();
         let committed = ours
             .iter()
@@ -100,8 +102,15 @@ impl World {
         )?;
         let (memory, images) = &self.target.restored;
         let frozen = self.frozen.as_ref();
+        let is_same = |frozen: &Memory| {
+            let absent = |space, page| {
+                let missing = self.target.absent.missing(space);
+                missing.is_some_and(|missing| missing.contains(page))
+            };
+            frozen.without(absent) == *memory
+        };
         self.demand(
-            frozen.is_some_and(|frozen| frozen.0 == *memory),
+            frozen.is_some_and(|frozen| is_same(&frozen.0)),
             "the memory at the target is not the memory at the source",
         )?;
         self.demand(
@@ -115,7 +124,8 @@ impl World {
         self.demand(
             self.starts == 1,
             "the source kills what never started at the target",
-        )
+        )?;
+        self.check_drained()
     }
 
     /// The target is about to drop what it has.
@@ -139,12 +149,15 @@ impl World {
     pub(super) fn check_said_by_source(&self, message: &SourceMessage) -> Result<(), Violation> {
         match message {
             SourceMessage::Go { generation } => {
-                let commit = Entry::Commit {
-                    generation: *generation,
+                let is_commit = |entry: &Entry| match entry {
+                    Entry::Commit {
+                        generation: ours, ..
+                    } => ours == generation,
+                    _ => false,
                 };
                 let durable = self.source.journal.durable();
                 self.demand(
-                    durable.iter().any(|record| record.entry == commit),
+                    durable.iter().any(|record| is_commit(&record.entry)),
                     "the source says go before the commit is on disk",
                 )?;
                 self.demand(
@@ -153,7 +166,7 @@ impl World {
                 )
             }
             SourceMessage::Query { .. } => self.demand(
-                !self.source.knows_maimed || self.source.abort_asked,
+                !self.source.knows_maimed || self.source.abort_asked || self.is_drain(),
                 "the source asks for a copy back that is not whole, of its own accord",
             ),
             SourceMessage::Settled { .. } => self.demand(
@@ -161,6 +174,8 @@ impl World {
                 "the source says settled before that is on disk",
             ),
             SourceMessage::Abort { .. }
+            | SourceMessage::DrainLost { .. }
+            | SourceMessage::Draining { .. }
             | SourceMessage::Final(_)
             | SourceMessage::Offer(_)
             | SourceMessage::RoundEnd(_) => Ok(()),
@@ -174,11 +189,12 @@ impl World {
         let committed = found
             .iter()
             .any(|record| matches!(record.entry, Entry::Commit { .. }));
+        let drains = self.is_drain();
         let ended = self.source.journal.durable().iter().any(|record| {
             matches!(
                 record.entry,
-                Entry::Started { .. } | Entry::Fenced { .. } | Entry::Aborted(_) | Entry::Done
-            )
+                Entry::Filled { .. } | Entry::Fenced { .. } | Entry::Aborted(_) | Entry::Done
+            ) || (matches!(record.entry, Entry::Started { .. }) && !drains)
         });
         committed && !ended
     }
@@ -223,9 +239,12 @@ impl World {
                 )
             }
             TargetMessage::FinalHeld { .. } => self.check_final_held(),
+            TargetMessage::Filled { .. } => self.check_filled(),
+            TargetMessage::DrainLost { .. } => self.check_said_lost(),
             TargetMessage::Accepted { .. }
             | TargetMessage::Declined(_)
             | TargetMessage::Failed(_)
+            | TargetMessage::Fetch(_)
             | TargetMessage::Forgotten { .. }
             | TargetMessage::RoundHeld { .. } => Ok(()),
         }
@@ -246,6 +265,7 @@ impl World {
             (!source || self.has_locks(Side::Source)) && (!target || self.has_locks(Side::Target)),
             "the workload runs without its locks",
         )?;
+        self.check_pages()?;
         self.check_stillness()?;
         self.check_collected()?;
         let longest = self.source.actions.len().max(self.target.actions.len());

@@ -16,6 +16,8 @@ pub enum Step {
     Deliver(Side),
     /// A side learns that its connection is gone.
     Notice(Side),
+    /// The target's driver asks for more of the pages that are missing.
+    Ask,
     /// A data stream arrives: the one at this place.
     Stream(usize),
 }
@@ -66,6 +68,8 @@ pub enum Op {
     Stray(u8),
     /// Another takes a lock of the workload that nobody has.
     TakeLock,
+    /// The workload at the target reads a page: bits as of `Write`; with bit 4 it writes it.
+    Touch(u8),
     /// Time passes until the next timer.
     Tick,
 }
@@ -96,8 +100,14 @@ impl World {
         if self.link.target_thinks && !self.link.up && self.target.machine.is_some() {
             steps.push(Step::Notice(Side::Target));
         }
-        let (parcels, others): (Vec<usize>, Vec<usize>) = (0..self.streams.len())
-            .partition(|place| matches!(self.streams[*place], Stream::Parcel { .. }));
+        if self.can_ask() {
+            steps.push(Step::Ask);
+        }
+        let (parcels, others): (Vec<usize>, Vec<usize>) =
+            (0..self.streams.len()).partition(|place| {
+                let stream = &self.streams[*place];
+                matches!(stream, Stream::Parcel { .. } | Stream::Fetched { .. })
+            });
         steps.extend(parcels.into_iter().take(STREAMS_MAX).map(Step::Stream));
         // What is of a given up attempt stays in flight until the next one, as long as anything
         // else is possible: otherwise nothing would ever be late.

@@ -1,7 +1,6 @@
 //! The world: both nodes, the link, and what has been done to them.
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use super::course::{Sent, Taken};
@@ -9,25 +8,24 @@ use super::journal::Journal;
 use super::lock::Holder;
 use super::memory::{Memory, TrackedMemory};
 use super::node::{
-    Attempt, Images, SourceNode, SourceWorkload, Stream, TargetNode, TargetWorkload,
+    Attempt, Images, SourceJob, SourceNode, SourceWorkload, Stream, TargetNode, TargetWorkload,
 };
+use super::offer::offer;
 use super::oracle::Violation;
+use super::sabotage::Sabotage;
 use super::step::{Op, Step};
-use pageferry_proto::id::{Incarnation, MigrationId, SpaceId, WorkloadName};
+use pageferry_proto::id::{Incarnation, MigrationId, SpaceId};
+use pageferry_proto::migration::absent::Absent;
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::policy::{FROZEN_MAX_LEAST, Policy};
-use pageferry_proto::migration::record::{DriverState, Entry};
-use pageferry_proto::migration::source::{SourceEvent, SourceMachine, SourceOffer};
-use pageferry_proto::migration::status::{Phase, Status};
+use pageferry_proto::migration::record::Entry;
+use pageferry_proto::migration::source::{SourceEvent, SourceMachine};
+use pageferry_proto::migration::status::Status;
 use pageferry_proto::migration::target::{TargetEvent, TargetMachine, TargetOrigin};
 use pageferry_proto::migration::timer::Time;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::control::Message;
-use pageferry_proto::wire::description::{
-    LinkAddress, LinkDescription, Namespaces, SpaceDescription, WorkloadDescription,
-};
+use pageferry_proto::wire::control::{Message, TargetMessage};
 use pageferry_proto::wire::frame;
-use pageferry_proto::wire::needs::Needs;
 
 /// What a world begins with.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +40,10 @@ pub struct Setup {
     pub locks: u32,
     /// Whether it is held before its freeze.
     pub hold: bool,
+    /// Whether the target takes a workload with pages missing.
+    pub drains: bool,
+    /// A rule that is broken on purpose.
+    pub sabotage: Option<Sabotage>,
 }
 
 /// Where the workload runs.
@@ -80,6 +82,13 @@ pub struct World {
     pub(super) may_freeze: bool,
     /// Who has each of the locks that the workload cannot run without.
     pub(super) locks: Vec<Holder>,
+    /// The target takes a workload with pages missing.
+    pub(super) takes_missing: bool,
+    /// Pages are compared before the workload runs.
+    pub(super) verifies: bool,
+    /// A page of the frozen copy could not be read, and the target does not have it.
+    pub(super) unread: bool,
+    pub(super) sabotage: Option<Sabotage>,
     pub(super) trace: Vec<String>,
 }
 
@@ -94,7 +103,7 @@ pub(super) struct Link {
     pub(super) target_thinks: bool,
 }
 
-const MIGRATION: MigrationId = MigrationId::new([0x5a; MigrationId::BYTES]);
+pub(super) const MIGRATION: MigrationId = MigrationId::new([0x5a; MigrationId::BYTES]);
 
 /// Most steps from the end of all faults to the end of the migration. A whole migration of two
 /// spaces takes about 150; what is asked again every half second for the ten minutes that an
@@ -124,6 +133,7 @@ impl World {
                 knows_maimed: false,
                 abort_asked: false,
                 back_in_part: false,
+                drain_asked: false,
                 dead: false,
             },
             target: TargetNode {
@@ -135,6 +145,8 @@ impl World {
                 taken: Taken::default(),
                 attempt: Attempt::default(),
                 restored: Default::default(),
+                absent: Absent::default(),
+                written: Memory::default(),
                 actions: VecDeque::new(),
                 jobs: Vec::new(),
                 fail_next: false,
@@ -157,6 +169,10 @@ impl World {
             locks: (0..setup.locks)
                 .map(|_| Holder::Side(Side::Source))
                 .collect(),
+            takes_missing: setup.drains,
+            verifies: setup.policy.verify,
+            unread: false,
+            sabotage: setup.sabotage,
             trace: Vec::new(),
         };
         world.restart_target();
@@ -179,8 +195,10 @@ impl World {
             }
             Step::Notice(Side::Target) => {
                 self.link.target_thinks = false;
+                self.forget_asked();
                 self.at_target(TargetEvent::PeerLost);
             }
+            Step::Ask => self.ask(),
             Step::Stream(place) => self.stream(place),
         }
         self.check()
@@ -212,7 +230,7 @@ impl World {
             Op::Expire(Side::Target) => self.expire_target(),
             Op::Fail(Side::Source) => self.source.fail_next = self.source.machine.is_some(),
             Op::Fail(Side::Target) => self.target.fail_next = self.target.machine.is_some(),
-            Op::Fence(side) => self.fence(side),
+            Op::Fence(side) => self.fence(side)?,
             Op::GiveLock => {
                 self.give_lock();
             }
@@ -230,6 +248,7 @@ impl World {
             Op::RetryLate => self.retry_late(),
             Op::Stray(kind) => self.stray(kind),
             Op::TakeLock => self.take_lock(),
+            Op::Touch(bits) => self.touch(bits),
             Op::Tick => self.tick(),
         }
         self.check()
@@ -307,89 +326,9 @@ impl World {
         Err(self.violation("the migration does not come to an end"))
     }
 
-    fn proceed(&mut self) {
+    pub(super) fn proceed(&mut self) {
         self.may_freeze = true;
         self.at_source(SourceEvent::Proceed);
-    }
-
-    /// What an operator does who sees that a migration stands still. Says whether there was
-    /// anything to do.
-    fn operate(&mut self) -> bool {
-        let phase = |status: Option<Status>| status.map(|status| status.phase);
-        let source = phase(self.status(Side::Source));
-        let target = phase(self.status(Side::Target));
-        if self
-            .status(Side::Source)
-            .is_some_and(|status| status.holding)
-        {
-            self.trace.push("proceed".to_owned());
-            self.proceed();
-            return true;
-        }
-        let target_gone = self.target.dead || self.target.workload == TargetWorkload::Lost;
-        if source == Some(Phase::Committed) && target_gone {
-            let wanted = self
-                .status(Side::Source)
-                .is_some_and(|status| status.fence_wanted);
-            if wanted {
-                self.trace.push("fence target".to_owned());
-                self.at_source(SourceEvent::Fenced(Side::Target));
-            }
-            return wanted;
-        }
-        if target != Some(Phase::Ready) || self.next_timer().is_some() {
-            return false;
-        }
-        if self.source.dead {
-            self.trace.push("fence source".to_owned());
-            self.at_target(TargetEvent::Fenced(Side::Source));
-            return true;
-        }
-        if source.is_none_or(Phase::is_final) {
-            self.trace.push("abort at target".to_owned());
-            self.at_target(TargetEvent::AbortRequested);
-            return true;
-        }
-        false
-    }
-
-    fn check_end(&self) -> Result<Survivor, Violation> {
-        let survivor = self.survivor();
-        let phase = |side| self.status(side).map(|status| status.phase);
-        let (source, target) = (phase(Side::Source), phase(Side::Target));
-        let stayed = source.is_none_or(|phase| phase == Phase::Aborted);
-        let source_lost =
-            self.source.dead || (self.source.workload == SourceWorkload::Gone && stayed);
-        let target_lost = self.target.dead || self.target.workload == TargetWorkload::Lost;
-        if survivor == Survivor::Nobody && !source_lost && !target_lost {
-            return Err(self.violation("the workload runs nowhere"));
-        }
-        if survivor != Survivor::Source && target_lost && self.starts == 0 && !source_lost {
-            return Err(self.violation("the source does not get back what never started"));
-        }
-        let lost = |status: Status| {
-            status.phase != Phase::Aborted
-                || status.failure.map(|failure| failure.code()) == Some(ErrorCode::WorkloadGone)
-        };
-        if self.source.back_in_part && !self.status(Side::Source).is_none_or(lost) {
-            return Err(self.violation("the source does not say that the workload is lost"));
-        }
-        let ended = |phase: Option<Phase>| phase.is_none_or(Phase::is_final);
-        if !ended(source) {
-            return Err(self.violation("the source does not come to an end"));
-        }
-        if !ended(target) && target != Some(Phase::Accepted) {
-            return Err(self.violation("the target does not come to an end"));
-        }
-        match (source, survivor) {
-            (Some(Phase::Done), Survivor::Source) => {
-                Err(self.violation("the source says that the workload moved, and it did not"))
-            }
-            (Some(Phase::Aborted), Survivor::Target) if !self.source.dead => {
-                Err(self.violation("the source says that the workload stayed, and it did not"))
-            }
-            (_, survivor) => Ok(survivor),
-        }
     }
 
     fn write(&mut self, bits: u8) {
@@ -416,6 +355,9 @@ impl World {
         match message.expect("what a machine says is legal") {
             Message::Target(message) => {
                 self.source_hears(&message);
+                if let TargetMessage::Fetch(fetch) = &message {
+                    self.source.jobs.push(SourceJob::Fetch(fetch.clone()));
+                }
                 self.at_source(SourceEvent::Message(message));
             }
             Message::Source(message) => self.at_target(TargetEvent::Message(message)),
@@ -481,14 +423,17 @@ impl World {
             .any(|record| matches!(record.entry, Entry::Ready(_)));
         let held = match self.target.workload {
             TargetWorkload::Held | TargetWorkload::Running => true,
-            TargetWorkload::Nothing | TargetWorkload::Dropped | TargetWorkload::Lost => false,
+            TargetWorkload::Nothing
+            | TargetWorkload::Dropped
+            | TargetWorkload::Lost
+            | TargetWorkload::Ended => false,
         };
         if ready && !held {
             self.at_target(TargetEvent::Failure(workload_gone()));
         }
     }
 
-    fn next_timer(&self) -> Option<Time> {
+    pub(super) fn next_timer(&self) -> Option<Time> {
         let source = self
             .source
             .machine
@@ -528,58 +473,6 @@ impl World {
 
 pub(super) fn workload_gone() -> Failure {
     Failure::new(ErrorCode::WorkloadGone, "the held workload is gone")
-}
-
-fn offer(setup: &Setup) -> SourceOffer {
-    let space = |vpid| SpaceDescription {
-        vpid: SpaceId(vpid),
-        comm: "writer".to_owned(),
-        threads: vec![1],
-        memory_bytes: setup.pages * 4096,
-    };
-    SourceOffer {
-        id: MIGRATION,
-        workload: WorkloadName::Process(7),
-        peer: "b".parse().expect("a name"),
-        policy: setup.policy,
-        network: None,
-        hold: setup.hold,
-        description: WorkloadDescription {
-            root_pid: 7,
-            spaces: (1..=setup.spaces).map(space).collect(),
-            pids: vec![7],
-            own_namespaces: Namespaces::NET,
-            hostname: "writer".to_owned(),
-            domainname: String::new(),
-            links: vec![LinkDescription {
-                name: "eth0".to_owned(),
-                mac: [2, 0, 0, 0, 0, 1],
-                mtu: 1500,
-                addresses: vec![LinkAddress {
-                    ip: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)),
-                    prefix: 24,
-                }],
-                bridge: None,
-            }],
-            routes: Vec::new(),
-            files: Vec::new(),
-            shared: Vec::new(),
-            copied: Vec::new(),
-            boot_id: [7; 16],
-            cpu: None,
-            criu_version: 40201,
-            page_size: 4096,
-            kernel_release: "6.12".to_owned(),
-            cwd: "/".to_owned(),
-            root: "/".to_owned(),
-            mounts: Vec::new(),
-            needs: Needs::default(),
-            container: None,
-            members: Vec::new(),
-            member_name: String::new(),
-        },
-        state: DriverState::new(b"source".to_vec()).expect("six bytes"),
-    }
 }
 
 /// How long a simulated round takes for each of its pages.

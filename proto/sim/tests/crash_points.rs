@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use pageferry_proto::migration::handoff::Side;
-use pageferry_proto::migration::policy::Policy;
+use pageferry_proto::migration::policy::{Mode, Policy};
 use pageferry_proto::migration::source::UNLOCK_TRIES_MAX;
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::wire::code::ErrorCode;
@@ -24,10 +24,29 @@ const SETUP: Setup = Setup {
     },
     locks: 0,
     hold: false,
+    drains: true,
+    sabotage: None,
 };
 
-/// The same for a workload without locks, and for one with.
-const SETUPS: [Setup; 2] = [SETUP, Setup { locks: 1, ..SETUP }];
+/// The same for a workload without locks, for one with, and for two that start with pages missing.
+const SETUPS: [Setup; 4] = [
+    SETUP,
+    Setup { locks: 1, ..SETUP },
+    follows(Mode::Postcopy),
+    follows(Mode::Hybrid),
+];
+
+const fn follows(mode: Mode) -> Setup {
+    Setup {
+        policy: Policy {
+            mode,
+            verify: false,
+            downtime_max: Duration::ZERO,
+            ..SETUP.policy
+        },
+        ..SETUP
+    }
+}
 
 /// Far more steps than any of these runs has.
 const STEPS_MAX: usize = 1000;
@@ -101,7 +120,7 @@ impl Run {
             | Phase::Aborting
             | Phase::Aborted => Survivor::Source,
             // Afterwards it asks until the target answers.
-            Phase::Prepared | Phase::Committed | Phase::Done => Survivor::Target,
+            Phase::Prepared | Phase::Committed | Phase::Draining | Phase::Done => Survivor::Target,
             Phase::Accepted
             | Phase::Receiving
             | Phase::Restoring
@@ -115,7 +134,7 @@ impl Run {
 /// Crashes `crashed` after every step of the plan; says how many steps it has at least.
 fn check_every_crash(plan: Plan, crashed: Side) -> usize {
     let steps = SETUPS.map(|setup| check_every_crash_of(setup, plan, crashed));
-    steps[0].min(steps[1])
+    steps.into_iter().min().unwrap()
 }
 
 fn check_every_crash_of(setup: Setup, plan: Plan, crashed: Side) -> usize {

@@ -9,6 +9,10 @@
 //! - a refusal by the target, durable there before it was sent, and recorded here;
 //! - a fence: the operator's word that the target is dead, recorded here.
 //!
+//! Of a workload that starts with pages missing the copy is frozen for good once the target has
+//! said that it runs, until all of them are there or lost: after that neither proof counts any
+//! more.
+//!
 //! The target's rule mirrors it: `Running` is durable before the workload is let go, `Refused`
 //! before it is sent, and after `Refused` there is no `Running`. The other order needs proof that
 //! nothing ran: the restore has died, and its pager or the pager's watcher has seen to it that
@@ -109,7 +113,10 @@ pub enum RecoverError {
 pub(crate) struct SourceFacts {
     pub(crate) offered: Option<OfferedEntry>,
     pub(crate) commit: Option<Generation>,
+    /// Pages of what was committed are in the frozen copy alone.
+    pub(crate) drains: bool,
     pub(crate) started: bool,
+    pub(crate) filled: bool,
     pub(crate) fenced: bool,
     pub(crate) aborted: Option<Failure>,
     pub(crate) done: bool,
@@ -121,6 +128,7 @@ pub(crate) struct TargetFacts {
     pub(crate) accepted: Option<AcceptedEntry>,
     pub(crate) ready: Option<ReadyEntry>,
     pub(crate) running: Option<Generation>,
+    pub(crate) filled: bool,
     pub(crate) refused: Option<Generation>,
     pub(crate) settled: Option<Generation>,
     pub(crate) aborted: Option<Failure>,
@@ -162,8 +170,8 @@ impl Undecided {
     }
 
     /// The record after which only evidence gives a permit.
-    pub(crate) fn commit(self, generation: Generation) -> Entry {
-        Entry::Commit { generation }
+    pub(crate) fn commit(self, generation: Generation, drains: bool) -> Entry {
+        Entry::Commit { generation, drains }
     }
 
     pub(crate) const fn permit(&self) -> ThawPermit {
@@ -176,6 +184,10 @@ impl Evidence {
     pub(crate) fn refused(generation: Generation, reason: Option<Failure>) -> Self {
         let text = "the target refused to run the workload";
         let failure = match reason {
+            // Its own record of that means that the workload has run, and is never thawed.
+            Some(reason) if is_lost_in_drain(&reason) => {
+                Failure::new(ErrorCode::Refused, format!("{text}: {}", reason.text()))
+            }
             Some(reason) => Failure::new(reason.code(), format!("{text}: {}", reason.text())),
             None => Failure::new(ErrorCode::Refused, text),
         };
@@ -209,13 +221,24 @@ impl Evidence {
 }
 
 impl SourceFacts {
+    /// Whether the target has run the workload. That need not be on record by itself: what came of
+    /// it says as much.
+    pub(crate) fn has_started(&self) -> bool {
+        let is_lost = self.aborted.as_ref().is_some_and(is_lost_in_drain);
+        self.started || (self.drains && (self.filled || is_lost))
+    }
+
     pub(crate) fn from_records(records: &[Record]) -> Result<Self, RecoverError> {
         let mut facts = Self::default();
         for record in records {
             match &record.entry {
                 Entry::Offered(offered) => facts.offered = Some(offered.clone()),
-                Entry::Commit { generation } => facts.commit = Some(*generation),
+                Entry::Commit { generation, drains } => {
+                    facts.commit = Some(*generation);
+                    facts.drains = *drains;
+                }
                 Entry::Started { .. } => facts.started = true,
+                Entry::Filled { .. } => facts.filled = true,
                 Entry::Fenced { .. } => facts.fenced = true,
                 Entry::Aborted(failure) => facts.aborted = Some(failure.clone()),
                 Entry::Done => facts.done = true,
@@ -232,11 +255,30 @@ impl SourceFacts {
             }
         }
         match (&facts.started, &facts.aborted, facts.fenced) {
+            (true, _, true) => Err(RecoverError::Contradiction("started", "fenced")),
+            (true, Some(_), _) if facts.filled => {
+                Err(RecoverError::Contradiction("filled", "aborted"))
+            }
+            // What had started was lost before all of it was there.
+            (true, Some(failure), false) if facts.drains && is_lost_in_drain(failure) => Ok(facts),
             (true, Some(_), _) => Err(RecoverError::Contradiction("started", "aborted")),
-            (true, None, true) => Err(RecoverError::Contradiction("started", "fenced")),
             (true, None, false) | (false, _, _) => Ok(facts),
         }
     }
+}
+
+/// Whether this is why a workload ended that ran with pages missing.
+pub(crate) fn is_lost_in_drain(failure: &Failure) -> bool {
+    failure.code() == ErrorCode::LostInDrain
+}
+
+/// The reason of such an end, from what was lost.
+pub(crate) fn lost_in_drain(lost: &Failure) -> Failure {
+    if is_lost_in_drain(lost) {
+        return lost.clone();
+    }
+    let text = format!("pages of the workload, which ran at the target, are lost: {lost}");
+    Failure::new(ErrorCode::LostInDrain, text)
 }
 
 impl TargetFacts {
@@ -250,6 +292,7 @@ impl TargetFacts {
                     return Err(RecoverError::Contradiction("refused", "running"));
                 }
                 Entry::Running { generation } => facts.running = Some(*generation),
+                Entry::Filled { .. } => facts.filled = true,
                 // After `Running`: what was to run never did (H-18).
                 Entry::Refused { generation } => {
                     facts.running = None;

@@ -11,13 +11,15 @@
 //! those of the newest generation it has heard of: what is older was given up by the source, and
 //! may still be on its way.
 
+mod error;
+
 use std::collections::BTreeMap;
 
 use crate::id::{Generation, Round, SpaceId};
 use crate::page::{PageCount, PageIndex};
 use crate::set::PageSet;
-use crate::wire::code::ErrorCode;
 use crate::wire::control::{Final, RoundEnd};
+pub use error::LedgerError;
 
 /// The ledger of one incoming migration.
 #[derive(Clone, Debug)]
@@ -37,6 +39,8 @@ pub struct Ledger {
     /// The newest attempt that anything arrived of; the rest is of it alone.
     generation: Generation,
     live: BTreeMap<SpaceId, PageSet>,
+    /// Live pages that are not sent, or not in their last version.
+    absent: BTreeMap<SpaceId, PageSet>,
     images: u32,
     digests: u32,
     /// The pages of every digests stream.
@@ -74,8 +78,8 @@ impl HeldPages {
     }
 }
 
-/// By which path the live pages of a space came, once they are complete: `data` and `zero` add up
-/// to `live`, and with `surplus` and `replaced` to `received`.
+/// By which path the live pages of a space came, once they are complete: `data`, `zero` and
+/// `absent` add up to `live`; `data`, `zero`, `surplus` and `replaced` to `received`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Account {
     /// The space.
@@ -86,136 +90,14 @@ pub struct Account {
     pub data: PageCount,
     /// Live pages whose last version is zero.
     pub zero: PageCount,
-    /// Pages that are held and not live: the workload has given them back.
+    /// Live pages that are still to come.
+    pub absent: PageSet,
+    /// Pages that are held and not to be: the workload has given them back, or they are absent.
     pub surplus: PageSet,
     /// Pages of which a newer version came.
     pub replaced: PageCount,
     /// Pages in all parcels.
     pub received: PageCount,
-}
-
-/// Why what has arrived cannot be what the source sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum LedgerError {
-    /// A parcel or an end of a round that is not open.
-    #[error("round {found} is not the open round {open}")]
-    Round {
-        /// The round that is open.
-        open: Round,
-        /// The round that was named.
-        found: Round,
-    },
-    /// A parcel or an end of a round after the final one.
-    #[error("round {found} comes after the final round {last}")]
-    Over {
-        /// The final round.
-        last: Round,
-        /// The round that was named.
-        found: Round,
-    },
-    /// A second end of the open round.
-    #[error("round {0} ends twice")]
-    EndsTwice(Round),
-    /// More parcels, pages or streams than the source says.
-    #[error("{found} {what} have arrived, the source sent {sent}")]
-    TooMany {
-        /// Of what.
-        what: &'static str,
-        /// How many have arrived.
-        found: u64,
-        /// How many the source says.
-        sent: u64,
-    },
-    /// As many parcels as the source says, with fewer pages.
-    #[error("round {round} has {found} pages, the source sent {sent}")]
-    Pages {
-        /// The round.
-        round: Round,
-        /// How many have arrived.
-        found: PageCount,
-        /// How many the source says.
-        sent: PageCount,
-    },
-    /// A stream of an attempt after the one that the final message named, or the other way round.
-    #[error("generation {found} comes after generation {last}, which was said to be the last")]
-    Generation {
-        /// The last one.
-        last: Generation,
-        /// What came of a newer one.
-        found: Generation,
-    },
-    /// Two live sets of one space.
-    #[error("space {0} has two live sets")]
-    LiveTwice(SpaceId),
-    /// Live pages that are not held.
-    #[error(
-        "space {space} lacks {missing} of {live} live pages, the first at {:#x}: {data} came as \
-         data, {zero} as zero",
-        first.address()
-    )]
-    Incomplete {
-        /// The space.
-        space: SpaceId,
-        /// Its live pages.
-        live: PageCount,
-        /// How many of them came with contents.
-        data: PageCount,
-        /// How many of them are zero.
-        zero: PageCount,
-        /// How many pages are missing.
-        missing: PageCount,
-        /// The first of them.
-        first: PageIndex,
-    },
-    /// What is held cannot be what came: a page in two forms, or more pages than came.
-    #[error(
-        "space {space} holds {data} pages as data and {zero} as zero, {both} of them as both, of \
-         {received} that came"
-    )]
-    Count {
-        /// The space.
-        space: SpaceId,
-        /// Pages held with contents.
-        data: PageCount,
-        /// Pages held as zero.
-        zero: PageCount,
-        /// Pages held as both.
-        both: PageCount,
-        /// Pages in all parcels.
-        received: PageCount,
-    },
-    /// Digests that are not one of each live page.
-    #[error("space {space}: {digests} digests of {live} live pages")]
-    Digests {
-        /// The space.
-        space: SpaceId,
-        /// How many digests came.
-        digests: PageCount,
-        /// How many live pages there are.
-        live: PageCount,
-    },
-    /// The final round has not ended.
-    #[error("the final round has not arrived")]
-    NotFinal,
-}
-
-impl LedgerError {
-    /// What to tell the peer and the operator.
-    pub const fn code(&self) -> ErrorCode {
-        match self {
-            Self::Round { .. }
-            | Self::Over { .. }
-            | Self::EndsTwice(_)
-            | Self::TooMany { .. }
-            | Self::Generation { .. }
-            | Self::LiveTwice(_) => ErrorCode::Unexpected,
-            Self::Pages { .. } | Self::Incomplete { .. } | Self::Count { .. } => {
-                ErrorCode::LedgerIncomplete
-            }
-            Self::Digests { .. } => ErrorCode::VerifyMismatch,
-            Self::NotFinal => ErrorCode::Internal,
-        }
-    }
 }
 
 impl Default for Ledger {
@@ -238,6 +120,7 @@ impl Ledger {
             received: BTreeMap::new(),
             generation: Generation::FIRST,
             live: BTreeMap::new(),
+            absent: BTreeMap::new(),
             images: 0,
             digests: 0,
             digested: BTreeMap::new(),
@@ -257,6 +140,11 @@ impl Ledger {
     /// The live sets that have arrived of the attempt that is collected.
     pub const fn live(&self) -> &BTreeMap<SpaceId, PageSet> {
         &self.live
+    }
+
+    /// The absent sets that have arrived of the attempt that is collected.
+    pub const fn absent(&self) -> &BTreeMap<SpaceId, PageSet> {
+        &self.absent
     }
 
     /// Whether a parcel of this round may go to the store: its round is open, and it is not one
@@ -330,6 +218,22 @@ impl Ledger {
         self.check_counts().map(|()| Arrival::Kept)
     }
 
+    /// A set of live pages has arrived that are not sent, or not in their last version.
+    pub fn absent_set(
+        &mut self,
+        generation: Generation,
+        space: SpaceId,
+        absent: PageSet,
+    ) -> Result<Arrival, LedgerError> {
+        if self.collect(generation)? == Arrival::Late {
+            return Ok(Arrival::Late);
+        }
+        if self.absent.insert(space, absent).is_some() {
+            return Err(LedgerError::AbsentTwice(space));
+        }
+        self.check_counts().map(|()| Arrival::Kept)
+    }
+
     /// An image file is complete.
     pub fn image(&mut self, generation: Generation) -> Result<Arrival, LedgerError> {
         if self.collect(generation)? == Arrival::Late {
@@ -358,6 +262,7 @@ impl Ledger {
         if self.generation < generation {
             self.generation = generation;
             self.live.clear();
+            self.absent.clear();
             self.digested.clear();
             (self.images, self.digests) = (0, 0);
         }
@@ -413,9 +318,15 @@ impl Ledger {
             });
         }
         if let Some(last) = &self.last {
-            let arrived = (self.live.len() as u64, self.images, self.digests);
-            if arrived != (u64::from(last.live_sets), last.images, last.digests) {
+            let sets = (self.live.len() as u64, self.absent.len() as u64);
+            let arrived = (sets, self.images, self.digests);
+            let sets = (last.live_sets.into(), last.absent_sets.into());
+            if arrived != (sets, last.images, last.digests) {
                 return Ok(None);
+            }
+            let (found, sent) = (self.absent_pages(), last.absent_pages);
+            if found != sent {
+                return Err(LedgerError::AbsentPages { found, sent });
             }
         }
         self.end = None;
@@ -425,16 +336,18 @@ impl Ledger {
         Ok(Some(end.round))
     }
 
-    /// After the final round: checks that every live page is held, and digested if the final
-    /// message says so, and accounts for every page that came. The caller then drops the surplus
-    /// from the store. A space without a live set is gone at the source, and all of it is surplus.
+    /// After the final round: checks that every live page is held or absent, and digested if the
+    /// final message says so, and accounts for every page that came. The caller then drops the
+    /// surplus from the store: also what is held of absent pages, which is outdated. A space
+    /// without a live set is gone at the source, and all of it is surplus.
     pub fn settle(&self, held: &BTreeMap<SpaceId, HeldPages>) -> Result<Vec<Account>, LedgerError> {
         let last = match &self.last {
             Some(last) if self.end.is_none() => last,
             Some(_) | None => return Err(LedgerError::NotFinal),
         };
         let (none, nothing) = (PageSet::new(), HeldPages::default());
-        let mut spaces: Vec<SpaceId> = self.live.keys().chain(held.keys()).copied().collect();
+        let named = self.live.keys().chain(self.absent.keys());
+        let mut spaces: Vec<SpaceId> = named.chain(held.keys()).copied().collect();
         spaces.sort_unstable();
         spaces.dedup();
         let account = |space| {
@@ -467,10 +380,15 @@ impl Ledger {
                 received,
             });
         };
-        let (live_data, live_zero) = (held.data.intersection(live), held.zero.intersection(live));
+        let absent = self.absent_of(space, live)?;
+        let present = live.difference(&absent);
+        let (live_data, live_zero) = (
+            held.data.intersection(&present),
+            held.zero.intersection(&present),
+        );
         let (live_pages, data, zero) = (live.len(), live_data.len(), live_zero.len());
-        if data.0 + zero.0 != live_pages.0 {
-            let missing = live.difference(&live_data.union(&live_zero));
+        if data.0 + zero.0 != present.len().0 {
+            let missing = present.difference(&live_data.union(&live_zero));
             let first = missing.runs().first().map(|run| run.start());
             return Err(LedgerError::Incomplete {
                 space,
@@ -481,19 +399,35 @@ impl Ledger {
                 first: first.unwrap_or(PageIndex(0)),
             });
         }
-        let surplus = held
-            .data
-            .difference(live)
-            .union(&held.zero.difference(live));
+        let surplus = held.pages().difference(&present);
         Ok(Account {
             space,
             live: live_pages,
             data,
             zero,
+            absent,
             surplus,
             replaced: PageCount(replaced),
             received,
         })
+    }
+
+    fn absent_of(&self, space: SpaceId, live: &PageSet) -> Result<PageSet, LedgerError> {
+        let absent = self.absent.get(&space).cloned().unwrap_or_default();
+        let strange = absent.difference(live).len();
+        if strange != PageCount::ZERO {
+            return Err(LedgerError::AbsentNotLive {
+                space,
+                live: live.len(),
+                absent: absent.len(),
+                strange,
+            });
+        }
+        Ok(absent)
+    }
+
+    fn absent_pages(&self) -> PageCount {
+        self.absent.values().map(PageSet::len).sum()
     }
 
     /// Whether every live page has exactly one digest, and no other page has any.
@@ -547,6 +481,8 @@ impl Ledger {
         }
         if let Some(last) = &self.last {
             check("live sets", self.live.len() as u64, last.live_sets.into())?;
+            let absent_sets = self.absent.len() as u64;
+            check("absent sets", absent_sets, last.absent_sets.into())?;
             check("images", self.images.into(), last.images.into())?;
             check("digests", self.digests.into(), last.digests.into())?;
         }

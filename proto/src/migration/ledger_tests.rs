@@ -1,5 +1,6 @@
 use super::*;
 use crate::page::PageRun;
+use crate::wire::code::ErrorCode;
 
 const SPACE: SpaceId = SpaceId(1);
 const FIRST: Generation = Generation::FIRST;
@@ -32,6 +33,8 @@ fn last(round: Round, parcels: u32, pages: u64) -> Final {
         verify: false,
         locks: 0,
         files: 0,
+        absent_sets: 0,
+        absent_pages: PageCount::ZERO,
     }
 }
 
@@ -169,6 +172,7 @@ fn every_live_page_must_be_held_and_the_rest_is_dropped() {
         live: PageCount(5),
         data: PageCount(3),
         zero: PageCount(2),
+        absent: set(0, 0),
         surplus: set(0, 4).union(&set(9, 1)),
         replaced: PageCount(2),
         received: PageCount(12),
@@ -178,6 +182,7 @@ fn every_live_page_must_be_held_and_the_rest_is_dropped() {
         live: PageCount::ZERO,
         data: PageCount::ZERO,
         zero: PageCount::ZERO,
+        absent: set(0, 0),
         surplus: set(5, 1),
         replaced: PageCount::ZERO,
         received: PageCount(1),
@@ -344,4 +349,91 @@ fn a_round_is_held_when_the_differences_of_folders_are_applied() {
         .round_end(end(open, 0, 0))
         .map_err(|error| error.code());
     assert_eq!(too_many, Err(ErrorCode::Unexpected));
+}
+
+/// A ledger whose final round is complete but for the settling, with one live and one absent set.
+fn with_absent(live: PageSet, absent: PageSet, received: u64) -> Ledger {
+    let mut ledger = Ledger::new();
+    enter(&mut ledger, SPACE, Round::FIRST, received).unwrap();
+    let last = Final {
+        absent_sets: 1,
+        absent_pages: absent.len(),
+        ..last(Round::FIRST, 1, received)
+    };
+    ledger.final_end(last).unwrap();
+    assert_eq!(ledger.image(FIRST), Ok(Arrival::Kept));
+    assert_eq!(ledger.live_set(FIRST, SPACE, live), Ok(Arrival::Kept));
+    assert_eq!(ledger.round_held(), Ok(None));
+    assert_eq!(ledger.absent_set(FIRST, SPACE, absent), Ok(Arrival::Kept));
+    assert_eq!(ledger.round_held(), Ok(Some(Round::FIRST)));
+    ledger
+}
+
+// clause: P-2
+#[test]
+fn what_is_live_is_held_or_absent_and_what_is_held_of_absent_pages_is_dropped() {
+    // Of ten live pages 2 to 5 are absent, and 2 and 3 are held as they were before.
+    let ledger = with_absent(set(0, 10), set(2, 4), 8);
+    let settled = ledger.settle(&held([(SPACE, set(0, 4), set(6, 4))]));
+    let account = Account {
+        space: SPACE,
+        live: PageCount(10),
+        data: PageCount(2),
+        zero: PageCount(4),
+        absent: set(2, 4),
+        surplus: set(2, 2),
+        replaced: PageCount(0),
+        received: PageCount(8),
+    };
+    assert_eq!(settled, Ok(vec![account]));
+    // Page 6 is neither.
+    let settled = ledger.settle(&held([(SPACE, set(0, 2), set(7, 3))]));
+    let Err(LedgerError::Incomplete { missing, first, .. }) = settled else {
+        panic!("{settled:?}");
+    };
+    assert_eq!((missing, first), (PageCount(1), PageIndex(6)));
+}
+
+// clause: P-2
+#[test]
+fn a_set_of_absent_pages_is_of_live_ones_and_counted() {
+    let ledger = with_absent(set(0, 4), set(3, 2), 4);
+    let settled = ledger.settle(&held([(SPACE, set(0, 4), set(0, 0))]));
+    let strange = LedgerError::AbsentNotLive {
+        space: SPACE,
+        live: PageCount(4),
+        absent: PageCount(2),
+        strange: PageCount(1),
+    };
+    assert_eq!(settled, Err(strange));
+    let mut ledger = complete(set(0, 4), 4);
+    let more = ledger.absent_set(FIRST, SPACE, set(0, 1));
+    assert!(matches!(more, Err(LedgerError::TooMany { .. })), "{more:?}");
+    let mut ledger = Ledger::new();
+    ledger
+        .absent_set(FIRST, SPACE, set(0, 1))
+        .map(drop)
+        .unwrap();
+    let twice = ledger.absent_set(FIRST, SPACE, set(0, 1));
+    assert_eq!(twice, Err(LedgerError::AbsentTwice(SPACE)));
+    // One page less than the source says.
+    let mut ledger = Ledger::new();
+    let last = Final {
+        absent_sets: 1,
+        absent_pages: PageCount(3),
+        images: 0,
+        live_sets: 1,
+        ..last(Round::FIRST, 0, 0)
+    };
+    ledger.final_end(last).unwrap();
+    ledger.live_set(FIRST, SPACE, set(0, 4)).map(drop).unwrap();
+    ledger
+        .absent_set(FIRST, SPACE, set(0, 2))
+        .map(drop)
+        .unwrap();
+    let (found, sent) = (PageCount(2), PageCount(3));
+    assert_eq!(
+        ledger.round_held(),
+        Err(LedgerError::AbsentPages { found, sent })
+    );
 }

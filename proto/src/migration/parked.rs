@@ -100,6 +100,12 @@ impl Kept {
         body
     }
 
+    /// A stream that says that all that was kept so far is in those before it. It is to be called
+    /// when there is none any more of the others.
+    pub fn mark(&self, generation: Generation) -> Vec<u8> {
+        Parked::encode(generation, self.number, [])
+    }
+
     /// All of them from the first on, for the workload at its source; nothing is kept then.
     pub fn take(&mut self) -> impl Iterator<Item = ParkedFrame> + use<> {
         let all = std::mem::take(self);
@@ -133,6 +139,9 @@ pub struct Order {
     generation: Generation,
     /// The number of the next that is delivered.
     next: u32,
+    /// The number of the first that came to the source only after it had heard that the workload
+    /// runs, once the source has said so.
+    mark: Option<u32>,
     waiting: BTreeMap<u32, ParkedFrame>,
     bytes: usize,
     lost: u64,
@@ -149,6 +158,7 @@ impl Order {
         Self {
             generation,
             next: 0,
+            mark: None,
             waiting: BTreeMap::new(),
             bytes: 0,
             lost: 0,
@@ -162,6 +172,9 @@ impl Order {
         }
         if self.generation < parked.generation {
             *self = Self::of(parked.generation);
+        }
+        if parked.frames.is_empty() {
+            self.mark = Some(parked.first);
         }
         for (frame, number) in parked.frames.into_iter().zip(parked.first..) {
             if number < self.next || self.waiting.contains_key(&number) {
@@ -193,6 +206,11 @@ impl Order {
                 return Some(frame);
             }
         }
+    }
+
+    /// Whether all were delivered that had come to the source when it heard that the workload runs.
+    pub fn is_whole(&self) -> bool {
+        self.mark.is_some_and(|mark| mark <= self.next)
     }
 
     /// How many there was no room for.
@@ -364,6 +382,35 @@ mod tests {
         assert_eq!(delivered(&mut order), []);
         order.put(parked(FIRST.next(), 0, &[6]));
         assert_eq!(delivered(&mut order), [6, 7]);
+    }
+
+    // clause: H-25
+    #[test]
+    fn a_target_knows_when_nothing_is_on_its_way_that_came_before_the_workload_ran() {
+        let mut kept = Kept::default();
+        let mut order = Order::default();
+        kept.put(frame(1, 60), true);
+        kept.put(frame(2, 60), true);
+        let sent = Parked::decode(&kept.stream(FIRST).unwrap()).unwrap();
+        assert_eq!(kept.stream(FIRST), None);
+        let mark = || Parked::decode(&kept.mark(FIRST)).unwrap();
+        assert!(!order.is_whole());
+        // It may overtake them.
+        order.put(mark());
+        assert_eq!((delivered(&mut order), order.is_whole()), (vec![], false));
+        order.put(sent);
+        assert!(!order.is_whole());
+        assert_eq!(
+            (delivered(&mut order), order.is_whole()),
+            (vec![1, 2], true)
+        );
+        // Of another attempt it says nothing.
+        order.put(parked(FIRST.next(), 0, &[3]));
+        order.put(mark());
+        assert_eq!((delivered(&mut order), order.is_whole()), (vec![3], false));
+        let mut none = Order::default();
+        none.put(Parked::decode(&Kept::default().mark(FIRST)).unwrap());
+        assert!(none.is_whole());
     }
 
     #[test]

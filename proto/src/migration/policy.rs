@@ -5,11 +5,20 @@
 //! it much shorter, when another round would hardly help at all, or when there have been enough.
 //!
 //! And how long the workload may then stand still before it is given back.
+//!
+//! A policy may allow that pages are missing when the workload starts at the target. Then rounds
+//! end in a *switch* where they would not do: a freeze that sends no pages.
+
+mod mode;
+mod stall;
 
 use std::time::Duration;
 
 use crate::id::Round;
 use crate::page::PageCount;
+pub use mode::{Mode, OnTimeout, UnknownMode, UnknownOnTimeout};
+use stall::Stall;
+pub use stall::{BUDGET_STEPS, NEAR_PERCENT, WATCHED_ROUNDS, WATCHED_ROUNDS_MAX};
 
 /// Most rounds that any policy may ask for: beyond this the workload outruns the link anyway.
 pub const ROUNDS_LIMIT: u32 = 1000;
@@ -61,7 +70,23 @@ pub struct Policy {
     /// How long the workload may stand still before the commit. None: the larger of
     /// [`FROZEN_MAX_LEAST`] and twice the freeze that is predicted.
     pub frozen_max: Option<Duration>,
+    /// Whether pages may be missing when it starts at the target.
+    pub mode: Mode,
+    /// What follows when the time, or the rounds, are over.
+    pub on_timeout: OnTimeout,
+    /// The most downtime that is allowed once rounds have stalled: the budget rises to it from
+    /// [`Policy::downtime_max`]. None: with [`Mode::Precopy`] stalled rounds end in a freeze of any
+    /// downtime, else the budget does not rise.
+    pub downtime_bound: Option<Duration>,
 }
+
+/// A policy that nobody can follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "pages are compared before the workload starts at the target, and some may be missing then: \
+     either verify, or a mode and an end of time other than precopy's"
+)]
+pub struct VerifySwitches;
 
 /// What the source measured of one round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,10 +131,15 @@ pub struct FilesReport {
 /// What follows a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// Freeze now.
+    /// Freeze now, and send what is left then.
     Freeze(FreezeReason),
     /// Another round.
     Round,
+    /// Freeze now, and leave what is left at the source: it follows the workload.
+    Switch(FreezeReason),
+    /// No more rounds are allowed, and no downtime as long as this: [`Policy::on_timeout`] says
+    /// what follows.
+    TimeOver,
 }
 
 /// Why it is time to freeze.
@@ -121,6 +151,12 @@ pub enum FreezeReason {
     RoundsMax,
     /// The round left nearly as much as it sent.
     Stalled,
+    /// Rounds do not do, and what is left is nearly the least of what they have left.
+    Smallest,
+    /// The policy has all pages follow the workload.
+    Postcopy,
+    /// Time is over.
+    TimeOver,
 }
 
 /// What is known after the rounds so far.
@@ -135,6 +171,19 @@ pub struct Convergence {
     measured: bool,
     /// The rounds before the first that counts.
     before: u32,
+    /// What the freeze takes if no page is sent in it.
+    without_pages: Freeze,
+    stall: Stall,
+    /// How long all rounds took.
+    elapsed: Duration,
+}
+
+/// What a freeze that begins now would take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Freeze {
+    downtime: Duration,
+    /// None if nothing is known.
+    stillness: Option<Duration>,
 }
 
 impl Policy {
@@ -153,30 +202,43 @@ impl Policy {
         verify: false,
         force_eager: false,
         frozen_max: None,
+        mode: Mode::Precopy,
+        on_timeout: OnTimeout::Cancel,
+        downtime_bound: None,
     };
+
+    /// Whether it allows that pages are missing when the workload starts at the target.
+    pub fn may_switch(&self) -> bool {
+        self.mode != Mode::Precopy || self.on_timeout == OnTimeout::Postcopy
+    }
+
+    /// Whether it wants that, if it comes to it, rather than rounds that do not do.
+    pub fn must_switch(&self) -> bool {
+        matches!(self.mode, Mode::Hybrid | Mode::Postcopy) || self.on_timeout == OnTimeout::Postcopy
+    }
+
+    /// Whether anybody can follow it.
+    pub fn check(&self) -> Result<(), VerifySwitches> {
+        if self.verify && self.may_switch() {
+            return Err(VerifySwitches);
+        }
+        Ok(())
+    }
+
+    /// The most downtime that it allows once rounds have stalled.
+    fn bound(&self) -> Duration {
+        self.downtime_bound
+            .unwrap_or_default()
+            .max(self.downtime_max)
+    }
 }
 
 impl Convergence {
     /// Takes in a round of a workload with this much memory, and says what should follow.
     pub fn after(&mut self, policy: &Policy, report: &RoundReport, memory: PageCount) -> Decision {
-        let known = self.bytes_per_second;
-        let sent_bytes = report.raw_bytes.saturating_add(report.files.sent_bytes);
-        self.measured |= RATE_BYTES_MIN <= sent_bytes;
-        if known.is_none() || RATE_BYTES_MIN <= sent_bytes {
-            self.bytes_per_second = per_second(sent_bytes, report.duration).or(known);
-        }
-        let dirtied = report.pages_dirtied_estimate;
-        self.dirtied_per_second = per_second(dirtied.0, report.duration);
-        let left_bytes = dirtied.bytes().saturating_add(report.files.left_bytes);
-        let final_bytes = left_bytes.saturating_add(report.eager_bytes);
-        let predicted = predict(final_bytes, self.bytes_per_second);
-        let predicted = predicted.saturating_add(report.files.look);
-        self.predicted_downtime = Some(predicted);
-        let copying = time_for(report.eager_bytes, Some(EAGER_BYTES_PER_SECOND));
-        let hashed_bytes = if policy.verify { memory.bytes() } else { 0 };
-        let hashing = time_for(hashed_bytes, Some(HASHED_BYTES_PER_SECOND));
-        self.estimated_freeze = (predicted < Duration::MAX)
-            .then(|| predicted.saturating_add(copying).saturating_add(hashing));
+        self.measure(policy, report, memory);
+        let left_bytes = left_bytes(report);
+        let sent_bytes = sent_bytes(report);
         if report.anew {
             self.before = report.round.number();
             return Decision::Round;
@@ -185,23 +247,120 @@ impl Convergence {
         if report.files.first && rounds < policy.rounds_max {
             return Decision::Round;
         }
-        let left = left_bytes.saturating_mul(100);
-        let sent = report
-            .pages_sent
-            .bytes()
-            .saturating_add(report.files.sent_bytes);
-        let shrinking = left < sent.saturating_mul(SHRINKING_PERCENT)
+        if policy.mode == Mode::Postcopy {
+            return self.switch(FreezeReason::Postcopy);
+        }
+        let predicted = self.predicted_downtime.unwrap_or(Duration::MAX);
+        let shrinking = is_less(left_bytes, sent_bytes, SHRINKING_PERCENT)
             && (FIXED_COST + TRANSFER_SHORT).saturating_add(report.files.look) < predicted;
         if predicted <= policy.downtime_max && !shrinking {
             return Decision::Freeze(FreezeReason::Converged);
         }
-        if policy.rounds_max <= rounds {
-            return Decision::Freeze(FreezeReason::RoundsMax);
+        if policy.mode == Mode::Precopy && policy.downtime_bound.is_none() {
+            if policy.rounds_max <= rounds {
+                return Decision::Freeze(FreezeReason::RoundsMax);
+            }
+            if !is_less(left_bytes, sent_bytes, STALLED_PERCENT) {
+                return Decision::Freeze(FreezeReason::Stalled);
+            }
+            return Decision::Round;
         }
-        if sent.saturating_mul(STALLED_PERCENT) <= left {
-            return Decision::Freeze(FreezeReason::Stalled);
+        self.after_bounded(policy, report, rounds)
+    }
+
+    /// The same for a policy that does not allow any downtime once rounds have stalled.
+    fn after_bounded(&mut self, policy: &Policy, report: &RoundReport, rounds: u32) -> Decision {
+        let (left_bytes, sent_bytes) = (left_bytes(report), sent_bytes(report));
+        let is_last = policy.rounds_max <= rounds;
+        let stalls = match policy.mode {
+            Mode::Precopy => !is_less(left_bytes, sent_bytes, STALLED_PERCENT),
+            Mode::Hybrid | Mode::Postcopy => !is_less(left_bytes, sent_bytes, SHRINKING_PERCENT),
+            Mode::Auto => !self.will_do(policy, report, rounds),
+        };
+        if !(self.stall.has_begun() || stalls || is_last) {
+            return Decision::Round;
+        }
+        self.stall.observe(left_bytes);
+        let budget = self.stall.budget(policy.downtime_max, policy.bound());
+        if self.predicted_downtime.is_some_and(|it| it <= budget) {
+            return Decision::Freeze(FreezeReason::Converged);
+        }
+        if policy.mode == Mode::Precopy {
+            return if is_last {
+                Decision::TimeOver
+            } else {
+                Decision::Round
+            };
+        }
+        if is_last {
+            return self.switch(FreezeReason::RoundsMax);
+        }
+        if self.stall.is_met(left_bytes) {
+            return self.switch(FreezeReason::Smallest);
         }
         Decision::Round
+    }
+
+    /// Whether the rounds that are allowed will bring the downtime below its bound, if each leaves
+    /// the same part of what it sends as the last one.
+    fn will_do(&self, policy: &Policy, report: &RoundReport, rounds: u32) -> bool {
+        let (left, sent) = (left_bytes(report), sent_bytes(report));
+        if !is_less(left, sent, STALLED_PERCENT) {
+            return left == 0;
+        }
+        let rate = self.bytes_per_second;
+        let mut elapsed = self.elapsed;
+        let mut rest = left;
+        for _ in rounds..policy.rounds_max {
+            let downtime = predict(rest.saturating_add(report.eager_bytes), rate);
+            if downtime.saturating_add(report.files.look) <= policy.bound() {
+                return true;
+            }
+            elapsed = elapsed.saturating_add(time_for(rest, rate));
+            if policy.timeout < elapsed {
+                return false;
+            }
+            let next = u128::from(rest) * u128::from(left) / u128::from(sent);
+            rest = u64::try_from(next).unwrap_or(u64::MAX);
+        }
+        predict(rest.saturating_add(report.eager_bytes), rate) <= policy.bound()
+    }
+
+    /// Leaves what is left at the source: the downtime is that of a freeze without it.
+    pub fn switch(&mut self, reason: FreezeReason) -> Decision {
+        self.predicted_downtime = Some(self.without_pages.downtime);
+        self.estimated_freeze = self.without_pages.stillness;
+        Decision::Switch(reason)
+    }
+
+    fn measure(&mut self, policy: &Policy, report: &RoundReport, memory: PageCount) {
+        let known = self.bytes_per_second;
+        let sent_bytes = report.raw_bytes.saturating_add(report.files.sent_bytes);
+        self.measured |= RATE_BYTES_MIN <= sent_bytes;
+        if known.is_none() || RATE_BYTES_MIN <= sent_bytes {
+            self.bytes_per_second = per_second(sent_bytes, report.duration).or(known);
+        }
+        self.elapsed = self.elapsed.saturating_add(report.duration);
+        let dirtied = report.pages_dirtied_estimate;
+        self.dirtied_per_second = per_second(dirtied.0, report.duration);
+        let copying = time_for(report.eager_bytes, Some(EAGER_BYTES_PER_SECOND));
+        let hashed_bytes = if policy.verify { memory.bytes() } else { 0 };
+        let hashing = time_for(hashed_bytes, Some(HASHED_BYTES_PER_SECOND));
+        let freeze = |left_bytes: u64| {
+            let final_bytes = left_bytes.saturating_add(report.eager_bytes);
+            let predicted = predict(final_bytes, self.bytes_per_second);
+            let downtime = predicted.saturating_add(report.files.look);
+            let beside = copying.saturating_add(hashing);
+            let stillness = (downtime < Duration::MAX).then(|| downtime.saturating_add(beside));
+            Freeze {
+                downtime,
+                stillness,
+            }
+        };
+        let with_pages = freeze(left_bytes(report));
+        self.without_pages = freeze(report.files.left_bytes);
+        self.predicted_downtime = Some(with_pages.downtime);
+        self.estimated_freeze = with_pages.stillness;
     }
 
     /// Rounds up to this one do not count for the last one allowed.
@@ -236,6 +395,23 @@ impl Convergence {
     }
 }
 
+/// What a round has left: what the next one would send.
+fn left_bytes(report: &RoundReport) -> u64 {
+    let dirtied = report.pages_dirtied_estimate.bytes();
+    dirtied.saturating_add(report.files.left_bytes)
+}
+
+/// What a round has sent, before compression.
+fn sent_bytes(report: &RoundReport) -> u64 {
+    let pages = report.pages_sent.bytes();
+    pages.saturating_add(report.files.sent_bytes)
+}
+
+/// Whether `part` is less than so many percent of `whole`.
+fn is_less(part: u64, whole: u64, percent: u64) -> bool {
+    u128::from(part) * 100 < u128::from(whole) * u128::from(percent)
+}
+
 /// How long the workload would be gone if `final_bytes` were all that is left to send.
 fn predict(final_bytes: u64, bytes_per_second: Option<u64>) -> Duration {
     time_for(final_bytes, bytes_per_second).saturating_add(FIXED_COST)
@@ -262,249 +438,6 @@ fn per_second(amount: u64, duration: Duration) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-    const MEMORY: PageCount = PageCount(100_000);
-
-    fn report(round: u32, sent: u64, dirtied: u64, duration: Duration) -> RoundReport {
-        RoundReport {
-            round: Round::new(round).unwrap(),
-            parcels: 1,
-            pages_sent: PageCount(sent),
-            pages_dirtied_estimate: PageCount(dirtied),
-            raw_bytes: PageCount(sent).bytes(),
-            wire_bytes: PageCount(sent).bytes(),
-            duration,
-            eager_bytes: 0,
-            anew: false,
-            files: FilesReport::default(),
-        }
-    }
-
-    fn check(reports: &[RoundReport], expected: &[Decision]) {
-        let mut convergence = Convergence::default();
-        let decisions: Vec<Decision> = reports
-            .iter()
-            .map(|round| convergence.after(&Policy::DEFAULT, round, MEMORY))
-            .collect();
-        assert_eq!(decisions, expected);
-    }
-
-    // clause: R-6
-    #[test]
-    fn the_freeze_comes_when_the_rest_fits_the_downtime() {
-        // 100000 pages/s: 260 ms are 26000 pages.
-        check(
-            &[
-                report(1, 100_000, 40_000, SECOND),
-                report(2, 40_000, 26_000, SECOND * 2 / 5),
-            ],
-            &[Decision::Round, Decision::Freeze(FreezeReason::Converged)],
-        );
-    }
-
-    #[test]
-    fn rounds_go_on_while_each_is_much_smaller_than_the_last() {
-        check(
-            &[
-                report(1, 100_000, 20_000, SECOND),
-                report(2, 20_000, 4_000, SECOND / 5),
-                report(3, 4_000, 1_000, SECOND / 25),
-            ],
-            &[
-                Decision::Round,
-                Decision::Round,
-                Decision::Freeze(FreezeReason::Converged),
-            ],
-        );
-    }
-
-    #[test]
-    fn a_round_that_leaves_nine_tenths_has_stalled() {
-        check(
-            &[report(1, 100_000, 90_000, SECOND)],
-            &[Decision::Freeze(FreezeReason::Stalled)],
-        );
-        check(&[report(1, 100_000, 89_999, SECOND)], &[Decision::Round]);
-    }
-
-    #[test]
-    fn the_last_round_allowed_is_followed_by_the_freeze() {
-        let round = |number| report(number, 100_000, 80_000, SECOND);
-        check(
-            &[round(29), round(30)],
-            &[Decision::Round, Decision::Freeze(FreezeReason::RoundsMax)],
-        );
-    }
-
-    // clause: R-8
-    #[test]
-    fn a_round_after_which_all_begins_anew_is_followed_by_another_and_counts_no_more() {
-        let policy = Policy {
-            rounds_max: 2,
-            ..Policy::DEFAULT
-        };
-        let mut convergence = Convergence::default();
-        let mut after = |number, sent, anew| {
-            let left = if anew { 100_000 } else { sent * 4 / 5 };
-            let round = RoundReport {
-                anew,
-                ..report(number, sent, left, SECOND)
-            };
-            convergence.after(&policy, &round, MEMORY)
-        };
-        // It would have stalled, and be the last one allowed.
-        assert_eq!(after(1, 100_000, false), Decision::Round);
-        assert_eq!(after(2, 80_000, true), Decision::Round);
-        assert_eq!(after(3, 100_000, false), Decision::Round);
-        let last = Decision::Freeze(FreezeReason::RoundsMax);
-        assert_eq!(after(4, 80_000, false), last);
-    }
-
-    #[test]
-    fn a_short_round_does_not_change_the_rate() {
-        let mut convergence = Convergence::default();
-        convergence.after(&Policy::DEFAULT, &report(1, 100_000, 1000, SECOND), MEMORY);
-        // Ten pages in a second would be a rate of 40 KiB/s.
-        convergence.after(&Policy::DEFAULT, &report(2, 10, 1000, SECOND), MEMORY);
-        assert_eq!(
-            convergence.predicted_downtime(),
-            Some(Duration::from_millis(50))
-        );
-        assert_eq!(convergence.dirtied_per_second(), Some(1000));
-    }
-
-    #[test]
-    fn memory_that_only_criu_copies_counts() {
-        let mut convergence = Convergence::default();
-        let mut round = report(1, 100_000, 0, SECOND);
-        round.eager_bytes = PageCount(100_000).bytes();
-        convergence.after(&Policy::DEFAULT, &round, MEMORY);
-        assert_eq!(convergence.predicted_downtime(), Some(SECOND + FIXED_COST));
-    }
-
-    #[test]
-    fn nothing_measured_and_something_left_is_no_prediction_that_fits() {
-        check(
-            &[report(1, 0, 10, Duration::ZERO)],
-            &[Decision::Freeze(FreezeReason::Stalled)],
-        );
-        check(
-            &[report(1, 0, 0, Duration::ZERO)],
-            &[Decision::Freeze(FreezeReason::Converged)],
-        );
-    }
-
-    // clause: F-7
-    #[test]
-    fn a_freeze_is_bounded_by_five_seconds_or_twice_what_is_predicted() {
-        let gib = PageCount(1 << 18);
-        let verified = Policy {
-            verify: true,
-            ..Policy::DEFAULT
-        };
-        let said = Policy {
-            frozen_max: Some(SECOND / 2),
-            ..verified
-        };
-        let fixed = FIXED_COST * 2;
-        // 100000 pages/s are sent; what CRIU copies is copied first, and sent after.
-        let eager_gib = 2 * (1024 * SECOND / 240 + gib.bytes() as u32 / 40960 * SECOND / 10_000);
-        for (policy, dirtied, eager, memory, expected) in [
-            (Policy::DEFAULT, 0, 0, gib, SECOND * 5),
-            (Policy::DEFAULT, 245_000, 0, gib, SECOND * 5),
-            (Policy::DEFAULT, 300_000, 0, gib, SECOND * 6 + fixed),
-            (Policy::DEFAULT, 0, gib.bytes(), gib, eager_gib + fixed),
-            (
-                Policy::DEFAULT,
-                300_000,
-                0,
-                PageCount(64 * gib.0),
-                SECOND * 6 + fixed,
-            ),
-            (verified, 0, 0, gib, SECOND * 5),
-            (verified, 0, 0, PageCount(50 * gib.0), SECOND * 20 + fixed),
-            (said, 300_000, gib.bytes(), gib, SECOND / 2),
-        ] {
-            let mut convergence = Convergence::default();
-            let mut round = report(1, 100_000, dirtied, SECOND);
-            round.eager_bytes = eager;
-            convergence.after(&policy, &round, memory);
-            let difference = convergence.frozen_max(&policy).abs_diff(expected);
-            assert!(
-                difference < SECOND / 1000,
-                "{dirtied} dirty, {eager} eager: {difference:?} from {expected:?}"
-            );
-        }
-    }
-
-    // clause: F-7
-    #[test]
-    fn a_first_round_that_is_short_forbids_no_freeze() {
-        // 300 KiB in 30 ms: at that rate 64 MiB of shared memory would take 7 s.
-        let mut convergence = Convergence::default();
-        let mut round = report(1, 75, 0, SECOND * 3 / 100);
-        round.eager_bytes = 64 << 20;
-        convergence.after(&Policy::DEFAULT, &round, MEMORY);
-        assert_eq!(convergence.predicted_freeze(), None);
-        // It may well be so, and then there is time for it.
-        assert!(FROZEN_MAX_LEAST < convergence.frozen_max(&Policy::DEFAULT));
-        convergence.after(&Policy::DEFAULT, &report(2, 25_600, 0, SECOND), MEMORY);
-        assert!(convergence.predicted_freeze().is_some());
-    }
-
-    #[test]
-    fn a_link_of_which_nothing_is_known_gives_no_freeze_without_a_bound() {
-        let mut convergence = Convergence::default();
-        let policy = Policy::DEFAULT;
-        assert_eq!(convergence.frozen_max(&policy), FROZEN_MAX_LEAST);
-        convergence.after(&policy, &report(1, 0, 10, Duration::ZERO), MEMORY);
-        assert_eq!(convergence.predicted_downtime(), Some(Duration::MAX));
-        assert_eq!(convergence.predicted_freeze(), None);
-        assert_eq!(convergence.frozen_max(&policy), FROZEN_MAX_LEAST);
-    }
-
-    // clause: R-6
-    #[test]
-    fn folders_that_travel_count_like_memory_and_so_does_looking_for_differences() {
-        let round = |number, files: FilesReport| RoundReport {
-            files,
-            raw_bytes: PageCount(100).bytes(),
-            ..report(number, 100, 0, SECOND)
-        };
-        let mib = |sent: u64, left: u64| FilesReport {
-            streams: 1,
-            sent_bytes: sent << 20,
-            left_bytes: left << 20,
-            look: SECOND / 50,
-            first: false,
-        };
-        let first = FilesReport {
-            first: true,
-            ..mib(1024, 0)
-        };
-        let mut convergence = Convergence::default();
-        let mut after = |round| {
-            let decision = convergence.after(&Policy::DEFAULT, &round, MEMORY);
-            (decision, convergence.predicted_downtime().unwrap())
-        };
-        // It says nothing of the next, whatever it left.
-        let (decision, predicted) = after(round(1, first));
-        assert_eq!(
-            (decision, predicted),
-            (Decision::Round, FIXED_COST + SECOND / 50)
-        );
-        let (decision, predicted) = after(round(2, mib(1024, 512)));
-        assert_eq!(decision, Decision::Round);
-        assert!(
-            SECOND / 2 < predicted && predicted < SECOND * 6 / 10,
-            "{predicted:?}"
-        );
-        let (decision, _) = after(round(3, mib(512, 500)));
-        assert_eq!(decision, Decision::Freeze(FreezeReason::Stalled));
-        let (decision, _) = after(round(3, mib(512, 1)));
-        assert_eq!(decision, Decision::Freeze(FreezeReason::Converged));
-    }
-}
+mod switch_tests;
+#[cfg(test)]
+mod tests;

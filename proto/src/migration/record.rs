@@ -12,7 +12,7 @@ use std::time::Duration;
 use prost::Message as _;
 
 use crate::id::{Generation, IdError, Incarnation, MigrationId, NodeName, WorkloadName};
-use crate::migration::policy::{Policy, ROUNDS_LIMIT};
+use crate::migration::policy::{Mode, OnTimeout, Policy, ROUNDS_LIMIT};
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::micros;
 use schema::record::Entry as Wire;
@@ -38,8 +38,12 @@ pub enum Entry {
     Commit {
         /// The committed generation.
         generation: Generation,
+        /// Pages of it were not sent: the frozen copy is kept until [`Entry::Filled`], or until
+        /// that is lost.
+        drains: bool,
     },
-    /// Source: the target runs the workload. Permits to kill the frozen copy.
+    /// Source: the target runs the workload. Permits to kill the frozen copy, unless that drains;
+    /// then it forbids to thaw it, for whatever reason.
     Started {
         /// The started generation.
         generation: Generation,
@@ -69,8 +73,15 @@ pub enum Entry {
         /// The generation that ran or was refused.
         generation: Generation,
     },
+    /// Both: all memory of what runs at the target is there. At the target it permits to say so, at
+    /// the source to kill the frozen copy.
+    Filled {
+        /// The generation that runs.
+        generation: Generation,
+    },
     /// Both: the migration failed. At the source after a `Commit` this stands for the target's
-    /// durable refusal, and permits to thaw.
+    /// durable refusal, and permits to thaw. After `Started`, or at a target after `Running`, with
+    /// the code `lost-in-drain`: pages of what ran are lost, and it runs nowhere any more.
     Aborted(Failure),
     /// Both: nothing is left to do.
     Done,
@@ -111,6 +122,8 @@ pub struct ReadyEntry {
     pub generation: Generation,
     /// This life of the target.
     pub incarnation: Incarnation,
+    /// Pages of it are missing, which only the source has.
+    pub drains: bool,
     /// What the driver needs to find the held workload.
     pub state: DriverState,
 }
@@ -211,6 +224,7 @@ impl Entry {
             Self::Running { .. } => "running",
             Self::Refused { .. } => "refused",
             Self::Settled { .. } => "settled",
+            Self::Filled { .. } => "filled",
             Self::Aborted(_) => "aborted",
             Self::Done => "done",
         }
@@ -231,9 +245,15 @@ impl Entry {
                 force_eager: offered.policy.force_eager,
                 frozen_max_us: offered.policy.frozen_max.map(micros),
                 hold: offered.hold,
+                mode: offered.policy.mode.number(),
+                on_timeout: offered.policy.on_timeout.number(),
+                downtime_bound_us: offered.policy.downtime_bound.map(micros),
                 state: offered.state.0.clone(),
             }),
-            Self::Commit { generation } => Wire::Commit(number(generation)),
+            Self::Commit { generation, drains } => match drains {
+                false => Wire::Commit(number(generation)),
+                true => Wire::CommitDraining(number(generation)),
+            },
             Self::Started { generation } => Wire::Started(number(generation)),
             Self::Fenced { generation } => Wire::Fenced(number(generation)),
             Self::Accepted(accepted) => Wire::Accepted(schema::Accepted {
@@ -245,11 +265,13 @@ impl Entry {
             Self::Ready(ready) => Wire::Ready(schema::Ready {
                 generation: ready.generation.number(),
                 incarnation: ready.incarnation.0,
+                drains: ready.drains,
                 state: ready.state.0.clone(),
             }),
             Self::Running { generation } => Wire::Running(number(generation)),
             Self::Refused { generation } => Wire::Refused(number(generation)),
             Self::Settled { generation } => Wire::Settled(number(generation)),
+            Self::Filled { generation } => Wire::Filled(number(generation)),
             Self::Aborted(failure) => Wire::Aborted(schema::Aborted {
                 code: failure.code().wire(),
                 text: failure.text().to_owned(),
@@ -267,6 +289,11 @@ impl TryFrom<Wire> for Entry {
             Wire::Offered(offered) => Self::Offered(offered.try_into()?),
             Wire::Commit(wire) => Self::Commit {
                 generation: generation(wire.generation)?,
+                drains: false,
+            },
+            Wire::CommitDraining(wire) => Self::Commit {
+                generation: generation(wire.generation)?,
+                drains: true,
             },
             Wire::Started(wire) => Self::Started {
                 generation: generation(wire.generation)?,
@@ -283,6 +310,7 @@ impl TryFrom<Wire> for Entry {
             Wire::Ready(ready) => Self::Ready(ReadyEntry {
                 generation: generation(ready.generation)?,
                 incarnation: Incarnation(ready.incarnation),
+                drains: ready.drains,
                 state: DriverState::new(ready.state)?,
             }),
             Wire::Running(wire) => Self::Running {
@@ -292,6 +320,9 @@ impl TryFrom<Wire> for Entry {
                 generation: generation(wire.generation)?,
             },
             Wire::Settled(wire) => Self::Settled {
+                generation: generation(wire.generation)?,
+            },
+            Wire::Filled(wire) => Self::Filled {
                 generation: generation(wire.generation)?,
             },
             Wire::Aborted(aborted) => {
@@ -323,6 +354,10 @@ impl TryFrom<schema::Offered> for OfferedEntry {
                 verify: offered.verify,
                 force_eager: offered.force_eager,
                 frozen_max: offered.frozen_max_us.map(Duration::from_micros),
+                mode: Mode::from_number(offered.mode).ok_or(RecordError::Field("mode"))?,
+                on_timeout: OnTimeout::from_number(offered.on_timeout)
+                    .ok_or(RecordError::Field("on_timeout"))?,
+                downtime_bound: offered.downtime_bound_us.map(Duration::from_micros),
             },
             hold: offered.hold,
             state: DriverState::new(offered.state)?,
@@ -359,151 +394,5 @@ mod schema {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn entries() -> Vec<Entry> {
-        let generation = Generation::FIRST;
-        let peer: NodeName = "b".parse().unwrap();
-        let workload = WorkloadName::Process(7);
-        let state = DriverState::new(vec![1, 2, 3]).unwrap();
-        let incarnation = Incarnation(u64::MAX);
-        vec![
-            Entry::Offered(OfferedEntry {
-                workload: workload.clone(),
-                peer: peer.clone(),
-                policy: Policy {
-                    frozen_max: Some(Duration::from_secs(7)),
-                    ..Policy::DEFAULT
-                },
-                hold: true,
-                state: state.clone(),
-            }),
-            Entry::Commit { generation },
-            Entry::Started { generation },
-            Entry::Fenced { generation },
-            Entry::Accepted(AcceptedEntry {
-                workload,
-                peer,
-                incarnation,
-                state: state.clone(),
-            }),
-            Entry::Ready(ReadyEntry {
-                generation,
-                incarnation,
-                state,
-            }),
-            Entry::Running { generation },
-            Entry::Refused { generation },
-            Entry::Settled { generation },
-            Entry::Aborted(Failure::new(ErrorCode::Timeout, "late")),
-            Entry::Done,
-        ]
-    }
-
-    #[test]
-    fn a_record_reads_back() {
-        for entry in entries() {
-            let record = Record {
-                migration: MigrationId::new([3; 16]),
-                entry,
-            };
-            assert_eq!(Record::from_bytes(&record.to_bytes()), Ok(record));
-        }
-    }
-
-    #[test]
-    fn the_beginning_of_a_migration_keeps_its_bytes() {
-        let bytes = |frozen_max| {
-            let policy = Policy {
-                frozen_max,
-                ..Policy::DEFAULT
-            };
-            let record = Record {
-                migration: MigrationId::new([3; 16]),
-                entry: Entry::Offered(OfferedEntry {
-                    workload: WorkloadName::Process(7),
-                    peer: "b".parse().unwrap(),
-                    policy,
-                    hold: false,
-                    state: DriverState::new(vec![1]).unwrap(),
-                }),
-            };
-            let bytes = record.to_bytes();
-            bytes
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect::<String>()
-        };
-        let begin = "010a1003030303030303030303030303030303";
-        let offered = "0a0970726f636573732f3712016218e0a712201e2880c8ceb40d420101";
-        assert_eq!(bytes(None), format!("{begin}82011d{offered}"));
-        let frozen_max = "4880897a";
-        let bounded = bytes(Some(Duration::from_secs(2)));
-        assert_eq!(bounded, format!("{begin}820121{offered}{frozen_max}"));
-    }
-
-    #[test]
-    fn a_record_says_of_which_kind_its_workload_is() {
-        let texts = [
-            "process/7",
-            "runc/a",
-            "crun/a",
-            "podman/a",
-            "podman-pod/a",
-            "containerd/k8s.io/a",
-        ];
-        for text in texts {
-            let record = Record {
-                migration: MigrationId::new([3; 16]),
-                entry: Entry::Accepted(AcceptedEntry {
-                    workload: text.parse().unwrap(),
-                    peer: "b".parse().unwrap(),
-                    incarnation: Incarnation(1),
-                    state: DriverState::default(),
-                }),
-            };
-            let bytes = record.to_bytes();
-            let found = bytes.windows(text.len());
-            assert!(found.into_iter().any(|part| part == text.as_bytes()));
-            assert_eq!(Record::from_bytes(&bytes), Ok(record));
-            let kind = text.as_bytes()[0];
-            let spoilt = bytes
-                .iter()
-                .map(|byte| if *byte == kind { b'x' } else { *byte });
-            let error = Record::from_bytes(&spoilt.collect::<Vec<_>>()).unwrap_err();
-            let unnamed = matches!(
-                error,
-                RecordError::Name {
-                    field: "workload",
-                    ..
-                }
-            );
-            assert!(unnamed, "{error}");
-        }
-    }
-
-    // clause: J-1
-    #[test]
-    fn a_record_says_its_format_first() {
-        let record = Record {
-            migration: MigrationId::new([3; 16]),
-            entry: Entry::Done,
-        };
-        let mut bytes = record.to_bytes();
-        assert_eq!(bytes[0], 1);
-        bytes[0] = 2;
-        assert_eq!(Record::from_bytes(&bytes), Err(RecordError::Format(2)));
-        assert_eq!(Record::from_bytes(&[]), Err(RecordError::Empty));
-        assert_eq!(
-            Record::from_bytes(&[1]),
-            Err(RecordError::Field("migration"))
-        );
-    }
-
-    #[test]
-    fn a_state_is_bounded() {
-        assert!(DriverState::new(vec![0; DriverState::BYTES_MAX]).is_ok());
-        assert!(DriverState::new(vec![0; DriverState::BYTES_MAX + 1]).is_err());
-    }
-}
+#[path = "record_tests.rs"]
+mod tests;

@@ -11,6 +11,8 @@
 //! the target, which only the operator can make unnecessary.
 
 mod connection;
+mod decision;
+mod drain;
 mod hold;
 mod message;
 mod outcome;
@@ -27,7 +29,7 @@ use std::time::Duration;
 
 use crate::id::{Generation, Incarnation, MigrationId, NetworkName, NodeName, Round, WorkloadName};
 use crate::migration::handoff::{Side, Undecided};
-use crate::migration::policy::{Convergence, Decision, Policy, RoundReport};
+use crate::migration::policy::{Convergence, Mode, Policy, RoundReport};
 use crate::migration::record::{DriverState, Entry, OfferedEntry, Record};
 use crate::migration::status::{Counters, Edges, Status};
 use crate::migration::timer::{Time, Timers};
@@ -87,6 +89,9 @@ pub enum SourceEvent {
     /// The operator wants the workload to stay. After the commit the target is asked whether
     /// it may still refuse.
     AbortRequested,
+    /// What of the frozen copy the target has not fetched may be lost: it is gone, or a page of it
+    /// cannot be read. Only after [`SourceAction::Drain`]; before that it is a failure.
+    DrainLost(Failure),
     /// An action failed, or the workload is gone.
     Failure(Failure),
     /// The operator declared a side dead. The source only acts on the target's death.
@@ -154,12 +159,19 @@ pub enum SourceAction {
     CompareSmaps,
     /// Dial lane 0, and the other lanes the first time.
     Connect,
+    /// The workload runs at the target, and fetches what it lacks: give up its network, and answer
+    /// it on every connection there will be, until [`SourceAction::Release`]. Not answered. Asked
+    /// for again after a restart.
+    Drain,
     /// Final scan, dump, live sets, images, digests. The machine sends the `Final` message.
     Finish {
         /// The generation being attempted.
         generation: Generation,
         /// The number that the final parcels carry.
         round: Round,
+        /// Pages need not be sent: those that are not are named by absent sets, and the target may
+        /// fetch them from when `Final` is said.
+        absent: bool,
     },
     /// Stop the workload by its cgroup.
     Freeze {
@@ -181,6 +193,8 @@ pub enum SourceAction {
         round: Round,
         /// Folders that travel are in it, too: not while the migration is held.
         folders: bool,
+        /// Without them it only looks what there is, and makes ready for the freeze.
+        pages: bool,
     },
     /// End what is under way at once, whatever it waits for; let CRIU end with failure, take back
     /// what [`SourceAction::Unlock`] let go, thaw the cgroup, open the network. Succeeds on a
@@ -215,6 +229,10 @@ pub struct FinalReport {
     pub locks: u32,
     /// Differences of folders that travel: one of each.
     pub files: u32,
+    /// Streams that name pages which are not sent.
+    pub absent_sets: u32,
+    /// Pages in those.
+    pub absent_pages: PageCount,
     /// Bytes of the pages sent, before compression.
     pub raw_bytes: u64,
     /// Bytes on the wire, images too.
@@ -268,6 +286,14 @@ pub struct SourceMachine {
     incarnation: Option<Incarnation>,
     /// The workload has file locks that must be let go before the target may go, or may have.
     locks: bool,
+    /// The target takes it with pages missing.
+    may_drain: bool,
+    /// The freeze under way sends no pages.
+    switching: bool,
+    /// Pages of what was frozen last are in the frozen copy alone.
+    drains: bool,
+    /// The policy's time is over, and it is to be frozen all the same.
+    time_is_over: bool,
     failure: Option<Failure>,
     /// What has failed, and must be done before anything else is: it is tried again.
     held_up: Option<Failure>,
@@ -316,6 +342,10 @@ impl SourceMachine {
             answered: false,
             incarnation: None,
             locks: true,
+            may_drain: false,
+            switching: false,
+            drains: false,
+            time_is_over: false,
             failure: None,
             held_up: None,
             fence_wanted: false,
@@ -343,6 +373,7 @@ impl SourceMachine {
     pub fn handle(&mut self, now: Time, event: SourceEvent) {
         match event {
             SourceEvent::AbortRequested => self.abort_requested(now),
+            SourceEvent::DrainLost(failure) => self.drain_lost(now, failure),
             SourceEvent::Failure(failure) => self.failed(now, failure),
             SourceEvent::Fenced(side) => self.fenced(side),
             SourceEvent::Finished(report) => self.finished(now, report),
@@ -425,6 +456,7 @@ impl SourceMachine {
             fence_wanted: self.fence_wanted,
             unsettled: false,
             holding: self.is_holding(),
+            drains: self.state.is_draining(),
         }
     }
 
@@ -468,8 +500,12 @@ impl SourceMachine {
         });
         self.round = Some(round);
         let folders = self.hold.begin_round();
-        self.actions
-            .push_back(SourceAction::SendRound { round, folders });
+        let pages = self.policy.mode != Mode::Postcopy;
+        self.actions.push_back(SourceAction::SendRound {
+            round,
+            folders,
+            pages,
+        });
     }
 
     fn round_sent(&mut self, report: &RoundReport) {
@@ -497,26 +533,17 @@ impl SourceMachine {
         }));
     }
 
-    /// A round is at the target: the policy says what follows.
-    fn round_complete(&mut self, now: Time, report: &RoundReport) {
-        let next = report.round.next();
-        let memory = self.counters.memory;
-        match self.convergence.after(&self.policy, report, memory) {
-            Decision::Round => self.send_round(next),
-            Decision::Freeze(_) if self.hold.forbids_freeze() => self.hold_on(now, report.round),
-            Decision::Freeze(_) => self.freeze(now, next),
-        }
-    }
-
     fn frozen(&mut self, now: Time) {
         let Some(step @ &mut Step::Freezing { round }) = self.state.step() else {
             return self.out_of_place("a freeze");
         };
         *step = Step::Finishing(Finishing::new(round));
         self.edges.frozen = Some(now);
-        let generation = self.generation;
-        self.actions
-            .push_back(SourceAction::Finish { generation, round });
+        self.actions.push_back(SourceAction::Finish {
+            generation: self.generation,
+            round,
+            absent: self.switching,
+        });
     }
 
     fn finished(&mut self, now: Time, report: FinalReport) {
@@ -529,6 +556,10 @@ impl SourceMachine {
         let round = finishing.round;
         self.edges.sent = Some(now);
         self.locks = report.locks != 0;
+        self.drains = report.absent_pages != PageCount::ZERO;
+        if self.drains && !self.switching {
+            return self.out_of_place("a final round with pages missing");
+        }
         self.counters.sent_bytes += report.raw_bytes;
         self.counters.wire_bytes += report.wire_bytes;
         self.send(SourceMessage::Final(Final {
@@ -542,6 +573,8 @@ impl SourceMachine {
             verify: self.policy.verify,
             locks: report.locks,
             files: report.files,
+            absent_sets: report.absent_sets,
+            absent_pages: report.absent_pages,
         }));
         self.actions.push_back(SourceAction::CompareSmaps);
     }

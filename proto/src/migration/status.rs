@@ -57,6 +57,9 @@ pub struct Status {
     pub unsettled: bool,
     /// Source: another round would not help, and only somebody's word is waited for.
     pub holding: bool,
+    /// The workload runs at the target, and pages of it are at the source alone: the loss of either
+    /// node loses it.
+    pub drains: bool,
 }
 
 impl Status {
@@ -91,6 +94,8 @@ pub enum Phase {
     Prepared,
     /// Source: the target may run the workload; waiting for it to say so.
     Committed,
+    /// Source: the target runs it, and fetches the pages that it lacks.
+    Draining,
     /// Source: the target will never run it; getting it back.
     Reclaiming,
     /// Target: preparing for an offer.
@@ -160,6 +165,7 @@ impl Phase {
             Self::Finishing => "finishing",
             Self::Prepared => "prepared",
             Self::Committed => "committed",
+            Self::Draining => "draining",
             Self::Reclaiming => "reclaiming",
             Self::Accepted => "accepted",
             Self::Receiving => "receiving",
@@ -184,6 +190,7 @@ impl Phase {
             | Self::Finishing
             | Self::Prepared
             | Self::Committed
+            | Self::Draining
             | Self::Reclaiming
             | Self::Accepted
             | Self::Receiving

@@ -8,6 +8,7 @@
 //!
 //! A target never dials. Whoever broke a connection off, it is the source that comes back.
 
+mod drain;
 mod handoff;
 mod lock;
 mod message;
@@ -44,6 +45,8 @@ pub struct TargetOrigin {
 /// What happened at the target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetEvent {
+    /// [`TargetAction::Abandon`] is done: nothing of the workload is left that could run.
+    Abandoned,
     /// The operator wants the workload not to come here.
     AbortRequested,
     /// [`TargetAction::Discard`] could not be done: something of the workload may be left here,
@@ -51,12 +54,15 @@ pub enum TargetEvent {
     DiscardFailed(Failure),
     /// [`TargetAction::Discard`] is done: nothing of the workload is left here.
     Discarded,
+    /// Pages that were to follow the workload never come: the source cannot read them, or what
+    /// holds its memory here is gone.
+    DrainLost(Failure),
     /// An action failed, or the held workload is gone.
     Failure(Failure),
     /// The operator declared a side dead. The source's death lets a held workload run; the
     /// target's own makes it refuse.
     Fenced(Side),
-    /// All memory of the running workload is in place.
+    /// All memory of the running workload is in place, also what was to follow it.
     Filled,
     /// [`TargetAction::LetGo`] fails however often it is tried, and whether the workload has run is
     /// not known. Something of it may be left, that somebody must end.
@@ -107,6 +113,10 @@ pub enum TargetEvent {
 /// What the target's driver has to do, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetAction {
+    /// The workload has run, and pages of it are lost: freeze for good what there is, at once.
+    /// Answer `Abandoned` when that has ended, or `Failure`; then it is asked for again. So it is
+    /// after a restart, also when nothing is left.
+    Abandon,
     /// Answer `FinalStored` when the streams that the message counts are stored.
     AwaitFinal(Final),
     /// Answer `RoundStored` when the parcels that the message counts are stored.
@@ -152,6 +162,10 @@ pub struct TargetMachine {
     recorded: bool,
     /// The workload has file locks to take before it runs, or may have.
     locks: bool,
+    /// Pages of it were not sent, and are to follow it.
+    drains: bool,
+    /// Why they never come, before it is known that it runs.
+    pages_lost: Option<Failure>,
     /// The source has said that it never asks about a generation up to this one.
     over_at_source: Option<Generation>,
     /// That is in the journal, or on its way there.
@@ -181,6 +195,8 @@ impl TargetMachine {
             connected: false,
             recorded: false,
             locks: true,
+            drains: false,
+            pages_lost: None,
             over_at_source: None,
             settled: false,
             failure: None,
@@ -197,9 +213,11 @@ impl TargetMachine {
     /// Takes in what happened.
     pub fn handle(&mut self, now: Time, event: TargetEvent) {
         match event {
+            TargetEvent::Abandoned => self.abandoned(),
             TargetEvent::AbortRequested => self.abort_requested(),
             TargetEvent::DiscardFailed(failure) => self.discard_failed(failure),
             TargetEvent::Discarded => self.discarded(),
+            TargetEvent::DrainLost(failure) => self.drain_lost(now, failure),
             TargetEvent::Failure(failure) => self.failed(now, failure),
             TargetEvent::Fenced(side) => self.fenced(side),
             TargetEvent::Filled => self.filled(),
@@ -209,7 +227,7 @@ impl TargetMachine {
             TargetEvent::JournalFailed(record) => self.journal_failed(now, &record),
             TargetEvent::Journalled(record) => self.journalled(&record),
             TargetEvent::Locked => self.locked(),
-            TargetEvent::Message(message) => self.message(message),
+            TargetEvent::Message(message) => self.message(now, message),
             TargetEvent::NeverRan(failure) => self.never_ran(now, failure),
             TargetEvent::NotLocked(failure) => self.not_locked(now, failure),
             TargetEvent::PeerConnected => self.connected = true,
@@ -288,9 +306,10 @@ impl TargetMachine {
             elapsed: now.since(self.started_at),
             failure: self.failure.clone(),
             frozen_max: None,
-            fence_wanted: self.state.is_ready() && !self.connected,
+            fence_wanted: (self.state.is_ready() || self.is_draining()) && !self.connected,
             unsettled: self.is_unsettled(),
             holding: false,
+            drains: self.is_draining(),
         }
     }
 
@@ -365,6 +384,7 @@ impl TargetMachine {
         let entry = ReadyEntry {
             generation,
             incarnation: self.incarnation,
+            drains: self.drains,
             state: self.driver_state.clone(),
         };
         self.state = State::Held(Held::Readying {

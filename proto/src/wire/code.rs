@@ -175,6 +175,10 @@ codes! {
     DiskShort = 81, "disk-short";
     /// A folder that travelled is not the same at both nodes.
     FolderDiffers = 82, "folder-differs";
+    /// The workload ran at the target, and pages of it that only the source had are lost.
+    LostInDrain = 83, "lost-in-drain";
+    /// The target takes no workload with pages missing.
+    PostcopyForbidden = 84, "postcopy-forbidden";
 }
 
 /// What went wrong: a code to act upon and a text to read.

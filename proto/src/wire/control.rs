@@ -5,7 +5,9 @@
 //! legal. A field that this build does not know is skipped, a message it does not know is an
 //! error.
 
+mod decode;
 mod error;
+mod fetch;
 mod offer;
 
 use std::time::Duration;
@@ -16,13 +18,13 @@ use crate::id::{Generation, Incarnation, MigrationId, NetworkName, Round, Worklo
 use crate::migration::policy::Policy;
 use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
-use crate::wire::copied::COPIED_PATHS_MAX;
 use crate::wire::description::WorkloadDescription;
 use crate::wire::frame;
 use crate::wire::schema;
 use crate::wire::schema::envelope::Message as Wire;
-use crate::wire::version::{Version, VersionError};
+use crate::wire::version::Version;
 pub use error::ControlError;
+pub use fetch::{FETCH_PAGES_MAX, FETCH_RUNS_MAX, Fetch};
 
 /// Most lanes of one migration. A connection is bound to one core's worth of encryption; more
 /// lanes than this only add connections.
@@ -81,6 +83,19 @@ pub enum SourceMessage {
         /// Why.
         failure: Failure,
     },
+    /// What only the frozen copy has of the workload is lost, or may be: has the target all of it?
+    DrainLost {
+        /// The generation that runs at the target.
+        generation: Generation,
+        /// What is lost.
+        failure: Failure,
+    },
+    /// The workload is known to run at the target; the frozen copy is kept until all pages of it
+    /// are there.
+    Draining {
+        /// The generation that runs.
+        generation: Generation,
+    },
     /// The final round is sent; restore.
     Final(Final),
     /// Run the workload: the source has committed, durably.
@@ -117,11 +132,28 @@ pub enum TargetMessage {
         kept: Vec<u32>,
         /// Whether it takes frames that come for the frozen workload; filled in likewise.
         parks: bool,
+        /// Whether the workload may come with pages missing; filled in likewise.
+        drains: bool,
     },
     /// The offer is not accepted.
     Declined(Failure),
+    /// Pages of what runs here are lost for good, and it does not run on. This is on disk.
+    DrainLost {
+        /// The generation that ran.
+        generation: Generation,
+        /// What is lost.
+        failure: Failure,
+    },
     /// The target gave up before it was ready.
     Failed(Failure),
+    /// Pages that the target wants of those that the source has not sent. The machines know
+    /// nothing of it: drivers ask and answer.
+    Fetch(Fetch),
+    /// All pages of what runs here are here. This is on disk.
+    Filled {
+        /// The generation that runs.
+        generation: Generation,
+    },
     /// Everything of the final round has arrived and the target's pages are complete.
     FinalHeld {
         /// The generation of the final round.
@@ -220,6 +252,10 @@ pub struct Final {
     pub locks: u32,
     /// Differences of folders that travel: one of each.
     pub files: u32,
+    /// Streams that name live pages which are not sent: at most one per space.
+    pub absent_sets: u32,
+    /// Pages in those.
+    pub absent_pages: PageCount,
 }
 
 impl Message {
@@ -277,6 +313,13 @@ impl SourceMessage {
                 generation: generation.number(),
                 failure: Some(failure.into()),
             }),
+            Self::DrainLost {
+                generation,
+                failure,
+            } => Wire::SourceDrainLost(drain_lost(*generation, failure)),
+            Self::Draining { generation } => Wire::Draining(schema::Draining {
+                generation: generation.number(),
+            }),
             Self::Final(end) => Wire::Final(schema::Final {
                 generation: end.generation.number(),
                 round: end.round.number(),
@@ -288,6 +331,8 @@ impl SourceMessage {
                 verify: end.verify,
                 locks: end.locks,
                 files: end.files,
+                absent_sets: end.absent_sets,
+                absent_pages: end.absent_pages.0,
             }),
             Self::Go { generation } => Wire::Go(schema::Go {
                 generation: generation.number(),
@@ -316,16 +361,26 @@ impl TargetMessage {
                 incarnation,
                 kept,
                 parks,
+                drains,
             } => Wire::Accepted(schema::Accepted {
                 incarnation: incarnation.0,
                 kept: kept.clone(),
                 parks: *parks,
+                drains: *drains,
             }),
             Self::Declined(failure) => Wire::Declined(schema::Declined {
                 failure: Some(failure.into()),
             }),
+            Self::DrainLost {
+                generation,
+                failure,
+            } => Wire::TargetDrainLost(drain_lost(*generation, failure)),
             Self::Failed(failure) => Wire::Failed(schema::Failed {
                 failure: Some(failure.into()),
+            }),
+            Self::Fetch(fetch) => Wire::Fetch(fetch.into()),
+            Self::Filled { generation } => Wire::Filled(schema::Filled {
+                generation: generation.number(),
             }),
             Self::FinalHeld { generation } => Wire::FinalHeld(schema::FinalHeld {
                 generation: generation.number(),
@@ -364,172 +419,19 @@ impl TargetMessage {
     }
 }
 
-impl TryFrom<Wire> for Message {
-    type Error = ControlError;
-
-    // One arm for each message there is.
-    #[allow(clippy::too_many_lines)]
-    fn try_from(wire: Wire) -> Result<Self, ControlError> {
-        use {SourceMessage as Source, TargetMessage as Target};
-        Ok(match wire {
-            Wire::Hello(hello) => Self::Hello(hello.try_into()?),
-            Wire::Welcome(welcome) => Self::Welcome(Welcome {
-                version: Version::chosen(welcome.version).map_err(ControlError::Version)?,
-            }),
-            Wire::Abort(abort) => {
-                let failure = failure("abort.failure", abort.failure)?;
-                let generation = generation("abort.generation", abort.generation)?;
-                Source::Abort {
-                    generation,
-                    failure,
-                }
-                .into()
-            }
-            Wire::Final(end) => Source::Final(end.try_into()?).into(),
-            Wire::Go(go) => Source::Go {
-                generation: generation("go.generation", go.generation)?,
-            }
-            .into(),
-            Wire::Offer(offer) => Source::Offer(Box::new(offer.try_into()?)).into(),
-            Wire::Query(query) => {
-                let generation = generation("query.generation", query.generation)?;
-                Source::Query { generation }.into()
-            }
-            Wire::RoundEnd(end) => Source::RoundEnd(end.try_into()?).into(),
-            Wire::Settled(settled) => {
-                let generation = generation("settled.generation", settled.generation)?;
-                Source::Settled { generation }.into()
-            }
-            Wire::Accepted(accepted) => {
-                short("accepted.kept", accepted.kept.len(), COPIED_PATHS_MAX)?;
-                Target::Accepted {
-                    incarnation: Incarnation(accepted.incarnation),
-                    kept: accepted.kept,
-                    parks: accepted.parks,
-                }
-                .into()
-            }
-            Wire::Declined(declined) => {
-                Target::Declined(failure("declined.failure", declined.failure)?).into()
-            }
-            Wire::Failed(failed) => {
-                Target::Failed(failure("failed.failure", failed.failure)?).into()
-            }
-            Wire::FinalHeld(held) => {
-                let generation = generation("final_held.generation", held.generation)?;
-                Target::FinalHeld { generation }.into()
-            }
-            Wire::Forgotten(forgotten) => {
-                let generation = generation("forgotten.generation", forgotten.generation)?;
-                Target::Forgotten { generation }.into()
-            }
-            Wire::Ready(ready) => {
-                let generation = generation("ready.generation", ready.generation)?;
-                Target::Ready {
-                    generation,
-                    incarnation: Incarnation(ready.incarnation),
-                }
-                .into()
-            }
-            Wire::Refused(refused) => {
-                let why = |wire| failure("refused.failure", Some(wire));
-                Target::Refused {
-                    generation: generation("refused.generation", refused.generation)?,
-                    failure: refused.failure.map(why).transpose()?,
-                }
-                .into()
-            }
-            Wire::RoundHeld(held) => Target::RoundHeld {
-                round: round("round_held.round", held.round)?,
-            }
-            .into(),
-            Wire::Started(started) => {
-                let generation = generation("started.generation", started.generation)?;
-                Target::Started {
-                    generation,
-                    root_pid: Some(started.root_pid).filter(|pid| *pid > 0),
-                }
-                .into()
-            }
-            Wire::Unknown(unknown) => {
-                let generation = generation("unknown.generation", unknown.generation)?;
-                Target::Unknown { generation }.into()
-            }
-        })
-    }
-}
-
-impl TryFrom<schema::Hello> for Hello {
-    type Error = ControlError;
-
-    fn try_from(hello: schema::Hello) -> Result<Self, ControlError> {
-        let invalid = |field, value| ControlError::Invalid { field, value };
-        let length = hello.migration.len();
-        let migration = <[u8; MigrationId::BYTES]>::try_from(hello.migration)
-            .map_err(|_| invalid("hello.migration", length.try_into().unwrap_or(i64::MAX)))?;
-        if hello.version == 0 {
-            return Err(ControlError::Version(VersionError::Zero));
-        }
-        if hello.lanes == 0 || LANES_MAX < hello.lanes {
-            return Err(invalid("hello.lanes", hello.lanes.into()));
-        }
-        if hello.lanes <= hello.lane {
-            return Err(invalid("hello.lane", hello.lane.into()));
-        }
-        Ok(Self {
-            version: hello.version,
-            migration: MigrationId::new(migration),
-            lane: hello.lane,
-            lanes: hello.lanes,
-        })
-    }
-}
-
-impl TryFrom<schema::RoundEnd> for RoundEnd {
-    type Error = ControlError;
-
-    fn try_from(end: schema::RoundEnd) -> Result<Self, ControlError> {
-        Ok(Self {
-            round: round("round_end.round", end.round)?,
-            parcels: at_most("round_end.parcels", end.parcels, ROUND_PARCELS_MAX)?,
-            pages: PageCount(end.pages),
-            files: at_most("round_end.files", end.files, COPIED_PATHS_MAX as u32)?,
-        })
-    }
-}
-
-impl TryFrom<schema::Final> for Final {
-    type Error = ControlError;
-
-    fn try_from(end: schema::Final) -> Result<Self, ControlError> {
-        if !end.verify && end.digests != 0 {
-            let value = end.digests.into();
-            return Err(ControlError::Invalid {
-                field: "final.digests",
-                value,
-            });
-        }
-        Ok(Self {
-            generation: generation("final.generation", end.generation)?,
-            round: round("final.round", end.round)?,
-            parcels: at_most("final.parcels", end.parcels, ROUND_PARCELS_MAX)?,
-            pages: PageCount(end.pages),
-            live_sets: at_most("final.live_sets", end.live_sets, FINAL_STREAMS_MAX)?,
-            images: at_most("final.images", end.images, FINAL_STREAMS_MAX)?,
-            digests: at_most("final.digests", end.digests, FINAL_STREAMS_MAX)?,
-            verify: end.verify,
-            locks: at_most("final.locks", end.locks, FINAL_LOCKS_MAX)?,
-            files: at_most("final.files", end.files, COPIED_PATHS_MAX as u32)?,
-        })
-    }
-}
-
 impl From<&Failure> for schema::Failure {
     fn from(failure: &Failure) -> Self {
         Self {
             code: failure.code().wire(),
             text: failure.text().to_owned(),
         }
+    }
+}
+
+fn drain_lost(generation: Generation, failure: &Failure) -> schema::DrainLost {
+    schema::DrainLost {
+        generation: generation.number(),
+        failure: Some(failure.into()),
     }
 }
 

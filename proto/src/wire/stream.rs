@@ -41,6 +41,10 @@ pub enum StreamKind {
     Files = 5,
     /// Frames that came for a workload that stands still.
     Parked = 6,
+    /// The live pages of a space that are not sent.
+    AbsentSet = 7,
+    /// Pages that the target asked for.
+    Fetched = 8,
 }
 
 /// The first bytes of every stream.
@@ -52,8 +56,8 @@ pub struct StreamPrefix {
     pub migration: MigrationId,
 }
 
-/// What precedes a set of pages: on a live-set stream the set is all there is, on a digests
-/// stream one digest per page follows it.
+/// What precedes a set of pages: on a stream of a live or absent set that is all there is, on a
+/// digests stream one digest per page follows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SetHeader {
     /// The attempt that the set belongs to.
@@ -127,7 +131,9 @@ impl StreamKind {
             4 => Some(Self::Digests),
             5 => Some(Self::Files),
             6 => Some(Self::Parked),
-            0 | 7..=u8::MAX => None,
+            7 => Some(Self::AbsentSet),
+            8 => Some(Self::Fetched),
+            0 | 9..=u8::MAX => None,
         }
     }
 }
@@ -411,11 +417,13 @@ mod tests {
             StreamKind::Digests,
             StreamKind::Files,
             StreamKind::Parked,
+            StreamKind::AbsentSet,
+            StreamKind::Fetched,
         ] {
             let prefix = StreamPrefix { kind, migration };
             assert_eq!(StreamPrefix::decode(&prefix.encode()), Ok(prefix));
         }
-        for kind in [0, 7, 255] {
+        for kind in [0, 9, 255] {
             let mut bytes = [7; StreamPrefix::BYTES];
             bytes[0] = kind;
             assert_eq!(StreamPrefix::decode(&bytes), Err(StreamError::Kind(kind)));

@@ -1,6 +1,8 @@
 //! Machines in a vice: feed an event, look at the actions.
 
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
+
+pub mod drain;
 
 use std::time::Duration;
 
@@ -117,6 +119,7 @@ impl Source {
             incarnation: INCARNATION,
             kept: Vec::new(),
             parks: false,
+            drains: true,
         });
         source.feed(SourceEvent::TrackingReady {
             memory: PageCount(1000),
@@ -295,6 +298,7 @@ pub fn offered() -> Entry {
 pub fn commit() -> Entry {
     Entry::Commit {
         generation: GENERATION,
+        drains: false,
     }
 }
 
@@ -311,6 +315,7 @@ pub fn ready_entry() -> Entry {
     Entry::Ready(ReadyEntry {
         generation: GENERATION,
         incarnation: INCARNATION,
+        drains: false,
         state: state(),
     })
 }
@@ -387,6 +392,8 @@ pub fn final_report() -> FinalReport {
         digests: 0,
         locks: 0,
         files: 0,
+        absent_sets: 0,
+        absent_pages: PageCount::ZERO,
         raw_bytes: 20480,
         wire_bytes: 1000,
     }
@@ -404,6 +411,8 @@ pub fn last(round: u32) -> Final {
         verify: false,
         locks: 0,
         files: 0,
+        absent_sets: 0,
+        absent_pages: PageCount::ZERO,
     }
 }
 

@@ -26,5 +26,6 @@ pub fn accepted(incarnation: Incarnation) -> TargetMessage {
         incarnation,
         kept: Vec::new(),
         parks: false,
+        drains: false,
     }
 }

@@ -176,6 +176,16 @@ impl Lot {
         self.shared.lock().kept.stream(generation)
     }
 
+    /// Takes in what has come, though its thread may not have had its turn yet.
+    pub fn catch_up(&self) {
+        self.shared.read(&mut self.shared.lock());
+    }
+
+    /// A stream that says that all was sent that was kept so far, when there is nothing to send.
+    pub fn mark(&self, generation: Generation) -> Vec<u8> {
+        self.shared.lock().kept.mark(generation)
+    }
+
     /// Waits until something may have come.
     pub async fn came(&self) {
         self.shared.came.notified().await;

@@ -32,6 +32,7 @@ use pageferry_proto::wire::parked::ParkedFrame;
 use pageferry_sys::divert::{Divert, Held};
 use pageferry_sys::packet::{Capture, Injector};
 use pageferry_sys::tap::Tap;
+use tokio::task::spawn_blocking;
 
 use super::LinkError;
 use super::netlink::Netlink;
@@ -89,24 +90,24 @@ pub struct Await {
 
 impl Park {
     /// Makes what keeps frames for the workload behind `links`, in their order in the offer:
-    /// nothing is kept yet. Takes some milliseconds.
+    /// nothing is kept yet. Takes some 20 ms for each, in which everything passes.
     pub async fn make(means: Means, links: &[Parked<'_>]) -> Result<Option<Self>, LinkError> {
         if links.is_empty() || means == Means::Off {
             return Ok(None);
         }
-        let node = Netlink::open(None)?;
         if means == Means::Auto {
-            match Self::with_filters(&node, links).await {
+            match Self::with_filters(links).await {
                 Ok(park) => return Ok(Some(park)),
                 Err(error) => {
                     for link in links {
-                        drop(filter::detach(&node, link.port).await);
+                        drop(filter::detach(link.port.ends().0).await);
                     }
                     let why = std::error::Error::source(&error);
                     tracing::info!(%error, why, "frames are kept by a look at the bridge");
                 }
             }
         }
+        let node = Netlink::open(None)?;
         let mut spots = Vec::new();
         for (link, Parked { port, mac }) in (0..).zip(links) {
             let bridge = index_of(&node, port.bridge()).await?;
@@ -119,12 +120,20 @@ impl Park {
         Ok(Some(Self { lot, filters }))
     }
 
-    async fn with_filters(node: &Netlink, links: &[Parked<'_>]) -> Result<Self, LinkError> {
+    async fn with_filters(links: &[Parked<'_>]) -> Result<Self, LinkError> {
         let (mut spots, mut filters) = (Vec::new(), Vec::new());
         for (link, Parked { port, mac }) in (0..).zip(links) {
-            let tap = Tap::make(TAP_FRAMES_MAX).map_err(failed)?;
-            let to = Injector::open(port.ends().0).map_err(failed)?;
-            filters.push(Filter::attach(node, port, tap.index()).await?);
+            let index = port.ends().0;
+            // One that a dead daemon has left would be asked behind it.
+            filter::detach(index).await?;
+            let made = spawn_blocking(move || {
+                let tap = Tap::make(TAP_FRAMES_MAX)?;
+                let filter = Filter::attach(index, tap.index())?;
+                Ok::<_, std::io::Error>((tap, filter, Injector::open(index)?))
+            });
+            let made = made.await.map_err(std::io::Error::other);
+            let (tap, filter, to) = made.flatten().map_err(failed)?;
+            filters.push(filter);
             spots.push(Spot::new(link, Where::Tap(tap), to, (*mac, *mac)));
         }
         let lot = Arc::new(Lot::new(spots).map_err(failed)?);
@@ -149,6 +158,12 @@ impl Park {
         self.filters.iter().try_for_each(Filter::shut)
     }
 
+    /// From here on what comes from the workload, which stays, passes.
+    pub fn let_speak(&self) -> Result<(), LinkError> {
+        let all = self.filters.iter().map(Filter::let_speak);
+        all.fold(Ok(()), Result::and)
+    }
+
     /// Where ports are closed, they are about to be opened: what is kept stays, and what comes from
     /// here on is not seen any more.
     pub fn stop(&self) {
@@ -161,8 +176,7 @@ impl Park {
     /// everything passes.
     pub fn deliver(&self) -> Result<(), LinkError> {
         // What it answers must not be lost.
-        let all = self.filters.iter().map(Filter::let_speak);
-        let speaks = all.fold(Ok(()), Result::and);
+        let speaks = self.let_speak();
         let passed = self.lot.deliver(|| {
             let passed = self.filters.iter().map(Filter::pass);
             passed.fold(Ok(()), Result::and)
@@ -185,10 +199,10 @@ impl Park {
 }
 
 /// Lets what passes the ports pass for good, whoever has kept it.
-pub async fn end(node: &Netlink, ports: &[Port]) -> Result<(), LinkError> {
+pub async fn end(ports: &[Port]) -> Result<(), LinkError> {
     let mut all = Ok(());
     for port in ports {
-        all = all.and(filter::detach(node, port).await);
+        all = all.and(filter::detach(port.ends().0).await);
     }
     all
 }
@@ -223,7 +237,8 @@ impl Await {
         self.lot.inject(frame);
     }
 
-    /// Gives the workload what came here; from here on everything passes.
+    /// Gives the workload what came here; from here on everything passes. Doing it twice does no
+    /// harm.
     pub fn deliver(&mut self) -> Result<(), LinkError> {
         let gates = std::mem::take(&mut self.gates);
         self.lot.deliver(|| {

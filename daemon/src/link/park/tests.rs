@@ -120,7 +120,7 @@ fn keeps(means: Means, six: bool) {
         if means == Means::Auto {
             send(6);
             assert!(arrived(&to).is_empty());
-            end(&node, &ports).await.expect("take off");
+            end(&ports).await.expect("take off");
         }
         loop {
             send(7);
@@ -129,7 +129,7 @@ fn keeps(means: Means, six: bool) {
             }
             assert!(Instant::now() < deadline, "it passes again");
         }
-        end(&node, &ports).await.expect("there is none any more");
+        end(&ports).await.expect("there is none any more");
     });
 }
 

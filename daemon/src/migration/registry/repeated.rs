@@ -82,6 +82,8 @@ fn difference(first: &MigrateRequest, now: &MigrateRequest) -> Option<String> {
         ("--frozen-max", policy.frozen_max == other.frozen_max),
         ("--hold", first.hold == now.hold),
         ("--join-network", asked.network == wanted.network),
+        ("--mode", policy.mode == other.mode),
+        ("--on-timeout", policy.on_timeout == other.on_timeout),
         ("--rounds-max", policy.rounds_max == other.rounds_max),
         ("--shared", asked.shared == wanted.shared),
         ("--timeout", policy.timeout == other.timeout),

@@ -38,10 +38,15 @@ impl Delivered {
         }
     }
 
+    /// Which of the live pages of a space were not sent in their present version.
+    pub(super) fn lacks(&self, space: SpaceId, live: &PageSet) -> PageSet {
+        let none = PageSet::new();
+        live.difference(self.0.get(&space).unwrap_or(&none))
+    }
+
     /// Whether every live page of a space has been sent in its present version.
     pub(super) fn check(&self, space: SpaceId, live: &PageSet) -> Result<(), Failure> {
-        let none = PageSet::new();
-        let missing = live.difference(self.0.get(&space).unwrap_or(&none));
+        let missing = self.lacks(space, live);
         let Some(first) = missing.runs().first() else {
             return Ok(());
         };

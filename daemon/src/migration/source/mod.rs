@@ -10,6 +10,7 @@
 
 mod calm;
 mod delivered;
+mod drain;
 pub mod dump;
 mod dumping;
 mod failure;
@@ -19,6 +20,7 @@ mod lo;
 mod locked;
 mod member;
 mod network;
+mod operation;
 mod parking;
 mod sending;
 pub mod sent;
@@ -37,12 +39,13 @@ use std::time::Duration;
 
 use pageferry_proto::id::{MigrationId, NodeName};
 use pageferry_proto::migration::handoff::Side;
+use pageferry_proto::migration::policy::Mode;
 use pageferry_proto::migration::record::Record;
 use pageferry_proto::migration::source::{SourceAction, SourceEvent, SourceMachine};
 use pageferry_proto::migration::status::{Phase, Status};
+use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
-use pageferry_proto::wire::control::SourceMessage;
-use pageferry_proto::wire::control::TargetMessage;
+use pageferry_proto::wire::control::{Fetch, SourceMessage, TargetMessage};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
@@ -55,6 +58,8 @@ use super::session::{self, Session};
 use crate::net::endpoint::Endpoint;
 use crate::net::lanes::{self, SourceSession};
 use crate::net::stream::DataSender;
+use drain::Drain;
+use operation::{Performed, ends_others, operation};
 use sent::Sent;
 use site::Site;
 use tracking::Paused;
@@ -84,18 +89,24 @@ pub struct SourceDriver {
     clock: Clock,
     /// `None` while an operation has it.
     site: Option<Box<Site>>,
-    operation: Option<JoinHandle<(Box<Site>, SourceEvent)>>,
+    operation: Option<JoinHandle<Performed>>,
     /// Operations asked for while another has the site.
     waiting: VecDeque<SourceAction>,
     cancel: watch::Sender<bool>,
     connection: Option<Connection>,
     /// Counts connections, so that a message of an old one is not taken for one of the new.
     connections: u64,
-    /// How long CRIU held the tasks, how long shared storage was synced, and how many pages the
-    /// final round had.
-    measured: (Option<Duration>, Option<Duration>, Option<u64>),
+    measured: Measured,
     /// What the round under way has sent.
     sent: Arc<Sent>,
+    /// Answers a target that fetches pages.
+    drain: Drain,
+    /// One of the connections is for pages that are waited for.
+    may_drain: bool,
+    /// The target was said to run the workload.
+    is_drained: bool,
+    /// Bytes of pages that it has fetched since, and on the wire.
+    fetched: (u64, u64),
     /// How often the workload stood still for scans.
     paused: Paused,
     /// What the operation under way waits for.
@@ -119,6 +130,29 @@ pub struct SourceDriver {
     endpoint: Arc<Endpoint>,
     peer: NodeName,
     lanes: u8,
+}
+
+/// What a freeze came to.
+#[derive(Clone, Copy, Debug, Default)]
+struct Measured {
+    /// How long CRIU held the tasks.
+    frozen: Option<Duration>,
+    /// How long shared storage was synced.
+    synced: Option<Duration>,
+    /// Pages of the final round, and those that were to follow it.
+    final_pages: Option<u64>,
+    followed: Option<PageCount>,
+}
+
+impl Measured {
+    /// How the memory has moved, of which the machine says what rounds have sent.
+    fn mode(&self, status: &Status) -> Option<Mode> {
+        Some(match (self.followed?, status.sent_bytes) {
+            (PageCount::ZERO, _) => Mode::Precopy,
+            (_, 0) => Mode::Postcopy,
+            _ => Mode::Hybrid,
+        })
+    }
 }
 
 /// What the driver needs besides machine and site.
@@ -199,6 +233,10 @@ impl SourceDriver {
             machine: parts.machine,
             clock: parts.clock,
             sent: parts.site.sent(),
+            drain: parts.site.drain(),
+            may_drain: parts.site.may_drain(),
+            is_drained: false,
+            fetched: (0, 0),
             notes: parts.site.notes(),
             paused: parts.site.paused(),
             waits: parts.site.waits(),
@@ -208,7 +246,7 @@ impl SourceDriver {
             cancel: parts.cancel,
             connection: None,
             connections: 0,
-            measured: (None, None, None),
+            measured: Measured::default(),
             repeatable: parts.repeatable,
             successor: parts.successor,
             recovered: parts.recovered,
@@ -261,6 +299,10 @@ impl SourceDriver {
     /// workload was paused for its scan.
     fn tell_progress(&mut self) {
         let (raw_bytes, wire_bytes) = self.sent.take();
+        if self.is_drained {
+            self.fetched.0 += raw_bytes;
+            self.fetched.1 += wire_bytes;
+        }
         let (pauses, longest_pause) = self.paused.told();
         self.status.send_if_modified(|progress| {
             if raw_bytes == 0 && progress.pauses == pauses {
@@ -276,9 +318,23 @@ impl SourceDriver {
     }
 
     fn publish(&mut self, status: Status) {
-        // The machine counts whole rounds: its sums replace those of the pieces.
-        self.sent.take();
-        let (frozen, synced, final_pages) = self.measured;
+        // The machine counts whole rounds: its sums replace those of the pieces. What was fetched
+        // is of none.
+        let (raw_bytes, wire_bytes) = self.sent.take();
+        if self.is_drained {
+            self.fetched.0 += raw_bytes;
+            self.fetched.1 += wire_bytes;
+        }
+        let mode = self.measured.mode(&status);
+        let mut status = status;
+        status.sent_bytes += self.fetched.0;
+        status.wire_bytes += self.fetched.1;
+        let Measured {
+            frozen,
+            synced,
+            final_pages,
+            followed,
+        } = self.measured;
         let (pauses, longest_pause) = self.paused.told();
         let outdated = |failure: &Failure| failure.code() == ErrorCode::SmapsDiffer;
         let repeat = self.repeatable
@@ -291,9 +347,13 @@ impl SourceDriver {
             pauses,
             longest_pause,
             final_pages,
+            followed,
+            mode,
             successor: self.successor,
             pid_at_target: self.pid_at_target,
             waiting: false,
+            missing: None,
+            waited: None,
             notes: self.notes.clone(),
             recovered: self.recovered,
         };
@@ -331,6 +391,11 @@ impl SourceDriver {
     fn take_in(&mut self, incoming: Incoming) {
         match incoming {
             Incoming::Event(event) => self.handle(event),
+            Incoming::Of(number, SourceEvent::Message(TargetMessage::Fetch(fetch)))
+                if number == self.connections =>
+            {
+                self.fetch(fetch);
+            }
             Incoming::Of(number, event) if number == self.connections => {
                 if event == SourceEvent::PeerLost {
                     self.connection = None;
@@ -338,6 +403,10 @@ impl SourceDriver {
                 match &event {
                     SourceEvent::Message(TargetMessage::Started { root_pid, .. }) => {
                         self.pid_at_target = *root_pid;
+                        // Before anything is written down: others wait for it.
+                        if let Some(site) = &self.site {
+                            site.started();
+                        }
                     }
                     // No operation is under way before the offer is accepted.
                     SourceEvent::Message(TargetMessage::Accepted { kept, parks, .. }) => {
@@ -390,6 +459,7 @@ impl SourceDriver {
                 }
             }
             SourceAction::CompareSmaps
+            | SourceAction::Drain
             | SourceAction::Finish { .. }
             | SourceAction::Freeze { .. }
             | SourceAction::Release
@@ -400,6 +470,23 @@ impl SourceDriver {
         }
     }
 
+    /// Answers the target, which knows what it lacks: the machine need not know.
+    fn fetch(&self, fetch: Fetch) {
+        let Some(connection) = &self.connection else {
+            return;
+        };
+        let (events, is_drained) = (self.events.clone(), self.is_drained);
+        self.drain
+            .answer(fetch, connection.data.clone(), move |failure| {
+                let event = match is_drained {
+                    true => SourceEvent::DrainLost(failure),
+                    false => SourceEvent::Failure(failure),
+                };
+                // Nobody needs it when the driver has ended.
+                tokio::spawn(async move { drop(events.send(Incoming::Event(event)).await) });
+            });
+    }
+
     async fn write(&self, record: Record) {
         tracing::debug!(migration = %record.migration, record = record.entry.name(), "journal");
         self.log.write(record).await;
@@ -407,6 +494,7 @@ impl SourceDriver {
 
     /// Begins an operation on the site, or puts it behind the one that has the site.
     fn operate(&mut self, action: SourceAction) {
+        self.is_drained |= action == SourceAction::Drain;
         if ends_others(&action) {
             self.cancel.send_replace(true);
         }
@@ -435,16 +523,21 @@ impl SourceDriver {
         }));
     }
 
-    fn operation_ended(&mut self, ended: Result<(Box<Site>, SourceEvent), tokio::task::JoinError>) {
+    fn operation_ended(&mut self, ended: Result<Performed, tokio::task::JoinError>) {
         self.operation = None;
         match ended {
             Ok((site, event)) => {
-                if let SourceEvent::Finished(report) = &event {
+                if let Some(SourceEvent::Finished(report)) = &event {
                     let (frozen, synced) = site.measured();
-                    self.measured = (frozen, synced, Some(report.pages.0));
+                    self.measured = Measured {
+                        frozen,
+                        synced,
+                        final_pages: Some(report.pages.0),
+                        followed: Some(report.absent_pages),
+                    };
                 }
                 self.site = Some(site);
-                self.handle(event);
+                event.into_iter().for_each(|event| self.handle(event));
             }
             // A panic has taken the site with it; what the kernel holds is found again from the
             // journal by the next daemon, which is safer than going on here.
@@ -461,9 +554,12 @@ impl SourceDriver {
         self.connections += 1;
         let (number, events) = (self.connections, self.events.clone());
         let (endpoint, peer, lanes) = (Arc::clone(&self.endpoint), self.peer.clone(), self.lanes);
-        let id = self.machine.id();
+        let (id, urgent) = (self.machine.id(), self.may_drain);
         tokio::spawn(async move {
-            let dialled = lanes::dial(&endpoint, &peer, id, lanes).await;
+            let dialled = match urgent {
+                true => lanes::dial_with_urgent(&endpoint, &peer, id, lanes).await,
+                false => lanes::dial(&endpoint, &peer, id, lanes).await,
+            };
             let dialled = dialled.map(Box::new);
             let dialled = dialled.map_err(|error| failure::unreachable(&error));
             drop(events.send(Incoming::Dialled(number, dialled)).await);
@@ -491,45 +587,4 @@ impl SourceDriver {
         });
         Connection { session, data }
     }
-}
-
-/// Whether what is under way ends for this.
-fn ends_others(action: &SourceAction) -> bool {
-    matches!(action, SourceAction::Thaw { .. } | SourceAction::Release)
-}
-
-async fn operation(site: &mut Site, action: SourceAction) -> SourceEvent {
-    let done = match action {
-        SourceAction::Track => site.track().await.map(|()| SourceEvent::TrackingReady {
-            memory: site.memory(),
-        }),
-        SourceAction::SendRound { round, folders } => {
-            let sent = site.round(round, folders).await;
-            sent.map(SourceEvent::RoundSent)
-        }
-        SourceAction::Freeze { .. } => site.freeze().await,
-        SourceAction::Finish { generation, round } => site.finish(generation, round).await,
-        SourceAction::CompareSmaps => site.compare_smaps().await.map(|()| SourceEvent::SmapsEqual),
-        SourceAction::Thaw { untrack } => site.thaw(untrack).await.map(|lost| match lost {
-            None => SourceEvent::Thawed { untrack },
-            Some(lost) => SourceEvent::ThawedInPart { untrack, lost },
-        }),
-        SourceAction::Release => site.release().await.map(|()| SourceEvent::Released),
-        SourceAction::Unlock => site.unlock().await.map(|()| SourceEvent::Unlocked),
-        SourceAction::Connect
-        | SourceAction::Journal(_)
-        | SourceAction::Report(_)
-        | SourceAction::Send(_) => Err(Failure::new(
-            ErrorCode::Internal,
-            "an action that is no operation",
-        )),
-    };
-    let failure = match done {
-        Ok(event) => return event,
-        Err(failure) => failure,
-    };
-    if failure.code() == ErrorCode::PeerLost {
-        site.hear_why().await;
-    }
-    SourceEvent::Failure(failure)
 }

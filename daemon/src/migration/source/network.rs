@@ -82,7 +82,7 @@ impl Network {
         let mut cleared = Ok(());
         // One that keeps nothing may be that of a daemon that has died.
         if untrack || self.parking.is_nothing() {
-            cleared = parking::clear(&gate.netlink, gate.ports).await;
+            cleared = parking::clear(gate.ports).await;
         }
         if untrack {
             self.parking.end();

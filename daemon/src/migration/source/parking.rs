@@ -2,11 +2,14 @@
 //! workload here if it stays.
 //!
 //! ```text
-//! close ── from here on what comes is kept
-//! shut ─── the tree is frozen: nothing of it leaves
-//! forward  from the final round on the target has what is kept, and what comes then
-//! stop, deliver  it stays: it has all of it here    relay ─ it runs there: for some seconds what
-//!                                                           still comes here is sent there
+//! close ──── from here on what comes is kept
+//! shut ───── the tree is frozen: nothing of it leaves
+//! forward ── from the final round on the target has what is kept, and what comes then
+//!
+//! it stays:  let_speak, before it runs: what it says is not lost
+//!            stop, deliver: it has all of it here
+//! it left:   mark: the target hears that it has all that came before
+//!            relay: for some seconds what still comes here is sent there
 //! ```
 //!
 //! Invariants: ports need not be closed where [`Parking::is_whole`], and nothing passes them when a
@@ -14,6 +17,7 @@
 //! kept or sent on is lost as on any network, and no reason not to move.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry_proto::id::Generation;
@@ -25,13 +29,12 @@ use tokio::task::JoinHandle;
 
 use super::workload::Workload;
 use crate::link::describe::describe;
-use crate::link::netlink::Netlink;
 use crate::link::park::datagram::frame;
 use crate::link::park::{Lot, Means, Park, Parked};
 use crate::link::port::Port;
 use crate::link::{LinkError, park};
 use crate::migration::text::{chain, internal, network_unfit};
-use crate::net::stream::DataSender;
+use crate::net::stream::{DataSender, SendStreamError};
 use crate::runtime::unread::Unread;
 
 /// What keeps it, if anything does.
@@ -51,13 +54,17 @@ pub(super) struct Parking {
     relays_until: Option<Instant>,
 }
 
-/// A task that ends with this.
+/// A task that ends with this, and what it sends by.
 #[derive(Debug)]
-struct Sending(JoinHandle<()>);
+struct Sending {
+    task: JoinHandle<()>,
+    data: DataSender,
+    generation: Generation,
+}
 
 impl Drop for Sending {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
@@ -160,13 +167,42 @@ impl Parking {
         self.tell(Park::shut)
     }
 
+    /// The workload stays, and is about to run: what it says is not lost, or its peers would wait
+    /// for that to be said again. What fails fails again when it has what was kept.
+    pub(super) fn let_speak(&self) {
+        drop(self.tell(Park::let_speak));
+    }
+
     /// The target has what is kept of this attempt, and what comes from now on.
     pub(super) fn forward(&mut self, data: DataSender, generation: Generation) {
         let Some(park) = self.park.as_ref().filter(|_| self.is_wanted) else {
             return;
         };
-        let sending = tokio::spawn(send(park.lot(), data, generation));
-        self.sending = Some(Sending(sending));
+        let task = tokio::spawn(send(park.lot(), data.clone(), generation));
+        self.sending = Some(Sending {
+            task,
+            data,
+            generation,
+        });
+    }
+
+    /// The workload runs at the target, and its neighbours know: the target hears how much came
+    /// here before, and need not hold back any more what comes there.
+    pub(super) fn mark(&self) {
+        let (Some(park), Some(sending)) = (&self.park, &self.sending) else {
+            return;
+        };
+        let (lot, data, generation) = (park.lot(), sending.data.clone(), sending.generation);
+        tokio::spawn(async move {
+            lot.catch_up();
+            let sent = async {
+                send_waiting(&lot, &data, generation).await?;
+                send_one(&data, lot.mark(generation)).await
+            };
+            if let Err(error) = sent.await {
+                tracing::debug!("the end of parked frames: {}", chain(&error));
+            }
+        });
     }
 
     /// The target is about to be told to run the workload.
@@ -179,8 +215,8 @@ impl Parking {
     /// The workload stays: nothing more is sent to the target. Ports that are closed are opened
     /// behind this.
     pub(super) fn stop(&self) {
-        if let Some(Sending(task)) = &self.sending {
-            task.abort();
+        if let Some(sending) = &self.sending {
+            sending.task.abort();
         }
         if let Some(park) = &self.park {
             park.stop();
@@ -247,23 +283,36 @@ impl Parking {
 }
 
 /// Takes what this daemon, or one before it, has attached to the ports off them.
-pub(super) async fn clear(node: &Netlink, ports: &[Port]) -> Result<(), Failure> {
-    let cleared = park::end(node, ports).await;
+pub(super) async fn clear(ports: &[Port]) -> Result<(), Failure> {
+    let cleared = park::end(ports).await;
     cleared.map_err(|error| network_unfit(&error))
 }
 
 /// Sends what waits, and what comes, until the connection is lost.
-async fn send(lot: std::sync::Arc<Lot>, data: DataSender, generation: Generation) {
+async fn send(lot: Arc<Lot>, data: DataSender, generation: Generation) {
     loop {
-        while let Some(mut body) = lot.stream(generation) {
-            seal(&mut body);
-            if let Err(error) = data.send_stream(StreamKind::Parked, body.into()).await {
-                tracing::debug!("parked frames: {}", chain(&error));
-                return;
-            }
+        if let Err(error) = send_waiting(&lot, &data, generation).await {
+            tracing::debug!("parked frames: {}", chain(&error));
+            return;
         }
         lot.came().await;
     }
+}
+
+async fn send_waiting(
+    lot: &Lot,
+    data: &DataSender,
+    generation: Generation,
+) -> Result<(), SendStreamError> {
+    while let Some(body) = lot.stream(generation) {
+        send_one(data, body).await?;
+    }
+    Ok(())
+}
+
+async fn send_one(data: &DataSender, mut body: Vec<u8>) -> Result<(), SendStreamError> {
+    seal(&mut body);
+    data.send_stream(StreamKind::Parked, body.into()).await
 }
 
 /// Whether a network namespace is kept by a name, so that it outlives the workload.

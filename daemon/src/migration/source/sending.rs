@@ -47,17 +47,35 @@ pub(super) struct Attempt {
 /// Parcels on one connection are data streams of it.
 struct Parcels<'a>(&'a DataSender, &'a Sent);
 
+/// The same of parcels that were asked for.
+pub(super) struct Fetched<'a>(pub(super) &'a DataSender, pub(super) &'a Sent);
+
 impl ParcelSink for Parcels<'_> {
     type Error = SendStreamError;
 
     async fn send(&self, parcel: Bytes) -> Result<(), SendStreamError> {
-        let wire_bytes = parcel.len() as u64;
-        let raw_bytes =
-            ParcelHeader::decode(&parcel).map_or(0, |(header, _)| header.pages().bytes());
-        self.0.send_stream(StreamKind::Parcel, parcel).await?;
-        self.1.add(raw_bytes, wire_bytes);
-        Ok(())
+        send_parcel((self.0, self.1), StreamKind::Parcel, parcel).await
     }
+}
+
+impl ParcelSink for Fetched<'_> {
+    type Error = SendStreamError;
+
+    async fn send(&self, parcel: Bytes) -> Result<(), SendStreamError> {
+        send_parcel((self.0, self.1), StreamKind::Fetched, parcel).await
+    }
+}
+
+async fn send_parcel(
+    (data, sent): (&DataSender, &Sent),
+    kind: StreamKind,
+    parcel: Bytes,
+) -> Result<(), SendStreamError> {
+    let wire_bytes = parcel.len() as u64;
+    let raw_bytes = ParcelHeader::decode(&parcel).map_or(0, |(header, _)| header.pages().bytes());
+    data.send_stream(kind, parcel).await?;
+    sent.add(raw_bytes, wire_bytes);
+    Ok(())
 }
 
 /// The sums of what was sent in one round, over all spaces.
@@ -67,6 +85,9 @@ pub(super) struct Sums {
     pub(super) pages: u64,
     pub(super) raw_bytes: u64,
     pub(super) wire_bytes: u64,
+    /// Streams that name pages which are not sent, and how many pages.
+    pub(super) absent_sets: u64,
+    pub(super) absent_pages: u64,
 }
 
 impl Sums {
@@ -83,6 +104,8 @@ impl Sums {
         self.pages += other.pages;
         self.raw_bytes += other.raw_bytes;
         self.wire_bytes += other.wire_bytes;
+        self.absent_sets += other.absent_sets;
+        self.absent_pages += other.absent_pages;
     }
 
     /// The freeze is given up, with so much of the final round on its way.
@@ -187,22 +210,38 @@ impl Sending {
         }
         for (id, scan) in scans {
             tracking.delivered.check(*id, &scan.live)?;
-            let set = scan.live.to_wire();
-            let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
-            let header = SetHeader {
-                generation: attempt.generation,
-                space: *id,
-                length,
-            };
-            let mut body = header.encode().to_vec();
-            body.extend(set);
-            seal(&mut body);
-            sums.wire_bytes += body.len() as u64;
-            let sending = data.send_stream(StreamKind::LiveSet, body.into());
-            let sent = waits.on(Wait::LiveSets, sending).await?;
-            sent.map_err(|error| lost(&error))?;
+            let set = (StreamKind::LiveSet, *id, &scan.live);
+            sums.wire_bytes += send_set(&data, attempt.generation, set, waits).await?;
         }
         Ok((sums, unsent))
+    }
+
+    /// Instead of [`Sending::last`]: sends no page, but says which of those that are alive the
+    /// target does not have as they are now.
+    pub(super) async fn absent(
+        &self,
+        tracking: &mut Tracking,
+        scans: &Scans,
+        attempt: Attempt,
+        waits: &Waits,
+    ) -> Result<Sums, Failure> {
+        let data = self.data()?;
+        // What is written is not what was sent.
+        drop(tracking.dirty(scans));
+        let mut sums = Sums::default();
+        for (id, scan) in scans {
+            let live = (StreamKind::LiveSet, *id, &scan.live);
+            sums.wire_bytes += send_set(&data, attempt.generation, live, waits).await?;
+            let absent = tracking.delivered.lacks(*id, &scan.live);
+            if absent.is_empty() {
+                continue;
+            }
+            let set = (StreamKind::AbsentSet, *id, &absent);
+            sums.wire_bytes += send_set(&data, attempt.generation, set, waits).await?;
+            sums.absent_sets += 1;
+            sums.absent_pages += absent.len().0;
+        }
+        Ok(sums)
     }
 
     /// As [`Sending::last`], of what is verified. A page that cannot be read has no digest either,
@@ -220,6 +259,30 @@ impl Sending {
             Some(Verdict::Again(failure) | Verdict::Never(failure)) => Err(failure),
         }
     }
+}
+
+/// Sends a set of pages; how many bytes that were.
+async fn send_set(
+    data: &DataSender,
+    generation: Generation,
+    (kind, space, pages): (StreamKind, SpaceId, &PageSet),
+    waits: &Waits,
+) -> Result<u64, Failure> {
+    let set = pages.to_wire();
+    let length = u32::try_from(set.len()).map_err(|error| internal(&error))?;
+    let header = SetHeader {
+        generation,
+        space,
+        length,
+    };
+    let mut body = header.encode().to_vec();
+    body.extend(set);
+    seal(&mut body);
+    let bytes = body.len() as u64;
+    let sending = data.send_stream(kind, body.into());
+    let sent = waits.on(Wait::LiveSets, sending).await?;
+    sent.map_err(|error| lost(&error))?;
+    Ok(bytes)
 }
 
 fn send_failed(error: &SendError<SendStreamError>) -> Failure {

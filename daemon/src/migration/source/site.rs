@@ -19,6 +19,7 @@
 //! | [`Kept`] | storage that both nodes share |
 //! | [`Folders`] | folders that travel with it |
 //! | [`Sending`] | the connection of the present session, and what goes over it |
+//! | [`Drain`] | pages that follow a workload which was let go without them |
 //!
 //! Invariants: all trees are frozen before one is dumped, and what fails for one fails for all;
 //! ports are closed before the cgroups are frozen and opened after they are thawed; loopback is
@@ -49,6 +50,7 @@ use pageferry_proto::wire::code::Failure;
 use tokio::task::block_in_place;
 
 use super::calm::{self, Glance, Tries};
+use super::drain::{Drain, Readers, open_readers};
 use super::folders::Folders;
 use super::lo::Loopback;
 use super::member::{Member, Trees};
@@ -66,6 +68,11 @@ pub use survey::{Asked, Survey};
 
 /// How long a target that takes a stream no more has to say why. It follows at once.
 const WHY_MAX: Duration = Duration::from_millis(500);
+
+/// What whoever has chosen a mode is told before it is too late.
+const FOLLOWS: &str = "memory may follow the workload: from then until all is there it is lost if \
+    either node dies, or if its frozen copy is killed or cannot be read; a lost connection does \
+    not lose it";
 
 /// What every source of this node shares.
 #[derive(Debug, Clone)]
@@ -96,6 +103,8 @@ pub struct SourceNode {
     pub keep: Keep,
     /// How what comes for a frozen workload is kept.
     pub parking: Means,
+    /// Whether workloads may leave with pages missing.
+    pub postcopy: bool,
 }
 
 impl SourceNode {
@@ -125,6 +134,9 @@ pub struct Site {
     kept: Kept,
     folders: Folders,
     sending: Sending,
+    drain: Drain,
+    /// Its network was given up.
+    has_left: bool,
     /// What is waited for, and whether that should end early.
     waits: Waits,
     tries: Tries,
@@ -141,6 +153,16 @@ impl Site {
     /// Counts what is sent.
     pub fn sent(&self) -> Arc<Sent> {
         self.sending.sent()
+    }
+
+    /// Answers a target that asks for pages.
+    pub fn drain(&self) -> Drain {
+        self.drain.clone()
+    }
+
+    /// Whether it may be let go with pages missing.
+    pub fn may_drain(&self) -> bool {
+        self.policy.may_switch()
     }
 
     /// Its target is met at this address.
@@ -177,7 +199,8 @@ impl Site {
     pub fn notes(&self) -> Vec<String> {
         let party = self.party.iter().flat_map(Party::notes);
         let members = self.trees().iter().flat_map(|tree| tree.kind.notes());
-        party.chain(members).collect()
+        let follows = self.may_drain().then(|| FOLLOWS.to_owned());
+        party.chain(members).chain(follows).collect()
     }
 
     /// Tells how often it stood still for scans, and how long.
@@ -191,6 +214,11 @@ impl Site {
     pub fn accepted(&mut self, kept: &[u32], parks: bool) {
         self.folders.accepted(kept);
         self.network.parking.accepted(parks);
+    }
+
+    /// The workload runs at the target.
+    pub fn started(&self) {
+        self.network.parking.mark();
     }
 
     /// Sends over this connection from now on.
@@ -227,8 +255,12 @@ impl Site {
     }
 
     /// Sends what is pending, of folders that travel too if they are to, and finds what became
-    /// dirty meanwhile.
-    pub async fn round(&mut self, round: Round, folders: bool) -> Result<RoundReport, Failure> {
+    /// dirty meanwhile. Without `pages` it is only found what there is.
+    pub async fn round(
+        &mut self,
+        round: Round,
+        (folders, pages): (bool, bool),
+    ) -> Result<RoundReport, Failure> {
         let began = Instant::now();
         if !self
             .members
@@ -251,9 +283,9 @@ impl Site {
             }
         };
         let (members, sending) = (&mut self.members, &self.sending);
-        let pages = async {
+        let sending_pages = async {
             let mut sums = Sums::default();
-            for Member { tracking, .. } in members {
+            for Member { tracking, .. } in members.iter_mut().filter(|_| pages) {
                 let pending = tracking.take_pending();
                 // What was not sent is dirty again, or gone.
                 let how = (round, Misses::GiveUp);
@@ -262,7 +294,7 @@ impl Site {
             }
             Ok(sums)
         };
-        let (sums, files) = tokio::try_join!(pages, folders)?;
+        let (sums, files) = tokio::try_join!(sending_pages, folders)?;
         let sent = began.elapsed();
         syncing.ended(&self.waits).await?;
         let waited = began.elapsed().saturating_sub(sent);
@@ -386,9 +418,11 @@ impl Site {
     }
 
     /// Undoes everything down to a running workload; with `untrack`, tracking too. Answers with
-    /// what is lost, if processes of a copy that was given away have ended.
+    /// what is lost, if processes of a copy that was given away have ended, or are about to.
     pub async fn thaw(&mut self, untrack: bool) -> Result<Option<Failure>, Failure> {
+        self.drain.end();
         self.kept.thawed();
+        self.network.parking.let_speak();
         self.network.lo.open();
         let letting_go = self.members.iter_mut().map(|member| {
             let Member {
@@ -406,8 +440,14 @@ impl Site {
             let of_this = locks.take_back(&workload.freezer).await?;
             lost = lost.or(of_this);
         }
-        let thawed = self.members.iter_mut().map(|member| member.workload.thaw());
-        thawed.fold(Ok(()), Result::and)?;
+        let mut thawed = Ok(());
+        for member in &mut self.members {
+            match member.workload.thaw() {
+                Ok(told) => lost = lost.or(told),
+                Err(failure) => thawed = thawed.and(Err(failure)),
+            }
+        }
+        thawed?;
         self.network.reopen(untrack).await?;
         if !untrack {
             self.begin_dumping()?;
@@ -433,12 +473,9 @@ impl Site {
     /// Ends the frozen copy: it runs elsewhere now.
     pub async fn release(&mut self) -> Result<(), Failure> {
         self.folders.close();
-        self.network
-            .lead_away(self.trees().first(), self.peer)
-            .await;
         // First the links: whatever the dying sockets say reaches nobody.
-        let (engines, tree) = (self.has_engine_network(), Trees::of(&self.members).first());
-        self.network.leave(tree, engines).await?;
+        self.leave().await?;
+        self.drain.end();
         let mut endings = Vec::new();
         for member in &mut self.members {
             endings.extend(member.dumping.commit().await);
@@ -462,6 +499,39 @@ impl Site {
             block_in_place(|| party.release());
         }
         drop(fs::remove_dir_all(&self.directory));
+        Ok(())
+    }
+
+    /// It runs elsewhere: its network here goes, if it has not gone.
+    async fn leave(&mut self) -> Result<(), Failure> {
+        if self.has_left {
+            return Ok(());
+        }
+        self.network
+            .lead_away(self.trees().first(), self.peer)
+            .await;
+        let (engines, tree) = (self.has_engine_network(), Trees::of(&self.members).first());
+        self.network.leave(tree, engines).await?;
+        self.has_left = true;
+        Ok(())
+    }
+
+    /// It runs elsewhere, and lacks pages: they are read here from now on, also by a daemon that
+    /// has only found the frozen trees.
+    pub async fn begin_draining(&mut self) -> Result<(), Failure> {
+        if let Err(failure) = self.leave().await {
+            // It is tried again when the copy is released, and nothing of it runs.
+            tracing::warn!(root = self.root(), %failure, "the frozen copy keeps its links");
+        }
+        if self.drain.has_begun() {
+            return Ok(());
+        }
+        let mut readers = Readers::new();
+        for tree in self.trees().iter() {
+            let opened = block_in_place(|| open_readers(tree))?;
+            readers.extend(opened);
+        }
+        self.drain.begin(readers);
         Ok(())
     }
 

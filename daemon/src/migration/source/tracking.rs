@@ -244,6 +244,11 @@ impl Tracking {
         Some((space.pid(), space.reader()))
     }
 
+    /// How all spaces are read.
+    pub(super) fn readers(&self) -> impl Iterator<Item = (SpaceId, Arc<Reader>)> {
+        self.spaces.iter().map(|(id, space)| (*id, space.reader()))
+    }
+
     /// How many pages are pending.
     pub(super) fn pages_pending(&self) -> u64 {
         self.pending.values().map(|pages| pages.len().0).sum()

@@ -286,37 +286,39 @@ impl Workload {
     }
 
     /// Thaws what is around it, where others start things. What they have done meanwhile takes
-    /// effect now.
-    fn thaw_around(&self) -> Result<(), Failure> {
+    /// effect now: answers with that, if it does not go on as it was.
+    fn thaw_around(&self) -> Result<Option<Failure>, Failure> {
         // Of what is not known nothing was frozen.
         let around = self.kind.around(&self.freezer).ok().flatten();
         let Some(around) = around.filter(Freezer::exists) else {
-            return Ok(());
+            return Ok(None);
         };
-        if let Some(pid) = block_in_place(|| ending(&self.pids().unwrap_or_default())) {
-            tracing::warn!(
-                root = self.root(),
-                pid,
-                "the kubelet has asked it to end while it stood \
-                still: it does not go on as it was"
+        let told = block_in_place(|| ending(&self.pids().unwrap_or_default())).map(|pid| {
+            let text = format!(
+                "process {pid} was told to end while it stood still, by its kubelet if its probes \
+                 failed: it does not go on as it was"
             );
-        }
-        block_in_place(|| around.thaw()).map_err(|error| freeze_failed(&error))
+            tracing::warn!(root = self.root(), "{text}");
+            Failure::new(ErrorCode::WorkloadGone, text)
+        });
+        block_in_place(|| around.thaw()).map_err(|error| freeze_failed(&error))?;
+        Ok(told)
     }
 
-    /// Lets the tree run, of which CRIU has let go.
-    pub(super) fn thaw(&mut self) -> Result<(), Failure> {
+    /// Lets the tree run, of which CRIU has let go. Answers with why it does not go on as it was.
+    pub(super) fn thaw(&mut self) -> Result<Option<Failure>, Failure> {
         self.stay();
-        self.thaw_around()?;
+        let told = self.thaw_around()?;
         if let Err(failure) = self.take_back() {
             // It runs, thawed, in a cgroup of ours.
             tracing::warn!(root = self.root(), %failure, "the container is not where it was");
         }
         if !self.freezer.exists() {
-            return Ok(());
+            return Ok(told);
         }
         block_in_place(|| self.end_repair());
-        self.let_run()
+        self.let_run()?;
+        Ok(told)
     }
 
     /// Takes sockets out of repair mode that a killed CRIU and a killed tracer have left in it. The

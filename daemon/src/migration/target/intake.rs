@@ -9,9 +9,11 @@
 //! attempt has a folder of images of its own for each member, so that no file of one gets among
 //! those of another.
 
+mod image;
+
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,12 +30,11 @@ use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::{Final, RoundEnd};
 use pageferry_proto::wire::parcel::PARCEL_BYTES_MAX;
-use pageferry_proto::wire::stream::{
-    CHECKSUM_BYTES, ImageFileHeader, SetHeader, StreamKind, unseal,
-};
+use pageferry_proto::wire::stream::{SetHeader, StreamKind, unseal};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
+use super::feed::Feed;
 use super::folders::Folders;
 use super::parking::Parking;
 use crate::migration::text::{chain, internal};
@@ -55,6 +56,8 @@ struct Shared {
     receiver: Receiver,
     folders: Folders,
     parking: Parking,
+    /// What has not come when the workload runs.
+    feed: Feed,
     /// Has a folder for each member's images of the attempt that is collected.
     images: PathBuf,
     /// How many members come.
@@ -143,6 +146,7 @@ impl Intake {
             receiver: Receiver::new(store, threads),
             folders,
             parking,
+            feed: Feed::default(),
             images,
             members: AtomicUsize::new(1),
             places: Arc::new(Semaphore::new(STREAMS_MAX)),
@@ -210,6 +214,11 @@ impl Intake {
     /// Folders that come with the workload.
     pub fn folders(&self) -> &Folders {
         &self.shared.folders
+    }
+
+    /// What has not come when the workload runs.
+    pub fn feed(&self) -> &Feed {
+        &self.shared.feed
     }
 
     /// What came for the workload while it stood still.
@@ -325,7 +334,14 @@ impl Shared {
                 read.map_err(|error| lost(&error))?;
                 self.take_parcel(Bytes::from_owner(parcel)).await
             }
+            StreamKind::Fetched => {
+                let mut parcel = self.parcels.take();
+                let read = reader.read_to_end(&mut parcel).await;
+                read.map_err(|error| lost(&error))?;
+                self.take_fetched(Bytes::from_owner(parcel)).await
+            }
             StreamKind::LiveSet => self.take_live(&whole(&mut reader).await?),
+            StreamKind::AbsentSet => self.take_absent(&whole(&mut reader).await?),
             StreamKind::Digests => self.take_digests(&whole(&mut reader).await?),
             StreamKind::Parked => self.parking.take(&whole(&mut reader).await?),
             StreamKind::Files => {
@@ -344,6 +360,29 @@ impl Shared {
         let received = received.map_err(|error| Failure::new(error.code(), chain(&error)))?;
         let (space, pages) = (received.space, received.pages);
         self.enter(|ledger| ledger.parcel(received.admitted, space, pages))
+    }
+
+    /// Takes in pages that were asked for while the workload runs, or is restored.
+    async fn take_fetched(&self, parcel: Bytes) -> Result<(), Failure> {
+        // What was asked for twice may come when the workload has all.
+        if !self.feed.is_needed() {
+            return Ok(());
+        }
+        let feed = self.feed.clone();
+        let is_missing = move |space, pages: &PageSet| feed.is_missing(space, pages);
+        let fetched = self.receiver.fetch(parcel, is_missing).await;
+        let (space, pages) = fetched.map_err(|error| Failure::new(error.code(), chain(&error)))?;
+        self.feed.arrived(space, &pages).await
+    }
+
+    fn take_absent(&self, bytes: &[u8]) -> Result<(), Failure> {
+        let (header, absent, rest) = set(bytes)?;
+        if !rest.is_empty() {
+            return Err(malformed("set of absent pages"));
+        }
+        self.check_member(header.space.member())?;
+        self.enter(|ledger| ledger.absent_set(header.generation, header.space, absent))
+            .map(drop)
     }
 
     fn take_live(&self, bytes: &[u8]) -> Result<(), Failure> {
@@ -378,103 +417,6 @@ impl Shared {
         .map(drop)
     }
 
-    /// Writes the image files of a stream as they come.
-    async fn take_images(&self, reader: &mut StreamReader) -> Result<(), Failure> {
-        while !reader.is_over().await.map_err(|error| lost(&error))? {
-            self.take_image(reader).await?;
-        }
-        Ok(())
-    }
-
-    /// Writes one image file, unless its attempt was given up. Its checksum covers the header too.
-    async fn take_image(&self, reader: &mut StreamReader) -> Result<(), Failure> {
-        let mut head = vec![0; ImageFileHeader::START_BYTES];
-        let read = reader.read_exact(&mut head).await;
-        read.map_err(|error| lost(&error))?;
-        let length = head.first_chunk().map_or(0, ImageFileHeader::bytes);
-        head.resize(length, 0);
-        let read = reader
-            .read_exact(&mut head[ImageFileHeader::START_BYTES..])
-            .await;
-        read.map_err(|error| lost(&error))?;
-        let (header, _) = ImageFileHeader::decode(&head).map_err(|error| corrupt(&error))?;
-        let (member, name) = header.name().split().map_err(|error| corrupt(&error))?;
-        self.check_member(member.number())?;
-        let generation = header.generation();
-        let path = self.images_of(generation, member).join(name);
-        let mut file = self.begin_image(&header, &path)?;
-        let mut hasher = crc32fast::Hasher::new();
-        hasher.update(&head);
-        let mut left = header.length();
-        while 0 < left {
-            let most = usize::try_from(left).unwrap_or(usize::MAX);
-            let content = reader.chunk_of(most).await.map_err(|error| lost(&error))?;
-            let content = content.ok_or_else(|| malformed("image file"))?;
-            hasher.update(&content);
-            left -= content.len() as u64;
-            let Some(open) = &mut file else { continue };
-            if generation < self.lock().ledger.generation() {
-                file = None;
-                self.remove_images(generation);
-                continue;
-            }
-            let written = open.write_all(&content);
-            written.map_err(|error| image_failed(&path, &error))?;
-        }
-        let mut checksum = [0; CHECKSUM_BYTES];
-        let read = reader.read_exact(&mut checksum).await;
-        read.map_err(|error| lost(&error))?;
-        if checksum != hasher.finalize().to_le_bytes() {
-            let name = header.name();
-            return Err(Failure::new(
-                ErrorCode::Checksum,
-                format!("image {name} has a wrong checksum"),
-            ));
-        }
-        let bytes = header.length();
-        let arrival = self.enter_and(
-            |ledger| ledger.image(generation),
-            |attempt, arrival| {
-                if *arrival == Arrival::Kept {
-                    attempt.image_bytes += bytes;
-                }
-            },
-        )?;
-        if file.is_some() && arrival == Arrival::Late {
-            self.remove_images(generation);
-        }
-        Ok(())
-    }
-
-    /// The file for an image, if its attempt is collected. Images are on a tmpfs, so they are
-    /// memory like the store's, and count as such.
-    fn begin_image(&self, header: &ImageFileHeader, path: &Path) -> Result<Option<File>, Failure> {
-        let generation = header.generation();
-        if self.enter(|ledger| ledger.collect(generation))? == Arrival::Late {
-            return Ok(None);
-        }
-        let bytes = header.length();
-        self.lock()
-            .images
-            .entry(generation)
-            .or_default()
-            .push(bytes);
-        let counted = self.receiver.store().take_besides(bytes);
-        counted.map_err(|error| Failure::new(error.code(), chain(&error)))?;
-        let folder = path.parent().unwrap_or(&self.images);
-        let created = fs::create_dir_all(folder).and_then(|()| File::create_new(path));
-        match created {
-            Ok(file) => Ok(Some(file)),
-            // Its folder has been removed in between.
-            Err(_) if generation < self.lock().ledger.generation() => Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Failure::new(
-                ErrorCode::Unexpected,
-                format!("image {} came twice", header.name()),
-            )),
-            Err(error) => Err(image_failed(path, &error)),
-        }
-    }
-
     /// Checks that what is live is held, and gives up what is not live.
     fn settle(&self) -> Result<(), Failure> {
         let store = self.receiver.store();
@@ -495,17 +437,24 @@ impl Shared {
                 punched.map_err(|error| internal(&error))?;
             }
         }
+        let absent = accounts.iter().filter(|account| !account.absent.is_empty());
+        let absent = absent.map(|account| (account.space, account.absent.clone()));
+        let absent: BTreeMap<SpaceId, PageSet> = absent.collect();
+        // Also if nothing is: an attempt that was given up may have lacked some.
+        let generation = self.lock().ledger.generation();
+        self.feed.begin(Some(generation), absent);
         let sum = |count: fn(&Account) -> PageCount| accounts.iter().map(count).sum::<PageCount>();
         tracing::info!(
             spaces = accounts.len(),
             live = %sum(|account| account.live),
             as_data = %sum(|account| account.data),
             as_zero = %sum(|account| account.zero),
+            absent = %sum(|account| account.absent.len()),
             given_back = %sum(|account| account.surplus.len()),
             replaced = %sum(|account| account.replaced),
             received = %sum(|account| account.received),
             image_bytes,
-            "every live page is held"
+            "every live page is held, or absent"
         );
         Ok(())
     }

@@ -4,7 +4,7 @@ use pageferry_pages::digest::of_page;
 use pageferry_pages::encode::Encoder;
 use pageferry_pages::store::StoreLimits;
 use pageferry_proto::page::{PAGE_SIZE, PageIndex, PageRun};
-use pageferry_proto::wire::stream::{ImageName, seal};
+use pageferry_proto::wire::stream::{ImageFileHeader, ImageName, seal};
 
 use super::*;
 use crate::net::tests::{Cluster, within};
@@ -99,6 +99,8 @@ fn last(digests: u32) -> Final {
         verify: 0 < digests,
         locks: 0,
         files: 0,
+        absent_sets: 0,
+        absent_pages: PageCount::ZERO,
     }
 }
 

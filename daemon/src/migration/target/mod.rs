@@ -8,11 +8,13 @@
 //! of an older one.
 
 pub mod admission;
+mod feed;
 pub mod folders;
 mod images;
 pub mod intake;
 mod locked;
 mod network;
+mod operation;
 pub mod orphans;
 pub mod own;
 pub mod parking;
@@ -22,25 +24,32 @@ mod volumes;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pageferry_proto::id::{PodUid, WorkloadName};
 use pageferry_proto::migration::handoff::Side;
 use pageferry_proto::migration::record::Entry;
 use pageferry_proto::migration::status::Phase;
 use pageferry_proto::migration::target::{TargetAction, TargetEvent, TargetMachine};
+use pageferry_proto::page::PageCount;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::TargetMessage;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
 
 use super::clock::Clock;
 use super::journal::Journal;
 use super::log::Log;
-use super::progress::Progress;
+use super::progress::{Progress, Waited};
 use super::session::{self, Session};
 use crate::net::lanes::TargetSession;
 use intake::Intake;
-use site::{LetGoError, Site};
+use operation::{CutBy, Operation, Performed, operation};
+use site::Site;
+
+/// How often it is told what is still to come.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(250);
 
 /// Events that may wait to be handled.
 const EVENTS_MAX: usize = 64;
@@ -71,8 +80,8 @@ pub struct TargetDriver {
     site: Option<Box<Site>>,
     intake: Arc<Intake>,
     operation: Option<JoinHandle<Performed>>,
-    /// Cuts the operation off, if it is one that a discard undoes.
-    cut: Option<oneshot::Sender<()>>,
+    /// Cuts the operation off.
+    cut: Option<(CutBy, oneshot::Sender<()>)>,
     /// The operation under way has been cut off.
     is_cut: bool,
     waiting: VecDeque<Operation>,
@@ -86,11 +95,15 @@ pub struct TargetDriver {
     status: watch::Sender<Arc<Progress>>,
     /// The workload's root, once it is restored.
     root_pid: Option<i32>,
+    /// How long its threads have waited for what had not come.
+    waited: Option<Waited>,
     /// The pod that it is to come as.
     expected: Option<PodUid>,
     /// That waits.
     pod_waits: bool,
     recovered: bool,
+    /// Workloads may come here with pages missing.
+    drains: bool,
     /// How it ended may not be on disk: what proves it must be found by the next daemon.
     end_unwritten: bool,
     log: Log,
@@ -125,26 +138,6 @@ pub struct TargetParts {
 }
 
 #[derive(Debug)]
-enum Operation {
-    Action(Box<TargetAction>),
-    /// Wait until the runtime of this pod's container does.
-    Expect(PodUid),
-    /// Wait for the end of the fill: follows a successful `LetGo` by itself.
-    Fill,
-    /// Wait until a workload whose memory was lost has been killed.
-    Bury(Buried),
-}
-
-/// What is known of a workload whose memory was lost.
-#[derive(Debug)]
-enum Buried {
-    /// It has run.
-    Ran,
-    /// It may have run, before a restart of this daemon.
-    MayHaveRun(Failure),
-}
-
-#[derive(Debug)]
 enum Incoming {
     Event(TargetEvent),
     Of(u64, TargetEvent),
@@ -169,9 +162,11 @@ impl TargetDriver {
             clock: parts.clock,
             intake: parts.site.intake(),
             root_pid: parts.site.root_pid(),
+            waited: None,
             expected: None,
             pod_waits: false,
             recovered: parts.recovered,
+            drains: parts.site.drains(),
             end_unwritten: false,
             site: Some(Box::new(parts.site)),
             operation: None,
@@ -189,7 +184,8 @@ impl TargetDriver {
         }
     }
 
-    /// Runs the migration to its end, and until the source has gone: it may ask once more.
+    /// Runs the migration to its end, and until the source has gone: it may ask once more, or send
+    /// what still comes there for the workload. For that nothing is needed but the intake.
     ///
     /// `session` is the one that began it; a recovered migration has none.
     pub async fn run(mut self, session: Option<Box<TargetSession>>) -> Over {
@@ -199,30 +195,44 @@ impl TargetDriver {
         if let Some(session) = session {
             self.connected(*session);
         }
+        let mut ticks = tokio::time::interval(PROGRESS_PERIOD);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
             while let Some(action) = self.machine.poll_action() {
                 self.perform(action).await;
             }
-            if self.machine.is_finished() && self.operation.is_none() && self.session.is_none() {
-                break;
+            if self.machine.is_finished() && self.operation.is_none() {
+                if self.session.is_none() {
+                    break;
+                }
+                // Of one that has given up, streams may still come that are written there.
+                if self.machine.status(self.clock.now()).phase == Phase::Done {
+                    self.tidy();
+                }
             }
             tokio::select! {
                 Some(incoming) = self.incoming.recv() => self.take_in(incoming),
                 Some(request) = self.requests.recv() => self.requested(request),
                 ended = session::ended(&mut self.operation) => self.operation_ended(ended),
+                _ = ticks.tick(), if self.intake.feed().is_needed() => self.tell_progress(),
                 failure = trouble(&mut self.site) => self.handle(TargetEvent::Failure(failure)),
                 () = self.clock.until(self.machine.poll_timeout()) => {
                     self.machine.handle_timeout(self.clock.now());
                 }
             }
         }
-        if let Some(site) = self.site.filter(|_| !self.end_unwritten) {
-            site.tidy();
-        }
+        self.tidy();
         if self.machine.is_begun() {
             Over::Begun
         } else {
             Over::NeverBegun
+        }
+    }
+
+    /// Removes the folder of what is over, unless the journal may not know that.
+    fn tidy(&mut self) {
+        if let Some(site) = self.site.take().filter(|_| !self.end_unwritten) {
+            site.tidy();
         }
     }
 
@@ -236,6 +246,7 @@ impl TargetDriver {
 
     fn handle(&mut self, event: TargetEvent) {
         if let TargetEvent::Failure(failure)
+        | TargetEvent::DrainLost(failure)
         | TargetEvent::DiscardFailed(failure)
         | TargetEvent::GaveUp(failure)
         | TargetEvent::Lost(failure)
@@ -327,7 +338,8 @@ impl TargetDriver {
                 events.send(Incoming::Of(number, event)).await.is_ok()
             }
         });
-        session.own([serving, failing]);
+        let asking = self.intake.feed().clone().ask(session.messages());
+        session.own([serving, failing, tokio::spawn(asking)]);
         self.session = Some(session);
         self.handle(TargetEvent::PeerConnected);
     }
@@ -340,6 +352,29 @@ impl TargetDriver {
         self.handle(TargetEvent::PeerLost);
     }
 
+    /// What has not come yet, if anything.
+    fn missing(&self) -> Option<PageCount> {
+        Some(self.intake.feed().left()).filter(|left| *left != PageCount::ZERO)
+    }
+
+    /// Between the reports of the machine: what is still to come.
+    fn tell_progress(&self) {
+        let missing = self.missing();
+        self.status.send_if_modified(|progress| {
+            let is_news = progress.missing != missing;
+            if is_news {
+                Arc::make_mut(progress).missing = missing;
+            }
+            is_news
+        });
+    }
+
+    /// Whether pages are on their way to a workload that runs.
+    fn is_fetching(&self) -> bool {
+        let phase = self.machine.status(self.clock.now()).phase;
+        phase == Phase::Running && self.intake.feed().is_needed()
+    }
+
     fn take_in(&mut self, incoming: Incoming) {
         match incoming {
             Incoming::Event(event) => self.handle(event),
@@ -349,6 +384,12 @@ impl TargetDriver {
                 if self.session.is_some() {
                     self.lost();
                 }
+            }
+            // What did not get in is asked for once more, over another connection.
+            Incoming::Of(_, TargetEvent::Failure(failure)) if self.is_fetching() => {
+                tracing::warn!(migration = %self.machine.id(), %failure,
+                    "pages that were fetched were not taken in");
+                self.lost();
             }
             Incoming::Of(_, event) => self.handle(event),
         }
@@ -383,15 +424,23 @@ impl TargetDriver {
                     pid_at_target: self.root_pid,
                     waiting: self.pod_waits && !status.phase.is_final(),
                     recovered: self.recovered,
+                    missing: self.missing(),
+                    waited: self.waited,
                     ..Progress::of(status)
                 }));
             }
             TargetAction::Send(mut message) => {
                 match &mut message {
                     TargetMessage::Started { root_pid, .. } => *root_pid = self.root_pid,
-                    TargetMessage::Accepted { kept, parks, .. } => {
+                    TargetMessage::Accepted {
+                        kept,
+                        parks,
+                        drains,
+                        ..
+                    } => {
                         *kept = self.intake.folders().kept();
                         *parks = self.intake.parking().is_open();
+                        *drains = self.drains;
                     }
                     _ => {}
                 }
@@ -402,14 +451,13 @@ impl TargetDriver {
                     self.lost();
                 }
             }
-            TargetAction::Discard
+            TargetAction::Abandon
+            | TargetAction::Discard
             | TargetAction::LetGo { .. }
             | TargetAction::Lock
             | TargetAction::Prepare(_)
             | TargetAction::Restore { .. } => {
-                if matches!(action, TargetAction::Discard)
-                    && let Some(cut) = self.cut.take()
-                {
+                if let Some((_, cut)) = self.cut.take_if(|(by, _)| by.is(&action)) {
                     self.is_cut = true;
                     // One that has just ended is not heard either.
                     let _ = cut.send(());
@@ -443,7 +491,7 @@ impl TargetDriver {
             return;
         };
         let (cut, is_cut) = oneshot::channel();
-        self.cut = next.is_undone_by_discard().then_some(cut);
+        self.cut = Some((next.cut_by(), cut));
         self.operation = Some(tokio::spawn(async move {
             let (event, follows) = tokio::select! {
                 done = operation(&mut site, next) => done,
@@ -459,11 +507,12 @@ impl TargetDriver {
         match ended {
             Ok((site, follows, event)) => {
                 self.root_pid = site.root_pid();
+                self.waited = site.waited();
                 self.site = Some(site);
                 self.waiting.extend(follows);
-                // The machine waits for the discard alone, and would take this for its end.
+                // The machine waits for what follows, and would take this for its end.
                 if std::mem::take(&mut self.is_cut) {
-                    tracing::info!(migration = %self.machine.id(), "cut off, to be discarded");
+                    tracing::info!(migration = %self.machine.id(), "cut off, to be given up");
                 } else if let Some(event) = event {
                     self.handle(event);
                 } else {
@@ -481,21 +530,6 @@ impl TargetDriver {
     }
 }
 
-impl Operation {
-    /// Whether a discard need not wait for it, since it undoes it.
-    fn is_undone_by_discard(&self) -> bool {
-        match self {
-            Self::Action(action) => matches!(
-                **action,
-                TargetAction::Lock | TargetAction::Prepare(_) | TargetAction::Restore { .. }
-            ),
-            // What it waits for is what a discard does.
-            Self::Bury(_) | Self::Expect(_) => true,
-            Self::Fill => false,
-        }
-    }
-}
-
 fn cut_off() -> Failure {
     Failure::new(ErrorCode::Aborted, "cut off by what ended the migration")
 }
@@ -505,82 +539,5 @@ async fn trouble(site: &mut Option<Box<Site>>) -> Failure {
     match site {
         Some(site) => site.trouble().await,
         None => std::future::pending().await,
-    }
-}
-
-/// What came of an operation: the site again, what follows by itself, and what happened, if that is
-/// for the machine.
-type Performed = (Box<Site>, Option<Operation>, Option<TargetEvent>);
-
-async fn operation(
-    site: &mut Site,
-    operation: Operation,
-) -> (Option<TargetEvent>, Option<Operation>) {
-    let (event, follows) = match operation {
-        Operation::Expect(pod) => {
-            let failed = site.expect(&pod).await.err();
-            return (failed.map(TargetEvent::Failure), None);
-        }
-        Operation::Fill => match site.filled().await {
-            Ok(()) => (TargetEvent::Filled, None),
-            Err(failure) => {
-                let follows = Operation::Bury(Buried::Ran);
-                (TargetEvent::Failure(failure), Some(follows))
-            }
-        },
-        Operation::Bury(buried) => {
-            site.emptied().await;
-            let event = match buried {
-                // Nothing of it is missing any more.
-                Buried::Ran => TargetEvent::Filled,
-                Buried::MayHaveRun(failure) => TargetEvent::Lost(failure),
-            };
-            (event, None)
-        }
-        Operation::Action(action) => match perform(site, *action).await {
-            Ok(TargetEvent::Resumed) => (TargetEvent::Resumed, Some(Operation::Fill)),
-            Ok(TargetEvent::Lost(failure)) => {
-                let follows = Operation::Bury(Buried::MayHaveRun(failure.clone()));
-                (TargetEvent::GaveUp(failure), Some(follows))
-            }
-            Ok(event) => (event, None),
-            Err(failure) => (TargetEvent::Failure(failure), None),
-        },
-    };
-    (Some(event), follows)
-}
-
-async fn perform(site: &mut Site, action: TargetAction) -> Result<TargetEvent, Failure> {
-    match action {
-        TargetAction::Prepare(offer) => site
-            .prepare(&offer)
-            .await
-            .map(|state| TargetEvent::Prepared { state }),
-        TargetAction::Restore { .. } => site
-            .restore()
-            .await
-            .map(|state| TargetEvent::Restored { state }),
-        TargetAction::Lock => Ok(match site.lock().await {
-            Ok(()) => TargetEvent::Locked,
-            Err(failure) => TargetEvent::NotLocked(failure),
-        }),
-        TargetAction::LetGo { .. } => match site.let_go().await {
-            Ok(()) => Ok(TargetEvent::Resumed),
-            Err(LetGoError::NeverRan(failure)) => Ok(TargetEvent::NeverRan(failure)),
-            Err(LetGoError::Lost(failure)) => Ok(TargetEvent::Lost(failure)),
-            Err(LetGoError::Unclear(failure)) => Err(failure),
-        },
-        TargetAction::Discard => Ok(match site.discard().await {
-            Ok(()) => TargetEvent::Discarded,
-            Err(failure) => TargetEvent::DiscardFailed(failure),
-        }),
-        TargetAction::AwaitFinal(_)
-        | TargetAction::AwaitRound(_)
-        | TargetAction::Journal(_)
-        | TargetAction::Report(_)
-        | TargetAction::Send(_) => Err(Failure::new(
-            ErrorCode::Internal,
-            "an action that is no operation",
-        )),
     }
 }

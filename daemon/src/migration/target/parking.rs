@@ -2,7 +2,7 @@
 //! those that reach its links here before it has had the others.
 //!
 //! Invariants: nothing is given to a workload that has not been let go; what the source kept comes
-//! first, in its order, and what it still sent on when neighbours had learnt of this node; a daemon
+//! first, in its order, also what came to it until it heard that the workload runs here; a daemon
 //! that is started anew gives none of what it has not seen before, since another may have.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -67,6 +67,9 @@ impl Parking {
             Course::Delivers => {
                 state.order.put(parked);
                 state.give();
+                if state.order.is_whole() {
+                    state.open();
+                }
             }
         }
     }
@@ -90,14 +93,10 @@ impl Parking {
         }
     }
 
-    /// It has what has come here, too, and from here on what comes passes.
+    /// It has what has come here, too, and from here on what comes passes, whether or not its
+    /// source has said that this is all.
     pub(super) fn open(&self) {
-        let mut state = self.lock();
-        if let Some(Err(error)) = state.links.as_mut().map(Await::deliver) {
-            // Its program ends with it, and lets everything pass.
-            tracing::warn!("a gate is given up: {}", chain(&error));
-            state.links = None;
-        }
+        self.lock().open();
     }
 
     /// The workload does not come, or came with another daemon: what was kept for it is nobody's.
@@ -114,6 +113,14 @@ impl Parking {
 }
 
 impl State {
+    fn open(&mut self) {
+        if let Some(Err(error)) = self.links.as_mut().map(Await::deliver) {
+            // Its program ends with it, and lets everything pass.
+            tracing::warn!("a gate is given up: {}", chain(&error));
+            self.links = None;
+        }
+    }
+
     /// Gives the workload what its source kept, as far as it is here. Returns how many frames.
     fn give(&mut self) -> u64 {
         let mut given = 0;

@@ -18,6 +18,7 @@ mod run;
 mod seat;
 mod undo;
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,10 +28,11 @@ use futures_util::future::try_join_all;
 use pageferry_cgroup::freezer::FreezerRoot;
 use pageferry_cgroup::hierarchies::Hierarchies;
 use pageferry_pager::client::ClientError;
-use pageferry_pages::store::{Growth, Store, StoreLimits};
-use pageferry_proto::id::{MemberIndex, MigrationId};
+use pageferry_pages::store::{Growth, MemoryFile, Store, StoreLimits};
+use pageferry_proto::id::{MemberIndex, MigrationId, SpaceId};
 use pageferry_proto::migration::record::DriverState;
 use pageferry_proto::page::PageCount;
+use pageferry_proto::set::PageSet;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::control::Offer;
 use pageferry_proto::wire::description::WorkloadDescription;
@@ -96,6 +98,8 @@ pub struct TargetNode {
     pub workers: usize,
     /// Whether what came for a frozen workload is taken from its source.
     pub parks: bool,
+    /// Whether workloads may come with pages missing, which the loss of their source would lose.
+    pub drains: bool,
 }
 
 /// What a restarted daemon needs to find: kept in the journal.
@@ -206,12 +210,59 @@ impl Site {
         for (seat, state) in site.seats.iter_mut().zip(states) {
             seat.recover(state, site.is_of_another_boot);
         }
+        site.find_missing().await?;
         // After another boot nothing is left of it.
         if let Some(network) = state.network.filter(|_| !site.is_of_another_boot) {
             let network = Network::recover(id, network).await;
             site.network = Some(network.map_err(|error| network_unfit(&error))?);
         }
         Ok(site)
+    }
+
+    /// Asks the pagers what has not come, and goes on bringing it.
+    async fn find_missing(&mut self) -> Result<(), Failure> {
+        let store = self.intake.store();
+        let mut missing = BTreeMap::new();
+        for seat in &self.seats {
+            let Ok(client) = seat.client() else { continue };
+            for found in client.missing().await.map_err(pager_failed)? {
+                let id = SpaceId::of(seat.member, found.space.0);
+                let id = id.map_err(|error| internal(&error))?;
+                let memory = MemoryFile::new(found.store);
+                let memory = memory.map_err(|error| internal(&error))?;
+                let adopted = store.adopt(id, memory);
+                adopted.map_err(|error| internal(&error))?;
+                missing.insert(id, found.pages);
+            }
+        }
+        if missing.is_empty() {
+            return Ok(());
+        }
+        // It was promised to what the pager holds.
+        let pages = missing.values().map(PageSet::len).sum();
+        let none_beyond = Growth::new(|held| {
+            let text = format!("{held} pages have come, more than were missing");
+            Err(Failure::new(ErrorCode::Limit, text))
+        });
+        store.admit(pages, none_beyond);
+        tracing::info!(migration = %self.id, %pages, "not all memory has come: it is fetched on");
+        self.intake.feed().begin(None, missing);
+        for seat in &self.seats {
+            if let Ok(client) = seat.client() {
+                self.intake.feed().attach(seat.member, client);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether workloads may come to this node with pages missing.
+    pub fn drains(&self) -> bool {
+        self.node.drains
+    }
+
+    /// Whether pages of it are at the source alone.
+    pub fn is_draining(&self) -> bool {
+        self.intake.feed().is_needed()
     }
 
     /// Has a seat for each of so many members.
@@ -397,13 +448,18 @@ impl Site {
         let store = self.intake.store();
         let plans = block_in_place(|| {
             let seats = self.seats.iter().zip(&images);
-            let plans = seats.map(|(seat, folder)| seat.plan(folder, store));
+            let from = (&**store, self.intake.feed());
+            let plans = seats.map(|(seat, folder)| seat.plan(folder, from));
             plans.collect::<Result<Vec<_>, Failure>>()
         })?;
         block_in_place(|| self.check_connections(&images))?;
         block_in_place(|| self.intake.folders().put())?;
         let namespaces = request::criu_namespaces(&self.namespaces)?;
         let inside: &request::CriuNamespaces<'_> = &namespaces;
+        for seat in &self.seats {
+            // The restore itself may touch pages that have not come.
+            self.intake.feed().attach(seat.member, seat.client()?);
+        }
         let node = &self.node;
         let seats = self.seats.iter_mut().zip(plans);
         let restored = try_join_all(seats.map(|(seat, plan)| seat.restore(node, plan, inside)));

@@ -28,7 +28,7 @@ impl SourceMachine {
             State::Undecided(..) => {
                 self.abort_with(ErrorCode::PeerLost, "the connection to the target is gone");
             }
-            State::Decided(Decided::Committed { .. })
+            State::Decided(Decided::Committed { .. } | Decided::Draining(_))
             | State::Over(Over::Telling | Over::Settling { .. }) => self.redial_later(now),
             // Nobody waits for an answer: what needs the peer dials.
             State::Decided(_) | State::Over(_) => {}
@@ -42,7 +42,9 @@ impl SourceMachine {
             State::Undecided(_, Step::Journalling) => {}
             State::Undecided(..) => self.abort(failure),
             // It may change its mind, or its certificate.
-            State::Decided(Decided::Unlocking { .. } | Decided::Committed { .. }) => {
+            State::Decided(
+                Decided::Unlocking { .. } | Decided::Committed { .. } | Decided::Draining(_),
+            ) => {
                 self.note(failure);
             }
             State::Decided(_) | State::Over(_) => {}

@@ -10,14 +10,23 @@ use crate::wire::control::TargetMessage;
 
 impl SourceMachine {
     pub(super) fn message(&mut self, now: Time, message: TargetMessage) {
+        self.heard_in_drain(now);
         match message {
             TargetMessage::Accepted {
                 incarnation,
                 kept: _,
                 parks: _,
-            } => self.accepted(now, incarnation),
+                drains,
+            } => self.accepted(now, incarnation, drains),
             TargetMessage::Declined(failure) => self.target_gave_up(failure),
+            TargetMessage::DrainLost {
+                generation,
+                failure,
+            } => self.target_lost(generation, &failure),
             TargetMessage::Failed(failure) => self.target_gave_up(failure),
+            // The driver's affair.
+            TargetMessage::Fetch(_) => {}
+            TargetMessage::Filled { generation } => self.target_filled(generation),
             TargetMessage::FinalHeld { generation } => self.final_held(now, generation),
             TargetMessage::Forgotten { generation } => self.forgotten(generation),
             TargetMessage::Ready {
@@ -39,9 +48,15 @@ impl SourceMachine {
         }
     }
 
-    fn accepted(&mut self, now: Time, incarnation: Incarnation) {
-        let Some(step @ Step::Offered) = self.state.step() else {
+    fn accepted(&mut self, now: Time, incarnation: Incarnation, drains: bool) {
+        let Some(Step::Offered) = self.state.step() else {
             return self.out_of_place("an acceptance");
+        };
+        if !self.agree_to_drain(drains) {
+            return;
+        }
+        let Some(step) = self.state.step() else {
+            return;
         };
         *step = Step::Tracking;
         self.incarnation = Some(incarnation);
@@ -115,9 +130,9 @@ impl SourceMachine {
             State::Decided(Decided::Unlocking { .. } | Decided::Committed { .. })
                 if generation == self.generation =>
             {
-                self.release(now);
+                self.started(now);
             }
-            State::Decided(Decided::Releasing(_)) => {}
+            State::Decided(Decided::Draining(_) | Decided::Releasing { .. }) => {}
             State::Decided(Decided::Reclaiming { .. })
             | State::Over(Over::Aborting(_) | Over::Telling) => {
                 self.answered = true;
@@ -161,7 +176,9 @@ impl SourceMachine {
     /// may be a new one on a node that runs the workload.
     fn unknown(&mut self) {
         match &self.state {
-            State::Decided(Decided::Unlocking { .. } | Decided::Committed { .. }) => {
+            State::Decided(
+                Decided::Unlocking { .. } | Decided::Committed { .. } | Decided::Draining(_),
+            ) => {
                 self.fence_wanted = true;
             }
             State::Undecided(..) | State::Decided(_) => {

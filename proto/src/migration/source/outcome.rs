@@ -1,6 +1,6 @@
 //! How a migration is decided, given away, taken back and broken off.
 
-use super::state::{Decided, Outcome, Over, Reclaim, Release, State, Step, Timer, Undo};
+use super::state::{Decided, Drain, Outcome, Over, Reclaim, Release, State, Step, Timer, Undo};
 use super::{SourceAction, SourceMachine};
 use crate::migration::handoff::{Evidence, Question, RETRY, Side, TELL_MAX};
 use crate::migration::record::{Entry, Record};
@@ -14,7 +14,7 @@ impl SourceMachine {
         match std::mem::replace(&mut self.state, State::Decided(Decided::prepared())) {
             State::Undecided(undecided, Step::Finishing(finishing)) if finishing.is_complete() => {
                 self.timers.stop_all();
-                self.journal(undecided.commit(self.generation));
+                self.journal(undecided.commit(self.generation, self.drains));
             }
             state @ (State::Undecided(..) | State::Decided(_) | State::Over(_)) => {
                 self.state = state;
@@ -26,7 +26,8 @@ impl SourceMachine {
         match &record.entry {
             Entry::Offered(_) => self.offer_recorded(now),
             Entry::Commit { .. } => self.commit_written(now, true),
-            Entry::Started { .. } => self.kill(true),
+            Entry::Started { .. } if self.drains => self.started_recorded(now, None),
+            Entry::Started { .. } | Entry::Filled { .. } => self.kill(true),
             entry @ Entry::Fenced { .. } => self.evidence_recorded(entry),
             entry @ Entry::Aborted(_) => self.abort_recorded(now, entry),
             Entry::Done => self.closed(),
@@ -52,8 +53,9 @@ impl SourceMachine {
                 self.note(failure);
                 self.commit_written(now, false);
             }
+            Entry::Started { .. } if self.drains => self.started_recorded(now, Some(failure)),
             // It only spares a question after a restart.
-            Entry::Started { .. } => self.kill(false),
+            Entry::Started { .. } | Entry::Filled { .. } => self.kill(false),
             // Without it the workload must not be thawed: a restart might find the commit and
             // nothing after it, and tell the target to go.
             Entry::Fenced { .. } => self.retry_later(now, failure),
@@ -62,6 +64,8 @@ impl SourceMachine {
                     step: Reclaim::Recording,
                     ..
                 }) => self.retry_later(now, failure),
+                // A restart would ask the target again.
+                State::Decided(Decided::Releasing { .. }) => self.kill(false),
                 // A restart would undo once more what is undone, which changes nothing.
                 State::Undecided(..) | State::Decided(_) | State::Over(_) => {
                     self.abort_recorded(now, entry);
@@ -114,40 +118,52 @@ impl SourceMachine {
     }
 
     /// The target runs the workload.
-    pub(super) fn release(&mut self, now: Time) {
+    pub(super) fn started(&mut self, now: Time) {
         self.edges.started = Some(now);
         self.answered = true;
         self.failure = None;
         self.held_up = None;
         self.fence_wanted = false;
         self.timers.stop_all();
-        self.state = State::Decided(Decided::Releasing(Release::Recording));
-        self.journal(Entry::Started {
-            generation: self.generation,
+        if self.drains {
+            return self.drain(now);
+        }
+        self.state = State::Decided(Decided::Releasing {
+            outcome: Outcome::Moved,
+            step: Release::Recording,
         });
+        self.record_started();
     }
 
     fn kill(&mut self, recorded: bool) {
-        let State::Decided(Decided::Releasing(step @ Release::Recording)) = &mut self.state else {
-            return self.out_of_place("started");
+        let State::Decided(Decided::Releasing {
+            step: step @ Release::Recording,
+            ..
+        }) = &mut self.state
+        else {
+            return self.out_of_place("the end of the copy");
         };
         *step = Release::Killing { recorded };
         self.actions.push_back(SourceAction::Release);
-        if recorded {
+        if recorded && self.answered {
             self.say_settled();
         }
     }
 
     pub(super) fn released(&mut self, now: Time) {
-        let State::Decided(Decided::Releasing(Release::Killing { recorded })) = self.state else {
+        let State::Decided(Decided::Releasing {
+            outcome,
+            step: Release::Killing { recorded },
+        }) = self.state
+        else {
             return self.out_of_place("a release");
         };
         self.held_up = None;
-        // A restart that finds nothing but the commit asks the target again.
+        // A restart that finds nothing of it asks the target again.
         if recorded {
-            self.settle_or_close(now, Outcome::Moved);
+            self.settle_or_close(now, outcome);
         } else {
-            self.close(Outcome::Moved);
+            self.close(outcome);
         }
     }
 
@@ -191,6 +207,10 @@ impl SourceMachine {
                 ..
             })
             | State::Over(Over::Aborting(Undo::Recording)) => self.conclude(now),
+            State::Decided(Decided::Releasing {
+                outcome: Outcome::Aborted,
+                ..
+            }) => self.kill(true),
             State::Undecided(..) | State::Decided(_) | State::Over(_) => {
                 self.out_of_place("aborted");
             }
@@ -334,7 +354,10 @@ impl SourceMachine {
         match &self.state {
             State::Undecided(..) => self.abort(failure),
             State::Decided(
-                Decided::Releasing(Release::Killing { .. })
+                Decided::Releasing {
+                    step: Release::Killing { .. },
+                    ..
+                }
                 | Decided::Reclaiming {
                     step: Reclaim::Thawing(_),
                     ..
@@ -379,23 +402,14 @@ impl SourceMachine {
             State::Decided(Decided::Unlocking { .. } | Decided::Committed { .. }) => {
                 self.reclaim(fenced);
             }
+            State::Decided(Decided::Draining(_)) => self.fenced_in_drain(),
             State::Decided(_) | State::Over(_) => {}
         }
     }
 
     pub(super) fn expired(&mut self, now: Time, timer: Timer) {
         match timer {
-            Timer::Overall => {
-                let given_up = self.given_up.as_ref().map(|given_up| {
-                    let tries = self.retries;
-                    format!("; {tries} freezes were given up, the last because: {given_up}")
-                });
-                let text = format!(
-                    "the workload was not frozen in time{}",
-                    given_up.unwrap_or_default()
-                );
-                self.abort_with(ErrorCode::Timeout, &text);
-            }
+            Timer::Overall => self.overdue(),
             Timer::Step => {
                 let text = format!("{} took too long", self.state.phase());
                 self.abort_with(ErrorCode::Timeout, &text);
@@ -428,7 +442,13 @@ impl SourceMachine {
     /// Does once more what failed and must succeed.
     fn again(&mut self) {
         match &self.state {
-            State::Decided(Decided::Releasing(Release::Killing { .. })) => {
+            State::Decided(Decided::Draining(Drain {
+                recorded: false, ..
+            })) => self.record_started(),
+            State::Decided(Decided::Releasing {
+                step: Release::Killing { .. },
+                ..
+            }) => {
                 self.actions.push_back(SourceAction::Release);
             }
             State::Decided(Decided::Reclaiming {

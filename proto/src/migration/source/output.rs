@@ -13,6 +13,7 @@ impl SourceMachine {
     pub(super) fn speak(&mut self, now: Time) {
         match self.state {
             State::Decided(Decided::Committed { question }) => self.ask(now, question),
+            State::Decided(Decided::Draining(_)) => self.say_draining(now),
             State::Over(Over::Telling) => self.tell(now),
             State::Over(Over::Settling { .. }) => self.settle(now),
             State::Undecided(..) | State::Decided(_) | State::Over(_) => {}
@@ -98,7 +99,10 @@ impl SourceMachine {
     pub(super) fn note(&mut self, failure: Failure) {
         match &self.state {
             State::Decided(
-                Decided::Prepared { .. } | Decided::Unlocking { .. } | Decided::Committed { .. },
+                Decided::Prepared { .. }
+                | Decided::Unlocking { .. }
+                | Decided::Committed { .. }
+                | Decided::Draining(_),
             ) => {
                 self.failure = Some(failure);
             }

@@ -47,6 +47,10 @@ impl SourceMachine {
             incarnation: None,
             // Whether there are any the workload itself tells.
             locks: true,
+            may_drain: facts.drains,
+            switching: facts.drains,
+            drains: facts.drains,
+            time_is_over: false,
             failure: facts.aborted.clone(),
             held_up: None,
             fence_wanted: false,
@@ -62,12 +66,12 @@ impl SourceMachine {
             actions: VecDeque::new(),
             reported: None,
         };
-        machine.resume(&facts);
+        machine.resume(&facts, now);
         machine.report(now);
         Ok(machine)
     }
 
-    fn resume(&mut self, facts: &SourceFacts) {
+    fn resume(&mut self, facts: &SourceFacts, now: Time) {
         if facts.done {
             // `Started` may be missing: it is only a help. What brings a committed workload back
             // is not.
@@ -78,12 +82,8 @@ impl SourceMachine {
                 Outcome::Moved
             };
             self.state = State::Over(Over::Closed { outcome });
-        } else if facts.started {
-            self.answered = true;
-            self.state = State::Decided(Decided::Releasing(Release::Recording));
-            self.journal(Entry::Started {
-                generation: self.generation,
-            });
+        } else if facts.has_started() {
+            self.resume_started(facts, now);
         } else if let Some(generation) = facts.commit {
             self.resume_decided(generation, facts);
         } else {
@@ -93,6 +93,21 @@ impl SourceMachine {
                 None => self.abort_with(ErrorCode::Restarted, text),
             }
         }
+    }
+
+    /// The target has run it, and nothing thaws the copy.
+    fn resume_started(&mut self, facts: &SourceFacts, now: Time) {
+        self.answered = true;
+        let generation = self.generation;
+        let (outcome, entry) = match facts.aborted.clone() {
+            Some(failure) => (Outcome::Aborted, Entry::Aborted(failure)),
+            None if facts.filled => (Outcome::Moved, Entry::Filled { generation }),
+            None if facts.drains => return self.drain(now),
+            None => (Outcome::Moved, Entry::Started { generation }),
+        };
+        let step = Release::Recording;
+        self.state = State::Decided(Decided::Releasing { outcome, step });
+        self.journal(entry);
     }
 
     fn resume_decided(&mut self, generation: Generation, facts: &SourceFacts) {
@@ -105,7 +120,8 @@ impl SourceMachine {
             self.reclaim(Evidence::Refused(generation, failure.clone()));
         } else {
             // The machine was made as one whose commit is being written.
-            self.journal(Entry::Commit { generation });
+            let drains = facts.drains;
+            self.journal(Entry::Commit { generation, drains });
         }
     }
 }

@@ -42,7 +42,7 @@ impl SourceMachine {
             return;
         }
         match self.state {
-            State::Decided(Decided::Releasing(_)) => self.answered = false,
+            State::Decided(Decided::Releasing { .. }) => self.answered = false,
             State::Over(Over::Settling { outcome }) => {
                 self.answered = false;
                 self.close(outcome);

@@ -9,6 +9,7 @@ use crate::id::Round;
 use crate::migration::handoff::{Evidence, Question, ThawPermit, Undecided};
 use crate::migration::policy::RoundReport;
 use crate::migration::status::Phase;
+use crate::wire::code::Failure;
 
 #[derive(Debug)]
 pub(super) enum State {
@@ -59,8 +60,10 @@ pub(super) enum Decided {
     Unlocking { tries: u32 },
     /// The target may run the workload.
     Committed { question: Question },
-    /// The target runs it: the copy here goes.
-    Releasing(Release),
+    /// The target runs it, and lacks pages that only the copy here has.
+    Draining(Drain),
+    /// The target runs it, or nobody does any more: the copy here goes.
+    Releasing { outcome: Outcome, step: Release },
     /// The target will never run it: the copy here comes back.
     Reclaiming { evidence: Evidence, step: Reclaim },
 }
@@ -108,13 +111,22 @@ pub(super) struct Finishing {
     pub(super) smaps_equal: bool,
 }
 
+/// A copy that is kept for what the target lacks.
+#[derive(Debug)]
+pub(super) struct Drain {
+    /// A restart would find that the target runs the workload.
+    pub(super) recorded: bool,
+    /// What of the copy may be lost.
+    pub(super) lost: Option<Failure>,
+}
+
 #[derive(Debug)]
 pub(super) enum Release {
-    /// That the target runs the workload is being written.
+    /// That the target runs the workload, or has all pages, or that it is lost, is being written.
     Recording,
     /// The frozen copy is being killed.
     Killing {
-        /// A restart would find that the target runs the workload.
+        /// A restart would find that.
         recorded: bool,
     },
 }
@@ -197,6 +209,10 @@ impl State {
         }
     }
 
+    pub(super) const fn is_draining(&self) -> bool {
+        matches!(self, Self::Decided(Decided::Draining(_)))
+    }
+
     pub(super) const fn is_closed(&self) -> bool {
         matches!(self, Self::Over(Over::Closed { .. }))
     }
@@ -233,9 +249,16 @@ impl Decided {
     const fn phase(&self) -> Phase {
         match self {
             Self::Prepared { .. } => Phase::Prepared,
-            Self::Unlocking { .. } | Self::Committed { .. } | Self::Releasing(_) => {
-                Phase::Committed
-            }
+            Self::Unlocking { .. } | Self::Committed { .. } => Phase::Committed,
+            Self::Draining(_) => Phase::Draining,
+            Self::Releasing {
+                outcome: Outcome::Moved,
+                ..
+            } => Phase::Committed,
+            Self::Releasing {
+                outcome: Outcome::Aborted,
+                ..
+            } => Phase::Aborting,
             Self::Reclaiming { .. } => Phase::Reclaiming,
         }
     }

@@ -27,7 +27,10 @@ impl SourceMachine {
             State::Decided(Decided::Unlocking { .. }) => self.await_answer(now, Question::Go),
             // What came meanwhile asks for the workload back, or is an answer already.
             State::Decided(
-                Decided::Committed { .. } | Decided::Reclaiming { .. } | Decided::Releasing(_),
+                Decided::Committed { .. }
+                | Decided::Reclaiming { .. }
+                | Decided::Draining(_)
+                | Decided::Releasing { .. },
             )
             | State::Over(_) => {}
             State::Undecided(..) | State::Decided(Decided::Prepared { .. }) => {
@@ -40,7 +43,9 @@ impl SourceMachine {
         let code = failure.code();
         // What is not let go nobody gets.
         let may_pass = tries < UNLOCK_TRIES_MAX && code != ErrorCode::SharedLock;
-        if may_pass || code == ErrorCode::WorkloadGone {
+        // A copy of which a process has ended is not whole. What the target has is, unless it lacks
+        // pages: then nothing is, and the target need not begin.
+        if may_pass || (code == ErrorCode::WorkloadGone && !self.drains) {
             return self.retry_later(now, failure);
         }
         self.note(failure);

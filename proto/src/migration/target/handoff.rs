@@ -1,6 +1,8 @@
 //! How a workload comes to run at the target, or never does.
 
-use super::state::{Absent, Fate, Held, Loss, Refusal, Run, State, Step, Timer, Told, Verdict};
+use super::state::{
+    Abandon, Absent, Fate, Held, Loss, Refusal, Run, State, Step, Timer, Told, Verdict,
+};
 use super::{TargetAction, TargetMachine};
 use crate::id::Generation;
 use crate::migration::handoff::{RETRY, Side};
@@ -19,8 +21,10 @@ impl TargetMachine {
             Entry::Accepted(_) => self.receive(),
             Entry::Ready(_) => self.ready(),
             Entry::Running { .. } => self.let_go(1),
+            Entry::Filled { .. } => self.filled_recorded(),
             Entry::Refused { .. } => self.refusal_recorded(),
             Entry::Settled { .. } => self.say_forgotten(),
+            Entry::Aborted(_) if self.is_abandoned() => self.loss_recorded(),
             Entry::Aborted(_) => self.closed(),
             Entry::Done => self.closed(),
             entry @ (Entry::Offered(_)
@@ -43,6 +47,10 @@ impl TargetMachine {
             Entry::Ready(_) => self.ready_failed(now, failure),
             // Either decision stands once it was asked for: the record may be on disk.
             Entry::Running { .. } | Entry::Refused { .. } => self.retry_later(now, failure),
+            // The source keeps its copy until it hears of it.
+            Entry::Filled { .. } => self.retry_later(now, failure),
+            // Pages are missing: it must not run on, and waits meanwhile.
+            Entry::Aborted(_) if self.is_abandoned() => self.retry_later(now, failure),
             // Without it the answer is kept after a restart.
             Entry::Settled { .. } => self.say_forgotten(),
             // A restart would undo once more what is undone, or fill what is filled.
@@ -119,7 +127,7 @@ impl TargetMachine {
         let filled = match *run {
             Run::LettingGo { filled, .. } => filled,
             // Let go twice, resumed twice.
-            Run::Filling | Run::Closing | Run::Closed => return,
+            Run::Filling | Run::Filled | Run::Closing | Run::Closed => return,
             Run::Recording { .. } => return self.out_of_place("a resumed workload"),
         };
         *run = Run::Filling;
@@ -130,27 +138,39 @@ impl TargetMachine {
             generation,
             root_pid: None,
         });
-        if filled {
-            self.filled();
+        let lost = self.pages_lost.take();
+        match lost {
+            _ if filled => self.filled(),
+            Some(lost) => self.abandon(&lost),
+            None => {}
         }
+    }
+
+    /// Whether what ran is being given up, and that is not on disk.
+    const fn is_abandoned(&self) -> bool {
+        matches!(
+            self.state,
+            State::Decided(_, Fate::Abandoned(Abandon::Recording))
+        )
     }
 
     pub(super) fn filled(&mut self) {
         let run = match &mut self.state {
             State::Decided(_, Fate::Running(run)) => run,
             // Nobody lets it go any more.
-            State::Decided(_, Fate::Lost(_)) => return,
+            State::Decided(_, Fate::Lost(_) | Fate::Abandoned(_)) => return,
             State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {
                 return self.out_of_place("a filled workload");
             }
         };
         match run {
             Run::Recording { filled } | Run::LettingGo { filled, .. } => *filled = true,
+            Run::Filling if self.drains => self.record_filled(),
             Run::Filling => {
                 *run = Run::Closing;
                 self.journal(Entry::Done);
             }
-            Run::Closing | Run::Closed => {}
+            Run::Filled | Run::Closing | Run::Closed => {}
         }
     }
 
@@ -195,10 +215,12 @@ impl TargetMachine {
             // Asked for twice, and known already.
             Fate::Lost(Loss::Closing | Loss::Closed) => {}
             // It is asked for again when `Running` is on disk. If it has run, that is the answer.
-            Fate::Running(Run::Recording { .. } | Run::Filling | Run::Closing) => {
+            Fate::Running(Run::Recording { .. } | Run::Filling | Run::Filled | Run::Closing) => {
                 self.note(failure);
             }
-            Fate::Running(Run::Closed) | Fate::Refusing(_) => self.failed(now, failure),
+            Fate::Running(Run::Closed) | Fate::Refusing(_) | Fate::Abandoned(_) => {
+                self.failed(now, failure);
+            }
         }
     }
 
@@ -294,6 +316,9 @@ impl TargetMachine {
             }
             State::Decided(_, Fate::Running(run @ Run::Closing)) => *run = Run::Closed,
             State::Decided(_, Fate::Lost(loss @ Loss::Closing)) => *loss = Loss::Closed,
+            State::Decided(_, Fate::Abandoned(abandon @ Abandon::Closing)) => {
+                *abandon = Abandon::Closed;
+            }
             State::Absent(Absent::Closing { asked }) => {
                 let asked = *asked;
                 self.state = State::Absent(Absent::Closed);
@@ -316,9 +341,14 @@ impl TargetMachine {
                 }
                 Run::LettingGo { .. } => self.gave_up(now, failure),
                 Run::Closed => {}
-                Run::Recording { .. } | Run::Filling | Run::Closing => self.note(failure),
+                Run::Recording { .. } | Run::Filling | Run::Filled | Run::Closing => {
+                    self.note(failure);
+                }
             },
             State::Decided(_, Fate::Lost(_)) => self.note(failure),
+            State::Decided(_, Fate::Abandoned(Abandon::Freezing)) => {
+                self.retry_later(now, failure);
+            }
             // What is being undone may still report that it failed; the discard goes on.
             State::Decided(_, Fate::Refusing(Refusal::Discarding))
             | State::Absent(Absent::Discarding { .. }) => self.note(failure),
@@ -349,6 +379,9 @@ impl TargetMachine {
     pub(super) fn fenced(&mut self, side: Side) {
         let text = format!("the operator declared the {side} dead");
         let failure = Failure::new(ErrorCode::Fenced, text);
+        if side == Side::Source && self.fenced_in_drain(&failure) {
+            return;
+        }
         match (&mut self.state, side) {
             (State::Held(Held::Readying { verdict, .. }), Side::Source) => {
                 // What was decided before stays: a source that aborted has run on.
@@ -389,6 +422,15 @@ impl TargetMachine {
             }
             &State::Decided(generation, Fate::Refusing(Refusal::Recording)) => {
                 self.journal(Entry::Refused { generation });
+            }
+            &State::Decided(generation, Fate::Running(Run::Filled)) => {
+                self.journal(Entry::Filled { generation });
+            }
+            State::Decided(_, Fate::Abandoned(Abandon::Recording)) => {
+                self.journal(Entry::Aborted(self.failure_or_unknown()));
+            }
+            State::Decided(_, Fate::Abandoned(Abandon::Freezing)) => {
+                self.actions.push_back(TargetAction::Abandon);
             }
             State::Unready(_) | State::Held(_) | State::Decided(..) | State::Absent(_) => {}
         }

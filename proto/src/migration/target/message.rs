@@ -4,17 +4,23 @@ use super::state::{Absent, Fate, Held, Receiving, State, Step, Told};
 use super::{TargetAction, TargetMachine};
 use crate::id::{Generation, Round};
 use crate::migration::record::Entry;
+use crate::migration::timer::Time;
 use crate::page::PageCount;
 use crate::wire::code::{ErrorCode, Failure};
 use crate::wire::control::{Final, Offer, RoundEnd, SourceMessage, TargetMessage};
 
 impl TargetMachine {
-    pub(super) fn message(&mut self, message: SourceMessage) {
+    pub(super) fn message(&mut self, now: Time, message: SourceMessage) {
         match message {
             SourceMessage::Abort {
                 generation,
                 failure,
             } => self.source_aborted(generation, failure),
+            SourceMessage::DrainLost {
+                generation,
+                failure,
+            } => self.source_lost(now, generation, failure),
+            SourceMessage::Draining { generation } => self.source_drains(generation),
             SourceMessage::Final(last) => self.final_ended(last),
             SourceMessage::Go { generation } => self.go(generation),
             SourceMessage::Offer(offer) => self.offered(offer),
@@ -63,6 +69,7 @@ impl TargetMachine {
         }
         self.round = Some(last.round);
         self.locks = last.locks != 0;
+        self.drains = last.absent_pages != PageCount::ZERO;
         self.actions.push_back(TargetAction::AwaitFinal(last));
         self.state = State::Unready(Step::Storing(last));
     }
@@ -96,12 +103,14 @@ impl TargetMachine {
 
     /// What the state says of a generation that cannot be run or refused just now. No answer
     /// where the journal has still to say: the source asks again.
-    fn answer(&mut self, asked: Generation) {
+    pub(super) fn answer(&mut self, asked: Generation) {
         let answer = match self.state {
             State::Held(Held::Readying { .. }) => return,
             State::Held(Held::Locking { generation, .. }) if generation == asked => return,
             State::Decided(_, fate) if !fate.is_known() => return,
-            State::Decided(generation, Fate::Running(_)) if generation == asked => {
+            State::Decided(generation, Fate::Running(_) | Fate::Abandoned(_))
+                if generation == asked =>
+            {
                 TargetMessage::Started {
                     generation,
                     root_pid: None,
@@ -133,7 +142,7 @@ impl TargetMachine {
             State::Decided(generation, fate) => {
                 let (generation, fate) = (*generation, *fate);
                 match fate {
-                    Fate::Running(_) => {
+                    Fate::Running(_) | Fate::Abandoned(_) => {
                         self.note_late_abort();
                         self.answer(generation);
                     }
@@ -214,6 +223,7 @@ impl TargetMachine {
             incarnation: self.incarnation,
             kept: Vec::new(),
             parks: false,
+            drains: false,
         });
     }
 }

@@ -35,7 +35,8 @@ impl TargetMachine {
                 _,
                 Fate::Running(Run::Closed)
                 | Fate::Refusing(_)
-                | Fate::Lost(Loss::Closing | Loss::Closed),
+                | Fate::Lost(Loss::Closing | Loss::Closed)
+                | Fate::Abandoned(_),
             )
             | State::Absent(_) => {}
             State::Held(_) | State::Decided(..) => self.note(failure),
@@ -49,7 +50,8 @@ impl TargetMachine {
                 _,
                 Fate::Running(Run::Closed)
                 | Fate::Refusing(_)
-                | Fate::Lost(Loss::Closing | Loss::Closed),
+                | Fate::Lost(Loss::Closing | Loss::Closed)
+                | Fate::Abandoned(_),
             )
             | State::Absent(_) => {
                 self.failure.get_or_insert(failure);

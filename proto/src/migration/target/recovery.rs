@@ -1,8 +1,8 @@
 //! A target that was restarted: what its journal proves, and what follows.
 
-use super::state::{Absent, Fate, Held, Loss, Refusal, Run, State, Verdict};
+use super::state::{Abandon, Absent, Fate, Held, Loss, Refusal, Run, State, Verdict};
 use super::{TargetMachine, TargetOrigin};
-use crate::migration::handoff::{RecoverError, TargetFacts};
+use crate::migration::handoff::{RecoverError, TargetFacts, is_lost_in_drain};
 use crate::migration::record::{AcceptedEntry, DriverState, Entry, Record};
 use crate::migration::timer::Time;
 use crate::wire::code::{ErrorCode, Failure};
@@ -19,15 +19,22 @@ pub fn answer(records: &[Record]) -> Result<Option<Vec<Record>>, RecoverError> {
     let mut accepted = facts.accepted.ok_or(RecoverError::NoBeginning)?;
     let end = match (facts.running, facts.refused) {
         _ if facts.settled.is_some() => return Ok(None),
-        (Some(generation), _) => match facts.aborted {
-            // It may have run, and nobody will know (H-20).
-            Some(failure) => [Entry::Running { generation }, Entry::Aborted(failure)],
-            None => [Entry::Running { generation }, Entry::Done],
-        },
+        (Some(generation), _) => {
+            let running = Entry::Running { generation };
+            match facts.aborted {
+                // It has run, and is lost.
+                Some(failure) if is_lost_in_drain(&failure) => {
+                    vec![running, Entry::Aborted(failure), Entry::Done]
+                }
+                // It may have run, and nobody will know (H-20).
+                Some(failure) => vec![running, Entry::Aborted(failure)],
+                None => vec![running, Entry::Done],
+            }
+        }
         (None, Some(generation)) => {
             let unknown = || Failure::new(ErrorCode::Unknown, "no reason was recorded");
             let failure = facts.aborted.unwrap_or_else(unknown);
-            [Entry::Refused { generation }, Entry::Aborted(failure)]
+            vec![Entry::Refused { generation }, Entry::Aborted(failure)]
         }
         (None, None) => return Ok(None),
     };
@@ -69,6 +76,7 @@ impl TargetMachine {
                 .as_ref()
                 .map_or(state, |ready| ready.state.clone()),
             recorded: true,
+            drains: facts.ready.as_ref().is_some_and(|ready| ready.drains),
             settled: facts.settled.is_some(),
             over_at_source: facts.settled,
             failure: facts.aborted.clone(),
@@ -82,7 +90,17 @@ impl TargetMachine {
 
     fn resume(&mut self, facts: TargetFacts) {
         let over = facts.aborted.is_some();
-        if let Some(generation) = facts.running {
+        let lost = facts.aborted.filter(is_lost_in_drain);
+        if let (Some(generation), Some(failure)) = (facts.running, lost) {
+            let abandon = match facts.done {
+                true => Abandon::Closed,
+                false => Abandon::Recording,
+            };
+            self.state = State::Decided(generation, Fate::Abandoned(abandon));
+            if !facts.done {
+                self.journal(Entry::Aborted(failure));
+            }
+        } else if let Some(generation) = facts.running {
             if facts.done {
                 self.state = State::Decided(generation, Fate::Running(Run::Closed));
             } else if over {

@@ -91,6 +91,8 @@ pub(super) enum Fate {
     Refusing(Refusal),
     /// The workload may have run, and is given up.
     Lost(Loss),
+    /// The workload has run, and pages of it that were to follow are lost.
+    Abandoned(Abandon),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,9 +106,23 @@ pub(super) enum Run {
     LettingGo { tries: u32, filled: bool },
     /// The workload runs.
     Filling,
+    /// That what was at the source alone is here is being written: the source waits for it.
+    Filled,
     /// That the memory is in place is being written.
     Closing,
     /// The workload runs here, and all its memory is in place.
+    Closed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Abandon {
+    /// That pages are lost is being written. What runs waits for them.
+    Recording,
+    /// It is being frozen for good, and then ended.
+    Freezing,
+    /// That nothing of it is left is being written.
+    Closing,
+    /// Nothing of it is left.
     Closed,
 }
 
@@ -183,8 +199,20 @@ impl State {
                 Fate::Running(Run::Closed)
                     | Fate::Refusing(Refusal::Closed)
                     | Fate::Lost(Loss::Closed)
+                    | Fate::Abandoned(Abandon::Closed)
             ) | Self::Absent(Absent::Closed)
         )
+    }
+
+    /// Whether what is to follow the workload need not be all here.
+    pub(super) const fn lacks_pages(&self) -> bool {
+        match self {
+            Self::Unready(_) | Self::Absent(_) => false,
+            Self::Held(_) => true,
+            Self::Decided(_, Fate::Running(Run::Filled | Run::Closing | Run::Closed)) => false,
+            Self::Decided(_, Fate::Running(_)) => true,
+            Self::Decided(..) => false,
+        }
     }
 
     /// The generation that is decided here, to run or never to.
@@ -225,6 +253,8 @@ impl Fate {
             Self::Lost(Loss::Stuck) => Phase::Running,
             Self::Lost(Loss::Burying) => Phase::Aborting,
             Self::Lost(Loss::Closing | Loss::Closed) => Phase::Aborted,
+            Self::Abandoned(Abandon::Recording | Abandon::Freezing) => Phase::Aborting,
+            Self::Abandoned(Abandon::Closing | Abandon::Closed) => Phase::Aborted,
         }
     }
 
@@ -234,7 +264,7 @@ impl Fate {
         match self {
             Self::Running(run) => match run {
                 Run::Recording { .. } | Run::LettingGo { .. } => false,
-                Run::Filling | Run::Closing | Run::Closed => true,
+                Run::Filling | Run::Filled | Run::Closing | Run::Closed => true,
             },
             Self::Refusing(refusal) => match refusal {
                 Refusal::Recording | Refusal::Discarding => false,
@@ -244,6 +274,28 @@ impl Fate {
                 Loss::Stuck | Loss::Burying => false,
                 Loss::Closing | Loss::Closed => true,
             },
+            // It has run, which is what the source is told.
+            Self::Abandoned(_) => true,
+        }
+    }
+}
+
+impl Run {
+    /// Whether all pages are here, and that is on disk.
+    pub(super) const fn is_filled(self) -> bool {
+        match self {
+            Self::Recording { .. } | Self::LettingGo { .. } | Self::Filling | Self::Filled => false,
+            Self::Closing | Self::Closed => true,
+        }
+    }
+}
+
+impl Abandon {
+    /// Whether that pages are lost is on disk.
+    pub(super) const fn is_recorded(self) -> bool {
+        match self {
+            Self::Recording => false,
+            Self::Freezing | Self::Closing | Self::Closed => true,
         }
     }
 }

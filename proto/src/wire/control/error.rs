@@ -1,6 +1,7 @@
 //! What is wrong with a message.
 
 use crate::id::IdError;
+use crate::set::PageSetError;
 use crate::wire::frame::FrameError;
 use crate::wire::version::VersionError;
 
@@ -35,6 +36,15 @@ pub enum ControlError {
     Missing {
         /// The field's path.
         field: &'static str,
+    },
+    /// A field that is not a set of pages.
+    #[error("field {field} is not a set of pages")]
+    Set {
+        /// The field's path.
+        field: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: PageSetError,
     },
     /// A text or a list longer than its limit.
     #[error("field {field} has {length} items or bytes, more than {max}")]

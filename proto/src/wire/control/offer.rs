@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{ControlError, Offer, at_most, generation, micros, missing};
 use crate::id::{WorkloadKind, WorkloadName};
-use crate::migration::policy::{Policy, ROUNDS_LIMIT};
+use crate::migration::policy::{Mode, OnTimeout, Policy, ROUNDS_LIMIT};
 use crate::wire::description::WorkloadDescription;
 use crate::wire::schema;
 use crate::wire::version::Version;
@@ -22,6 +22,9 @@ impl From<&Offer> for schema::Offer {
                 verify: offer.policy.verify,
                 force_eager: offer.policy.force_eager,
                 frozen_max_us: offer.policy.frozen_max.map(micros),
+                mode: offer.policy.mode.number().cast_signed(),
+                on_timeout: offer.policy.on_timeout.number().cast_signed(),
+                downtime_bound_us: offer.policy.downtime_bound.map(micros),
             }),
             description: Some((&offer.description).into()),
             network: offer.network.as_ref().map(ToString::to_string),
@@ -47,21 +50,38 @@ impl TryFrom<schema::Offer> for Offer {
         let workload: WorkloadName = offer.workload.parse().map_err(name("offer.workload"))?;
         let description = WorkloadDescription::try_from(description)?;
         check_party(&workload, &description)?;
+        let policy = policy_of(&policy, rounds_max)?;
         Ok(Self {
             version: Version::chosen(offer.version).map_err(ControlError::Version)?,
             workload,
             generation: generation("offer.generation", offer.generation)?,
-            policy: Policy {
-                downtime_max: Duration::from_micros(policy.downtime_max_us),
-                rounds_max,
-                timeout: Duration::from_micros(policy.timeout_us),
-                verify: policy.verify,
-                force_eager: policy.force_eager,
-                frozen_max: policy.frozen_max_us.map(Duration::from_micros),
-            },
+            policy,
             description,
             network: network.map_err(name("offer.network"))?,
         })
+    }
+}
+
+fn policy_of(policy: &schema::Policy, rounds_max: u32) -> Result<Policy, ControlError> {
+    let invalid = |field, value: i64| ControlError::Invalid { field, value };
+    let mode = Mode::from_number(policy.mode.cast_unsigned())
+        .ok_or_else(|| invalid("offer.policy.mode", policy.mode.into()))?;
+    let on_timeout = OnTimeout::from_number(policy.on_timeout.cast_unsigned())
+        .ok_or_else(|| invalid("offer.policy.on_timeout", policy.on_timeout.into()))?;
+    let policy = Policy {
+        downtime_max: Duration::from_micros(policy.downtime_max_us),
+        rounds_max,
+        timeout: Duration::from_micros(policy.timeout_us),
+        verify: policy.verify,
+        force_eager: policy.force_eager,
+        frozen_max: policy.frozen_max_us.map(Duration::from_micros),
+        mode,
+        on_timeout,
+        downtime_bound: policy.downtime_bound_us.map(Duration::from_micros),
+    };
+    match policy.check() {
+        Ok(()) => Ok(policy),
+        Err(_) => Err(invalid("offer.policy.verify", policy.verify.into())),
     }
 }
 

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use super::{Site, SourceNode};
 use crate::migration::ports::PortState;
 use crate::migration::source::calm::{Glance, Tries};
+use crate::migration::source::drain::Drain;
 use crate::migration::source::dumping::Dumping;
 use crate::migration::source::folders::Folders;
 use crate::migration::source::locked::FileLocks;
@@ -99,7 +100,10 @@ impl Site {
                 workload,
             }
         };
+        let sending = Sending::new(node.workers);
         Self {
+            drain: Drain::new(node.workers, sending.sent()),
+            has_left: false,
             party: found.party,
             members: found.trees.into_iter().map(member).collect(),
             budget: Budget::new(&policy, node.eager_memory_max),
@@ -107,7 +111,7 @@ impl Site {
             peer: None,
             kept: found.kept,
             folders: found.folders,
-            sending: Sending::new(node.workers),
+            sending,
             waits: Waits::new(cancelled),
             tries: Tries::default(),
             glance: Glance::default(),

@@ -48,6 +48,7 @@ impl Site {
         &mut self,
         generation: Generation,
         round: Round,
+        absent: bool,
     ) -> Result<SourceEvent, Failure> {
         let attempt = Attempt { generation, round };
         let began = Instant::now();
@@ -59,7 +60,7 @@ impl Site {
         self.network
             .parking
             .forward(self.sending.data()?, generation);
-        let (dumped, sent) = self.dump_and_send(&scans, attempt).await?;
+        let (dumped, sent) = self.dump_and_send(&scans, attempt, absent).await?;
         let sums = sent
             .iter()
             .flatten()
@@ -86,6 +87,11 @@ impl Site {
             return self.tries.give_up(&stranger.to_string(), &sums);
         }
         let frozen_again = began.elapsed();
+        if absent {
+            let members = self.members.iter();
+            let readers = members.flat_map(|member| member.tracking.readers());
+            self.drain.begin(readers.collect());
+        }
         let sent = sent.map(|_| sums);
         let hashing = self.compare(&mut scans)?;
         let (mut sums, rest) = self.send_rest(sent, hashing, &scans, attempt).await?;
@@ -94,7 +100,7 @@ impl Site {
         let (synced, image_bytes) = (self.kept.synced(), rest.image_bytes);
         tracing::info!(%round, pages = sums.pages, wire_bytes = sums.wire_bytes, ?scanned,
             ?frozen_in_criu, ?frozen_again, ?synced, images_sent = ?began.elapsed(), image_bytes,
-            "final round sent");
+            absent_pages = sums.absent_pages, "final round sent");
         let live_sets = scans.iter().map(Scans::len).sum::<usize>();
         Ok(SourceEvent::Finished(FinalReport {
             parcels: u32::try_from(sums.parcels).map_err(|error| internal(&error))?,
@@ -104,6 +110,8 @@ impl Site {
             digests: rest.digests,
             locks: rest.locks,
             files: rest.files,
+            absent_sets: u32::try_from(sums.absent_sets).map_err(|error| internal(&error))?,
+            absent_pages: PageCount(sums.absent_pages),
             raw_bytes: sums.raw_bytes,
             wire_bytes: sums.wire_bytes,
         }))
@@ -154,11 +162,13 @@ impl Site {
     }
 
     /// Has CRIU dump all trees at the same time, and sends what is dirty meanwhile, unless the dump
-    /// must come first because everything is compared. All dumps have come to their end then.
+    /// must come first because everything is compared. All dumps have come to their end then. Of
+    /// what may be absent nothing is sent but what it is.
     async fn dump_and_send(
         &mut self,
         scans: &[Scans],
         attempt: Attempt,
+        absent: bool,
     ) -> Result<(Vec<Dumped>, Option<Vec<(Sums, Unsent)>>), Failure> {
         for (member, scans) in self.members.iter_mut().zip(scans) {
             member.tracking.show(member.dumping.feed()?, scans)?;
@@ -182,7 +192,13 @@ impl Site {
         let sending = async {
             let mut sent = Vec::new();
             for (tracking, scans) in trackings.into_iter().zip(scans) {
-                sent.push(sending.last(tracking, scans, attempt, waits).await?);
+                sent.push(match absent {
+                    true => {
+                        let named = sending.absent(tracking, scans, attempt, waits);
+                        (named.await?, Unsent::default())
+                    }
+                    false => sending.last(tracking, scans, attempt, waits).await?,
+                });
             }
             Ok::<_, Failure>(sent)
         };

@@ -61,6 +61,31 @@ pub struct Survey {
     pub site: Site,
 }
 
+/// Whether such a workload may be let go with pages missing, if it may come to that.
+fn check_mode(policy: &Policy, members: &[Kind], is_allowed: bool) -> Result<(), Failure> {
+    policy.check().map_err(|error| {
+        let text = error.to_string();
+        Failure::new(ErrorCode::PostcopyForbidden, text)
+    })?;
+    if !policy.may_switch() {
+        return Ok(());
+    }
+    let forbidden = |text: &str| Err(Failure::new(ErrorCode::PostcopyForbidden, text));
+    if !is_allowed {
+        return forbidden(
+            "this node's configuration does not allow that a workload runs before all its memory \
+             is there (postcopy = true): move it with --mode precopy",
+        );
+    }
+    match members {
+        [Kind::Process(_)] => Ok(()),
+        _ => forbidden(
+            "only a bare tree of processes runs before all its memory is there; containers and \
+             pods do not: move it with --mode precopy",
+        ),
+    }
+}
+
 /// What was asked for, besides the policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Asked {
@@ -233,6 +258,7 @@ impl Site {
         cancelled: watch::Receiver<bool>,
     ) -> Result<Survey, Failure> {
         let Named { party, mut members } = named;
+        check_mode(&policy, &members, node.postcopy)?;
         let (mut storage, mut begun) = (None, Vec::new());
         for (member, kind) in MemberIndex::all(members.len()).zip(&members) {
             let (one, found) = Begun::of(member, kind, party.as_ref(), &node, asked).await?;

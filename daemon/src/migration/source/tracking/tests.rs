@@ -153,6 +153,7 @@ impl Tracked {
             eager_memory_max: 0,
             keep: pageferry_files::Keep::new(PathBuf::new()),
             parking: crate::link::park::Means::Auto,
+            postcopy: false,
         };
         let (id, state) = (MigrationId::new([1; 16]), encode_state(&state).unwrap());
         let site = Site::recover(node, id, Policy::DEFAULT, (&state, false), cancelled).await;
@@ -241,7 +242,10 @@ async fn a_frozen_tree_is_looked_at_once_more() {
     tracked.workload.freezer.freeze().unwrap();
     let (_cut, cancelled) = watch::channel(false);
     let (mut tracked, mut site) = tracked.into_site(cancelled).await;
-    let event = site.finish(Generation::FIRST, Round::FIRST).await.unwrap();
+    let event = site
+        .finish(Generation::FIRST, Round::FIRST, false)
+        .await
+        .unwrap();
     let SourceEvent::Retry(report) = event else {
         panic!("{event:?}");
     };
@@ -269,7 +273,10 @@ async fn a_last_scan_that_is_not_at_rest_does_not_count() {
     }
     let (_cut, cancelled) = watch::channel(false);
     let (_tracked, mut site) = tracked.into_site(cancelled).await;
-    let event = site.finish(Generation::FIRST, Round::FIRST).await.unwrap();
+    let event = site
+        .finish(Generation::FIRST, Round::FIRST, false)
+        .await
+        .unwrap();
     let SourceEvent::Retry(report) = event else {
         panic!("{event:?}");
     };

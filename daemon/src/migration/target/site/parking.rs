@@ -23,8 +23,8 @@ impl Offered {
 }
 
 impl Site {
-    /// Gives the workload, which runs, what came for it; what came here a little later, for the
-    /// source may have something on the way that others sent before.
+    /// Gives the workload, which runs, what came for it; what came here when the source has said
+    /// that nothing is on its way that others sent before, or has not said so for a while.
     pub(super) fn deliver_frames(&self) {
         block_in_place(|| self.intake.parking().deliver());
         let intake = Arc::clone(&self.intake);
@@ -56,6 +56,6 @@ impl Site {
     }
 }
 
-/// How long what the source has sent on may be on the way, when the workload runs: those who sent
-/// it have learnt some milliseconds before that where it is.
-const ON_THE_WAY: Duration = Duration::from_millis(2);
+/// How long it is waited for the source to say so, when the workload runs: it hears that in half a
+/// millisecond, and what it has sent on takes as long.
+const ON_THE_WAY: Duration = Duration::from_millis(10);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::try_join_all;
 use pageferry_pager::client::Notice;
+use pageferry_pager::message::FillReport;
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_sys::namespace::{self, NamespaceKind};
 use tokio::task::block_in_place;
@@ -14,9 +15,10 @@ use tokio::task::block_in_place;
 use super::go::GO_TIMEOUT;
 use super::seat::Seat;
 use super::{Network, Site, no_pager, pager_failed};
+use crate::migration::progress::Waited;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::runtime::detached;
-use crate::runtime::kind::settle;
+use crate::runtime::kind::{lose, settle};
 
 /// Announcements after the first, for switches that were busy: at these times after attaching.
 const ANNOUNCEMENTS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(500)];
@@ -104,6 +106,31 @@ impl Site {
         Ok(())
     }
 
+    /// The workload has run, and pages of it never come: it is frozen for good, at once. Waits
+    /// until nothing is left of it; somebody must kill it.
+    pub async fn abandon(&mut self) -> Result<(), Failure> {
+        const WHY: &str = "pages of its memory were lost with its source";
+        for seat in &mut self.seats {
+            seat.is_lost = true;
+            if !seat.freezer.is_empty() {
+                let frozen = block_in_place(|| seat.freezer.freeze());
+                frozen.map_err(|error| internal(&error))?;
+            }
+            block_in_place(|| lose(&seat.directory, WHY));
+        }
+        tracing::error!(migration = %self.id, "frozen for good: {WHY}");
+        self.emptied().await;
+        Ok(())
+    }
+
+    /// How long threads waited for pages that had not come, if any did: of the member that has
+    /// waited longest.
+    pub fn waited(&self) -> Option<Waited> {
+        let all = self.seats.iter().filter_map(|seat| seat.waited);
+        let waited = all.filter(|waited| 0 < waited.faults);
+        waited.max_by_key(|waited| waited.p99_us)
+    }
+
     /// Nobody waits for any memory any more.
     async fn over(&mut self) {
         block_in_place(|| self.seats.iter().for_each(|seat| settle(&seat.directory)));
@@ -139,6 +166,16 @@ impl Site {
     }
 }
 
+fn waited(report: &FillReport) -> Waited {
+    let of = &report.waited;
+    Waited {
+        faults: of.faults,
+        p50_us: of.p50_us,
+        p99_us: of.p99_us,
+        max_us: of.max_us,
+    }
+}
+
 impl Seat {
     /// Waits until it has all its memory, or never will. May be cut off, and asked again.
     pub(super) async fn filled(&mut self, is_of_another_boot: bool) -> Result<(), Failure> {
@@ -153,6 +190,7 @@ impl Seat {
         let filled = match notice {
             Some(Notice::Filled(report)) => {
                 tracing::info!(migration = %self.id, member = %self.member, ?report, "filled");
+                self.waited = Some(waited(&report));
                 Ok(())
             }
             Some(Notice::Failed { failure, .. }) => Err(failure),

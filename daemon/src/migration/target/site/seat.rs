@@ -26,6 +26,8 @@ use tokio::task::block_in_place;
 use super::request::CriuNamespaces;
 use super::{TargetNode, no_pager, pager_failed};
 use crate::link::loopback::LoGate;
+use crate::migration::progress::Waited;
+use crate::migration::target::feed::Feed;
 use crate::migration::target::images::{Images, make_images_lazy};
 use crate::migration::target::locked;
 use crate::migration::text::{chain, internal, network_unfit};
@@ -36,12 +38,13 @@ use crate::runtime::oci::arrive::{Restore, made_for, note_again};
 /// The process that holds a member, and what it says unasked.
 #[derive(Debug)]
 pub(super) struct Pager {
-    pub(super) client: PagerClient,
+    pub(super) client: Arc<PagerClient>,
     pub(super) notices: mpsc::UnboundedReceiver<Notice>,
 }
 
 impl From<(PagerClient, mpsc::UnboundedReceiver<Notice>)> for Pager {
     fn from((client, notices): (PagerClient, mpsc::UnboundedReceiver<Notice>)) -> Self {
+        let client = Arc::new(client);
         Self { client, notices }
     }
 }
@@ -71,6 +74,8 @@ pub(super) struct Seat {
     pub(super) pager: Option<Pager>,
     /// It has all its memory.
     pub(super) is_filled: bool,
+    /// How long threads of it waited for what had not come.
+    pub(super) waited: Option<Waited>,
     /// It may have run, and never will again.
     pub(super) is_lost: bool,
 }
@@ -94,8 +99,8 @@ pub(super) struct Planned {
     locks: bool,
 }
 
-/// A space of the store, and its pages that are to be filled.
-type SpaceFile = (Arc<SpaceStore>, PageSet);
+/// A space of the store, its pages that are to be filled, and those of them that have not come.
+type SpaceFile = (Arc<SpaceStore>, PageSet, PageSet);
 
 impl Seat {
     /// One with nothing in it.
@@ -124,6 +129,7 @@ impl Seat {
             root_pid: None,
             pager: None,
             is_filled: false,
+            waited: None,
             is_lost: false,
         }
     }
@@ -152,7 +158,7 @@ impl Seat {
         }
     }
 
-    pub(super) fn client(&self) -> Result<&PagerClient, Failure> {
+    pub(super) fn client(&self) -> Result<&Arc<PagerClient>, Failure> {
         let pager = self.pager.as_ref().ok_or_else(no_pager)?;
         Ok(&pager.client)
     }
@@ -243,7 +249,11 @@ impl Seat {
     }
 
     /// Makes ready the images in `folder`, and says what they will be. Blocks.
-    pub(super) fn plan(&self, folder: &Path, store: &Store) -> Result<Planned, Failure> {
+    pub(super) fn plan(
+        &self,
+        folder: &Path,
+        (store, feed): (&Store, &Feed),
+    ) -> Result<Planned, Failure> {
         let Images {
             spaces,
             tasks,
@@ -257,8 +267,9 @@ impl Seat {
         // Late births are only known from the images; they have no pages to be filled.
         let file = |id: SpaceId| {
             let space = store.space(id).map_err(|error| internal(&error))?;
-            let pages = space.held().data;
-            Ok((id, (space, pages)))
+            let absent = feed.missing_of(id);
+            let pages = space.held().data.union(&absent);
+            Ok((id, (space, pages, absent)))
         };
         let plan = spaces
             .into_iter()
@@ -282,13 +293,23 @@ impl Seat {
         let pager = self.client()?;
         // The pager has one tree, and knows its spaces by their pids.
         let own = |id: &SpaceId| SpaceId(id.vpid());
-        for (id, (space, _)) in &planned.plan {
+        for (id, (space, ..)) in &planned.plan {
             let given = pager.space(own(id), space.descriptor());
             given.await.map_err(pager_failed)?;
         }
-        let pending = planned.plan.iter().map(|(id, (_, pages))| (own(id), pages));
-        let pending: Vec<_> = pending.collect();
+        let pending = planned.plan.iter();
+        let pending: Vec<_> = pending
+            .map(|(id, (_, pages, _))| (own(id), pages))
+            .collect();
         pager.plan(&pending).await.map_err(pager_failed)?;
+        let absent = planned
+            .plan
+            .iter()
+            .map(|(id, (.., absent))| (own(id), absent));
+        let absent: Vec<_> = absent.filter(|(_, absent)| !absent.is_empty()).collect();
+        if !absent.is_empty() {
+            pager.absent(&absent).await.map_err(pager_failed)?;
+        }
         let request = RestoreRequest {
             spaces: u32::try_from(pending.len()).map_err(|error| internal(&error))?,
             reaper: planned.adopts.then(|| node.view_library.clone()),

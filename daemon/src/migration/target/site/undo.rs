@@ -154,6 +154,7 @@ impl Site {
     /// journal does not say so yet.
     pub(super) fn clear(&mut self) {
         self.promise = None;
+        self.intake.feed().end();
         self.namespaces.clear();
         block_in_place(|| {
             self.seats.iter_mut().for_each(Seat::clear);

@@ -317,18 +317,19 @@ fn a_table_of_descriptors_is_listed_once_however_many_threads_have_it() {
     let path = folder.path().join("data");
     fs::write(&path, "x").unwrap();
     trial.tell("threads 8");
+    let pid = trial.pid();
     // A thread that has just begun has a descriptor of libc's for a moment (its memory arena counts
     // the processors), so each count is one that holds at last.
     let table = || {
-        let entries = fs::read_dir(format!("/proc/{}/fd", trial.pid()));
+        let entries = fs::read_dir(format!("/proc/{pid}/fd"));
         entries.unwrap().count()
     };
-    let listed = || sync::descriptors(trial.pid()).len();
+    let listed = || sync::descriptors(pid).len();
     until("each is listed once", || listed() == table());
     // One of them takes a copy of the table, and opens one more there.
     trial.tell(&format!("open-direct-in-thread {}", path.display()));
     until("those of the copy as well", || listed() == 2 * table() + 1);
-    let found = sync::descriptors(trial.pid());
+    let found = sync::descriptors(pid);
     assert!(
         found
             .iter()
