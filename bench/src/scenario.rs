@@ -28,6 +28,7 @@ mod kills;
 pub mod kubernetes;
 pub mod locks;
 pub mod memory;
+mod multi;
 pub mod nginx;
 pub mod observe;
 pub mod parking;

@@ -270,6 +270,7 @@ impl Held {
             gate: arrival.gate.clone(),
             images: arrival.images.clone(),
             work: arrival.work.clone(),
+            is_ahead: false,
         };
         Orders::of_node().write(&arrival.namespace, &id, &order)?;
         client.create(&container).await?;

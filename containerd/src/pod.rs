@@ -60,6 +60,9 @@ pub struct PodOrder {
     pub images: PathBuf,
     /// For its logs.
     pub work: PathBuf,
+    /// Its engine goes on before it restores.
+    #[serde(default)]
+    pub is_ahead: bool,
 }
 
 /// Why a container of a pod does not come.
@@ -150,7 +153,7 @@ impl PodArrival {
         })?;
         let PodRuntime { namespace, id, .. } = runtime;
         orders.write(namespace, id, &runtime.order())?;
-        let came = runtime.runs(&self.socket, limit).await;
+        let came = runtime.runs(orders, &self.socket, limit).await;
         if let Ok(()) | Err(PodError::Ended { .. }) = came {
             // Nobody is to take it any more, or to take a start for none.
             orders.clear(namespace, id, &runtime.order.migration)?;
@@ -214,15 +217,21 @@ impl PodRuntime {
             gate: self.order.gate.clone(),
             images: self.order.images.clone(),
             work: self.order.work.clone(),
+            is_ahead: self.order.is_ahead,
         }
     }
 
     /// Waits until the container runs, and for `limit` then until containerd knows it, which may
     /// be busy, or be started again.
-    async fn runs(&self, socket: &Path, limit: Duration) -> Result<(), PodError> {
+    async fn runs(&self, orders: &Orders, socket: &Path, limit: Duration) -> Result<(), PodError> {
         // Its number means another process only when it has been given away once around.
-        let is_there = || Path::new(&format!("/proc/{}", self.pid)).exists();
-        while is_there() {
+        let is_there = |pid: i32| Path::new(&format!("/proc/{pid}")).exists();
+        while is_there(self.pid) {
+            sleep(POLL).await;
+        }
+        // If it is ahead the engine has gone on, and another one restores.
+        let held = orders.held(&self.namespace, &self.id)?;
+        while held.is_some_and(|held| is_there(held.runtime)) {
             sleep(POLL).await;
         }
         let id = || self.id.clone();
@@ -287,6 +296,7 @@ mod tests {
                     gate: "/g".into(),
                     images: "/i".into(),
                     work: "/w".into(),
+                    is_ahead: false,
                 },
             }),
         }

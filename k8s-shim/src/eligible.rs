@@ -23,7 +23,7 @@ pub fn refusal(pod: &Pod, claims: &Claims) -> Option<Why> {
     whose(pod)
         .or_else(|| running(pod, spec))
         .or_else(|| namespaces(spec))
-        .or_else(|| containers(spec))
+        .or_else(|| containers(pod, spec))
         .or_else(|| {
             let mut volumes = spec.volumes.iter().flatten();
             volumes.find_map(|one| volume(one, claims))
@@ -134,19 +134,55 @@ fn namespaces(spec: &PodSpec) -> Option<Why> {
     Some(Why::new(reason, text))
 }
 
-fn containers(spec: &PodSpec) -> Option<Why> {
-    let sidecars = spec.init_containers.iter().flatten();
-    let sidecars = sidecars.filter(|one| one.restart_policy.as_deref() == Some("Always"));
-    let count = spec.containers.len() + sidecars.count();
-    if count != 1 {
-        let text = format!("it has {count} containers, sidecars among them: only one is moved");
-        return Some(Why::new("SeveralContainers", text));
-    }
+/// Containers that run for as long as the pod does, in the order in which they are started:
+/// sidecars first.
+pub fn lasting(spec: &PodSpec) -> impl Iterator<Item = &Container> {
+    let init = spec.init_containers.iter().flatten();
+    init.filter(|one| is_sidecar(one)).chain(&spec.containers)
+}
+
+/// Whether an init container runs beside those after it.
+pub fn is_sidecar(container: &Container) -> bool {
+    container.restart_policy.as_deref() == Some("Always")
+}
+
+fn containers(pod: &Pod, spec: &PodSpec) -> Option<Why> {
     if spec.ephemeral_containers.iter().flatten().next().is_some() {
         let text = "somebody has put an ephemeral container into it";
         return Some(Why::new("EphemeralContainer", text));
     }
-    spec.containers.iter().find_map(container)
+    let mut all = lasting(spec);
+    if let Some(why) = all.find_map(|one| container(one).or_else(|| ended(pod, &one.name))) {
+        return Some(why);
+    }
+    // The kubelet believes that those before the last one run while they wait for it.
+    let mut several = lasting(spec).filter(|_| 1 < lasting(spec).count());
+    let eager = several.find(|one| one.startup_probe.is_some())?;
+    let text = format!(
+        "container {} has a startupProbe, and is not the only one: it would be asked, and killed, \
+         while it waits for the others to come",
+        eager.name
+    );
+    Some(Why::new("StartupProbe", text))
+}
+
+/// One that does not run has nothing to move, and would begin anew at the target.
+fn ended(pod: &Pod, name: &str) -> Option<Why> {
+    let status = pod.status.as_ref()?;
+    let init = status.init_container_statuses.iter().flatten();
+    let mut all = init.chain(status.container_statuses.iter().flatten());
+    let state = all.find(|one| one.name == name)?.state.as_ref()?;
+    state.running.is_none().then(|| {
+        let what = match (&state.terminated, &state.waiting) {
+            (Some(ended), _) => format!("has ended with {}", ended.exit_code),
+            (None, waiting) => {
+                let waiting = waiting.as_ref().and_then(|one| one.reason.as_deref());
+                format!("waits: {}", waiting.unwrap_or("for its start"))
+            }
+        };
+        let text = format!("container {name} does not run, and would begin anew: it {what}");
+        Why::new("ContainerEnded", text)
+    })
 }
 
 fn container(container: &Container) -> Option<Why> {

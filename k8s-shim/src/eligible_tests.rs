@@ -57,6 +57,13 @@ fn with_volume(source: Value) -> Value {
 fn what_cannot_move_is_refused_by_name() {
     let hook = json!({"lifecycle": {"postStart": {"exec": {"command": ["true"]}}}});
     let two = json!([{"name": "a"}, {"name": "b"}]);
+    let eager = json!([{"name": "a", "startupProbe": {}}, {"name": "b"}]);
+    let eager_sidecar = json!([{"name": "s", "restartPolicy": "Always", "startupProbe": {}}]);
+    let ended = |state: Value| {
+        let of = json!({"name": "web", "image": "", "imageID": "", "ready": false,
+            "restartCount": 0, "state": state});
+        json!({"status": {"containerStatuses": [of]}})
+    };
     let sidecar = json!([{"name": "s", "restartPolicy": "Always"}]);
     let cases = [
         (json!({}), None),
@@ -95,14 +102,20 @@ fn what_cannot_move_is_refused_by_name() {
             Some("SharedProcesses"),
         ),
         (json!({"spec": {"hostUsers": false}}), Some("UserNamespace")),
+        (json!({"spec": {"containers": eager}}), Some("StartupProbe")),
         (
-            json!({"spec": {"containers": two}}),
-            Some("SeveralContainers"),
+            json!({"spec": {"initContainers": eager_sidecar}}),
+            Some("StartupProbe"),
         ),
+        (json!({"spec": {"containers": two}}), None),
+        (json!({"spec": {"initContainers": sidecar}}), None),
+        (with_container(json!({"startupProbe": {}})), None),
         (
-            json!({"spec": {"initContainers": sidecar}}),
-            Some("SeveralContainers"),
+            ended(json!({"terminated": {"exitCode": 0}})),
+            Some("ContainerEnded"),
         ),
+        (ended(json!({"waiting": {}})), Some("ContainerEnded")),
+        (ended(json!({"running": {}})), None),
         (json!({"spec": {"initContainers": [{"name": "i"}]}}), None),
         (with_container(json!({"tty": true})), Some("Terminal")),
         (with_container(hook), Some("PostStart")),

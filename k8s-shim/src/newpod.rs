@@ -7,13 +7,14 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Affinity, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod,
-    PodReadinessGate, PodSpec,
+    Affinity, Container, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm,
+    Pod, PodReadinessGate, PodSpec,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 use kube::ResourceExt;
 use serde::{Deserialize, Serialize};
 
+use crate::eligible::{is_sidecar, lasting};
 use crate::names::{
     ADOPT, EVICTING, KEEP_ADDRESS, MIGRATION, MIGRATION_NAME, ON_EVICTION, ORIGIN, PREFIX,
     RESTORED, RUNTIME_CLASS, TEMPLATE_HASH,
@@ -120,7 +121,13 @@ fn respec(mut spec: PodSpec, node: &str) -> PodSpec {
     spec.preemption_policy = None;
     spec.overhead = None;
     // What has done its work does not do it again.
-    spec.init_containers = None;
+    let sidecars = spec.init_containers.take().into_iter().flatten();
+    let sidecars: Vec<Container> = sidecars.filter(is_sidecar).collect();
+    spec.init_containers = (!sidecars.is_empty()).then_some(sidecars);
+    if 1 < lasting(&spec).count() {
+        let init = spec.init_containers.iter_mut().flatten();
+        init.chain(&mut spec.containers).for_each(spare);
+    }
     let gates = spec.readiness_gates.get_or_insert_default();
     if !gates.iter().any(|gate| gate.condition_type == RESTORED) {
         gates.push(PodReadinessGate {
@@ -129,6 +136,15 @@ fn respec(mut spec: PodSpec, node: &str) -> PodSpec {
     }
     pin(spec.affinity.get_or_insert_default(), node);
     spec
+}
+
+/// The kubelet takes a container for one that runs while it is held until all of its pod have come:
+/// nobody is to kill it for that it does not answer.
+fn spare(container: &mut Container) {
+    if let Some(probe) = &mut container.liveness_probe {
+        let delay = probe.initial_delay_seconds.get_or_insert_default();
+        *delay = HELD_MAX.max(*delay);
+    }
 }
 
 /// Binds it to one node by way of the scheduler, which knows what there is room for.
@@ -154,6 +170,8 @@ fn pin(affinity: &mut Affinity, node: &str) {
     }
 }
 
+/// So long, in seconds, a container may be held: the kubelet waits two minutes for the last one.
+const HELD_MAX: i32 = 120;
 /// As long as the API server lets the value of a label be.
 const LABEL_MAX: usize = 63;
 const NODE_NAME: &str = "metadata.name";
@@ -232,6 +250,29 @@ mod tests {
             spec.readiness_gates.expect("gates")[0].condition_type,
             RESTORED
         );
+    }
+
+    #[test]
+    fn sidecars_come_along_and_nobody_is_killed_while_the_others_come() {
+        let mut source = source();
+        let spec = json!({
+            "initContainers": [{"name": "i"}, {"name": "s", "restartPolicy": "Always"}],
+            "containers": [
+                {"name": "web", "livenessProbe": {"periodSeconds": 1}},
+                {"name": "db", "livenessProbe": {"initialDelaySeconds": 300}},
+                {"name": "plain"},
+            ],
+        });
+        source.spec = serde_json::from_value(spec).expect("a spec");
+        let new = make(&source, "web-abc-m1", "b", &named(), Some(&selector()));
+        let spec = new.spec.expect("a spec");
+        let init = spec.init_containers.iter().flatten();
+        assert!(init.map(|one| &*one.name).eq(["s"]));
+        let delays = spec.containers.iter().map(|one| {
+            let probe = one.liveness_probe.as_ref()?;
+            probe.initial_delay_seconds
+        });
+        assert!(delays.eq([Some(HELD_MAX), Some(300), None]));
     }
 
     #[test]

@@ -241,9 +241,11 @@ fn outdated(pod: &Pod, objects: &Objects) -> Option<String> {
 
 fn new_pod(pod: &Pod, migration: &str, now: i64) -> NewPod {
     let status = pod.status.as_ref();
-    let containers = status
-        .iter()
-        .flat_map(|one| one.container_statuses.iter().flatten());
+    // Of init containers it has none but sidecars.
+    let containers = status.iter().flat_map(|one| {
+        let init = one.init_container_statuses.iter().flatten();
+        init.chain(one.container_statuses.iter().flatten())
+    });
     let containers: Vec<&ContainerStatus> = containers.collect();
     let state =
         |one: &&ContainerStatus| one.state.as_ref().is_some_and(|one| one.running.is_some());

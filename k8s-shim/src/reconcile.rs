@@ -20,6 +20,7 @@ use kube::{Client, Resource, ResourceExt};
 use serde_json::json;
 use tracing::{error, info, warn};
 
+use crate::eligible;
 use crate::invariants::{self, Suspicions};
 use crate::metrics::{self, Metrics};
 use crate::migration::{Migration, MigrationStatus, Outcome};
@@ -247,12 +248,11 @@ async fn write(
 ) -> Result<bool, Error> {
     let before = migration.status.clone().unwrap_or_default();
     let generation = migration.metadata.generation;
-    let container = objects.source.as_ref().and_then(|pod| {
-        let spec = pod.spec.as_ref()?;
-        spec.containers.first().map(|one| one.name.clone())
-    });
+    let spec = objects.source.as_ref().and_then(|pod| pod.spec.as_ref());
+    let containers = spec.into_iter().flat_map(eligible::lasting);
+    let containers: Vec<String> = containers.map(|one| one.name.clone()).collect();
     let record = record.unwrap_or(&seen.record);
-    let mut status = status::make(record, seen, &before, container.as_deref(), generation);
+    let mut status = status::make(record, seen, &before, &containers, generation);
     // What holds is what held when it began.
     if seen.record.step == Step::Waiting && record.step != Step::Waiting {
         status.budget = probes::budget(observe::policy(objects), observe::source(objects));

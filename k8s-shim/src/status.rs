@@ -11,28 +11,38 @@ pub fn make(
     record: &Record,
     seen: &Observed,
     before: &MigrationStatus,
-    container: Option<&str>,
+    containers: &[String],
     generation: Option<i64>,
 ) -> MigrationStatus {
     let why = record.blocked.as_ref().or(record.why.as_ref());
     let source = seen.source_report.as_ref();
     let target = seen.target_report.as_ref();
-    let phase = Some(phase(record, source, target).max(before.phase.unwrap_or(Phase::Processing)));
+    let phase = phase(record, source, target).max(before.phase.unwrap_or(Phase::Processing));
     let bytes = source.and_then(|report| report.bytes).or(before.bytes);
-    let named = before.containers.first().map(|one| one.name.clone());
-    let named = container.map(str::to_owned).or(named);
+    let known = before.containers.iter().map(|one| one.name.clone());
+    let named: Vec<String> = match containers {
+        // Its source is gone.
+        [] => known.collect(),
+        named => named.to_vec(),
+    };
+    // Nobody counts them for each.
+    let of_one = bytes.filter(|_| named.len() == 1);
     MigrationStatus {
-        phase,
+        phase: Some(phase),
         result: record.result,
         reason: why.map(|why| why.reason.clone()),
         message: why.map(|why| why.message.clone()),
         source: record.source.clone(),
         target: record.target.clone(),
         new_pod: record.new_pod(),
+        // They move together: each is where the pod is.
         containers: named
-            .zip(phase)
-            .map(|(name, phase)| ContainerStatus { name, phase, bytes })
             .into_iter()
+            .map(|name| ContainerStatus {
+                name,
+                phase,
+                bytes: of_one,
+            })
             .collect(),
         round: source.and_then(|report| report.round).or(before.round),
         bytes,
@@ -114,11 +124,19 @@ mod tests {
         })
     }
 
+    fn record_of(step: Step) -> Record {
+        Record {
+            step,
+            ..Record::default()
+        }
+    }
+
     #[test]
     fn a_phase_never_goes_back() {
         let mut seen = Observed::default();
         let mut status = MigrationStatus::default();
         let mut phases = Vec::new();
+        let names = ["web", "db"].map(str::to_owned);
         for (step, source) in [
             (Step::Waiting, ""),
             (Step::Copying, "copying"),
@@ -129,18 +147,18 @@ mod tests {
             (Step::Cleaning, "done"),
             (Step::Ended, "done"),
         ] {
-            let record = Record {
-                step,
-                ..Record::default()
-            };
+            let record = record_of(step);
             seen.source_report = report(source);
-            status = make(&record, &seen, &status, Some("web"), None);
+            status = make(&record, &seen, &status, &names, None);
             phases.extend(status.phase);
         }
         assert!(phases.is_sorted(), "{phases:?}");
         assert_eq!(phases.last(), Some(&Phase::Done));
         assert!(phases.contains(&Phase::Transferring));
-        assert_eq!(status.containers[0].phase, Phase::Done);
+        // Its source is gone.
+        status = make(&record_of(Step::Ended), &seen, &status, &[], None);
+        let last = status.containers.iter().map(|one| (&*one.name, one.phase));
+        assert!(last.eq([("web", Phase::Done), ("db", Phase::Done)]));
     }
 
     #[test]
@@ -151,9 +169,9 @@ mod tests {
             ..Observed::default()
         };
         record.blocked = Some(Why::new("NodeLimit", "two moves"));
-        let first = make(&record, &seen, &MigrationStatus::default(), None, None);
+        let first = make(&record, &seen, &MigrationStatus::default(), &[], None);
         seen.now = 9;
-        let second = make(&record, &seen, &first, None, None);
+        let second = make(&record, &seen, &first, &[], None);
         assert_eq!(second.reason.as_deref(), Some("NodeLimit"));
         assert_eq!(
             second.conditions[0].last_transition_time,

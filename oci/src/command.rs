@@ -29,8 +29,10 @@ pub struct Command {
 /// Flags before the verb that have a value in the next argument.
 const GLOBAL_VALUES: [&str; 5] = ["--root", "--log", "--log-format", "--criu", "--rootless"];
 
+const PID_FILE: &str = "--pid-file";
+
 /// Those of `create` that a restore has, too: with a value, and without.
-const KEPT_VALUES: [&str; 3] = ["--bundle", "--pid-file", "--console-socket"];
+const KEPT_VALUES: [&str; 3] = ["--bundle", PID_FILE, "--console-socket"];
 const KEPT: [&str; 1] = ["--no-pivot"];
 
 /// Those of `create` with a value that it does not have.
@@ -107,6 +109,25 @@ impl Command {
         found.map(|(_, value)| value.as_os_str())
     }
 
+    /// Where the engine reads which process is the container's, of a `create`.
+    pub fn pid_file(&self) -> Option<&Path> {
+        let mut pairs = self.rest.iter().zip(self.rest.iter().skip(1));
+        let found = pairs.find(|(name, _)| *name == PID_FILE);
+        found.map(|(_, value)| Path::new(value))
+    }
+
+    /// The same with another such file.
+    #[must_use]
+    pub fn with_pid_file(mut self, path: &Path) -> Self {
+        let is_flag = |name: &OsString| name == PID_FILE;
+        if let Some(flag) = self.rest.iter().position(is_flag)
+            && let Some(value) = self.rest.get_mut(flag + 1)
+        {
+            *value = path.into();
+        }
+        self
+    }
+
     /// The arguments that ask for a restore of what was to be created.
     pub fn restore(&self, images: &Path, work: &Path) -> Vec<OsString> {
         let mut arguments = self.global.clone();
@@ -172,6 +193,14 @@ mod tests {
              --systemd-cgroup restore --detach --no-subreaper --manage-cgroups-mode ignore \
              --image-path /m/streams --work-path /m --bundle /b --pid-file /b/init.pid \
              --no-pivot web"
+        );
+        assert_eq!(create.pid_file(), Some(Path::new("/b/init.pid")));
+        let other = create.with_pid_file("/b/other.pid".as_ref());
+        assert_eq!(other.pid_file(), Some(Path::new("/b/other.pid")));
+        assert!(
+            other
+                .restore("/i".as_ref(), "/w".as_ref())
+                .contains(&"/b/other.pid".into())
         );
     }
 

@@ -14,16 +14,22 @@
 //! A container of a pod is created by Kubernetes, which knows of no order: one whose pod is the
 //! destination of a migration waits for it ([`Places`]).
 //!
+//! Of a pod's containers the kubelet has one after the other started, and all are restored at once.
+//! So for all but the last one the program leaves a process of its own to the engine ([`ahead`]),
+//! which takes that for the container's: it has the runtime restore the container, and ends as that
+//! does.
+//!
 //! Invariant: between `write` and `clear` the container is created at most once, and by a restore.
 
 #![forbid(unsafe_code)]
 
+pub mod ahead;
 mod command;
 mod order;
 mod pod;
 
 pub use command::{Command, Verb};
-pub use order::{Order, OrderError, Orders, Taken};
+pub use order::{Held, Order, OrderError, Orders, Taken};
 pub use pod::{Came, Mark, Place, Places};
 
 /// Where the program is that containers name, for as long as one of them lives: `pageferry setup`

@@ -13,7 +13,7 @@ use std::process::{self, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pageferry_oci::{Came, Command, Mark, Orders, Place, Places, Taken, Verb};
+use pageferry_oci::{Came, Command, Mark, Order, Orders, Place, Places, Taken, Verb, ahead};
 use pageferry_sys::bound;
 
 /// The runtime.
@@ -24,8 +24,14 @@ const BOUND: &str = "criu-root";
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = env::args_os().skip(1).collect();
-    let command = Command::read(arguments.clone());
-    match run(&command, &arguments) {
+    let command = match arguments.split_first() {
+        Some((mode, rest)) if mode == ahead::BECOME => Command::read(rest.iter().skip(1).cloned()),
+        Some((mode, rest)) if mode == ahead::HOLD => {
+            Command::read(rest.iter().skip(ahead::HOLD_ARGUMENTS).cloned())
+        }
+        _ => Command::read(arguments.clone()),
+    };
+    match mode(&command, &arguments) {
         Ok(Some(infallible)) => match infallible {},
         Ok(None) => ExitCode::SUCCESS,
         Err(why) => {
@@ -35,29 +41,55 @@ fn main() -> ExitCode {
     }
 }
 
+/// What an engine has started, or what this program has for a container that is ahead.
+fn mode(command: &Command, arguments: &[OsString]) -> Result<Option<Infallible>, String> {
+    match arguments.split_first() {
+        Some((mode, rest)) if mode == ahead::HOLD => process::exit(ahead::hold(rest)?),
+        Some((mode, rest)) if mode == ahead::BECOME => {
+            let (gate, rest) = ahead::bind_to_holder(rest)?;
+            become_runtime(rest, Some(&gate)).map(Some)
+        }
+        _ => run(command, arguments),
+    }
+}
+
 /// Becomes the runtime, or has nothing to do.
 fn run(command: &Command, arguments: &[OsString]) -> Result<Option<Infallible>, String> {
     let orders = Orders::of_node();
     let named = command.space().zip(command.id());
     match (command.verb(), named) {
         (Verb::Create, Some((space, id))) => {
-            let taken = match place_of(command)? {
-                Some((bundle, place)) => await_order(&orders, (space, id), (bundle, &place))?,
+            let place = place_of(command)?;
+            let taken = match &place {
+                Some((bundle, place)) => await_order(&orders, (space, id), (*bundle, place))?,
                 None => orders.take(space, id).map_err(|error| error.to_string())?,
             };
-            match taken {
-                Taken::Now(order) => {
+            match (taken, place) {
+                (Taken::Now(order), Some((bundle, place))) if order.is_ahead => {
+                    let at = (bundle, &place);
+                    go_ahead(command, &orders, (space, id), (&order, at)).map(|()| None)
+                }
+                (Taken::Now(order), _) => {
                     let restore = command.restore(&order.images, &order.work);
                     become_runtime(&restore, Some(&order.gate)).map(Some)
                 }
-                Taken::Before => Err(format!(
+                (Taken::Before, _) => Err(format!(
                     "the container {id} is moving here: it is created once, by its restore"
                 )),
-                Taken::Unknown => become_runtime(arguments, None).map(Some),
+                (Taken::Unknown, _) => become_runtime(arguments, None).map(Some),
             }
         }
-        // It runs.
-        (Verb::Start, Some((space, id))) if orders.is_taken(space, id) => Ok(None),
+        // It runs, or is held, and does not come later than that.
+        (Verb::Start, Some((space, id))) if orders.is_taken(space, id) => {
+            let held = orders.held(space, id).map_err(|error| error.to_string())?;
+            if let Some(held) = held {
+                // The engine knows the container's cgroups by now.
+                ahead::join(held.holder, process::id().cast_signed())?;
+                let said = orders.start(space, id);
+                said.map_err(|error| error.to_string())?;
+            }
+            Ok(None)
+        }
         (Verb::Delete, Some(_)) => {
             if let Some(state) = command.state() {
                 // Whoever deletes it with something bound in it deletes that.
@@ -117,6 +149,73 @@ fn await_order(
         }
     }
 }
+
+/// Has the engine go on before the container is restored, as soon as its runtime waits.
+fn go_ahead(
+    command: &Command,
+    orders: &Orders,
+    named: ahead::Named<'_>,
+    (order, (bundle, place)): (&Order, (&Path, &Place)),
+) -> Result<(), String> {
+    let pid_file = command
+        .pid_file()
+        .ok_or("the engine does not ask which process is the container's (--pid-file)")?;
+    let inner = bundle.join(RESTORED_PID);
+    let restore = command.clone().with_pid_file(&inner);
+    let restore = restore.restore(&order.images, &order.work);
+    let started = ahead::start(named, &order.gate, (pid_file, &inner), &restore);
+    let mut holder = started.map_err(|error| format!("starting {}: {error}", ahead::THIS))?;
+    let pid = holder.id().cast_signed();
+    let passed = await_pass(orders, named, place, &mut holder)
+        .and_then(|within| ahead::join(pid, within))
+        .and_then(|()| {
+            let said = fs::write(pid_file, pid.to_string());
+            said.map_err(|error| format!("writing {}: {error}", pid_file.display()))
+        });
+    if passed.is_err() {
+        // With it dies the runtime.
+        let _ = holder.kill();
+        let _ = holder.wait();
+    }
+    passed
+}
+
+/// Waits until the engine may go on; answers with a process that is in the container's cgroups.
+fn await_pass(
+    orders: &Orders,
+    (space, id): ahead::Named<'_>,
+    place: &Place,
+    holder: &mut process::Child,
+) -> Result<i32, String> {
+    let Place { pod, container } = place;
+    let deadline = Instant::now() + ORDER_MAX;
+    loop {
+        check_refusal(&Places::of_node(), place)?;
+        let said = |error: pageferry_oci::OrderError| error.to_string();
+        let held = orders.held(space, id).map_err(said)?;
+        if let Some(within) = orders.passed(space, id).map_err(said)?
+            && held.is_some()
+        {
+            return Ok(within);
+        }
+        if let Ok(Some(status)) = holder.try_wait() {
+            return Err(format!(
+                "the container {container} of pod {pod} is not restored: its runtime has ended \
+                 before that ({status}): see its log, and the migration"
+            ));
+        }
+        if deadline < Instant::now() {
+            return Err(format!(
+                "the container {container} of pod {pod} waits, and for {ORDER_MAX:?} nobody has \
+                 said that others of its pod may come: is pageferryd still there?"
+            ));
+        }
+        thread::sleep(ORDER_POLL);
+    }
+}
+
+/// Where the runtime writes the first process of a container that was ahead, in its bundle.
+const RESTORED_PID: &str = "pageferry.pid";
 
 /// Whether what was restored at such a place has run. Of one that may run, or may have run, it is
 /// waited until that is known: a second one must not be beside its source, nor beside it.

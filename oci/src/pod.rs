@@ -12,6 +12,9 @@
 //!                     └── neither "ran" nor refused for long ──► failure
 //! ```
 //!
+//! One that is ahead of others of its pod (`ahead.rs`) is at its place as all are; only its engine
+//! hears earlier of it.
+//!
 //! Invariants: a pod that is the destination of a migration has its container created once by a
 //! restore, and by the runtime only when that has run: never beside its source. The mark outlives a
 //! reboot; that it is going is on disk before the container may run, and that it ran is said only

@@ -115,7 +115,7 @@ impl Course {
 }
 
 /// Where a node has a volume of a pod.
-fn volume(node: &Node, uid: &str, name: &str) -> PathBuf {
+pub(super) fn volume(node: &Node, uid: &str, name: &str) -> PathBuf {
     node.path(format!(
         "/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/{name}"
     ))

@@ -10,8 +10,8 @@ use super::report::Report;
 use super::settings::Settings;
 use super::traces::Traces;
 use super::{
-    annotated, by_hand, crossing, drain, eager, empty_dir, install, kills, refusals, resources,
-    twenty,
+    annotated, by_hand, crossing, drain, eager, empty_dir, install, kills, multi, refusals,
+    resources, twenty,
 };
 use crate::cluster::laps::Laps;
 use crate::cluster::wait::until;
@@ -100,7 +100,7 @@ pub const CASES: [(&str, &str); PARTS.len()] = {
     cases
 };
 
-const PARTS: [NamedPart; 10] = [
+const PARTS: [NamedPart; 11] = [
     NamedPart {
         name: "by-hand",
         what: "a pod moves, each step by hand",
@@ -136,6 +136,13 @@ const PARTS: [NamedPart; 10] = [
         what: "pods with emptyDirs on disk and in memory move, every file and entry compared",
         run: |lab, cluster, laps, report, _| empty_dir::run(lab, cluster, laps, report),
         moves: 0,
+    },
+    NamedPart {
+        name: "multi",
+        what: "a pod of three containers moves, with a loopback connection and a shared emptyDir; \
+               then some of what holds it is killed",
+        run: |lab, cluster, laps, report, moves| multi::run(lab, cluster, laps, report, moves),
+        moves: multi::MOVES,
     },
     NamedPart {
         name: "drain",

@@ -30,8 +30,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use arriving::{
-    Arriving, MadeVolume, PodWaits, about_to_run, go_on_ending, leave, lose, make_volume,
-    never_ran, remove_volume, runs, settle, settle_left, sweep,
+    Arriving, ArrivingPod, MadeVolume, PodWaits, about_to_run, go_on_ending, leave, lose,
+    make_volume, never_ran, remove_volume, runs, settle, settle_left, sweep,
 };
 pub use coming::{Around, Coming, MadeAround, leave_around, runs_around, sweep_around};
 pub use party::{Named, Party};
@@ -57,7 +57,7 @@ pub enum Kind {
     Container(Container),
     /// A container of containerd.
     Containerd(Containerd),
-    /// A pod of Kubernetes.
+    /// A container of a pod of Kubernetes, and what it has of that.
     Pod(Pod),
     /// A container of podman.
     Podman(Podman),
@@ -118,11 +118,10 @@ impl Kind {
             WorkloadName::Containerd { namespace, id } => {
                 Containerd::find(namespace, id).map(Self::Containerd)
             }
-            WorkloadName::Pod(uid) => Pod::find(uid).map(Self::Pod),
             WorkloadName::Podman(name) => Podman::find(name).map(Self::Podman),
-            WorkloadName::PodmanPod(_) => Err(Failure::new(
+            WorkloadName::Pod(_) | WorkloadName::PodmanPod(_) => Err(Failure::new(
                 ErrorCode::Internal,
-                format!("{name} is more than one workload"),
+                format!("{name} may be more than one workload"),
             )),
         }
     }

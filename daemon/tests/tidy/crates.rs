@@ -121,7 +121,7 @@ pub const CRATES: &[Crate] = &[
     Crate {
         folder: "oci",
         package: "pageferry-oci",
-        uses: &["pageferry-sys"],
+        uses: &["pageferry-cgroup", "pageferry-sys"],
         tests_use: &[],
     },
     Crate {

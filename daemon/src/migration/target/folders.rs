@@ -288,13 +288,14 @@ impl Folders {
         layers.try_for_each(|(_, stage)| found(&stage, Stage::Overlay(overlay.to_owned())))
     }
 
-    /// The volumes are there that some of them come to: each where `place` says. Before anything
-    /// comes.
+    /// The volumes are there that some of a member come to: each where `place` says. Before
+    /// anything comes.
     pub fn found_volumes(
         &self,
+        member: usize,
         place: impl Fn(&str) -> Result<PathBuf, Failure>,
     ) -> Result<(), Failure> {
-        for (volume, stage) in self.of_engine(|_| true) {
+        for (volume, stage) in self.of_engine(|folder| folder.member == member) {
             if let Some(volume) = volume {
                 let (root, base) = (place(&volume)?, None);
                 found(&stage, Stage::Ahead { root, base })?;

@@ -53,7 +53,7 @@ use crate::link::loopback::LoGate;
 use crate::metrics::Metrics;
 use crate::migration::text::{chain, internal, network_unfit};
 use crate::migration::timeline::Timeline;
-use crate::runtime::kind::Coming;
+use crate::runtime::kind::{Arriving, Coming};
 use crate::runtime::shared::lengths;
 use crate::runtime::{detached, identity};
 pub use go::LetGoError;
@@ -348,11 +348,11 @@ impl Site {
             mut members,
             around,
         } = coming;
-        if let [first] = &members[..]
-            && first.is_pod()
-        {
+        if members.iter().all(Arriving::is_pod) {
             self.pod = Some(Pod::of(&description.links)?);
-            self.seats[0].arriving = members.pop();
+            for (seat, arriving) in self.seats.iter_mut().zip(members) {
+                seat.arriving = Some(arriving);
+            }
             return self.state();
         }
         match around {

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use pageferry_cgroup::hierarchies::Hierarchies;
-use pageferry_proto::id::WorkloadName;
+use pageferry_proto::id::{MigrationId, WorkloadName};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::VolumeDescription;
 use pageferry_proto::wire::description::WorkloadDescription;
@@ -17,7 +17,7 @@ use crate::runtime::oci;
 use crate::runtime::oci::arrive::{Arriving as ArrivingContainer, Restore};
 use crate::runtime::oci::habits::Runtime;
 use crate::runtime::pod;
-use crate::runtime::pod::arrive::Arriving as ArrivingPod;
+pub use crate::runtime::pod::arrive::Arriving as ArrivingPod;
 pub use crate::runtime::pod::arrive::Waits as PodWaits;
 use crate::runtime::podman;
 use crate::runtime::podman::arrive::Arriving as ArrivingPodman;
@@ -34,7 +34,7 @@ pub enum Arriving {
     Container(Box<ArrivingContainer>),
     /// A container of containerd.
     Containerd(Box<ArrivingContainerd>),
-    /// A pod of Kubernetes.
+    /// A container of a pod of Kubernetes.
     Pod(Box<ArrivingPod>),
     /// A container of podman.
     Podman(Box<ArrivingPodman>),
@@ -57,17 +57,13 @@ impl Arriving {
                 let arriving = ArrivingContainerd::begin((namespace, id), description)?;
                 Ok(Self::Containerd(Box::new(arriving)))
             }
-            WorkloadName::Pod(uid) => {
-                let arriving = ArrivingPod::begin(uid, description)?;
-                Ok(Self::Pod(Box::new(arriving)))
-            }
             WorkloadName::Podman(name) => {
                 let arriving = ArrivingPodman::begin(name, description)?;
                 Ok(Self::Podman(Box::new(arriving)))
             }
-            WorkloadName::PodmanPod(_) => Err(Failure::new(
+            WorkloadName::Pod(_) | WorkloadName::PodmanPod(_) => Err(Failure::new(
                 ErrorCode::Internal,
-                format!("{name} has several members"),
+                format!("{name} may have several members"),
             )),
         }
     }
@@ -151,12 +147,12 @@ impl Arriving {
         }
     }
 
-    /// Whether it is a pod.
+    /// Whether it is of a pod of Kubernetes.
     pub const fn is_pod(&self) -> bool {
         matches!(self, Self::Pod(_))
     }
 
-    /// The pod, if somebody else makes a place for it, and says later which that is.
+    /// The same, if somebody else makes a place for it, and says later which that is.
     pub fn as_pod(&mut self) -> Option<&mut ArrivingPod> {
         match self {
             Self::Pod(pod) => Some(pod),
@@ -174,17 +170,17 @@ impl Arriving {
     }
 
     /// Who makes it and its cgroups with their limits, if that is not us. What that needs is made
-    /// in `directory`, the migration's.
+    /// in `directory`, the member's own of the `migration`.
     pub fn made_by(
         &self,
-        directory: &Path,
+        (directory, migration): (&Path, MigrationId),
         hierarchies: &Hierarchies,
     ) -> io::Result<Option<Restore>> {
         match self {
             Self::Process(_) => Ok(None),
             Self::Container(container) => container.restore(directory, hierarchies).map(Some),
             Self::Containerd(container) => container.restore(directory).map(Some),
-            Self::Pod(pod) => pod.restore(directory).map(Some),
+            Self::Pod(pod) => pod.restore(directory, migration).map(Some),
             Self::Podman(container) => container.restore(directory, hierarchies).map(Some),
         }
     }

@@ -9,7 +9,7 @@ use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::description::WorkloadDescription;
 use pageferry_sys::namespace::NamespaceKind;
 
-use super::Arriving;
+use super::{Arriving, ArrivingPod};
 use crate::runtime::podman;
 use crate::runtime::podman::arrive::pod::Arriving as ArrivingPodmanPod;
 pub use crate::runtime::podman::arrive::pod::Made as MadeAround;
@@ -41,6 +41,13 @@ impl Coming {
                     .map(|member| Arriving::Podman(Box::new(member)))
                     .collect(),
                 around: Some(Around::PodmanPod(Box::new(pod))),
+            });
+        }
+        if let WorkloadName::Pod(uid) = name {
+            let members = ArrivingPod::begin_all(uid, description)?.into_iter();
+            return Ok(Self {
+                members: members.map(Box::new).map(Arriving::Pod).collect(),
+                around: None,
             });
         }
         if !description.members.is_empty() {

@@ -8,6 +8,8 @@ use pageferry_sys::namespace::NamespaceKind;
 use serde::{Deserialize, Serialize};
 
 use super::Kind;
+use crate::runtime::pod::Pod;
+use crate::runtime::pod::together::Together;
 use crate::runtime::podman::pod::PodmanPod;
 
 /// What is known of a party at its source beside its members, as the journal keeps it, too.
@@ -16,6 +18,8 @@ use crate::runtime::podman::pod::PodmanPod;
 pub enum Party {
     /// A pod of podman.
     PodmanPod(PodmanPod),
+    /// A pod of Kubernetes with several containers.
+    Pod(Together),
 }
 
 /// What a name means at this node.
@@ -38,6 +42,13 @@ impl Named {
                     members: members.into_iter().map(Kind::Podman).collect(),
                 })
             }
+            WorkloadName::Pod(uid) => {
+                let containers = Pod::find(uid)?;
+                Ok(Self {
+                    party: Together::of(&containers).map(Party::Pod),
+                    members: containers.into_iter().map(Kind::Pod).collect(),
+                })
+            }
             alone => Ok(Self {
                 party: None,
                 members: vec![Kind::of(alone)?],
@@ -57,6 +68,10 @@ impl Party {
     pub fn describe(&self, members: &mut [WorkloadDescription]) -> Result<(), Failure> {
         match self {
             Self::PodmanPod(pod) => pod.describe(members),
+            Self::Pod(pod) => {
+                pod.describe(members);
+                Ok(())
+            }
         }
     }
 
@@ -64,6 +79,7 @@ impl Party {
     pub fn shares(&self, kind: NamespaceKind) -> bool {
         match self {
             Self::PodmanPod(pod) => pod.shares(kind),
+            Self::Pod(_) => Together::shares(kind),
         }
     }
 
@@ -71,6 +87,8 @@ impl Party {
     pub fn check_frozen(&self) -> Result<(), Failure> {
         match self {
             Self::PodmanPod(pod) => pod.check_frozen(),
+            // Each container looks at what is its pod's.
+            Self::Pod(_) => Ok(()),
         }
     }
 
@@ -78,6 +96,7 @@ impl Party {
     pub const fn has_engine_network(&self) -> bool {
         match self {
             Self::PodmanPod(pod) => pod.has_network(),
+            Self::Pod(_) => false,
         }
     }
 
@@ -85,6 +104,7 @@ impl Party {
     pub fn notes(&self) -> Vec<String> {
         match self {
             Self::PodmanPod(pod) => pod.notes(),
+            Self::Pod(_) => Vec::new(),
         }
     }
 
@@ -92,6 +112,8 @@ impl Party {
     pub fn release(&self) {
         match self {
             Self::PodmanPod(pod) => pod.release(),
+            // The kubelet removes what is left.
+            Self::Pod(_) => {}
         }
     }
 }

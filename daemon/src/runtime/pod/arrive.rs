@@ -1,5 +1,9 @@
-//! A pod at its target: Kubernetes makes it, with a sandbox, a network and volumes, and the runtime
-//! of its container waits until somebody says what that is restored from.
+//! A container of a pod at its target: Kubernetes makes the pod, with a sandbox, a network and
+//! volumes, and the runtime of the container waits until somebody says what that is restored from.
+//!
+//! The kubelet has one container after the other started, and goes on only when one runs. So of
+//! several each but the last is *ahead*: the engine is told that it runs once its runtime waits
+//! ([`Arriving::pass`]), though it is restored when all of them are here.
 
 use std::collections::HashMap;
 use std::fs;
@@ -11,8 +15,8 @@ use std::time::Duration;
 use pageferry_containerd::{
     Client, ClientError, PodArrival, PodError, PodOrder, PodRuntime, SOCKET,
 };
-use pageferry_oci::{Came, INSTALLED, Place, Places};
-use pageferry_proto::id::PodUid;
+use pageferry_oci::{Came, INSTALLED, Orders, Place, Places};
+use pageferry_proto::id::{MigrationId, PodUid};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::{ContainerDescription, PodDescription};
 use pageferry_proto::wire::description::{Namespaces, WorkloadDescription};
@@ -34,13 +38,17 @@ use crate::runtime::rootfs::RootPlace;
 /// How long containerd may take to say what runs, while it is waited for what waits.
 const LIST_MAX: Duration = Duration::from_secs(2);
 
-/// A pod that comes.
+/// A container of a pod that comes.
 #[derive(Clone, Debug)]
 pub struct Arriving {
     /// The source's.
     uid: PodUid,
     described: ContainerDescription,
     pod: PodDescription,
+    /// Others of its pod come along.
+    is_party: bool,
+    /// Others of its pod are yet to come here.
+    is_ahead: bool,
     /// The runtime of its container here, once that waits.
     came: Option<(Place, Came)>,
 }
@@ -69,17 +77,39 @@ impl Arriving {
             uid: uid.clone(),
             described,
             pod,
+            is_party: false,
+            is_ahead: false,
             came: None,
         })
     }
 
+    /// The same of all containers of a pod, which share what is their sandbox's.
+    pub fn begin_all(
+        uid: &PodUid,
+        description: &WorkloadDescription,
+    ) -> Result<Vec<Self>, Failure> {
+        let is_party = !description.members.is_empty();
+        let begin = |member| {
+            let begun = Self::begin(uid, member)?;
+            Ok(Self { is_party, ..begun })
+        };
+        description.all_members().map(begin).collect()
+    }
+
+    /// What the pod calls it.
+    pub fn name(&self) -> &str {
+        self.pod.container.as_str()
+    }
+
     /// Compares what it needs with this node. Blocks.
     pub fn check(&self, description: &WorkloadDescription) -> Result<(), Failure> {
-        check_node(description, Namespaces::NONE)?;
+        let shared = [Namespaces::NET, Namespaces::IPC, Namespaces::UTS].into_iter();
+        let shared = shared.filter(|_| self.is_party);
+        check_node(description, shared.fold(Namespaces::NONE, Namespaces::with))?;
         version::check(Runtime::Runc, &self.described.runtime_version)?;
         let spec = Spec::parse(&self.described.config)?;
         let (bundle, streams) = (Path::new(&self.described.bundle), &self.pod.streams);
-        let engine = engine_of(&spec, bundle, self.uid.as_str(), streams);
+        let engine = engine_of(&spec, bundle, (self.uid.as_str(), self.is_party), streams);
         check_spec(&self.described, Some(&engine), &Named::of(description))?;
         check_programs()
     }
@@ -182,6 +212,37 @@ impl Arriving {
         ))
     }
 
+    /// The engine is to be told that it runs before it does: others are yet to come.
+    pub const fn come_ahead(&mut self) {
+        self.is_ahead = true;
+    }
+
+    /// Has the engine be told so now. Its runtime waits in the cgroups of `within`, a process: what
+    /// stands for the container meanwhile is to be in the same ones.
+    pub fn pass(&self, within: i32) -> Result<(), Failure> {
+        let (_, came) = self.came()?;
+        let passed = Orders::of_node().pass(&came.space, &came.id, within);
+        passed.map_err(|error| unfit(&error))
+    }
+
+    /// Fails if containerd has not started a container that is ahead, as it does before it creates
+    /// the next one: it would not know what stands for it, and nobody would end what is restored
+    /// there. It cannot be asked: while it creates another one of the pod it does not answer.
+    pub fn check_passed(&self) -> Result<(), Failure> {
+        let (place, came) = self.came()?;
+        if !self.is_ahead || Orders::of_node().is_started(&came.space, &came.id) {
+            return Ok(());
+        }
+        Err(Failure::new(
+            ErrorCode::RuntimeFailed,
+            format!(
+                "the container {} of pod {} was to wait for others of its pod, and containerd has \
+                 not started it: see the pod's events",
+                place.container, place.pod
+            ),
+        ))
+    }
+
     /// Compares what waits with what comes. Blocks, while containerd answers.
     pub fn check_waiting(&self) -> Result<Waits, Failure> {
         let (place, came) = self.came()?;
@@ -254,8 +315,9 @@ impl Arriving {
         })
     }
 
-    /// How the runtime is told. Makes what that needs in `directory`, which is the migration's.
-    pub fn restore(&self, directory: &Path) -> io::Result<Restore> {
+    /// How the runtime is told. Makes what that needs in `directory`, which is the member's own of
+    /// the `migration`.
+    pub fn restore(&self, directory: &Path, migration: MigrationId) -> io::Result<Restore> {
         let (place, came) = self.came().map_err(io::Error::other)?;
         let state = Path::new(ROOT).join(&came.id);
         let config = fs::read(came.bundle.join("config.json"))?;
@@ -268,7 +330,6 @@ impl Arriving {
             volumes: Binds::look(&spec, &came.bundle)?,
         };
         let images = prepare_with(directory, &leaves, &self.pod.streams)?;
-        let migration = directory.file_name().unwrap_or_default();
         let arrival = PodArrival {
             socket: SOCKET.into(),
             place: place.clone(),
@@ -278,10 +339,11 @@ impl Arriving {
                 pid: came.pid,
                 state,
                 order: PodOrder {
-                    migration: migration.to_string_lossy().into_owned(),
+                    migration: migration.to_string(),
                     gate: directory.join("gate"),
                     images,
                     work: directory.to_owned(),
+                    is_ahead: self.is_ahead,
                 },
             }),
         };

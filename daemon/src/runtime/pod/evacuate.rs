@@ -8,9 +8,11 @@
 //! Invariants: nothing is thawed in the pod's cgroup; what is left to do is noted, on disk, before
 //! it is begun, and goes on in the next life of the daemon.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -84,8 +86,12 @@ impl Evacuation {
         Path::new(NOTES).join(&self.uid)
     }
 
-    /// Goes on, in a thread of its own, until the pod's cgroup is gone.
+    /// Goes on, in a thread of its own, until the pod's cgroup is gone. Each container of the pod
+    /// asks for it, and there is one.
     pub fn go_on(self) {
+        if !ending().insert(self.uid.clone()) {
+            return;
+        }
         let named = thread::Builder::new().name("evacuate".to_owned());
         let uid = self.uid.clone();
         let spawned = named.spawn(move || {
@@ -98,8 +104,10 @@ impl Evacuation {
                 thread::sleep(if late { POLL_LATER } else { POLL });
             }
             self.end();
+            ending().remove(&self.uid);
         });
         if let Err(error) = spawned {
+            ending().remove(&uid);
             tracing::error!(pod = uid, %error, "a pod that runs elsewhere is ended only when the \
                 daemon is started again");
         }
@@ -158,6 +166,12 @@ impl Evacuation {
             tracing::warn!(pod = self.uid, %error, "it is looked for once more at the next start");
         }
     }
+}
+
+/// Pods that are being ended by this process.
+fn ending() -> MutexGuard<'static, BTreeSet<String>> {
+    static ENDING: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    ENDING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Goes on with what a daemon before this one has begun.

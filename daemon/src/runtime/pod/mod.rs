@@ -1,25 +1,27 @@
 //! A pod of Kubernetes, named by its UID: the kubelet makes its containers, has them started again
 //! when they end, and ends them; containerd has them for it.
 //!
-//! What moves is the one container of the pod. The pod it comes as is another one, which Kubernetes
-//! makes at the target: with its sandbox, its network, and its volumes ([`arrive`]). At the source
-//! the pod's cgroup, which is above the container's, is frozen before the hand-off is decided, and
-//! never thawed again unless the container stays: the kubelet may kill what is in it, and start
-//! something, and nothing of that runs ([`evacuate`]).
+//! What moves are the containers of the pod that run: one, or the members of a party ([`together`]).
+//! The pod they come as is another one, which Kubernetes makes at the target: with its sandbox, its
+//! network, and its volumes ([`arrive`]). At the source the pod's cgroup, which is above those of
+//! the containers, is frozen before the hand-off is decided, and never thawed again unless they
+//! stay: the kubelet may kill what is in it, and start something, and nothing of that runs
+//! ([`evacuate`]).
 //!
 //! Invariants: from before the commit on nothing of the pod runs at the source; nothing of it is
 //! thawed in its cgroup afterwards; what is left is ended until the pod's cgroup is gone, whoever
 //! is restarted meanwhile.
 //!
 //! Volumes that are the pod's own (emptyDir) travel: each into the folder that the kubelet at the
-//! target has made for the volume of its name ([`volumes`]).
+//! target has made for the volume of its name ([`volumes`]), with the first container that has it.
 //!
-//! Absent, and refused by name: several containers, host namespaces, processes that containers
-//! share, volumes of other kinds than these and those that the kubelet fills, devices, terminals,
-//! an open input.
+//! Absent, and refused by name: host namespaces, processes that containers share, volumes of other
+//! kinds than these and those that the kubelet fills, devices, terminals, an open input. Containers
+//! that have ended are not seen here, and do not move.
 
 pub mod arrive;
 pub mod evacuate;
+pub mod together;
 mod volumes;
 
 use std::collections::BTreeSet;
@@ -34,7 +36,7 @@ use criu_glue::rpc::{Conversation, SwrkConfig};
 use pageferry_cgroup::freezer::{CgroupError, Freezer, FreezerRoot};
 use pageferry_containerd::{Client, ClientError, Container, RUNTIME, SOCKET};
 use pageferry_oci::INSTALLED;
-use pageferry_proto::id::{ContainerId, PodUid};
+use pageferry_proto::id::{ContainerId, MEMBERS_MAX, PodUid};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use pageferry_proto::wire::container::PodDescription;
 use serde::{Deserialize, Serialize};
@@ -71,7 +73,7 @@ const END_POLL: Duration = Duration::from_millis(5);
 /// How long containerd may take to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
-/// A pod at its source.
+/// A container of a pod at its source, with what it has of its pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pod {
     uid: String,
@@ -82,13 +84,20 @@ pub struct Pod {
     streams: Vec<String>,
     /// The process that keeps its sandbox, and when that was started.
     keeper: Option<(i32, u64)>,
+    /// Other containers of the pod move along.
+    #[serde(default)]
+    is_party: bool,
+    /// Volumes that it has, and that travel with another one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    travel_apart: Vec<PathBuf>,
 }
 
 impl Pod {
-    /// The pod of this UID, if it runs here and can move. Blocks, while containerd answers.
-    pub fn find(uid: &PodUid) -> Result<Self, Failure> {
+    /// The containers of the pod of this UID, if it runs here and they can move; in the order of
+    /// their names. Blocks, while containerd answers.
+    pub fn find(uid: &PodUid) -> Result<Vec<Self>, Failure> {
         let wanted = uid.as_str();
-        let (running, keeper) = ask(async |client| {
+        let (mut running, keeper) = ask(async |client| {
             let (mut running, mut keeper) = (Vec::new(), None);
             for container in client.containers().await? {
                 let has = |label, value| container.labels().get(label).is_some_and(|l| l == value);
@@ -107,18 +116,38 @@ impl Pod {
             }
             Ok((running, keeper))
         })?;
-        let [container] = &running[..] else {
-            return Err(match running.len() {
-                0 => Failure::new(
-                    ErrorCode::WorkloadGone,
-                    format!("no container of pod {wanted} runs here"),
-                ),
-                count => refused(
-                    uid,
-                    &format!("has {count} containers, and only those of one are moved yet"),
-                ),
-            });
-        };
+        match running.len() {
+            0 => {
+                let text = format!("no container of pod {wanted} runs here");
+                return Err(Failure::new(ErrorCode::WorkloadGone, text));
+            }
+            count if MEMBERS_MAX < count => {
+                let text = format!("has {count} containers: 1 to {MEMBERS_MAX} are moved");
+                return Err(refused(uid, &text));
+            }
+            _ => {}
+        }
+        running.sort_by_key(|container| container.labels().get(CONTAINER_NAME).cloned());
+        let keeper = keeper.and_then(|pid| Some((pid, Identity::of(pid).ok()?.started)));
+        let is_party = 1 < running.len();
+        let mut found: Vec<Self> = Vec::new();
+        for container in &running {
+            let mut one = Self::of(uid, container, keeper)?;
+            one.is_party = is_party;
+            let theirs: Vec<PathBuf> = found.iter().flat_map(Self::folders).collect();
+            let has = one.folders().into_iter();
+            one.travel_apart = has.filter(|folder| theirs.contains(folder)).collect();
+            found.push(one);
+        }
+        Ok(found)
+    }
+
+    /// One of its containers, alone.
+    fn of(
+        uid: &PodUid,
+        container: &Container,
+        keeper: Option<(i32, u64)>,
+    ) -> Result<Self, Failure> {
         check(container, uid)?;
         let id: ContainerId = container.id().parse().map_err(|error| {
             refused(
@@ -131,11 +160,13 @@ impl Pod {
         check_streams(&state.streams, uid)?;
         let label = container.labels().get(CONTAINER_NAME).cloned();
         Ok(Self {
-            uid: wanted.to_owned(),
+            uid: uid.as_str().to_owned(),
             name: label.unwrap_or_default(),
             container: of_runtime,
             streams: state.streams,
-            keeper: keeper.and_then(|pid| Some((pid, Identity::of(pid).ok()?.started))),
+            keeper,
+            is_party: false,
+            travel_apart: Vec::new(),
         })
     }
 
@@ -155,7 +186,8 @@ impl Pod {
         let bundle = self.container.bundle();
         let spec = Spec::parse(&read_config(bundle)?)?;
         self.check_spec(&spec)?;
-        let mut engine = engine_of(&spec, bundle, &self.uid, &self.streams);
+        let (uid, party) = (self.uid.as_str(), self.is_party);
+        let mut engine = engine_of(&spec, bundle, (uid, party), &self.streams);
         // They are the container's own, and looked at as others that travel.
         engine.folders.retain(|made| !is_own(made, &self.uid));
         let layer = |spec: &Spec| layer::find(&spec.root(bundle), None);
@@ -216,7 +248,9 @@ impl Pod {
         let sources = spec.bound().map(|(source, _)| source.to_owned());
         let own = sources.filter(|source| is_own(source, &self.uid));
         // A container may have one at several places.
-        own.collect::<BTreeSet<_>>().into_iter().collect()
+        let own: BTreeSet<_> = own.collect();
+        let own = own.into_iter();
+        own.filter(|own| !self.travel_apart.contains(own)).collect()
     }
 
     /// Refuses what of its container is not moved yet, beside what no container may have.
@@ -318,7 +352,12 @@ impl Pod {
 }
 
 /// What the kubelet and containerd have made of a pod's container, by `spec` in `bundle`.
-fn engine_of(spec: &Spec, bundle: &Path, uid: &str, streams: &[String]) -> Engine {
+fn engine_of(
+    spec: &Spec,
+    bundle: &Path,
+    (uid, is_party): (&str, bool),
+    streams: &[String],
+) -> Engine {
     let inodes = streams.iter();
     let inodes = inodes.filter_map(|name| name.strip_prefix("pipe:[")?.strip_suffix(']'));
     let sources = spec.bound().map(|(source, _)| bundle.join(source));
@@ -328,7 +367,7 @@ fn engine_of(spec: &Spec, bundle: &Path, uid: &str, streams: &[String]) -> Engin
         pipes: inodes.filter_map(|inode| inode.parse().ok()).collect(),
         has_image: true,
         is_sandboxed: true,
-        is_party: false,
+        is_party,
         ..Engine::default()
     }
 }

@@ -87,21 +87,69 @@ fn policy_of(policy: &schema::Policy, rounds_max: u32) -> Result<Policy, Control
     }
 }
 
-/// A pod of podman is a party, and nothing else is one.
+/// A pod of podman is a party, and one of Kubernetes that has several containers; nothing else is.
 fn check_party(
     workload: &WorkloadName,
     description: &WorkloadDescription,
 ) -> Result<(), ControlError> {
-    let is_pod = workload.kind() == WorkloadKind::PodmanPod;
     let container = description.container.as_ref();
     let has_pod = container.is_some_and(|container| container.podman_pod.is_some());
-    if is_pod != has_pod {
+    if (workload.kind() == WorkloadKind::PodmanPod) != has_pod {
         return Err(missing("container.podman_pod"));
     }
     let is_named = !description.member_name.is_empty();
-    let is_party = is_named || !description.members.is_empty();
-    match is_pod == is_named && is_pod == is_party {
+    let has_others = !description.members.is_empty();
+    let fits = match workload.kind() {
+        WorkloadKind::PodmanPod => is_named,
+        WorkloadKind::Pod => is_named == has_others,
+        _ => !is_named && !has_others,
+    };
+    match fits {
         true => Ok(()),
         false => Err(missing("description.member_name")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn description(number: u32, name: &str) -> schema::WorkloadDescription {
+        schema::WorkloadDescription {
+            root_pid: 7,
+            spaces: vec![schema::Space {
+                vpid: number << 24 | 1,
+                ..schema::Space::default()
+            }],
+            needs: Some(schema::Needs::default()),
+            member_name: name.to_owned(),
+            ..schema::WorkloadDescription::default()
+        }
+    }
+
+    /// Whether a workload may be offered so: with a name for its first member, and others.
+    fn fits(workload: &str, name: &str, others: &[&str]) -> bool {
+        let others = (1..).zip(others);
+        let wire = schema::WorkloadDescription {
+            boot_id: vec![7; 16],
+            members: others
+                .map(|(number, name)| description(number, name))
+                .collect(),
+            ..description(0, name)
+        };
+        let description = wire.try_into().expect("a description");
+        check_party(&workload.parse().expect("a name"), &description).is_ok()
+    }
+
+    // clause: M-1
+    #[test]
+    fn a_pod_is_a_party_if_it_has_several_containers() {
+        let pod = "pod/0b6ab9a8-5f4e-4b6c-9a3e-2f6f3a0c1d2e";
+        assert!(fits(pod, "", &[]) && fits(pod, "web", &["db"]));
+        assert!(!fits(pod, "web", &[]));
+        assert!(fits("runc/web", "", &[]));
+        assert!(!fits("runc/web", "web", &["db"]) && !fits("runc/web", "web", &[]));
+        // It says what the target makes the pod of.
+        assert!(!fits("podman-pod/shop", "web", &["db"]));
     }
 }

@@ -72,9 +72,8 @@ impl Site {
         for seat in &mut self.seats {
             let pod = seat.arriving.as_mut().and_then(Arriving::as_pod);
             let Some(pod) = pod else { continue };
-            self.intake
-                .folders()
-                .found_volumes(|name| pod.volume(name))?;
+            let folders = self.intake.folders();
+            folders.found_volumes(seat.member.number(), |name| pod.volume(name))?;
         }
         Ok(())
     }

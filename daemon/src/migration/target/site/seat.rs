@@ -173,7 +173,7 @@ impl Seat {
         arriving: Arriving,
         limits: ResourceLimits,
     ) -> Result<(), Failure> {
-        let made_by = arriving.made_by(&self.directory, &node.hierarchies);
+        let made_by = arriving.made_by((&self.directory, self.id), &node.hierarchies);
         self.made_by = made_by.map_err(|error| internal(&error))?;
         self.arriving = Some(arriving);
         if self.made_by.is_none() {
@@ -212,13 +212,14 @@ impl Seat {
     }
 
     /// Starts the pager, and in it a CRIU that waits, in these namespaces. `images` are the
-    /// folder of the member's; `gate` is that of the loopback, if it is known.
+    /// folder of the member's; `gate` is that of the loopback, if it is known. Answers with the
+    /// process that is CRIU, or becomes it.
     pub(super) async fn start_pager(
         &mut self,
         node: &TargetNode,
         images: PathBuf,
         (namespaces, gate): (&CriuNamespaces<'_>, Option<&LoGate>),
-    ) -> Result<(), Failure> {
+    ) -> Result<i32, Failure> {
         let spawn = Spawn {
             program: node.pager.clone(),
             directory: self.directory.clone(),
@@ -240,7 +241,7 @@ impl Seat {
             let roots = (&node.freezers, &node.hierarchies);
             self.freezer = block_in_place(|| made_for(made_by, roots, &self.directory))?;
         }
-        Ok(())
+        Ok(criu)
     }
 
     /// Gives the pager the gate of the loopback that the tree uses.
