@@ -77,7 +77,7 @@ const KUBERNETES: &str = "kubernetes";
 const POSTCOPY: &str = "postcopy";
 
 /// All scenarios, in the order in which they make sense.
-pub const ALL: [Scenario; 19] = [
+pub const ALL: [Scenario; 20] = [
     Scenario {
         name: "stop_and_copy",
         summary: "stock CRIU moves Redis by dump, copy and restore: checks the lab itself",

@@ -17,7 +17,7 @@ use super::container_files::{Entries, compare, describe_but};
 use super::empty_dir::volume;
 use super::pods::{POD_TIME_MAX, Placed, Watched, server};
 use super::report::Report;
-use super::twenty;
+
 use crate::client::load::{Dataset, LoadPlan};
 use crate::client::writer::WriterClient;
 use crate::cluster::kubectl::Kubectl;
@@ -154,7 +154,7 @@ impl Course {
         let result = ended["status"]["result"].as_str();
         ensure!(result == Some("Succeeded"), "it ended otherwise: {ended}");
         let took = round(begun.elapsed().as_secs_f64());
-        let mut moved = twenty::moved(from, &ended)?;
+        let mut moved = annotated::moved(from, &ended)?;
         self.watched.check_moved(lab, kubectl, to)?;
         let blackout = millis(self.watched.clients.blackout_since(begun)?);
         moved.blackout_ms = Some(blackout);
