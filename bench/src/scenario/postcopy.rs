@@ -106,7 +106,8 @@ impl Case {
         let mut session = WriterSession::start(lab, &Pageferry, "a", &options, |_| {})?;
         let flags = MoveOptions {
             mode: Some(self.mode.to_owned()),
-            timeout: Some("60s".to_owned()),
+            // One round of all of it takes 17 s, and on a busy machine a minute.
+            timeout: Some("300s".to_owned()),
             ..MoveOptions::default()
         };
         let name = session.workload.name();
