@@ -21,7 +21,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
 
 use pageferry_proto::migration::source::{SourceEvent, Wait};
-use pageferry_proto::migration::timeline::LOOK;
+use pageferry_proto::migration::timeline::{LOOK, PORTS};
 use pageferry_proto::wire::code::{ErrorCode, Failure};
 use tokio::task::block_in_place;
 
@@ -128,6 +128,8 @@ async fn close_calmly(
             return Ok(Some(open));
         }
         if let Some(gate) = &gate {
+            // Also where what comes is only diverted.
+            let _closing = waits.timeline().begin_in_freeze(PORTS);
             gate.close(waits).await?;
         }
         let closed = Instant::now();
