@@ -56,15 +56,6 @@ fn with_volume(source: Value) -> Value {
 #[test]
 fn what_cannot_move_is_refused_by_name() {
     let hook = json!({"lifecycle": {"postStart": {"exec": {"command": ["true"]}}}});
-    let two = json!([{"name": "a"}, {"name": "b"}]);
-    let eager = json!([{"name": "a", "startupProbe": {}}, {"name": "b"}]);
-    let eager_sidecar = json!([{"name": "s", "restartPolicy": "Always", "startupProbe": {}}]);
-    let ended = |state: Value| {
-        let of = json!({"name": "web", "image": "", "imageID": "", "ready": false,
-            "restartCount": 0, "state": state});
-        json!({"status": {"containerStatuses": [of]}})
-    };
-    let sidecar = json!([{"name": "s", "restartPolicy": "Always"}]);
     let cases = [
         (json!({}), None),
         (owned("ReplicaSet"), None),
@@ -102,20 +93,6 @@ fn what_cannot_move_is_refused_by_name() {
             Some("SharedProcesses"),
         ),
         (json!({"spec": {"hostUsers": false}}), Some("UserNamespace")),
-        (json!({"spec": {"containers": eager}}), Some("StartupProbe")),
-        (
-            json!({"spec": {"initContainers": eager_sidecar}}),
-            Some("StartupProbe"),
-        ),
-        (json!({"spec": {"containers": two}}), None),
-        (json!({"spec": {"initContainers": sidecar}}), None),
-        (with_container(json!({"startupProbe": {}})), None),
-        (
-            ended(json!({"terminated": {"exitCode": 0}})),
-            Some("ContainerEnded"),
-        ),
-        (ended(json!({"waiting": {}})), Some("ContainerEnded")),
-        (ended(json!({"running": {}})), None),
         (json!({"spec": {"initContainers": [{"name": "i"}]}}), None),
         (with_container(json!({"tty": true})), Some("Terminal")),
         (with_container(hook), Some("PostStart")),
@@ -136,6 +113,35 @@ fn check<const COUNT: usize>(cases: [(Value, Option<&str>); COUNT]) {
         let text = change.to_string();
         assert_eq!(reason(change).as_deref(), wanted, "{text}");
     }
+}
+
+#[test]
+fn containers_that_do_not_run_or_cannot_wait_for_others_are_refused() {
+    let two = json!([{"name": "a"}, {"name": "b"}]);
+    let eager = json!([{"name": "a", "startupProbe": {}}, {"name": "b"}]);
+    let eager_sidecar = json!([{"name": "s", "restartPolicy": "Always", "startupProbe": {}}]);
+    let ended = |state: Value| {
+        let of = json!({"name": "web", "image": "", "imageID": "", "ready": false,
+            "restartCount": 0, "state": state});
+        json!({"status": {"containerStatuses": [of]}})
+    };
+    let sidecar = json!([{"name": "s", "restartPolicy": "Always"}]);
+    check([
+        (json!({"spec": {"containers": eager}}), Some("StartupProbe")),
+        (
+            json!({"spec": {"initContainers": eager_sidecar}}),
+            Some("StartupProbe"),
+        ),
+        (json!({"spec": {"containers": two}}), None),
+        (json!({"spec": {"initContainers": sidecar}}), None),
+        (with_container(json!({"startupProbe": {}})), None),
+        (
+            ended(json!({"terminated": {"exitCode": 0}})),
+            Some("ContainerEnded"),
+        ),
+        (ended(json!({"waiting": {}})), Some("ContainerEnded")),
+        (ended(json!({"running": {}})), None),
+    ]);
 }
 
 #[test]

@@ -9,8 +9,8 @@
 //! The holder is in the container's cgroups while the engine looks where those are, and leaves them
 //! when the engine starts the container: nobody is in them then but the container.
 //!
-//! Invariants: the runtime dies with the holder, and until the container is restored the holder dies
-//! with its parent, which is `create` and then the engine's shim: whoever loses the one has no
+//! Invariants: the runtime dies with the holder, and until the container is restored the holder
+//! dies with its parent, which is `create` and then the engine's shim: whoever loses the one has no
 //! container that comes up later. Only a `create` that has told the engine may end before that. The
 //! holder outlives what it holds, and by nothing but a `wait`.
 //!

@@ -1,8 +1,8 @@
 //! Orders to restore, as files: `wanted/SPACE/ID` and, once a `create` has it, `taken/SPACE/ID`.
 //!
 //! Of an order that [is ahead](Order::is_ahead) there are three more, which go with it:
-//! `held/SPACE/ID` says which process stands for the container, `passed/SPACE/ID` that its engine may
-//! go on, and `started/SPACE/ID` that it has.
+//! `held/SPACE/ID` says which process stands for the container, `passed/SPACE/ID` that its engine
+//! may go on, and `started/SPACE/ID` that it has.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;

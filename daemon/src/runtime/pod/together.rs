@@ -1,5 +1,5 @@
-//! The containers of a pod together: they are in the network, IPC and UTS namespaces of its sandbox,
-//! and each is a member of a party.
+//! The containers of a pod together: they are in the network, IPC and UTS namespaces of its
+//! sandbox, and each is a member of a party.
 //!
 //! Absent: what is done to one of them ([`super::Pod`]); one process tree for all of them, which is
 //! refused where the first of them is looked at.

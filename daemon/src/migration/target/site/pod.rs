@@ -1,8 +1,8 @@
 //! The place of a pod: Kubernetes makes it, and until then nothing is here but what has come.
 //!
-//! Invariants: nothing is restored before the runtimes of all of the pod's containers wait, and what
-//! waits is what comes needs; from the first one on until [`Site::let_go`] nobody reaches the pod's
-//! addresses here.
+//! Invariants: nothing is restored before the runtimes of all of the pod's containers wait, and
+//! what waits is what comes needs; from the first one on until [`Site::let_go`] nobody reaches the
+//! pod's addresses here.
 
 use std::fs;
 use std::time::{Duration, Instant};
