@@ -82,8 +82,8 @@ fn config_text(node: &Node, nodes: &[Node], bridge: &str, plan: &DaemonPlan) -> 
         false => String::new(),
     };
     let mut text = format!(
-        "node = \"{}\"\nlisten = \"{}:{PORT}\"\npostcopy = true\n{metrics}\n[network]\nbridge = \"{bridge}\"\n\
-         parking = \"{parking}\"\n\
+        "node = \"{}\"\nlisten = \"{}:{PORT}\"\npostcopy = true\n{metrics}\n\
+         [network]\nbridge = \"{bridge}\"\nparking = \"{parking}\"\n\
          \n[criu]\ntracer = {tracer}\n",
         node.name(),
         node.address()
