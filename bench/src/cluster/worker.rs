@@ -184,6 +184,13 @@ fn cni_config(node: &Node) -> String {
     .to_string()
 }
 
+/// Gives an address back at every node that its pod, which has ended, may have left.
+pub fn release(lab: &Lab, address: Ipv4Addr) -> Result<()> {
+    let release = ["release", &address.to_string()];
+    let mut nodes = lab.nodes.iter();
+    nodes.try_for_each(|node| node.command(ADDRESSES)?.args(release).run().map(drop))
+}
+
 /// Whether nothing is left at a node of what pods had there, but for the records that the kubelet
 /// has containerd keep of dead containers, for up to a minute.
 pub fn check_no_pods(node: &Node) -> Result<()> {

@@ -56,9 +56,7 @@ pub fn run(lab: &Lab, cluster: &Cluster, laps: &mut Laps, report: &mut Report) -
         }
         report.note_contents(true);
         kubectl.run(&["delete", "pod", &course.pod.name, "--timeout=60s"])?;
-        // Its address is of the range of the node where it began.
-        let release = ["release", &course.pod.address.to_string()];
-        first.command(worker::ADDRESSES)?.args(release).run()?;
+        worker::release(lab, course.pod.address)?;
         laps.lap("a pod has moved with its volumes, there and back");
     }
     until("nothing is left of the pods", POD_TIME_MAX, || {

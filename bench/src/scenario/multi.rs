@@ -74,6 +74,7 @@ pub fn run(
     let pod = course.watched.finish(report)?;
     report.note_contents(true);
     kubectl.run(&["delete", "pod", &pod.name, "--timeout=60s"])?;
+    worker::release(lab, pod.address)?;
     until("nothing is left of the pods", POD_TIME_MAX, || {
         lab.nodes.iter().try_for_each(worker::check_no_pods)
     })
