@@ -110,7 +110,7 @@ mod tests {
 
     use super::*;
 
-    fn pod(probes: Value, started: bool) -> Pod {
+    fn pod(probes: &Value, started: bool) -> Pod {
         let mut container = json!({"name": "web"});
         for (name, probe) in probes.as_object().expect("probes") {
             container[name] = probe.clone();
@@ -127,26 +127,26 @@ mod tests {
         .expect("a pod")
     }
 
-    fn millis(probes: Value, started: bool) -> Option<i64> {
+    fn millis(probes: &Value, started: bool) -> Option<i64> {
         patience(&pod(probes, started)).map(|one| one.millis)
     }
 
     #[test]
     fn a_pod_stands_still_for_less_than_its_probes_bear() {
-        assert_eq!(millis(json!({}), true), None);
+        assert_eq!(millis(&json!({}), true), None);
         assert_eq!(
-            millis(json!({"readinessProbe": {"periodSeconds": 1}}), true),
+            millis(&json!({"readinessProbe": {"periodSeconds": 1}}), true),
             None
         );
         let eager = json!({"periodSeconds": 1, "failureThreshold": 1});
-        assert_eq!(millis(json!({"livenessProbe": eager}), true), Some(750));
+        assert_eq!(millis(&json!({"livenessProbe": eager}), true), Some(750));
         // What the API server writes where nothing is said.
-        assert_eq!(millis(json!({"livenessProbe": {}}), true), Some(15_750));
+        assert_eq!(millis(&json!({"livenessProbe": {}}), true), Some(15_750));
         let slow = json!({"periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 2});
-        assert_eq!(millis(json!({"livenessProbe": slow}), true), Some(7_500));
+        assert_eq!(millis(&json!({"livenessProbe": slow}), true), Some(7_500));
         let startup = json!({"livenessProbe": {}, "startupProbe": eager});
-        assert_eq!(millis(startup.clone(), false), Some(750));
-        assert_eq!(millis(startup, true), Some(15_750));
+        assert_eq!(millis(&startup, false), Some(750));
+        assert_eq!(millis(&startup, true), Some(15_750));
     }
 
     #[test]
@@ -161,12 +161,12 @@ mod tests {
         };
         let with = |threshold: i32| {
             let probe = json!({"periodSeconds": 1, "failureThreshold": threshold});
-            pod(json!({"livenessProbe": probe}), true)
+            pod(&json!({"livenessProbe": probe}), true)
         };
         let frozen = |policy: Option<MigrationPolicySpec>, pod: &Pod| {
             budget(policy.as_ref(), Some(pod)).and_then(|one| one.frozen_ms)
         };
-        let plain = pod(json!({}), true);
+        let plain = pod(&json!({}), true);
         assert_eq!(frozen(None, &plain), None);
         assert_eq!(frozen(Some(policy(9_000)), &plain), Some(9_000));
         assert_eq!(frozen(None, &with(1)), Some(750));

@@ -72,7 +72,7 @@ mod tests {
 
     use super::*;
 
-    fn migration(status: Value, cancel: bool) -> Migration {
+    fn migration(status: &Value, cancel: bool) -> Migration {
         serde_json::from_value(json!({
             "apiVersion": "pageferry.dev/v1alpha1",
             "kind": "Migration",
@@ -87,12 +87,12 @@ mod tests {
     fn a_moment_lasts_until_somebody_says_something() {
         let moments = Moments::default();
         let moving = json!({"course": {"step": "Moving", "proceed": true}});
-        let quiet = migration(moving.clone(), false);
+        let quiet = migration(&moving, false);
         assert_eq!(moments.left(&quiet), None);
         moments.begin(&quiet);
         let left = moments.left(&quiet).expect("it has just begun");
         assert!(left <= MOMENT, "{left:?}");
-        assert_eq!(moments.left(&migration(moving.clone(), true)), None);
+        assert_eq!(moments.left(&migration(&moving, true)), None);
         for (field, report) in [
             ("sourceReport", json!({"isFinal": true})),
             ("sourceReport", json!({"moved": true})),
@@ -105,12 +105,12 @@ mod tests {
         ] {
             let mut status = moving.clone();
             status[field] = report.clone();
-            assert_eq!(moments.left(&migration(status, false)), None, "{report}");
+            assert_eq!(moments.left(&migration(&status, false)), None, "{report}");
         }
         let mut status = moving;
         status["targetReport"] = json!({"phase": "restoring", "waiting": true});
-        assert!(moments.left(&migration(status, false)).is_some());
-        let later = migration(json!({"course": {"step": "Switching"}}), false);
+        assert!(moments.left(&migration(&status, false)).is_some());
+        let later = migration(&json!({"course": {"step": "Switching"}}), false);
         assert_eq!(moments.left(&later), None);
     }
 }

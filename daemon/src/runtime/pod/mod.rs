@@ -3,10 +3,10 @@
 //!
 //! What moves are the containers of the pod that run: one, or the members of a party
 //! ([`together`]). The pod they come as is another one, which Kubernetes makes at the target: with
-//! its sandbox, its network, and its volumes ([`arrive`]). At the source the pod's cgroup, which is above those of
-//! the containers, is frozen before the hand-off is decided, and never thawed again unless they
-//! stay: the kubelet may kill what is in it, and start something, and nothing of that runs
-//! ([`evacuate`]).
+//! its sandbox, its network, and its volumes ([`arrive`]). At the source the pod's cgroup, which is
+//! above those of the containers, is frozen before the hand-off is decided, and never thawed again
+//! unless they stay: the kubelet may kill what is in it, and start something, and nothing of that
+//! runs ([`evacuate`]).
 //!
 //! Invariants: from before the commit on nothing of the pod runs at the source; nothing of it is
 //! thawed in its cgroup afterwards; what is left is ended until the pod's cgroup is gone, whoever
