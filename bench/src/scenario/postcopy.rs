@@ -191,6 +191,8 @@ impl Case {
                 lab.daemon("a")?.kill()?;
                 let resolve = lab.node("b")?.command("pageferry")?;
                 resolve.args(["resolve", id, "--fenced", "source"]).run()?;
+                // Nothing of it may run when its daemon comes back in spite of that.
+                lab.restart_daemon("a")?;
             }
             Act::KillPager => {
                 let pids = lab.node("b")?.host_processes_named("pageferry-pager");
